@@ -1,0 +1,49 @@
+"""Every error btx raises on purpose.
+
+    BtxError                    exit code 1: something failed
+    ├── StageFailed             a stage's process ended with a failure
+    ├── NotFinite               the loss became NaN or infinite
+    └── UserError               exit code 2: the user can mend it
+        ├── RecipeError         unknown key, wrong type, impossible value
+        ├── DataError           missing, empty or broken data
+        ├── CheckpointError     a folder that is no model, or does not fit the others
+        └── RunFolderError      the run folder is busy, unwritable or belongs to another recipe
+
+The message of each says what is wrong, where, what is allowed and what to do.
+"""
+
+
+class BtxError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class StageFailed(BtxError):
+    """A stage's process ended with a failure; the message holds the end of its log."""
+
+
+class NotFinite(BtxError):
+    """The loss became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class UserError(BtxError):
+    """Something the user can mend: exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run: unknown key, wrong type, impossible value."""
+
+
+class DataError(UserError):
+    """Data that are missing, empty, broken or too few for their budget."""
+
+
+class CheckpointError(UserError):
+    """A folder that holds no model, or a model that does not fit the others."""
+
+
+class RunFolderError(UserError):
+    """A run folder that is busy, unwritable or belongs to another recipe."""

@@ -1,0 +1,335 @@
+"""The recipe: everything a run is made from, typed, with a sentence and a unit under each field.
+
+Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number; a recipe for a small machine
+overrides them. Reading YAML, dotted overrides and error positions live in `btx.recipe_loading`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+GENERATORS = ("math", "code", "knowledge", "general")
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: unknown keys are refused, values cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Source(Section):
+    """One place documents come from: exactly one of `path`, `hub`, `generate`, `domain`."""
+
+    path: str | None = None
+    """File, folder or glob: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt (documents end at a blank line followed by
+    `document_separator`); relative to `data.root`, else to the working directory."""
+    hub: str | None = None
+    """Dataset name on the Hugging Face hub, or a local dataset folder that `datasets.load_dataset` reads."""
+    generate: Literal["math", "code", "knowledge", "general"] | None = None
+    """Text made on the spot, without network: the demo's domains."""
+    domain: str | None = None
+    """Another domain of this recipe, whose token files are shared, not copied."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Git revision of a hub dataset."""
+    streaming: bool = True
+    """Read a hub dataset without downloading all of it first."""
+    text: str = "text"
+    """Column (parquet, hub) or key (JSONL) that holds the document."""
+    document_separator: str = "\n\n\n"
+    """In .txt files: the text between two documents."""
+    max_bytes: PositiveInt | None = None
+    """Stop after this many bytes of UTF-8 text (train and held-out together)."""
+    weight: Weight = 1.0
+    """Sampling weight among this domain's sources; weights are normalised."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Source:
+        given = [kind for kind in ("path", "hub", "generate", "domain") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a source needs exactly one of path, hub, generate, domain; given: {given or 'none'}")
+        return self
+
+
+class Domain(Section):
+    """A named data mixture. Short forms: a string is one `path`; a list is `sources`; a source's keys stand alone."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where the documents come from, with weights."""
+    held_out: str | None = None
+    """File, folder or glob with the held-out documents. Without it: files named val*, valid*, test* or heldout*
+    beside train* files, else `data.held_out` of the documents."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"sources": [{"path": value}]}
+        if isinstance(value, list):
+            return {"sources": [{"path": item} if isinstance(item, str) else item for item in value]}
+        if isinstance(value, dict) and "sources" not in value:
+            source = {key: item for key, item in value.items() if key != "held_out"}
+            return {"sources": [source], **({"held_out": value["held_out"]} if "held_out" in value else {})}
+        return value
+
+
+class Data(Section):
+    """The domains and how their documents become training sequences."""
+
+    root: str | None = None
+    """Folder that relative `path`s start from."""
+    domains: dict[Name, Domain]
+    """Domain name → sources."""
+    general: Name = "general"
+    """The domain the seed model is (or was) trained on: replay text of the branches, the generalist's domain."""
+    sequence_length: PositiveInt = 4096
+    """Tokens a training sequence (paper: 4096); documents are packed, attention stops at their borders."""
+    held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
+    """Share of the documents kept out of training, where a source brings no held-out files."""
+
+    @model_validator(mode="after")
+    def _references(self) -> Data:
+        for name, domain in self.domains.items():
+            for source in domain.sources:
+                if source.domain is None:
+                    continue
+                if source.domain not in self.domains or source.domain == name:
+                    raise ValueError(f"domain {name!r} takes from unknown domain {source.domain!r}; "
+                                     f"there are: {', '.join(self.domains)}")
+                if any(inner.domain for inner in self.domains[source.domain].sources):
+                    raise ValueError(f"domain {name!r} takes from {source.domain!r}, which itself takes from others")
+        if self.general not in self.domains:
+            raise ValueError(f"data.general names {self.general!r}, which is not in data.domains: "
+                             f"{', '.join(self.domains)}")
+        return self
+
+
+class Training(Section):
+    """One training stage: the paper's optimiser recipe (section 4.1) unless overridden."""
+
+    tokens: PositiveInt
+    """Training tokens."""
+    batch_tokens: PositiveInt = 4_000_000
+    """Tokens an optimiser step (paper: 4M)."""
+    micro_batch_tokens: PositiveInt = 16_384
+    """Tokens a forward and backward pass; gradients accumulate up to `batch_tokens`."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    final_learning_rate_share: Share = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak (paper: 10 %)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Optimiser steps of linear warm-up."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's first decay (not stated in the paper)."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's second decay (not stated in the paper)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """AdamW's decoupled weight decay; norms and biases are left out."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of forward and backward; weights and optimiser state stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    checkpoint_every: PositiveInt = 100
+    """Optimiser steps between two resumable checkpoints."""
+
+
+class SeedTraining(Training):
+    """Training of a small seed model from scratch."""
+
+    mixture: dict[str, Weight] | None = None
+    """Domain → sampling weight; default: the general domain alone."""
+
+
+class TokenizerTraining(Section):
+    """A byte-level BPE tokenizer trained on the seed model's data."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 2048
+    """Entries, special tokens included."""
+    train_bytes: PositiveInt = 4_000_000
+    """Bytes of text it is trained on."""
+
+
+class SeedModel(Section):
+    """The LLM that is branched: a folder, a hub name, or a small config to train from scratch."""
+
+    path: str | None = None
+    """Folder or hub name of a Hugging Face causal language model."""
+    revision: str | None = None
+    """Git revision of a hub name."""
+    config: dict[str, Any] | None = None
+    """Config of a model to train from scratch: `model_type` and what its config class takes."""
+    tokenizer: TokenizerTraining = TokenizerTraining()
+    """Tokenizer of a model from scratch."""
+    train: SeedTraining | None = None
+    """Training of a model from scratch."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SeedModel:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("seed_model needs exactly one of `path` (folder or hub name) and `config` (from scratch)")
+        if self.config is not None and self.train is None:
+            raise ValueError("seed_model.config needs seed_model.train: a model from scratch has to be trained")
+        if self.path is not None and self.train is not None:
+            raise ValueError("seed_model.path is taken as it is; seed_model.train goes with seed_model.config only")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("seed_model.config needs model_type, for example llama")
+        return self
+
+
+class Train(Training):
+    """Training of the branches, one process each (paper section 3.1)."""
+
+    domains: Annotated[list[Name], Field(min_length=1)]
+    """One expert model is trained on each."""
+    replay: Share = 0.1
+    """Share of general text mixed into every domain (paper: 5-9 %)."""
+    trainable: Literal["all", "feed_forward"] = "all"
+    """Which weights train; with feed_forward the shared weights stay the seed's and the mix loses nothing."""
+
+
+class Mix(Section):
+    """Mixing the expert models into one MoE model (paper section 3.2)."""
+
+    generalist: bool = True
+    """Add the untouched seed model as one more expert."""
+    top_k: PositiveInt = 2
+    """Experts a token uses."""
+    router_init: Literal["random"] = "random"
+    """How the routers start: N(0, router_std)."""
+    router_std: PositiveFloat = 0.02
+    """Standard deviation of random routers."""
+    merge: Literal["mean"] = "mean"
+    """How shared weights are merged: float32 mean over experts and generalist."""
+
+
+class Finetune(Training):
+    """Finetuning of the mixed model (paper section 3.2)."""
+
+    mixture: dict[str, Weight] | None = None
+    """Domain → sampling weight, normalised; default: all experts' domains and the general domain equally."""
+    trainable: Literal["all", "all_but_experts", "routers"] = "all"
+    """Which weights train."""
+    load_balancing: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight α of the load-balancing loss, per layer, summed over layers (paper: 0.01)."""
+
+
+class Task(Section):
+    """Questions answered greedily and scored by exact match."""
+
+    generate: Literal["math", "knowledge"] | None = None
+    """Held-out questions of a generated domain."""
+    path: str | None = None
+    """JSONL file (.jsonl, .jsonl.gz) with one question a line; relative to `data.root`."""
+    prompt: str = "prompt"
+    """Key of the question in the file."""
+    answer: str = "answer"
+    """Key of the gold answer in the file."""
+    answer_after: str | None = None
+    """Compare only what follows the last occurrence of this text in the output and in the gold answer."""
+    questions: PositiveInt = 200
+    """Questions asked, from the start of the file."""
+    max_new_tokens: PositiveInt = 128
+    """Tokens generated at most; a line end after the answer or the end-of-text token stops earlier."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Task:
+        if (self.generate is None) == (self.path is None):
+            raise ValueError("a task needs exactly one of `generate` and `path`")
+        return self
+
+
+class Evaluate(Section):
+    """What is measured on which models."""
+
+    tokens: PositiveInt = 200_000
+    """Held-out tokens a domain, at most."""
+    tasks: dict[Name, Task] = {}
+    """Task name → questions."""
+
+
+class Analyze(Section):
+    """Which expert each token uses."""
+
+    tokens: PositiveInt = 50_000
+    """Held-out tokens a domain, at most."""
+    examples: Annotated[int, Field(ge=0)] = 3
+    """Documents a domain shown token by token in the report."""
+
+
+class Launch(Section):
+    """How jobs are started."""
+
+    kind: Literal["local"] = "local"
+    """Launcher: processes of this machine."""
+    jobs: PositiveInt | None = None
+    """Branches trained at the same time; default: all of them."""
+    threads: PositiveInt | None = None
+    """CPU threads a branch; default: the processors shared among the jobs, at least one each."""
+
+
+class Recipe(Section):
+    """A whole Branch-Train-MiX run."""
+
+    name: Name
+    """Name of the run; its folder is runs/<name> unless `run` says otherwise."""
+    description: str = ""
+    """What the recipe is for, what it costs and what to expect."""
+    run: str | None = None
+    """Run folder."""
+    rng_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Random number seed of everything."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training and evaluation run."""
+    data: Data
+    seed_model: SeedModel
+    train: Train
+    mix: Mix = Mix()
+    finetune: Finetune
+    evaluate: Evaluate = Evaluate()
+    analyze: Analyze = Analyze()
+    launch: Launch = Launch()
+
+    @model_validator(mode="after")
+    def _domains_exist(self) -> Recipe:
+        known = set(self.data.domains)
+        for where, names in (
+            ("train.domains", self.train.domains),
+            ("finetune.mixture", self.finetune.mixture or ()),
+            ("seed_model.train.mixture", (self.seed_model.train and self.seed_model.train.mixture) or ()),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{where} names {name!r}, which is not in data.domains: {', '.join(sorted(known))}")
+        if len(set(self.train.domains)) != len(self.train.domains):
+            raise ValueError(f"train.domains names a domain twice: {self.train.domains}")
+        if "seed" in known:
+            raise ValueError("a domain cannot be called 'seed': the word names the seed model's job")
+        experts = len(self.train.domains) + self.mix.generalist
+        if experts < 2:
+            raise ValueError("a mixture needs at least two experts: add a domain to train.domains or mix.generalist")
+        if self.mix.top_k > experts:
+            raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {experts} experts")
+        return self
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the MoE model's experts in order: the trained domains, then the generalist."""
+        return [*self.train.domains, *(["generalist"] if self.mix.generalist else [])]
+
+    @property
+    def run_folder(self) -> str:
+        """The run's folder, as written by the user."""
+        return self.run or f"runs/{self.name}"

@@ -7,7 +7,6 @@ the float32 mean over the experts (the generalist included); the routers are new
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,14 +21,9 @@ from btx.checkpoints import TensorFolder, require_finite, write_shards
 from btx.errors import CheckpointError
 from btx.families import Config, Family, family_of
 from btx.folders import atomic_folder, write_json
+from btx.models import copy_beside_weights, read_config
 
 GENERALIST = "generalist"
-
-# Beside the weights, a model folder is made of these; they are the seed model's.
-COPIED_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-    "generation_config.json",
-)  # fmt: skip
 
 # Values that may differ between the seed model and an expert without changing what the tensors mean.
 HARMLESS_KEYS = {
@@ -144,7 +138,8 @@ def mix(
         raise CheckpointError(f"top_k is {top_k}, but there are {num_experts} experts")
     with atomic_folder(output) as folder:
         config = mixture.family.moe_config(mixture.config, num_experts, top_k)
-        _copy_beside(seed_model, folder, config)
+        copy_beside_weights(seed_model, folder)
+        write_json(folder / "config.json", config)
         tensors = _mixed_tensors(mixture, router_std=router_std, rng_seed=rng_seed)
         written = write_shards(folder, tensors, max_shard_size=max_shard_size)
         report = _record(mixture, config, written, top_k, router_std, rng_seed)
@@ -171,14 +166,12 @@ def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, general
             yield name, merge.mean(list(mixture.read(name).values()))
 
     with atomic_folder(output) as folder:
-        _copy_beside(seed_model, folder, json.loads((seed_model / "config.json").read_text("utf-8")))
+        copy_beside_weights(seed_model, folder)
         write_shards(folder, averaged())
 
 
 def _open(seed_model: Path, experts: Mapping[str, Path], generalist: bool) -> Mixture:
     """Open all models and refuse, in one message, everything that does not fit."""
-    from btx.models import read_config
-
     config = read_config(seed_model)
     family = family_of(config, str(seed_model))
     if GENERALIST in experts:
@@ -273,15 +266,6 @@ def _group(name: str) -> str:
         if mark in name:
             return group
     return "other"
-
-
-def _copy_beside(seed_model: Path, folder: Path, config: Config) -> None:
-    """Config, tokenizer and generation settings of the new model."""
-    for pattern in COPIED_FILES:
-        for file in sorted(seed_model.glob(pattern)):
-            target = folder / file.name
-            shutil.copytree(file, target) if file.is_dir() else shutil.copyfile(file, target)
-    write_json(folder / "config.json", config)
 
 
 def _record(

@@ -6,16 +6,25 @@ This is the one place where torch models are read; every stage gets its weights 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from btx.errors import CheckpointError
+from btx.folders import write_json
+from btx.model_folder import check_model_folder
 from btx.moe import swap_in_moe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What a model folder holds beside its weights.
+BESIDE_WEIGHTS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template*",
+)  # fmt: skip
 
 
 def quiet_transformers() -> None:
@@ -65,7 +74,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     from transformers import AutoTokenizer
 
     quiet_transformers()
-    _refuse_broken_folder(path)
+    if isinstance(path, Path) and not path.exists():
+        raise CheckpointError(f"{path}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -109,23 +119,42 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
 
 def _refuse_broken_folder(path: str | Path) -> None:
     folder = Path(path)
-    if not folder.exists():
-        if isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-            raise CheckpointError(f"{path}: there is no such folder")
-        return  # a hub name
-    if not folder.is_dir():
-        raise CheckpointError(f"{path}: a model is a folder, as save_pretrained writes it; this is a file")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{folder}: this folder holds no model: config.json is missing")
-    try:
-        declared = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config}: not readable as JSON: {error}") from error
-    if not isinstance(declared, dict) or "model_type" not in declared:
-        raise CheckpointError(f"{config}: no model_type: this is no transformers model")
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder}: only pickled weights (.bin), which can run code when read; convert them once with "
-            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
-        )
+    if folder.exists():
+        check_model_folder(folder)
+    elif isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise CheckpointError(f"{path}: there is no such folder")
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model folder that any engine reads, in the published layout, without btx.
+
+    Args:
+        folder: an existing folder.
+        like: folder of the model this one was trained from; its config, tokenizer and generation settings are kept as
+            they are, and the weights get its type. None for a model from scratch.
+        tokenizer: written when there is no `like`.
+    """
+    if like is None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        rope = config.get("rope_parameters")
+        if rope and "rope_theta" in rope:  # transformers 4 reads the older keys alone
+            config |= {"rope_theta": rope["rope_theta"], "torch_dtype": config.get("dtype", "float32")}
+        write_json(folder / "config.json", config)
+        return
+    declared = json.loads((like / "config.json").read_text("utf-8"))
+    dtype = getattr(torch, str(declared.get("dtype") or declared.get("torch_dtype") or "float32"))
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    copy_beside_weights(like, folder)
+
+
+def copy_beside_weights(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and generation settings of a model folder, overwriting those at the target."""
+    for pattern in BESIDE_WEIGHTS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_dir():
+                shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file, target / file.name)

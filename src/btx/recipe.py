@@ -134,7 +134,7 @@ class Training(Section):
     """AdamW's first decay (not stated in the paper)."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """AdamW's second decay (not stated in the paper)."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    weight_decay: Weight = 0.1
     """AdamW's decoupled weight decay; norms and biases are left out."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
@@ -222,7 +222,7 @@ class Finetune(Training):
     """Domain → sampling weight, normalised; default: all experts' domains and the general domain equally."""
     trainable: Literal["all", "all_but_experts", "routers"] = "all"
     """Which weights train."""
-    load_balancing: Annotated[float, Field(ge=0.0)] = 0.01
+    load_balancing: Weight = 0.01
     """Weight α of the load-balancing loss, per layer, summed over layers (paper: 0.01)."""
 
 

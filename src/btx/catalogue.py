@@ -1,0 +1,28 @@
+"""What `btx ls` lists. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from btx.families import FAMILIES
+from btx.launchers import LAUNCHERS
+from btx.recipe_loading import packaged_recipes
+
+CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
+    "recipes": packaged_recipes,
+    "domains": lambda: {
+        "math": "generated worked problems",
+        "code": "the Python standard library's sources",
+        "knowledge": "facts of a generated world, with closed-book questions",
+        "general": "docstrings, help topics and licence texts of this machine",
+    },
+    "routers": lambda: {"top_k": "softmax over the k largest logits (paper, section 2.2); any k"},
+    "merges": lambda: {"mean": "float32 mean of the shared weights (paper, section 2.2)"},
+    "families": lambda: {family.dense: f"mixes into {family.moe}" for family in FAMILIES.values()},
+    "launchers": lambda: dict(LAUNCHERS),
+}
+
+
+def entries(what: str) -> dict[str, str]:
+    """Name → one line, for one kind of thing."""
+    return CATALOGUE[what]()

@@ -1,0 +1,267 @@
+"""The command line. Stages are imported by the command that needs them, so that `btx --help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from btx.errors import BtxError, UserError
+
+if TYPE_CHECKING:
+    from btx.recipe import Recipe
+    from btx.rundir import RunFolder
+
+app = typer.Typer(
+    name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
+)  # fmt: skip
+
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example train.tokens=1e6.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; errors become one message and exit code 1, or 2 for the user's mistake."""
+    try:
+        app()
+    except BtxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage: seed, train, mix, finetune, ...")] = None,
+) -> None:
+    """Everything, from nothing to a report. Run it again and it continues."""
+    from btx.pipeline import run_recipe
+
+    finished = run_recipe(_recipe(recipe, overrides), until=until)
+    _print_results(finished)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What a run will cost: tokens, FLOPs, parameters, memory, disk, stages. Trains nothing."""
+    from btx.plan import plan as make_plan
+    from btx.preflight import preflight
+    from btx.recipe_loading import dump_recipe
+
+    resolved = _recipe(recipe, overrides)
+    preflight(resolved)
+    planned = make_plan(resolved)
+    if as_json:
+        _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
+        return
+    from btx.tables import plan_tables
+
+    typer.echo(dump_recipe(resolved))
+    _print(*plan_tables(planned))
+
+
+@app.command()
+def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
+    """One line per stage: state, step, loss, tokens/s, ETA."""
+    from btx.status import run_status
+    from btx.tables import status_table
+
+    rows = run_status(_run(run_folder))
+    _print_json(rows) if as_json else _print(status_table(rows))
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="recipes, domains, routers, merges, families or launchers.")] = "recipes",
+    as_json: AsJson = False,
+) -> None:
+    """What there is to choose from."""
+    from btx.catalogue import CATALOGUE, entries
+
+    if what not in CATALOGUE:
+        raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
+    found = entries(what)
+    if as_json:
+        _print_json(found)
+    else:
+        from btx.tables import pairs_table
+
+        _print(pairs_table(what, found))
+
+
+@app.command()
+def cp(recipe: str, target: Path) -> None:
+    """Copy a packaged recipe to edit it: btx cp demo my.yaml."""
+    from btx.recipe_loading import copy_recipe
+
+    copy_recipe(recipe, target)
+    typer.echo(f"copied {recipe}; edit it, then: btx plan {target}")
+
+
+@app.command()
+def prepare(run_folder: RunArgument) -> None:
+    """Make the token files of a run."""
+    _work(run_folder, ["data"])
+
+
+@app.command()
+def train(
+    run_folder: RunArgument,
+    domain: Annotated[str, typer.Argument(help="A domain of the recipe, or `seed` for the seed model.")],
+) -> None:
+    """Train one expert alone, on any machine that sees the run folder."""
+    _work(run_folder, ["seed" if domain == "seed" else f"train/{domain}"])
+
+
+@app.command()
+def mix(
+    run_folder: Annotated[Path | None, typer.Argument(help="Run folder; or give --seed-model, --expert and -o.")] = None,
+    seed_model: Annotated[Path | None, typer.Option(help="Folder of the dense model that was branched.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an expert model; repeat.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
+    top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
+    generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the new routers.")] = 0.02,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the new routers.")] = 0,
+) -> None:
+    """Mix expert models into one MoE model: of a run, or any folders."""
+    if run_folder is not None:
+        _work(run_folder, ["mix", "baselines/soup"])
+        return
+    if seed_model is None or not expert or output is None:
+        raise UserError("btx mix needs a run folder, or --seed-model FOLDER, --expert NAME=FOLDER ... and -o FOLDER")
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another folder or remove it")
+    from btx.mix import mix as mix_models
+
+    experts = _named_folders(expert)
+    record = mix_models(
+        seed_model, experts, output, top_k=top_k, generalist=generalist, router_std=router_std, rng_seed=rng_seed,
+        log=typer.echo,
+    )  # fmt: skip
+    typer.echo(f"{output}: {len(record['experts'])} experts, top-{top_k}, {record['bytes'] / 1e6:.1f} MB")
+
+
+@app.command()
+def finetune(run_folder: RunArgument) -> None:
+    """Finetune the mixed model of a run."""
+    _work(run_folder, ["finetune"])
+
+
+@app.command()
+def evaluate(run_folder: RunArgument, as_json: AsJson = False) -> None:
+    """Measure every model of a run on held-out text and tasks."""
+    _work(run_folder, ["evaluate"], quiet=as_json)
+    if as_json:
+        _print_json(json.loads((run_folder / "evaluate" / "results.json").read_text("utf-8")))
+    else:
+        _print_results(_run(run_folder))
+
+
+@app.command()
+def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
+    """Find out which expert each token of a run's model uses."""
+    _work(run_folder, ["analyze"], quiet=as_json)
+    if as_json:
+        _print_json(json.loads((run_folder / "analyze" / "routing.json").read_text("utf-8")))
+
+
+@app.command()
+def report(run_folder: RunArgument) -> None:
+    """Write the run's report, whatever stage it has reached."""
+    from btx.report import write_report
+
+    typer.echo(write_report(_run(run_folder).path))
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Complete this text and end; default: ask for lines.")] = None,
+    show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
+) -> None:
+    """Complete text with a run's model, or any model folder."""
+    from btx.chat import chat as start_chat
+
+    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    start_chat(path, prompt=prompt, show_experts=show_experts, max_new_tokens=max_new_tokens, temperature=temperature,
+               rng_seed=rng_seed)  # fmt: skip
+
+
+@app.command(hidden=True)
+def work(run_folder: Path, stages: list[str]) -> None:
+    """What a launcher starts: some stages of a run, in this process, ending with its parent."""
+    from btx.interrupts import end_with_parent
+
+    end_with_parent()
+    _work(run_folder, stages)
+
+
+def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
+    from btx.interrupts import Interrupts
+    from btx.jobs import run_stages
+
+    def log(line: str) -> None:
+        if not quiet:
+            print(f"· {line}", flush=True)
+
+    run_stages(_run(run_folder), stages, Interrupts().listen(), log)
+
+
+def _recipe(name: str, overrides: list[str] | None) -> Recipe:
+    from btx.recipe_loading import load_recipe
+
+    return load_recipe(name, overrides or ())
+
+
+def _run(path: Path) -> RunFolder:
+    from btx.rundir import RunFolder
+
+    return RunFolder.open(path)
+
+
+def _named_folders(pairs: list[str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not equals or not name or not folder:
+            raise UserError(f"--expert {pair!r}: write NAME=FOLDER, for example math=./math")
+        if name in named:
+            raise UserError(f"--expert {name}: named twice")
+        named[name] = Path(folder)
+    return named
+
+
+def _print_results(finished: RunFolder) -> None:
+    results = finished.path / "evaluate" / "results.json"
+    if results.is_file():
+        from btx.report_results import report_table
+
+        _print(report_table(json.loads(results.read_text("utf-8"))))
+    page = finished.path / "report" / "index.html"
+    if page.is_file():
+        typer.echo(f"report: {page}")
+
+
+def _print(*renderables: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))

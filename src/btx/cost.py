@@ -1,0 +1,60 @@
+"""Parameters, FLOPs and memory of models, counted from their configs before anything is trained.
+
+FLOPs follow the usual count: 6·N FLOPs a token for N multiplied parameters (2 forward, 4 backward; Kaplan et al., arXiv
+2001.08361, section 2.1) plus 12·L·H·Q·S for attention over S tokens (PaLM, arXiv 2204.02311, appendix B), L layers, H
+heads of size Q. An untied input embedding is looked up, not multiplied, and does not count. Frozen weights are
+counted as if they trained (their 2·N backward is saved, but not credited), so a frozen branch is never flattered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Size and compute of one model."""
+
+    total_params: int
+    active_params: int
+    """Parameters a token uses: all but the experts it is not routed to."""
+    multiplied_params: int
+    """Active parameters that take part in matrix products."""
+    attention_width: int
+    """L·H·Q: layers times heads times head size."""
+
+    def training_flops_per_token(self, sequence_length: int) -> float:
+        """6·N + 12·L·H·Q·S."""
+        return 6.0 * self.multiplied_params + 12.0 * self.attention_width * sequence_length
+
+    def training_bytes(self) -> int:
+        """Weights, gradients and AdamW's two moments in float32; activations come on top."""
+        return 16 * self.total_params
+
+
+def model_cost(model: nn.Module) -> ModelCost:
+    """Count a model's parameters (a model on the meta device will do)."""
+    config: Any = model.config
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    unused_share = 1 - config.num_experts_per_tok / experts if experts else 0.0
+    total = sum(p.numel() for p in model.parameters())
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    active = total - round(unused_share * in_experts)
+    tied = config.tie_word_embeddings
+    lookup = 0 if tied else config.vocab_size * config.hidden_size
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_hidden_layers * config.num_attention_heads * head_size
+    return ModelCost(total, active, active - lookup, width)
+
+
+def config_cost(config: dict[str, Any]) -> ModelCost:
+    """`model_cost` of a config, without allocating its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return model_cost(AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values)))

@@ -1,0 +1,142 @@
+"""The stages of a run, what each depends on, and the hash of everything that decides its result. Plain Python.
+
+A stage's hash covers its own settings and the hashes of the stages before it. So it is known before anything runs,
+two different recipes never share a result, and a changed setting makes exactly the stages after it stale.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from btx.folders import value_hash
+from btx.recipe import Recipe
+
+# How jobs run decides speed, not results; these settings never make a stage stale.
+SPEED_ONLY = {"checkpoint_every"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph. `name` is also its folder in the run folder."""
+
+    name: str
+    settings: dict[str, Any]
+    """Everything of the recipe that decides the result."""
+    needs: tuple[Stage, ...] = ()
+
+    @cached_property
+    def inputs(self) -> str:
+        """Hash of the settings and of everything upstream."""
+        return value_hash({"settings": self.settings, "upstream": self.upstream})
+
+    @property
+    def upstream(self) -> dict[str, str]:
+        """Hashes of the stages this one needs."""
+        return {stage.name: stage.inputs for stage in self.needs}
+
+    @property
+    def trains(self) -> bool:
+        """True for the stages that run the training loop."""
+        return self.name in ("seed", "finetune") or self.name.startswith("train/")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All stages of a recipe in an order in which they can run."""
+
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def __getitem__(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def branches(self) -> list[Stage]:
+        """The experts' training stages."""
+        return [stage for stage in self.stages if stage.name.startswith("train/")]
+
+    def jobs(self) -> list[tuple[Stage, ...]]:
+        """Stages grouped into processes: short stages share one, every branch has its own."""
+        return [
+            (self["data"],),
+            (self["seed"],),
+            *[(branch,) for branch in self.branches],
+            (self["mix"], self["baselines/soup"], self["finetune"]),
+            (self["evaluate"], self["analyze"], self["report"]),
+        ]
+
+
+def build_graph(recipe: Recipe) -> Graph:
+    """The stages of `recipe`: data → seed → train/<domain>... → mix → finetune → evaluate, analyze → report."""
+    rng = {"rng_seed": recipe.rng_seed}
+    general = recipe.data.general
+    data = Stage("data", {"data": recipe.data.model_dump(mode="json"), **rng, **_tokenizer(recipe),
+                          "files": _file_marks(recipe)})  # fmt: skip
+    seed = Stage("seed", {"seed_model": _decisive(recipe.seed_model), "device": recipe.device, **rng}, (data,))
+    branch_settings = _decisive(recipe.train)
+    branch_settings.pop("domains")
+    branches = tuple(
+        Stage(f"train/{domain}", {"train": branch_settings, "domain": domain, "general": general,
+                                  "device": recipe.device, **rng}, (data, seed))
+        for domain in recipe.train.domains
+    )  # fmt: skip
+    mixed = Stage("mix", {"mix": _decisive(recipe.mix), "domains": recipe.train.domains, **rng}, (seed, *branches))
+    soup = Stage("baselines/soup", {"generalist": recipe.mix.generalist}, (seed, *branches))
+    finetune = Stage("finetune", {"finetune": _decisive(recipe.finetune), "device": recipe.device, **rng}, (data, mixed))
+    models = (data, seed, *branches, mixed, soup, finetune)
+    evaluate = Stage("evaluate", {"evaluate": _decisive(recipe.evaluate), **rng}, models)
+    analyze = Stage("analyze", {"analyze": _decisive(recipe.analyze), **rng}, (data, finetune))
+    report = Stage("report", {}, (evaluate, analyze))
+    return Graph(recipe, (data, seed, *branches, mixed, soup, finetune, evaluate, analyze, report))
+
+
+def _decisive(section: Any) -> dict[str, Any]:
+    """A recipe section without the settings that only decide speed."""
+    return _without_speed(section.model_dump(mode="json"))
+
+
+def _without_speed(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_speed(item) if isinstance(item, dict) else item
+        for key, item in value.items()
+        if key not in SPEED_ONLY
+    }
+
+
+def _tokenizer(recipe: Recipe) -> dict[str, Any]:
+    if recipe.seed_model.path is None:
+        return {"tokenizer": recipe.seed_model.tokenizer.model_dump(mode="json")}
+    return {"tokenizer": {"path": recipe.seed_model.path, "revision": recipe.seed_model.revision}}
+
+
+def _file_marks(recipe: Recipe) -> dict[str, list[int]]:
+    """Size and modification time of every local input file that is still there, so that changed data are noticed."""
+    root = Path(recipe.data.root or ".")
+    patterns = [source.path for domain in recipe.data.domains.values() for source in domain.sources if source.path]
+    patterns += [domain.held_out for domain in recipe.data.domains.values() if domain.held_out]
+    paths = [Path(match) for pattern in patterns for match in sorted(glob(str(root / pattern)))]
+    if recipe.seed_model.path and Path(recipe.seed_model.path).is_dir():
+        paths.append(Path(recipe.seed_model.path))
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return {os.fspath(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two settings, as `train.learning_rate: 0.001 → 0.002` lines."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += changed_settings(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} → {after}")
+    return lines

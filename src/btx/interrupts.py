@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave a resumable run. Plain Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from btx.errors import BtxError
+
+
+class Interrupted(BtxError):
+    """A signal came and everything was saved; the exit code is 128 + its number, as shells expect."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class Interrupts:
+    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+
+    def listen(self) -> Interrupts:
+        """Install the handlers (main thread only)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            os._exit(128 + number)
+        self.pending = number
+
+    def raise_if_pending(self, message: str) -> None:
+        """Raise `Interrupted` if a signal came."""
+        if self.pending is not None:
+            raise Interrupted(message, self.pending)
+
+
+def end_with_parent() -> None:
+    """Send SIGTERM to this process when its parent is gone, so that a killed run leaves no jobs behind.
+
+    Watching from a thread works on every system; Linux alone could ask the kernel.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,137 @@
+"""What each stage does when its turn comes, in its own process. Stage modules are imported when they are needed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from btx.errors import UserError
+from btx.graph import Stage
+from btx.interrupts import Interrupts
+from btx.rundir import RunFolder, exclusive
+
+Log = Callable[[str], None]
+
+ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
+
+
+def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log: Log) -> None:
+    """Run stages one after the other in this process; finished ones are skipped, stale ones set aside.
+
+    Raises:
+        UserError: no such stage, or a stage it needs is not finished.
+    """
+    graph = run.graph
+    known = [stage.name for stage in graph]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{run.path}: the recipe has no stage {name!r}; there are: {', '.join(known)}")
+        stage = graph[name]
+        with exclusive(run.path, name, patience_s=ENDING_S):
+            if run.state(stage) == "stale":
+                log(f"{name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage)}")
+            if run.state(stage) == "done" and name != "report":
+                log(f"{name}: already done, skipped")
+                continue
+            WORK[name.split("/")[0]](run, stage, interrupts, log)
+            interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
+
+
+def branch_threads(run: RunFolder) -> int:
+    """CPU threads of one branch: the recipe's, or the processors shared among the branches trained at once."""
+    launch = run.recipe.launch
+    at_once = min(launch.jobs or len(run.recipe.train.domains), len(run.recipe.train.domains))
+    return launch.threads or max(1, (os.cpu_count() or 1) // at_once)
+
+
+def _data(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.prepare import prepare_run
+
+    started = time.perf_counter()
+    summary = prepare_run(run, stage, log)
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started, domains=summary)
+
+
+def _seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.train import train_seed
+
+    train_seed(run, stage, interrupts, log)
+
+
+def _train(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    import torch
+
+    from btx.train import train_branch
+
+    torch.set_num_threads(branch_threads(run))
+    train_branch(run, stage, interrupts, log)
+
+
+def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.mix import mix
+
+    folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
+    mix(
+        run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
+        folder / "model", record=folder / "mix.json", generalist=settings.generalist, top_k=settings.top_k,
+        router_std=settings.router_std, rng_seed=run.recipe.rng_seed, log=log,
+    )  # fmt: skip
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def _baselines(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.mix import soup
+
+    folder, started = run.begin(stage), time.perf_counter()
+    experts = {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains}
+    soup(run.model("seed"), experts, folder / "model", generalist=run.recipe.mix.generalist)
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def _finetune(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.finetune import finetune
+
+    finetune(run, stage, interrupts, log)
+
+
+def _evaluate(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.evaluate import evaluate_models
+    from btx.models_of_run import models_of_run
+
+    run.begin(stage)
+    started = time.perf_counter()
+    evaluate_models(run.path, run.recipe, models_of_run(run), log=log)
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def _analyze(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.analyze import analyze
+
+    run.begin(stage)
+    started = time.perf_counter()
+    analyze(run.path, run.recipe, run.model("finetune"), log=log)
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def _report(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.report import write_report
+
+    run.begin(stage)
+    started = time.perf_counter()
+    path = write_report(run.path)
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+    log(f"report: {path}")
+
+
+WORK: dict[str, Callable[[RunFolder, Stage, Interrupts, Log], None]] = {
+    "data": _data,
+    "seed": _seed,
+    "train": _train,
+    "mix": _mix,
+    "baselines": _baselines,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "analyze": _analyze,
+    "report": _report,
+}

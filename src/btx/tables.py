@@ -1,0 +1,67 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def plan_tables(planned: dict[str, Any]) -> list[Any]:
+    """`btx plan`: models, stages, totals."""
+    models = Table(title=f"models of {planned['name']}")
+    for column in ("model", "total parameters", "active parameters"):
+        models.add_column(column, justify="left" if column == "model" else "right")
+    for name, facts in planned["models"].items():
+        models.add_row(name, f"{facts['total_params']:,}", f"{facts['active_params']:,}")
+    stages = Table(title=f"stages, in {planned['run']}", caption=planned["formula"])
+    for column in ("stage", "needs", "tokens", "FLOPs", "memory", "disk", "state"):
+        stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right")
+    for row in planned["stages"]:
+        why = f" ({row['why_stale']})" if row.get("why_stale") else ""
+        stages.add_row(
+            row["stage"], _short(row["needs"]), f"{row['tokens']:,}" if row["tokens"] else "",
+            f"{row['flops']:.2e}" if row["flops"] else "", _size(row["memory_bytes"]), _size(row["disk_bytes"]),
+            row["state"] + why,
+        )  # fmt: skip
+    totals = planned["totals"]
+    stages.add_section()
+    stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _size(totals["memory_bytes"]),
+                   _size(totals["disk_bytes"]), "")  # fmt: skip
+    return [models, stages]
+
+
+def status_table(rows: list[dict[str, Any]]) -> Table:
+    """`btx status`: one line a stage."""
+    table = Table()
+    for column in ("stage", "state", "step", "loss", "tokens/s", "ETA"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    for row in rows:
+        step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
+        eta = row["eta_s"]
+        table.add_row(
+            row["stage"], row["state"] + (f": {row['why']}" if row["why"] else ""), step,
+            f"{row['loss']:.3f}" if row["loss"] is not None else "",
+            f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "",
+            f"{eta // 60:.0f}:{eta % 60:02.0f}" if eta is not None else "",
+        )  # fmt: skip
+    return table
+
+
+def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
+    """Names with a line each."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, line in pairs.items():
+        table.add_row(name, line)
+    return table
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
+
+
+def _size(count: int) -> str:
+    if not count:
+        return ""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,136 @@
+"""Train (paper, section 2.1): the seed model from scratch, and each branch on its own domain.
+
+A branch reads the recipe, the token files and the seed folder, and writes only its own folder: it can be started by
+hand on any machine that sees the run folder, in any order, and fails alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from btx.branch import branch, trainable_parameters
+from btx.cost import model_cost
+from btx.errors import UserError
+from btx.folders import atomic_folder
+from btx.graph import Stage
+from btx.interrupts import Interrupts
+from btx.mixture import Mixture, domain_mixture, resolve, seed_mixture
+from btx.models import load_tokenizer, new_model, save_model
+from btx.recipe import Training
+from btx.rundir import RunFolder
+from btx.token_files import TokenFile
+from btx.training import TrainingJob, run_training, Totals
+from btx.training_state import keep_only_last
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Log = Callable[[str], None]
+
+
+def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """The seed model: trained from scratch, or an existing one linked into the run folder."""
+    seed = run.recipe.seed_model
+    folder = run.begin(stage)
+    if seed.path is not None:
+        link_seed_model(seed.path, seed.revision, folder / "model")
+        run.finish(stage, tokens=0, flops=0.0, wall_s=0.0)
+        return
+    assert seed.config is not None and seed.train is not None  # the schema guarantees it
+    tokenizer = load_tokenizer(run.path / "data" / "tokenizer")
+    model = new_model(
+        seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    train_stage(run, stage, model, seed.train, seed_mixture(run.recipe), interrupts, log, like=None)
+
+
+def link_seed_model(path: str, revision: str | None, target: Path) -> None:
+    """Make `target` a link to a model folder, or to the downloaded files of a hub name."""
+    source = Path(path)
+    if not source.exists():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        try:
+            source = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        except Exception as error:
+            raise UserError(f"seed_model.path: {path!r} is no folder, and as a hub name it failed: {error}") from error
+    target.unlink(missing_ok=True)
+    target.symlink_to(source.resolve(), target_is_directory=True)
+
+
+def train_branch(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """One expert model: the seed model's copy, trained further on its domain with some general text."""
+    run.begin(stage)
+    domain = stage.name.removeprefix("train/")
+    mixture = domain_mixture(run.recipe, domain)
+    train_stage(run, stage, branch(run), run.recipe.train, mixture, interrupts, log, like=run.model("seed"))
+
+
+def train_stage(
+    run: RunFolder,
+    stage: Stage,
+    model: PreTrainedModel,
+    settings: Training,
+    weights: Mapping[str, float],
+    interrupts: Interrupts,
+    log: Log,
+    *,
+    like: Path | None,
+    load_balancing: float = 0.0,
+) -> Totals:
+    """Run the training loop for a stage, write its model folder, then done.json.
+
+    Args:
+        weights: domain → sampling weight.
+        like: model folder whose config and tokenizer the result keeps; None for a model from scratch.
+        load_balancing: weight α of the load-balancing loss.
+    """
+    folder, recipe = run.folder(stage.name), run.recipe
+    sequence_length = recipe.data.sequence_length
+    components = [
+        (name, TokenFile.open(run.path / "data" / path / "train"), weight)
+        for name, path, weight in resolve(recipe, dict(weights))
+    ]
+    cost = model_cost(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    job = TrainingJob(
+        model=model,
+        mixture=Mixture(components, sequence_length, recipe.rng_seed),
+        settings=settings,
+        folder=folder,
+        inputs=stage.inputs,
+        flops_per_token=cost.training_flops_per_token(sequence_length),
+        rng_seed=recipe.rng_seed,
+        device=choose_device(recipe.device),
+        load_balancing=load_balancing,
+    )
+    log(f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train, {torch.get_num_threads()} threads")
+    totals = run_training(job, interrupts, log)
+    tokenizer = load_tokenizer(like or run.path / "data" / "tokenizer")
+    with atomic_folder(folder / "model") as target:
+        save_model(model, target, like=like, tokenizer=tokenizer)
+    keep_only_last(folder / "state")
+    run.finish(
+        stage, tokens=totals.tokens, flops=totals.flops, wall_s=round(totals.wall_s, 3), steps=totals.steps,
+        loss=totals.loss, total_params=cost.total_params, active_params=cost.active_params,
+        threads=torch.get_num_threads(), data=job.mixture.fingerprint,
+    )  # fmt: skip
+    return totals
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,186 @@
+"""The one training loop: the seed model, the branches, the mixed model and every baseline go through it.
+
+A stage differs in its start weights, its data mixture and the set of weights that train, nothing else.
+
+Shape letters: B batch, S sequence, T = B·S tokens, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from btx.balancing import expert_load, total_load_balancing_loss
+from btx.errors import NotFinite
+from btx.interrupts import Interrupts
+from btx.losses import IGNORE, next_token_loss
+from btx.mixture import Mixture
+from btx.moe import moe_blocks
+from btx.recipe import Training
+from btx.schedule import adamw, learning_rate
+from btx.training_state import last_checkpoint, load_state, save_state
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one stage trains."""
+
+    model: nn.Module
+    """Start weights, with `requires_grad` set on the weights that train."""
+    mixture: Mixture
+    """Training samples by number."""
+    settings: Training
+    folder: Path
+    """The stage's folder: metrics.jsonl and state/ are written into it."""
+    inputs: str
+    """Hash of everything that decides the result; a checkpoint with another hash is refused."""
+    flops_per_token: float
+    """Training FLOPs, forward and backward."""
+    rng_seed: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    load_balancing: float = 0.0
+    """Weight α of the load-balancing loss; 0 for dense models."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a finished training run took."""
+
+    steps: int
+    tokens: int
+    flops: float
+    wall_s: float
+    loss: float
+
+
+def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None]) -> Totals:
+    """Train until the token budget is used up, resuming from the last checkpoint if there is one.
+
+    Raises:
+        NotFinite: the loss or gradient became NaN or infinite; the weights were not updated.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    settings, model = job.settings, job.model.to(job.device).train()
+    samples_per_step = max(1, settings.batch_tokens // job.mixture.sequence_length)
+    tokens_per_step = samples_per_step * job.mixture.sequence_length
+    total_steps = math.ceil(settings.tokens / tokens_per_step)
+    optimizer = adamw(model.named_parameters(), settings)
+    marks = {"inputs": job.inputs, "data": job.mixture.fingerprint}
+    done = load_state(job.folder / "state", model, optimizer, marks)
+    if done:
+        log(f"resumed after step {done} of {total_steps}")
+    metrics = Metrics(job.folder / "metrics.jsonl", done)
+    with metrics.open() as file:
+        for step in range(done, total_steps):
+            started = time.perf_counter()
+            rate = learning_rate(step, total_steps, settings)
+            facts = _step(job, optimizer, step, samples_per_step, rate)
+            tokens = (step + 1) * tokens_per_step
+            metrics.write(file, {
+                "step": step + 1, "steps": total_steps, "tokens": tokens, **facts, "learning_rate": rate,
+                "flops": tokens * job.flops_per_token,
+            }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
+            finished = step + 1
+            if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
+                save_state(job.folder / "state", finished, model, optimizer, marks)
+            interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
+    return Totals(
+        total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
+        metrics.wall_s, metrics.last_loss,
+    )  # fmt: skip
+
+
+def _step(
+    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int, rate: float
+) -> dict[str, Any]:
+    """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics."""
+    settings, model = job.settings, job.model
+    # The random state of a step depends on nothing but its number: resuming needs no saved generator.
+    torch.manual_seed((job.rng_seed << 32) + step)
+    micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
+    first = step * samples_per_step
+    batch = job.mixture.batch(first, samples_per_step)
+    scored = int((batch.labels != IGNORE).sum())
+    loss = torch.zeros((), device=job.device)
+    balancing: list[Tensor] = []
+    load: list[Tensor] = []
+    for start in range(0, samples_per_step, micro):
+        rows = slice(start, start + micro)
+        input_ids, position_ids, labels = (
+            torch.from_numpy(values[rows]).to(job.device, non_blocking=True)
+            for values in (batch.input_ids, batch.position_ids, batch.labels)
+        )
+        share = len(input_ids) / samples_per_step
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
+            loss += micro_loss.detach()
+        routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
+        if routings:
+            balance = total_load_balancing_loss(routings)  # packed sequences hold no padding to mask
+            micro_loss = micro_loss + job.load_balancing * share * balance
+            balancing.append(balance.detach() * share)
+            load.append(torch.stack([expert_load(routing) for routing in routings]) * share)
+        micro_loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], settings.clip)
+    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": norm.item()}
+    if not all(map(math.isfinite, facts.values())):
+        raise NotFinite(
+            f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights were "
+            f"not updated. Last good checkpoint: {last_checkpoint(job.folder / 'state')}. Lower "
+            f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if load:
+        layers = len(load[0])
+        facts["load_balancing"] = torch.stack(balancing).sum().item() / layers
+        facts["load"] = [[round(share, 4) for share in layer] for layer in torch.stack(load).sum(dim=0).tolist()]
+    return facts
+
+
+class Metrics:
+    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        self.path = path
+        self.wall_s = 0.0
+        self.last_loss = math.nan
+        kept = []
+        if path.is_file():
+            for line in path.read_text("utf-8").splitlines():
+                with_step = _parse(line)
+                if with_step is not None and with_step["step"] <= done:
+                    kept.append(line)
+                    self.wall_s, self.last_loss = with_step["wall_s"], with_step["loss"]
+        path.write_text("".join(line + "\n" for line in kept), "utf-8")
+
+    def open(self) -> IO[str]:
+        """The file, for appending."""
+        return open(self.path, "a", encoding="utf-8")
+
+    def write(self, file: IO[str], facts: dict[str, Any], tokens: int, seconds: float) -> None:
+        """Append one step's line; `wall_s` adds up over interruptions."""
+        self.wall_s += seconds
+        self.last_loss = facts["loss"]
+        line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A metrics line; None for the stump of a line that a kill cut off."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,66 @@
+"""Pico models and run folders, made on the spot. One thread: tests run side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+PICO_LLAMA: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 320, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with jovial zebras and sing".split()
+
+
+def pico_texts(count: int = 60) -> list[str]:
+    """Short documents with some structure to learn."""
+    return [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 30)) + f" {i}." for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def pico_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer of 320 entries."""
+    from btx.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(pico_texts(), 320).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_llama(tmp_path: Path, pico_tokenizer_folder: Path) -> Callable[..., Path]:
+    """make_llama(name, noise_seed, **config): a pico Llama folder; other noise seeds are branches of seed 0.
+
+    Norms are randomised too: at their default of 1 wrong mappings look right.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from btx.models import quiet_transformers
+
+    def make(name: str, noise_seed: int = 0, **config: Any) -> Path:
+        quiet_transformers()
+        folder = tmp_path / name
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**(PICO_LLAMA | config)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            torch.manual_seed(noise_seed)
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1 * bool(noise_seed))
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(pico_tokenizer_folder).save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,79 @@
+"""The MoE block against transformers' own, and its dispatch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from btx.models import load_model
+from btx.moe import moe_blocks
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=320, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.gate.weight.normal_(std=0.5)
+    model.save_pretrained(tmp_path / "mixtral")
+    return tmp_path / "mixtral"
+
+
+def test_logits_and_gradients_equal_the_plain_class(mixtral: Path) -> None:
+    from transformers import MixtralForCausalLM
+
+    ids = torch.randint(0, 320, (3, 50), generator=torch.Generator().manual_seed(1))
+    plain, ours = MixtralForCausalLM.from_pretrained(mixtral), load_model(mixtral)
+    results = [model(ids, labels=ids) for model in (plain, ours)]
+    assert (results[0].logits - results[1].logits).abs().max() < 1e-5
+    for result in results:
+        result.loss.backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-6), name
+
+
+def test_an_expert_without_tokens_gets_exactly_zero_gradient(mixtral: Path) -> None:
+    model = load_model(mixtral)
+    for block in moe_blocks(model):
+        with torch.no_grad():
+            block.gate.weight.zero_()
+            block.gate.weight[3:] = 0.0
+        block.gate.forward = lambda x: torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]).expand(len(x), 5)
+    ids = torch.arange(40)[None]
+    model(ids, labels=ids).loss.backward()
+    for block in moe_blocks(model):
+        assert (block.experts.down_proj.grad[:2].abs().amax(dim=(1, 2)) > 0).all()
+        assert torch.equal(block.experts.down_proj.grad[2:], torch.zeros_like(block.experts.down_proj.grad[2:]))
+
+
+def test_saving_writes_the_published_layout_that_transformers_reads_alone(mixtral: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    ours = load_model(mixtral)
+    ours.save_pretrained(tmp_path / "again")
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert "model.layers.1.block_sparse_moe.experts.4.w1.weight" in set(file.keys())
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits
+        assert torch.equal(again, AutoModelForCausalLM.from_pretrained(mixtral)(ids).logits)
+
+
+def test_routing_of_the_last_pass_is_kept_for_losses_and_metrics(mixtral: Path) -> None:
+    model = load_model(mixtral)
+    model(torch.arange(24).view(2, 12))
+    for block in moe_blocks(model):
+        assert block.routing.logits_TE.shape == (24, 5)
+        assert block.routing.expert_ids_TK.shape == (24, 2)
+        assert torch.allclose(block.routing.gates_TK.sum(dim=1), torch.ones(24))

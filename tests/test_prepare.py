@@ -1,0 +1,217 @@
+"""Prepare: documents of a recipe's domains → token files, once; budgets that the data cannot serve are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from btx.errors import DataError
+from btx.graph import build_graph
+from btx.mixture import Mixture, resolve
+from btx.prepare import check_budget, check_budgets, check_held_out, prepare, prepare_run, training_texts
+from btx.recipe import Recipe
+from btx.rundir import RunFolder
+from btx.sources import read_documents
+from btx.token_files import TokenFile
+from btx.tokenizer import train_tokenizer
+
+MATH = [f"{n} plus {n} is {2 * n}." for n in range(400)]
+CODE = [f"def f{n}(x):\n    return x + {n}" for n in range(300)]
+GENERAL = [f"The weather in town {n} was fine." for n in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A small tokenizer."""
+    return train_tokenizer(MATH + CODE + GENERAL, 300)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Recipe]:
+    """Recipes over three files; the general domain takes from math."""
+    for name, texts in {"math": MATH, "code": CODE, "general": GENERAL}.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def recipe(domains: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+        files = {"math": "math.jsonl", "code": "code.jsonl",
+                 "general": [{"path": "general.jsonl", "weight": 3}, {"domain": "math", "weight": 1}]}  # fmt: skip
+        training = {"tokens": 1000}
+        value = {
+            "name": "x",
+            "run": str(tmp_path / "run"),
+            "data": {"root": str(tmp_path), "domains": files | (domains or {}), "sequence_length": 16},
+            "seed_model": {"config": {"model_type": "llama"}, "train": training, "tokenizer": {"vocab_size": 300}},
+            "train": {**training, "domains": ["math", "code"]},
+            "finetune": training,
+        }
+        return Recipe.model_validate(value | sections)
+
+    return recipe
+
+
+def silent(line: str) -> None:
+    """A log nobody reads."""
+
+
+def test_each_own_source_has_its_token_files(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe = make()
+    summary = prepare(recipe, tokenizer, tmp_path / "data", log=silent)
+    folders = sorted(
+        str(path.parent.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("index.json")
+    )
+    assert folders == [f"{domain}/0/{split}" for domain in ("code", "general", "math") for split in ("train", "val")]
+    for split in ("train", "val"):
+        file = TokenFile.open(tmp_path / "data" / "math" / "0" / split, verify=True)
+        source = recipe.data.domains["math"].sources[0]
+        texts = list(read_documents(source, split, domain="math", data=recipe.data, rng_seed=0))  # type: ignore[arg-type]
+        starts = file.document_starts
+        decoded = [tokenizer.decode(file.tokens[a + 1 : b]) for a, b in pairwise(starts)]
+        assert decoded == texts
+    assert summary["math"]["documents"] == 400
+    assert summary["general"]["documents"] == 700
+    assert summary["math"]["bytes"] == sum(map(len, MATH))
+    assert summary["code"]["train_tokens"] > 10 * summary["code"]["val_tokens"] > 0
+
+
+def test_the_token_files_feed_a_mixture(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe = make()
+    prepare(recipe, tokenizer, tmp_path / "data", log=silent)
+    components = [
+        (name, TokenFile.open(tmp_path / "data" / path / "train"), weight)
+        for name, path, weight in resolve(recipe, {"general": 1.0})
+    ]
+    batch = Mixture(components, 16, 0).batch(0, 100)
+    text = "".join(tokenizer.batch_decode(batch.input_ids))
+    assert text.count("weather") > 2 * text.count("plus") > 0
+
+
+def test_what_is_unchanged_is_not_read_again(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    out, lines = tmp_path / "data", []
+
+    def made(recipe: Recipe, by: PreTrainedTokenizerFast = tokenizer) -> list[str]:
+        lines.clear()
+        prepare(recipe, by, out, log=lines.append)
+        return [line.split(":")[0] for line in lines if not line.endswith("unchanged")]
+
+    everything = ["math/0", "code/0", "general/0"]
+    assert made(make()) == everything
+    assert made(make()) == []
+    assert made(make({"general": [{"path": "general.jsonl", "weight": 9}, {"domain": "math"}]})) == []
+    assert made(make({"code": {"path": "code.jsonl", "max_bytes": 5000}})) == ["code/0"]
+    assert made(make({"code": "code.jsonl"})) == ["code/0"]
+    path = tmp_path / "math.jsonl"
+    path.write_text(path.read_text().replace("399 plus", "398 plus"))
+    os.utime(path, ns=(0, 0))
+    assert made(make()) == ["math/0"]
+    (out / "general" / "0" / "val" / "index.json").unlink()
+    assert made(make()) == ["general/0"]
+    with open(out / "general" / "0" / "train" / "tokens.bin", "ab") as tokens:
+        tokens.write(b"x")
+    assert made(make()) == ["general/0"]
+    assert made(make(), by=train_tokenizer(CODE, 280)) == everything
+
+
+def test_preparing_again_gives_the_same_bytes(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe = make({"math": {"generate": "math", "max_bytes": 20_000}})
+    for name in ("a", "b"):
+        prepare(recipe, tokenizer, tmp_path / name, log=silent)
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
+    assert len(files) == 24
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_failed_source_leaves_no_token_file(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with open(tmp_path / "code.jsonl", "a") as file:
+        file.write("\n{oops")
+    with pytest.raises(DataError, match=r"^domain 'code': .*code\.jsonl, line 301: not JSON"):
+        prepare(make(), tokenizer, tmp_path / "data", log=silent)
+    assert not list((tmp_path / "data" / "code").rglob("*.*"))
+    with pytest.raises(DataError, match=r"^domain 'code': .*nothing\.jsonl: no such file"):
+        prepare(make({"code": "nothing.jsonl"}), tokenizer, tmp_path / "data", log=silent)
+
+
+def test_the_tokenizer_learns_from_train_documents_in_the_seed_mixture(make: Callable[..., Recipe]) -> None:
+    recipe = make()
+    held_out = {
+        text
+        for domain in ("math", "general")
+        for text in read_documents(recipe.data.domains[domain].sources[0], "val", domain=domain, data=recipe.data,
+                                   rng_seed=0)
+    }  # fmt: skip
+    texts = list(training_texts(recipe))
+    assert set(texts) == set(MATH + GENERAL) - held_out
+    limit = {**recipe.seed_model.model_dump(), "tokenizer": {"vocab_size": 300, "train_bytes": 4000}}
+    texts = list(training_texts(make(seed_model=limit)))
+    size = {text: len(text) for text in texts}
+    assert 4000 <= sum(size.values()) < 4100
+    assert sum(size[text] for text in texts if "weather" in text) == pytest.approx(3000, abs=50)
+
+
+def test_too_few_held_out_documents_are_refused(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "val.jsonl").write_text('{"text": "short"}')
+    recipe = make({"code": {"path": "code.jsonl", "held_out": "val.jsonl"}})
+    prepare(recipe, tokenizer, tmp_path / "data", log=silent)
+    check_held_out(recipe, tmp_path / "data", "math")
+    with pytest.raises(DataError, match=r"domain 'code': 1 held-out documents with \d tokens; needed: at least 1 with"):
+        check_budgets(recipe, tmp_path / "data")
+
+
+def test_held_out_text_for_a_domain_without_documents_of_its_own_is_refused(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe = make({"general": {"sources": [{"domain": "math"}], "held_out": "code.jsonl"}})
+    with pytest.raises(DataError, match="domain 'general': `held_out` needs a source of the domain's own"):
+        prepare(recipe, tokenizer, tmp_path / "data", log=silent)
+
+
+def test_a_budget_of_more_than_fifty_epochs_is_refused_with_both_numbers(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe, out = make(), tmp_path / "data"
+    have = prepare(recipe, tokenizer, out, log=silent)["code"]["train_tokens"]
+    check_budget(recipe, out, {"code": 1.0}, 50 * have, "train.tokens")
+    with pytest.raises(DataError) as caught:
+        check_budget(recipe, out, {"code": 1.0}, 51 * have, "train.tokens")
+    message = str(caught.value)
+    assert f"domain 'code', source 0: {have:,} training tokens, but train.tokens = {51 * have:,} takes" in message
+    assert "51 epochs" in message
+    check_budget(recipe, out, {"code": 0.1, "math": 0.9}, 60 * have, "train.tokens")
+    check_budgets(recipe, out)
+    with pytest.raises(DataError, match=r"finetune\.tokens = 1,000,000,000"):
+        check_budgets(make(finetune={"tokens": 10**9}), out)
+    long = recipe.data.model_dump() | {"sequence_length": have}
+    with pytest.raises(DataError, match=rf"fewer than one training sequence .* \+ 1 = {have + 1:,}"):
+        check_budget(make(data=long), out, {"code": 1.0}, 100, "train.tokens")
+
+
+def test_a_runs_data_stage_leaves_a_tokenizer_and_token_files(make: Callable[..., Recipe]) -> None:
+    run = RunFolder.create(make())
+    stage = build_graph(run.recipe)["data"]
+    lines: list[str] = []
+    summary = prepare_run(run, stage, lines.append)
+    assert set(summary) == {"math", "code", "general"}
+    assert (run.path / "data" / "tokenizer" / "tokenizer.json").is_file()
+    assert prepare_run(run, stage, lines.append) == summary
+    assert lines[0].startswith("tokenizer: training 300 entries")
+    assert lines[4:] == ["math/0: unchanged", "code/0: unchanged", "general/0: unchanged"]

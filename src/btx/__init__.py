@@ -1,0 +1,77 @@
+"""btx: Branch-Train-MiX (arXiv 2403.07816) for Hugging Face models.
+
+    import btx
+
+    recipe = btx.load_recipe("demo")
+    run = btx.run_recipe(recipe)                       # everything, from nothing to a report
+    btx.mix(seed, {"math": math, "code": code}, out)   # or one step, on anybody's checkpoints
+    model = btx.load_model(out)
+
+Names are imported when they are used, so that `import btx` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from btx.balancing import load_balancing_loss
+    from btx.errors import BtxError, UserError
+    from btx.mix import mix, soup
+    from btx.models import load_model, load_tokenizer
+    from btx.moe import MoE, top_k_gates
+    from btx.pipeline import run_recipe
+    from btx.plan import plan
+    from btx.recipe import Recipe
+    from btx.recipe_loading import load_recipe
+    from btx.report import write_report
+    from btx.rundir import RunFolder
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BtxError": "btx.errors",
+    "MoE": "btx.moe",
+    "Recipe": "btx.recipe",
+    "RunFolder": "btx.rundir",
+    "UserError": "btx.errors",
+    "load_balancing_loss": "btx.balancing",
+    "load_model": "btx.models",
+    "load_recipe": "btx.recipe_loading",
+    "load_tokenizer": "btx.models",
+    "mix": "btx.mix",
+    "plan": "btx.plan",
+    "run_recipe": "btx.pipeline",
+    "soup": "btx.mix",
+    "top_k_gates": "btx.moe",
+    "write_report": "btx.report",
+}
+
+__all__ = [
+    "BtxError",
+    "MoE",
+    "Recipe",
+    "RunFolder",
+    "UserError",
+    "load_balancing_loss",
+    "load_model",
+    "load_recipe",
+    "load_tokenizer",
+    "mix",
+    "plan",
+    "run_recipe",
+    "soup",
+    "top_k_gates",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'btx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from btx.cost import model_cost
 from btx.domains import Question
 from btx.folders import read_json, value_hash, write_json
-from btx.held_out import Packed, held_out_documents, load_to_measure, pack
+from btx.held_out import Packed, device_and_type, held_out_documents, load_to_measure, pack
 from btx.models import load_tokenizer
 from btx.tasks import exact_match, read_questions
 
@@ -140,8 +140,7 @@ class _Measures:
         return value_hash({
             "version": MEASURE_VERSION,
             "model": entry.inputs,
-            "device": recipe.device,
-            "precision": recipe.finetune.precision,
+            "arithmetic": [str(value) for value in device_and_type(recipe)],
             "domains": {name: packed.fingerprint() for name, packed in self.packed.items()},
             "tasks": {name: recipe.evaluate.tasks[name].model_dump(mode="json") for name in self.questions},
             "questions": {name: [asdict(question) for question in asked] for name, asked in self.questions.items()},

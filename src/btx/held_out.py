@@ -81,20 +81,26 @@ class Packed:
         return digest.hexdigest()
 
 
-def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
-    """A model on the recipe's device: float32, except on a GPU in a run that finetunes in bfloat16.
+def device_and_type(recipe: Recipe) -> tuple[str, torch.dtype]:
+    """Where and in which arithmetic models are measured: float32, except on a GPU in a run that finetunes in bfloat16.
 
     Raises:
-        CheckpointError: it cannot be loaded.
         UserError: the recipe wants a GPU and there is none.
     """
     gpu = torch.cuda.is_available()
     if recipe.device == "cuda" and not gpu:
         raise UserError("device: cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
-    device = "cuda" if gpu and recipe.device != "cpu" else "cpu"
-    low_precision = device == "cuda" and recipe.finetune.precision == "bfloat16"
-    model = load_model(path, dtype=torch.bfloat16 if low_precision else torch.float32)
-    return cast("PreTrainedModel", cast(nn.Module, model).to(device))
+    if recipe.device == "cpu" or not gpu:
+        return "cpu", torch.float32
+    return "cuda", torch.bfloat16 if recipe.finetune.precision == "bfloat16" else torch.float32
+
+
+def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
+    """A model where and in the type it is measured; raises CheckpointError if it cannot be loaded."""
+    device, dtype = device_and_type(recipe)
+    model = load_model(path, dtype=dtype)
+    cast(nn.Module, model).to(device)
+    return model
 
 
 def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: int) -> list[HeldOutDocument]:

@@ -188,8 +188,11 @@ def complete(
 def _greedy(
     model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int, ends: Callable[[list[int]], bool]
 ) -> list[list[int]]:
-    """New tokens of each prompt. transformers' `generate` does the same, but computes finished rows to the end of the
-    longest one; here they leave the batch, which halves the time."""
+    """New tokens of each prompt.
+
+    transformers' `generate` says the same, but goes on computing finished rows until the longest one ends. Here they
+    leave the batch: the gold answers of the generated math questions have 28 tokens in the mean, the longest has 96.
+    """
     width, device = max(map(len, prompts)), model.device
     ids_BS = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

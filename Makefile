@@ -1,0 +1,33 @@
+# make demo   the whole method on this machine, from nothing to a report
+# make test   the tests
+# make lint   ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-demo: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("btx needs Python 3.11 or newer; set PYTHON=python3.12, for example") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/btx run demo
+
+test: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,172 @@
+"""Branches are independent and everything resumes exactly (paper, section 2.1; the project's first promise)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from btx.errors import NotFinite
+from btx.folders import file_sha256
+from btx.rundir import RunFolder
+from btx.status import last_metrics
+from tests.pico_run import pico_recipe, run_here
+
+
+def files_of(run: RunFolder) -> dict[str, str]:
+    return {str(path.relative_to(run.path)): file_sha256(path) for path in run.path.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def branched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with data and seed model, ready for its branches."""
+    return run_here(pico_recipe(tmp_path_factory.mktemp("branched")), ["data", "seed"])[0]
+
+
+def test_expert_processes_share_no_files(branched: RunFolder) -> None:
+    before = files_of(branched)
+    run_here(branched.recipe, ["train/birds"])
+    after = files_of(branched)
+    changed = {path for path in after if after[path] != before.get(path)} - {"manifest.json"}
+    assert changed
+    assert all(path.startswith(("train/birds/", ".locks/train-birds")) for path in changed), changed
+
+
+def test_a_branch_starts_from_the_seed_model_and_moves(branched: RunFolder) -> None:
+    run_here(branched.recipe, ["train/tools"])
+    seed = load_file(branched.model("seed") / "model.safetensors")
+    expert = load_file(branched.model("train/tools") / "model.safetensors")
+    assert seed.keys() == expert.keys()
+    assert all((seed[name] - expert[name]).abs().max() > 0 for name in seed)
+
+
+def test_a_feed_forward_branch_leaves_shared_weights_bit_for_bit(tmp_path: Path) -> None:
+    run, _ = run_here(pico_recipe(tmp_path, "run", "train.trainable=feed_forward"), ["data", "seed", "train/birds"])
+    seed = load_file(run.model("seed") / "model.safetensors")
+    expert = load_file(run.model("train/birds") / "model.safetensors")
+    for name in seed:
+        assert seed[name].equal(expert[name]) == (".mlp." not in name), name
+
+
+def kill_while_training(run: RunFolder, stage: str, at_step: int) -> None:
+    """Start a stage in its own process and kill -9 it once it has done `at_step` steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "btx", "work", str(run.path), stage], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 60
+    while (last_metrics(run.folder(stage) / "metrics.jsonl") or {"step": 0})["step"] < at_step:
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize(("stage", "needs"), [
+    ("seed", ["data"]),
+    ("finetune", ["data", "seed", "train/birds", "train/tools", "mix"]),
+])  # fmt: skip
+def test_a_resumed_run_is_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, needs: list[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the number of threads decides the last bits
+    whole, _ = run_here(pico_recipe(tmp_path, "whole"), [*needs, stage])
+    killed, _ = run_here(pico_recipe(tmp_path, "killed"), needs)
+    kill_while_training(killed, stage, 2)
+    kill_while_training(killed, stage, 5)
+    assert not (killed.folder(stage) / "done.json").exists()
+    _, lines = run_here(killed.recipe, [stage])
+    assert any("resumed after step" in line for line in lines), lines
+    one, two = (load_file(run.model(stage) / "model.safetensors") for run in (whole, killed))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+    losses = [[line.split('"loss": ')[1].split(",")[0] for line in (run.folder(stage) / "metrics.jsonl").open()]
+              for run in (whole, killed)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_saves_and_the_next_call_continues(tmp_path: Path) -> None:
+    run, _ = run_here(pico_recipe(tmp_path, "run", "seed_model.train.tokens=256000", "seed_model.train.checkpoint_every=10000"), ["data"])
+    command = [sys.executable, "-m", "btx", "train", str(run.path), "seed"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while (last_metrics(run.folder("seed") / "metrics.jsonl") or {"step": 0})["step"] < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "run it again to continue" in errors
+    assert len(list((run.folder("seed") / "state").glob("step-*"))) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path)
+    run, _ = run_here(recipe, ["data"])
+    kill_while_training(run, "seed", 7)
+    checkpoints = sorted((run.folder("seed") / "state").glob("step-*"))
+    assert [path.name for path in checkpoints] == ["step-00000003", "step-00000006"]
+    weights = checkpoints[-1] / "weights.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    _, lines = run_here(recipe, ["seed"])
+    assert any("resumed after step 3 of 10" in line for line in lines), lines
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path, "run", "seed_model.train.learning_rate=1e30", "seed_model.train.warmup_steps=0",
+                         "seed_model.train.checkpoint_every=1")  # fmt: skip
+    run_here(recipe, ["data"])
+    with pytest.raises(NotFinite, match=r"step \d+: the loss is .* Last good checkpoint: .*step-"):
+        run_here(recipe, ["seed"])
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from btx import training_state
+    from btx.errors import RunFolderError
+
+    recipe = pico_recipe(tmp_path)
+    run, _ = run_here(recipe, ["data"])
+    real, calls = training_state.save_file, []
+
+    def full(tensors: object, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 3:  # the second checkpoint's optimiser state
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(training_state, "save_file", full)
+    with pytest.raises(RunFolderError, match="No space left on device"):
+        run_here(recipe, ["seed"])
+    state = run.folder("seed") / "state"
+    assert [path.name for path in state.iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    _, lines = run_here(recipe, ["seed"])
+    assert any("resumed after step 3" in line for line in lines)
+
+
+def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    import psutil
+
+    run, _ = run_here(pico_recipe(tmp_path, "run", "seed_model.train.tokens=2560000"), ["data"])
+    program = (
+        "import subprocess, sys, time\n"
+        f"job = subprocess.Popen([sys.executable, '-m', 'btx', 'work', {str(run.path)!r}, 'seed'], start_new_session=True)\n"
+        "print(job.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    job = int(parent.stdout.readline())
+    while (last_metrics(run.folder("seed") / "metrics.jsonl") or {"step": 0})["step"] < 2:
+        time.sleep(0.05)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(job) and psutil.Process(job).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,73 @@
+"""A whole run small enough for tests: a recipe over local files, and its stages run in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from btx.interrupts import Interrupts
+from btx.jobs import run_stages
+from btx.recipe import Recipe
+from btx.recipe_loading import load_recipe
+from btx.rundir import RunFolder
+
+WORDS = {
+    "birds": "heron finch owl wren kite crow swift robin nests sings flies hunts over under near the a".split(),
+    "tools": "hammer saw drill lathe plane file chisel clamp cuts bores turns holds with from into the a".split(),
+    "general": "people time year way day thing man world life hand part child and of to in is that it".split(),
+}
+
+TRAINING = {"batch_tokens": 256, "micro_batch_tokens": 128, "warmup_steps": 2, "checkpoint_every": 3}
+
+RECIPE = {
+    "rng_seed": 3,
+    "device": "cpu",
+    "data": {
+        "sequence_length": 32,
+        "domains": {"birds": "birds.jsonl", "tools": "tools.jsonl", "general": "general.jsonl"},
+    },
+    "seed_model": {
+        "config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+                   "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+                   "attention_dropout": 0.1},
+        "tokenizer": {"vocab_size": 320, "train_bytes": 50_000},
+        "train": {"tokens": 256 * 10, "learning_rate": 3e-3, **TRAINING},
+    },
+    "train": {"domains": ["birds", "tools"], "tokens": 256 * 8, "learning_rate": 2e-3, **TRAINING},
+    "finetune": {"tokens": 256 * 7, "learning_rate": 1e-3, **TRAINING},
+    "evaluate": {"tokens": 500, "tasks": {"quiz": {"path": "quiz.jsonl", "questions": 6, "max_new_tokens": 4}}},
+    "analyze": {"tokens": 300, "examples": 1},
+}  # fmt: skip
+
+
+def write_pico_recipe(folder: Path) -> Path:
+    """The recipe file, its data beside it."""
+    for domain, words in WORDS.items():
+        lines = [
+            json.dumps({"text": " ".join(words[(i * i + i * k + k * k) % len(words)] for k in range(40)) + f" {i}"})
+            for i in range(240)
+        ]
+        (folder / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    quiz = [json.dumps({"prompt": f"the {word}", "answer": "sings"}) for word in WORDS["birds"][:6]]
+    (folder / "quiz.jsonl").write_text("\n".join(quiz) + "\n", "utf-8")
+    path = folder / "pico.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False), "utf-8")
+    return path
+
+
+def pico_recipe(folder: Path, run: str = "run", *overrides: str) -> Recipe:
+    """The recipe, with its run folder in `folder`."""
+    path = folder / "pico.yaml"
+    if not path.exists():
+        write_pico_recipe(folder)
+    return load_recipe(str(path), [f"data.root={folder}", f"run={folder / run}", *overrides])
+
+
+def run_here(recipe: Recipe, stages: Sequence[str] | None = None) -> tuple[RunFolder, list[str]]:
+    """Run stages in this process, without the pipeline; returns what they logged."""
+    run, lines = RunFolder.create(recipe), []
+    run_stages(run, stages or [stage.name for stage in run.graph], Interrupts(), lines.append)
+    return run, lines

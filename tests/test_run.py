@@ -1,0 +1,187 @@
+"""A whole run: what it leaves, that it skips, notices stale stages and refuses company."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from btx.errors import RunFolderError
+from btx.folders import read_json
+from btx.graph import build_graph
+from btx.rundir import RunFolder, exclusive
+from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+
+
+def btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "btx", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run made by the command line, with its processes, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_pico_recipe(folder)
+    done = btx("run", "pico.yaml", "data.root=.", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / "pico", done.stdout
+
+
+def test_one_command_goes_from_nothing_to_a_report(finished: tuple[Path, str]) -> None:
+    run, printed = finished
+    for stage in ("data", "seed", "train/birds", "train/tools", "mix", "finetune", "evaluate", "analyze", "report"):
+        assert (run / stage / "done.json").is_file(), stage
+    assert (run / "report" / "index.html").stat().st_size > 10_000
+    assert "bits per byte" in printed
+    assert str(Path("runs") / "pico" / "report" / "index.html") in printed
+
+
+def test_results_have_the_documented_fields(finished: tuple[Path, str]) -> None:
+    models = read_json(finished[0] / "evaluate" / "results.json")["models"]
+    assert list(models) == ["seed", "expert/birds", "expert/tools", "soup", "mix", "btx"]
+    for model in models.values():
+        assert set(model["domains"]) == {"birds", "tools", "general"}
+        for measured in model["domains"].values():
+            assert {"bits_per_byte", "stderr", "tokens", "bytes"} <= measured.keys()
+        assert {"exact_match", "stderr"} <= model["tasks"]["quiz"].keys()
+        assert {"mean_bits_per_byte", "flops", "tokens", "hours", "active_params", "total_params"} <= model.keys()
+    assert models["btx"]["total_params"] > models["btx"]["active_params"] > models["seed"]["active_params"]
+    assert models["btx"]["tokens"] == 2 * 256 * 8 + 256 * 7
+
+
+def test_routing_shares_sum_to_one(finished: tuple[Path, str]) -> None:
+    routing = read_json(finished[0] / "analyze" / "routing.json")
+    assert routing["experts"] == ["birds", "tools", "generalist"]
+    for domain in routing["domains"].values():
+        assert len(domain["load"]) == routing["layers"] == 2
+        assert all(sum(layer) == pytest.approx(1.0, abs=1e-3) for layer in domain["load"])
+
+
+def test_every_step_of_finetuning_is_recorded(finished: tuple[Path, str]) -> None:
+    lines = [json.loads(line) for line in (finished[0] / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    for line in lines:
+        assert {"loss", "load_balancing", "load", "tokens_per_s", "flops", "learning_rate", "grad_norm"} <= line.keys()
+        assert all(sum(layer) == pytest.approx(1.0, abs=1e-2) for layer in line["load"])
+
+
+def test_the_model_generates_in_a_process_that_never_imports_btx(finished: tuple[Path, str]) -> None:
+    program = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"path = {str(finished[0] / 'finetune' / 'model')!r}\n"
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)\n"
+        "ids = tokenizer('the heron', return_tensors='pt')\n"
+        "out = model.generate(**ids, max_new_tokens=5, do_sample=False)\n"
+        "assert out.shape[1] > ids['input_ids'].shape[1]\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'btx']\n"
+        "print(type(model).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "MixtralForCausalLM", done.stderr
+
+
+def test_a_finished_run_is_skipped_and_says_so(finished: tuple[Path, str]) -> None:
+    run = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    again = btx("run", "pico.yaml", "data.root=.", cwd=run.parent.parent)
+    assert again.returncode == 0
+    for stage in ("seed", "train/birds", "finetune", "evaluate"):
+        assert f"{stage}: already done, skipped" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+
+def test_a_changed_recipe_names_the_stale_stages_and_why(tmp_path: Path) -> None:
+    run, _ = run_here(pico_recipe(tmp_path), ["data", "seed"])
+    changed = pico_recipe(tmp_path, "run", "seed_model.train.learning_rate=1e-3")
+    other = RunFolder(run.path, changed)
+    assert [other.state(stage) for stage in other.graph][:2] == ["done", "stale"]
+    assert other.why_stale(other.graph["seed"]) == "seed_model.train.learning_rate: 0.003 → 0.001"
+    old = (run.model("seed") / "model.safetensors").read_bytes()
+    again, lines = run_here(changed, ["data", "seed"])
+    assert any("data: already done" in line for line in lines)
+    assert any("seed: stale (seed_model.train.learning_rate" in line for line in lines)
+    assert (again.model("seed") / "model.safetensors").read_bytes() != old
+    kept = list((run.path / "stale").glob("*/seed/model/model.safetensors"))
+    assert [path.read_bytes() for path in kept] == [old]
+
+
+def test_settings_that_only_decide_speed_make_nothing_stale(tmp_path: Path) -> None:
+    hashes = [
+        {stage.name: stage.inputs for stage in build_graph(pico_recipe(tmp_path, "run", *overrides))}
+        for overrides in ([], ["train.checkpoint_every=1", "launch.jobs=1", "launch.threads=1"])
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_changed_data_are_noticed(tmp_path: Path) -> None:
+    before = build_graph(pico_recipe(tmp_path))["data"].inputs
+    with open(tmp_path / "birds.jsonl", "a") as file:
+        file.write(json.dumps({"text": "one more bird"}) + "\n")
+    assert build_graph(pico_recipe(tmp_path))["data"].inputs != before
+
+
+def test_a_stage_whose_needs_are_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="train/birds needs data, which is absent"):
+        run_here(pico_recipe(tmp_path), ["train/birds"])
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_names_the_pid(tmp_path: Path) -> None:
+    recipe = write_pico_recipe(tmp_path)
+    with exclusive(tmp_path / "runs" / "pico", "run"):
+        import os
+
+        second = btx("run", recipe, "data.root=.", cwd=tmp_path)
+        assert second.returncode == 2
+        assert f"in use by process {os.getpid()}" in second.stderr
+    assert not (tmp_path / "runs" / "pico" / "recipe.yaml").exists()
+
+
+def test_nothing_is_left_when_the_data_are_refused(tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    lines = (tmp_path / "tools.jsonl").read_text().splitlines()
+    lines[16] = "{not json"
+    (tmp_path / "tools.jsonl").write_text("\n".join(lines))
+    refused = btx("run", "pico.yaml", "data.root=.", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "tools.jsonl" in refused.stderr
+    assert "17" in refused.stderr
+    assert not (tmp_path / "runs" / "pico").exists()
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("data.domains.birds=absent.jsonl", "absent.jsonl: no such file"),
+    ("seed_model.config.model_type=gpt2", "families: llama"),
+    ("train.tokens=1e9", "epochs"),
+    ("data.domains.birds={path: birds.jsonl, text: body}", "body"),
+])  # fmt: skip
+def test_bad_input_exits_with_2_and_leaves_no_folder(tmp_path: Path, override: str, expected: str) -> None:
+    write_pico_recipe(tmp_path)
+    refused = btx("run", "pico.yaml", "data.root=.", override, cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert expected in refused.stderr
+    assert not (tmp_path / "runs" / "pico").exists()
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    from btx.errors import CheckpointError
+    from btx.preflight import preflight
+
+    (tmp_path / "nothing").mkdir()
+    recipe = pico_recipe(tmp_path, "run", "seed_model={path: " + str(tmp_path / "nothing") + "}")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        preflight(recipe)
+
+
+def test_an_existing_model_folder_is_branched_without_training_a_seed(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0] / "seed" / "model", tmp_path / "mine")
+    recipe = pico_recipe(tmp_path, "run", "seed_model={path: " + str(tmp_path / "mine") + "}")
+    run, _ = run_here(recipe, ["data", "seed", "train/birds"])
+    assert run.model("seed").resolve() == (tmp_path / "mine").resolve()
+    assert (run.model("train/birds") / "tokenizer.json").is_file()
+    assert run.done("seed")["flops"] == 0.0

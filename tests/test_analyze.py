@@ -18,7 +18,7 @@ from btx.moe import moe_blocks
 from btx.recipe import Recipe
 from btx.report_tokens import token_view
 from btx.token_texts import token_texts
-from pico_models import llama, mixtral, prepared_run, recipe, texts, tokenizer
+from tests.pico_models import llama, mixtral, prepared_run, recipe, texts, tokenizer
 
 THREE = ("train: {domains: [math]", "train: {domains: [math, general]")
 

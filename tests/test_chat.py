@@ -16,7 +16,7 @@ from btx.errors import CheckpointError, UserError
 from btx.models import load_model
 from btx.tasks import complete
 from btx.token_files import DocumentEncoder
-from pico_models import llama, mixtral, tokenizer
+from tests.pico_models import llama, mixtral, tokenizer
 
 PROMPT = "the sum of three €"
 

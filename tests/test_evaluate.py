@@ -21,7 +21,7 @@ from btx.models import load_model
 from btx.recipe import Recipe, Task
 from btx.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line, read_questions
 from btx.token_files import DocumentEncoder, write_token_file
-from pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer
+from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer
 
 MODELS = {"llama": llama, "mixtral": mixtral}
 

@@ -178,7 +178,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         preflight(recipe)
 
 
-def test_an_existing_model_folder_is_branched_without_training_a_seed(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_an_existing_model_folder_is_branched_without_training_a_seed(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
     shutil.copytree(finished[0] / "seed" / "model", tmp_path / "mine")
     recipe = pico_recipe(tmp_path, "run", "seed_model={path: " + str(tmp_path / "mine") + "}")
     run, _ = run_here(recipe, ["data", "seed", "train/birds"])

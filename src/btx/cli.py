@@ -124,7 +124,7 @@ def train(
 
 @app.command()
 def mix(
-    run_folder: Annotated[Path | None, typer.Argument(help="Run folder; or give --seed-model, --expert and -o.")] = None,
+    run_folder: Annotated[Path | None, typer.Argument(help="Run folder; or --seed-model, --expert and -o.")] = None,
     seed_model: Annotated[Path | None, typer.Option(help="Folder of the dense model that was branched.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an expert model; repeat.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,

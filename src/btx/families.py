@@ -16,6 +16,8 @@ from btx.errors import CheckpointError
 
 Config = dict[str, Any]
 
+_LAYER = "model.layers.{layer}"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -86,11 +88,11 @@ FAMILIES: dict[str, Family] = {
         dense="llama",
         moe="mixtral",
         feed_forward={
-            "model.layers.{layer}.mlp.gate_proj.weight": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-            "model.layers.{layer}.mlp.up_proj.weight": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-            "model.layers.{layer}.mlp.down_proj.weight": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+            f"{_LAYER}.mlp.gate_proj.weight": f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w1.weight",
+            f"{_LAYER}.mlp.up_proj.weight": f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w3.weight",
+            f"{_LAYER}.mlp.down_proj.weight": f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w2.weight",
         },
-        router="model.layers.{layer}.block_sparse_moe.gate.weight",
+        router=f"{_LAYER}.block_sparse_moe.gate.weight",
         moe_config=_mixtral_config,
         refuse=_refuse_llama,
     ),

@@ -47,7 +47,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise RunFolderError(f"{path}: not readable as JSON ({error}); remove the file and run the stage again") from error
+        raise RunFolderError(f"{path}: not readable as JSON ({error}); remove it and run the stage again") from error
 
 
 @contextlib.contextmanager

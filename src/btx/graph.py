@@ -91,7 +91,9 @@ def build_graph(recipe: Recipe) -> Graph:
     )  # fmt: skip
     mixed = Stage("mix", {"mix": _decisive(recipe.mix), "domains": recipe.train.domains, **rng}, (seed, *branches))
     soup = Stage("baselines/soup", {"generalist": recipe.mix.generalist}, (seed, *branches))
-    finetune = Stage("finetune", {"finetune": _decisive(recipe.finetune), "device": recipe.device, **rng}, (data, mixed))
+    finetune = Stage(
+        "finetune", {"finetune": _decisive(recipe.finetune), "device": recipe.device, **rng}, (data, mixed)
+    )
     models = (data, seed, *branches, mixed, soup, finetune)
     evaluate = Stage("evaluate", {"evaluate": _decisive(recipe.evaluate), **rng}, models)
     analyze = Stage("analyze", {"analyze": _decisive(recipe.analyze), **rng}, (data, finetune))
@@ -123,7 +125,7 @@ def _file_marks(recipe: Recipe) -> dict[str, list[int]]:
     root = Path(recipe.data.root or ".")
     patterns = [source.path for domain in recipe.data.domains.values() for source in domain.sources if source.path]
     patterns += [domain.held_out for domain in recipe.data.domains.values() if domain.held_out]
-    paths = [Path(match) for pattern in patterns for match in sorted(glob(str(root / pattern)))]
+    paths = [Path(match) for pattern in patterns for match in sorted(glob(str(root / pattern)))]  # noqa: PTH207 - patterns may be absolute
     if recipe.seed_model.path and Path(recipe.seed_model.path).is_dir():
         paths.append(Path(recipe.seed_model.path))
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]

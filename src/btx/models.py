@@ -51,13 +51,15 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     quiet_transformers()
     _refuse_broken_folder(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path), revision=revision or "main", dtype=dtype, use_safetensors=True, trust_remote_code=False,
             attn_implementation="sdpa", output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
-    wrong = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    model: PreTrainedModel = loaded[0]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, loaded[1].get(kind) or ())) for kind in kinds}
     if any(wrong.values()):
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in wrong.items() if names)
         raise CheckpointError(f"{path}: the tensors do not fit the config's class {type(model).__name__}: {found}")

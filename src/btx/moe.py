@@ -46,7 +46,7 @@ def top_k_gates(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows for the experts: x_RD[r] = x_TD[token_R[r]]. The backward pass gathers too, which is faster than scattering."""
+    """Rows for the experts: x_RD[r] = x_TD[token_R[r]]. The backward pass gathers too: faster than scattering."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ be killed at any moment and started again.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -156,7 +155,7 @@ class _Pipeline:
 
     def _start(self, stages: tuple[Stage, ...]) -> None:
         log = self.run_folder.path / "logs" / f"{stages[0].name.replace('/', '-')}.log"
-        offset = os.path.getsize(log) if log.exists() else 0
+        offset = log.stat().st_size if log.exists() else 0
         if is_running(self.run_folder, stages[0].name):
             self.display.say(f"{stages[0].name}: another process is at it; waiting for it to end")
         job = start_local(self.run_folder.path, [stage.name for stage in stages], log)

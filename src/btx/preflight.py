@@ -34,7 +34,7 @@ def _check_files(recipe: Recipe) -> None:
         if path is not None
     ] + [(f"evaluate.tasks.{name}", task.path) for name, task in recipe.evaluate.tasks.items() if task.path]
     missing = [f"{where}: {(root / path).absolute()}: no such file or folder" for where, path in wanted
-               if not glob(str(root / path))]  # fmt: skip
+               if not glob(str(root / path))]  # fmt: skip  # noqa: PTH207 - patterns may be absolute
     if missing:
         raise DataError("\n".join(missing) + "\nRelative paths start from data.root, or from the working directory.")
 

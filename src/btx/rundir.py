@@ -162,7 +162,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
     except filelock.Timeout:
         holder = owner.read_text() if owner.exists() else "unknown"
         raise RunFolderError(
-            f"{run}: {work} is in use by process {holder}; wait for it, end it, or choose another folder with run=FOLDER"
+            f"{run}: {work} is in use by process {holder}; wait for it, end it, or choose another with run=FOLDER"
         ) from None
     except OSError as error:
         raise RunFolderError(

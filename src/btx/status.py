@@ -76,7 +76,7 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            return json.loads(line)  # type: ignore[no-any-return]
+            return json.loads(line)
         except ValueError:
             continue
     return None

@@ -23,7 +23,7 @@ from btx.models import load_tokenizer, new_model, save_model
 from btx.recipe import Training
 from btx.rundir import RunFolder
 from btx.token_files import TokenFile
-from btx.training import TrainingJob, run_training, Totals
+from btx.training import Totals, TrainingJob, run_training
 from btx.training_state import keep_only_last
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
         link_seed_model(seed.path, seed.revision, folder / "model")
         run.finish(stage, tokens=0, flops=0.0, wall_s=0.0)
         return
-    assert seed.config is not None and seed.train is not None  # the schema guarantees it
+    assert seed.config is not None  # the schema guarantees both
+    assert seed.train is not None
     tokenizer = load_tokenizer(run.path / "data" / "tokenizer")
     model = new_model(
         seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,

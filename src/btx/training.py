@@ -133,8 +133,8 @@ def _step(
     facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": norm.item()}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(
-            f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights were "
-            f"not updated. Last good checkpoint: {last_checkpoint(job.folder / 'state')}. Lower "
+            f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
+            f"were not updated. Last good checkpoint: {last_checkpoint(job.folder / 'state')}. Lower "
             f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
         )
     for group in optimizer.param_groups:

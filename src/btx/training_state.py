@@ -23,7 +23,9 @@ KEPT = 2  # the last checkpoint, and the one before it in case a file of the las
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, marks: Mapping[str, Any]) -> None:
+def save_state(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, marks: Mapping[str, Any]
+) -> None:
     """Write the checkpoint of `step` finished optimiser steps and remove all but the last two.
 
     Args:

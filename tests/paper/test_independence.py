@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -86,13 +87,16 @@ def test_a_resumed_run_is_bit_identical(
     one, two = (load_file(run.model(stage) / "model.safetensors") for run in (whole, killed))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)
-    losses = [[line.split('"loss": ')[1].split(",")[0] for line in (run.folder(stage) / "metrics.jsonl").open()]
-              for run in (whole, killed)]  # fmt: skip
+    losses = [
+        [json.loads(line)["loss"] for line in (run.folder(stage) / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for run in (whole, killed)
+    ]
     assert losses[0] == losses[1]
 
 
 def test_sigterm_saves_and_the_next_call_continues(tmp_path: Path) -> None:
-    run, _ = run_here(pico_recipe(tmp_path, "run", "seed_model.train.tokens=256000", "seed_model.train.checkpoint_every=10000"), ["data"])
+    overrides = ["seed_model.train.tokens=256000", "seed_model.train.checkpoint_every=10000"]
+    run, _ = run_here(pico_recipe(tmp_path, "run", *overrides), ["data"])
     command = [sys.executable, "-m", "btx", "train", str(run.path), "seed"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while (last_metrics(run.folder("seed") / "metrics.jsonl") or {"step": 0})["step"] < 3:
@@ -154,10 +158,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkey
 def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     import psutil
 
-    run, _ = run_here(pico_recipe(tmp_path, "run", "seed_model.train.tokens=2560000"), ["data"])
+    run, _ = run_here(pico_recipe(tmp_path, "run", "seed_model.train.tokens=400000"), ["data"])
     program = (
         "import subprocess, sys, time\n"
-        f"job = subprocess.Popen([sys.executable, '-m', 'btx', 'work', {str(run.path)!r}, 'seed'], start_new_session=True)\n"
+        f"command = [sys.executable, '-m', 'btx', 'work', {str(run.path)!r}, 'seed']\n"
+        "job = subprocess.Popen(command, start_new_session=True)\n"
         "print(job.pid, flush=True)\ntime.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -170,3 +175,5 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     while psutil.pid_exists(job) and psutil.Process(job).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert not (run.folder("seed") / "done.json").exists()
+    assert list((run.folder("seed") / "state").glob("step-*"))

@@ -31,7 +31,9 @@ def logits(folder: Path, *, plain: bool = True) -> torch.Tensor:
     {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
 ])  # fmt: skip
 @pytest.mark.parametrize("plain", [True, False])
-def test_identical_experts_reproduce_the_seeds_logits(make_llama: MakeLlama, tmp_path: Path, config: dict, plain: bool) -> None:
+def test_identical_experts_reproduce_the_seeds_logits(
+    make_llama: MakeLlama, tmp_path: Path, config: dict, plain: bool
+) -> None:
     if "rope_theta" in config:
         config = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     seed = make_llama("seed", **config)
@@ -40,10 +42,14 @@ def test_identical_experts_reproduce_the_seeds_logits(make_llama: MakeLlama, tmp
 
 
 @pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_a_router_forced_to_one_expert_reproduces_that_expert(make_llama: MakeLlama, tmp_path: Path, chosen: int) -> None:
+def test_a_router_forced_to_one_expert_reproduces_that_expert(
+    make_llama: MakeLlama, tmp_path: Path, chosen: int
+) -> None:
     # Only FF weights differ, so the mean of the shared weights is the seed's and each expert survives whole.
     seed = make_llama("seed")
-    folders = {"a": branch_with_other_feed_forward(seed, tmp_path / "a", 1), "b": branch_with_other_feed_forward(seed, tmp_path / "b", 2)}
+    folders = {
+        name: branch_with_other_feed_forward(seed, tmp_path / name, number) for number, name in enumerate("ab", start=1)
+    }
     mix(seed, folders, tmp_path / "moe", top_k=1)
     model = load_model(tmp_path / "moe")
     for block in model.modules():
@@ -99,7 +105,9 @@ def test_the_mean_is_taken_in_float32_and_rounded_once() -> None:
     assert torch.equal(mean(tensors), exact)
 
 
-def test_routers_are_small_random_and_do_not_depend_on_the_global_generator(make_llama: MakeLlama, tmp_path: Path) -> None:
+def test_routers_are_small_random_and_do_not_depend_on_the_global_generator(
+    make_llama: MakeLlama, tmp_path: Path
+) -> None:
     seed = make_llama("seed", hidden_size=64)
     torch.manual_seed(1)
     mix(seed, {"a": seed}, tmp_path / "one")

@@ -94,7 +94,8 @@ def test_padding_changes_neither_loss_nor_load() -> None:
 
 
 def test_the_loss_pulls_routing_towards_balance() -> None:
-    logits = (torch.randn(256, 4, generator=torch.Generator().manual_seed(1)) + torch.tensor([2.0, 0, 0, 0])).requires_grad_()
+    noise = torch.randn(256, 4, generator=torch.Generator().manual_seed(1))
+    logits = (noise + torch.tensor([2.0, 0, 0, 0])).requires_grad_()
     loss = load_balancing_loss(routing(logits, 2))
     loss.backward()
     assert float(logits.grad[:, 0].mean()) > 0 > float(logits.grad[:, 1:].mean())

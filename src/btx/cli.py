@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from btx.recipe import Recipe
     from btx.rundir import RunFolder
 
+FILE_WIDTH = 200
+"""Columns of tables that are not printed on a terminal."""
+
 app = typer.Typer(
     name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
@@ -259,6 +262,8 @@ def _print(*renderables: Any) -> None:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:  # a file or pipe has no width: cut nothing off
+        console = Console(width=FILE_WIDTH)
     for renderable in renderables:
         console.print(renderable)
 

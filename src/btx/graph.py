@@ -67,8 +67,7 @@ class Graph:
     def jobs(self) -> list[tuple[Stage, ...]]:
         """Stages grouped into processes: short stages share one, every branch has its own."""
         return [
-            (self["data"],),
-            (self["seed"],),
+            (self["data"], self["seed"]),
             *[(branch,) for branch in self.branches],
             (self["mix"], self["baselines/soup"], self["finetune"]),
             (self["evaluate"], self["analyze"], self["report"]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 from btx.errors import BtxError
@@ -24,6 +26,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.pending: int | None = None
+        self._immediate = False
 
     def listen(self) -> Interrupts:
         """Install the handlers (main thread only)."""
@@ -35,6 +38,19 @@ class Interrupts:
         if self.pending is not None:
             os._exit(128 + number)
         self.pending = number
+        if self._immediate:
+            self.raise_if_pending("stopped; run it again to continue")
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside the block a signal raises `Interrupted` where the work stands, for work that loses nothing by it."""
+        previous = self._immediate
+        self._immediate = True
+        try:
+            self.raise_if_pending("stopped; run it again to continue")
+            yield
+        finally:
+            self._immediate = previous
 
     def raise_if_pending(self, message: str) -> None:
         """Raise `Interrupted` if a signal came."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,9 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
             if run.state(stage) == "done" and name != "report":
                 log(f"{name}: already done, skipped")
                 continue
-            WORK[name.split("/")[0]](run, stage, interrupts, log)
+            # Training saves before it stops; what the other stages have not written yet is soon made again.
+            with contextlib.nullcontext() if stage.trains else interrupts.at_once():
+                WORK[name.split("/")[0]](run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
 
 

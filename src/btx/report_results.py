@@ -176,9 +176,10 @@ def report_table(results: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     view = results_table(results)
-    table = Table(title="bits per byte (lower is better)" + (", exact match" if view.tasks else ""), title_style="bold")
+    title = "bits per byte (lower is better)" + ("; EM: exact match" if view.tasks else "")
+    table = Table(title=title, title_style="bold")
     table.add_column("model", no_wrap=True)
-    for column in (*view.domains, "mean", *view.tasks):
+    for column in (*view.domains, "mean", *(f"{task} EM" for task in view.tasks)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
         cells = (*row.domains, row.mean, *row.tasks)

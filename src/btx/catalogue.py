@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from btx.families import FAMILIES
+from btx.families import family_table
 from btx.launchers import LAUNCHERS
 from btx.recipe_loading import packaged_recipes
 
@@ -18,7 +18,7 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
     },
     "routers": lambda: {"top_k": "softmax over the k largest logits (paper, section 2.2); any k"},
     "merges": lambda: {"mean": "float32 mean of the shared weights (paper, section 2.2)"},
-    "families": lambda: {family.dense: f"mixes into {family.moe}" for family in FAMILIES.values()},
+    "families": family_table,
     "launchers": lambda: dict(LAUNCHERS),
 }
 

@@ -1,44 +1,45 @@
-"""Merge methods for shared weights, and what is measured about them: pure functions of tensors.
+"""Merge methods for shared weights: pure functions of tensors.
 
-A merge method takes the same tensor from every model and returns one. The task vector of an expert is its tensor
-minus the seed model's.
+A merge method takes the same tensor from every member (the expert models, then the generalist), and the seed model's,
+and returns one. The task vector of an expert is its tensor minus the seed model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+MergeFunction = Callable[[Sequence[Tensor], Tensor, str], Tensor]
+"""(members' values, seed model's value, tensor name) → merged value in float32 or float64; the caller casts it, once.
+The values are views of files: a merge function must not write into them."""
 
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Plain mean, accumulated in float32 and cast once (paper, section 2.2).
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge method as `mix` takes it."""
+
+    name: str
+    function: MergeFunction
+    elementwise: bool
+    """Every element of the result depends on the same element of the inputs alone. Then tensors are merged in blocks,
+    and memory does not grow with the largest tensor."""
+    description: str = ""
+
+
+def mean(values: Sequence[Tensor], start: Tensor | None = None, name: str = "") -> Tensor:
+    """Plain mean (paper, section 2.2), in float64: rounded once by the caller, it is the value nearest to the mean.
 
     Accumulating in bfloat16 instead would add 40 % to the rounding error.
     """
-    total = tensors[0].float().clone()
-    for tensor in tensors[1:]:
-        total += tensor.float()
-    return (total / len(tensors)).to(tensors[0].dtype)
+    total = values[0].to(torch.float64, copy=True)
+    for value in values[1:]:
+        total += value
+    return total.div_(len(values))
 
 
-def cosines(task_vectors: Sequence[Tensor]) -> list[list[float | None]]:
-    """Cosine between each pair of task vectors; None where a task vector is zero.
-
-    Averaging keeps what experts agree on: cosines near 1 mean that the mean loses nothing, cosines near 0 that every
-    expert keeps only 1/N of its own change.
-    """
-    flat = [vector.flatten().double() for vector in task_vectors]
-    norms = [float(vector.norm()) for vector in flat]
-    return [
-        [float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else None for b, norm_b in zip(flat, norms, strict=True)]
-        for a, norm_a in zip(flat, norms, strict=True)
-    ]
-
-
-def norm_ratio(task_vectors: Sequence[Tensor]) -> float | None:
-    """‖mean Δ‖ / mean ‖Δ‖: 1 when the experts moved alike, 1/√N when they moved apart; None when none moved."""
-    stacked = torch.stack([vector.flatten().double() for vector in task_vectors])
-    mean_norm = float(stacked.norm(dim=1).mean())
-    return float(stacked.mean(dim=0).norm()) / mean_norm if mean_norm else None
+MERGES: dict[str, Merge] = {
+    "mean": Merge("mean", mean, elementwise=True, description="mean of the shared weights (paper, section 2.2)"),
+}

@@ -1,102 +1,37 @@
 """Mix expert models into one MoE model (paper, section 2.2).
 
 In every layer the experts' FF sublayers become the experts of one MoE layer, copied bit for bit; every other weight is
-the float32 mean over the experts (the generalist included); the routers are new. Tensors are streamed one at a time.
+the mean over the experts (the generalist included); the routers are new. Tensors are streamed one at a time.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from btx import merge, router_init
-from btx.checkpoints import TensorFolder, require_finite, write_shards
+from btx import router_init
+from btx.drift import Drifts, group_of
 from btx.errors import CheckpointError
-from btx.families import Config, Family, family_of
+from btx.families import Config
 from btx.folders import atomic_folder, write_json
-from btx.models import copy_beside_weights, read_config
-
-GENERALIST = "generalist"
-
-# Values that may differ between the seed model and an expert without changing what the tensors mean.
-HARMLESS_KEYS = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
-    "attention_dropout", "pad_token_id", "name_or_path",
-}  # fmt: skip
-
-
-@dataclass
-class Drift:
-    """Inner products of the experts' task vectors, summed over the tensors of a group."""
-
-    gram_EE: Tensor
-    tensors: int = 0
-
-    def add(self, task_vectors: list[Tensor]) -> None:
-        """Take one more tensor into the group."""
-        flat_EN = torch.stack([vector.flatten().double() for vector in task_vectors])
-        self.gram_EE = self.gram_EE + flat_EN @ flat_EN.T
-        self.tensors += 1
-
-    def summary(self) -> dict[str, Any]:
-        """Cosines, norms and ‖mean Δ‖ / mean ‖Δ‖ of the group."""
-        norms_E = self.gram_EE.diagonal().sqrt()
-        E, mean_norm = len(norms_E), float(norms_E.mean())
-        pairs = [
-            float(self.gram_EE[i, j] / (norms_E[i] * norms_E[j]))
-            for i in range(E) for j in range(i) if norms_E[i] > 0 and norms_E[j] > 0
-        ]  # fmt: skip
-        return {
-            "tensors": self.tensors,
-            "task_vector_norms": norms_E.tolist(),
-            "mean_cosine": sum(pairs) / len(pairs) if pairs else None,
-            "mean_norm_ratio": float(self.gram_EE.sum().clamp(min=0).sqrt()) / E / mean_norm if mean_norm else None,
-        }
-
-
-@dataclass
-class Mixture:
-    """The models of one mix, opened, checked against each other and ready to stream."""
-
-    seed_model: Path
-    experts: dict[str, Path]
-    generalist: bool
-    config: Config
-    family: Family
-    seed_tensors: TensorFolder
-    expert_tensors: dict[str, TensorFolder]
-    origins: dict[str, Any] = field(default_factory=dict)
-    drifts: dict[str, Drift] = field(default_factory=dict)
-
-    @property
-    def members(self) -> dict[str, TensorFolder]:
-        """Everything that becomes an expert, in order: the expert models, then the generalist."""
-        return self.expert_tensors | ({GENERALIST: self.seed_tensors} if self.generalist else {})
-
-    def read(self, name: str) -> dict[str, Tensor]:
-        """One tensor from every member, checked for NaN."""
-        return {
-            member: require_finite(name, folder[name], folder.where(name)) for member, folder in self.members.items()
-        }
-
-    def task_vectors(self, name: str, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Expert minus seed model, for each expert model (the generalist's is zero and left out)."""
-        start = values[GENERALIST] if self.generalist else self.seed_tensors[name]
-        return [values[expert].float() - start.float() for expert in self.experts]
-
-    def measure(self, group: str, name: str, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Drift of one tensor; it also counts into its group."""
-        vectors = self.task_vectors(name, values)
-        drift = self.drifts.setdefault(group, Drift(torch.zeros(len(vectors), len(vectors), dtype=torch.float64)))
-        drift.add(vectors)
-        return {"cosines": merge.cosines(vectors), "mean_norm_ratio": merge.norm_ratio(vectors)}
+from btx.merge import MERGES, Merge
+from btx.mix_checks import open_checked
+from btx.mix_inputs import MixInputs
+from btx.models import copy_beside_weights
+from btx.moe_layout import (
+    ExpertsTransform,
+    RouterInit,
+    expert_tensors,
+    experts_of_layer,
+    router_tensor,
+    shared_tensor,
+    zero_tensors,
+)
+from btx.shard_writer import OutputTensor, write_shards
 
 
 def mix(
@@ -132,22 +67,33 @@ def mix(
     Raises:
         CheckpointError: the models do not fit each other or the family; all problems in one message.
     """
-    mixture = _open(seed_model, experts, generalist)
-    num_experts = len(mixture.members)
-    if not 1 <= top_k <= num_experts:
-        raise CheckpointError(f"top_k is {top_k}, but there are {num_experts} experts")
+    inputs = open_checked(seed_model, experts, generalist)
+    transform: ExpertsTransform = list
+    merge = MERGES["mean"]
+    first_layer = transform(experts_of_layer(inputs, 0))
+    names = [expert.name for expert in first_layer]
+    if not 1 <= top_k <= len(names):
+        raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
+    width = first_layer[0].gate.shape[0]
+    config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
+    router, router_origin = _random_routers(inputs, len(names), router_std, rng_seed)
+    drifts = _measure(inputs)
     with atomic_folder(output) as folder:
-        config = mixture.family.moe_config(mixture.config, num_experts, top_k)
         copy_beside_weights(seed_model, folder)
         write_json(folder / "config.json", config)
-        tensors = _mixed_tensors(mixture, router_std=router_std, rng_seed=rng_seed)
+        tensors = list(_planned(inputs, config, transform, merge, router, router_origin, drifts))
         written = write_shards(folder, tensors, max_shard_size=max_shard_size)
-        report = _record(mixture, config, written, top_k, router_std, rng_seed)
+        report = _record(inputs, names, config, top_k, merge, router_origin) | {
+            "bytes": written,
+            "tensors_by_origin": _by_origin(tensors),
+            "diagnostics": drifts.summary(),
+            "tensors": {tensor.name: tensor.origin for tensor in tensors},
+        }
         if record is None:
             write_json(folder / "mix.json", report)
     if record is not None:
         write_json(record, report)
-    for group, summary in report["diagnostics"].items():
+    for group, summary in drifts.summary().items():
         if summary["mean_cosine"] is not None:
             log(f"mix: {group}: task vectors' mean cosine {summary['mean_cosine']:.2f}, "
                 f"‖mean Δ‖ / mean ‖Δ‖ {summary['mean_norm_ratio']:.2f}")  # fmt: skip
@@ -159,133 +105,82 @@ def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, general
 
     Args and Raises: as `mix`.
     """
-    mixture = _open(seed_model, experts, generalist)
-
-    def averaged() -> Iterator[tuple[str, Tensor]]:
-        for name in mixture.seed_tensors.names:
-            yield name, merge.mean(list(mixture.read(name).values()))
-
+    inputs, merge = open_checked(seed_model, experts, generalist), MERGES["mean"]
+    tensors = []
+    for name in inputs.seed_tensors.names:
+        start = inputs.seed_tensors[name]
+        tensors.append(shared_tensor(name, inputs.values(name), start, merge, start.dtype, {}))
     with atomic_folder(output) as folder:
         copy_beside_weights(seed_model, folder)
-        write_shards(folder, averaged())
+        write_shards(folder, tensors)
 
 
-def _open(seed_model: Path, experts: Mapping[str, Path], generalist: bool) -> Mixture:
-    """Open all models and refuse, in one message, everything that does not fit."""
-    config = read_config(seed_model)
-    family = family_of(config, str(seed_model))
-    if GENERALIST in experts:
-        raise CheckpointError(f"an expert cannot be called {GENERALIST!r}: the word names the seed model's expert")
-    if len(experts) + generalist < 2:
-        raise CheckpointError("a mixture needs at least two experts; give another expert or keep the generalist")
-    problems: list[str] = []
-    seed_tensors = TensorFolder(seed_model)
-    opened: dict[str, TensorFolder] = {}
-    for name, path in experts.items():
-        try:
-            opened[name] = TensorFolder(path)
-            problems += _differences(name, path, config, read_config(path), seed_tensors, opened[name])
-        except CheckpointError as error:
-            problems.append(f"expert {name}: {error}")
-    if problems:
-        raise CheckpointError(
-            "these models cannot be mixed:\n  " + "\n  ".join(problems)
-            + f"\nEvery expert has to be branched from {seed_model} and keep its shape and tokenizer."
-        )  # fmt: skip
-    return Mixture(seed_model, dict(experts), generalist, config, family, seed_tensors, opened)
+def _random_routers(
+    inputs: MixInputs, num_experts: int, std: float, rng_seed: int
+) -> tuple[RouterInit, dict[str, Any]]:
+    """Routers of N(0, std²), and their origin for the record."""
+    hidden_size = int(inputs.config["hidden_size"])
+
+    def init(layer: int) -> torch.Tensor:
+        return router_init.random(num_experts, hidden_size, std=std, rng_seed=rng_seed, layer=layer)
+
+    return init, {"method": "random", "std": std, "rng_seed": rng_seed}
 
 
-def _differences(
-    name: str, path: Path, seed: Config, expert: Config, seed_tensors: TensorFolder, tensors: TensorFolder
-) -> list[str]:
-    """Every reason why an expert does not fit the seed model."""
-    found = [
-        f"expert {name}: {path / 'config.json'}: {key} is {expert.get(key)!r}, the seed model has {seed.get(key)!r}"
-        for key in sorted(seed.keys() | expert.keys())
-        if key not in HARMLESS_KEYS and seed.get(key) != expert.get(key)
-    ]
-    missing = [tensor for tensor in seed_tensors.names if tensor not in tensors]
-    extra = [tensor for tensor in tensors.names if tensor not in seed_tensors]
-    if missing:
-        found.append(f"expert {name}: {path}: lacks {len(missing)} tensors, first {missing[0]}")
-    if extra:
-        found.append(f"expert {name}: {path}: has {len(extra)} tensors the seed model lacks, first {extra[0]}")
-    found += [
-        f"expert {name}: {tensors.where(tensor)}: {tensor} is {tensors.shape(tensor)}, "
-        f"the seed model's is {seed_tensors.shape(tensor)}"
-        for tensor in tensors.names
-        if tensor in seed_tensors and tensors.shape(tensor) != seed_tensors.shape(tensor)
-    ][:3]
-    if _vocabulary(path) != _vocabulary(seed_tensors.folder):
-        found.append(f"expert {name}: {path / 'tokenizer.json'}: another vocabulary than the seed model's")
-    return found
+def _measure(inputs: MixInputs) -> Drifts:
+    """How far the experts have drifted, tensor by tensor."""
+    drifts = Drifts()
+    for name in inputs.seed_tensors.names:
+        group = group_of(name) if inputs.family.feed_forward_match(name) is None else "feed_forward"
+        experts = [folder[name] for folder in inputs.expert_tensors.values()]
+        drifts.add(name, group, experts, inputs.seed_tensors[name])
+    return drifts
 
 
-def _vocabulary(folder: Path) -> Any:
-    """Vocabulary and added tokens of a fast tokenizer, None if the folder has none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    tokenizer = json.loads(file.read_text("utf-8"))
-    return tokenizer.get("model", {}).get("vocab"), tokenizer.get("added_tokens")
+def _planned(
+    inputs: MixInputs,
+    config: Config,
+    transform: ExpertsTransform,
+    merge: Merge,
+    router: RouterInit,
+    router_origin: dict[str, Any],
+    drifts: Drifts,
+) -> Iterator[OutputTensor]:
+    """All tensors of the MoE model, in the order they are written."""
+    family = inputs.family
+    hidden_size = int(inputs.config["hidden_size"])
+    for layer in range(inputs.num_layers):
+        dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
+        experts = transform(experts_of_layer(inputs, layer))
+        yield from expert_tensors(family, layer, experts, dtype)
+        origin = {"from": "router_init", **router_origin}
+        yield router_tensor(family, layer, (len(experts), hidden_size), router, dtype, origin)
+        yield from zero_tensors(family, layer, config, dtype)
+    for name in inputs.shared_names:
+        start = inputs.seed_tensors[name]
+        origin = {"of": list(inputs.members), **drifts.tensors[name]}
+        yield shared_tensor(name, inputs.values(name), start, merge, start.dtype, origin)
 
 
-def _mixed_tensors(mixture: Mixture, *, router_std: float, rng_seed: int) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the MoE model in the published layout; what each came from is noted on the way."""
-    family, members = mixture.family, list(mixture.members)
-    layers: set[int] = set()
-    dtype = torch.float32
-    for name in mixture.seed_tensors.names:
-        values = mixture.read(name)
-        feed_forward = family.feed_forward_match(name)
-        if feed_forward is None:
-            drift = mixture.measure(_group(name), name, values)
-            mixture.origins[name] = {"from": "mean", "of": members, **drift}
-            yield name, merge.mean(list(values.values()))
-            continue
-        layer, pattern = feed_forward
-        layers.add(layer)
-        drift = mixture.measure("feed_forward", name, values)
-        for expert, (member, tensor) in enumerate(values.items()):
-            target = family.feed_forward[pattern].format(layer=layer, expert=expert)
-            mixture.origins[target] = {"from": "copy", "of": member, "tensor": name, **drift}
-            dtype = tensor.dtype
-            yield target, tensor
-    for layer in sorted(layers):
-        weight = router_init.random(
-            len(members), mixture.config["hidden_size"], std=router_std, rng_seed=rng_seed, layer=layer
-        )
-        target = family.router.format(layer=layer)
-        mixture.origins[target] = {"from": "router_init", "method": "random", "std": router_std, "rng_seed": rng_seed}
-        yield target, weight.to(dtype)
-
-
-def _group(name: str) -> str:
-    """The part of the model a shared tensor belongs to, for diagnostics."""
-    for mark, group in (("embed", "embeddings"), ("lm_head", "lm_head"), ("attn", "attention"), ("norm", "norms")):
-        if mark in name:
-            return group
-    return "other"
+def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        counts[tensor.origin["from"]] += 1
+    return dict(counts)
 
 
 def _record(
-    mixture: Mixture, config: Config, written: int, top_k: int, router_std: float, rng_seed: int
+    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: Merge, router_origin: dict[str, Any]
 ) -> dict[str, Any]:
-    by_kind: dict[str, int] = defaultdict(int)
-    for origin in mixture.origins.values():
-        by_kind[origin["from"]] += 1
+    """What the mix was told to do; what it did is added by the caller."""
     return {
-        "family": f"{mixture.family.dense} -> {mixture.family.moe}",
-        "experts": list(mixture.members),
-        "seed_model": str(mixture.seed_model),
-        "paths": {name: str(path) for name, path in mixture.experts.items()},
-        "generalist": mixture.generalist,
+        "family": f"{inputs.family.dense} -> {inputs.family.moe}",
+        "experts": list(names),
+        "seed_model": str(inputs.seed_model),
+        "paths": {name: str(path) for name, path in inputs.experts.items()},
+        "generalist": inputs.generalist,
         "top_k": top_k,
-        "merge": "mean",
-        "router_init": {"method": "random", "std": router_std, "rng_seed": rng_seed},
-        "bytes": written,
+        "merge": merge.name,
+        "router_init": router_origin,
         "config": config,
-        "tensors_by_origin": dict(by_kind),
-        "diagnostics": {group: drift.summary() for group, drift in mixture.drifts.items()},
-        "tensors": mixture.origins,
     }

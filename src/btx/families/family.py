@@ -1,0 +1,74 @@
+"""What a family says: where the feed-forward (FF) sublayer is in the dense class, and what the MoE class calls it.
+
+Names are patterns: `{layer}` and `{expert}` stand for numbers. The FF sublayer's tensors have roles: `gate` (F, D),
+`up` (F, D) and `down` (D, F). Every tensor that is no FF tensor is a shared weight and keeps its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+Config = dict[str, Any]
+ROLES = ("gate", "up", "down")
+
+
+def no_reason(dense: Config) -> str | None:
+    """Nothing stands against it."""
+    return None
+
+
+def nothing_extra(dense: Config) -> dict[str, tuple[int, ...]]:
+    """No extra tensors."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One dense class and the MoE class it mixes into."""
+
+    dense: str
+    """`model_type` of the dense config."""
+    moe: str
+    """`model_type` of the MoE config."""
+    feed_forward: Mapping[str, str]
+    """Role → name of the FF tensor in the dense layer."""
+    experts: Mapping[str, tuple[str, ...]]
+    """Published name → the roles laid into it one after another (rows). With `{expert}` in the name it is one expert's
+    tensor; without, the tensors of all experts are stacked to (E, rows, columns)."""
+    router: str
+    """Published name of a layer's router, (E, D)."""
+    moe_config: Callable[[Config, int, int], Config]
+    """(dense config, num_experts, top_k) → MoE config. The experts' width is the dense config's `intermediate_size`."""
+    refuse: Callable[[Config], str | None] = no_reason
+    """Why this dense config cannot be expressed in the MoE class, or None."""
+    zeros: Callable[[Config], dict[str, tuple[int, ...]]] = nothing_extra
+    """(MoE config) → tensors of a layer that the MoE class has and the dense class lacks: they are zero."""
+    fused: Callable[[Config], dict[str, dict[str, int]]] = field(default=lambda dense: {})
+    """(dense config) → fused tensor → the tensors it consists of, with their numbers of rows, in order."""
+    exact: str = "base"
+    """Variants that are exact: what the MoE of identical experts computes is what the dense model computes."""
+    notes: str = ""
+    """What else to know."""
+
+    def feed_forward_match(self, name: str) -> tuple[int, str] | None:
+        """(layer, role) if the dense tensor `name`, fused or not, belongs to an FF sublayer, else None."""
+        for role, pattern in self.feed_forward.items():
+            found = match(pattern, name)
+            if found is not None:
+                return found, role
+        return None
+
+
+def match(pattern: str, name: str) -> int | None:
+    """The layer number if `name` is `pattern` in some layer, else None."""
+    found = _regex(pattern).fullmatch(name)
+    return int(found.group(1)) if found else None
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\{layer\}", r"(\d+)"))

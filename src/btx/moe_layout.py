@@ -1,0 +1,97 @@
+"""The tensors of the MoE model in the published layout, planned from those of the dense models; nothing is read here.
+
+Layer by layer: the experts, the router, the zero tensors that the MoE class wants; then the shared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btx.families import Config, Family
+from btx.lazy_tensors import Computed, Elementwise, FileTensor, LazyTensor, cast, zeros
+from btx.merge import Merge
+from btx.mix_inputs import MixInputs
+from btx.shard_writer import OutputTensor
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of one layer: a dense model's FF sublayer, or what a transformation made of some."""
+
+    name: str
+    """The expert model it comes from; of a part, with the part: `math/0`."""
+    gate: LazyTensor
+    """(F, D)"""
+    up: LazyTensor
+    """(F, D)"""
+    down: LazyTensor
+    """(D, F)"""
+    origin: Mapping[str, Any]
+    """What it came from, for the record."""
+
+
+ExpertsTransform = Callable[[list[Expert]], list[Expert]]
+"""The experts of a layer → the experts of its MoE layer: splitting, blending, copies. Same number in every layer."""
+
+RouterInit = Callable[[int], Tensor]
+"""Layer → router weight (E, D), float32."""
+
+
+def experts_of_layer(inputs: MixInputs, layer: int) -> list[Expert]:
+    """The FF sublayers of all members, as they are."""
+    names = {role: pattern.format(layer=layer) for role, pattern in inputs.family.feed_forward.items()}
+    return [
+        Expert(member, **{role: folder[name] for role, name in names.items()}, origin={"from": "copy", "of": member})
+        for member, folder in inputs.members.items()
+    ]
+
+
+def expert_tensors(family: Family, layer: int, experts: Sequence[Expert], dtype: torch.dtype) -> Iterator[OutputTensor]:
+    """The experts of one layer under their published names."""
+    for pattern, roles in family.experts.items():
+        parts = [[cast(getattr(expert, role), dtype) for role in roles] for expert in experts]
+        rows, columns = sum(part.shape[0] for part in parts[0]), parts[0][0].shape[1]
+        if "{expert}" in pattern:
+            for number, (expert, own) in enumerate(zip(experts, parts, strict=True)):
+                origin = {**expert.origin, "roles": list(roles)}
+                yield OutputTensor(pattern.format(layer=layer, expert=number), (rows, columns), dtype, own, origin)
+        else:
+            origin = {"from": "stack", "experts": [dict(expert.origin) for expert in experts], "roles": list(roles)}
+            stacked = [part for own in parts for part in own]
+            yield OutputTensor(pattern.format(layer=layer), (len(experts), rows, columns), dtype, stacked, origin)
+
+
+def router_tensor(
+    family: Family, layer: int, shape: tuple[int, int], init: RouterInit, dtype: torch.dtype, origin: dict[str, Any]
+) -> OutputTensor:
+    """A layer's router."""
+    weight = Computed(shape, dtype, lambda: init(layer))
+    return OutputTensor(family.router.format(layer=layer), shape, dtype, [weight], origin)
+
+
+def zero_tensors(family: Family, layer: int, config: Config, dtype: torch.dtype) -> Iterator[OutputTensor]:
+    """What the MoE class has and the dense class lacks, so that it adds nothing."""
+    for pattern, shape in family.zeros(config).items():
+        yield OutputTensor(pattern.format(layer=layer), shape, dtype, [zeros(shape, dtype)], {"from": "zeros"})
+
+
+def shared_tensor(
+    name: str, values: Sequence[FileTensor], start: FileTensor, merge: Merge, dtype: torch.dtype, origin: dict[str, Any]
+) -> OutputTensor:
+    """One shared weight, merged."""
+    merged: LazyTensor
+    if merge.elementwise:
+        merged = Elementwise(
+            start.shape, dtype, [*values, start],
+            lambda blocks: merge.function(blocks[:-1], blocks[-1], name),
+        )  # fmt: skip
+    else:
+        merged = Computed(
+            start.shape, dtype, lambda: merge.function([value.load() for value in values], start.load(), name)
+        )
+    return OutputTensor(name, start.shape, dtype, [merged], {"from": merge.name, **origin})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from btx.balancing import sparse_gates
 from btx.errors import CheckpointError, UserError
+from btx.kv_cache import cache_arguments, new_cache
 from btx.models import load_model, load_tokenizer
 from btx.moe import moe_blocks
 from btx.token_files import DocumentEncoder
@@ -114,14 +115,12 @@ def complete_token_by_token(
     Experts are those that read the token, so a new token comes with the forward pass after the one that chose it.
     """
     texts = TokenTexts(tokenizer)
-    new_ids, cache = list(prompt), None
+    new_ids, arguments = list(prompt), cache_arguments(model, new_cache(model))
     shown = 0
     for made in range(max_new_tokens + 1):
         output = cast(Any, model)(
-            input_ids=torch.tensor([new_ids], device=model.device), past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache = output.past_key_values
+            input_ids=torch.tensor([new_ids], device=model.device), logits_to_keep=1, **arguments
+        )
         pairs = top_pairs(model, len(new_ids))
         for token, pair in zip(new_ids, pairs, strict=True):
             if shown:

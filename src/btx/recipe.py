@@ -312,7 +312,8 @@ class Recipe(Section):
         ):
             for name in names:
                 if name not in known:
-                    raise ValueError(f"{where} names {name!r}; data.domains has only: {', '.join(sorted(known))}")
+                    there = ", ".join(sorted(known))
+                    raise ValueError(f"{where} names {name!r}, which is not in data.domains: {there}")
         if len(set(self.train.domains)) != len(self.train.domains):
             raise ValueError(f"train.domains names a domain twice: {self.train.domains}")
         if "seed" in known:

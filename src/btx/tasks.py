@@ -19,6 +19,7 @@ import torch
 from btx import domains
 from btx.domains import Question
 from btx.errors import DataError
+from btx.kv_cache import cache_arguments, new_cache
 from btx.token_files import DocumentEncoder
 
 if TYPE_CHECKING:
@@ -198,13 +199,13 @@ def _greedy(
     mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
     new_ids: list[list[int]] = [[] for _ in prompts]
-    running, cache = list(range(len(prompts))), None
+    running, cache = list(range(len(prompts))), new_cache(model)
+    arguments = cache_arguments(model, cache)
     while True:
         output = cast(Any, model)(
-            input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_ids_BS, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        next_B, cache = output.logits[:, -1].argmax(dim=-1), output.past_key_values
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_ids_BS, logits_to_keep=1, **arguments
+        )
+        next_B = output.logits[:, -1].argmax(dim=-1)
         for row, token in zip(running, next_B.tolist(), strict=True):
             new_ids[row].append(token)
         stay = [b for b, row in enumerate(running) if len(new_ids[row]) < max_new_tokens and not ends(new_ids[row])]

@@ -28,12 +28,13 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze chat evaluate finetune mix plan prepare report train",
     "pieces": (
-        "balancing branch checkpoints cost held_out losses merge mixture models moe report_charts report_results "
-        "report_tokens router_init schedule tasks token_files token_texts tokenizer training training_state"
+        "balancing branch checkpoints cost drift held_out kv_cache lazy_tensors losses merge mix_checks mix_inputs "
+        "mixture models moe moe_layout report_charts report_results report_tokens router_init schedule shard_writer "
+        "tasks token_files token_texts tokenizer training training_state"
     ),
     "plain": (
         "document_files domains errors families folders graph interrupts model_folder preflight recipe recipe_loading "
-        "recipe_overrides recipe_problems recipes rundir sources status yaml_positions"
+        "recipe_overrides recipe_docs recipe_problems recipes rundir sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

@@ -29,7 +29,7 @@ class Source(Section):
     """One place documents come from: exactly one of `path`, `hub`, `generate`, `domain`."""
 
     path: str | None = None
-    """File, folder or glob: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt (documents end at a blank line followed by
+    """File, folder or glob: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt (documents are separated by
     `document_separator`); relative to `data.root`, else to the working directory."""
     hub: str | None = None
     """Dataset name on the Hugging Face hub, or a local dataset folder that `datasets.load_dataset` reads."""
@@ -48,7 +48,8 @@ class Source(Section):
     text: str = "text"
     """Column (parquet, hub) or key (JSONL) that holds the document."""
     document_separator: str = "\n\n\n"
-    """In .txt files: the text between two documents."""
+    """In .txt files: the text between two documents, two blank lines if not said otherwise; empty: a file is one
+    document."""
     max_bytes: PositiveInt | None = None
     """Stop after this many bytes of UTF-8 text (train and held-out together)."""
     weight: Weight = 1.0

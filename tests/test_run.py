@@ -151,7 +151,7 @@ def test_nothing_is_left_when_the_data_are_refused(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "tools.jsonl" in refused.stderr
     assert "17" in refused.stderr
-    assert not (tmp_path / "runs" / "pico").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("override", "expected"), [
@@ -165,7 +165,7 @@ def test_bad_input_exits_with_2_and_leaves_no_folder(tmp_path: Path, override: s
     refused = btx("run", "pico.yaml", "data.root=.", override, cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert expected in refused.stderr
-    assert not (tmp_path / "runs" / "pico").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

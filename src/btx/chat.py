@@ -82,6 +82,35 @@ def chat(
         console.print()
 
 
+def completion(
+    model_path: Path, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, rng_seed: int = 0
+) -> dict[str, Any]:
+    """A completion as a JSON value: {"prompt", "completion", "experts": names or null, "tokens"}.
+
+    Each of `tokens` is {"text", "experts": [names of the two with the most gate weight], "from_prompt"}, prompt's and
+    completion's in order.
+
+    Args and Raises: as `chat`.
+    """
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
+    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    cast(nn.Module, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    names = _expert_names(model_path, model) if moe_blocks(model) else None
+    choose = pick(temperature, torch.Generator().manual_seed(rng_seed))
+    shown = list(complete_token_by_token(model, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens, choose))
+    return {
+        "prompt": prompt,
+        "completion": "".join(token.text for token in shown if not token.from_prompt),
+        "experts": names,
+        "tokens": [
+            {"text": token.text, "experts": [names[i] for i in token.pair] if names else [],
+             "from_prompt": token.from_prompt}
+            for token in shown
+        ],
+    }  # fmt: skip
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokens of a prompt: as the chat template says where there is one, else like a document's start.
 

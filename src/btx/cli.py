@@ -32,12 +32,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Run the command line; errors become one message and exit code 1, or 2 for the user's mistake."""
     try:
-        app()
+        app(prog_name="btx")  # also when it was started with python -m btx
     except BtxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from btx import __version__
+
+        typer.echo(f"btx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options of btx itself."""
 
 
 @app.command()
@@ -106,8 +123,9 @@ def cp(recipe: str, target: Path) -> None:
     """Copy a packaged recipe to edit it: btx cp demo my.yaml."""
     from btx.recipe_loading import copy_recipe
 
+    copied = target / f"{recipe}.yaml" if target.is_dir() else target
     copy_recipe(recipe, target)
-    typer.echo(f"copied {recipe}; edit it, then: btx plan {target}")
+    typer.echo(f"copied {recipe}; edit it, then: btx plan {copied}")
 
 
 @app.command()
@@ -179,11 +197,12 @@ def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def report(run_folder: RunArgument) -> None:
+def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """Write the run's report, whatever stage it has reached."""
     from btx.report import write_report
 
-    typer.echo(write_report(_run(run_folder).path))
+    path = write_report(_run(run_folder).path)
+    _print_json({"report": str(path)}) if as_json else typer.echo(path)
 
 
 @app.command()
@@ -194,11 +213,19 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Complete text with a run's model, or any model folder."""
     from btx.chat import chat as start_chat
+    from btx.chat import completion
 
     path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    if as_json:
+        if prompt is None:
+            raise UserError("btx chat --json needs --prompt TEXT")
+        _print_json(completion(path, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+                               rng_seed=rng_seed))  # fmt: skip
+        return
     start_chat(path, prompt=prompt, show_experts=show_experts, max_new_tokens=max_new_tokens, temperature=temperature,
                rng_seed=rng_seed)  # fmt: skip
 

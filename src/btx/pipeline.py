@@ -41,7 +41,8 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, display: Display | N
     """
     preflight(recipe)
     path = Path(recipe.run_folder)
-    is_new = not path.exists()
+    _wanted(RunFolder(path, recipe), until)  # refused before anything is written
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     interrupts = Interrupts().listen()
     try:
         with exclusive(path, "run"):
@@ -50,9 +51,11 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, display: Display | N
                 _Pipeline(run, shown, interrupts).run(_wanted(run, until))
             return run
     except UserError:
-        if is_new and not (path / "seed").exists():
+        if path in new and not (path / "seed").exists():
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
+                for parent in new[1:]:
+                    parent.rmdir()
         raise
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from btx.cost import ModelCost, config_cost
+from btx.errors import CheckpointError, RecipeError
 from btx.families import family_of
 from btx.graph import build_graph
 from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
 from btx.model_folder import check_model_folder
 from btx.recipe import Recipe, Training
+from btx.recipe_problems import did_you_mean
 from btx.rundir import RunFolder
 
 FLOPS_FORMULA = (
@@ -24,7 +26,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """The cost of every stage. Reads configs only; writes and trains nothing.
 
     Returns:
-        {"name", "run", "formula", "models": {"seed", "btx"}, "stages": [...], "totals"}.
+        {"name", "run", "formula", "models": {"seed", "btx"}, "stages": [...], "totals"}. The total memory is that of
+        the branches trained at the same time, or of the largest other stage.
+
+    Raises:
+        RecipeError: `seed_model.config` has a key that its class does not know.
+        CheckpointError: no such seed model, or one that cannot be built or mixed.
     """
     dense = _dense_config(recipe)
     family = family_of(dense, "seed model")
@@ -47,27 +54,49 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "totals": {
             "tokens": sum(row["tokens"] for row in stages),
             "flops": sum(row["flops"] for row in stages),
-            "memory_bytes": max(row["memory_bytes"] for row in stages),
+            "memory_bytes": max(_memory_at_once(recipe, stages), *(row["memory_bytes"] for row in stages)),
             "disk_bytes": sum(row["disk_bytes"] for row in stages),
         },
     }
 
 
+def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
+    """Memory of the branches that train at the same time on this machine."""
+    branches = [row["memory_bytes"] for row in stages if row["stage"].startswith("train/")]
+    return sum(branches[: recipe.launch.jobs or len(branches)])
+
+
 def _dense_config(recipe: Recipe) -> dict[str, Any]:
     """Config of the seed model, completed with its class's defaults."""
-    from transformers import AutoConfig
-
     from btx.models import read_config
 
     seed = recipe.seed_model
     if seed.config is not None:
-        values = {key: value for key, value in seed.config.items() if key != "model_type"}
-        built = AutoConfig.for_model(seed.config["model_type"], **({"vocab_size": seed.tokenizer.vocab_size} | values))
-        return built.to_dict()
+        return _config_from_scratch(seed.config, seed.tokenizer.vocab_size)
     assert seed.path is not None  # the schema guarantees it
     if Path(seed.path).is_dir():
         check_model_folder(Path(seed.path))
     return read_config(seed.path, revision=seed.revision)
+
+
+# Keys of older configs that transformers still takes, though its config classes no longer have them.
+_OLDER_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
+
+
+def _config_from_scratch(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """`seed_model.config` as transformers completes it; a misspelt key, which transformers would keep, is refused."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        known = AutoConfig.for_model(config["model_type"]).to_dict().keys() | _OLDER_KEYS
+        built = AutoConfig.for_model(config["model_type"], **({"vocab_size": vocab_size} | values))
+    except Exception as error:  # each config class has checks, and errors, of its own
+        raise CheckpointError(f"seed_model.config: transformers cannot build this model: {error}") from error
+    for key in values.keys() - known:
+        hint = did_you_mean(key, known) or f"; {config['model_type']} has: {', '.join(sorted(known))}"
+        raise RecipeError(f"seed_model.config.{key}: unknown key {key!r}{hint}")
+    return built.to_dict()
 
 
 def _model(cost: ModelCost) -> dict[str, int]:

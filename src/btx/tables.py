@@ -17,7 +17,8 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
         models.add_row(name, f"{facts['total_params']:,}", f"{facts['active_params']:,}")
     stages = Table(title=f"stages, in {planned['run']}", caption=planned["formula"])
     for column in ("stage", "needs", "tokens", "FLOPs", "memory", "disk", "state"):
-        stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right")
+        stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right",
+                          no_wrap=column == "stage")  # fmt: skip
     for row in planned["stages"]:
         why = f" ({row['why_stale']})" if row.get("why_stale") else ""
         stages.add_row(
@@ -36,7 +37,7 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
     """`btx status`: one line a stage."""
     table = Table()
     for column in ("stage", "state", "step", "loss", "tokens/s", "ETA"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=column == "stage")
     for row in rows:
         step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
         eta = row["eta_s"]

@@ -1,0 +1,338 @@
+"""The command line: every command runs, reading ones print JSON, exit codes are 0, 1 and 2, nothing is written in vain.
+
+Commands are called as `btx` calls them, in this process; two real processes show that nothing is lost on the way.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from btx import __version__, cli
+from btx.catalogue import CATALOGUE
+from btx.recipe_loading import load_recipe, packaged_recipes
+from btx.rundir import RunFolder
+from tests.pico_run import pico_recipe, write_pico_recipe
+
+COMMANDS = "run plan status ls cp train mix finetune evaluate analyze report chat".split()
+
+
+@dataclass
+class Done:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+Btx = Callable[..., Done]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_signals() -> Iterator[None]:
+    """Commands install handlers of their own; the tests' come back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def call(capture: pytest.CaptureFixture[str], *arguments: str | Path) -> Done:
+    old, sys.argv = sys.argv, ["btx", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv = old
+    captured = capture.readouterr()
+    assert isinstance(code, int), code
+    return Done(code, captured.out, captured.err)
+
+
+@pytest.fixture
+def btx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Btx:
+    """btx("status", folder) → its exit code and output, of a terminal 200 characters wide."""
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: call(capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose stages up to the experts were made here, one by one, by hand."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    made = RunFolder.create(pico_recipe(folder))
+    for arguments in (["prepare"], ["train", "seed"], ["train", "tools"], ["train", "birds"]):
+        sys.argv = ["btx", arguments[0], str(made.path), *arguments[1:]]
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+    return made.path
+
+
+@pytest.fixture(scope="module")
+def finished(run: Path) -> Path:
+    """The same run, to the end."""
+    for command in ("mix", "finetune", "evaluate", "analyze", "report"):
+        sys.argv = ["btx", command, str(run)]
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+    return run
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+# What is there
+
+
+def test_help_names_every_command_in_a_real_process() -> None:
+    done = subprocess.run([sys.executable, "-m", "btx", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    named = re.findall(r"^│ (\w+) {2,}\S", done.stdout, re.MULTILINE)
+    assert set(COMMANDS) <= set(named), named
+    assert "work" not in named  # for launchers, not for people
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "prepare"])
+def test_every_command_explains_itself(btx: Btx, command: str) -> None:
+    done = btx(command, "--help")
+    assert done.code == 0
+    assert f"Usage: btx {command}" in done.out
+
+
+def test_the_version_is_the_packages(btx: Btx) -> None:
+    assert btx("--version").out == f"btx {__version__}\n"
+
+
+@pytest.mark.parametrize("what", CATALOGUE)
+def test_ls_lists_everything_there_is_to_choose_from(btx: Btx, what: str) -> None:
+    found = btx("ls", what, "--json").json()
+    assert found
+    shown = btx("ls", what).out
+    assert all(name in shown for name in found)
+
+
+# Recipes
+
+
+@pytest.fixture
+def with_its_files(tmp_path: Path, make_llama: Callable[..., Path]) -> Callable[[str], list[str]]:
+    """Tiny files where a packaged recipe wants data or a model of the user; returns the overrides that name them."""
+
+    def make(name: str) -> list[str]:
+        recipe = load_recipe(name)
+        sources = [source.path for domain in recipe.data.domains.values() for source in domain.sources]
+        wanted = [*sources, *(domain.held_out for domain in recipe.data.domains.values()),
+                  *(task.path for task in recipe.evaluate.tasks.values())]  # fmt: skip
+        for path in [tmp_path / "data" / path for path in wanted if path is not None]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = b'{"text": "a document", "prompt": "1 + 1?", "answer": "2"}\n'
+            path.write_bytes(gzip.compress(text) if path.name.endswith(".gz") else text)
+        mine = [f"seed_model.path={make_llama('mine')}"] if recipe.seed_model.path else []
+        return [f"data.root={tmp_path / 'data'}", f"run={tmp_path / 'run'}", *mine]
+
+    return make
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be_planned(
+    btx: Btx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_its_files: Callable[[str], list[str]], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert btx("cp", name, "mine.yaml").code == 0
+    opening = Path("mine.yaml").read_text("utf-8").splitlines()[:3]
+    assert [line.split()[1] for line in opening] == ["btx", "Cost:", "Expect:"]
+    assert opening[0].startswith(f"# btx run {name}")
+    overrides = with_its_files(name)
+    before = files(tmp_path)
+    planned = btx("plan", "mine.yaml", *overrides, "--json").json()
+    assert files(tmp_path) == before
+    assert planned["totals"]["tokens"] > 0
+    assert planned["totals"]["flops"] > 1e9
+    assert planned["models"]["btx"]["total_params"] > planned["models"]["seed"]["total_params"]
+    assert {"data", "seed", "mix", "finetune", "evaluate"} <= {stage["stage"] for stage in planned["stages"]}
+
+
+def test_plan_shows_recipe_models_and_stages_and_leaves_nothing(
+    btx: Btx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = btx("plan", "demo")
+    assert done.code == 0
+    assert not list(tmp_path.iterdir())
+    recipe, _, tables = done.out.partition("models of demo")
+    assert load_recipe("demo").model_dump(mode="json") == yaml.safe_load(recipe)
+    for word in ("train/knowledge", "baselines/soup", "FLOPs", "6·N", "active parameters", "absent"):
+        assert word in tables
+
+
+def test_the_memory_planned_is_that_of_all_branches_at_once(btx: Btx, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    arguments = ["plan", tmp_path / "pico.yaml", f"data.root={tmp_path}", "--json"]
+    together, alone = btx(*arguments).json(), btx(*arguments, "launch.jobs=1").json()
+    branch = next(stage["memory_bytes"] for stage in alone["stages"] if stage["stage"] == "train/birds")
+    assert together["totals"]["memory_bytes"] == max(2 * branch, alone["totals"]["memory_bytes"])
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("seed_model.config.hiden_size=32", "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+    ("seed_model.config.hidden_size=33", "transformers cannot build this model"),
+    ("seed_model.config.hidden_size=abc", "transformers cannot build this model"),
+    ("seed_model.config.model_type=gpt2", "families: "),
+])  # fmt: skip
+def test_a_seed_model_that_cannot_be_built_is_refused_when_planning(
+    btx: Btx, tmp_path: Path, override: str, expected: str
+) -> None:
+    write_pico_recipe(tmp_path)
+    refused = btx("plan", tmp_path / "pico.yaml", f"data.root={tmp_path}", override)
+    assert refused.code == 2
+    assert refused.err.startswith("error: seed_model.config")
+    assert expected in refused.err
+
+
+def test_an_unknown_key_gives_file_line_and_suggestion_and_exit_code_2(tmp_path: Path) -> None:
+    path = write_pico_recipe(tmp_path)
+    lines = path.read_text("utf-8").replace("learning_rate:", "learning_rte:", 1).splitlines()
+    path.write_text("\n".join(lines), "utf-8")
+    number = next(i for i, line in enumerate(lines, 1) if "learning_rte" in line)
+    before = files(tmp_path)
+    command = [sys.executable, "-m", "btx", "run", "pico.yaml", "data.root=."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.match(rf"error: pico\.yaml:{number}:\d+: seed_model\.train\.learning_rte: unknown key", done.stderr)
+    assert "did you mean 'learning_rate'?" in done.stderr
+    assert files(tmp_path) == before
+
+
+def test_a_copied_recipe_is_named_with_its_path(btx: Btx, tmp_path: Path) -> None:
+    assert f"btx plan {tmp_path / 'demo.yaml'}" in btx("cp", "demo", tmp_path).out
+    again = btx("cp", "demo", tmp_path)
+    assert again.code == 2
+    assert "is not overwritten" in again.err
+
+
+# Stages by hand
+
+
+def test_branches_are_trained_by_hand_in_any_order(btx: Btx, run: Path) -> None:
+    for domain in ("tools", "birds"):
+        assert (run / "train" / domain / "model" / "model.safetensors").is_file()
+        assert f"train/{domain}: already done, skipped" in btx("train", run, domain).out
+    unknown = btx("train", run, "birsd")
+    assert unknown.code == 2
+    assert "train/birds" in unknown.err
+
+
+def test_status_has_a_line_for_every_stage(btx: Btx, run: Path) -> None:
+    rows = {row["stage"]: row for row in btx("status", run, "--json").json()}
+    assert rows["seed"]["state"] == "done"
+    assert rows["seed"]["step"] == rows["seed"]["steps"] == 10
+    shown = btx("status", run).out
+    assert all(name in shown for name in rows)
+
+
+def test_status_says_which_stage_is_stale_and_why(btx: Btx, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    text = (other / "recipe.yaml").read_text("utf-8")
+    (other / "recipe.yaml").write_text(text.replace("replay: 0.1", "replay: 0.2"), "utf-8")
+    rows = {row["stage"]: row for row in btx("status", other, "--json").json()}
+    assert rows["train/birds"]["state"] == "stale"
+    assert rows["train/birds"]["why"] == "train.replay: 0.1 → 0.2"
+    assert "train.replay" in btx("status", other).out
+
+
+def test_the_stages_after_the_branches_leave_results_routing_and_report(btx: Btx, finished: Path) -> None:
+    results = btx("evaluate", finished, "--json").json()
+    assert results == json.loads((finished / "evaluate" / "results.json").read_text("utf-8"))
+    assert set(results["models"]) >= {"seed", "expert/birds", "expert/tools", "soup", "mix", "btx"}
+    assert "expert/birds" in btx("evaluate", finished).out
+    routing = btx("analyze", finished, "--json").json()
+    assert routing["experts"] == ["birds", "tools", "generalist"]
+    assert btx("analyze", finished).code == 0
+    page = btx("report", finished, "--json").json()["report"]
+    assert Path(page) == finished / "report" / "index.html"
+    assert btx("report", finished).out.strip() == page
+
+
+def test_running_a_finished_run_folder_skips_everything_and_shows_the_results(btx: Btx, finished: Path) -> None:
+    before = {path: time for path, time in files(finished).items() if path.endswith(".safetensors")}
+    done = btx("run", finished)
+    assert done.code == 0, done.err
+    assert done.out.count("already done, skipped") >= 9
+    assert "bits per byte" in done.out
+    assert {path: time for path, time in files(finished).items() if path.endswith(".safetensors")} == before
+
+
+def test_chat_completes_with_a_run_or_a_model_folder_and_names_experts_in_json(btx: Btx, finished: Path) -> None:
+    arguments = ["--prompt", "the heron", "--max-new-tokens", "4"]
+    told = btx("chat", finished, *arguments, "--json").json()
+    assert told["experts"] == ["birds", "tools", "generalist"]
+    assert [token["text"] for token in told["tokens"] if token["from_prompt"]]
+    assert all(len(token["experts"]) in (0, 2) for token in told["tokens"])
+    assert btx("chat", finished / "finetune" / "model", *arguments).out == told["completion"] + "\n"
+    assert "birds + generalist" in btx("chat", finished, *arguments, "--show-experts").out
+    dense = btx("chat", finished / "seed" / "model", *arguments, "--json").json()
+    assert dense["experts"] is None
+    assert btx("chat", finished, "--json").code == 2
+
+
+def test_mix_works_on_any_folders(btx: Btx, finished: Path, tmp_path: Path) -> None:
+    birds, tools = (f"--expert={name}={finished / 'train' / name / 'model'}" for name in ("birds", "tools"))
+    done = btx("mix", "--seed-model", finished / "seed" / "model", birds, tools, "-o", tmp_path / "moe")
+    assert done.code == 0, done.err
+    assert "3 experts, top-2" in done.out
+    again = btx("mix", "--seed-model", finished / "seed" / "model", birds, tools, "-o", tmp_path / "moe")
+    assert again.code == 2
+    assert "exists already" in again.err
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize("arguments", [
+    ["status", "nowhere"], ["train", "nowhere", "math"], ["finetune", "nowhere"], ["evaluate", "nowhere"],
+    ["analyze", "nowhere", "--json"], ["report", "nowhere"], ["chat", "nowhere", "--prompt", "x"], ["mix", "nowhere"],
+    ["mix"], ["mix", "--seed-model", "s", "--expert", "a", "-o", "x"], ["ls", "nothing"], ["cp", "dmo", "x.yaml"],
+    ["run", "dmo"], ["plan", "demo", "mix.top_k=9"], ["run", "demo", "--until", "dinner"], ["frobnicate"], ["run"],
+])  # fmt: skip
+def test_the_users_mistakes_exit_with_2_and_one_message_and_write_nothing(
+    btx: Btx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = btx(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_exits_with_1(btx: Btx, run: Path, tmp_path: Path) -> None:
+    source = run.parent  # its data are prepared already
+    hot = ["seed_model.train.learning_rate=1e30", "seed_model.train.warmup_steps=0"]
+    other = RunFolder.create(load_recipe(str(source / "pico.yaml"), [f"data.root={source}", f"run={tmp_path}/r", *hot]))
+    shutil.copytree(run / "data", other.folder("data"))
+    failed = btx("train", other.path, "seed")
+    assert failed.code == 1
+    assert re.search(r"error: step \d+: the loss is .* Last good checkpoint: ", failed.err)

@@ -68,7 +68,7 @@ def solution_of_system(sum, difference):
 
 
 ANSWERS = {
-    "addition": lambda a, b: sympy.Integer(a) + b,
+    "addition": lambda a, b, c: sympy.Integer(a) + b + c,
     "subtraction": lambda a, b: sympy.Integer(a) - b,
     "multiplication": lambda a, b: sympy.Integer(a) * b,
     "remainder": lambda a, b: sympy.Mod(a, b),
@@ -77,27 +77,17 @@ ANSWERS = {
     "largest": lambda numbers: sympy.Max(*numbers),
     "rounding": lambda n: 10 * sympy.floor(sympy.Rational(n, 10) + sympy.Rational(1, 2)),
     "place_value": lambda n, place: n // {"hundreds": 100, "tens": 10, "ones": 1}[place] % 10,
-    "number_words": in_words,
-    "simplify_fraction": lambda a, b: sympy.Rational(a, b),
     "fraction_sum": lambda a, b, d: sympy.Rational(a, d) + sympy.Rational(b, d),
     "fraction_of": lambda p, q, n: sympy.Rational(p, q) * n,
     "percent": lambda percent, n: sympy.Rational(percent, 100) * n,
     "gcd": lambda a, b: sympy.gcd(a, b),
-    "lcm": lambda a, b: sympy.lcm(a, b),
     "prime": lambda n: "yes" if sympy.isprime(n) else "no",
-    "factorisation": factors,
     "modular": lambda a, b, m: sympy.Mod(a + b, m),
-    "to_binary": lambda n: "".join(map(str, sympy.ntheory.digits(n, 2)[1:])),
-    "from_binary": lambda digits: sympy.Poly([int(d) for d in digits], x).eval(2),
     "arithmetic_sequence": next_by_difference,
-    "geometric_sequence": next_by_ratio,
-    "mean": lambda numbers: sympy.Rational(sum(numbers), len(numbers)),
     "median": lambda numbers: next(n for n in numbers if sum(m < n for m in numbers) == sum(m > n for m in numbers)),
     "choices": lambda a, b: sympy.binomial(a, 1) * sympy.binomial(b, 1),
     "linear_shift": lambda a, b: sympy.solve(x + a - b, x)[0],
     "linear": lambda a, b, c: sympy.solve(a * x + b - c, x)[0],
-    "system": solution_of_system,
-    "evaluate_polynomial": lambda a, b, **at: sympy.Poly(x**2 + a * x + b, x).eval(at["x"]),
     "perimeter": lambda a, b: sympy.Polygon((0, 0), (a, 0), (a, b), (0, b)).perimeter,
     "area": lambda a, b: sympy.Polygon((0, 0), (a, 0), (a, b), (0, b)).area,
     "triangle_area": lambda base, height: sympy.Triangle((0, 0), (base, 0), (1, height)).area,
@@ -115,7 +105,6 @@ ANSWERS = {
     "ages": lambda age, older, years: sympy.Integer(age) + older + years,
 }
 POLYNOMIALS = {
-    "derivative": lambda a, power, b: sympy.diff(a * x**power + b * x**2, x),
     "expand": lambda a, b: (x + a) * (x + b),
 }
 
@@ -189,7 +178,7 @@ def test_questions_are_about_problems_that_train_has_in_no_wording():
     by_text = {}
     stream = problems("val", 0, "questions")
     asked = questions("math", 0, 300)
-    while len(by_text) < 400:
+    while len(by_text) < 1500 and not {item.full for item in asked} <= by_text.keys():
         kind, worked = next(stream)
         by_text.setdefault(worked.text, problem_id(kind, worked))
     assert {by_text[item.full] for item in asked} & train == set()

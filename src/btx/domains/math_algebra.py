@@ -14,7 +14,7 @@ WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 
 @kind("linear_shift")
 def linear_shift(rng: random.Random) -> Worked:
-    x, a = rng.randint(1, 30), rng.randint(1, 20)
+    x, a = rng.randint(1, 9), rng.randint(1, 9)
     return Worked(
         {"a": a, "b": x + a},
         rng.choice([f"Solve x + {a} = {x + a}.", f"Find x when x + {a} = {x + a}."]),
@@ -25,53 +25,13 @@ def linear_shift(rng: random.Random) -> Worked:
 
 @kind("linear")
 def linear(rng: random.Random) -> Worked:
-    x, a, b = rng.randint(1, 9), rng.randint(2, 9), rng.randint(1, 15)
+    x, a, b = rng.randint(1, 9), rng.randint(2, 9), rng.randint(1, 9)
     c = a * x + b
     return Worked(
         {"a": a, "b": b, "c": c},
         rng.choice([f"Solve {a}x + {b} = {c}.", f"Find x when {a}x + {b} = {c}."]),
         [f"{c} - {b} = {a * x}", f"{a * x} / {a} = {x}"],
         str(x),
-    )
-
-
-@kind("system")
-def system(rng: random.Random) -> Worked:
-    x, y = rng.randint(3, 15), rng.randint(1, 12)
-    total, difference = x + y, x - y
-    return Worked(
-        {"sum": total, "difference": difference},
-        rng.choice([f"Solve x + y = {total} and x - y = {difference}.",
-                    f"Find x and y when x + y = {total} and x - y = {difference}."]),
-        [f"{total} + {difference} = {2 * x}" if difference >= 0 else f"{total} - {-difference} = {2 * x}",
-         f"{2 * x} / 2 = {x}", f"{total} - {x} = {y}"],
-        f"x = {x}, y = {y}",
-    )
-
-
-@kind("evaluate_polynomial")
-def evaluate_polynomial(rng: random.Random) -> Worked:
-    x, a, b = rng.randint(2, 9), rng.randint(1, 9), rng.randint(1, 9)
-    square = x * x
-    value = square + a * x + b
-    return Worked(
-        {"x": x, "a": a, "b": b},
-        rng.choice([f"What is x^2 + {a}x + {b} at x = {x}?", f"Evaluate x^2 + {a}x + {b} for x = {x}."]),
-        [f"{x} * {x} = {square}", f"{a} * {x} = {a * x}", f"{square} + {a * x} = {square + a * x}",
-         f"{square + a * x} + {b} = {value}"],
-        str(value),
-    )
-
-
-@kind("derivative")
-def derivative(rng: random.Random) -> Worked:
-    power, a, b = rng.randint(3, 6), rng.randint(2, 9), rng.randint(2, 9)
-    first, second = f"{a * power}x^{power - 1}", f"{2 * b}x"
-    return Worked(
-        {"a": a, "power": power, "b": b},
-        rng.choice([f"What is the derivative of {a}x^{power} + {b}x^2?", f"Differentiate {a}x^{power} + {b}x^2."]),
-        [f"{a} * {power} = {a * power}", f"{b} * 2 = {2 * b}"],
-        f"{first} + {second}",
     )
 
 
@@ -88,7 +48,7 @@ def expand(rng: random.Random) -> Worked:
 
 @kind("perimeter")
 def perimeter(rng: random.Random) -> Worked:
-    a, b = rng.randint(2, 25), rng.randint(2, 25)
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
     return Worked(
         {"a": a, "b": b},
         rng.choice([f"A rectangle has sides {a} and {b}. What is its perimeter?",
@@ -100,7 +60,7 @@ def perimeter(rng: random.Random) -> Worked:
 
 @kind("area")
 def area(rng: random.Random) -> Worked:
-    a, b = rng.randint(2, 12), rng.randint(2, 12)
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
     return Worked(
         {"a": a, "b": b},
         rng.choice([f"A rectangle has sides {a} and {b}. What is its area?",
@@ -112,7 +72,7 @@ def area(rng: random.Random) -> Worked:
 
 @kind("triangle_area")
 def triangle_area(rng: random.Random) -> Worked:
-    base, height = 2 * rng.randint(1, 9), rng.randint(2, 12)
+    base, height = 2 * rng.randint(1, 4), rng.randint(2, 9)
     return Worked(
         {"base": base, "height": height},
         rng.choice([f"A triangle has base {base} and height {height}. What is its area?",
@@ -125,7 +85,7 @@ def triangle_area(rng: random.Random) -> Worked:
 @kind("unit_conversion")
 def unit_conversion(rng: random.Random) -> Worked:
     large, small, factor = rng.choice(UNITS)
-    n = rng.randint(2, 6 if factor in (24, 60, 12) else 60 if factor in (10, 100, 1000) else 12)
+    n = rng.randint(2, 9)
     return Worked(
         {"from": large, "to": small, "n": n},
         rng.choice([f"How many {small} are {n} {large}?", f"Convert {n} {large} to {small}."]),
@@ -152,7 +112,7 @@ def clock(rng: random.Random) -> Worked:
 
 @kind("weekday")
 def weekday(rng: random.Random) -> Worked:
-    today, days = rng.randrange(7), rng.randint(1, 30)
+    today, days = rng.randrange(7), rng.randint(1, 20)
     rest = days % 7
     passing = [WEEKDAYS[(today + i) % 7] for i in range(rest + 1)]
     return Worked(

@@ -1,4 +1,4 @@
-"""The math domain: worked problems of 45 kinds, small numbers, every step written out.
+"""The math domain: worked problems of 34 kinds, small numbers, every step written out.
 
 A problem is its kind and its parameters; a tenth of all problems is held out for good, whatever the wording or the
 names in it, so val documents and questions hold no problem of train.

@@ -9,8 +9,7 @@ from btx.domains.math_registry import NAMES, THINGS, Worked, kind
 
 @kind("give_away")
 def give_away(rng: random.Random) -> Worked:
-    have, got = rng.randint(5, 30), rng.randint(2, 20)
-    gave = rng.randint(1, 9)
+    have, got, gave = rng.randint(3, 9), rng.randint(2, 9), rng.randint(1, 5)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = have + got
     return Worked(
@@ -24,7 +23,7 @@ def give_away(rng: random.Random) -> Worked:
 
 @kind("shopping")
 def shopping(rng: random.Random) -> Worked:
-    count, price = rng.randint(2, 12), rng.randint(2, 12)
+    count, price = rng.randint(2, 9), rng.randint(2, 9)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     return Worked(
         {"count": count, "price": price},
@@ -54,7 +53,7 @@ def change(rng: random.Random) -> Worked:
 
 @kind("sharing")
 def sharing(rng: random.Random) -> Worked:
-    children, each = rng.randint(2, 9), rng.randint(2, 12)
+    children, each = rng.randint(2, 9), rng.randint(2, 9)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     return Worked(
         {"total": children * each, "children": children},
@@ -67,7 +66,7 @@ def sharing(rng: random.Random) -> Worked:
 
 @kind("proportion")
 def proportion(rng: random.Random) -> Worked:
-    price = rng.randint(2, 12)
+    price = rng.randint(2, 9)
     first, second = rng.sample(range(2, 10), 2)
     thing = rng.choice(THINGS)
     return Worked(
@@ -81,7 +80,7 @@ def proportion(rng: random.Random) -> Worked:
 
 @kind("travel")
 def travel(rng: random.Random) -> Worked:
-    hours, speed = rng.randint(2, 9), rng.choice([rng.randint(2, 12), 10 * rng.randint(2, 9)])
+    hours, speed = rng.randint(2, 9), rng.randint(2, 9)
     name = rng.choice(NAMES)
     return Worked(
         {"hours": hours, "speed": speed},
@@ -94,7 +93,7 @@ def travel(rng: random.Random) -> Worked:
 
 @kind("ages")
 def ages(rng: random.Random) -> Worked:
-    age, older, years = rng.randint(3, 30), rng.randint(2, 12), rng.randint(2, 9)
+    age, older, years = rng.randint(3, 9), rng.randint(2, 9), rng.randint(2, 9)
     first, second = rng.sample(NAMES, 2)
     return Worked(
         {"age": age, "older": older, "years": years},

@@ -13,10 +13,11 @@ from btx.interrupts import Interrupted, Interrupts
 
 @pytest.fixture
 def interrupts():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield Interrupts().listen()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    before = signal.getsignal(signal.SIGTERM)
+    listening = Interrupts().listen()
+    yield listening
+    listening.unlisten()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_signal_is_remembered_until_the_work_asks(interrupts: Interrupts) -> None:

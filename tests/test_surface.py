@@ -103,7 +103,7 @@ def in_a_new_process(program: str) -> str:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(btx.__all__) == btx.__all__
-    assert {"load_recipe", "run_recipe", "plan", "mix", "soup", "load_model", "load_tokenizer", "write_report",
+    assert {"load_recipe", "run", "plan", "mix", "soup", "load_model", "load_tokenizer", "write_report",
             "BtxError", "UserError", "Recipe", "RunFolder"} <= set(btx.__all__)  # fmt: skip
     assert 10 <= len(btx.__all__) <= 20, "about 15 names: what is not for users stays in its module"
     assert dir(btx) == btx.__all__
@@ -115,6 +115,10 @@ def test_every_public_name_is_there_and_says_what_it_does(name: str) -> None:
     assert inspect.getdoc(value)
     assert value.__module__.startswith("btx.")
     assert value.__name__ == name
+
+
+def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
+    assert in_a_new_process("import btx, btx.mix, btx.plan; print(callable(btx.mix), callable(btx.plan))") == "True True"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

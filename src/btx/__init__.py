@@ -3,7 +3,7 @@
     import btx
 
     recipe = btx.load_recipe("demo")
-    run = btx.run_recipe(recipe)                       # everything, from nothing to a report
+    run = btx.run(recipe)                              # everything, from nothing to a report
     btx.mix(seed, {"math": math, "code": code}, out)   # or one step, on anybody's checkpoints
     model = btx.load_model(out)
 
@@ -13,6 +13,8 @@ Names are imported when they are used, so that `import btx` costs nothing.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from btx.mix import mix, soup
     from btx.models import load_model, load_tokenizer
     from btx.moe import MoE, top_k_gates
-    from btx.pipeline import run_recipe
+    from btx.pipeline import run
     from btx.plan import plan
     from btx.recipe import Recipe
     from btx.recipe_loading import load_recipe
@@ -42,7 +44,7 @@ _HOME = {
     "load_tokenizer": "btx.models",
     "mix": "btx.mix",
     "plan": "btx.plan",
-    "run_recipe": "btx.pipeline",
+    "run": "btx.pipeline",
     "soup": "btx.mix",
     "top_k_gates": "btx.moe",
     "write_report": "btx.report",
@@ -60,7 +62,7 @@ __all__ = [
     "load_tokenizer",
     "mix",
     "plan",
-    "run_recipe",
+    "run",
     "soup",
     "top_k_gates",
     "write_report",
@@ -75,3 +77,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Importing the submodule `btx.mix` would put it over the function `btx.mix`; the public name is the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

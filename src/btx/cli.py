@@ -64,7 +64,7 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage: seed, train, mix, finetune, ...")] = None,
 ) -> None:
     """Everything, from nothing to a report. Run it again and it continues."""
-    from btx.pipeline import run_recipe
+    from btx.pipeline import run as run_recipe
 
     finished = run_recipe(_recipe(recipe, overrides), until=until)
     _print_results(finished)

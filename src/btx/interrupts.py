@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from btx.errors import BtxError
 
@@ -27,12 +28,19 @@ class Interrupts:
     def __init__(self) -> None:
         self.pending: int | None = None
         self._immediate = False
+        self._before: dict[int, Any] = {}
 
     def listen(self) -> Interrupts:
         """Install the handlers (main thread only)."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._note)
         return self
+
+    def unlisten(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.pending is not None:

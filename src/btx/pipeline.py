@@ -26,7 +26,7 @@ from btx.status import is_running, stage_status
 POLL_S = 0.3
 
 
-def run_recipe(recipe: Recipe, *, until: str | None = None, display: Display | None = None) -> RunFolder:
+def run(recipe: Recipe, *, until: str | None = None, display: Display | None = None) -> RunFolder:
     """Everything from nothing to the report; run again, it continues where it stopped.
 
     Args:
@@ -46,10 +46,10 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, display: Display | N
     interrupts = Interrupts().listen()
     try:
         with exclusive(path, "run"):
-            run = RunFolder.create(recipe)
+            made = RunFolder.create(recipe)
             with display or Display() as shown:
-                _Pipeline(run, shown, interrupts).run(_wanted(run, until))
-            return run
+                _Pipeline(made, shown, interrupts).run(_wanted(made, until))
+            return made
     except UserError:
         if path in new and not (path / "seed").exists():
             with contextlib.suppress(OSError):
@@ -57,6 +57,8 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, display: Display | N
                 for parent in new[1:]:
                     parent.rmdir()
         raise
+    finally:
+        interrupts.unlisten()
 
 
 def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
@@ -98,7 +100,7 @@ class _Running:
 
 
 class _Pipeline:
-    """One call of `run_recipe`."""
+    """One call of `run`."""
 
     def __init__(self, run: RunFolder, display: Display, interrupts: Interrupts) -> None:
         self.run_folder = run

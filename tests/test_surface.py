@@ -118,7 +118,8 @@ def test_every_public_name_is_there_and_says_what_it_does(name: str) -> None:
 
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    assert in_a_new_process("import btx, btx.mix, btx.plan; print(callable(btx.mix), callable(btx.plan))") == "True True"
+    program = "import btx, btx.mix, btx.plan; print(callable(btx.mix), callable(btx.plan))"
+    assert in_a_new_process(program) == "True True"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

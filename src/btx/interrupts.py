@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 from btx.errors import BtxError
@@ -40,6 +42,21 @@ class Interrupts:
         """Raise `Interrupted` if a signal came."""
         if self.pending is not None:
             raise Interrupted(message, self.pending)
+
+
+@contextlib.contextmanager
+def ending_at_once(message: str) -> Iterator[None]:
+    """Raise `Interrupted` from the block at the first SIGINT or SIGTERM, so that it cleans up (main thread only)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(message, number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_parent() -> None:

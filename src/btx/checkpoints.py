@@ -23,18 +23,25 @@ DTYPES = {
 class TensorFolder:
     """The tensors of a model folder, read lazily by name.
 
+    Args:
+        folder: as `save_pretrained` writes it.
+        who: whose tensors these are, for messages found while they are read.
+
     Raises:
         CheckpointError: no safetensors, a missing, empty or truncated shard, an index that names absent tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, who: str = "model") -> None:
         self.folder = folder
+        self.who = who
         self._tensors: dict[str, FileTensor] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._open_index(index)
-        elif (folder / ONE_FILE).is_file():
+        self.file = folder / ONE_FILE
+        """The file that says which tensors there are, for messages."""
+        if self.file.is_file():  # transformers too looks for the single file first
             self._open(ONE_FILE)
+        elif (folder / INDEX).is_file():
+            self.file = folder / INDEX
+            self._open_index(self.file)
         else:
             raise CheckpointError(f"{folder}: no weights: neither {ONE_FILE} nor {INDEX}")
 
@@ -52,6 +59,10 @@ class TensorFolder:
     def where(self, name: str) -> str:
         """File a tensor lies in, for messages."""
         return self._tensors[name].file
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor out."""
+        del self._tensors[name]
 
     def split(self, name: str, parts: dict[str, int]) -> None:
         """Replace a fused tensor by the tensors it consists of: name → number of rows, in order."""
@@ -78,7 +89,8 @@ class TensorFolder:
             if name not in self._tensors or self._tensors[name].file != str(self.folder / file)
         )  # fmt: skip
         if absent:
-            raise CheckpointError(f"{index}: names tensors that their shard does not hold: {', '.join(absent[:5])}")
+            named = ", ".join(f"{name} ({listed[name]})" for name in absent[:5])
+            raise CheckpointError(f"{index}: names tensors that their shard does not hold: {named}")
 
     def _open(self, file: str) -> None:
         path = self.folder / file
@@ -98,6 +110,6 @@ class TensorFolder:
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}")
             self._tensors[name] = FileTensor(
-                name, str(path), tuple(entry["shape"]), DTYPES[entry["dtype"]], mapped,
+                self.who, name, str(path), tuple(entry["shape"]), DTYPES[entry["dtype"]], mapped,
                 8 + header_bytes + entry["data_offsets"][0],
             )  # fmt: skip

@@ -153,6 +153,11 @@ def mix(
     generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
     router_std: Annotated[float, typer.Option(help="Standard deviation of the new routers.")] = 0.02,
     rng_seed: Annotated[int, typer.Option(help="Random number seed of the new routers.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the seed's.")] = None,
+    tokenizer_from: Annotated[
+        str | None, typer.Option(help="Expert, `seed` or folder whose tokenizer to take; vocabularies may then differ.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")] = "5GB",
 ) -> None:
     """Mix expert models into one MoE model: of a run, or any folders."""
     if run_folder is not None:
@@ -162,13 +167,15 @@ def mix(
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, --expert NAME=FOLDER ... and -o FOLDER")
     if output.exists():
         raise UserError(f"{output}: exists already; choose another folder or remove it")
+    from btx.interrupts import ending_at_once
     from btx.mix import mix as mix_models
 
     experts = _named_folders(expert)
-    record = mix_models(
-        seed_model, experts, output, top_k=top_k, generalist=generalist, router_std=router_std, rng_seed=rng_seed,
-        log=typer.echo,
-    )  # fmt: skip
+    with ending_at_once(f"stopped; nothing was written to {output}"):
+        record = mix_models(
+            seed_model, experts, output, top_k=top_k, generalist=generalist, router_std=router_std, rng_seed=rng_seed,
+            dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size, log=typer.echo,
+        )  # fmt: skip
     typer.echo(f"{output}: {len(record['experts'])} experts, top-{top_k}, {record['bytes'] / 1e6:.1f} MB")
 
 

@@ -66,6 +66,21 @@ class Interrupts:
             raise Interrupted(message, self.pending)
 
 
+@contextlib.contextmanager
+def ending_at_once(message: str) -> Iterator[None]:
+    """Raise `Interrupted` from the block at the first SIGINT or SIGTERM, so that it cleans up (main thread only)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(message, number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end_with_parent() -> None:
     """Send SIGTERM to this process when its parent is gone, so that a killed run leaves no jobs behind.
 

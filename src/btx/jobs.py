@@ -78,7 +78,9 @@ def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None
     mix(
         run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
         folder / "model", record=folder / "mix.json", generalist=settings.generalist, top_k=settings.top_k,
-        router_std=settings.router_std, rng_seed=run.recipe.rng_seed, log=log,
+        router_std=settings.router_std, rng_seed=run.recipe.rng_seed, dtype=settings.dtype,
+        tokenizer_from=settings.tokenizer_from, max_shard_size=settings.max_shard_size, log=log,
+        progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
     )  # fmt: skip
     run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 

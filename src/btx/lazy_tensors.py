@@ -63,6 +63,8 @@ class LazyTensor(ABC):
 class FileTensor(LazyTensor):
     """A tensor, or some of its rows, in a mapped safetensors file."""
 
+    who: str
+    """Whose it is, for messages: `expert math`."""
     name: str
     file: str
     shape: tuple[int, ...]
@@ -81,7 +83,9 @@ class FileTensor(LazyTensor):
         """Elements [start, stop), refused if one is NaN or infinite."""
         block = self.flat(start, stop)
         if not is_finite(block):
-            raise CheckpointError(f"{self.file}: tensor {self.name} holds NaN or infinity; this model cannot be mixed")
+            raise CheckpointError(
+                f"{self.who}: {self.file}: tensor {self.name} holds NaN or infinity; this model cannot be mixed"
+            )
         return block
 
     def blocks(self) -> Iterator[Tensor]:
@@ -131,11 +135,13 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Computed:
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """The same values in another type; the same object if the type is already right."""
+    """The same values in another type, rounded once; the same object if the type is already right."""
     if tensor.dtype == dtype:
         return tensor
     if isinstance(tensor, FileTensor):
         return Elementwise(tensor.shape, dtype, [tensor], lambda values: values[0])
+    if isinstance(tensor, Elementwise | Computed):  # what is computed is exact until it is rounded to the type
+        return replace(tensor, dtype=dtype)
     return Computed(tensor.shape, dtype, tensor.load)
 
 

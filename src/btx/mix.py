@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from btx import router_init
+from btx.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
 from btx.drift import Drifts, group_of
 from btx.errors import CheckpointError
 from btx.families import Config
@@ -21,17 +22,19 @@ from btx.folders import atomic_folder, write_json
 from btx.merge import MERGES, Merge
 from btx.mix_checks import open_checked
 from btx.mix_inputs import MixInputs
-from btx.models import copy_beside_weights
 from btx.moe_layout import (
     ExpertsTransform,
     RouterInit,
     expert_tensors,
     experts_of_layer,
+    fused_again,
     router_tensor,
     shared_tensor,
     zero_tensors,
 )
-from btx.shard_writer import OutputTensor, write_shards
+from btx.output_types import dtype_of, in_one_type
+from btx.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
+from btx.sizes import bytes_of
 
 
 def mix(
@@ -44,7 +47,10 @@ def mix(
     top_k: int = 2,
     router_std: float = 0.02,
     rng_seed: int = 0,
-    max_shard_size: int = 5_000_000_000,
+    dtype: str | None = None,
+    tokenizer_from: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Progress = no_progress,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Mix expert models into one MoE folder that transformers loads without btx.
@@ -58,7 +64,11 @@ def mix(
         top_k: experts a token uses.
         router_std: standard deviation of the new routers.
         rng_seed: random number seed of the routers.
-        max_shard_size: bytes an output file holds at most.
+        dtype: type of all weights, `float32`, `bfloat16` or `float16`; default: the seed model's.
+        tokenizer_from: an expert's name, `seed` or a folder: whose tokenizer the output gets. Vocabularies that differ
+            are then allowed.
+        max_shard_size: size an output file has at most, in bytes or as `500MB`.
+        progress: called with bytes written and bytes in all, many times; raising stops the mix and discards the output.
         log: called with lines for the user.
 
     Returns:
@@ -66,8 +76,12 @@ def mix(
 
     Raises:
         CheckpointError: the models do not fit each other or the family; all problems in one message.
+        RunFolderError: the output does not fit on the disk.
     """
-    inputs = open_checked(seed_model, experts, generalist)
+    seed_model, experts, output = Path(seed_model), {name: Path(path) for name, path in experts.items()}, Path(output)
+    shard_bytes, forced = bytes_of(max_shard_size), dtype_of(dtype)
+    tokenizer = tokenizer_folder(tokenizer_from, seed_model, experts)
+    inputs = open_checked(seed_model, experts, generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log))
     transform: ExpertsTransform = list
     merge = MERGES["mean"]
     first_layer = transform(experts_of_layer(inputs, 0))
@@ -78,11 +92,14 @@ def mix(
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
     router, router_origin = _random_routers(inputs, len(names), router_std, rng_seed)
     drifts = _measure(inputs)
+    tensors = list(_planned(inputs, config, transform, merge, router, router_origin, drifts))
+    tensors, config = in_one_type(tensors, config, forced)
+    require_space(output, tensors)
     with atomic_folder(output) as folder:
-        copy_beside_weights(seed_model, folder)
+        copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer)
         write_json(folder / "config.json", config)
-        tensors = list(_planned(inputs, config, transform, merge, router, router_origin, drifts))
-        written = write_shards(folder, tensors, max_shard_size=max_shard_size)
+        write_generation_config(folder, config)
+        written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
         report = _record(inputs, names, config, top_k, merge, router_origin) | {
             "bytes": written,
             "tensors_by_origin": _by_origin(tensors),
@@ -106,13 +123,19 @@ def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, general
     Args and Raises: as `mix`.
     """
     inputs, merge = open_checked(seed_model, experts, generalist), MERGES["mean"]
-    tensors = []
+    tensors: list[OutputTensor] = []
     for name in inputs.seed_tensors.names:
         start = inputs.seed_tensors[name]
         tensors.append(shared_tensor(name, inputs.values(name), start, merge, start.dtype, {}))
+    require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(seed_model, folder)
-        write_shards(folder, tensors)
+        write_shards(folder, fused_again(inputs, tensors))
+
+
+def warning_to(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Warnings as lines of the log."""
+    return lambda line: log(f"mix: warning: {line}")
 
 
 def _random_routers(

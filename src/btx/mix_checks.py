@@ -2,84 +2,176 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from btx.checkpoints import TensorFolder
 from btx.errors import CheckpointError
-from btx.families import Config, family_of
+from btx.families import Config, Family, family_of
 from btx.mix_inputs import GENERALIST, MixInputs, open_tensors
-from btx.models import read_config
+from btx.models import class_tensors, config_defaults, read_config
+from btx.vocabularies import broken_json, vocabulary_difference
 
-# Values that may differ between the seed model and an expert without changing what the tensors mean.
+# What may differ between the seed model and an expert without changing what the tensors mean; the seed's are kept.
 HARMLESS_KEYS = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
-    "attention_dropout", "pad_token_id", "name_or_path",
+    "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "output_hidden_states",
+    "output_attentions", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+    "resid_pdrop", "embd_pdrop", "residual_dropout", "pretraining_tp", "model_type",
 }  # fmt: skip
+MOST_SHOWN = 5
+"""Tensors named in a line; the line says how many there are."""
 
 
-def open_checked(seed_model: Path, experts: Mapping[str, Path], generalist: bool) -> MixInputs:
+def open_checked(
+    seed_model: Path,
+    experts: Mapping[str, Path],
+    generalist: bool,
+    *,
+    any_tokenizer: bool = False,
+    warn: Callable[[str], None] = lambda line: None,
+) -> MixInputs:
     """Open all models and refuse, in one message, everything that does not fit.
+
+    Args:
+        any_tokenizer: the user has chosen the tokenizer, so vocabularies may differ.
+        warn: called with what is odd but allowed.
 
     Raises:
         CheckpointError: with a line for every problem.
     """
-    config = read_config(seed_model)
-    family = family_of(config, str(seed_model))
-    if GENERALIST in experts:
-        raise CheckpointError(f"an expert cannot be called {GENERALIST!r}: the word names the seed model's expert")
-    if len(experts) + generalist < 2:
-        raise CheckpointError("a mixture needs at least two experts; give another expert or keep the generalist")
-    problems: list[str] = []
-    seed_tensors = open_tensors(seed_model, family, config)
-    opened: dict[str, TensorFolder] = {}
-    for name, path in experts.items():
-        try:
-            expert_config = read_config(path)
-            opened[name] = open_tensors(path, family, config)
-            problems += _differences(name, path, config, expert_config, seed_tensors, opened[name])
-        except CheckpointError as error:
-            problems.append(f"expert {name}: {error}")
+    problems = _names_and_number(experts, generalist)
+    seed = _Opened.open("seed model", seed_model, problems)
+    opened = {name: _Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
+    if seed is not None:
+        for name, expert in opened.items():
+            if expert is not None:
+                problems += expert.differences(seed)
+                problems += [] if any_tokenizer else _vocabulary_problems(name, expert.folder, seed.folder, warn)
     if problems:
         raise CheckpointError(
             "these models cannot be mixed:\n  " + "\n  ".join(problems)
-            + f"\nEvery expert has to be branched from {seed_model} and keep its shape and tokenizer."
+            + f"\nEvery expert has to be branched from {seed_model} and keep its shape and tokenizer. "
+            + "Nothing was written."
         )  # fmt: skip
-    return MixInputs(seed_model, dict(experts), generalist, config, family, seed_tensors, opened)
+    assert seed is not None  # or there were problems
+    _warn_of_twins({"the seed model": seed_model, **{f"expert {name}": path for name, path in experts.items()}}, warn)
+    tensors = {name: expert.tensors for name, expert in opened.items() if expert is not None}
+    return MixInputs(seed_model, dict(experts), generalist, seed.config, seed.family, seed.tensors, tensors)
 
 
-def _differences(
-    name: str, path: Path, seed: Config, expert: Config, seed_tensors: TensorFolder, tensors: TensorFolder
-) -> list[str]:
-    """Every reason why an expert does not fit the seed model."""
-    found = [
-        f"expert {name}: {path / 'config.json'}: {key} is {expert.get(key)!r}, the seed model has {seed.get(key)!r}"
-        for key in sorted(seed.keys() | expert.keys())
-        if key not in HARMLESS_KEYS and seed.get(key) != expert.get(key)
-    ]
-    missing = [tensor for tensor in seed_tensors.names if tensor not in tensors]
-    extra = [tensor for tensor in tensors.names if tensor not in seed_tensors]
-    if missing:
-        found.append(f"expert {name}: {path}: lacks {len(missing)} tensors, first {missing[0]}")
-    if extra:
-        found.append(f"expert {name}: {path}: has {len(extra)} tensors the seed model lacks, first {extra[0]}")
-    found += [
-        f"expert {name}: {tensors.where(tensor)}: {tensor} is {tensors[tensor].shape}, "
-        f"the seed model's is {seed_tensors[tensor].shape}"
-        for tensor in tensors.names
-        if tensor in seed_tensors and tensors[tensor].shape != seed_tensors[tensor].shape
-    ][:3]
-    if _vocabulary(path) != _vocabulary(seed_tensors.folder):
-        found.append(f"expert {name}: {path / 'tokenizer.json'}: another vocabulary than the seed model's")
-    return found
+class _Opened:
+    """A dense model, opened and found whole."""
+
+    def __init__(self, who: str, folder: Path, config: Config, family: Family, tensors: TensorFolder) -> None:
+        self.who = who
+        self.folder = folder
+        self.config = config
+        self.family = family
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, who: str, folder: Path, problems: list[str]) -> _Opened | None:
+        """The model, or None after adding to `problems` what is wrong with it."""
+        try:
+            config = read_config(folder)
+            if config.get("quantization_config"):
+                raise CheckpointError(f"{folder / 'config.json'}: quantization_config: give the unquantised model")
+            family = family_of(config, str(folder / "config.json"))
+            tensors = open_tensors(folder, family, config, who)
+        except CheckpointError as error:
+            problems.append(f"{who}: {error}")
+            return None
+        problems += [f"{who}: {problem}" for problem in broken_json(folder)]
+        opened = cls(who, folder, config, family, tensors)
+        unfit = opened._unfit_for_class()
+        problems += unfit
+        return opened if not unfit else None
+
+    def _unfit_for_class(self) -> list[str]:
+        """Where the tensors are not those of the config's class: what transformers would drop or make up."""
+        try:
+            wanted = class_tensors(self.config)
+        except CheckpointError as error:
+            return [f"{self.who}: {self.folder / 'config.json'}: {error}"]
+        fused = {
+            pattern.format(layer=layer): {part.format(layer=layer): rows for part, rows in parts.items()}
+            for layer in range(int(self.config["num_hidden_layers"]))
+            for pattern, parts in self.family.fused(self.config).items()
+        }
+        for name, parts in fused.items():
+            shape = wanted.pop(name)
+            wanted |= {part: (rows, *shape[1:]) for part, rows in parts.items()}
+        return self._compare(wanted, "config.json asks for")
+
+    def differences(self, seed: _Opened) -> list[str]:
+        """Every reason why this expert does not fit the seed model."""
+        file = self.folder / "config.json"
+        if self.config["model_type"] != seed.config["model_type"]:
+            types = f"model_type is {self.config['model_type']!r}, the seed model has {seed.config['model_type']!r}"
+            return [f"{self.who}: {file}: {types}"]
+        known = config_defaults(str(seed.config["model_type"])).keys() | {"rope_parameters", "head_dim"}
+        found = [
+            f"{self.who}: {file}: {key} is {self.config.get(key)!r}, the seed model has {seed.config.get(key)!r}"
+            for key in sorted((seed.config.keys() | self.config.keys()) & known - HARMLESS_KEYS)
+            if seed.config.get(key) != self.config.get(key)
+        ]
+        shapes = {name: seed.tensors[name].shape for name in seed.tensors.names}
+        return found + self._compare(shapes, "the seed model has")
+
+    def _compare(self, wanted: Mapping[str, tuple[int, ...]], whose: str) -> list[str]:
+        """Missing tensors, extra tensors, other shapes and types, a line each."""
+        found = []
+        missing = sorted(name for name in wanted if name not in self.tensors)
+        extra = [name for name in self.tensors.names if name not in wanted]
+        if missing:
+            found.append(f"{self.who}: {self.tensors.file}: lacks {_listed(missing)}, which {whose}")
+        if extra:
+            found.append(f"{self.who}: {self.tensors.where(extra[0])}: has {_listed(extra)}, unlike what {whose}")
+        for name in self.tensors.names:
+            tensor, file = self.tensors[name], self.tensors.where(name)
+            if name in wanted and tensor.shape != wanted[name]:
+                found.append(f"{self.who}: {file}: {name} is {tensor.shape}, {whose} {wanted[name]}")
+            elif not tensor.dtype.is_floating_point:
+                found.append(f"{self.who}: {file}: {name} is of type {tensor.dtype}; weights have to be floating point")
+        shown = found[: MOST_SHOWN + 2]
+        return shown + [f"{self.who}: and {len(found) - len(shown)} more like it"] * (len(found) > len(shown))
 
 
-def _vocabulary(folder: Path) -> Any:
-    """Vocabulary and added tokens of a fast tokenizer, None if the folder has none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    tokenizer = json.loads(file.read_text("utf-8"))
-    return tokenizer.get("model", {}).get("vocab"), tokenizer.get("added_tokens")
+def _listed(names: list[str]) -> str:
+    """`3 tensors: a, b, c`, shortened."""
+    more = ", ..." if len(names) > MOST_SHOWN else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:MOST_SHOWN])}{more}"
+
+
+def _names_and_number(experts: Mapping[str, Path], generalist: bool) -> list[str]:
+    problems = []
+    for name in experts:
+        if name == GENERALIST:
+            problems.append(f"expert {name}: an expert cannot be called so: the word names the seed model's expert")
+        elif not re.fullmatch(r"[\w.-]{1,64}", name):
+            problems.append(f"expert {name!r}: a name is 1 to 64 letters, digits, '_', '-' or '.'")
+    if len(experts) + generalist < 2:
+        problems.append(f"{len(experts)} expert: a mixture needs two; give another expert or keep the generalist")
+    return problems
+
+
+def _vocabulary_problems(name: str, folder: Path, seed: Path, warn: Callable[[str], None]) -> list[str]:
+    try:
+        difference = vocabulary_difference(folder, seed)
+    except CheckpointError as error:
+        return [f"expert {name}: {error}"]
+    if difference is None:
+        return []
+    if difference.startswith("no tokenizer"):
+        warn(f"expert {name}: {folder}: {difference}; taken to be the seed model's")
+        return []
+    return [f"expert {name}: {difference}; if it is harmless, choose one with --tokenizer-from {name} or seed"]
+
+
+def _warn_of_twins(folders: Mapping[str, Path], warn: Callable[[str], None]) -> None:
+    for (one, first), (other, second) in combinations(folders.items(), 2):
+        if first.samefile(second):
+            warn(f"{one} and {other} are the same folder: {first}")

@@ -6,26 +6,20 @@ This is the one place where torch models are read; every stage gets its weights 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from btx.beside_weights import copy_beside_weights, write_generation_config
 from btx.errors import CheckpointError
+from btx.families.configs import with_dtype, with_rope
 from btx.folders import write_json
 from btx.model_folder import check_model_folder
 from btx.moe import swap_in_moe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# What a model folder holds beside its weights.
-BESIDE_WEIGHTS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template*",
-)  # fmt: skip
-
 
 def quiet_transformers() -> None:
     """Errors only, no progress bars: a stage reports on its own."""
@@ -53,7 +47,7 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path), revision=revision or "main", dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="sdpa", output_loading_info=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
@@ -114,9 +108,38 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
 
     _refuse_broken_folder(path)
     try:
-        return AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: this is no model: {error}") from error
+        config = AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False).to_dict()
+    except Exception as error:  # config classes check their values with errors of many types
+        raise CheckpointError(f"{Path(path) / 'config.json'}: this is no model: {error}") from error
+    return config
+
+
+def config_defaults(model_type: str) -> dict[str, Any]:
+    """The values of a class's config when nothing is said."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type).to_dict()
+
+
+def class_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a folder with this config has to hold; nothing is allocated.
+
+    Weights tied to others (the LM head to the embeddings) are left out.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_transformers()
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot build this model: {error}") from error
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _refuse_broken_folder(path: str | Path) -> None:
@@ -141,22 +164,13 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
         tokenizer.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         rope = config.get("rope_parameters")
-        if rope and "rope_theta" in rope:  # transformers 4 reads the older keys alone
-            config |= {"rope_theta": rope["rope_theta"], "torch_dtype": config.get("dtype", "float32")}
-        write_json(folder / "config.json", config)
+        if rope and "rope_theta" in rope:
+            config = with_rope(config, rope)
+        write_json(folder / "config.json", with_dtype(config, str(config.get("dtype") or "float32")))
+        write_generation_config(folder, config)
         return
     declared = json.loads((like / "config.json").read_text("utf-8"))
     dtype = getattr(torch, str(declared.get("dtype") or declared.get("torch_dtype") or "float32"))
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
     copy_beside_weights(like, folder)
-
-
-def copy_beside_weights(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and generation settings of a model folder, overwriting those at the target."""
-    for pattern in BESIDE_WEIGHTS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_dir():
-                shutil.copytree(file, target / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, target / file.name)

@@ -142,8 +142,14 @@ class MoE(nn.Module):
         return cast(Tensor, self.experts(x_TD, gates_TK, expert_ids_TK)).view_as(x_BSD)
 
 
+def _is_plain(block: nn.Module) -> bool:
+    """A block of a router and experts alone. One with shared experts or a selection bias stays transformers' own."""
+    parts = dict(block.named_children())
+    return parts.keys() == {"gate", "experts"} and [name for name, _ in parts["gate"].named_parameters()] == ["weight"]
+
+
 def swap_in_moe(model: nn.Module) -> list[MoE]:
-    """Put `MoE` in the place of every transformers MoE block of `model`, sharing its parameters.
+    """Put `MoE` in the place of every plain transformers MoE block of `model`, sharing its parameters.
 
     Returns:
         The new blocks in layer order; an empty list for a dense model.
@@ -151,7 +157,7 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
     blocks = []
     for module in list(model.modules()):
         block = getattr(module, "mlp", None)
-        if not isinstance(block, nn.Module) or not hasattr(block, "experts") or isinstance(block, MoE):
+        if not isinstance(block, nn.Module) or isinstance(block, MoE) or not _is_plain(block):
             continue
         old = cast(Any, block.experts)
         experts = Experts(old.gate_up_proj, old.down_proj, old.act_fn)

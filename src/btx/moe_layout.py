@@ -95,3 +95,15 @@ def shared_tensor(
             start.shape, dtype, lambda: merge.function([value.load() for value in values], start.load(), name)
         )
     return OutputTensor(name, start.shape, dtype, [merged], {"from": merge.name, **origin})
+
+
+def fused_again(inputs: MixInputs, tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """The tensors of a dense model under the names of its class: parts of fused tensors laid together again."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for layer in range(inputs.num_layers):
+        for fused, parts in inputs.family.fused(inputs.config).items():
+            own = [by_name.pop(part.format(layer=layer)) for part in parts]
+            name, rows = fused.format(layer=layer), sum(part.shape[0] for part in own)
+            laid = [lazy for part in own for lazy in part.parts]
+            by_name[name] = OutputTensor(name, (rows, *own[0].shape[1:]), own[0].dtype, laid, own[0].origin)
+    return list(by_name.values())

@@ -214,6 +214,12 @@ class Mix(Section):
     """Standard deviation of random routers."""
     merge: Literal["mean"] = "mean"
     """How shared weights are merged: float32 mean over experts and generalist."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the mixed model's weights; default: the seed model's."""
+    tokenizer_from: str | None = None
+    """Expert (or `seed`) whose tokenizer the mixed model gets; vocabularies that differ are then allowed."""
+    max_shard_size: str = "5GB"
+    """Size a weights file has at most."""
 
 
 class Finetune(Training):

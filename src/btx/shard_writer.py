@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,16 @@ import torch
 from torch import Tensor
 
 from btx.checkpoints import DTYPES, INDEX, ONE_FILE
+from btx.errors import CheckpointError, RunFolderError
 from btx.folders import write_json
-from btx.lazy_tensors import LazyTensor
+from btx.lazy_tensors import LazyTensor, is_finite
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCKS_WAITING = 4
+HEADER_BYTES = 160
+"""Bytes of a file's header: those that a tensor adds beside its name, at most, and those of an empty header."""
+SPARE_BYTES = 50_000_000
+"""What has to stay free on the disk beside the weights: tokenizer, records, file system."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +50,76 @@ class OutputTensor:
         return sum(part.numel for part in self.parts) * self.dtype.itemsize
 
 
-def write_shards(folder: Path, tensors: Sequence[OutputTensor], *, max_shard_size: int = 5_000_000_000) -> int:
+Progress = Callable[[int, int], None]
+"""(bytes written, bytes in all). It may raise to stop the writing."""
+
+
+def no_progress(written: int, total: int) -> None:
+    """Show nothing."""
+
+
+def require_space(output: Path, tensors: Sequence[OutputTensor]) -> None:
+    """Refuse an output that its disk cannot hold.
+
+    Raises:
+        RunFolderError: with the bytes needed and free.
+    """
+    needed = sum(tensor.nbytes for tensor in tensors)
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed + SPARE_BYTES > free:
+        raise RunFolderError(
+            f"{output}: needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free; nothing was written. "
+            f"Free space or choose another disk"
+        )
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[OutputTensor],
+    *,
+    max_shard_size: int = 5_000_000_000,
+    progress: Progress = no_progress,
+) -> int:
     """Write model.safetensors, or shards with an index, into an existing folder.
 
     Args:
         tensors: what to write, in this order.
-        max_shard_size: bytes of tensor data a shard holds at most (a larger tensor gets its own).
+        max_shard_size: bytes an output file has at most, its header included (a larger tensor gets its own file).
+        progress: called after every block.
 
     Returns:
         Bytes of tensor data written.
     """
     shards = _shards(tensors, max_shard_size)
+    total_bytes, written = sum(tensor.nbytes for tensor in tensors), 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = ONE_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard)
+        write_file(folder / file, shard, partial(_shifted, progress, written, total_bytes))
+        written += sum(tensor.nbytes for tensor in shard)
         weight_map |= {tensor.name: file for tensor in shard}
-    total_bytes = sum(tensor.nbytes for tensor in tensors)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return total_bytes
 
 
-def write_file(path: Path, tensors: Sequence[OutputTensor]) -> None:
-    """Write one safetensors file."""
-    with open(path, "wb", buffering=0) as file:
-        file.write(_header(tensors))
-        with _Writer(file.fileno()) as writer:
-            for block in _blocks(tensors):
-                writer.put(block)
+def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Callable[[int], None]) -> None:
+    """Write one safetensors file; `progress` is called with the bytes of tensor data so far."""
+    done = 0
+    with open(path, "wb", buffering=0) as file, _Writer(file.fileno()) as writer:
+        writer.put(torch.frombuffer(bytearray(_header(tensors)), dtype=torch.uint8))
+        for tensor, block in _blocks(tensors):
+            if tensor.dtype == torch.float16 and not is_finite(block):
+                raise CheckpointError(f"{tensor.name}: a value is too large for float16; choose bfloat16 or float32")
+            writer.put(block)
+            done += block.nbytes
+            progress(done)
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int) -> None:
+    """Progress of one shard as progress of all."""
+    progress(before + done, total)
 
 
 def _shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> list[list[OutputTensor]]:
@@ -79,11 +127,12 @@ def _shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> list[list[O
     shards: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > max_shard_size:
+        size = tensor.nbytes + len(tensor.name) + HEADER_BYTES
+        if shards[-1] and filled + size > max_shard_size - HEADER_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += tensor.nbytes
+        filled += size
     # Wide types first, so that every tensor is aligned to its own size.
     return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
@@ -103,11 +152,12 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _blocks(tensors: Sequence[OutputTensor]) -> Iterator[Tensor]:
+def _blocks(tensors: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, Tensor]]:
     for tensor in tensors:
         for part in tensor.parts:
             assert part.dtype == tensor.dtype, tensor.name
-            yield from part.blocks()
+            for block in part.blocks():
+                yield tensor, block
 
 
 class _Writer:

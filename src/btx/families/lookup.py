@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from btx.errors import CheckpointError
 from btx.families.family import Config, Family
-from btx.families.table import FAMILIES
+from btx.families.table import FAMILIES, REFUSED
 
 
 def family_of(config: Config, where: str) -> Family:
@@ -14,17 +14,18 @@ def family_of(config: Config, where: str) -> Family:
         CheckpointError: unknown family, or a variant no MoE class can express.
     """
     model_type = str(config.get("model_type"))
+    known = ", ".join(sorted({family.dense for family in FAMILIES}))
     candidates = [family for family in FAMILIES if family.dense == model_type]
     if not candidates:
-        known = ", ".join(sorted({family.dense for family in FAMILIES}))
-        raise CheckpointError(f"{where}: model_type {model_type!r} cannot be mixed; families: {known}")
+        why = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+        raise CheckpointError(f"{where}: model_type {model_type!r} cannot be mixed{why}; families: {known}")
     reasons = []
     for family in candidates:
         reason = family.refuse(config)
         if reason is None:
             return family
         reasons.append(f"{model_type} cannot become {family.moe}: {reason}")
-    raise CheckpointError(f"{where}: {'; '.join(reasons)}")
+    raise CheckpointError(f"{where}: {'; '.join(reasons)}; families: {known}")
 
 
 def moe_family_of(config: Config, where: str) -> Family:

@@ -60,11 +60,16 @@ def batch_means(routing: Routing, mask_T: Tensor | None = None) -> tuple[Tensor,
         mask_T: True for real tokens (T,); padding does not count. None: all are real.
     """
     (T, E), probs_TE, gates_TK = routing.logits_TE.shape, routing.logits_TE.softmax(dim=-1), routing.gates_TK
-    share_T1 = None if mask_T is None else (mask_T / mask_T.sum())[:, None].to(probs_TE.dtype)
+    share_T1 = None if mask_T is None else _shares(mask_T, probs_TE.dtype)
     gates_TK = gates_TK / T if share_T1 is None else gates_TK * share_T1
     # Added up by expert: no (T, E) tensor of gates is made.
     u_E = probs_TE.new_zeros(E).index_add(0, routing.expert_ids_TK.flatten(), gates_TK.flatten().to(probs_TE.dtype))
     return u_E, probs_TE.mean(dim=0) if share_T1 is None else (probs_TE * share_T1).sum(dim=0)
+
+
+def _shares(mask_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight of each token in a mean over the real ones: (T, 1)."""
+    return (mask_T.to(dtype) / mask_T.sum())[:, None]
 
 
 def load_balancing_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -87,7 +92,7 @@ def pooled_load_balancing_loss(routings: Sequence[Routing], mask_T: Tensor | Non
     Returns:
         A scalar: K when balanced. Gradients reach p alone.
     """
-    share_T1 = None if mask_T is None else (mask_T / mask_T.sum())[:, None].float()
+    share_T1 = None if mask_T is None else _shares(mask_T, routings[0].logits_TE.dtype)
     count_LE, p_LE = [], []
     for routing in routings:
         probs_TE, ids_TK = routing.logits_TE.softmax(dim=-1), routing.expert_ids_TK
@@ -158,7 +163,9 @@ class RoutingLoss:
         self.by_micro_batch.append(per_layer_L.detach() * share)
         if self.settings.over == "global_batch":
             u, p = cast(Tensor, self.u_LE) / self.share, cast(Tensor, self.p_LE) / self.share
-            per_layer_L = E * (u_LE * p + u * p_LE - u * p).sum(dim=1)
+            # The value of all micro-batches so far, the gradient of this one's part in it.
+            own = (u_LE - u_LE.detach()) * p + u * (p_LE - p_LE.detach())
+            per_layer_L = E * (u * p + own).sum(dim=1)
         loss = self._over_layers(per_layer_L)
         if self.settings.kind == "pooled":
             loss = pooled_load_balancing_loss(routings, mask_T)

@@ -124,7 +124,8 @@ def _rank(rank: int, folder: str) -> None:
     loss = RoutingLoss(Balancing(1.0, over="global_batch"))
     value = loss.add([part], share=1.0)
     (gradient,) = torch.autograd.grad(value, part.logits_TE)
-    torch.save([value.detach(), gradient, torch.tensor(loss.facts()["load_balancing"], dtype=torch.float64)], f"{folder}/{rank}.pt")
+    reported = torch.tensor(loss.facts()["load_balancing"], dtype=torch.float64)
+    torch.save([value.detach(), gradient, reported], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ from btx.btx_folder import write_router
 from btx.errors import CheckpointError
 from btx.models import load_model, load_tokenizer, read_config, save_model
 from btx.moe import moe_blocks, set_router
-from btx.router_kinds import RouterSettings
+from btx.router_kinds import RoutingSettings
 from tests.pico_models import mixtral
 
 IDS = torch.arange(5, 65).view(2, 30)
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("switch", "sample_top1"):
         made[kind] = root / kind
         shutil.copytree(plain, made[kind])
-        assert write_router(made[kind], RouterSettings(kind, capacity_factor=1.25, temperature_rate=0.01))
+        assert write_router(made[kind], RoutingSettings(kind, capacity_factor=1.25, temperature_rate=0.01))
     return made
 
 
@@ -51,10 +51,10 @@ def test_our_loader_routes_as_the_folder_says(folders: dict[str, Path]) -> None:
     for kind in ("switch", "sample_top1"):
         model = load_model(folders[kind])
         assert {block.rule.settings for block in moe_blocks(model)} == {
-            RouterSettings(kind, capacity_factor=1.25, temperature_rate=0.01)
+            RoutingSettings(kind, capacity_factor=1.25, temperature_rate=0.01)
         }
         other = load_model(folders["plain"])
-        set_router(other, RouterSettings(kind))
+        set_router(other, RoutingSettings(kind))
         assert torch.equal(logits(model), logits(other))
         assert (logits(model) - plain).abs().max() > 0.1
     assert load_tokenizer(folders["switch"]).eos_token_id is not None
@@ -72,7 +72,7 @@ def test_a_trained_model_keeps_the_router_of_the_one_it_started_from(folders: di
 
 
 def test_sample_top1_without_a_soft_first_layer_is_a_plain_model(folders: dict[str, Path], tmp_path: Path) -> None:
-    settings = RouterSettings("sample_top1", soft_first_layer=False)
+    settings = RoutingSettings("sample_top1", soft_first_layer=False)
     shutil.copytree(folders["plain"], tmp_path / "copy")
     assert not write_router(tmp_path / "copy", settings)
     ours = load_model(tmp_path / "copy")
@@ -83,11 +83,13 @@ def test_sample_top1_without_a_soft_first_layer_is_a_plain_model(folders: dict[s
 def test_soft_is_a_plain_model_with_all_experts(tmp_path: Path) -> None:
     plain = mixtral(tmp_path / "soft", top_k=4)
     ours = load_model(plain)
-    set_router(ours, RouterSettings("soft"))
+    set_router(ours, RoutingSettings("soft"))
     assert torch.allclose(logits(ours), logits(MixtralForCausalLM.from_pretrained(plain)), atol=1e-4)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 2}', '{"format": 1, "config": {}, "router": {"kind": "x"}}'])
+@pytest.mark.parametrize("text", [
+    None, "{", "[]", '{"format": 2}', '{"format": 1, "config": {}, "router": {"kind": "x"}}',
+])  # fmt: skip
 def test_a_missing_or_broken_description_is_refused(folders: dict[str, Path], tmp_path: Path, text: str | None) -> None:
     shutil.copytree(folders["switch"], tmp_path / "broken")
     (tmp_path / "broken" / "btx.json").unlink()

@@ -13,7 +13,7 @@ from btx.dispatch import feed_forward, grouped_feed_forward, sort_by_expert
 T, D, WIDTH, E = 50, 16, 24, 4
 
 
-def inputs(K: int, dtype: torch.dtype = torch.float64, rng_seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inputs(K: int, dtype: torch.dtype = torch.float64, rng_seed: int = 0) -> tuple[Tensor, ...]:
     """x, gates, ids (expert 2 unused while K < E), gate_up, down."""
     generator = torch.Generator().manual_seed(rng_seed)
     x, gates, gate_up, down = (

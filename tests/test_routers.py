@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from btx.errors import CheckpointError
-from btx.router_kinds import ROUTERS, RouterSettings
+from btx.router_kinds import ROUTERS, RoutingSettings
 from btx.routers import (
     Routing,
     Rule,
@@ -114,7 +114,7 @@ def test_sample_top1_is_hard_at_inference() -> None:
 def test_rules_route_as_their_settings_say(kind: str) -> None:
     torch.manual_seed(0)
     x = logits().float()
-    settings = RouterSettings(kind, capacity_factor=0.5)
+    settings = RoutingSettings(kind, capacity_factor=0.5)
     for layer in (0, 1):
         for training in (True, False):
             routing = Rule(settings, layer)(x, training=training, step=10)
@@ -125,7 +125,7 @@ def test_rules_route_as_their_settings_say(kind: str) -> None:
 
 
 def test_sampling_depends_on_the_random_state_alone() -> None:
-    rule, x = Rule(RouterSettings("sample_top1"), layer=1), logits().float()
+    rule, x = Rule(RoutingSettings("sample_top1"), layer=1), logits().float()
     runs = []
     for rng_seed in (7, 7, 8):
         torch.manual_seed(rng_seed)
@@ -148,17 +148,17 @@ def test_straight_through_has_sparse_values_and_the_full_softmax_gradient() -> N
 
 
 @pytest.mark.parametrize(("settings", "plain", "k", "mean"), [
-    (RouterSettings("top_k", top_k=3), True, 3, 3),
-    (RouterSettings("soft"), True, 4, 4),
-    (RouterSettings("switch"), False, 1, 1),
-    (RouterSettings("sample_top1"), False, 1, 2.5),
-    (RouterSettings("sample_top1", soft_first_layer=False), True, 1, 1),
+    (RoutingSettings("top_k", top_k=3), True, 3, 3),
+    (RoutingSettings("soft"), True, 4, 4),
+    (RoutingSettings("switch"), False, 1, 1),
+    (RoutingSettings("sample_top1"), False, 1, 2.5),
+    (RoutingSettings("sample_top1", soft_first_layer=False), True, 1, 1),
 ])  # fmt: skip
-def test_what_a_plain_class_expresses(settings: RouterSettings, plain: bool, k: int, mean: float) -> None:
+def test_what_a_plain_class_expresses(settings: RoutingSettings, plain: bool, k: int, mean: float) -> None:
     assert (settings.why_not_plain() is None) == plain
     assert settings.plain_top_k(4) == k
     assert settings.mean_experts_per_token(layers=2, num_experts=4) == mean
-    assert RouterSettings.from_json(settings.as_json(), "btx.json") == settings
+    assert RoutingSettings.from_json(settings.as_json(), "btx.json") == settings
 
 
 @pytest.mark.parametrize("broken", [
@@ -166,4 +166,4 @@ def test_what_a_plain_class_expresses(settings: RouterSettings, plain: bool, k: 
 ])  # fmt: skip
 def test_a_broken_router_description_is_refused(broken: object) -> None:
     with pytest.raises(CheckpointError, match=r"x/btx\.json: router"):
-        RouterSettings.from_json(broken, "x/btx.json")
+        RoutingSettings.from_json(broken, "x/btx.json")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from btx.router_kinds import RoutingSettings
 from btx.routers import Routing, Rule, switch_gates, top_k_gates
-from btx.router_kinds import RouterSettings
 from btx.routing_metrics import WATCHED_STEPS, DeadExpertWatch, RoutingMeter
 
 
@@ -39,7 +39,7 @@ def test_dropped_rows_are_counted_and_are_no_load() -> None:
 
 
 def test_layers_may_use_different_numbers_of_experts() -> None:
-    settings, x = RouterSettings("sample_top1"), logits()
+    settings, x = RoutingSettings("sample_top1"), logits()
     meter = RoutingMeter()
     meter.add([Rule(settings, layer)(x, training=True, step=0) for layer in range(2)])
     facts = meter.facts()

@@ -14,7 +14,7 @@ from typing import Any
 
 from btx.errors import CheckpointError
 from btx.folders import write_json
-from btx.router_kinds import RouterSettings
+from btx.router_kinds import RoutingSettings
 
 FILE = "btx.json"
 FORMAT = 1
@@ -31,7 +31,7 @@ def is_btx_folder(config: Config) -> bool:
     return str(config.get("model_type")).startswith(PREFIX)
 
 
-def write_router(folder: Path, settings: RouterSettings) -> bool:
+def write_router(folder: Path, settings: RoutingSettings) -> bool:
     """Let a plain MoE folder route as `settings` say.
 
     Returns:
@@ -55,7 +55,7 @@ def write_router(folder: Path, settings: RouterSettings) -> bool:
     return True
 
 
-def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RouterSettings]:
+def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingSettings]:
     """The plain class's config and the router of a folder that only btx reads.
 
     Args:
@@ -68,7 +68,7 @@ def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RouterSetting
     try:
         facts = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: this folder's router is described there, but it cannot be read: {error}") from error
+        raise CheckpointError(f"{file}: this folder's router is described there, but unreadable: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{file}: expected format {FORMAT}; this folder was written by another version of btx")
-    return config | facts["config"], RouterSettings.from_json(facts.get("router"), str(file))
+    return config | facts["config"], RoutingSettings.from_json(facts.get("router"), str(file))

@@ -18,7 +18,7 @@ def finetune(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> 
     run.begin(stage)
     start, settings = run.model("mix"), run.recipe.finetune
     model = load_model(start)
-    set_router(model, run.recipe.router)
+    set_router(model, run.recipe.routing)
     for block in moe_blocks(model):
         block.dense_router_gradient = settings.dense_router_gradient
     set_trainable(model, settings.trainable)

@@ -91,7 +91,7 @@ def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None
     from btx.mix import mix
 
     folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
-    router = run.recipe.router
+    router = run.recipe.routing
     mix(
         run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
         folder / "model", record=folder / "mix.json", generalist=settings.generalist,

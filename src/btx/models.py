@@ -17,7 +17,7 @@ from btx.errors import CheckpointError
 from btx.folders import write_json
 from btx.model_folder import check_model_folder
 from btx.moe import set_router, swap_in_moe
-from btx.router_kinds import RouterSettings
+from btx.router_kinds import RoutingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,8 +56,8 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     config, router = _own_config(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, revision=revision or "main", dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="sdpa", output_loading_info=True,
+            str(path), config=config, revision=revision or "main", dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
@@ -84,8 +84,11 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     quiet_transformers()
     if isinstance(path, Path) and not path.exists():
         raise CheckpointError(f"{path}: there is no such folder")
+    own = _own_config(path)[0] if (Path(path) / FILE).exists() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), config=own, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: this folder has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -127,7 +130,7 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
         raise CheckpointError(f"{path}: this is no model: {error}") from error
 
 
-def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RouterSettings | None]:
+def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingSettings | None]:
     """Config and router of a folder that only btx reads; None for any other. Broken folders are refused."""
     from transformers import AutoConfig
 

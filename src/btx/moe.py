@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btx.dispatch import feed_forward
-from btx.router_kinds import RouterSettings
+from btx.router_kinds import RoutingSettings
 from btx.routers import Routing, Rule, straight_through, top_k_gates
 
-__all__ = ["Experts", "MoE", "Router", "Routing", "moe_blocks", "set_router", "swap_in_moe", "top_k_gates", "weight_parts"]
+__all__ = [
+    "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
+    "set_router", "swap_in_moe", "top_k_gates", "weight_parts",
+]  # fmt: skip
 
 
 class Router(nn.Module):
@@ -65,7 +68,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = router
         self.experts = experts
-        self.rule = Rule(RouterSettings(top_k=rule)) if isinstance(rule, int) else rule
+        self.rule = Rule(RoutingSettings(top_k=rule)) if isinstance(rule, int) else rule
         self.step = 0
         """Finished optimiser steps; Sample Top-1's temperature depends on it."""
         self.dense_router_gradient = False
@@ -113,7 +116,7 @@ def moe_blocks(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def set_router(model: nn.Module, settings: RouterSettings) -> None:
+def set_router(model: nn.Module, settings: RoutingSettings) -> None:
     """Let every MoE layer of `model` route as `settings` say."""
     for layer, block in enumerate(moe_blocks(model)):
         block.rule = Rule(settings, layer)

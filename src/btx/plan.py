@@ -38,8 +38,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     dense = _dense_config(recipe)
     family = family_of(dense, "seed model")
     num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
-    moe = family.moe_config(dense, num_experts, recipe.router.plain_top_k(num_experts))
-    used = recipe.router.mean_experts_per_token(layers, num_experts)
+    moe = family.moe_config(dense, num_experts, recipe.routing.plain_top_k(num_experts))
+    used = recipe.routing.mean_experts_per_token(layers, num_experts)
     costs = {"seed": config_cost(dense), "btx": config_cost(moe, experts_per_token=used)}
     # What is computed for a token in finetuning, which is more with a dense router gradient.
     dense_gradient = recipe.finetune.dense_router_gradient
@@ -57,9 +57,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "experts": recipe.expert_names,
         "formula": FLOPS_FORMULA,
         "router": {
-            "kind": recipe.router.kind,
+            "kind": recipe.routing.kind,
             "experts_per_token": used,
-            "saved_as": "btx" if recipe.router.why_not_plain() else family.moe,
+            "saved_as": "btx" if recipe.routing.why_not_plain() else family.moe,
             "notes": router_notes(recipe, family.moe),
         },
         "models": {name: _model(costs[name]) for name in ("seed", "btx")},
@@ -81,7 +81,7 @@ def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
 
 def router_notes(recipe: Recipe, moe_class: str) -> list[str]:
     """What a user should know about the recipe's router before anything runs."""
-    notes, router, num_experts = [], recipe.router, len(recipe.expert_names)
+    notes, router, num_experts = [], recipe.routing, len(recipe.expert_names)
     if why := router.why_not_plain():
         notes.append(
             f"router {router.kind}: no plain {moe_class} routes like this ({why}). The model is saved in a folder that "
@@ -91,8 +91,8 @@ def router_notes(recipe: Recipe, moe_class: str) -> list[str]:
         notes.append(f"router {router.kind}: saved as a plain {moe_class} with k = {router.plain_top_k(num_experts)}")
     if router.kind == "switch":
         notes.append(
-            f"router switch: an expert takes at most {router.capacity_factor:g} times an equal share of a micro-batch's "
-            f"tokens in training, more are dropped (metrics.jsonl: dropped); at inference none is"
+            f"router switch: an expert takes at most {router.capacity_factor:g} times an equal share of a "
+            f"micro-batch's tokens in training, more are dropped (metrics.jsonl: dropped); at inference none is"
         )
     if recipe.finetune.dense_router_gradient:
         notes.append(

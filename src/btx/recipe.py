@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from btx.router_kinds import RouterSettings
+from btx.router_kinds import RoutingSettings
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -209,7 +209,7 @@ class Mix(Section):
     generalist: bool = True
     """Add the untouched seed model as one more expert."""
     router: Literal["top_k", "switch", "sample_top1", "soft"] = "top_k"
-    """How tokens are routed (paper: top_k; the others are its ablations). switch and sample_top1 are saved for btx only."""
+    """How tokens are routed (paper: top_k; the others are its ablations); `btx ls routers` explains them."""
     top_k: PositiveInt = 2
     """Experts a token uses with the top_k router."""
     capacity_factor: PositiveFloat = 1.5
@@ -370,10 +370,10 @@ class Recipe(Section):
         return [*self.train.domains, *(["generalist"] if self.mix.generalist else [])]
 
     @property
-    def router(self) -> RouterSettings:
+    def routing(self) -> RoutingSettings:
         """The router of the mixed model."""
         mix = self.mix
-        return RouterSettings(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
+        return RoutingSettings(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
                               mix.soft_first_layer)  # fmt: skip
 
     @property

@@ -24,7 +24,7 @@ ROUTERS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class RouterSettings:
+class RoutingSettings:
     """A router and everything that sets it. The options of the other routers are ignored."""
 
     kind: Kind = "top_k"
@@ -56,7 +56,7 @@ class RouterSettings:
     def why_not_plain(self) -> str | None:
         """Why no plain class routes like this at inference; None if one does."""
         if self.kind == "switch":
-            return "with one expert a token the plain class sets the gate to 1, Switch's gate is the softmax probability"
+            return "with one expert a token the plain class sets the gate to 1, Switch's is the softmax probability"
         if self.kind == "sample_top1" and self.soft_first_layer:
             return ("the first layer uses all experts, and the plain class has the same number in every layer; "
                     "mix.soft_first_layer=false makes it a plain model with k = 1")  # fmt: skip
@@ -67,7 +67,7 @@ class RouterSettings:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> RouterSettings:
+    def from_json(cls, value: Any, where: str) -> RoutingSettings:
         """What `as_json` wrote.
 
         Raises:
@@ -80,6 +80,7 @@ class RouterSettings:
             wanted = type(defaults[key])
             if type(given) is not wanted and not (wanted is float and type(given) is int):
                 raise CheckpointError(f"{where}: router.{key}: expected {wanted.__name__}, found {given!r}")
-        if value.get("kind", "top_k") not in get_args(Kind):
-            raise CheckpointError(f"{where}: router.kind: expected one of {', '.join(ROUTERS)}; found {value['kind']!r}")
+        kind = value.get("kind", "top_k")
+        if kind not in get_args(Kind):
+            raise CheckpointError(f"{where}: router.kind: expected one of {', '.join(ROUTERS)}; found {kind!r}")
         return cls(**cast(dict[str, Any], value))

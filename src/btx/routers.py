@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from btx.router_kinds import RouterSettings
+from btx.router_kinds import RoutingSettings
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def switch_capacity(tokens: int, num_experts: int, capacity_factor: float) -> in
 
 
 def sample_top1_gates(logits_TE: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
-    """Sample Top-1 (paper, section 2.2): y = SoftMax((W x + G) / τ) with Gumbel noise G, all but its largest value zeroed.
+    """Sample Top-1 (paper, section 2.2): y = SoftMax((W x + G) / τ), G Gumbel noise, all but its largest value zeroed.
 
     Args:
         logits_TE: router logits (T, E).
@@ -109,7 +109,7 @@ def sample_top1_gates(logits_TE: Tensor, temperature: float | None) -> tuple[Ten
 
 
 def sample_temperature(step: int, floor: float, rate: float) -> float:
-    """τ = max(floor, exp(-rate · t)) after t optimiser steps (the paper prints exp(-rt) with r negative: a misprint)."""
+    """τ = max(floor, exp(-rate · t)) after t optimiser steps (paper: floor 0.5, rate 1e-4)."""
     return max(floor, math.exp(-rate * step))
 
 
@@ -117,7 +117,7 @@ def sample_temperature(step: int, floor: float, rate: float) -> float:
 class Rule:
     """How one layer routes."""
 
-    settings: RouterSettings
+    settings: RoutingSettings
     layer: int = 0
 
     def __call__(self, logits_TE: Tensor, *, training: bool, step: int) -> Routing:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btx import dispatch
-from btx.dispatch import feed_forward, grouped_feed_forward, sort_by_expert
+from btx.dispatch import cut_into_tiles, feed_forward, grouped_feed_forward, sort_by_expert
 
 T, D, WIDTH, E = 50, 16, 24, 4
 
@@ -45,7 +45,7 @@ def gradients(y: Tensor, *of: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((y * weights).sum(), of))
 
 
-@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("rows", [7, 30, 1000])
 @pytest.mark.parametrize("K", [1, 2, E])
 def test_values_and_gradients_equal_the_slow_reference(monkeypatch: pytest.MonkeyPatch, K: int, rows: int) -> None:
     monkeypatch.setattr(dispatch, "tile_rows", lambda width: rows)
@@ -129,6 +129,19 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
     for a, b in zip(gradients(found, x, gates, gate_up), gradients(exact, x, gates, gate_up), strict=True):
         assert a.dtype == torch.float32
         assert (a - b).abs().max() < 0.05 * b.abs().max()
+
+
+def test_tiles_cover_all_rows_once_join_small_experts_and_cut_large_ones() -> None:
+    tiles = cut_into_tiles([3, 0, 4, 25, 2, 8], 10)
+    assert [[(piece.expert, piece.rows.stop - piece.rows.start, piece.first) for piece in tile.pieces] for tile in tiles] == [
+        [(0, 3, True), (2, 4, True)], [(3, 8, True)], [(3, 8, False)], [(3, 9, False)], [(4, 2, True), (5, 8, True)],
+    ]  # fmt: skip
+    assert [row for tile in tiles for row in range(tile.rows.start, tile.rows.stop)] == list(range(42))
+    for tile in tiles:
+        assert [row for piece in tile.pieces for row in range(piece.rows.start, piece.rows.stop)] == (
+            list(range(tile.rows.start, tile.rows.stop))
+        )
+        assert all(piece.local.start == piece.rows.start - tile.rows.start for piece in tile.pieces)
 
 
 def test_rows_are_sorted_by_expert_and_tokens_stay_in_order() -> None:

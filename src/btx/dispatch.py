@@ -12,7 +12,7 @@ Shape letters: T tokens, K experts a token, R = T·K routed rows, r rows of a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,14 +82,47 @@ def tile_rows(width: int) -> int:
     return 512 if width < 512 else 1024
 
 
-def _tiles(rows_per_expert: list[int], rows: int) -> Iterator[tuple[int, slice, bool]]:
-    """(expert, rows, whether it is the expert's first) of tiles of about equal size."""
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one expert inside a tile: its matrix products."""
+
+    expert: int
+    rows: slice
+    """In the order of all routed rows."""
+    local: slice
+    """The same rows, counted from the tile's first."""
+    first: bool
+    """Whether they are the expert's first."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows that are worked on together, of one expert or several small ones: elementwise work is done for all at once."""
+
+    rows: slice
+    pieces: list[Piece]
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.rows.stop - self.rows.start
+
+
+def cut_into_tiles(rows_per_expert: list[int], largest: int) -> list[Tile]:
+    """All routed rows as tiles of at most `largest` rows; an expert with more rows is cut into equal pieces."""
+    tiles: list[Tile] = []
     start = 0
     for expert, count in enumerate(rows_per_expert):
-        pieces = -(-count // rows)
-        for i in range(pieces):
-            yield expert, slice(start + count * i // pieces, start + count * (i + 1) // pieces), i == 0
+        number = -(-count // largest)
+        for i in range(number):
+            begin, end = start + count * i // number, start + count * (i + 1) // number
+            joins = bool(tiles) and number == 1 and end - tiles[-1].rows.start <= largest
+            before = tiles.pop() if joins else Tile(slice(begin, begin), [])
+            origin = before.rows.start
+            piece = Piece(expert, slice(begin, end), slice(begin - origin, end - origin), i == 0)
+            tiles.append(Tile(slice(origin, end), [*before.pieces, piece]))
         start += count
+    return tiles
 
 
 class _ExpertLoop(torch.autograd.Function):
@@ -101,16 +134,19 @@ class _ExpertLoop(torch.autograd.Function):
         kept_TK: Tensor | None, act: Activation, trains: bool,
     ) -> Tensor:  # fmt: skip
         R, (_, D, width) = len(order.token_R), down_EDF.shape
-        tiles = list(_tiles(order.rows_per_expert, tile_rows(width)))
-        largest = max(rows.stop - rows.start for _, rows, _ in tiles)
+        tiles = cut_into_tiles(order.rows_per_expert, tile_rows(width))
+        largest = max(tile.size for tile in tiles)
         h_R2F = x_TD.new_empty(R if trains else largest, 2 * width)
         y_RD, x_buffer, a_buffer = x_TD.new_empty(R, D), x_TD.new_empty(largest, D), x_TD.new_empty(largest, width)
-        for expert, rows, _ in tiles:
-            r = rows.stop - rows.start
-            x_rD = torch.index_select(x_TD, 0, order.token_R[rows], out=x_buffer[:r])
-            h_r2F = torch.mm(x_rD, gate_up_E2FD[expert].t(), out=h_R2F[rows] if trains else h_R2F[:r])
+        for tile in tiles:
+            r = tile.size
+            x_rD = torch.index_select(x_TD, 0, order.token_R[tile.rows], out=x_buffer[:r])
+            h_r2F = h_R2F[tile.rows] if trains else h_R2F[:r]
+            for piece in tile.pieces:
+                torch.mm(x_rD[piece.local], gate_up_E2FD[piece.expert].t(), out=h_r2F[piece.local])
             a_rF = _activate(act, h_r2F[:, :width], a_buffer[:r]).mul_(h_r2F[:, width:])
-            torch.mm(a_rF, down_EDF[expert].t(), out=y_RD[rows])
+            for piece in tile.pieces:
+                torch.mm(a_rF[piece.local], down_EDF[piece.expert].t(), out=y_RD[piece.rows])
         if trains:
             ctx.save_for_backward(x_TD, gates_TK, gate_up_E2FD, down_EDF, h_R2F)
             ctx.order, ctx.kept_TK, ctx.act, ctx.tiles = order, kept_TK, act, tiles
@@ -128,12 +164,12 @@ class _ExpertLoop(torch.autograd.Function):
         dgate_up = _gradient(gate_up_E2FD, order.rows_per_expert) if needs_gate_up else None
         ddown = _gradient(down_EDF, order.rows_per_expert) if needs_down else None
         gates_R1 = gates_TK.flatten()[order.slot_R][:, None].to(x_TD.dtype)
-        largest = max(rows.stop - rows.start for _, rows, _ in ctx.tiles)
+        largest = max(tile.size for tile in ctx.tiles)
         rD, rF = (lambda: x_TD.new_empty(largest, D)), (lambda: x_TD.new_empty(largest, width))
         x_buffer, dy_buffer, a_buffer, s_buffer, da_buffer = rD(), rD(), rF(), rF(), rF()
         dh_buffer = x_TD.new_empty(largest, 2 * width)
-        for expert, rows, first in ctx.tiles:
-            r = rows.stop - rows.start
+        for tile in ctx.tiles:
+            rows, r = tile.rows, tile.size
             token_r, gates_r1 = order.token_R[rows], gates_R1[rows]
             gate_rF, up_rF = h_R2F[rows, :width], h_R2F[rows, width:]
             dh_r2F = dh_buffer[:r]
@@ -141,20 +177,23 @@ class _ExpertLoop(torch.autograd.Function):
             dy_rD = torch.index_select(grad[0], 0, token_r, out=dy_buffer[:r])
             s_rF = _activate(ctx.act, gate_rF, s_buffer[:r])
             a_rF = torch.mul(s_rF, up_rF, out=a_buffer[:r])
-            da_rF = torch.mm(dy_rD, down_EDF[expert], out=da_buffer[:r])  # for a gate of 1
+            da_rF = da_buffer[:r]  # for a gate of 1
+            for piece in tile.pieces:
+                torch.mm(dy_rD[piece.local], down_EDF[piece.expert], out=da_rF[piece.local])
             if needs_gates:  # y = g · W a, so dg = dy · W a = (Wᵀ dy) · a
                 dgates_R[rows] = torch.mul(da_rF, a_rF, out=dgate_rF).sum(dim=1, keepdim=True, dtype=gates_TK.dtype)
             if ddown is not None:
-                _accumulate(ddown[expert], dy_rD.mul_(gates_r1), a_rF, first)
+                _accumulate(ddown, tile, dy_rD.mul_(gates_r1), a_rF)
             if dx_RD is None and dgate_up is None:
                 continue
             torch.mul(da_rF.mul_(gates_r1), s_rF, out=dup_rF)
             _activation_gradient(ctx.act, da_rF.mul_(up_rF), gate_rF, dgate_rF)
             if dgate_up is not None:
                 x_rD = torch.index_select(x_TD, 0, token_r, out=x_buffer[:r])
-                _accumulate(dgate_up[expert], dh_r2F, x_rD, first)
+                _accumulate(dgate_up, tile, dh_r2F, x_rD)
             if dx_RD is not None:
-                torch.mm(dh_r2F, gate_up_E2FD[expert], out=dx_RD[rows])
+                for piece in tile.pieces:
+                    torch.mm(dh_r2F[piece.local], gate_up_E2FD[piece.expert], out=dx_RD[piece.rows])
         dx = None if dx_RD is None else _weighted_sum(dx_RD, order.row_TK, ctx.kept_TK)
         dgates = dgates_R[order.row_TK.flatten()].view_as(gates_TK) if needs_gates else None
         if dgates is not None and ctx.kept_TK is not None:
@@ -171,12 +210,14 @@ def _gradient(weight: Tensor, rows_per_expert: list[int]) -> Tensor:
     return gradient
 
 
-def _accumulate(total: Tensor, left_rM: Tensor, right_rN: Tensor, first: bool) -> None:
-    """total (M, N) = or += leftᵀ · right."""
-    if first:
-        torch.mm(left_rM.t(), right_rN, out=total)
-    else:
-        total.addmm_(left_rM.t(), right_rN)
+def _accumulate(total_EMN: Tensor, tile: Tile, left_rM: Tensor, right_rN: Tensor) -> None:
+    """Add leftᵀ · right of every expert's rows to its total; the first rows overwrite it."""
+    for piece in tile.pieces:
+        left, right, total = left_rM[piece.local], right_rN[piece.local], total_EMN[piece.expert]
+        if piece.first:
+            torch.mm(left.t(), right, out=total)
+        else:
+            total.addmm_(left.t(), right)
 
 
 def _weighted_sum(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ from btx.models import load_model
 from btx.moe import moe_blocks
 from btx.recipe import Recipe
 from btx.report_tokens import token_view
+from btx.router_kinds import RoutingSettings
+from btx.routers import Rule
 from btx.token_texts import token_texts
 from tests.pico_models import llama, mixtral, prepared_run, recipe, texts, tokenizer
 
@@ -89,7 +91,7 @@ def test_an_expert_no_token_uses_is_dead(tmp_path):
     with torch.no_grad():
         # The logits of experts 0 and 1 are each other's negative, so one of them beats the zero of expert 2.
         second.gate.weight[0], second.gate.weight[1], second.gate.weight[2] = 1.0, -1.0, 0.0
-    first.top_k = second.top_k = 1
+    first.rule = second.rule = Rule(RoutingSettings(top_k=1))
     documents = held_out_documents(run, settings(), "math", 400)
     assert dead_experts([domain_routing(model, documents, 24)]) == [[1, 2]]
 

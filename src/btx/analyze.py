@@ -169,10 +169,13 @@ def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document
     tokens = document.tokens[: 1 + EXAMPLE_TOKENS]
     rows = pack([HeldOutDocument(tokens, document.bytes)], len(tokens))
     routings = routing_of(model, rows)
-    ids_TLK = torch.stack([routing.expert_ids_TK for routing in routings], dim=1)[1:]
-    gates_TLK = torch.stack([routing.gates_TK for routing in routings], dim=1)[1:]
+    # Lists, not tensors: layers may differ in the number of experts a token uses.
+    ids_LTK = [routing.expert_ids_TK[1:].tolist() for routing in routings]
+    gates_LTK = [routing.gates_TK[1:].tolist() for routing in routings]
     return {
         "tokens": token_texts(tokenizer, tokens[1:].tolist()),
-        "experts": ids_TLK.tolist(),
-        "gates": [[[round(gate, 4) for gate in gates_K] for gates_K in gates_LK] for gates_LK in gates_TLK.tolist()],
+        "experts": [list(ids_LK) for ids_LK in zip(*ids_LTK, strict=True)],
+        "gates": [
+            [[round(gate, 4) for gate in gates_K] for gates_K in gates_LK] for gates_LK in zip(*gates_LTK, strict=True)
+        ],
     }

@@ -9,10 +9,20 @@ from torch import nn
 from btx.errors import CheckpointError
 from btx.families import family_of
 from btx.models import load_model
+from btx.moe import weight_parts
 from btx.rundir import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+PARTS: dict[str, set[str]] = {
+    "all": {"routers", "experts", "shared"},
+    "all_but_experts": {"routers", "shared"},
+    "routers": {"routers"},
+    "shared": {"shared"},
+}
+"""`trainable` of a MoE model → parts that train."""
 
 
 def branch(run: RunFolder) -> PreTrainedModel:
@@ -26,7 +36,8 @@ def set_trainable(model: PreTrainedModel, which: str) -> None:
     """Choose what trains; everything else gets no gradient and no optimiser state.
 
     Args:
-        which: `all`; `feed_forward` (the FF sublayers of a dense model); `all_but_experts`; `routers`.
+        which: `all`; `feed_forward` (the FF sublayers of a dense model); `all_but_experts`; `routers`; `shared` (all
+            but experts and routers).
 
     Raises:
         CheckpointError: the model has no such weights.
@@ -35,16 +46,11 @@ def set_trainable(model: PreTrainedModel, which: str) -> None:
         family = family_of(model.config.to_dict(), "seed model")
         chosen = {name for name, _ in model.named_parameters() if family.feed_forward_match(name)}
     else:
-        chosen = {name for name, _ in model.named_parameters() if _trains(name, which)}
+        chosen = {name for name, part in weight_parts(model).items() if part in PARTS[which]}
     if not chosen:
         raise CheckpointError(f"trainable: {which} names no weights of {type(model).__name__}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
-
-
-def _trains(name: str, which: str) -> bool:
-    router, expert = name.endswith(".mlp.gate.weight"), ".mlp.experts." in name
-    return {"all": True, "all_but_experts": not expert, "routers": router}[which]
 
 
 def trainable_parameters(model: nn.Module) -> int:

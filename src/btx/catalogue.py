@@ -7,6 +7,7 @@ from collections.abc import Callable
 from btx.families import family_table
 from btx.launchers import LAUNCHERS
 from btx.recipe_loading import packaged_recipes
+from btx.router_kinds import ROUTERS
 
 CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": packaged_recipes,
@@ -16,7 +17,7 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
         "knowledge": "facts of a generated world, with closed-book questions",
         "general": "docstrings, help topics and licence texts of this machine",
     },
-    "routers": lambda: {"top_k": "softmax over the k largest logits (paper, section 2.2); any k"},
+    "routers": lambda: dict(ROUTERS),
     "merges": lambda: {"mean": "float32 mean of the shared weights (paper, section 2.2)"},
     "families": family_table,
     "launchers": lambda: dict(LAUNCHERS),

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from btx.moe import mean_experts_per_token
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -35,11 +37,16 @@ class ModelCost:
         return 16 * self.total_params
 
 
-def model_cost(model: nn.Module) -> ModelCost:
-    """Count a model's parameters (a model on the meta device will do)."""
+def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> ModelCost:
+    """Count a model's parameters (a model on the meta device will do).
+
+    Args:
+        experts_per_token: experts a token uses, mean over layers; None: as the model's routers say, or its config.
+    """
     config: Any = model.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    unused_share = 1 - config.num_experts_per_tok / experts if experts else 0.0
+    used = experts_per_token or mean_experts_per_token(model) or (config.num_experts_per_tok if experts else 0)
+    unused_share = 1 - used / experts if experts else 0.0
     total = sum(p.numel() for p in model.parameters())
     in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     active = total - round(unused_share * in_experts)
@@ -50,11 +57,12 @@ def model_cost(model: nn.Module) -> ModelCost:
     return ModelCost(total, active, active - lookup, width)
 
 
-def config_cost(config: dict[str, Any]) -> ModelCost:
+def config_cost(config: dict[str, Any], *, experts_per_token: float | None = None) -> ModelCost:
     """`model_cost` of a config, without allocating its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        return model_cost(AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+    return model_cost(model, experts_per_token=experts_per_token)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from btx.balancing import Balancing
 from btx.branch import set_trainable
 from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.mixture import finetune_mixture
 from btx.models import load_model
+from btx.moe import moe_blocks, set_router
 from btx.rundir import RunFolder
 from btx.train import Log, train_stage
 
@@ -14,10 +16,13 @@ from btx.train import Log, train_stage
 def finetune(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """Finetune the run's mixed model; same training path as the branches."""
     run.begin(stage)
-    start = run.model("mix")
+    start, settings = run.model("mix"), run.recipe.finetune
     model = load_model(start)
-    set_trainable(model, run.recipe.finetune.trainable)
+    set_router(model, run.recipe.routing)
+    for block in moe_blocks(model):
+        block.dense_router_gradient = settings.dense_router_gradient
+    set_trainable(model, settings.trainable)
     train_stage(
-        run, stage, model, run.recipe.finetune, finetune_mixture(run.recipe), interrupts, log,
-        like=start, load_balancing=run.recipe.finetune.load_balancing,
+        run, stage, model, settings, finetune_mixture(run.recipe), interrupts, log,
+        like=start, balancing=Balancing.of(settings),
     )  # fmt: skip

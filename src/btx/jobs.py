@@ -37,6 +37,8 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                 continue
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
+                if stage.name not in ("data", "report") and not stage.name.startswith("train/"):
+                    use_all_processors()
                 WORK[name.split("/")[0]](run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
 
@@ -45,7 +47,20 @@ def branch_threads(run: RunFolder) -> int:
     """CPU threads of one branch: the recipe's, or the processors shared among the branches trained at once."""
     launch = run.recipe.launch
     at_once = min(launch.jobs or len(run.recipe.train.domains), len(run.recipe.train.domains))
-    return launch.threads or max(1, (os.cpu_count() or 1) // at_once)
+    return launch.threads or max(1, processors() // at_once)
+
+
+def processors() -> int:
+    """Processors this process may use: not those that its container or `taskset` keeps from it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_all_processors() -> None:
+    """A stage that runs alone takes every processor, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(processors())
 
 
 def _data(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -72,16 +87,21 @@ def _train(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> No
 
 
 def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    from btx.btx_folder import write_router
     from btx.mix import mix
 
     folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
+    router = run.recipe.routing
     mix(
         run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
-        folder / "model", record=folder / "mix.json", generalist=settings.generalist, top_k=settings.top_k,
+        folder / "model", record=folder / "mix.json", generalist=settings.generalist,
+        top_k=router.plain_top_k(len(run.recipe.expert_names)),
         router_std=settings.router_std, rng_seed=run.recipe.rng_seed, dtype=settings.dtype,
         tokenizer_from=settings.tokenizer_from, max_shard_size=settings.max_shard_size, log=log,
         progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
     )  # fmt: skip
+    if write_router(folder / "model", router):
+        log(f"mix: router {router.kind}: saved in a folder that only btx reads: {router.why_not_plain()}")
     run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 
 

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from btx.beside_weights import copy_beside_weights, write_generation_config
+from btx.btx_folder import FILE, is_btx_folder, open_btx_folder
 from btx.errors import CheckpointError
 from btx.families.configs import with_dtype, with_rope
 from btx.folders import write_json
 from btx.model_folder import check_model_folder
-from btx.moe import swap_in_moe
+from btx.moe import set_router, swap_in_moe
+from btx.router_kinds import RoutingSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 def quiet_transformers() -> None:
     """Errors only, no progress bars: a stage reports on its own."""
@@ -32,6 +34,8 @@ def quiet_transformers() -> None:
 def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model with btx's MoE blocks in place, on CPU, in evaluation mode.
 
+    A folder that only btx reads (`btx.btx_folder`) gets its own router; any other MoE model routes by Top-K.
+
     Args:
         path: folder as `save_pretrained` writes it, or a hub name.
         revision: git revision of a hub name.
@@ -43,11 +47,11 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    _refuse_broken_folder(path)
+    config, router = _own_config(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), revision=revision or "main", dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True,
+            str(path), config=config, revision=revision or "main", dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
@@ -58,6 +62,8 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in wrong.items() if names)
         raise CheckpointError(f"{path}: the tensors do not fit the config's class {type(model).__name__}: {found}")
     swap_in_moe(model)
+    if router is not None:
+        set_router(model, router)
     return model.eval()
 
 
@@ -72,8 +78,11 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     quiet_transformers()
     if isinstance(path, Path) and not path.exists():
         raise CheckpointError(f"{path}: there is no such folder")
+    own = _own_config(path)[0] if (Path(path) / FILE).exists() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), config=own, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: this folder has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -106,7 +115,9 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
     """config.json of a folder or hub name as plain values, completed with the class's defaults."""
     from transformers import AutoConfig
 
-    _refuse_broken_folder(path)
+    config, _ = _own_config(path)
+    if config is not None:
+        return config.to_dict()
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False).to_dict()
     except Exception as error:  # config classes check their values with errors of many types
@@ -142,12 +153,20 @@ def class_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _refuse_broken_folder(path: str | Path) -> None:
+def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingSettings | None]:
+    """Config and router of a folder that only btx reads; None for any other. Broken folders are refused."""
+    from transformers import AutoConfig
+
     folder = Path(path)
     if folder.exists():
-        check_model_folder(folder)
+        found = check_model_folder(folder)
+        if is_btx_folder(found):
+            plain, router = open_btx_folder(folder, found)
+            values = {key: value for key, value in plain.items() if key != "model_type"}
+            return AutoConfig.for_model(plain["model_type"], **values), router
     elif isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise CheckpointError(f"{path}: there is no such folder")
+    return None, None
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:

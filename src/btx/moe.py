@@ -1,77 +1,30 @@
-"""The MoE layer of the paper (section 2.2): a router and E feed-forward experts, Top-K, dropless.
+"""The MoE layer of the paper (section 2.2): a router and E feed-forward experts.
 
-    FF_MoE(x) = Σ_i g_i(W x) FF_i(x),    g = SoftMax(TopK(W x))
+    FF_MoE(x) = Σ_i g_i(W x) FF_i(x),    g = SoftMax(TopK(W x)) or one of the other routers
 
-Shape letters: B batch, S sequence, T = B·S tokens, D model, F feed-forward, E experts, K top-k, R = T·K routed rows.
+Shape letters: B batch, S sequence, T = B·S tokens, D model, F feed-forward, E experts, K top-k.
 
 `MoE` takes the place of transformers' own MoE block in memory. It holds the same parameters under the same names, so
-`save_pretrained` of the surrounding model writes the plain class, and any engine reads it without btx.
+`save_pretrained` of the surrounding model writes the plain class. How tokens are routed is in `btx.routers`, how they
+get to their experts and back in `btx.dispatch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from btx.dispatch import feed_forward
+from btx.router_kinds import RoutingSettings
+from btx.routers import Routing, Rule, straight_through, top_k_gates
 
-@dataclass(frozen=True)
-class Routing:
-    """What one MoE layer decided for a batch: what the load-balancing loss and the metrics are computed from."""
-
-    logits_TE: Tensor
-    """Router logits before the softmax, float32."""
-    gates_TK: Tensor
-    """Combine weights of the selected experts; they sum to 1."""
-    expert_ids_TK: Tensor
-    """Indices of the selected experts, largest gate first."""
-
-
-def top_k_gates(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """g = SoftMax(TopK(W x)): select first, then softmax over the selected logits only (paper, section 2.2).
-
-    Args:
-        logits_TE: router logits (T, E).
-        top_k: number K of experts a token uses.
-
-    Returns:
-        gates_TK (T, K) in float32, summing to 1, and expert_ids_TK (T, K).
-    """
-    selected_TK, expert_ids_TK = logits_TE.float().topk(top_k, dim=-1)
-    return selected_TK.softmax(dim=-1), expert_ids_TK
-
-
-class _Dispatch(torch.autograd.Function):
-    """Rows for the experts: x_RD[r] = x_TD[token_R[r]]. The backward pass gathers too: faster than scattering."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TK)
-        return x_TD.index_select(0, token_R)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        (row_TK,) = ctx.saved_tensors
-        grad_TKD = grad[0].index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
-        return grad_TKD.sum(dim=1), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """The transpose of `_Dispatch`: y_TD[t] = Σ_k out_RD[row_TK[t, k]]."""
-
-    @staticmethod
-    def forward(ctx: Any, out_RD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_R)
-        return out_RD.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        (token_R,) = ctx.saved_tensors
-        return grad[0].index_select(0, token_R), None, None
+__all__ = [
+    "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
+    "set_router", "swap_in_moe", "top_k_gates", "weight_parts",
+]  # fmt: skip
 
 
 class Router(nn.Module):
@@ -95,51 +48,47 @@ class Experts(nn.Module):
         self.down_proj = down_proj
         self.act_fn = act_fn
 
-    def forward(self, x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """Σ_k gates_TK[:, k] · FF_{expert_ids_TK[:, k]}(x_TD), (T, D).
-
-        Routed rows are sorted by expert, so that every expert is two matrix products on contiguous rows. An expert
-        without tokens costs nothing and gets a zero gradient.
-        """
-        (T, K), E = expert_ids_TK.shape, self.gate_up_proj.shape[0]
-        slot_R = expert_ids_TK.flatten().argsort(stable=True)
-        row_TK = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(T * K, device=slot_R.device)).view(T, K)
-        token_R = slot_R // K
-        rows_per_expert = expert_ids_TK.flatten().bincount(minlength=E).tolist()
-        x_RD = _Dispatch.apply(x_TD, token_R, row_TK)
-        out = [
-            self._feed_forward(x_rD, gate_up, down)
-            for x_rD, gate_up, down in zip(
-                x_RD.split(rows_per_expert), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
-            )
-            if len(x_rD)
-        ]
-        gates_R = gates_TK.flatten()[slot_R]
-        out_RD = torch.cat(out) * gates_R[:, None].to(out[0].dtype)
-        return cast(Tensor, _Combine.apply(out_RD, token_R, row_TK))
-
-    def _feed_forward(self, x_RD: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
-        gate_RF, up_RF = F.linear(x_RD, gate_up_2FD).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate_RF) * up_RF, down_DF)
+    def forward(
+        self, x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> Tensor:
+        """Σ_k gates_TK[:, k] · FF_{expert_ids_TK[:, k]}(x_TD), (T, D), without the rows that `kept_TK` drops."""
+        return feed_forward(x_TD, gates_TK, expert_ids_TK, self.gate_up_proj, self.down_proj, self.act_fn, kept_TK)
 
 
 class MoE(nn.Module):
-    """Top-K mixture of experts, `FF_MoE`. After a forward pass `routing` holds that pass's decisions."""
+    """Mixture of experts, `FF_MoE`. After a forward pass `routing` holds that pass's decisions.
 
-    def __init__(self, router: Router, experts: Experts, top_k: int) -> None:
+    Args:
+        router: gives the logits.
+        experts: the E feed-forward networks.
+        rule: how logits become gates in this layer; an integer is K of the paper's Top-K.
+    """
+
+    def __init__(self, router: Router, experts: Experts, rule: Rule | int) -> None:
         super().__init__()
         self.gate = router
         self.experts = experts
-        self.top_k = top_k
+        self.rule = Rule(RoutingSettings(top_k=rule)) if isinstance(rule, int) else rule
+        self.step = 0
+        """Finished optimiser steps; Sample Top-1's temperature depends on it."""
+        self.dense_router_gradient = False
+        """In training run every expert on every token, so that the router's gradient knows them all."""
         self.routing: Routing | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
-        logits_TE = self.gate(x_TD).float()
-        gates_TK, expert_ids_TK = top_k_gates(logits_TE, self.top_k)
-        self.routing = Routing(logits_TE, gates_TK, expert_ids_TK)
-        return cast(Tensor, self.experts(x_TD, gates_TK, expert_ids_TK)).view_as(x_BSD)
+        routing = self.rule(self.gate(x_TD).float(), training=self.training, step=self.step)
+        self.routing = routing
+        gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
+        if self.dense_router_gradient and self.training:
+            gates, ids = straight_through(routing)
+        return cast(Tensor, self.experts(x_TD, gates, ids, kept)).view_as(x_BSD)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.experts.gate_up_proj.shape[0]
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -152,7 +101,7 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
     """Put `MoE` in the place of every plain transformers MoE block of `model`, sharing its parameters.
 
     Returns:
-        The new blocks in layer order; an empty list for a dense model.
+        The new blocks in layer order, with the Top-K router of the model's config; an empty list for a dense model.
     """
     blocks = []
     for module in list(model.modules()):
@@ -171,3 +120,40 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
 def moe_blocks(model: nn.Module) -> list[MoE]:
     """The `MoE` blocks of `model` in layer order."""
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def set_router(model: nn.Module, settings: RoutingSettings) -> None:
+    """Let every MoE layer of `model` route as `settings` say."""
+    for layer, block in enumerate(moe_blocks(model)):
+        block.rule = Rule(settings, layer)
+
+
+def weight_parts(model: nn.Module) -> dict[str, str]:
+    """Parameter name → `routers`, `experts` or `shared` (everything in a dense model)."""
+    routers = {id(p) for block in moe_blocks(model) for p in block.gate.parameters()}
+    experts = {id(p) for block in moe_blocks(model) for p in block.experts.parameters()}
+    return {
+        name: "routers" if id(p) in routers else "experts" if id(p) in experts else "shared"
+        for name, p in model.named_parameters()
+    }
+
+
+def mean_experts_per_token(model: nn.Module) -> float | None:
+    """Experts a token uses at inference, averaged over layers; None for a dense model."""
+    blocks = moe_blocks(model)
+    used = [block.rule.experts_per_token(block.num_experts) for block in blocks]
+    return sum(used) / len(used) if used else None
+
+
+def experts_run_in_training(model: nn.Module) -> float | None:
+    """Experts that are computed for a token in training, averaged over layers: all with `dense_router_gradient`."""
+    blocks = moe_blocks(model)
+    if blocks and blocks[0].dense_router_gradient:
+        return float(blocks[0].num_experts)
+    return mean_experts_per_token(model)
+
+
+def at_step(model: nn.Module, step: int) -> None:
+    """Tell every MoE layer how many optimiser steps are finished."""
+    for block in moe_blocks(model):
+        block.step = step

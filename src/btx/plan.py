@@ -26,8 +26,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """The cost of every stage. Reads configs only; writes and trains nothing.
 
     Returns:
-        {"name", "run", "formula", "models": {"seed", "btx"}, "stages": [...], "totals"}. The total memory is that of
-        the branches trained at the same time, or of the largest other stage.
+        {"name", "run", "formula", "router", "models": {"seed", "btx"}, "stages": [...], "totals"}. `router` says how
+        tokens are routed, what the result is saved as, and what a user should know: {"kind", "experts_per_token",
+        "saved_as", "notes"}. The total memory is that of the branches trained at the same time, or of the largest
+        other stage.
 
     Raises:
         RecipeError: `seed_model.config` has a key that its class does not know.
@@ -35,8 +37,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     dense = _dense_config(recipe)
     family = family_of(dense, "seed model")
-    moe = family.moe_config(dense, len(recipe.expert_names), recipe.mix.top_k)
-    costs = {"seed": config_cost(dense), "btx": config_cost(moe)}
+    num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
+    moe = family.moe_config(dense, num_experts, recipe.routing.plain_top_k(num_experts))
+    used = recipe.routing.mean_experts_per_token(layers, num_experts)
+    costs = {"seed": config_cost(dense), "btx": config_cost(moe, experts_per_token=used)}
+    # What is computed for a token in finetuning, which is more with a dense router gradient.
+    dense_gradient = recipe.finetune.dense_router_gradient
+    costs["finetuning"] = config_cost(moe, experts_per_token=num_experts) if dense_gradient else costs["btx"]
     stages = [_stage(recipe, stage.name, costs) for stage in build_graph(recipe)]
     run = RunFolder(Path(recipe.run_folder), recipe)
     for stage, row in zip(build_graph(recipe), stages, strict=True):
@@ -49,7 +56,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "run": recipe.run_folder,
         "experts": recipe.expert_names,
         "formula": FLOPS_FORMULA,
-        "models": {name: _model(cost) for name, cost in costs.items()},
+        "router": {
+            "kind": recipe.routing.kind,
+            "experts_per_token": used,
+            "saved_as": "btx" if recipe.routing.why_not_plain() else family.moe,
+            "notes": router_notes(recipe, family.moe),
+        },
+        "models": {name: _model(costs[name]) for name in ("seed", "btx")},
         "stages": stages,
         "totals": {
             "tokens": sum(row["tokens"] for row in stages),
@@ -64,6 +77,29 @@ def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
     """Memory of the branches that train at the same time on this machine."""
     branches = [row["memory_bytes"] for row in stages if row["stage"].startswith("train/")]
     return sum(branches[: recipe.launch.jobs or len(branches)])
+
+
+def router_notes(recipe: Recipe, moe_class: str) -> list[str]:
+    """What a user should know about the recipe's router before anything runs."""
+    notes, router, num_experts = [], recipe.routing, len(recipe.expert_names)
+    if why := router.why_not_plain():
+        notes.append(
+            f"router {router.kind}: no plain {moe_class} routes like this ({why}). The model is saved in a folder that "
+            f"only btx reads; transformers, vLLM and llama.cpp refuse it"
+        )
+    elif router.kind != "top_k":
+        notes.append(f"router {router.kind}: saved as a plain {moe_class} with k = {router.plain_top_k(num_experts)}")
+    if router.kind == "switch":
+        notes.append(
+            f"router switch: an expert takes at most {router.capacity_factor:g} times an equal share of a "
+            f"micro-batch's tokens in training, more are dropped (metrics.jsonl: dropped); at inference none is"
+        )
+    if recipe.finetune.dense_router_gradient:
+        notes.append(
+            f"finetune.dense_router_gradient: all {num_experts} experts run on every token in finetuning, "
+            f"{num_experts / router.top_k:g} times the feed-forward FLOPs of k = {router.top_k}; counted below"
+        )
+    return notes
 
 
 def _dense_config(recipe: Recipe) -> dict[str, Any]:
@@ -138,7 +174,7 @@ def _training(
     if name.startswith("train/"):
         return recipe.train, costs["seed"], domain_mixture(recipe, name.removeprefix("train/"))
     if name == "finetune":
-        return recipe.finetune, costs["btx"], finetune_mixture(recipe)
+        return recipe.finetune, costs["finetuning"], finetune_mixture(recipe)
     return None, None, {}
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from btx.router_kinds import RoutingSettings
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -206,8 +208,18 @@ class Mix(Section):
 
     generalist: bool = True
     """Add the untouched seed model as one more expert."""
+    router: Literal["top_k", "switch", "sample_top1", "soft"] = "top_k"
+    """How tokens are routed (paper: top_k; the others are its ablations); `btx ls routers` explains them."""
     top_k: PositiveInt = 2
-    """Experts a token uses."""
+    """Experts a token uses with the top_k router."""
+    capacity_factor: PositiveFloat = 1.5
+    """switch: rows an expert takes of a micro-batch in training, as a multiple of an equal share; more are dropped."""
+    temperature_floor: PositiveFloat = 0.5
+    """sample_top1: lowest temperature of the Gumbel-softmax."""
+    temperature_rate: Weight = 1e-4
+    """sample_top1: r of the temperature exp(-r·t) after t optimiser steps."""
+    soft_first_layer: bool = True
+    """sample_top1: the first layer uses all experts (paper); false makes the result a plain model with k = 1."""
     router_init: Literal["random"] = "random"
     """How the routers start: N(0, router_std)."""
     router_std: PositiveFloat = 0.02
@@ -222,15 +234,39 @@ class Mix(Section):
     """Size a weights file has at most."""
 
 
+class LearningRateFactors(Section):
+    """Multiples of the learning rate for the parts of a MoE model; 1 for all is one learning rate."""
+
+    routers: PositiveFloat = 1.0
+    """Routers."""
+    experts: PositiveFloat = 1.0
+    """Experts."""
+    shared: PositiveFloat = 1.0
+    """All other weights."""
+
+
 class Finetune(Training):
     """Finetuning of the mixed model (paper section 3.2)."""
 
     mixture: dict[str, Weight] | None = None
     """Domain → sampling weight, normalised; default: all experts' domains and the general domain equally."""
-    trainable: Literal["all", "all_but_experts", "routers"] = "all"
-    """Which weights train."""
+    trainable: Literal["all", "all_but_experts", "routers", "shared"] = "all"
+    """Which weights train; shared are all but experts and routers."""
+    learning_rate_factors: LearningRateFactors = LearningRateFactors()
+    """Learning rate of each part, as a multiple of learning_rate."""
     load_balancing: Weight = 0.01
-    """Weight α of the load-balancing loss, per layer, summed over layers (paper: 0.01)."""
+    """Weight α of the load-balancing loss, per layer (paper: 0.01)."""
+    load_balancing_kind: Literal["paper", "pooled"] = "paper"
+    """paper: gates times probabilities, in every layer; pooled: transformers' loss, to compare with."""
+    load_balancing_over_layers: Literal["sum", "mean"] = "sum"
+    """How the layers' losses become one (not stated in the paper)."""
+    load_balancing_over: Literal["micro_batch", "global_batch"] = "micro_batch"
+    """Batch whose means are balanced: each micro-batch for itself, or all of an optimiser step on all processes."""
+    router_z_loss: Weight = 0.0
+    """Weight of the router z-loss, logsumexp² of the router logits (arXiv 2202.08906; 0.001 there)."""
+    dense_router_gradient: bool = False
+    """top_k: run every expert on every token in training, so that the router learns from all (DenseMixer); costs N/k
+    times the feed-forward FLOPs."""
 
 
 class Task(Section):
@@ -328,14 +364,23 @@ class Recipe(Section):
         experts = len(self.train.domains) + self.mix.generalist
         if experts < 2:
             raise ValueError("a mixture needs at least two experts: add a domain to train.domains or mix.generalist")
-        if self.mix.top_k > experts:
+        if self.mix.router == "top_k" and self.mix.top_k > experts:
             raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {experts} experts")
+        if self.finetune.dense_router_gradient and self.mix.router != "top_k":
+            raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
         return self
 
     @property
     def expert_names(self) -> list[str]:
         """Names of the MoE model's experts in order: the trained domains, then the generalist."""
         return [*self.train.domains, *(["generalist"] if self.mix.generalist else [])]
+
+    @property
+    def routing(self) -> RoutingSettings:
+        """The router of the mixed model."""
+        mix = self.mix
+        return RoutingSettings(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
+                              mix.soft_first_layer)  # fmt: skip
 
     @property
     def run_folder(self) -> str:

@@ -30,7 +30,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     stages.add_section()
     stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _size(totals["memory_bytes"]),
                    _size(totals["disk_bytes"]), "")  # fmt: skip
-    return [models, stages]
+    return [models, stages, *planned["router"]["notes"]]
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from btx.balancing import Balancing
 from btx.branch import branch, trainable_parameters
 from btx.cost import model_cost
 from btx.errors import UserError
@@ -20,6 +21,7 @@ from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.mixture import Mixture, domain_mixture, resolve, seed_mixture
 from btx.models import load_tokenizer, new_model, save_model
+from btx.moe import experts_run_in_training
 from btx.recipe import Training
 from btx.rundir import RunFolder
 from btx.token_files import TokenFile
@@ -83,14 +85,14 @@ def train_stage(
     log: Log,
     *,
     like: Path | None,
-    load_balancing: float = 0.0,
+    balancing: Balancing | None = None,
 ) -> Totals:
     """Run the training loop for a stage, write its model folder, then done.json.
 
     Args:
         weights: domain → sampling weight.
         like: model folder whose config and tokenizer the result keeps; None for a model from scratch.
-        load_balancing: weight α of the load-balancing loss.
+        balancing: losses on the routers of a MoE model; None: none.
     """
     folder, recipe = run.folder(stage.name), run.recipe
     sequence_length = recipe.data.sequence_length
@@ -99,6 +101,7 @@ def train_stage(
         for name, path, weight in resolve(recipe, dict(weights))
     ]
     cost = model_cost(model)
+    in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     job = TrainingJob(
@@ -107,10 +110,11 @@ def train_stage(
         settings=settings,
         folder=folder,
         inputs=stage.inputs,
-        flops_per_token=cost.training_flops_per_token(sequence_length),
+        flops_per_token=in_training.training_flops_per_token(sequence_length),
         rng_seed=recipe.rng_seed,
         device=choose_device(recipe.device),
-        load_balancing=load_balancing,
+        balancing=balancing or Balancing(),
+        experts=recipe.expert_names,
     )
     log(f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train, {torch.get_num_threads()} threads")
     totals = run_training(job, interrupts, log)

@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from btx.balancing import expert_load, total_load_balancing_loss
+from btx.balancing import Balancing, RoutingLoss
 from btx.errors import NotFinite
 from btx.interrupts import Interrupts
 from btx.losses import IGNORE, next_token_loss
 from btx.mixture import Mixture
-from btx.moe import moe_blocks
+from btx.moe import at_step, moe_blocks
 from btx.recipe import Training
-from btx.schedule import adamw, learning_rate
+from btx.routing_metrics import DeadExpertWatch, RoutingMeter
+from btx.schedule import adamw, learning_rate, set_learning_rate
 from btx.training_state import last_checkpoint, load_state, save_state
 
 
@@ -46,8 +47,10 @@ class TrainingJob:
     """Training FLOPs, forward and backward."""
     rng_seed: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    load_balancing: float = 0.0
-    """Weight α of the load-balancing loss; 0 for dense models."""
+    balancing: Balancing = field(default_factory=Balancing)
+    """Losses on the routers, for MoE models."""
+    experts: Sequence[str] = ()
+    """Names of the experts, for warnings."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,21 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     samples_per_step = max(1, settings.batch_tokens // job.mixture.sequence_length)
     tokens_per_step = samples_per_step * job.mixture.sequence_length
     total_steps = math.ceil(settings.tokens / tokens_per_step)
-    optimizer = adamw(model.named_parameters(), settings)
+    optimizer = adamw(model, settings)
     marks = {"inputs": job.inputs, "data": job.mixture.fingerprint}
     done = load_state(job.folder / "state", model, optimizer, marks)
     if done:
         log(f"resumed after step {done} of {total_steps}")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
+    watch = DeadExpertWatch(job.experts, log)
     with metrics.open() as file:
         for step in range(done, total_steps):
             started = time.perf_counter()
             rate = learning_rate(step, total_steps, settings)
-            facts = _step(job, optimizer, step, samples_per_step, rate)
+            set_learning_rate(optimizer, rate)
+            facts = _step(job, optimizer, step, samples_per_step)
+            if "load" in facts:
+                facts["dead"] = watch.see(facts["load"])
             tokens = (step + 1) * tokens_per_step
             metrics.write(file, {
                 "step": step + 1, "steps": total_steps, "tokens": tokens, **facts, "learning_rate": rate,
@@ -98,20 +105,18 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     )  # fmt: skip
 
 
-def _step(
-    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int, rate: float
-) -> dict[str, Any]:
+def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int) -> dict[str, Any]:
     """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics."""
     settings, model = job.settings, job.model
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
     torch.manual_seed((job.rng_seed << 32) + step)
+    at_step(model, step)
     micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
     first = step * samples_per_step
     batch = job.mixture.batch(first, samples_per_step)
     scored = int((batch.labels != IGNORE).sum())
     loss = torch.zeros((), device=job.device)
-    balancing: list[Tensor] = []
-    load: list[Tensor] = []
+    routing_loss, meter = RoutingLoss(job.balancing), RoutingMeter()
     for start in range(0, samples_per_step, micro):
         rows = slice(start, start + micro)
         input_ids, position_ids, labels = (
@@ -124,28 +129,29 @@ def _step(
             loss += micro_loss.detach()
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
         if routings:
-            balance = total_load_balancing_loss(routings)  # packed sequences hold no padding to mask
-            micro_loss = micro_loss + job.load_balancing * share * balance
-            balancing.append(balance.detach() * share)
-            load.append(torch.stack([expert_load(routing) for routing in routings]) * share)
+            micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
+            meter.add(routings)
         micro_loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], settings.clip)
-    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": norm.item()}
+    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": _clip(model, settings.clip)}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(
             f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
             f"were not updated. Last good checkpoint: {last_checkpoint(job.folder / 'state')}. Lower "
             f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if load:
-        layers = len(load[0])
-        facts["load_balancing"] = torch.stack(balancing).sum().item() / layers
-        facts["load"] = [[round(share, 4) for share in layer] for layer in torch.stack(load).sum(dim=0).tolist()]
-    return facts
+    return facts | routing_loss.facts() | meter.facts()
+
+
+def _clip(model: nn.Module, largest: float) -> float:
+    """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    value = norm.item()
+    if not value + 1e-6 <= largest:  # torch's clip_grad_norm_ would multiply every gradient by 1 here
+        nn.utils.clip_grads_with_norm_(trained, largest, norm)
+    return value
 
 
 class Metrics:

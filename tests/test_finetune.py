@@ -1,0 +1,190 @@
+"""Finetuning with every router and every choice of what trains: runs, metrics, folders, exact resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from btx.folders import read_json
+from btx.models import load_model
+from btx.moe import moe_blocks, weight_parts
+from btx.plan import plan
+from btx.recipe import Finetune
+from btx.recipe_loading import RecipeError, load_recipe
+from btx.rundir import RunFolder
+from btx.schedule import adamw, set_learning_rate
+from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+
+BRANCHED = ["data", "seed", "train/birds", "train/tools"]
+
+
+@pytest.fixture(scope="module")
+def branched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is ready to be mixed."""
+    folder = tmp_path_factory.mktemp("branched")
+    write_pico_recipe(folder)
+    run_here(pico_recipe(folder), BRANCHED)
+    return folder
+
+
+def go_on(branched: Path, name: str, *overrides: str, stages: tuple[str, ...] = ("mix", "finetune")) -> RunFolder:
+    """A copy of the branched run, mixed and finetuned with other settings."""
+    if not (branched / name).exists():
+        shutil.copytree(branched / "run", branched / name, symlinks=True)
+    return run_here(pico_recipe(branched, name, *overrides), stages)[0]
+
+
+def metrics(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "finetune" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("router", ["switch", "sample_top1", "soft"])
+def test_every_router_trains_evaluates_analyses_and_saves(branched: Path, router: str) -> None:
+    stages = ("mix", "baselines/soup", "finetune", "evaluate", "analyze", "report")
+    run = go_on(branched, router, f"mix.router={router}", "mix.capacity_factor=0.8", stages=stages)
+    lines = metrics(run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all((max(line["dropped"]) > 0) == (router == "switch") for line in lines)
+    results = read_json(run.path / "evaluate" / "results.json")["models"]
+    assert results["btx"]["mean_bits_per_byte"] < results["mix"]["mean_bits_per_byte"]
+    routing = read_json(run.path / "analyze" / "routing.json")
+    assert all(sum(load) == pytest.approx(1) for found in routing["domains"].values() for load in found["load"])
+    (start,), (end,) = ({block.rule.settings.kind for block in moe_blocks(load_model(run.model(stage)))}
+                        for stage in ("mix", "finetune"))  # fmt: skip
+    assert start == end == ("top_k" if router == "soft" else router)
+    config = read_json(run.model("finetune") / "config.json")
+    assert (config["model_type"], config["num_experts_per_tok"]) == (
+        ("mixtral", 3) if router == "soft" else ("btx_mixtral", "read btx.json")
+    )
+
+
+@pytest.mark.parametrize("router", ["sample_top1", "top_k"])
+def test_an_interrupted_finetuning_goes_on_bit_for_bit(branched: Path, router: str) -> None:
+    options = (f"mix.router={router}", "mix.temperature_rate=0.05", "finetune.load_balancing_over=global_batch")
+    whole = go_on(branched, f"whole-{router}", *options)
+    cut = go_on(branched, f"cut-{router}", *options)
+    state = cut.path / "finetune" / "state"
+    shutil.rmtree(cut.path / "finetune" / "model")
+    (cut.path / "finetune" / "done.json").unlink()
+    for checkpoint in state.iterdir():
+        shutil.rmtree(checkpoint)
+    before = go_on(branched, f"before-{router}", *options, "finetune.checkpoint_every=4")
+    shutil.copytree(_checkpoint_of(before, 4), state / "step-00000004")
+    again = go_on(branched, f"cut-{router}", *options, stages=("finetune",))
+    assert (again.model("finetune") / "model.safetensors").read_bytes() == (
+        whole.model("finetune") / "model.safetensors"
+    ).read_bytes()
+    timing = ("tokens_per_s", "wall_s")
+    kept = [{key: value for key, value in line.items() if key not in timing} for line in metrics(again)]
+    assert kept == [{key: value for key, value in line.items() if key not in timing} for line in metrics(whole)]
+
+
+def _checkpoint_of(run: RunFolder, step: int) -> Path:
+    """The checkpoint after `step` steps: the run is done anew from its mix and stopped there."""
+    from btx.interrupts import Interrupted, Interrupts
+    from btx.jobs import run_stages
+
+    shutil.rmtree(run.path / "finetune")
+
+    class StopAfter(Interrupts):
+        steps = 0
+
+        def raise_if_pending(self, message: str) -> None:
+            StopAfter.steps += 1
+            if StopAfter.steps == step:
+                raise Interrupted(message, 15)
+
+    with pytest.raises(Interrupted):
+        run_stages(run, ["finetune"], StopAfter(), lambda line: None)
+    return run.path / "finetune" / "state" / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize(("trainable", "trained"), [
+    ("all", {"routers", "experts", "shared"}),
+    ("all_but_experts", {"routers", "shared"}),
+    ("routers", {"routers"}),
+    ("shared", {"shared"}),
+])  # fmt: skip
+def test_what_is_frozen_stays_and_has_no_optimiser_state(branched: Path, trainable: str, trained: set[str]) -> None:
+    run = go_on(branched, trainable, f"finetune.trainable={trainable}", f"finetune.tokens={256 * 3}")
+    before, after = load_model(run.model("mix")), load_model(run.model("finetune"))
+    parts = weight_parts(after)
+    assert set(parts.values()) == {"routers", "experts", "shared"}
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(old, new) != (parts[name] in trained), name
+    (checkpoint,) = (run.path / "finetune" / "state").iterdir()
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        kept = {name.split("/", 1)[1] for name in file.keys()}  # noqa: SIM118
+    assert kept == {name for name, part in parts.items() if part in trained}
+
+
+def test_frozen_weights_get_no_gradient_in_memory(branched: Path) -> None:
+    from btx.branch import set_trainable
+    from btx.losses import next_token_loss
+
+    run = go_on(branched, "routers", "finetune.trainable=routers", f"finetune.tokens={256 * 3}")
+    model = load_model(run.model("mix"))
+    set_trainable(model, "routers")
+    ids = torch.arange(64).view(2, 32)
+    next_token_loss(model.train(), ids, torch.arange(32).expand(2, 32), ids).backward()
+    with_gradient = {part for name, part in weight_parts(model).items() if model.get_parameter(name).grad is not None}
+    assert with_gradient == {"routers"}
+
+
+def test_each_part_has_its_own_learning_rate(branched: Path) -> None:
+    model = load_model(go_on(branched, "all", f"finetune.tokens={256 * 3}").model("mix"))
+    factors = {"routers": 10.0, "experts": 0.5, "shared": 2.0}
+    optimizer = adamw(model, Finetune(tokens=1, learning_rate_factors=factors))
+    set_learning_rate(optimizer, 1e-3)
+    parts = {id(model.get_parameter(name)): part for name, part in weight_parts(model).items()}
+    rates = {parts[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {part: pytest.approx(1e-3 * factor) for part, factor in factors.items()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parts)
+    assert all(group["weight_decay"] == 0.1 * (p.ndim > 1) for group in optimizer.param_groups for p in group["params"])
+
+
+def test_a_dense_router_gradient_costs_what_plan_says(branched: Path) -> None:
+    sparse, dense = (
+        pico_recipe(branched, "run", f"finetune.dense_router_gradient={value}") for value in ("false", "true")
+    )
+    costs = [next(row for row in plan(recipe)["stages"] if row["stage"] == "finetune") for recipe in (sparse, dense)]
+    one_expert = 3 * 32 * 48 * 2  # three matrices in two layers
+    assert costs[1]["flops"] - costs[0]["flops"] == 6 * one_expert * costs[0]["tokens"]
+    assert "1.5 times the feed-forward FLOPs" in " ".join(plan(dense)["router"]["notes"])
+    run = go_on(branched, "dense", "finetune.dense_router_gradient=true")
+    plain = go_on(branched, "plain")
+    assert run.done("finetune")["flops"] - plain.done("finetune")["flops"] == 6 * one_expert * costs[0]["tokens"]
+    assert run.done("finetune")["active_params"] == plain.done("finetune")["active_params"]
+
+
+def test_plan_says_what_a_plain_class_cannot_express(branched: Path) -> None:
+    told = {
+        router: plan(pico_recipe(branched, "run", f"mix.router={router}"))["router"]
+        for router in ("top_k", "switch", "sample_top1", "soft")
+    }
+    assert {name: facts["saved_as"] for name, facts in told.items()} == {
+        "top_k": "mixtral", "switch": "btx", "sample_top1": "btx", "soft": "mixtral",
+    }  # fmt: skip
+    assert {name: facts["experts_per_token"] for name, facts in told.items()} == {
+        "top_k": 2, "switch": 1, "sample_top1": 2, "soft": 3,
+    }  # fmt: skip
+    assert told["top_k"]["notes"] == []
+    assert all("only btx reads" in told[name]["notes"][0] for name in ("switch", "sample_top1"))
+    assert "k = 3" in told["soft"]["notes"][0]
+
+
+@pytest.mark.parametrize("override", ["mix.router=swich", "mix.capacity_factor=0", "finetune.trainable=router"])
+def test_bad_router_settings_are_refused(branched: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=override.split("=")[0].replace(".", r"\.")):
+        load_recipe(str(branched / "pico.yaml"), [f"data.root={branched}", override])
+
+
+def test_a_dense_gradient_goes_with_top_k_alone(branched: Path) -> None:
+    with pytest.raises(RecipeError, match="dense_router_gradient goes with"):
+        pico_recipe(branched, "run", "mix.router=soft", "finetune.dense_router_gradient=true")

@@ -133,7 +133,9 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
 
 def test_tiles_cover_all_rows_once_join_small_experts_and_cut_large_ones() -> None:
     tiles = cut_into_tiles([3, 0, 4, 25, 2, 8], 10)
-    found = [[(piece.expert, piece.rows.stop - piece.rows.start, piece.first) for piece in tile.pieces] for tile in tiles]
+    found = [
+        [(piece.expert, piece.rows.stop - piece.rows.start, piece.first) for piece in tile.pieces] for tile in tiles
+    ]
     assert found == [
         [(0, 3, True), (2, 4, True)], [(3, 8, True)], [(3, 8, False)], [(3, 9, False)], [(4, 2, True), (5, 8, True)],
     ]  # fmt: skip

@@ -294,7 +294,7 @@ def test_null_takes_a_section_away() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("mix.topk=1", "mix.topk: unknown key 'topk'; did you mean 'top_k'? allowed: generalist, top_k,"),
+        ("mix.topk=1", "mix.topk: unknown key 'topk'; did you mean 'top_k'? allowed: generalist, router,"),
         ("trian.tokens=1", "trian: unknown key 'trian'; did you mean 'train'?"),
         ("train.tokens=3 epochs", "train.tokens: expected a whole number, got '3 epochs' (Training tokens)"),
         ("train.tokens=[", "train.tokens: cannot be read: while parsing a flow node"),

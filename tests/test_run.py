@@ -156,7 +156,7 @@ def test_nothing_is_left_when_the_data_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("override", "expected"), [
     ("data.domains.birds=absent.jsonl", "absent.jsonl: no such file"),
-    ("seed_model.config.model_type=gpt2", "families: llama"),
+    ("seed_model.config.model_type=gpt2", "families: cohere2, ernie4_5"),
     ("train.tokens=1e9", "epochs"),
     ("data.domains.birds={path: birds.jsonl, text: body}", "body"),
 ])  # fmt: skip

@@ -28,13 +28,15 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze chat evaluate finetune mix plan prepare report train",
     "pieces": (
-        "balancing branch checkpoints cost drift held_out kv_cache lazy_tensors losses merge mix_checks mix_inputs "
-        "mixture models moe moe_layout report_charts report_results report_tokens router_init schedule shard_writer "
-        "tasks token_files token_texts tokenizer training training_state"
+        "balancing branch checkpoints cost dispatch drift held_out kv_cache lazy_tensors losses merge mix_checks "
+        "mix_inputs mixture models moe moe_layout output_types report_charts report_results report_tokens "
+        "router_init routers routing_metrics schedule shard_writer tasks token_files token_texts tokenizer "
+        "training training_state"
     ),
     "plain": (
-        "document_files domains errors families folders graph interrupts model_folder preflight recipe recipe_loading "
-        "recipe_overrides recipe_docs recipe_problems recipes rundir sources status yaml_positions"
+        "beside_weights btx_folder document_files domains errors families folders graph interrupts model_folder "
+        "preflight recipe recipe_docs recipe_loading recipe_overrides recipe_problems recipes router_kinds rundir "
+        "sizes sources status vocabularies yaml_positions"
     ),
 }
 MAY_IMPORT = {

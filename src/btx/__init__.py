@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from btx.errors import BtxError, UserError
     from btx.mix import mix, soup
     from btx.models import load_model, load_tokenizer
-    from btx.moe import MoE, top_k_gates
+    from btx.moe import MoE
     from btx.pipeline import run
     from btx.plan import plan
     from btx.recipe import Recipe
     from btx.recipe_loading import load_recipe
     from btx.report import write_report
+    from btx.routers import top_k_gates
     from btx.rundir import RunFolder
 
 __version__ = "0.1.0"
@@ -46,7 +47,7 @@ _HOME = {
     "plan": "btx.plan",
     "run": "btx.pipeline",
     "soup": "btx.mix",
-    "top_k_gates": "btx.moe",
+    "top_k_gates": "btx.routers",
     "write_report": "btx.report",
 }
 

@@ -238,9 +238,9 @@ class LearningRateFactors(Section):
     """Multiples of the learning rate for the parts of a MoE model; 1 for all is one learning rate."""
 
     routers: PositiveFloat = 1.0
-    """Routers."""
+    """Factor of the learning rate for the routers."""
     experts: PositiveFloat = 1.0
-    """Experts."""
+    """Factor of the learning rate for the experts."""
     shared: PositiveFloat = 1.0
     """All other weights."""
 

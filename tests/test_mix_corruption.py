@@ -28,7 +28,7 @@ def folders(make_llama: MakeLlama, tmp_path: Path) -> dict[str, Path]:
     """A seed model and an expert, each in two shards."""
     made = {name: make_llama(name, number) for number, name in enumerate(("seed", "math"))}
     for folder in made.values():
-        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="150KB")
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
         (folder / "model.safetensors").unlink()
         assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
     return made
@@ -65,7 +65,7 @@ def empty(content: bytes, at: float, value: int) -> bytes:
 CHANGES = (truncate, flip, insert, zero, saturate, empty)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     whose=st.sampled_from(["seed", "math"]),
     name=st.sampled_from(FILES),
@@ -92,7 +92,7 @@ def test_a_missing_file_is_harmless_or_refused_by_name(folders: dict[str, Path],
     check(folders, folders[whose] / name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     whose=st.sampled_from(["seed", "math"]),
     name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json", INDEX]),

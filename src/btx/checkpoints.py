@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import mmap
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from btx.errors import CheckpointError
-from btx.lazy_tensors import FileTensor
+from btx.lazy_tensors import FileTensor, OpenFile
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -79,11 +78,16 @@ class TensorFolder:
     def _open_index(self, index: Path) -> None:
         try:
             listed = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = sorted({str(file) for file in listed.values()})
+            files = sorted(set(listed.values()))
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError("a shard's name is no text")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         for file in files:
-            self._open(file)
+            try:
+                self._open(file)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} (named by {index})") from error
         absent = sorted(
             name for name, file in listed.items()
             if name not in self._tensors or self._tensors[name].file != str(self.folder / file)
@@ -95,21 +99,20 @@ class TensorFolder:
     def _open(self, file: str) -> None:
         path = self.folder / file
         if Path(file).name != file:
-            raise CheckpointError(f"{self.folder / INDEX}: shard {file!r} lies outside the folder")
+            raise CheckpointError(f"shard {file!r} lies outside the folder")
         try:
             with safe_open(path, framework="np"):  # the library's checks of the header
                 pass
-            with open(path, "rb") as opened:
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, SafetensorError, ValueError) as error:
+            opened = OpenFile(path)
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-        header_bytes = int.from_bytes(mapped[:8], "little")
-        header = json.loads(mapped[8 : 8 + header_bytes])
+        header_bytes = int.from_bytes(opened.read(0, 8).numpy().tobytes(), "little")
+        header = json.loads(opened.read(8, header_bytes).numpy().tobytes())
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}")
             self._tensors[name] = FileTensor(
-                self.who, name, str(path), tuple(entry["shape"]), DTYPES[entry["dtype"]], mapped,
+                self.who, name, str(path), tuple(entry["shape"]), DTYPES[entry["dtype"]], opened,
                 8 + header_bytes + entry["data_offsets"][0],
             )  # fmt: skip

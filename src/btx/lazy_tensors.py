@@ -1,16 +1,19 @@
 """Tensors that are not read yet: what the output of a mix is planned from before a byte is written.
 
-A `LazyTensor` knows its shape and type and reads itself, whole or block by block. From a file it is a view of the
-mapped file: it costs no memory of its own, and its bytes can be copied as they are.
+A `LazyTensor` knows its shape and type and reads itself, whole or block by block.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +21,10 @@ from torch import Tensor
 
 from btx.errors import CheckpointError
 
-BLOCK_ELEMENTS = 2**21
-"""Elements worked on at a time: small enough for the processor's cache, large enough to make calls rare."""
+BLOCK_ELEMENTS = 2**19
+"""Elements copied at a time."""
+COMPUTED_ELEMENTS = 2**15
+"""Elements computed at a time: small enough for the processor's cache, large enough to make calls rare."""
 
 # Floating-point type → integer types of its size, and the smallest pattern of a positive infinity.
 _PATTERNS = {
@@ -28,6 +33,20 @@ _PATTERNS = {
     torch.float32: (np.int32, np.uint32, 0x7F800000),
     torch.float64: (np.int64, np.uint64, 0x7FF0000000000000),
 }
+
+
+class Task(NamedTuple):
+    """A block that can be computed."""
+
+    numel: int
+    run: Callable[[], Tensor]
+
+
+def in_steps(numel: int, step: int, run: Callable[[int, int], Tensor]) -> Iterator[Task]:
+    """Tasks for elements [0, numel), `step` at a time."""
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        yield Task(stop - start, partial(run, start, stop))
 
 
 class LazyTensor(ABC):
@@ -42,12 +61,16 @@ class LazyTensor(ABC):
         return math.prod(self.shape)
 
     @abstractmethod
-    def blocks(self) -> Iterator[Tensor]:
-        """The elements in order, as flat tensors of `dtype`; each is finite.
+    def tasks(self) -> Iterator[Task]:
+        """How to get the elements, block by block; every task can be run in a thread of its own.
 
-        Raises:
-            CheckpointError: NaN or infinity; the message names the tensor and its file.
+        A task raises CheckpointError for NaN or infinity; the message names the tensor and its file.
         """
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The elements in order, as flat tensors of `dtype`."""
+        for task in self.tasks():
+            yield task.run()
 
     def load(self) -> Tensor:
         """The whole tensor."""
@@ -59,9 +82,37 @@ class LazyTensor(ABC):
         return Computed((stop - start, *self.shape[1:]), self.dtype, lambda: self.load()[start:stop])
 
 
+class OpenFile:
+    """A file that tensors are read from, by their place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    @cached_property
+    def mapped(self) -> mmap.mmap:
+        """The whole file as memory that belongs to it. Nothing may write there."""
+        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+
+    def read(self, offset: int, size: int) -> Tensor:
+        """Bytes as a tensor of uint8. Reading small blocks is cheaper than mapping them, page by page."""
+        block = torch.empty(size, dtype=torch.uint8)
+        view = memoryview(block.numpy().data)
+        while view:
+            got = os.preadv(self._descriptor, [view], offset)
+            if got == 0:
+                raise CheckpointError(f"{self.path}: the file has become shorter while it was read")
+            view, offset = view[got:], offset + got
+        return block
+
+
 @dataclass(frozen=True)
 class FileTensor(LazyTensor):
-    """A tensor, or some of its rows, in a mapped safetensors file."""
+    """A tensor, or some of its rows, in a safetensors file."""
 
     who: str
     """Whose it is, for messages: `expert math`."""
@@ -69,35 +120,34 @@ class FileTensor(LazyTensor):
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    mapped: mmap.mmap
+    source: OpenFile
     offset: int
-
-    def flat(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop), a view of the file; unchecked. Nothing may write into it."""
-        if start == stop:
-            return torch.empty(0, dtype=self.dtype)
-        at = self.offset + start * self.dtype.itemsize
-        return torch.frombuffer(self.mapped, dtype=self.dtype, count=stop - start, offset=at)
 
     def finite(self, start: int, stop: int) -> Tensor:
         """Elements [start, stop), refused if one is NaN or infinite."""
-        block = self.flat(start, stop)
-        if not is_finite(block):
-            raise CheckpointError(
-                f"{self.who}: {self.file}: tensor {self.name} holds NaN or infinity; this model cannot be mixed"
-            )
-        return block
+        size = self.dtype.itemsize
+        return self._checked(self.source.read(self.offset + start * size, (stop - start) * size).view(self.dtype))
 
-    def blocks(self) -> Iterator[Tensor]:
-        for start in range(0, self.numel, BLOCK_ELEMENTS):
-            yield self.finite(start, min(start + BLOCK_ELEMENTS, self.numel))
+    def tasks(self) -> Iterator[Task]:
+        return in_steps(self.numel, BLOCK_ELEMENTS, self.finite)
 
     def load(self) -> Tensor:
-        return self.finite(0, self.numel).view(self.shape)
+        """The whole tensor, a view of the mapped file; it costs no memory of its own. Nothing may write into it."""
+        if not self.numel:
+            return torch.empty(self.shape, dtype=self.dtype)
+        view = torch.frombuffer(self.source.mapped, dtype=self.dtype, count=self.numel, offset=self.offset)
+        return self._checked(view).view(self.shape)
 
     def rows(self, start: int, stop: int) -> FileTensor:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
+
+    def _checked(self, values: Tensor) -> Tensor:
+        if not is_finite(values):
+            raise CheckpointError(
+                f"{self.who}: {self.file}: tensor {self.name} holds NaN or infinity; this model cannot be mixed"
+            )
+        return values
 
 
 @dataclass(frozen=True)
@@ -108,10 +158,13 @@ class Computed(LazyTensor):
     dtype: torch.dtype
     compute: Callable[[], Tensor]
 
-    def blocks(self) -> Iterator[Tensor]:
+    def tasks(self) -> Iterator[Task]:
+        yield Task(self.numel, self._run)
+
+    def _run(self) -> Tensor:
         result = self.compute()
         assert tuple(result.shape) == self.shape, f"{tuple(result.shape)} computed where {self.shape} was planned"
-        yield rounded(result, self.dtype).flatten()
+        return rounded(result, self.dtype).flatten()
 
 
 @dataclass(frozen=True)
@@ -123,10 +176,14 @@ class Elementwise(LazyTensor):
     inputs: Sequence[FileTensor]
     compute: Callable[[Sequence[Tensor]], Tensor]
 
-    def blocks(self) -> Iterator[Tensor]:
-        for start in range(0, self.numel, BLOCK_ELEMENTS):
-            stop = min(start + BLOCK_ELEMENTS, self.numel)
-            yield rounded(self.compute([tensor.finite(start, stop) for tensor in self.inputs]), self.dtype)
+    def tasks(self) -> Iterator[Task]:
+        return in_steps(self.numel, COMPUTED_ELEMENTS, self._run)
+
+    def _run(self, start: int, stop: int) -> Tensor:
+        values = [tensor.finite(start, stop) for tensor in self.inputs]
+        if any(value.dtype != self.dtype for value in values):  # rounding is to their own type, or from float64
+            values = [value.double() for value in values]
+        return rounded(self.compute(values), self.dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Computed:
@@ -158,15 +215,22 @@ def is_finite(tensor: Tensor) -> bool:
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in another type, rounded once to the nearest value.
 
-    torch rounds float64 to 16 bits in two steps, by way of float32. A float32 that is not exact is therefore moved to
-    its odd neighbour first ("round to odd"), which makes the second step right (Boldo and Melquiond 2008).
+    torch rounds float64 to 16 bits in two steps, by way of float32, which `nearest_odd` makes right.
     """
-    if tensor.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
-        return tensor.to(dtype)
+    if tensor.dtype == torch.float64 and dtype in (torch.bfloat16, torch.float16):
+        tensor = nearest_odd(tensor)
+    return tensor.to(dtype)
+
+
+def nearest_odd(tensor: Tensor) -> Tensor:
+    """float64 → float32; a value that is not exact goes to the neighbour whose last bit is 1.
+
+    Rounding that once more to 16 bits gives the 16-bit value nearest to the float64 (Boldo and Melquiond 2008).
+    """
     nearest = tensor.float()
     back = nearest.double()
     inexact = (back != tensor) & (nearest.view(torch.int32) & 1 == 0) & nearest.isfinite()
     if inexact.any():
         away = torch.where(back < tensor, torch.inf, -torch.inf).float()
         nearest = torch.where(inexact, torch.nextafter(nearest, away), nearest)
-    return nearest.to(dtype)
+    return nearest

@@ -1,17 +1,16 @@
 """Write planned tensors as safetensors shards with an index, block by block, without holding a shard in memory.
 
 Names, shapes and types are all known beforehand, so every file's header is written first and the data follow in
-order. One thread reads and computes, another writes.
+order. Reading and computing overlap with writing.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import queue
 import shutil
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,18 @@ import torch
 from torch import Tensor
 
 from btx.checkpoints import DTYPES, INDEX, ONE_FILE
+from btx.direct_file import DirectFile
 from btx.errors import CheckpointError, RunFolderError
 from btx.folders import write_json
 from btx.lazy_tensors import LazyTensor, is_finite
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCKS_WAITING = 4
 HEADER_BYTES = 160
 """Bytes of a file's header: those that a tensor adds beside its name, at most, and those of an empty header."""
+READERS = 2
+"""Threads that read and compute."""
+BYTES_AHEAD = 2**24
+"""Bytes read and computed before they are written; a tensor that is computed whole may be larger, but is alone."""
 SPARE_BYTES = 50_000_000
 """What has to stay free on the disk beside the weights: tokenizer, records, file system."""
 
@@ -107,12 +110,12 @@ def write_shards(
 def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Callable[[int], None]) -> None:
     """Write one safetensors file; `progress` is called with the bytes of tensor data so far."""
     done = 0
-    with open(path, "wb", buffering=0) as file, _Writer(file.fileno()) as writer:
-        writer.put(torch.frombuffer(bytearray(_header(tensors)), dtype=torch.uint8))
+    with DirectFile(path) as file:
+        file.write(_header(tensors))
         for tensor, block in _blocks(tensors):
             if tensor.dtype == torch.float16 and not is_finite(block):
                 raise CheckpointError(f"{tensor.name}: a value is too large for float16; choose bfloat16 or float32")
-            writer.put(block)
+            file.write(block.contiguous().view(torch.uint8).numpy().data)
             done += block.nbytes
             progress(done)
 
@@ -153,47 +156,24 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
 
 
 def _blocks(tensors: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, Tensor]]:
-    for tensor in tensors:
-        for part in tensor.parts:
-            assert part.dtype == tensor.dtype, tensor.name
-            for block in part.blocks():
-                yield tensor, block
-
-
-class _Writer:
-    """Writes blocks to a file from a thread of its own, a few blocks behind whoever makes them."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._waiting: queue.Queue[Tensor | None] = queue.Queue(_BLOCKS_WAITING)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
-
-    def __enter__(self) -> _Writer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-        if self._error is not None and kind is None:
-            raise self._error
-
-    def put(self, block: Tensor) -> None:
-        """Hand over a block; waits while the disk is behind. Raises what writing raised."""
-        if self._error is not None:
-            raise self._error
-        self._waiting.put(block)
-
-    def _run(self) -> None:
-        while (block := self._waiting.get()) is not None:
-            if self._error is None and block.numel():
-                try:
-                    _write_all(self._descriptor, memoryview(block.contiguous().view(torch.uint8).numpy().data))
-                except OSError as error:
-                    self._error = error
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+    """All blocks in order; the next ones are read and computed meanwhile."""
+    waiting: deque[tuple[OutputTensor, int, Future[Tensor]]] = deque()
+    bytes_waiting = 0
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="reads")
+    try:
+        for tensor in tensors:
+            for part in tensor.parts:
+                assert part.dtype == tensor.dtype, tensor.name
+                for task in part.tasks():
+                    size = task.numel * tensor.dtype.itemsize
+                    waiting.append((tensor, size, pool.submit(task.run)))
+                    bytes_waiting += size
+                    while bytes_waiting > BYTES_AHEAD:
+                        ready, done, future = waiting.popleft()
+                        bytes_waiting -= done
+                        yield ready, future.result()
+        while waiting:
+            ready, _, future = waiting.popleft()
+            yield ready, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -199,11 +199,12 @@ import os, sys
 import btx.mix
 from btx.cli import main
 
-plain = btx.mix.mix
+module = sys.modules["btx.mix"]  # the package's own name btx.mix is the function
+plain = module.mix
 def mix(*args, **options):
     end = lambda written, total: written * 2 > total and os.kill(os.getpid(), {number})
     return plain(*args, **options, progress=end)
-btx.mix.mix = mix
+module.mix = mix
 main()
 """
 

@@ -28,7 +28,7 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze chat evaluate finetune mix plan prepare report train",
     "pieces": (
-        "balancing branch checkpoints cost dispatch drift held_out kv_cache lazy_tensors losses merge mix_checks "
+        "balancing branch checkpoints cost direct_file dispatch drift held_out kv_cache lazy_tensors losses merge mix_checks "
         "mix_inputs mixture models moe moe_layout output_types report_charts report_results report_tokens "
         "router_init routers routing_metrics schedule shard_writer tasks token_files token_texts tokenizer "
         "training training_state"

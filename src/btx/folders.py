@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from btx.errors import RunFolderError
 
 
@@ -96,10 +98,12 @@ def value_hash(value: Any) -> str:
 def _writing(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
+            raise  # not about writing
         raise RunFolderError(
-            f"{target}: cannot be written ({error.strerror or error}); what was there before is untouched. "
-            f"Free space or mend the permissions, then run the same command again"
+            f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
+            f"untouched. Free space or mend the permissions, then run the same command again"
         ) from error
 
 

@@ -1,0 +1,204 @@
+"""What users get wrong and what machines do, provoked for real: a clear message, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from btx.errors import DataError, RunFolderError
+from btx.folders import file_sha256
+from btx.plan import plan
+from btx.preflight import preflight
+from btx.recipe import Recipe
+from btx.recipe_loading import load_recipe
+from btx.rundir import RunFolder
+from btx.status import last_metrics
+from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+# Data: refused by the run's first stage
+
+
+def cut(lines: list[str]) -> list[str]:
+    return lines[:20]
+
+
+@pytest.mark.parametrize(("change", "overrides", "expected"), [
+    (lambda lines: [], [], r"domain 'birds': .*birds\.jsonl: this file holds no document"),
+    (lambda lines: [*lines[:16], '{"text": "half a li', *lines[17:]], [], r"birds\.jsonl, line 17: not JSON"),
+    (lambda lines: [*lines[:4], '["a list"]'], [], r"birds\.jsonl, line 5: a list, not a JSON object"),
+    (lambda lines: [line.replace('"text"', '"body"') for line in lines], [],
+     r"birds\.jsonl, line 1: no key 'text'; keys there: 'body'"),
+    (cut, ["train.tokens=900000"], r"domain 'birds', source 0: [\d,]+ training tokens, but train\.tokens = 900,000 "
+     r"takes 810,000 tokens from it: \d+ epochs, at most 50"),
+    (cut, ["data.sequence_length=4096"], r"fewer than one training sequence \(data\.sequence_length \+ 1 = 4,097\)"),
+    (lambda lines: lines[:1], [], r"domain 'birds': \d held-out documents with \d+ tokens; needed: at least 1"),
+])  # fmt: skip
+def test_bad_data_are_refused_before_any_training(
+    tmp_path: Path, change: Callable[[list[str]], list[str]], overrides: list[str], expected: str
+) -> None:
+    write_pico_recipe(tmp_path)
+    file = tmp_path / "birds.jsonl"
+    file.write_text("".join(line + "\n" for line in change(file.read_text("utf-8").splitlines())), "utf-8")
+    with pytest.raises(DataError, match=expected) as caught:
+        run_here(pico_recipe(tmp_path, "run", *overrides), ["data", "seed"])
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run" / "data" / "done.json").exists()
+    assert not (tmp_path / "run" / "seed").exists()
+
+
+def test_a_domain_without_readable_files_names_formats_and_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "notes.docx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no readable file; formats: \.jsonl, .*; found: notes\.docx"):
+        run_here(pico_recipe(tmp_path, "run", "data.domains.birds=words"), ["data"])
+
+
+# Seed models
+
+
+def broken(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({}, "this folder holds no model: config.json is missing"),
+    ({"config_json": "{"}, "not readable as JSON"),
+    ({"config_json": "{}"}, "no model_type"),
+    ({"config_json": '{"model_type": "llama"}'}, "no weights: there is no .safetensors file"),
+    ({"config_json": '{"model_type": "llama"}', "model_bin": "x"}, "only pickled weights"),
+    ({"config_json": '{"model_type": "gpt2"}', "model_safetensors": "x"}, "families: "),
+])  # fmt: skip
+def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
+    folder = broken(tmp_path / "mine", **files)
+    recipe = pico_recipe(tmp_path, "run", f"seed_model={{path: {folder}}}")
+    for check in (preflight, plan) if files else (preflight,):
+        with pytest.raises(Exception, match=re.escape(expected)) as caught:
+            check(recipe)
+        assert getattr(caught.value, "exit_code", None) == 2
+    assert not (tmp_path / "run").exists()
+
+
+# Writing
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run whose seed model was stopped by kill -9 between two checkpoints."""
+    recipe = pico_recipe(tmp_path_factory.mktemp("interrupted"), "run", "seed_model.train.tokens=15360")
+    run, _ = run_here(recipe, ["data"])
+    job = start("train", run.path, "seed")
+    wait_for_step(run, "seed", 4, job)
+    job.kill()
+    job.communicate()
+    return recipe
+
+
+def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "btx", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: RunFolder, stage: str, step: int, job: subprocess.Popen[str]) -> None:
+    while (last_metrics(run.folder(stage) / "metrics.jsonl") or {"step": 0})["step"] < step:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.005)
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+from btx.cli import main
+main()
+"""
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_whole(interrupted: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(str(interrupted.run), tmp_path / "run")
+    state = tmp_path / "run" / "seed" / "state"
+    before = hashes(state)
+    assert before
+    # The limit on a file's size fails like a full disk: in the middle of writing the weights.
+    command = [sys.executable, "-c", FULL_DISK, "train", str(tmp_path / "run"), "seed"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: .*state/step-\d+: cannot be written \(.*File too large.*\); what was there before is "
+                     r"untouched", done.stderr)  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert hashes(state) == before
+    _, lines = run_here(load_recipe(str(tmp_path / "run")), ["seed"])
+    assert any(f"resumed after step {int(max(before)[5:13])} of 60" in line for line in lines), lines
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path)
+    run, _ = run_here(recipe, ["data"])
+    run.folder("seed").mkdir()
+    (run.folder("seed") / "state").write_text("a file where a folder should be")
+    with pytest.raises(RunFolderError, match=r"state/step-00000003: cannot be written"):
+        run_here(recipe, ["seed"])
+    assert not (run.folder("seed") / "done.json").exists()
+
+
+def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    done = start("run", "pico.yaml", "data.root=.", "run=quiz.jsonl/run", cwd=tmp_path)
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 2, errors
+    assert "quiz.jsonl" in errors
+    assert "Traceback" not in errors
+
+
+# Signals
+
+
+def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    long = "seed_model.train.tokens=5120000"
+    running = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", long, cwd=tmp_path)
+    run = RunFolder(tmp_path / "runs" / "pico", pico_recipe(tmp_path, "runs/pico", long))
+    wait_for_step(run, "seed", 3, running)
+    jobs = psutil.Process(running.pid).children()
+    assert jobs
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "continues" in errors
+    assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
+    assert list((run.folder("seed") / "state").glob("step-*"))
+    assert run.state(run.graph["seed"]) == "begun"
+
+
+def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
+    from btx.rundir import exclusive
+
+    run, _ = run_here(pico_recipe(tmp_path), ["data"])
+    before = hashes(run.path)
+    with exclusive(run.path, "run"):
+        second = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", f"run={run.path}", "train.replay=0.5")
+        _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert re.search(rf"run is in use by process {os.getpid()} ", errors)
+    after = hashes(run.path)
+    assert {path: after[path] for path in before} == before
+    assert json.loads((run.path / "data" / "done.json").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""How fast the MoE layer trains and infers: btx, transformers' Mixtral with each of its experts implementations, and the
+"""How fast the MoE layer trains and infers: btx, transformers' Mixtral with each experts implementation, and the
 floor: a dense Llama whose feed-forward layers have the same active FLOPs (k·F wide).
 
     python benchmarks/moe.py [--hidden 128] [--threads 1] [--repeat 5] [--output benchmarks/moe.json]

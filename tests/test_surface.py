@@ -28,10 +28,10 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze chat evaluate finetune mix plan prepare report train",
     "pieces": (
-        "balancing branch checkpoints cost direct_file dispatch drift held_out kv_cache lazy_tensors losses merge mix_checks "
-        "mix_inputs mixture models moe moe_layout output_types report_charts report_results report_tokens "
-        "router_init routers routing_metrics schedule shard_writer tasks token_files token_texts tokenizer "
-        "training training_state"
+        "balancing branch checkpoints cost direct_file dispatch drift held_out kv_cache lazy_tensors losses merge "
+        "mix_checks mix_inputs mixture models moe moe_layout output_types report_charts report_results "
+        "report_tokens router_init routers routing_metrics schedule shard_writer tasks token_files token_texts "
+        "tokenizer training training_state"
     ),
     "plain": (
         "beside_weights btx_folder document_files domains errors families folders graph interrupts model_folder "

@@ -14,7 +14,7 @@ TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "*.tiktoken", "chat_template*",
 )  # fmt: skip
-OTHER = ("config.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+OTHER = ("config.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "mix.json")
 
 
 def copy_beside_weights(source: Path, target: Path, *, tokenizer_from: Path | None = None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from btx.families import family_table
 from btx.launchers import LAUNCHERS
+from btx.merge_methods import MERGE_METHODS
 from btx.recipe_loading import packaged_recipes
 
 CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
@@ -17,7 +18,7 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
         "general": "docstrings, help topics and licence texts of this machine",
     },
     "routers": lambda: {"top_k": "softmax over the k largest logits (paper, section 2.2); any k"},
-    "merges": lambda: {"mean": "float32 mean of the shared weights (paper, section 2.2)"},
+    "merges": lambda: {name: method.described for name, method in MERGE_METHODS.items()},
     "families": family_table,
     "launchers": lambda: dict(LAUNCHERS),
 }

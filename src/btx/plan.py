@@ -35,7 +35,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     dense = _dense_config(recipe)
     family = family_of(dense, "seed model")
-    moe = family.moe_config(dense, len(recipe.expert_names), recipe.mix.top_k)
+    width = dense["intermediate_size"] // recipe.mix.split
+    moe = family.moe_config(dense | {"intermediate_size": width}, len(recipe.expert_names), recipe.mix.top_k)
     costs = {"seed": config_cost(dense), "btx": config_cost(moe)}
     stages = [_stage(recipe, stage.name, costs) for stage in build_graph(recipe)]
     run = RunFolder(Path(recipe.run_folder), recipe)

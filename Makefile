@@ -1,11 +1,12 @@
 # make demo   the whole method on this machine, from nothing to a report
 # make test   the tests
 # make lint   ruff and mypy
+# make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench-moe clean
 
 setup: $(VENV)/.stamp-demo
 
@@ -28,6 +29,9 @@ test: $(VENV)/.stamp-test
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+
+bench-moe: $(VENV)/.stamp-demo
+	$(BIN)/python benchmarks/moe.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from btx.models import load_model
-from btx.moe import moe_blocks
+from btx.balancing import total_load_balancing_loss
+from btx.models import checkpoint_activations, load_model
+from btx.moe import moe_blocks, set_router
+from btx.router_kinds import RoutingSettings
 
 
 @pytest.fixture
@@ -54,6 +57,52 @@ def test_an_expert_without_tokens_gets_exactly_zero_gradient(mixtral: Path) -> N
     for block in moe_blocks(model):
         assert (block.experts.down_proj.grad[:2].abs().amax(dim=(1, 2)) > 0).all()
         assert torch.equal(block.experts.down_proj.grad[2:], torch.zeros_like(block.experts.down_proj.grad[2:]))
+
+
+def _empty_expert_rank(rank: int, folder: str) -> None:
+    """One of two DDP processes; tokens never reach expert 4, and on process 1 only expert 0 and 1 get any."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = load_model(f"{folder}/mixtral").train()
+    for block in moe_blocks(model):
+        order = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]) if rank else torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0])
+        block.gate.forward = lambda x, block=block, order=order: order + 0 * F.linear(x, block.gate.weight)
+    ids = torch.arange(40)[None] + 40 * rank
+    parallel = DistributedDataParallel(model)
+    parallel(ids, labels=ids).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "experts" in name}
+    torch.save(grads, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_an_expert_without_tokens_works_under_ddp(mixtral: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_empty_expert_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name])
+        assert torch.equal(gradient[4], torch.zeros_like(gradient[4]))
+        assert all(gradient[expert].abs().max() > 0 for expert in range(4))
+
+
+def test_gradient_checkpointing_changes_nothing(mixtral: Path) -> None:
+    ids = torch.arange(40).view(2, 20)
+    grads = []
+    for kind in ("top_k", "sample_top1"):
+        for checkpointed in (False, True):
+            model = load_model(mixtral).train()
+            set_router(model, RoutingSettings(kind))
+            if checkpointed:
+                checkpoint_activations(model)
+            torch.manual_seed(5)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss = loss + total_load_balancing_loss([block.routing for block in moe_blocks(model)])
+            loss.backward()
+            grads.append({name: p.grad for name, p in model.named_parameters()})
+    for plain, checkpointed in (grads[:2], grads[2:]):
+        for name, gradient in plain.items():
+            assert torch.allclose(gradient, checkpointed[name], atol=1e-7), name
 
 
 def test_saving_writes_the_published_layout_that_transformers_reads_alone(mixtral: Path, tmp_path: Path) -> None:

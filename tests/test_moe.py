@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from btx.balancing import total_load_balancing_loss
+from btx.errors import CheckpointError
 from btx.models import checkpoint_activations, load_model
 from btx.moe import moe_blocks, set_router
 from btx.router_kinds import RoutingSettings
@@ -126,3 +127,46 @@ def test_routing_of_the_last_pass_is_kept_for_losses_and_metrics(mixtral: Path) 
         assert block.routing.logits_TE.shape == (24, 5)
         assert block.routing.expert_ids_TK.shape == (24, 2)
         assert torch.allclose(block.routing.gates_TK.sum(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize(("model_type", "values", "blocks"), [
+    ("qwen2_moe", {"norm_topk_prob": True, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}, 2),
+    ("qwen2_moe", {"norm_topk_prob": False, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}, 0),
+    ("qwen3_moe", {"norm_topk_prob": True, "moe_intermediate_size": 24}, 2),
+    ("flex_olmo", {"norm_topk_prob": True}, 2),
+    ("granitemoe", {}, 2),
+])  # fmt: skip
+def test_other_classes_are_computed_exactly_or_left_alone(
+    tmp_path: Path, model_type: str, values: dict[str, object], blocks: int
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    experts = "num_local_experts" if model_type == "granitemoe" else "num_experts"
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=320, num_attention_heads=4,
+        num_key_value_heads=2, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        **values | {experts: 5},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(float(parameter.ndim == 1), 0.2)
+    model.save_pretrained(tmp_path / "plain")
+    plain, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), load_model(tmp_path / "plain")
+    assert len(moe_blocks(ours)) == blocks
+    ids = torch.arange(60).view(2, 30)
+    wanted, found = plain(ids, labels=ids), ours(ids, labels=ids)
+    assert torch.allclose(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
+    wanted.loss.backward()
+    found.loss.backward()
+    assert list(dict(ours.named_parameters()).keys() - dict(plain.named_parameters()).keys()) == []
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(ours.get_parameter(name).grad, parameter.grad, atol=1e-4, rtol=1e-3), name
+    ours.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+    if not blocks:
+        with pytest.raises(CheckpointError, match="route by top_k alone"):
+            set_router(ours, RoutingSettings("switch"))

@@ -134,7 +134,7 @@ def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples
             micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
             meter.add(routings)
         micro_loss.backward()
-    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": _clip(model, settings.clip)}
+    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": clip_gradients(model, settings.clip)}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(
             f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
@@ -158,7 +158,7 @@ def has_bfloat16_units() -> bool:
     return any(there is True for name, there in capabilities.items() if name.endswith("bf16"))
 
 
-def _clip(model: nn.Module, largest: float) -> float:
+def clip_gradients(model: nn.Module, largest: float) -> float:
     """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])

@@ -1,11 +1,13 @@
 # make demo   the whole method on this machine, from nothing to a report
 # make test   the tests
 # make lint   ruff and mypy
+# make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
+# make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean bench-mix
+.PHONY: setup demo test lint bench-mix bench-moe clean
 
 setup: $(VENV)/.stamp-demo
 
@@ -32,6 +34,9 @@ lint: $(VENV)/.stamp-test
 # Needs 30 GB of disk and an hour; --mergekit names an environment with mergekit==0.1.5, left out if it is not there.
 bench-mix: $(VENV)/.stamp-test
 	$(BIN)/python benchmarks/mix.py
+
+bench-moe: $(VENV)/.stamp-demo
+	$(BIN)/python benchmarks/moe.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@ floor: a dense Llama whose feed-forward layers have the same active FLOPs (k·F 
 
     python benchmarks/moe.py [--hidden 128] [--threads 1] [--repeat 5] [--output benchmarks/moe.json]
 
-A training step is forward, backward, clipping and AdamW over all parameters, with the same loss for all. The candidates
+A training step is that of `btx.training`: forward, backward, clipping and AdamW over all parameters. The candidates
 take turns, step by step, so that a machine that slows down slows all of them; medians. Peak memory is measured before,
 each candidate in a process of its own. An implementation whose first step is 10 times slower than the dense model's, or
 that would need more than MEMORY_LIMIT, is left out and named.
@@ -31,6 +31,7 @@ from btx.losses import next_token_loss
 from btx.models import quiet_transformers
 from btx.moe import moe_blocks, swap_in_moe
 from btx.routing_metrics import RoutingMeter
+from btx.training import clip_gradients
 
 VOCABULARY, SEQUENCE, LAYERS = 2048, 256, 2
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -110,7 +111,7 @@ def stepper(model: nn.Module, shape: Shape, mode: str, device: str) -> Callable[
                 loss = next_token_loss(model, ids, positions, labels) / ids.numel()
         if optimizer is not None:
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_gradients(model, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if device == "cuda":

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from btx.models import load_model
-from btx.moe import moe_blocks
+from btx.balancing import total_load_balancing_loss
+from btx.errors import CheckpointError
+from btx.models import checkpoint_activations, load_model
+from btx.moe import moe_blocks, set_router
+from btx.router_kinds import RoutingSettings
 
 
 @pytest.fixture
@@ -56,6 +60,52 @@ def test_an_expert_without_tokens_gets_exactly_zero_gradient(mixtral: Path) -> N
         assert torch.equal(block.experts.down_proj.grad[2:], torch.zeros_like(block.experts.down_proj.grad[2:]))
 
 
+def _empty_expert_rank(rank: int, folder: str) -> None:
+    """One of two DDP processes; tokens never reach expert 4, and on process 1 only expert 0 and 1 get any."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = load_model(f"{folder}/mixtral").train()
+    for block in moe_blocks(model):
+        order = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]) if rank else torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0])
+        block.gate.forward = lambda x, block=block, order=order: order + 0 * F.linear(x, block.gate.weight)
+    ids = torch.arange(40)[None] + 40 * rank
+    parallel = DistributedDataParallel(model)
+    parallel(ids, labels=ids).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "experts" in name}
+    torch.save(grads, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_an_expert_without_tokens_works_under_ddp(mixtral: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_empty_expert_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name])
+        assert torch.equal(gradient[4], torch.zeros_like(gradient[4]))
+        assert all(gradient[expert].abs().max() > 0 for expert in range(4))
+
+
+def test_gradient_checkpointing_changes_nothing(mixtral: Path) -> None:
+    ids = torch.arange(40).view(2, 20)
+    grads = []
+    for kind in ("top_k", "sample_top1"):
+        for checkpointed in (False, True):
+            model = load_model(mixtral).train()
+            set_router(model, RoutingSettings(kind))
+            if checkpointed:
+                checkpoint_activations(model)
+            torch.manual_seed(5)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss = loss + total_load_balancing_loss([block.routing for block in moe_blocks(model)])
+            loss.backward()
+            grads.append({name: p.grad for name, p in model.named_parameters()})
+    for plain, checkpointed in (grads[:2], grads[2:]):
+        for name, gradient in plain.items():
+            assert torch.allclose(gradient, checkpointed[name], atol=1e-7), name
+
+
 def test_saving_writes_the_published_layout_that_transformers_reads_alone(mixtral: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -77,3 +127,46 @@ def test_routing_of_the_last_pass_is_kept_for_losses_and_metrics(mixtral: Path) 
         assert block.routing.logits_TE.shape == (24, 5)
         assert block.routing.expert_ids_TK.shape == (24, 2)
         assert torch.allclose(block.routing.gates_TK.sum(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize(("model_type", "values", "blocks"), [
+    ("qwen2_moe", {"norm_topk_prob": True, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}, 2),
+    ("qwen2_moe", {"norm_topk_prob": False, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}, 0),
+    ("qwen3_moe", {"norm_topk_prob": True, "moe_intermediate_size": 24}, 2),
+    ("flex_olmo", {"norm_topk_prob": True}, 2),
+    ("granitemoe", {}, 2),
+])  # fmt: skip
+def test_other_classes_are_computed_exactly_or_left_alone(
+    tmp_path: Path, model_type: str, values: dict[str, object], blocks: int
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    experts = "num_local_experts" if model_type == "granitemoe" else "num_experts"
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=320, num_attention_heads=4,
+        num_key_value_heads=2, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        **values | {experts: 5},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(float(parameter.ndim == 1), 0.2)
+    model.save_pretrained(tmp_path / "plain")
+    plain, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), load_model(tmp_path / "plain")
+    assert len(moe_blocks(ours)) == blocks
+    ids = torch.arange(60).view(2, 30)
+    wanted, found = plain(ids, labels=ids), ours(ids, labels=ids)
+    assert torch.allclose(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
+    wanted.loss.backward()
+    found.loss.backward()
+    assert list(dict(ours.named_parameters()).keys() - dict(plain.named_parameters()).keys()) == []
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(ours.get_parameter(name).grad, parameter.grad, atol=1e-4, rtol=1e-3), name
+    ours.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+    if not blocks:
+        with pytest.raises(CheckpointError, match="route by top_k alone"):
+            set_router(ours, RoutingSettings("switch"))

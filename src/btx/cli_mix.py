@@ -65,7 +65,7 @@ def mix(
                         "for every expert or --copies N")  # fmt: skip
     _refuse_existing(output)
     from btx.interrupts import ending_at_once
-    from btx.merge_methods import MergeSettings
+    from btx.merge_kinds import MergeSettings
     from btx.mix import mix as mix_models
     from btx.router_init import RouterSettings
 

@@ -77,9 +77,9 @@ def feed_forward(
 
 
 def tile_rows(width: int) -> int:
-    """Rows of a tile for F = width: small enough that its buffers stay in the cache, large enough that adding up the
-    weights' gradients over tiles costs little (measured: benchmarks/moe.py)."""
-    return 512 if width < 512 else 1024
+    """Rows of a tile for F = width: few enough that the part of its buffers that each thread works on stays in that
+    thread's cache, enough that adding up the weights' gradients over tiles costs little."""
+    return (512 if width < 512 else 1024) * torch.get_num_threads()
 
 
 @dataclass(frozen=True)

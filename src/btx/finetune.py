@@ -18,6 +18,8 @@ def finetune(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> 
     run.begin(stage)
     start, settings = run.model("mix"), run.recipe.finetune
     model = load_model(start)
+    if not moe_blocks(model):
+        log(f"warning: {type(model).__name__} has routers of its own kind: no load balancing, no routing metrics")
     set_router(model, run.recipe.routing)
     for block in moe_blocks(model):
         block.dense_router_gradient = settings.dense_router_gradient

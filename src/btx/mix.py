@@ -20,7 +20,8 @@ from btx.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.families import Config
 from btx.folders import atomic_folder, write_json
 from btx.merge import Merge
-from btx.merge_methods import MergeSettings, bind
+from btx.merge_kinds import MergeSettings
+from btx.merge_methods import bind
 from btx.mix_checks import open_checked
 from btx.mix_inputs import MixInputs
 from btx.mix_report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings

@@ -67,6 +67,15 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     return model.eval()
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` recompute activations in the backward pass. Re-entrant checkpoints would lose the routers' losses."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.24
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btx.dispatch import feed_forward
+from btx.errors import CheckpointError
 from btx.router_kinds import RoutingSettings
 from btx.routers import Routing, Rule, straight_through, top_k_gates
 
@@ -62,18 +63,30 @@ class MoE(nn.Module):
         router: gives the logits.
         experts: the E feed-forward networks.
         rule: how logits become gates in this layer; an integer is K of the paper's Top-K.
+        router_name: name of the router in the plain class, under which its weight is saved; here it is `gate` always.
+        shared_expert: an expert that every token uses, weighted by sigmoid(shared_expert_gate(x)), as in Qwen2-MoE.
     """
 
-    def __init__(self, router: Router, experts: Experts, rule: Rule | int) -> None:
+    def __init__(
+        self, router: Router, experts: Experts, rule: Rule | int, *, router_name: str = "gate",
+        shared_expert: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.gate = router
+        self.add_module(router_name, router)
         self.experts = experts
+        if shared_expert is not None:
+            self.shared_expert, self.shared_expert_gate = shared_expert
         self.rule = Rule(RoutingSettings(top_k=rule)) if isinstance(rule, int) else rule
         self.step = 0
         """Finished optimiser steps; Sample Top-1's temperature depends on it."""
         self.dense_router_gradient = False
         """In training run every expert on every token, so that the router's gradient knows them all."""
         self.routing: Routing | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "gate" and "router" in self._modules:
+            return self._modules["router"]
+        return super().__getattr__(name)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) → (B, S, D)."""
@@ -83,7 +96,10 @@ class MoE(nn.Module):
         gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
         if self.dense_router_gradient and self.training:
             gates, ids = straight_through(routing)
-        return cast(Tensor, self.experts(x_TD, gates, ids, kept)).view_as(x_BSD)
+        y_TD = cast(Tensor, self.experts(x_TD, gates, ids, kept))
+        if "shared_expert" in self._modules:
+            y_TD = y_TD + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
+        return y_TD.view_as(x_BSD)
 
     @property
     def num_experts(self) -> int:
@@ -91,10 +107,18 @@ class MoE(nn.Module):
         return self.experts.gate_up_proj.shape[0]
 
 
-def _is_plain(block: nn.Module) -> bool:
-    """A block of a router and experts alone. One with shared experts or a selection bias stays transformers' own."""
+SHARED_EXPERT = ("shared_expert", "shared_expert_gate")
+
+
+def _router_of(block: nn.Module) -> nn.Module | None:
+    """The router of a block that `MoE` computes exactly: softmax over the K largest logits, gated experts and perhaps
+    one gated shared expert. None for any other block: it stays transformers' own."""
     parts = dict(block.named_children())
-    return parts.keys() == {"gate", "experts"} and [name for name, _ in parts["gate"].named_parameters()] == ["weight"]
+    router = parts.pop("gate", None) or parts.pop("router", None)
+    if router is None or parts.keys() not in ({"experts"}, {"experts", *SHARED_EXPERT}):
+        return None
+    plain = type(router).__name__.endswith("TopKRouter") and list(router.state_dict()) == ["weight"]
+    return router if plain and getattr(router, "norm_topk_prob", True) else None
 
 
 def swap_in_moe(model: nn.Module) -> list[MoE]:
@@ -104,15 +128,19 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
         The new blocks in layer order, with the Top-K router of the model's config; an empty list for a dense model.
     """
     blocks = []
-    for module in list(model.modules()):
-        block = getattr(module, "mlp", None)
-        if not isinstance(block, nn.Module) or isinstance(block, MoE) or not _is_plain(block):
+    places = [(module, place) for module in model.modules() for place in ("mlp", "block_sparse_moe")]
+    for module, place in places:
+        block = getattr(module, place, None)
+        if not isinstance(block, nn.Module) or isinstance(block, MoE) or (router := _router_of(block)) is None:
             continue
-        old = cast(Any, block.experts)
-        experts = Experts(old.gate_up_proj, old.down_proj, old.act_fn)
-        gate = cast(Any, block.gate)
-        moe = MoE(Router(gate.weight), experts, gate.top_k)
-        module.mlp = moe
+        parts = dict(block.named_children())
+        old, gate = cast(Any, parts["experts"]), cast(Any, router)
+        shared = (parts["shared_expert"], parts["shared_expert_gate"]) if "shared_expert" in parts else None
+        moe = MoE(
+            Router(gate.weight), Experts(old.gate_up_proj, old.down_proj, old.act_fn), gate.top_k,
+            router_name="gate" if "gate" in parts else "router", shared_expert=shared,
+        )  # fmt: skip
+        setattr(module, place, moe)
         blocks.append(moe)
     return blocks
 
@@ -123,7 +151,13 @@ def moe_blocks(model: nn.Module) -> list[MoE]:
 
 
 def set_router(model: nn.Module, settings: RoutingSettings) -> None:
-    """Let every MoE layer of `model` route as `settings` say."""
+    """Let every MoE layer of `model` route as `settings` say.
+
+    Raises:
+        CheckpointError: the model's class has MoE blocks of its own kind, which route by Top-K alone.
+    """
+    if not moe_blocks(model) and settings.kind != "top_k":
+        raise CheckpointError(f"router {settings.kind}: the MoE blocks of {type(model).__name__} route by top_k alone")
     for layer, block in enumerate(moe_blocks(model)):
         block.rule = Rule(settings, layer)
 

@@ -20,7 +20,7 @@ from btx.folders import atomic_folder
 from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.mixture import Mixture, domain_mixture, resolve, seed_mixture
-from btx.models import load_tokenizer, new_model, save_model
+from btx.models import checkpoint_activations, load_tokenizer, new_model, save_model
 from btx.moe import experts_run_in_training
 from btx.recipe import Training
 from btx.rundir import RunFolder
@@ -103,7 +103,7 @@ def train_stage(
     cost = model_cost(model)
     in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     job = TrainingJob(
         model=model,
         mixture=Mixture(components, sequence_length, recipe.rng_seed),

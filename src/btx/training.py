@@ -80,6 +80,8 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     done = load_state(job.folder / "state", model, optimizer, marks)
     if done:
         log(f"resumed after step {done} of {total_steps}")
+    if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
+        log("precision bfloat16: this CPU has no units for it; training in float32")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
     with metrics.open() as file:
@@ -124,7 +126,7 @@ def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples
             for values in (batch.input_ids, batch.position_ids, batch.labels)
         )
         share = len(input_ids) / samples_per_step
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings, job.device)):
             micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
             loss += micro_loss.detach()
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
@@ -132,7 +134,7 @@ def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples
             micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
             meter.add(routings)
         micro_loss.backward()
-    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": _clip(model, settings.clip)}
+    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": clip_gradients(model, settings.clip)}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(
             f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
@@ -144,7 +146,19 @@ def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples
     return facts | routing_loss.facts() | meter.facts()
 
 
-def _clip(model: nn.Module, largest: float) -> float:
+def in_bfloat16(settings: Training, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16: where the settings say so, and on a CPU only if it has units for it;
+    without, emulation is slower than float32 and less exact."""
+    return settings.precision == "bfloat16" and (device.type != "cpu" or has_bfloat16_units())
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16 (AVX512-BF16, AMX or Arm BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(there is True for name, there in capabilities.items() if name.endswith("bf16"))
+
+
+def clip_gradients(model: nn.Module, largest: float) -> float:
     """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])

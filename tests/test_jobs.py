@@ -1,0 +1,58 @@
+"""How many CPU threads a job gets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from btx import jobs
+from btx.recipe import Finetune
+from btx.rundir import RunFolder
+from btx.training import has_bfloat16_units, in_bfloat16
+from tests.pico_run import pico_recipe
+
+
+@pytest.mark.parametrize(("processors", "overrides", "threads"), [
+    (2, [], 1),
+    (8, [], 4),
+    (8, ["launch.jobs=1"], 8),
+    (1, [], 1),
+    (8, ["launch.threads=3"], 3),
+])  # fmt: skip
+def test_branches_share_the_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: int, overrides: list[str], threads: int
+) -> None:
+    monkeypatch.setattr(jobs, "processors", lambda: processors)
+    run = RunFolder(tmp_path / "run", pico_recipe(tmp_path, "run", *overrides))
+    assert jobs.branch_threads(run) == threads
+
+
+def test_only_processors_this_process_may_use_are_counted() -> None:
+    assert jobs.processors() == len(os.sched_getaffinity(0))
+
+
+def test_a_stage_that_runs_alone_takes_all_processors_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(jobs, "processors", lambda: before + 1)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        jobs.use_all_processors()
+        assert torch.get_num_threads() == before
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        jobs.use_all_processors()
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bfloat16_is_for_processors_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Finetune(tokens=1, precision="bfloat16")
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx2": True, "avx512_bf16": there})
+        assert has_bfloat16_units() == there
+        assert in_bfloat16(settings, torch.device("cpu")) == there
+        assert in_bfloat16(settings, torch.device("cuda"))
+    assert not in_bfloat16(Finetune(tokens=1), torch.device("cuda"))

@@ -16,10 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from btx.errors import DataError, RunFolderError
+from btx.errors import DataError, RunFolderError, StageFailed
 from btx.folders import file_sha256
+from btx.pipeline import run as run_pipeline
 from btx.plan import plan
 from btx.preflight import preflight
+from btx.progress import Display
 from btx.recipe import Recipe
 from btx.recipe_loading import load_recipe
 from btx.rundir import RunFolder
@@ -174,7 +176,7 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> None:
     write_pico_recipe(tmp_path)
-    long = "seed_model.train.tokens=2000000"
+    long = "seed_model.train.tokens=400000"
     running = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", long, cwd=tmp_path)
     run = RunFolder(tmp_path / "runs" / "pico", pico_recipe(tmp_path, "runs/pico", long))
     wait_for_step(run, "seed", 3, running)
@@ -202,3 +204,33 @@ def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
     after = hashes(run.path)
     assert {path: after[path] for path in before} == before
     assert json.loads((run.path / "data" / "done.json").read_text("utf-8"))
+
+
+def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path) -> None:
+    hot = ["seed_model.train.learning_rate=1e30", "seed_model.train.warmup_steps=0"]
+    recipe = pico_recipe(tmp_path, "run", *hot)
+    run_here(recipe, ["data"])
+    with pytest.raises(StageFailed, match=r"(?s)seed failed \(exit code 1\); its log is .*data\.log:\n"
+                       r"step \d+: the loss is .* Last good checkpoint: .*continues") as caught:  # fmt: skip
+        run_pipeline(recipe)
+    assert caught.value.exit_code == 1
+
+
+class Editor(Display):
+    """Edits the run folder's recipe while the run is under way."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def say(self, line: str) -> None:
+        text = self.path.read_text("utf-8")
+        self.path.write_text(text.replace("top_k: 2", "top_k: 1"), "utf-8")
+
+
+def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path, "run", "finetune.tokens=256")
+    run, _ = run_here(recipe, ["data", "seed", "train/birds", "train/tools"])
+    with pytest.raises(RunFolderError, match=r"evaluate cannot start: mix is stale \(mix\.top_k: 1 → 2\)"):
+        run_pipeline(recipe, display=Editor(run.path / "recipe.yaml"))
+    assert not (run.path / "evaluate").exists()

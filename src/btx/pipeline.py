@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from btx.errors import BtxError, StageFailed, UserError
+from btx.errors import BtxError, RunFolderError, StageFailed, UserError
 from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.launchers import LocalJob, start_local
@@ -129,6 +129,8 @@ class _Pipeline:
         self.interrupts.raise_if_pending(f"stopped; `btx run {self.run_folder.path}` continues")
         if self.failures:
             raise self.failures[0]
+        if waiting:
+            raise RunFolderError(self._why_waiting(waiting[0]))
 
     def _announce(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         """Say what is finished and what is stale, and why."""
@@ -157,6 +159,22 @@ class _Pipeline:
             if all(self.run_folder.state(needed) == "done" for needed in needs):
                 ready.append(job)
         return ready[: max(0, limit - len(self.running))]
+
+    def _why_waiting(self, job: tuple[Stage, ...]) -> str:
+        """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
+        run, inside = self.run_folder, {stage.name for stage in job}
+        missing = {
+            needed.name: needed for stage in job for needed in stage.needs
+            if needed.name not in inside and run.state(needed) != "done"
+        }  # fmt: skip
+        found = [
+            f"{name} is {run.state(needed)}" + (f" ({run.why_stale(needed)})" if run.state(needed) == "stale" else "")
+            for name, needed in missing.items()
+        ]
+        return (
+            f"{run.path}: {job[0].name} cannot start: {', '.join(found)}. The recipe in the run folder, the data or "
+            f"btx itself changed meanwhile; run the same command again"
+        )
 
     def _start(self, stages: tuple[Stage, ...]) -> None:
         log = self.run_folder.path / "logs" / f"{stages[0].name.replace('/', '-')}.log"
@@ -200,15 +218,18 @@ class _Pipeline:
         """A job failed: the others go on to their end, nothing new is started."""
         lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith("· ")]
         told = "\n".join(lines[-30:]).removeprefix("error: ") or "it left no message"
+        # A process may do several stages: the one that failed is the first that is not done.
+        unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]
+        name = unfinished[0] if unfinished else running.name
         if exit_code == UserError.exit_code:
             self.failures.append(UserError(told))
         else:
             how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
             self.failures.append(
-                StageFailed(f"{running.name} failed ({how}); its log is {running.job.log}:\n{told}\n"
+                StageFailed(f"{name} failed ({how}); its log is {running.job.log}:\n{told}\n"
                             f"`btx run {self.run_folder.path}` continues from its last checkpoint")
             )  # fmt: skip
-        self.display.say(f"{running.name}: failed")
+        self.display.say(f"{name}: failed")
 
     def _end_jobs(self) -> None:
         """Ask every job to save and end, and wait for it."""

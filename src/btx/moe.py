@@ -91,14 +91,32 @@ class MoE(nn.Module):
         return self.experts.gate_up_proj.shape[0]
 
 
-def _is_plain(block: nn.Module) -> bool:
-    """A block of a router and experts alone. One with shared experts or a selection bias stays transformers' own."""
+class MoEWithSharedExpert(MoE):
+    """The block of the Qwen classes: beside the experts one that every token uses, with a gate of its own.
+
+    Mixing makes it zero, and so it stays in training; a published model's is kept as it is.
+    """
+
+    def __init__(self, block: Any, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.shared_expert = block.shared_expert
+        self.shared_expert_gate = block.shared_expert_gate
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) → (B, S, D)."""
+        return super().forward(x_BSD) + self.shared_expert_gate(x_BSD).sigmoid() * self.shared_expert(x_BSD)
+
+
+def _replaceable(block: nn.Module) -> bool:
+    """A block of a router, experts and at most a shared expert. One with anything else stays transformers' own."""
     parts = dict(block.named_children())
-    return parts.keys() == {"gate", "experts"} and [name for name, _ in parts["gate"].named_parameters()] == ["weight"]
+    if not {"gate", "experts"} <= parts.keys() <= {"gate", "experts", "shared_expert", "shared_expert_gate"}:
+        return False
+    return [name for name, _ in parts["gate"].named_parameters()] == ["weight"]
 
 
 def swap_in_moe(model: nn.Module) -> list[MoE]:
-    """Put `MoE` in the place of every plain transformers MoE block of `model`, sharing its parameters.
+    """Put `MoE` in the place of every transformers MoE block of `model` that it can express, sharing its parameters.
 
     Returns:
         The new blocks in layer order, with the Top-K router of the model's config; an empty list for a dense model.
@@ -106,12 +124,15 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
     blocks = []
     for module in list(model.modules()):
         block = getattr(module, "mlp", None)
-        if not isinstance(block, nn.Module) or isinstance(block, MoE) or not _is_plain(block):
+        if not isinstance(block, nn.Module) or isinstance(block, MoE) or not _replaceable(block):
             continue
         old = cast(Any, block.experts)
         experts = Experts(old.gate_up_proj, old.down_proj, old.act_fn)
         gate = cast(Any, block.gate)
-        moe = MoE(Router(gate.weight), experts, gate.top_k)
+        router = Router(gate.weight)
+        moe = MoE(router, experts, gate.top_k)
+        if hasattr(block, "shared_expert"):
+            moe = MoEWithSharedExpert(block, router, experts, gate.top_k)
         module.mlp = moe
         blocks.append(moe)
     return blocks

@@ -100,7 +100,7 @@ def branch(seed: Path, folder: Path, rng_seed: int) -> Path:
     tensors = load_file(seed / "model.safetensors")
     generator = torch.Generator().manual_seed(rng_seed)
     for name in sorted(tensors):
-        if family_of(config, "").feed_forward_match(name) or "gate_up_proj" in name:
+        if family_of(config, "").is_feed_forward(name, config):
             tensors[name] = torch.randn(tensors[name].shape, generator=generator) * 0.2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -162,6 +162,22 @@ def test_a_router_forced_to_one_expert_reproduces_that_expert(
             force(block, chosen)
         expected = logits(plain(folder))
         assert difference(logits(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dense", ["qwen2", "qwen3_5_text", "hunyuan_v1_dense"])
+def test_a_shared_expert_that_is_not_zero_is_kept(tmp_path: Path, dense: str) -> None:
+    config = next(config for family, _, config in VARIANTS if family == dense)
+    seed = make(tmp_path / "seed", dense, config)
+    mix(seed, {"a": seed}, tmp_path / "moe")
+    file = tmp_path / "moe" / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if "mlp.shared" in name:
+            tensor.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    save_file(tensors, file, metadata={"format": "pt"})
+    expected = logits(plain(tmp_path / "moe"))
+    assert difference(expected, logits(plain(seed))) > 1e-2
+    assert difference(logits(load_model(tmp_path / "moe")), expected) < 1e-5
 
 
 def force(block: torch.nn.Module, chosen: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from btx.errors import CheckpointError
 from btx.folders import write_json
+from btx.vocabularies import check_tokenizer
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -52,6 +53,7 @@ def tokenizer_folder(tokenizer_from: str | None, seed_model: Path, experts: Mapp
             f"--tokenizer-from {tokenizer_from}: no tokenizer in {folder}; name an expert ({', '.join(experts)}), "
             f"`seed` or a folder"
         )
+    check_tokenizer(folder)
     return folder
 
 

@@ -43,8 +43,9 @@ def set_trainable(model: PreTrainedModel, which: str) -> None:
         CheckpointError: the model has no such weights.
     """
     if which == "feed_forward":
-        family = family_of(model.config.to_dict(), "seed model")
-        chosen = {name for name, _ in model.named_parameters() if family.feed_forward_match(name)}
+        config = model.config.to_dict()
+        family = family_of(config, "seed model")
+        chosen = {name for name, _ in model.named_parameters() if family.is_feed_forward(name, config)}
     else:
         chosen = {name for name, part in weight_parts(model).items() if part in PARTS[which]}
     if not chosen:

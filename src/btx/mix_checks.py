@@ -11,8 +11,8 @@ from btx.checkpoints import TensorFolder
 from btx.errors import CheckpointError
 from btx.families import Config, Family, family_of
 from btx.mix_inputs import GENERALIST, MixInputs, open_tensors
-from btx.models import class_tensors, config_defaults, read_config
-from btx.vocabularies import broken_json, vocabulary_difference
+from btx.models import check_config, class_tensors, config_defaults, read_config
+from btx.vocabularies import broken_json, check_tokenizer, vocabulary_difference
 
 # What may differ between the seed model and an expert without changing what the tensors mean; the seed's are kept.
 HARMLESS_KEYS = {
@@ -44,6 +44,8 @@ def open_checked(
     """
     problems = _names_and_number(experts, generalist)
     seed = _Opened.open("seed model", seed_model, problems)
+    if seed is not None:
+        problems += seed.unfit_for_mixing(any_tokenizer)
     opened = {name: _Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
     if seed is not None:
         for name, expert in opened.items():
@@ -105,6 +107,19 @@ class _Opened:
             shape = wanted.pop(name)
             wanted |= {part: (rows, *shape[1:]) for part, rows in parts.items()}
         return self._compare(wanted, "config.json asks for")
+
+    def unfit_for_mixing(self, any_tokenizer: bool) -> list[str]:
+        """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
+        found = []
+        for check in (self._check_config, *([] if any_tokenizer else [lambda: check_tokenizer(self.folder)])):
+            try:
+                check()
+            except CheckpointError as error:
+                found.append(f"{self.who}: {error}")
+        return found
+
+    def _check_config(self) -> None:
+        check_config(lambda: self.family.moe_config(self.config, 2, 1), self.folder / "config.json")
 
     def differences(self, seed: _Opened) -> list[str]:
         """Every reason why this expert does not fit the seed model."""

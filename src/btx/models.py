@@ -6,6 +6,7 @@ This is the one place where torch models are read; every stage gets its weights 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,20 @@ def config_defaults(model_type: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(model_type).to_dict()
+
+
+def check_config(make: Callable[[], dict[str, Any]], where: Path) -> None:
+    """Refuse a config that is made of the one at `where` and that its class does not take.
+
+    Raises:
+        CheckpointError: with what the class says.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**make())
+    except Exception as error:  # config classes check their values with errors of many types
+        raise CheckpointError(f"{where}: the MoE class does not take these values: {error}") from error
 
 
 def class_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from btx.errors import CheckpointError, DataError, RunFolderError
-from btx.families import family_of
+from btx.families import FAMILIES, family_of
 from btx.model_folder import check_model_folder
 from btx.recipe import Recipe
 
@@ -42,11 +43,21 @@ def _check_files(recipe: Recipe) -> None:
 def _check_seed_model(recipe: Recipe) -> None:
     seed = recipe.seed_model
     if seed.config is not None:
-        family_of(seed.config, "seed_model.config")
+        _check_family(seed.config, "seed_model.config")
     elif seed.path is not None and Path(seed.path).exists():
-        family_of(check_model_folder(Path(seed.path)), seed.path)
+        _check_family(check_model_folder(Path(seed.path)), seed.path)
     elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
         raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
+
+
+def _check_family(config: dict[str, Any], where: str) -> None:
+    family = family_of(config, where)
+    if not family.finetunes:
+        known = ", ".join(sorted({entry.dense for entry in FAMILIES if entry.finetunes}))
+        raise CheckpointError(
+            f"{where}: {family.dense} mixes into {family.moe}, which btx cannot finetune yet; mix it with `btx mix` "
+            f"and finetune it elsewhere, or start from one of: {known}"
+        )
 
 
 def _check_run_folder(path: Path) -> None:

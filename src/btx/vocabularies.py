@@ -36,6 +36,23 @@ def broken_json(folder: Path) -> list[str]:
     return problems
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a folder with a tokenizer that transformers cannot load; a folder without is fine.
+
+    Raises:
+        CheckpointError: with the folder's tokenizer files and what transformers says.
+    """
+    from transformers import AutoTokenizer
+
+    files = [name for name in (*_VOCABULARIES, *JSON_BESIDE_WEIGHTS[1:4]) if (folder / name).is_file()]
+    if not any(name in _VOCABULARIES for name in files):
+        return
+    try:
+        AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # tokenizers fail with errors of many types
+        raise CheckpointError(f"{folder}: the tokenizer ({', '.join(files)}) cannot be loaded: {error}") from error
+
+
 def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     """How the tokenizer of `folder` differs from that of `seed`: file and first difference; None if it does not.
 

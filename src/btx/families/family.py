@@ -49,18 +49,26 @@ class Family:
     """(MoE config) → tensors of a layer that the MoE class has and the dense class lacks: they are zero."""
     fused: Callable[[Config], dict[str, dict[str, int]]] = field(default=lambda dense: {})
     """(dense config) → fused tensor → the tensors it consists of, with their numbers of rows, in order."""
+    finetunes: bool = True
+    """btx's MoE block can take the place of the class's; the others mix, but cannot be finetuned with btx."""
     exact: str = "base"
     """Variants that are exact: what the MoE of identical experts computes is what the dense model computes."""
     notes: str = ""
     """What else to know."""
 
     def feed_forward_match(self, name: str) -> tuple[int, str] | None:
-        """(layer, role) if the dense tensor `name`, fused or not, belongs to an FF sublayer, else None."""
+        """(layer, role) if the dense tensor `name` belongs to an FF sublayer, else None. Fused tensors do not match."""
         for role, pattern in self.feed_forward.items():
             found = match(pattern, name)
             if found is not None:
                 return found, role
         return None
+
+    def is_feed_forward(self, name: str, dense: Config) -> bool:
+        """Whether the dense tensor `name`, fused or not, belongs to an FF sublayer."""
+        own = set(self.feed_forward.values())
+        fused = [pattern for pattern, parts in self.fused(dense).items() if parts.keys() <= own]
+        return any(match(pattern, name) is not None for pattern in [*own, *fused])
 
 
 def match(pattern: str, name: str) -> int | None:

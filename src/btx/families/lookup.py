@@ -47,5 +47,6 @@ def family_table() -> dict[str, str]:
     lines: dict[str, str] = {}
     for family in FAMILIES:
         line = f"→ {family.moe}; exact: {family.exact}" + (f"; {family.notes}" if family.notes else "")
+        line += "" if family.finetunes else "; mixes, but cannot be finetuned with btx"
         lines[family.dense] = f"{lines[family.dense]} | {line}" if family.dense in lines else line
     return lines

@@ -128,7 +128,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llama", "granitemoe", ROLES_OF_PROJECTIONS, GRANITE_EXPERTS, GRANITE_ROUTER, configs.granitemoe_of_llama,
-        _no_mlp_bias, exact="attention_bias",
+        _no_mlp_bias, finetunes=False, exact="attention_bias",
     ),
     Family(
         "mistral", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral, _no_biases,
@@ -181,15 +181,16 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "granite", "granitemoe", ROLES_OF_PROJECTIONS, GRANITE_EXPERTS, GRANITE_ROUTER, configs.granitemoe,
-        _no_mlp_bias, exact="multipliers, tied embeddings, attention_bias",
+        _no_mlp_bias, finetunes=False, exact="multipliers, tied embeddings, attention_bias",
     ),
     Family(
         "granite_swa", "granitemoe_swa", ROLES_OF_PROJECTIONS, GRANITE_SWA_EXPERTS, GRANITE_SWA_ROUTER,
-        configs.granitemoe_swa, _no_mlp_bias, exact="multipliers, windows, sinks", notes="needs transformers 5",
+        configs.granitemoe_swa, _no_mlp_bias, finetunes=False,
+        exact="multipliers, windows, sinks", notes="needs transformers 5",
     ),
     Family(
         "ernie4_5", "ernie4_5_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.ernie4_5_moe, _ernie,
-        zeros=_ernie_bias, exact="base, tied embeddings",
+        zeros=_ernie_bias, finetunes=False, exact="base, tied embeddings",
     ),
     Family(
         "cohere2", "cohere2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.cohere2_moe,
@@ -197,7 +198,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "hunyuan_v1_dense", "hunyuan_v1_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, f"{LAYER}mlp.gate.wg.weight",
-        configs.hunyuan_v1_moe, zeros=_hunyuan_shared, exact="base, tied embeddings, attention_bias",
+        configs.hunyuan_v1_moe, zeros=_hunyuan_shared, finetunes=False,
+        exact="base, tied embeddings, attention_bias",
         notes="a zero shared MLP as wide as an expert",
     ),
     Family(

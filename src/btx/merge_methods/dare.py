@@ -1,0 +1,33 @@
+"""DARE: drop and rescale task vectors, then merge them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dare(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: float, key: str) -> Tensor:
+    """θ = θ_seed + λ/N Σ_i (m_i ⊙ δ_i) / (1-p), m_i ~ Bernoulli(1-p), δ_i the task vector, 1-p = `density`.
+
+    In expectation it is the mean over the N models (the generalist is one of them); with density 1 it is the mean.
+
+    Args:
+        key: what the random numbers depend on, besides the number of the model: the same key drops the same entries.
+
+    Source: arXiv 2311.03099, equations 2 and 3, and average merging of section 3.3.
+    """
+    start = seed.float()
+    total = torch.zeros_like(start)
+    for number, tensor in enumerate(tensors):
+        kept = torch.rand(start.shape, generator=_generator(f"{key}/{number}")) < density
+        total += torch.where(kept, tensor.float() - start, 0.0)
+    return (start + total * (scale / density / len(tensors))).to(seed.dtype)
+
+
+def _generator(key: str) -> torch.Generator:
+    """A generator of its own for every key, the same on every machine."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from btx.merge_methods.blocks import empty_like, flat_blocks
+
 
 def dare(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: float, key: str) -> Tensor:
-    """θ = θ_seed + λ/N Σ_i (m_i ⊙ δ_i) / (1-p), m_i ~ Bernoulli(1-p), δ_i the task vector, 1-p = `density`.
+    """θ = θ_seed + λ/N Σ_i (m_i ⊙ δ_i) / (1-p) in float32, m_i ~ Bernoulli(1-p), δ_i the task vector, 1-p = `density`.
 
     In expectation it is the mean over the N models (the generalist is one of them); with density 1 it is the mean.
 
@@ -19,12 +21,17 @@ def dare(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: floa
 
     Source: arXiv 2311.03099, equations 2 and 3, and average merging of section 3.3.
     """
-    start = seed.float()
-    total = torch.zeros_like(start)
-    for number, tensor in enumerate(tensors):
-        kept = torch.rand(start.shape, generator=_generator(f"{key}/{number}")) < density
-        total += torch.where(kept, tensor.float() - start, 0.0)
-    return (start + total * (scale / density / len(tensors))).to(seed.dtype)
+    start, result = seed.flatten(), empty_like(seed)
+    flat = [tensor.flatten() for tensor in tensors]
+    generators = [_generator(f"{key}/{number}") for number in range(len(tensors))]
+    for block in flat_blocks(seed):
+        origin = start[block].float()
+        total = torch.zeros_like(origin)
+        for tensor, generator in zip(flat, generators, strict=True):
+            kept = torch.rand(len(origin), generator=generator) < density
+            total += torch.where(kept, tensor[block].float() - origin, 0.0)
+        result[block] = origin + total * (scale / density / len(tensors))
+    return result.view_as(seed)
 
 
 def _generator(key: str) -> torch.Generator:

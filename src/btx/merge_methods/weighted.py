@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_i θ_i / Σ w_i, accumulated in float32 and rounded once.
+    """Σ w_i θ_i / Σ w_i in float64.
 
     Source: Model soups, arXiv 2203.05482, section 2, with weights instead of the plain mean.
     """
-    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor.float(), alpha=weight / sum(weights))
-    return total.to(tensors[0].dtype)
+        total.add_(tensor.double(), alpha=weight / sum(weights))
+    return total

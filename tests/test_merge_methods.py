@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from btx.errors import CheckpointError
-from btx.merge_methods import MERGE_METHODS, MergeSettings, merge
-
-NAMES = ("a", "b", "generalist")
-
+from btx.lazy_tensors import rounded
+from btx.merge_methods import MERGE_METHODS, MergeSettings, bind
 
 Models = tuple[Tensor, dict[str, Tensor]]
 
@@ -25,6 +23,12 @@ def models(count: int = 3, shape: tuple[int, ...] = (7, 11), dtype: torch.dtype 
     seed = torch.randn(shape, generator=generator).to(dtype)
     members = {name: (seed + 0.3 * torch.randn(shape, generator=generator)).to(dtype) for name in "abcdef"[: count - 1]}
     return seed, members | {"generalist": seed}
+
+
+def merge(method: MergeSettings, name: str, seed: Tensor, members: dict[str, Tensor]) -> Tensor:
+    """The merged tensor in the models' type, as `btx mix` writes it."""
+    function = bind(method, list(members)).function
+    return rounded(function(list(members.values()), seed, name), seed.dtype)
 
 
 def ties_reference(seed: list[float], tensors: list[list[float]], density: float, scale: float) -> list[float]:

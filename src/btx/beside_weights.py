@@ -15,7 +15,8 @@ TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "*.tiktoken", "chat_template*",
 )  # fmt: skip
-OTHER = ("config.json", "btx.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+OTHER = ("config.json", "btx.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+         "mix.json")  # fmt: skip
 
 
 def copy_beside_weights(source: Path, target: Path, *, tokenizer_from: Path | None = None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from btx.families import family_table
 from btx.launchers import LAUNCHERS
+from btx.merge_methods import MERGE_METHODS
 from btx.recipe_loading import packaged_recipes
 from btx.router_kinds import ROUTERS
 
@@ -18,7 +19,7 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
         "general": "docstrings, help topics and licence texts of this machine",
     },
     "routers": lambda: dict(ROUTERS),
-    "merges": lambda: {"mean": "float32 mean of the shared weights (paper, section 2.2)"},
+    "merges": lambda: {name: method.described for name, method in MERGE_METHODS.items()},
     "families": family_table,
     "launchers": lambda: dict(LAUNCHERS),
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btx import cli_mix
 from btx.errors import BtxError, UserError
 
 if TYPE_CHECKING:
@@ -143,40 +144,8 @@ def train(
     _work(run_folder, ["seed" if domain == "seed" else f"train/{domain}"])
 
 
-@app.command()
-def mix(
-    run_folder: Annotated[Path | None, typer.Argument(help="Run folder; or --seed-model, --expert and -o.")] = None,
-    seed_model: Annotated[Path | None, typer.Option(help="Folder of the dense model that was branched.")] = None,
-    expert: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an expert model; repeat.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
-    top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
-    generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
-    router_std: Annotated[float, typer.Option(help="Standard deviation of the new routers.")] = 0.02,
-    rng_seed: Annotated[int, typer.Option(help="Random number seed of the new routers.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the seed's.")] = None,
-    tokenizer_from: Annotated[
-        str | None, typer.Option(help="Expert, `seed` or folder whose tokenizer to take; vocabularies may then differ.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")] = "5GB",
-) -> None:
-    """Mix expert models into one MoE model: of a run, or any folders."""
-    if run_folder is not None:
-        _work(run_folder, ["mix", "baselines/soup"])
-        return
-    if seed_model is None or not expert or output is None:
-        raise UserError("btx mix needs a run folder, or --seed-model FOLDER, --expert NAME=FOLDER ... and -o FOLDER")
-    if output.exists():
-        raise UserError(f"{output}: exists already; choose another folder or remove it")
-    from btx.interrupts import ending_at_once
-    from btx.mix import mix as mix_models
-
-    experts = _named_folders(expert)
-    with ending_at_once(f"stopped; nothing was written to {output}"):
-        record = mix_models(
-            seed_model, experts, output, top_k=top_k, generalist=generalist, router_std=router_std, rng_seed=rng_seed,
-            dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size, log=typer.echo,
-        )  # fmt: skip
-    typer.echo(f"{output}: {len(record['experts'])} experts, top-{top_k}, {record['bytes'] / 1e6:.1f} MB")
+for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop):
+    app.command()(command)
 
 
 @app.command()
@@ -267,18 +236,6 @@ def _run(path: Path) -> RunFolder:
     from btx.rundir import RunFolder
 
     return RunFolder.open(path)
-
-
-def _named_folders(pairs: list[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        if not equals or not name or not folder:
-            raise UserError(f"--expert {pair!r}: write NAME=FOLDER, for example math=./math")
-        if name in named:
-            raise UserError(f"--expert {name}: named twice")
-        named[name] = Path(folder)
-    return named
 
 
 def _print_results(finished: RunFolder) -> None:

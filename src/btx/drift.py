@@ -21,10 +21,18 @@ class Drift:
     """Inner products of the experts' task vectors, summed over the tensors of a group."""
 
     gram_EE: Tensor
+    seed_square: float = 0.0
+    """Squared norm of the seed model's tensors."""
     tensors: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Cosines, norms and ‖mean Δ‖ / mean ‖Δ‖ of the group."""
+        """Cosines, norms, ‖mean Δ‖ / mean ‖Δ‖ and spread of the group.
+
+        `spread` is how far the experts are from their own mean, √(mean_i ‖Δ_i - Δ̄‖²) / ‖θ_seed‖: what averaging does to
+        an expert's weights, relative to their size.
+        """
+        E, seed_norm = len(self.gram_EE), self.seed_square**0.5
+        from_mean = float(self.gram_EE.trace()) / E - float(self.gram_EE.sum()) / E**2
         norms_E = self.gram_EE.diagonal().sqrt()
         pairs = [cosine for row in cosines(self.gram_EE) for cosine in row if cosine is not None]
         own = sum(norm > 0 for norm in norms_E.tolist())  # each expert's cosine with itself, 1
@@ -34,6 +42,8 @@ class Drift:
             "task_vector_norms": norms_E.tolist(),
             "mean_cosine": (sum(pairs) - own) / pairs_left if pairs_left else None,
             "mean_norm_ratio": norm_ratio(self.gram_EE),
+            "relative_norms": [norm / seed_norm if seed_norm else None for norm in norms_E.tolist()],
+            "spread": max(from_mean, 0.0) ** 0.5 / seed_norm if seed_norm else None,
         }
 
 
@@ -46,9 +56,10 @@ class Drifts:
 
     def add(self, name: str, group: str, experts: Sequence[FileTensor], start: FileTensor) -> None:
         """Measure one tensor; it also counts into its group."""
-        gram_EE = gram(experts, start)
+        gram_EE, seed_square = gram(experts, start)
         drift = self.groups.setdefault(group, Drift(torch.zeros_like(gram_EE)))
         drift.gram_EE = drift.gram_EE + gram_EE
+        drift.seed_square += seed_square
         drift.tensors += 1
         self.tensors[name] = {"cosines": cosines(gram_EE), "mean_norm_ratio": norm_ratio(gram_EE)}
 
@@ -57,21 +68,22 @@ class Drifts:
         return {group: drift.summary() for group, drift in self.groups.items()}
 
 
-def gram(experts: Sequence[FileTensor], start: FileTensor) -> Tensor:
-    """Inner products (E, E) of the experts' task vectors in one tensor, float64.
+def gram(experts: Sequence[FileTensor], start: FileTensor) -> tuple[Tensor, float]:
+    """Inner products (E, E) of the experts' task vectors in one tensor, float64, and the seed tensor's squared norm.
 
     Tensors of more than `SAMPLED_ELEMENTS` are measured on evenly spaced blocks, scaled up to the whole.
     """
     numel, stride = start.numel, max(1, start.numel // SAMPLED_ELEMENTS) * _BLOCK
     gram_EE = torch.zeros(len(experts), len(experts), dtype=torch.float64)
-    seen = 0
+    seen, seed_square = 0, 0.0
     for at in range(0, numel, stride):
         stop = min(at + _BLOCK, numel)
         origin = start.finite(at, stop).float()
         vectors_EN = torch.stack([expert.finite(at, stop).float() - origin for expert in experts])
+        seed_square += float(origin.double().square().sum())
         gram_EE += (vectors_EN @ vectors_EN.T).double()
         seen += stop - at
-    return gram_EE * (numel / seen) if seen else gram_EE
+    return (gram_EE * (numel / seen), seed_square * (numel / seen)) if seen else (gram_EE, 0.0)
 
 
 def cosines(gram_EE: Tensor) -> list[list[float | None]]:

@@ -88,7 +88,8 @@ def build_graph(recipe: Recipe) -> Graph:
                                   "device": recipe.device, **rng}, (data, seed))
         for domain in recipe.train.domains
     )  # fmt: skip
-    mixed = Stage("mix", {"mix": _decisive(recipe.mix), "domains": recipe.train.domains, **rng}, (seed, *branches))
+    mixed = Stage("mix", {"mix": _decisive(recipe.mix), "domains": recipe.train.domains, "general": general, **rng},
+                  (data, seed, *branches))  # fmt: skip
     soup = Stage("baselines/soup", {"generalist": recipe.mix.generalist}, (seed, *branches))
     finetune = Stage(
         "finetune", {"finetune": _decisive(recipe.finetune), "device": recipe.device, **rng}, (data, mixed)

@@ -1,4 +1,4 @@
-"""Merge methods for shared weights: pure functions of tensors.
+"""What a merge method for shared weights is, and the mean; the others are in `btx.merge_methods`, which lists all.
 
 A merge method takes the same tensor from every member (the expert models, then the generalist), and the seed model's,
 and returns one. The task vector of an expert is its tensor minus the seed model's.
@@ -72,8 +72,3 @@ def _mean_of_16_bits(values: Sequence[Tensor]) -> Tensor:
         exact = torch.stack([value.flatten()[unsure].double() for value in values]).mean(dim=0)
         total.view(-1)[unsure] = nearest_odd(exact)
     return total
-
-
-MERGES: dict[str, Merge] = {
-    "mean": Merge("mean", mean, elementwise=True, description="mean of the shared weights (paper, section 2.2)"),
-}

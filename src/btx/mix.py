@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from btx import router_init
 from btx.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
 from btx.drift import Drifts, group_of
 from btx.errors import CheckpointError
+from btx.expert_parts import experts_transform
+from btx.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.families import Config
 from btx.folders import atomic_folder, write_json
-from btx.merge import MERGES, Merge
+from btx.merge import Merge
+from btx.merge_methods import MergeSettings, bind
 from btx.mix_checks import open_checked
 from btx.mix_inputs import MixInputs
+from btx.mix_report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings
+from btx.model_card import write_model_card
+from btx.models import load_tokenizer
 from btx.moe_layout import (
     ExpertsTransform,
-    RouterInit,
     expert_tensors,
     experts_of_layer,
     fused_again,
@@ -33,6 +36,8 @@ from btx.moe_layout import (
     zero_tensors,
 )
 from btx.output_types import dtype_of, in_one_type
+from btx.router_fit import check_texts, fit_routers
+from btx.router_init import RouterSettings, initial_router
 from btx.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
 from btx.sizes import bytes_of
 
@@ -45,7 +50,12 @@ def mix(
     record: Path | None = None,
     generalist: bool = True,
     top_k: int = 2,
-    router_std: float = 0.02,
+    merge: str | MergeSettings = "mean",
+    router: str | RouterSettings = "random",
+    texts: Mapping[str, Path | TextRows] | None = None,
+    split: int = 1,
+    split_rescale: bool = True,
+    blend: bool = False,
     rng_seed: int = 0,
     dtype: str | None = None,
     tokenizer_from: str | None = None,
@@ -62,8 +72,13 @@ def mix(
         record: where to write what came from where; default: mix.json in `output`.
         generalist: add the seed model as one more expert and into the mean.
         top_k: experts a token uses.
-        router_std: standard deviation of the new routers.
-        rng_seed: random number seed of the routers.
+        merge: how shared weights are merged, by name or with parameters.
+        router: how routers start, by name or with parameters.
+        texts: expert name → file with text of its domain, for routers that need text; the generalist's is general text.
+        split: chunks every FF sublayer is cut into, each an expert of its own (paper, section 4.3).
+        split_rescale: keep the size of the layer's output when split.
+        blend: expert n gets the n-th chunk of every FF sublayer (paper, section 4.3).
+        rng_seed: random number seed of routers and of merge methods that draw.
         dtype: type of all weights, `float32`, `bfloat16` or `float16`; default: the seed model's.
         tokenizer_from: an expert's name, `seed` or a folder: whose tokenizer the output gets. Vocabularies that differ
             are then allowed.
@@ -81,18 +96,23 @@ def mix(
     seed_model, experts, output = Path(seed_model), {name: Path(path) for name, path in experts.items()}, Path(output)
     shard_bytes, forced = bytes_of(max_shard_size), dtype_of(dtype)
     tokenizer = tokenizer_folder(tokenizer_from, seed_model, experts)
-    inputs = open_checked(seed_model, experts, generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log))
-    transform: ExpertsTransform = list
-    merge = MERGES["mean"]
+    merging, routers = _settings(merge, router, rng_seed)
+    transform = experts_transform(split=split, rescale=split_rescale, blend=blend)
+    upcycled = all(path == seed_model for path in experts.values())  # then the same folder again is what is wanted
+    inputs = open_checked(
+        seed_model, experts, generalist, any_tokenizer=tokenizer is not None,
+        warn=(lambda line: None) if upcycled else warning_to(log),
+    )  # fmt: skip
+    bound = bind(merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]
     if not 1 <= top_k <= len(names):
         raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
+    rows = _texts(inputs, texts, routers, blend)
     width = first_layer[0].gate.shape[0]
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
-    router, router_origin = _random_routers(inputs, len(names), router_std, rng_seed)
     drifts = _measure(inputs)
-    tensors = list(_planned(inputs, config, transform, merge, router, router_origin, drifts))
+    tensors = list(_planned(inputs, config, transform, bound, routers, drifts))
     tensors, config = in_one_type(tensors, config, forced)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
@@ -100,20 +120,29 @@ def mix(
         write_json(folder / "config.json", config)
         write_generation_config(folder, config)
         written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
-        report = _record(inputs, names, config, top_k, merge, router_origin) | {
+        if rows:
+            log(f"mix: routers from {sum(text.tokens for text in rows.values()):,} tokens of text ({routers.method})")
+            owners = [list(rows).index(expert.origin["of"]) for expert in first_layer]
+            fit_routers(folder, inputs.family, list(rows.values()), owners, routers)
+        report = _record(inputs, names, config, top_k, merging, routers) | {
+            "split": {"chunks": split, "rescale": split_rescale} if split > 1 else None,
+            "blend": blend,
+            "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in rows.items()},
             "bytes": written,
-            "tensors_by_origin": _by_origin(tensors),
+            "parameters": parameters(tensors, len(names), top_k),
             "diagnostics": drifts.summary(),
+            "warnings": warnings(drifts.summary()),
+            "next": FINETUNE_NEXT,
+            **inputs_provenance(inputs),
+            "tensors_by_origin": _by_origin(tensors),
             "tensors": {tensor.name: tensor.origin for tensor in tensors},
         }
-        if record is None:
-            write_json(folder / "mix.json", report)
+        write_json(folder / "mix.json", report)
+        write_model_card(folder, report)
     if record is not None:
         write_json(record, report)
-    for group, summary in drifts.summary().items():
-        if summary["mean_cosine"] is not None:
-            log(f"mix: {group}: task vectors' mean cosine {summary['mean_cosine']:.2f}, "
-                f"‖mean Δ‖ / mean ‖Δ‖ {summary['mean_norm_ratio']:.2f}")  # fmt: skip
+    for line in screen_lines(report, str(output)):
+        log(f"mix: {line}")
     return report
 
 
@@ -122,7 +151,8 @@ def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, general
 
     Args and Raises: as `mix`.
     """
-    inputs, merge = open_checked(seed_model, experts, generalist), MERGES["mean"]
+    inputs = open_checked(seed_model, experts, generalist)
+    merge = bind(MergeSettings(), list(inputs.members))
     tensors: list[OutputTensor] = []
     for name in inputs.seed_tensors.names:
         start = inputs.seed_tensors[name]
@@ -138,16 +168,33 @@ def warning_to(log: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: log(f"mix: warning: {line}")
 
 
-def _random_routers(
-    inputs: MixInputs, num_experts: int, std: float, rng_seed: int
-) -> tuple[RouterInit, dict[str, Any]]:
-    """Routers of N(0, std²), and their origin for the record."""
-    hidden_size = int(inputs.config["hidden_size"])
+def _settings(
+    merge: str | MergeSettings, router: str | RouterSettings, rng_seed: int
+) -> tuple[MergeSettings, RouterSettings]:
+    """Names as settings, with the random number seed; impossible router settings are refused."""
+    merging = MergeSettings(merge) if isinstance(merge, str) else merge
+    routers = RouterSettings(router) if isinstance(router, str) else router
+    if problems := routers.problems():
+        raise CheckpointError("; ".join(problems))
+    return replace(merging, rng_seed=rng_seed), replace(routers, rng_seed=rng_seed)
 
-    def init(layer: int) -> torch.Tensor:
-        return router_init.random(num_experts, hidden_size, std=std, rng_seed=rng_seed, layer=layer)
 
-    return init, {"method": "random", "std": std, "rng_seed": rng_seed}
+def _texts(
+    inputs: MixInputs, texts: Mapping[str, Path | TextRows] | None, routers: RouterSettings, blend: bool
+) -> dict[str, TextRows]:
+    """Text of every member in their order, files read; empty if the routers need none."""
+    if not routers.needs_text:
+        return {}
+    if blend:
+        raise CheckpointError(f"router_init {routers.method} needs experts with domains; blended experts have none")
+    check_texts(texts, list(inputs.members), routers.method)
+    files = {name: text for name, text in (texts or {}).items() if not isinstance(text, TextRows)}
+    length = min(SEQUENCE_LENGTH, int(inputs.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
+    read = text_from_files(
+        files, load_tokenizer(inputs.seed_model), tokens=routers.tokens, sequence_length=length
+    ) if files else {}  # fmt: skip
+    given = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
+    return {name: (read | given)[name] for name in inputs.members}
 
 
 def _measure(inputs: MixInputs) -> Drifts:
@@ -165,19 +212,20 @@ def _planned(
     config: Config,
     transform: ExpertsTransform,
     merge: Merge,
-    router: RouterInit,
-    router_origin: dict[str, Any],
+    routers: RouterSettings,
     drifts: Drifts,
 ) -> Iterator[OutputTensor]:
     """All tensors of the MoE model, in the order they are written."""
     family = inputs.family
     hidden_size = int(inputs.config["hidden_size"])
+    origin: dict[str, Any]
     for layer in range(inputs.num_layers):
         dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
         experts = transform(experts_of_layer(inputs, layer))
         yield from expert_tensors(family, layer, experts, dtype)
-        origin = {"from": "router_init", **router_origin}
-        yield router_tensor(family, layer, (len(experts), hidden_size), router, dtype, origin)
+        init = initial_router(routers, len(experts), hidden_size)
+        origin = {"from": "router_init", "method": routers.method}
+        yield router_tensor(family, layer, (len(experts), hidden_size), init, dtype, origin)
         yield from zero_tensors(family, layer, config, dtype)
     for name in inputs.shared_names:
         start = inputs.seed_tensors[name]
@@ -193,7 +241,7 @@ def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
 
 
 def _record(
-    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: Merge, router_origin: dict[str, Any]
+    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: MergeSettings, router: RouterSettings
 ) -> dict[str, Any]:
     """What the mix was told to do; what it did is added by the caller."""
     return {
@@ -203,7 +251,7 @@ def _record(
         "paths": {name: str(path) for name, path in inputs.experts.items()},
         "generalist": inputs.generalist,
         "top_k": top_k,
-        "merge": merge.name,
-        "router_init": router_origin,
+        "merge": merge.as_json(),
+        "router_init": router.as_json(),
         "config": config,
     }

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from btx.merge_methods import MergeSettings
 from btx.router_kinds import RoutingSettings
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -220,12 +221,32 @@ class Mix(Section):
     """sample_top1: r of the temperature exp(-r·t) after t optimiser steps."""
     soft_first_layer: bool = True
     """sample_top1: the first layer uses all experts (paper); false makes the result a plain model with k = 1."""
-    router_init: Literal["random"] = "random"
-    """How the routers start: N(0, router_std)."""
+    merge: Literal["mean", "seed", "weighted", "slerp", "ties", "dare"] = "mean"
+    """How shared weights are merged; the paper: mean over experts and generalist. `btx ls merges` explains them."""
+    merge_weights: dict[Name, Weight] | None = None
+    """merge weighted: expert → weight, the generalist's too; normalised."""
+    slerp_t: Share | None = None
+    """merge slerp: 0 is the first model, 1 the second; default 0.5."""
+    merge_density: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """merge ties, dare: share of every task vector's entries that is kept; default 0.2 and 0.5."""
+    merge_scale: PositiveFloat | None = None
+    """merge ties, dare: factor on the merged task vector (λ in the papers); default 1."""
+    router_init: Literal["random", "zeros", "hidden_mean", "ridge"] = "random"
+    """How the routers start; hidden_mean and ridge are computed from the domains' text."""
     router_std: PositiveFloat = 0.02
     """Standard deviation of random routers."""
-    merge: Literal["mean"] = "mean"
-    """How shared weights are merged: float32 mean over experts and generalist."""
+    router_scale: PositiveFloat | None = None
+    """hidden_mean, ridge: factor on the weights, the larger the sharper; default 1 and 10."""
+    router_ridge: PositiveFloat = 1e-3
+    """ridge: λ as a multiple of the mean of XᵀX's diagonal."""
+    router_tokens: PositiveInt = 50_000
+    """hidden_mean, ridge: tokens of every domain that are looked at."""
+    split: PositiveInt = 1
+    """Chunks every FF sublayer is cut into, each an expert of its own (paper section 4.3); 1 leaves experts whole."""
+    split_rescale: bool = True
+    """Multiply the chunks' outputs by `split`, so that the layer's output keeps its size."""
+    blend: bool = False
+    """Expert n gets the n-th chunk of every FF sublayer (paper section 4.3)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the mixed model's weights; default: the seed model's."""
     tokenizer_from: str | None = None
@@ -361,19 +382,42 @@ class Recipe(Section):
             raise ValueError(f"train.domains names a domain twice: {self.train.domains}")
         if "seed" in known:
             raise ValueError("a domain cannot be called 'seed': the word names the seed model's job")
-        experts = len(self.train.domains) + self.mix.generalist
-        if experts < 2:
+        if len(self.member_names) < 2:
             raise ValueError("a mixture needs at least two experts: add a domain to train.domains or mix.generalist")
-        if self.mix.router == "top_k" and self.mix.top_k > experts:
-            raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {experts} experts")
+        if self.mix.router == "top_k" and self.mix.top_k > len(self.expert_names):
+            raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {len(self.expert_names)} experts")
         if self.finetune.dense_router_gradient and self.mix.router != "top_k":
             raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
+        if self.mix.blend and self.mix.split > 1:
+            raise ValueError("mix.split and mix.blend exclude each other")
+        if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
+            raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
+        for problem in self.merge_settings.problems(self.member_names):
+            raise ValueError(f"mix.merge: {problem}")
         return self
 
     @property
-    def expert_names(self) -> list[str]:
-        """Names of the MoE model's experts in order: the trained domains, then the generalist."""
+    def merge_settings(self) -> MergeSettings:
+        """How shared weights are merged."""
+        mix = self.mix
+        return MergeSettings(
+            mix.merge, weights=mix.merge_weights, t=mix.slerp_t, density=mix.merge_density, scale=mix.merge_scale,
+            rng_seed=self.rng_seed,
+        )  # fmt: skip
+
+    @property
+    def member_names(self) -> list[str]:
+        """Names of the models that are mixed, in order: the trained domains, then the generalist."""
         return [*self.train.domains, *(["generalist"] if self.mix.generalist else [])]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the MoE model's experts in order: those of the models, or of their parts."""
+        if self.mix.blend:
+            return [f"blend/{number}" for number in range(len(self.member_names))]
+        if self.mix.split > 1:
+            return [f"{name}/{number}" for name in self.member_names for number in range(self.mix.split)]
+        return self.member_names
 
     @property
     def routing(self) -> RoutingSettings:

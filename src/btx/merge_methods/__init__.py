@@ -1,19 +1,20 @@
 """Merge methods: the same tensor from several models → one tensor. One file a method, all listed here.
 
-Used for the shared weights of a mix. Every method is a pure function of tensors that computes in float32 and rounds
-once; the task vector of an expert is its tensor minus the seed model's. Plain Python: torch is imported by `merge`.
+Used for the shared weights of a mix. Every method is a pure function of tensors that returns float32 or float64; what
+uses it rounds once. The task vector of an expert is its tensor minus the seed model's. Plain Python: torch is imported
+by `bind`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from btx.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from btx.merge import Merge
 
 DENSITY = {"ties": 0.2, "dare": 0.5}
 """Default `density`: what TIES-Merging uses throughout; DARE searches per task, so the middle of its range."""
@@ -26,6 +27,11 @@ class MergeMethod:
     summary: str
     parameters: tuple[str, ...] = ()
     """Fields of `MergeSettings` it takes."""
+
+    @property
+    def described(self) -> str:
+        """One line for a list."""
+        return self.summary + (f"; takes {', '.join(self.parameters)}" if self.parameters else "")
 
 
 MERGE_METHODS: dict[str, MergeMethod] = {
@@ -84,41 +90,40 @@ class MergeSettings:
         return {"method": self.method, **used, **({"rng_seed": self.rng_seed} if self.method == "dare" else {})}
 
 
-def merge(settings: MergeSettings, name: str, seed: Tensor, members: Mapping[str, Tensor]) -> Tensor:
-    """One shared tensor of the mixed model, in the type of the first member.
+def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
+    """The merge method as `mix` takes it.
 
     Args:
-        settings: checked with `problems` before.
-        name: name of the tensor; DARE's random numbers depend on it, so that the order of tensors does not matter.
-        seed: the seed model's tensor, what task vectors start from.
-        members: expert name → its tensor; the generalist's is the seed's.
+        settings: the method and its parameters.
+        members: names of the experts in order, the generalist among them if it is in.
 
     Raises:
         CheckpointError: the settings do not fit the members.
     """
-    if problems := settings.problems(list(members)):
+    if problems := settings.problems(members):
         raise CheckpointError("; ".join(problems))
-    from btx.merge_methods import dare, slerp, ties, weighted
+    from btx.merge import Merge, MergeFunction, mean
+    from btx.merge_methods.dare import dare
+    from btx.merge_methods.slerp import slerp
+    from btx.merge_methods.ties import ties
+    from btx.merge_methods.weighted import weighted
 
-    tensors, chosen = list(members.values()), settings.as_json()
-    match settings.method:
-        case "mean":
-            from btx.merge import mean
-
-            return mean(tensors)
-        case "seed":
-            return seed
-        case "weighted":
-            return weighted.weighted(tensors, [(settings.weights or {})[member] for member in members])
-        case "slerp":
-            return slerp.slerp(*tensors, t=float(str(chosen["t"])))
-        case "ties":
-            return ties.ties(seed, tensors, density=float(str(chosen["density"])), scale=float(str(chosen["scale"])))
-        case _:
-            return dare.dare(
-                seed, tensors, density=float(str(chosen["density"])), scale=float(str(chosen["scale"])),
-                key=f"{settings.rng_seed}/{name}",
-            )  # fmt: skip
+    chosen = settings.as_json()
+    density, scale, t = (cast(float, chosen.get(name, 0.0)) for name in ("density", "scale", "t"))
+    weights = [(settings.weights or {}).get(member, 0.0) for member in members]
+    functions: dict[str, MergeFunction] = {
+        "mean": mean,
+        "seed": lambda values, start, name: start,
+        "weighted": lambda values, start, name: weighted(values, weights),
+        "slerp": lambda values, start, name: slerp(*values, t=t),
+        "ties": lambda values, start, name: ties(start, values, density=density, scale=scale),
+        "dare": lambda values, start, name: dare(
+            start, values, density=density, scale=scale, key=f"{settings.rng_seed}/{name}"
+        ),
+    }
+    elementwise = settings.method in ("mean", "seed", "weighted")
+    summary = MERGE_METHODS[settings.method].summary
+    return Merge(settings.method, functions[settings.method], elementwise, summary)
 
 
 def _weight_problems(weights: Mapping[str, float], members: Sequence[str]) -> list[str]:

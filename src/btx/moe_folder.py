@@ -1,0 +1,99 @@
+"""A finished MoE model's folder, opened to be changed: its config, its family, its tensors and its experts' names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btx.checkpoints import TensorFolder
+from btx.errors import CheckpointError
+from btx.families import Config, Family, moe_family_of
+from btx.families.family import match
+from btx.folders import read_json
+from btx.model_folder import check_model_folder
+
+RECORD = "mix.json"
+NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
+UNKNOWN: dict[str, Any] = {
+    "merge": {"method": "unknown"}, "router_init": {"method": "unknown"}, "split": None, "blend": False, "inputs": {},
+    "diagnostics": {}, "warnings": [], "paths": {}, "history": [],
+}  # fmt: skip
+
+
+@dataclass
+class MoeFolder:
+    """An opened MoE folder."""
+
+    path: Path
+    config: Config
+    """config.json as it is."""
+    family: Family
+    """A family that mixes into this class: it knows the published names."""
+    tensors: TensorFolder
+    names: list[str]
+    """The experts' names: those in mix.json, else their numbers."""
+    record: dict[str, Any]
+    """mix.json; what a folder without one cannot tell is unknown."""
+
+    @classmethod
+    def open(cls, path: Path) -> MoeFolder:
+        """Open a MoE folder.
+
+        Raises:
+            CheckpointError: not a folder of a MoE class that btx writes, or experts that are parts of models.
+        """
+        config = check_model_folder(path)
+        family = moe_family_of(config, str(path))
+        count = int(config[count_key(config, path)])
+        record = UNKNOWN | (read_json(path / RECORD) or {})
+        names = list(record.get("experts") or map(str, range(count)))
+        if len(names) != count:
+            raise CheckpointError(f"{path / RECORD}: names {len(names)} experts, but config.json says {count}")
+        if record["split"] or record["blend"]:
+            raise CheckpointError(
+                f"{path}: its experts are chunks of models (split or blend), of which none can be added or removed "
+                f"alone; mix again"
+            )
+        return cls(path, config, family, TensorFolder(path), names, record)
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token uses."""
+        return int(self.config["num_experts_per_tok"])
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return int(self.config["num_hidden_layers"])
+
+    def config_with(self, num_experts: int) -> Config:
+        """config.json for another number of experts."""
+        return self.config | {count_key(self.config, self.path): num_experts}
+
+    def place_of(self, name: str) -> tuple[str, int, int] | None:
+        """(pattern, layer, expert) of one expert's tensor; None for tensors that belong to none or hold all experts."""
+        for pattern in self.family.experts:
+            if "{expert}" in pattern:
+                regex = re.escape(pattern).replace(r"\{layer\}", r"(\d+)").replace(r"\{expert\}", r"(\d+)")
+                if found := re.fullmatch(regex, name):
+                    return pattern, int(found.group(1)), int(found.group(2))
+        return None
+
+    def holds_all_experts(self, name: str) -> bool:
+        """Whether a tensor has one row an expert: a router, or stacked experts."""
+        stacked = [pattern for pattern in self.family.experts if "{expert}" not in pattern]
+        return any(match(pattern, name) is not None for pattern in [self.family.router, *stacked])
+
+
+def count_key(config: Config, path: Path) -> str:
+    """The config key that holds the number of experts.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for key in NUMBERS_OF_EXPERTS:
+        if isinstance(config.get(key), int):
+            return key
+    raise CheckpointError(f"{path / 'config.json'}: no number of experts; known keys: {', '.join(NUMBERS_OF_EXPERTS)}")

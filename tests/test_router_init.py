@@ -175,7 +175,8 @@ def test_text_is_read_up_to_the_tokens_asked_for_and_positions_restart_at_docume
     make_llama: MakeLlama, tmp_path: Path
 ) -> None:
     texts = write_texts(tmp_path)
-    rows = text_from_files({"birds": texts["birds"]}, load_tokenizer(make_llama("seed")), tokens=100, sequence_length=16)
+    rows = text_from_files({"birds": texts["birds"]}, load_tokenizer(make_llama("seed")), tokens=100,
+                           sequence_length=16)  # fmt: skip
     assert rows["birds"].input_ids_BS.shape == (6, 16)
     starts = rows["birds"].input_ids_BS == 0  # the separator
     assert starts.sum() > 1

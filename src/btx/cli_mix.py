@@ -50,8 +50,7 @@ def mix(
     split: Annotated[int, typer.Option(help="Cut every FF into so many chunks, each an expert.")] = 1,
     split_rescale: Annotated[bool, typer.Option(help="With --split: keep the size of the layer's output.")] = True,
     blend: Annotated[bool, typer.Option("--blend", help="Expert n gets the n-th chunk of every FF.")] = False,
-    rng_seed: MaxShardSize = Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")]
-RngSeed = 0,
+    rng_seed: RngSeed = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the seed's.")] = None,
     tokenizer_from: Annotated[str | None, typer.Option(
         help="Expert, `seed` or folder whose tokenizer to take; vocabularies may then differ.")] = None,
@@ -101,8 +100,7 @@ def extend(
     router_ridge: RouterRidge = 1e-3,
     router_tokens: RouterTokens = 50_000,
     text: Text = None,
-    rng_seed: MaxShardSize = Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")]
-RngSeed = 0,
+    rng_seed: RngSeed = 0,
 ) -> None:  # fmt: skip
     """Append an expert and its router row to a finished MoE model."""
     new = named(expert or (), "--expert", "FOLDER")

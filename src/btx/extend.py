@@ -29,10 +29,9 @@ from btx.lazy_tensors import Computed, Elementwise, cast
 from btx.mix_report import FINETUNE_NEXT, parameters
 from btx.model_card import write_model_card
 from btx.models import load_tokenizer
-from btx.moe import moe_blocks
 from btx.moe_folder import RECORD, MoeFolder
 from btx.provenance import model_provenance, versions
-from btx.router_fit import load_for_text, router_sums
+from btx.router_fit import load_for_text, moe_routers, router_sums
 from btx.router_init import RouterSettings
 from btx.shard_writer import OutputTensor, require_space, write_shards
 from btx.sizes import bytes_of
@@ -154,7 +153,7 @@ def rows_from_text(model: MoeFolder, texts: Sequence[TextRows], settings: Router
     """
     network = load_for_text(model.path)
     new = len(texts) - 1
-    old_weights = [block.gate.weight.data.float() for block in moe_blocks(network)]
+    old_weights = [router.weight.data.float() for router in moe_routers(network)]
 
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
         return torch.eye(len(texts))[text].expand(len(x_TD), -1)

@@ -16,6 +16,7 @@ from btx.model_folder import check_model_folder
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
+TOP_KS = ("num_experts_per_tok", "moe_k", "moe_topk")
 UNKNOWN: dict[str, Any] = {
     "merge": {"method": "unknown"}, "router_init": {"method": "unknown"}, "split": None, "blend": False, "inputs": {},
     "diagnostics": {}, "warnings": [], "paths": {}, "history": [],
@@ -61,7 +62,7 @@ class MoeFolder:
     @property
     def top_k(self) -> int:
         """Experts a token uses."""
-        return int(self.config["num_experts_per_tok"])
+        return int(next(self.config[key] for key in TOP_KS if key in self.config))
 
     @property
     def num_layers(self) -> int:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btx import router_init
 from btx.checkpoints import TensorFolder
@@ -24,7 +25,6 @@ from btx.errors import CheckpointError
 from btx.expert_text import TextRows
 from btx.families import Family
 from btx.lazy_tensors import rounded
-from btx.moe import MoE, moe_blocks
 from btx.router_init import RouterSettings, RouterSums
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def router_sums(
 
     Tokens at position 0 are left out: document separators, which are alike in every domain.
     """
-    blocks = moe_blocks(model)
-    sums = [RouterSums.zeros(block.gate.weight.shape[1], num_targets) for block in blocks]
+    routers = moe_routers(model)
+    sums = [RouterSums.zeros(router.weight.shape[1], num_targets) for router in routers]
     now: dict[str, Any] = {}
 
     def hook(layer: int) -> Callable[[Any, tuple[Tensor]], None]:
@@ -111,7 +111,7 @@ def router_sums(
 
         return take
 
-    handles = [block.gate.register_forward_pre_hook(hook(layer)) for layer, block in enumerate(blocks)]
+    handles = [router.module.register_forward_pre_hook(hook(layer)) for layer, router in enumerate(routers)]
     try:
         for number, text in enumerate(texts):
             now.update(text=number, weight=1.0 / text.tokens)
@@ -126,19 +126,47 @@ def router_sums(
     return sums
 
 
+@dataclass(frozen=True)
+class MoeRouter:
+    """A router of any MoE class: btx's blocks, and those that stay transformers' own."""
+
+    module: nn.Module
+    weight: nn.Parameter
+    """(E, D)"""
+    choosing: list[Any]
+    """The modules that hold `top_k`: the router, its block, or both."""
+
+
+def moe_routers(model: nn.Module) -> list[MoeRouter]:
+    """The routers of a MoE model in layer order: what is called `gate` or `router` beside `experts`."""
+    found = []
+    for block in model.modules():
+        parts = dict(block.named_children())
+        module = parts.get("gate") or parts.get("router")
+        if "experts" not in parts or module is None:
+            continue
+        weight = next(parameter for parameter in module.parameters() if parameter.dim() == 2)
+        found.append(MoeRouter(module, weight, [part for part in (block, module) if hasattr(part, "top_k")]))
+    return found
+
+
 @contextlib.contextmanager
 def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
     """All experts of every MoE layer with the same gate weight, 1/E."""
-    blocks: list[MoE] = moe_blocks(model)
-    before = [(block.top_k, block.gate.weight.data) for block in blocks]
-    for block in blocks:
-        block.top_k = block.gate.weight.shape[0]
-        block.gate.weight.data = torch.zeros_like(block.gate.weight.data)
+    routers = moe_routers(model)
+    before = [router.weight.data for router in routers]
+    top_k = [[part.top_k for part in router.choosing] for router in routers]
+    for router in routers:
+        for part in router.choosing:
+            part.top_k = router.weight.shape[0]
+        router.weight.data = torch.zeros_like(router.weight.data)
     try:
         yield
     finally:
-        for block, (top_k, weight) in zip(blocks, before, strict=True):
-            block.top_k, block.gate.weight.data = top_k, weight
+        for router, weight, chosen in zip(routers, before, top_k, strict=True):
+            router.weight.data = weight
+            for part, k in zip(router.choosing, chosen, strict=True):
+                part.top_k = k
 
 
 def write_routers(folder: Path, family: Family, weights: Sequence[Tensor]) -> None:

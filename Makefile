@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint clean bench-mix
 
 setup: $(VENV)/.stamp-demo
 
@@ -28,6 +28,10 @@ test: $(VENV)/.stamp-test
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+
+# Needs 30 GB of disk and an hour; --mergekit names an environment with mergekit==0.1.5, left out if it is not there.
+bench-mix: $(VENV)/.stamp-test
+	$(BIN)/python benchmarks/mix.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

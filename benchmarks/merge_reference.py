@@ -2,7 +2,7 @@
 
     python benchmarks/merge_reference.py --mergekit /tmp/venv-mergekit      # an environment with mergekit==0.1.5
 
-DARE drops at random, so there is nothing to compare entry by entry: what is compared is which values can occur.
+DARE drops at random, so there is nothing to compare entry by entry; its tests are in tests/test_merge_methods.py.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def theirs(mergekit: Path, config: dict[str, Any], folder: Path) -> dict[str, Te
     file, out = folder / "config.yaml", folder / "out"
     file.write_text(json.dumps(config | {"dtype": "float32"}))
     subprocess.run(["rm", "-rf", str(out)], check=True)
-    done = subprocess.run([str(mergekit / "bin" / "mergekit-yaml"), str(file), str(out)], capture_output=True, text=True)
+    command = [str(mergekit / "bin" / "mergekit-yaml"), str(file), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -11,8 +11,8 @@ parameters, in several shards). In every round each contestant makes the same Mo
     mergekit   mergekit's linear merge of all five models, then mergekit-moe on top of it: together they are BTX
     naive      from_pretrained, copy and average, save_pretrained, one model after the other
 
-Written to benchmarks/mix.json: {"name", "experts", "model", "wall_s", "peak_anonymous_mb", "bytes", ...}, the median of the
-rounds each; `bytes` are the output's. Peak anonymous memory is sampled from /proc every 50 ms, over all processes of a
+Written to benchmarks/mix.json: {"name", "experts", "model", "wall_s", "peak_anonymous_mb", "bytes", ...}, the median
+of the rounds each; `bytes` are the output's. Peak anonymous memory is sampled from /proc every 50 ms, over all processes of a
 contestant. mergekit lives in its own environment (--mergekit); without it, it is left out with a message.
 """
 
@@ -208,7 +208,7 @@ def contest(size: str, models: Path, names: list[str], rounds: int, mergekit: Pa
         for name in names:
             needed = 2.6 * sum(file.stat().st_size for file in (models / "seed").glob("*.safetensors")) * len(EXPERTS)
             if name == "naive" and psutil.virtual_memory().available < needed / 2:
-                print(f"{size} naive: left out, {psutil.virtual_memory().available / 1e9:.0f} GB of memory are too little")
+                print(f"{size} naive: left out; {psutil.virtual_memory().available / 1e9:.0f} GB of memory are too few")
                 continue
             measured[name].append(measure(commands_of(name, models, out, reference, mergekit)))
             sizes[name] = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from btx.cli import app
 from btx.drop import drop
 from btx.errors import CheckpointError
 from btx.expert_text import text_from_files
@@ -209,13 +209,15 @@ def test_what_cannot_be_extended_or_dropped_says_why(make_llama: MakeLlama, moe:
     assert not out.exists()
 
 
-def test_the_commands_mix_extend_and_drop(make_llama: MakeLlama, tmp_path: Path) -> None:
+def test_the_commands_mix_extend_and_drop(
+    make_llama: MakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def btx(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "btx", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=100)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        return done.output
 
+    monkeypatch.chdir(tmp_path)
     make_llama("seed")
     make_llama("law", 3)
     texts = write_texts(tmp_path)

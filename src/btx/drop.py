@@ -7,12 +7,17 @@ their mean; where that matters, mix again without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from btx.beside_weights import copy_beside_weights
 from btx.errors import CheckpointError
 from btx.folders import atomic_folder, write_json
+from btx.lazy_tensors import Computed, FileTensor
 from btx.mix_report import parameters
 from btx.model_card import write_model_card
 from btx.moe_folder import RECORD, MoeFolder
@@ -80,6 +85,10 @@ def drop(
     return record
 
 
+def _selected(tensor: FileTensor, axis: int, kept: list[int]) -> Tensor:
+    return tensor.load().index_select(axis, torch.tensor(kept))
+
+
 def _planned(model: MoeFolder, gone: int) -> Iterator[OutputTensor]:
     """All tensors without expert `gone`, those after it renumbered."""
     for name in model.tensors.names:
@@ -89,6 +98,11 @@ def _planned(model: MoeFolder, gone: int) -> Iterator[OutputTensor]:
             shape = (tensor.shape[0] - 1, *tensor.shape[1:])
             origin = "router" if len(shape) == 2 else "stack"
             yield OutputTensor(name, shape, tensor.dtype, parts, {"from": origin})
+        elif (axis := model.expert_axis(name)) is not None:
+            shape = tuple(size - (number == axis) for number, size in enumerate(tensor.shape))
+            kept = [number for number in range(tensor.shape[axis]) if number != gone]
+            part = Computed(shape, tensor.dtype, partial(_selected, tensor, axis, kept))
+            yield OutputTensor(name, shape, tensor.dtype, [part], {"from": "zeros"})
         elif place is None:
             yield OutputTensor(name, tensor.shape, tensor.dtype, [tensor], {"from": "shared"})
         elif place[2] != gone:

@@ -13,6 +13,7 @@ it also suits routers that were finetuned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from btx.errors import CheckpointError
 from btx.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.extend_checks import DenseExpert, open_expert
 from btx.folders import atomic_folder, write_json
-from btx.lazy_tensors import Computed, Elementwise, cast
+from btx.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.mix_report import FINETUNE_NEXT, parameters
 from btx.model_card import write_model_card
 from btx.models import load_tokenizer
@@ -172,6 +173,11 @@ def rows_from_text(model: MoeFolder, texts: Sequence[TextRows], settings: Router
     return [router_init.ridge(layer, ridge=settings.ridge, scale=1.0)[0] for layer in sums]
 
 
+def _with_zero(tensor: FileTensor, axis: int) -> Tensor:
+    """A tensor with one more entry along an axis, 0."""
+    return torch.cat([tensor.load(), torch.zeros_like(tensor.load().narrow(axis, 0, 1))], dim=axis)
+
+
 def _constant(value: Tensor, dtype: torch.dtype) -> Computed:
     return Computed(tuple(value.shape), dtype, lambda: value)
 
@@ -195,6 +201,10 @@ def _planned(
             layer, roles = added[tensor_name]
             parts = [tensor, *[cast(dense.feed_forward(role, layer), dtype) for role in roles]]
             yield OutputTensor(tensor_name, shape, dtype, parts, {"from": "stack"})
+        elif (axis := model.expert_axis(tensor_name)) is not None:
+            shape = tuple(size + (number == axis) for number, size in enumerate(tensor.shape))
+            part = Computed(shape, dtype, partial(_with_zero, tensor, axis))
+            yield OutputTensor(tensor_name, shape, dtype, [part], {"from": "zeros"})
         elif model.place_of(tensor_name) is not None:
             yield OutputTensor(tensor_name, tensor.shape, dtype, [tensor], {"from": "copy"})
         elif fold and tensor_name in dense.tensors:

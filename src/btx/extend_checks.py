@@ -64,14 +64,14 @@ def _family(model: MoeFolder, config: Config, path: Path) -> Family:
 
 def _config_problems(model: MoeFolder, family: Family, config: Config, path: Path) -> list[str]:
     """Where the MoE config that this dense model would give differs from the one that is there."""
-    complete = read_config(model.path)
+    there = read_config(model.path) | model.config  # as written; the class's defaults where it is silent
     wanted = family.moe_config(config, len(model.names), model.top_k)
     ignored = HARMLESS_KEYS | {count_key(model.config, model.path), "rope_theta", "rope_scaling", "router_jitter_noise"}
     return [
-        f"{path / 'config.json'}: as an expert its {key} would be {value!r}, the MoE model has {complete[key]!r}"
+        f"{path / 'config.json'}: as an expert its {key} would be {value!r}, the MoE model has {there[key]!r}"
         for key, value in wanted.items()
-        if key in complete and key not in ignored and not key.startswith(("output_router", "router_aux"))
-        and complete[key] != value
+        if key in there and key not in ignored and not key.startswith(("output_router", "router_aux"))
+        and there[key] != value
     ]  # fmt: skip
 
 

@@ -82,6 +82,21 @@ class MoeFolder:
                     return pattern, int(found.group(1)), int(found.group(2))
         return None
 
+    def expert_axis(self, name: str) -> int | None:
+        """The axis along which a tensor has one entry an expert (a selection bias, for example), None if it has none.
+
+        Routers and stacked experts have axis 0.
+        """
+        if self.holds_all_experts(name):
+            return 0
+        n = len(self.names)
+        now, more = (self.family.zeros(self.config_with(number)) for number in (n, n + 1))
+        for pattern, shape in now.items():
+            if match(pattern, name) is not None:
+                differing = [axis for axis, size in enumerate(shape) if size != more[pattern][axis]]
+                return differing[0] if differing else None
+        return None
+
     def holds_all_experts(self, name: str) -> bool:
         """Whether a tensor has one row an expert: a router, or stacked experts."""
         stacked = [pattern for pattern in self.family.experts if "{expert}" not in pattern]

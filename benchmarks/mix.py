@@ -12,8 +12,8 @@ parameters, in several shards). In every round each contestant makes the same Mo
     naive      from_pretrained, copy and average, save_pretrained, one model after the other
 
 Written to benchmarks/mix.json: {"name", "experts", "model", "wall_s", "peak_anonymous_mb", "bytes", ...}, the median
-of the rounds each; `bytes` are the output's. Peak anonymous memory is sampled from /proc every 50 ms, over all processes of a
-contestant. mergekit lives in its own environment (--mergekit); without it, it is left out with a message.
+of the rounds each; `bytes` are the output's. Peak anonymous memory is sampled from /proc every 50 ms, over all
+processes of a contestant. mergekit lives in its own environment (--mergekit); without it, it is left out.
 """
 
 from __future__ import annotations

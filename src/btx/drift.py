@@ -76,19 +76,17 @@ def gram(experts: Sequence[FileTensor], start: FileTensor) -> tuple[Tensor, floa
     origin = _sample(start).double()
     vectors_EN = torch.stack([_sample(expert).double() for expert in experts]).sub_(origin)
     gram_EE, seed_square = vectors_EN @ vectors_EN.T, float(origin.square().sum())
-    if not gram_EE.isfinite().all():
-        for tensor in [start, *experts]:
-            tensor.finite(0, tensor.numel)  # says where
     scale = start.numel / max(1, origin.numel())
     return gram_EE * scale, seed_square * scale
 
 
 def _sample(tensor: FileTensor) -> Tensor:
-    """All elements of a tensor, or about `SAMPLED_ELEMENTS` of them in evenly spaced blocks; flat."""
-    flat, blocks = tensor.flat(0, tensor.numel), SAMPLED_ELEMENTS // _BLOCK
+    """All elements of a tensor, or about `SAMPLED_ELEMENTS` of them in evenly spaced blocks; flat and finite."""
     if tensor.numel <= SAMPLED_ELEMENTS:
-        return flat
-    return flat.as_strided((blocks, _BLOCK), ((tensor.numel - _BLOCK) // (blocks - 1), 1)).flatten()
+        return tensor.finite(0, tensor.numel)
+    blocks = SAMPLED_ELEMENTS // _BLOCK
+    starts = [(tensor.numel - _BLOCK) * number // (blocks - 1) for number in range(blocks)]
+    return torch.cat([tensor.finite(start, start + _BLOCK) for start in starts])
 
 
 def cosines(gram_EE: Tensor) -> list[list[float | None]]:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from btx.merge_methods import MergeSettings, bind
+from btx.merge_kinds import MergeSettings
+from btx.merge_methods import bind
 from btx.tokenizer import train_tokenizer
 
 NAMES = ("a", "b", "c")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from btx.errors import CheckpointError
 from btx.lazy_tensors import rounded
-from btx.merge_methods import MERGE_METHODS, MergeSettings, bind
+from btx.merge_kinds import MERGE_METHODS, MergeSettings
+from btx.merge_methods import bind
 
 Models = tuple[Tensor, dict[str, Tensor]]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from btx.families import family_table
 from btx.launchers import LAUNCHERS
-from btx.merge_methods import MERGE_METHODS
+from btx.merge_kinds import MERGE_METHODS
 from btx.recipe_loading import packaged_recipes
 from btx.router_kinds import ROUTERS
 

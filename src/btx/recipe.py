@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from btx.merge_methods import MergeSettings
+from btx.merge_kinds import MergeSettings
 from btx.router_kinds import RoutingSettings
 
 PositiveInt = Annotated[int, Field(gt=0)]

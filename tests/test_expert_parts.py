@@ -33,7 +33,7 @@ def test_all_chunks_of_equal_experts_with_equal_gates_are_the_dense_feed_forward
     make_llama: MakeLlama, tmp_path: Path, chunks: int
 ) -> None:
     seed = make_llama("seed")
-    mix(seed, {"a": seed}, tmp_path / "moe", split=chunks, top_k=2 * chunks, router="zeros")
+    mix(seed, {"a": seed}, tmp_path / "moe", split=chunks, top_k=2 * chunks, router_init="zeros")
     found, expected = outputs(tmp_path / "moe"), outputs(seed)
     assert (found[0] - expected[0]).abs().max() < 1e-5
 
@@ -41,7 +41,7 @@ def test_all_chunks_of_equal_experts_with_equal_gates_are_the_dense_feed_forward
 def test_the_chunks_of_one_expert_alone_are_its_feed_forward(make_llama: MakeLlama, tmp_path: Path) -> None:
     # Zero routers choose the first experts, here all chunks of the first member, with equal gates.
     seed = make_llama("seed")
-    mix(seed, {"a": seed}, tmp_path / "moe", split=2, top_k=2, router="zeros")
+    mix(seed, {"a": seed}, tmp_path / "moe", split=2, top_k=2, router_init="zeros")
     assert moe_blocks(load_model(tmp_path / "moe"))[0].gate.weight.shape[0] == 4
     assert (outputs(tmp_path / "moe")[0] - outputs(seed)[0]).abs().max() < 1e-5
 
@@ -50,14 +50,14 @@ def test_without_rescaling_the_layers_output_shrinks_by_the_number_of_chunks(
     make_llama: MakeLlama, tmp_path: Path
 ) -> None:
     seed = make_llama("seed")
-    mix(seed, {"a": seed}, tmp_path / "moe", split=3, top_k=6, router="zeros", split_rescale=False)
+    mix(seed, {"a": seed}, tmp_path / "moe", split=3, top_k=6, router_init="zeros", split_rescale=False)
     first, dense = outputs(tmp_path / "moe")[1][0], outputs(seed)[1][0]
     assert torch.allclose(first, dense / 3, atol=1e-5)
 
 
 def test_blended_experts_in_equal_parts_are_the_mean_of_the_members(make_llama: MakeLlama, tmp_path: Path) -> None:
     seed, other = make_llama("seed"), make_llama("a", 1)
-    mix(seed, {"a": other, "b": seed}, tmp_path / "moe", blend=True, top_k=3, router="zeros", merge="seed")
+    mix(seed, {"a": other, "b": seed}, tmp_path / "moe", blend=True, top_k=3, router_init="zeros", merge="seed")
     record = read_json(tmp_path / "moe" / "mix.json")
     assert record["experts"] == ["blend/0", "blend/1", "blend/2"]
     # The first layer's input is the seed's: shared weights are the seed's. So compare with each member's FF there.
@@ -86,7 +86,7 @@ def test_each_chunk_is_named_after_its_expert_and_the_config_has_the_chunks_widt
         ({"split": 5}, "48 inner units, which 5 does not divide"),
         ({"split": 0}, "split is 0"),
         ({"split": 2, "blend": True}, "exclude each other"),
-        ({"blend": True, "router": "ridge"}, "blended experts have none"),
+        ({"blend": True, "router_init": "ridge"}, "blended experts have none"),
         ({"split": 2, "top_k": 5}, "top_k is 5, but there are 4 experts"),
     ],
 )

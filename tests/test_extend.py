@@ -76,7 +76,7 @@ def test_routing_among_the_old_experts_is_unchanged_by_a_row_that_is_never_selec
 ) -> None:
     config = read_json(moe / "config.json")
     (moe / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
-    extend(moe, "law", make_llama("law", 3), tmp_path / "moe4", router="zeros")
+    extend(moe, "law", make_llama("law", 3), tmp_path / "moe4", router_init="zeros")
     # With top-1, the mean of the other rows never has the largest logit.
     larger = weights(tmp_path / "moe4")
     for layer in (0, 1):
@@ -139,8 +139,8 @@ def test_a_row_from_text_sends_the_new_text_to_the_new_expert_and_little_else(
     # Old rows by the same method, as in a model that was mixed so.
     old_texts = {name: path for name, path in texts.items() if name != "law"}
     experts = {name: tmp_path / name for name in ("birds", "tools")}
-    mix(tmp_path / "seed", experts, tmp_path / "fitted", router=method, texts=old_texts, top_k=1)
-    extend(tmp_path / "fitted", "law", make_llama("law", 3), tmp_path / "moe4", router=method, texts=texts)
+    mix(tmp_path / "seed", experts, tmp_path / "fitted", router_init=method, texts=old_texts, top_k=1)
+    extend(tmp_path / "fitted", "law", make_llama("law", 3), tmp_path / "moe4", router_init=method, texts=texts)
     model = load_model(tmp_path / "moe4")
     for name, rows in text_from_files(texts, load_tokenizer(moe), tokens=300).items():
         with torch.no_grad():
@@ -191,9 +191,9 @@ def test_what_cannot_be_extended_or_dropped_says_why(make_llama: MakeLlama, moe:
     with pytest.raises(CheckpointError, match="has an expert 'tools' already"):
         extend(moe, "tools", law, out)
     with pytest.raises(CheckpointError, match="needs text of law and of at least one of birds"):
-        extend(moe, "law", law, out, router="ridge", texts={"law": tmp_path / "law.jsonl"})
+        extend(moe, "law", law, out, router_init="ridge", texts={"law": tmp_path / "law.jsonl"})
     with pytest.raises(CheckpointError, match="takes no scale here"):
-        extend(moe, "law", law, out, router=RouterSettings("ridge", scale=2.0))
+        extend(moe, "law", law, out, router_init=RouterSettings("ridge", scale=2.0))
     with pytest.raises(CheckpointError, match="'halved': allowed: left, fold"):
         extend(moe, "law", law, out, shared="halved")
     with pytest.raises(CheckpointError, match="is no MoE class"):

@@ -29,13 +29,13 @@ def test_every_family_takes_routers_from_text_and_can_be_extended_and_cut_back(
     seed = make(tmp_path / "seed", dense, config)
     experts = {name: branch(seed, tmp_path / name, number + 1) for number, name in enumerate("ab")}
     texts = {"a": text(10), "b": text(40), "generalist": text(70)}
-    mix(seed, experts, tmp_path / "moe", router="ridge", texts=texts)
+    mix(seed, experts, tmp_path / "moe", router_init="ridge", texts=texts)
     old = load_file(tmp_path / "moe" / "model.safetensors")
     routers = [tensor for tensor in old.values() if tensor.shape == (3, 32)]
     assert len(routers) == 4
     assert all(tensor.abs().max() > 0 for tensor in routers)
 
-    extend(tmp_path / "moe", "c", branch(seed, tmp_path / "c", 3), tmp_path / "moe4", router="zeros")
+    extend(tmp_path / "moe", "c", branch(seed, tmp_path / "c", 3), tmp_path / "moe4", router_init="zeros")
     assert torch.isfinite(logits(plain(tmp_path / "moe4"))).all()
     drop(tmp_path / "moe4", "c", tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")

@@ -86,7 +86,7 @@ def test_a_text_ten_times_longer_counts_the_same() -> None:
 
 def test_sums_are_over_what_the_plain_class_puts_into_its_routers(make_llama: MakeLlama, tmp_path: Path) -> None:
     seed = make_llama("seed")
-    mix(seed, {"a": make_llama("a", 1), "b": make_llama("b", 2)}, tmp_path / "moe", top_k=3, router="zeros")
+    mix(seed, {"a": make_llama("a", 1), "b": make_llama("b", 2)}, tmp_path / "moe", top_k=3, router_init="zeros")
     ids = np.random.default_rng(0).integers(0, 320, (2, 9))
     text = TextRows("", ids, np.tile(np.arange(9), (2, 1)))
     model = load_model(tmp_path / "moe")
@@ -108,11 +108,11 @@ def test_looking_at_a_model_leaves_it_as_it_was(make_llama: MakeLlama, tmp_path:
     seed = make_llama("seed")
     mix(seed, {"a": seed}, tmp_path / "moe")
     model = load_model(tmp_path / "moe")
-    before = [(block.top_k, block.gate.weight.clone()) for block in moe_blocks(model)]
+    before = [(block.rule, block.gate.weight.clone()) for block in moe_blocks(model)]
     with experts_in_equal_parts(model):
-        assert all(block.top_k == 2 and not block.gate.weight.any() for block in moe_blocks(model))
-    for block, (top_k, weight) in zip(moe_blocks(model), before, strict=True):
-        assert block.top_k == top_k
+        assert all(block.rule.experts_per_token(2) == 2 and not block.gate.weight.any() for block in moe_blocks(model))
+    for block, (rule, weight) in zip(moe_blocks(model), before, strict=True):
+        assert block.rule == rule
         assert torch.equal(block.gate.weight, weight)
 
 
@@ -123,7 +123,7 @@ def test_routers_from_text_send_each_text_to_its_own_expert(
 ) -> None:
     seed, texts = make_llama("seed"), write_texts(tmp_path)
     experts = {"birds": make_llama("birds", 1), "tools": make_llama("tools", 2)}
-    record = mix(seed, experts, tmp_path / "moe", router=method, texts=texts, split=split, top_k=1)
+    record = mix(seed, experts, tmp_path / "moe", router_init=method, texts=texts, split=split, top_k=1)
     assert record["router_init"]["method"] == method
     assert record["texts"]["birds"] == {"source": str(texts["birds"]), "tokens": record["texts"]["birds"]["tokens"]}
     model = load_model(tmp_path / "moe")
@@ -142,7 +142,7 @@ def test_only_the_routers_depend_on_the_text(make_llama: MakeLlama, tmp_path: Pa
     seed, texts = make_llama("seed"), write_texts(tmp_path)
     experts = {"birds": make_llama("birds", 1), "tools": make_llama("tools", 2)}
     mix(seed, experts, tmp_path / "plain")
-    mix(seed, experts, tmp_path / "ridge", router="ridge", texts=texts)
+    mix(seed, experts, tmp_path / "ridge", router_init="ridge", texts=texts)
     plain, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "ridge"))
     different = {name for name in plain if not torch.equal(plain[name], fitted[name])}
     assert different == {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)}
@@ -190,9 +190,9 @@ def test_text_is_read_up_to_the_tokens_asked_for_and_positions_restart_at_docume
     [
         ({"texts": {}}, CheckpointError, "no text for birds, tools, generalist"),
         ({"texts": {"x": Path("x.txt")}}, CheckpointError, "text for x, which is no expert"),
-        ({"router": "wise"}, CheckpointError, "there are: random, zeros, hidden_mean, ridge"),
-        ({"router": RouterSettings("random", scale=2)}, CheckpointError, "random takes no scale"),
-        ({"router": RouterSettings("ridge", ridge=0)}, CheckpointError, "has to be above 0"),
+        ({"router_init": "wise"}, CheckpointError, "there are: random, zeros, hidden_mean, ridge"),
+        ({"router_init": RouterSettings("random", scale=2)}, CheckpointError, "random takes no scale"),
+        ({"router_init": RouterSettings("ridge", ridge=0)}, CheckpointError, "has to be above 0"),
         ({"missing": True}, DataError, "no such file"),
     ],
 )
@@ -202,7 +202,7 @@ def test_what_cannot_give_routers_is_refused_before_anything_is_written(
     seed, texts = make_llama("seed"), write_texts(tmp_path)
     if change.pop("missing", False):
         texts["tools"].unlink()
-    options = {"router": "ridge", "texts": texts} | change
+    options = {"router_init": "ridge", "texts": texts} | change
     with pytest.raises(error, match=message):
         mix(seed, {"birds": seed, "tools": seed}, tmp_path / "moe", **options)
     assert not (tmp_path / "moe").exists()

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from btx.balancing import load_balancing_loss
+    from btx.drop import drop
     from btx.errors import BtxError, UserError
+    from btx.extend import extend
     from btx.mix import mix, soup
     from btx.models import load_model, load_tokenizer
     from btx.moe import MoE
@@ -39,6 +41,8 @@ _HOME = {
     "Recipe": "btx.recipe",
     "RunFolder": "btx.rundir",
     "UserError": "btx.errors",
+    "drop": "btx.drop",
+    "extend": "btx.extend",
     "load_balancing_loss": "btx.balancing",
     "load_model": "btx.models",
     "load_recipe": "btx.recipe_loading",
@@ -57,6 +61,8 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "UserError",
+    "drop",
+    "extend",
     "load_balancing_loss",
     "load_model",
     "load_recipe",

@@ -80,7 +80,7 @@ def mix(
     )  # fmt: skip
     with ending_at_once(f"stopped; nothing was written to {output}"):
         record = mix_models(
-            seed_model, folders, output, top_k=top_k, generalist=generalist, merge=settings, router=routers,
+            seed_model, folders, output, top_k=top_k, generalist=generalist, merge=settings, router_init=routers,
             texts=named(text or (), "--text", "FILE"), split=split, split_rescale=split_rescale, blend=blend,
             rng_seed=rng_seed, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
             log=typer.echo,
@@ -115,7 +115,7 @@ def extend(
         router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
     )  # fmt: skip
     record = extend_model(
-        moe, name, folder, output, shared=shared, router=routers, texts=named(text or (), "--text", "FILE"),
+        moe, name, folder, output, shared=shared, router_init=routers, texts=named(text or (), "--text", "FILE"),
         rng_seed=rng_seed, log=typer.echo,
     )  # fmt: skip
     typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")

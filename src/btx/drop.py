@@ -62,7 +62,7 @@ def drop(
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(moe, folder)
-        write_json(folder / "config.json", config)
+        model.write_config(folder, config)
         written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
         record = model.record | {
             "family": model.record.get("family", f"? -> {model.family.moe}"),

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btx import router_init
 from btx.beside_weights import copy_beside_weights
 from btx.errors import CheckpointError
 from btx.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
@@ -33,7 +32,7 @@ from btx.models import load_tokenizer
 from btx.moe_folder import RECORD, MoeFolder
 from btx.provenance import model_provenance, versions
 from btx.router_fit import load_for_text, moe_routers, router_sums
-from btx.router_init import RouterSettings
+from btx.router_init import SCALE, RouterSettings, hidden_mean, random, ridge
 from btx.shard_writer import OutputTensor, require_space, write_shards
 from btx.sizes import bytes_of
 
@@ -47,7 +46,7 @@ def extend(
     output: Path,
     *,
     shared: str = "left",
-    router: str | RouterSettings = "random",
+    router_init: str | RouterSettings = "random",
     texts: Mapping[str, Path] | None = None,
     rng_seed: int = 0,
     max_shard_size: int | str = "5GB",
@@ -61,7 +60,7 @@ def extend(
         expert: folder of a dense model of the class and shape that the MoE model was mixed from.
         output: folder to write; it appears when it is complete.
         shared: `left`, or `fold` the expert's shared weights in with weight 1/(n+1).
-        router: how the new router row starts, by name or with parameters.
+        router_init: how the new router row starts, by name or with parameters.
         texts: expert name → file with text of its domain, for rows that need text: the new expert's and at least one
             old one's, better all.
         rng_seed: random number seed of a random row.
@@ -75,7 +74,7 @@ def extend(
         CheckpointError: the expert does not fit; all problems in one message.
     """
     model = MoeFolder.open(moe)
-    settings = RouterSettings(router) if isinstance(router, str) else router
+    settings = RouterSettings(router_init) if isinstance(router_init, str) else router_init
     problems = settings.problems()
     if shared not in SHARED:
         problems.append(f"shared weights {shared!r}: allowed: {', '.join(SHARED)}")
@@ -95,7 +94,7 @@ def extend(
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(moe, folder)
-        write_json(folder / "config.json", config)
+        model.write_config(folder, config)
         written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
         step = {"extend": name, "path": str(expert), "shared": shared, "router_init": settings.as_json()}
         record = model.record | {
@@ -136,7 +135,7 @@ def _new_rows(
     hidden_size, n = int(model.config["hidden_size"]), len(model.names)
     if settings.method == "random":  # the last row of a router for n+1, so that it is no copy of an old one
         return [
-            router_init.random(n + 1, hidden_size, std=settings.std, rng_seed=rng_seed, layer=layer)[-1]
+            random(n + 1, hidden_size, std=settings.std, rng_seed=rng_seed, layer=layer)[-1]
             for layer in range(model.num_layers)
         ]
     if settings.method == "zeros":
@@ -166,11 +165,11 @@ def rows_from_text(model: MoeFolder, texts: Sequence[TextRows], settings: Router
         return wanted_T[:, None]
 
     if settings.method == "hidden_mean":
-        scale = settings.scale or router_init.SCALE["hidden_mean"]
+        scale = settings.scale or SCALE["hidden_mean"]
         sums = router_sums(network, texts, len(texts), labels)
-        return [router_init.hidden_mean(layer, scale=scale)[new] for layer in sums]
+        return [hidden_mean(layer, scale=scale)[new] for layer in sums]
     sums = router_sums(network, texts, 1, beside_the_old_rows)
-    return [router_init.ridge(layer, ridge=settings.ridge, scale=1.0)[0] for layer in sums]
+    return [ridge(layer, ridge=settings.ridge, scale=1.0)[0] for layer in sums]
 
 
 def _with_zero(tensor: FileTensor, axis: int) -> Tensor:

@@ -101,8 +101,7 @@ def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None
     mix(
         run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
         folder / "model", record=folder / "mix.json", generalist=settings.generalist,
-        top_k=router.plain_top_k(len(run.recipe.expert_names)),
-        merge=run.recipe.merge_settings, router=routers,
+        top_k=router.plain_top_k(len(run.recipe.expert_names)), merge=run.recipe.merge_settings, router_init=routers,
         texts=text_from_run(run.path, run.recipe, tokens=routers.tokens) if routers.needs_text else None,
         split=settings.split, split_rescale=settings.split_rescale, blend=settings.blend,
         rng_seed=run.recipe.rng_seed, dtype=settings.dtype, tokenizer_from=settings.tokenizer_from,

@@ -1,4 +1,9 @@
-"""The merge methods for shared weights there are, and their settings. Plain Python; `btx.merge_methods` has them."""
+"""The merge methods there are, what each is set by, and when it cannot work. No torch.
+
+A merge method makes one tensor of the same tensor from several models; it is used for the shared weights of a mix. The
+mathematics is in `btx.merge_methods`, one file a method. The task vector of an expert is its tensor minus the seed
+model's.
+"""
 
 from __future__ import annotations
 

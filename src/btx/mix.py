@@ -52,7 +52,7 @@ def mix(
     generalist: bool = True,
     top_k: int = 2,
     merge: str | MergeSettings = "mean",
-    router: str | RouterSettings = "random",
+    router_init: str | RouterSettings = "random",
     texts: Mapping[str, Path | TextRows] | None = None,
     split: int = 1,
     split_rescale: bool = True,
@@ -74,7 +74,7 @@ def mix(
         generalist: add the seed model as one more expert and into the mean.
         top_k: experts a token uses.
         merge: how shared weights are merged, by name or with parameters.
-        router: how routers start, by name or with parameters.
+        router_init: how routers start, by name or with parameters.
         texts: expert name → file with text of its domain, for routers that need text; the generalist's is general text.
         split: chunks every FF sublayer is cut into, each an expert of its own (paper, section 4.3).
         split_rescale: keep the size of the layer's output when split.
@@ -97,7 +97,7 @@ def mix(
     seed_model, experts, output = Path(seed_model), {name: Path(path) for name, path in experts.items()}, Path(output)
     shard_bytes, forced = bytes_of(max_shard_size), dtype_of(dtype)
     tokenizer = tokenizer_folder(tokenizer_from, seed_model, experts)
-    merging, routers = _settings(merge, router, rng_seed)
+    merging, routers = _settings(merge, router_init, rng_seed)
     transform = experts_transform(split=split, rescale=split_rescale, blend=blend)
     upcycled = all(path == seed_model for path in experts.values())  # then the same folder again is what is wanted
     inputs = open_checked(

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btx.btx_folder import is_btx_folder, open_btx_folder, write_router
 from btx.checkpoints import TensorFolder
 from btx.errors import CheckpointError
 from btx.families import Config, Family, moe_family_of
 from btx.families.family import match
-from btx.folders import read_json
+from btx.folders import read_json, write_json
 from btx.model_folder import check_model_folder
+from btx.router_kinds import RoutingSettings
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
@@ -29,12 +31,14 @@ class MoeFolder:
 
     path: Path
     config: Config
-    """config.json as it is."""
+    """config.json of the plain class."""
     family: Family
     """A family that mixes into this class: it knows the published names."""
     tensors: TensorFolder
     names: list[str]
     """The experts' names: those in mix.json, else their numbers."""
+    routing: RoutingSettings | None
+    """The router of a folder that only btx reads; None for a plain one."""
     record: dict[str, Any]
     """mix.json; what a folder without one cannot tell is unknown."""
 
@@ -45,7 +49,9 @@ class MoeFolder:
         Raises:
             CheckpointError: not a folder of a MoE class that btx writes, or experts that are parts of models.
         """
-        config = check_model_folder(path)
+        config, routing = check_model_folder(path), None
+        if is_btx_folder(config):
+            config, routing = open_btx_folder(path, config)
         family = moe_family_of(config, str(path))
         count = int(config[count_key(config, path)])
         record = UNKNOWN | (read_json(path / RECORD) or {})
@@ -57,7 +63,7 @@ class MoeFolder:
                 f"{path}: its experts are chunks of models (split or blend), of which none can be added or removed "
                 f"alone; mix again"
             )
-        return cls(path, config, family, TensorFolder(path), names, record)
+        return cls(path, config, family, TensorFolder(path), names, routing, record)
 
     @property
     def top_k(self) -> int:
@@ -68,6 +74,12 @@ class MoeFolder:
     def num_layers(self) -> int:
         """Layers of the model."""
         return int(self.config["num_hidden_layers"])
+
+    def write_config(self, folder: Path, config: Config) -> None:
+        """Write config.json, and btx.json for a router that only btx reads."""
+        write_json(folder / "config.json", config)
+        if self.routing is not None:
+            write_router(folder, self.routing)
 
     def config_with(self, num_experts: int) -> Config:
         """config.json for another number of experts."""

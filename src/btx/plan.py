@@ -37,9 +37,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     dense = _dense_config(recipe)
     family = family_of(dense, "seed model")
-    num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
     width = dense["intermediate_size"] // recipe.mix.split
-    moe = family.moe_config(dense | {"intermediate_size": width}, num_experts, recipe.routing.plain_top_k(num_experts))
+    num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
+    moe = family.moe_config(
+        dense | {"intermediate_size": width}, num_experts, recipe.routing.plain_top_k(num_experts)
+    )
     used = recipe.routing.mean_experts_per_token(layers, num_experts)
     costs = {"seed": config_cost(dense), "btx": config_cost(moe, experts_per_token=used)}
     # What is computed for a token in finetuning, which is more with a dense router gradient.

@@ -386,14 +386,14 @@ class Recipe(Section):
             raise ValueError("a mixture needs at least two experts: add a domain to train.domains or mix.generalist")
         if self.mix.router == "top_k" and self.mix.top_k > len(self.expert_names):
             raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {len(self.expert_names)} experts")
+        if self.finetune.dense_router_gradient and self.mix.router != "top_k":
+            raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
         if self.mix.blend and self.mix.split > 1:
             raise ValueError("mix.split and mix.blend exclude each other")
         if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
             raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
-        if self.finetune.dense_router_gradient and self.mix.router != "top_k":
-            raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
         return self
 
     @property
@@ -411,13 +411,6 @@ class Recipe(Section):
         return [*self.train.domains, *(["generalist"] if self.mix.generalist else [])]
 
     @property
-    def routing(self) -> RoutingSettings:
-        """The router of the mixed model."""
-        mix = self.mix
-        return RoutingSettings(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
-                              mix.soft_first_layer)  # fmt: skip
-
-    @property
     def expert_names(self) -> list[str]:
         """Names of the MoE model's experts in order: those of the models, or of their parts."""
         if self.mix.blend:
@@ -425,6 +418,13 @@ class Recipe(Section):
         if self.mix.split > 1:
             return [f"{name}/{number}" for name in self.member_names for number in range(self.mix.split)]
         return self.member_names
+
+    @property
+    def routing(self) -> RoutingSettings:
+        """The router of the mixed model."""
+        mix = self.mix
+        return RoutingSettings(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
+                              mix.soft_first_layer)  # fmt: skip
 
     @property
     def run_folder(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,10 @@ from btx.errors import CheckpointError
 from btx.expert_text import TextRows
 from btx.families import Family
 from btx.lazy_tensors import rounded
+from btx.moe import MoE
 from btx.router_init import RouterSettings, RouterSums
+from btx.router_kinds import RoutingSettings
+from btx.routers import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,11 +134,27 @@ def router_sums(
 class MoeRouter:
     """A router of any MoE class: btx's blocks, and those that stay transformers' own."""
 
+    block: nn.Module
     module: nn.Module
     weight: nn.Parameter
     """(E, D)"""
-    choosing: list[Any]
-    """The modules that hold `top_k`: the router, its block, or both."""
+
+    def choose(self, top_k: int) -> Callable[[], None]:
+        """Let a token use so many experts; returns what undoes it."""
+        if isinstance(self.block, MoE):
+            block, rule = self.block, self.block.rule
+            block.rule = Rule(RoutingSettings(top_k=top_k))
+            return partial(setattr, block, "rule", rule)
+        holders = [part for part in (self.block, self.module) if hasattr(part, "top_k")]
+        before = [part.top_k for part in holders]
+        for part in holders:
+            part.top_k = top_k
+
+        def undo() -> None:
+            for part, k in zip(holders, before, strict=True):
+                part.top_k = k
+
+        return undo
 
 
 def moe_routers(model: nn.Module) -> list[MoeRouter]:
@@ -146,7 +166,7 @@ def moe_routers(model: nn.Module) -> list[MoeRouter]:
         if "experts" not in parts or module is None:
             continue
         weight = next(parameter for parameter in module.parameters() if parameter.dim() == 2)
-        found.append(MoeRouter(module, weight, [part for part in (block, module) if hasattr(part, "top_k")]))
+        found.append(MoeRouter(block, module, weight))
     return found
 
 
@@ -155,18 +175,15 @@ def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
     """All experts of every MoE layer with the same gate weight, 1/E."""
     routers = moe_routers(model)
     before = [router.weight.data for router in routers]
-    top_k = [[part.top_k for part in router.choosing] for router in routers]
+    undo = [router.choose(router.weight.shape[0]) for router in routers]
     for router in routers:
-        for part in router.choosing:
-            part.top_k = router.weight.shape[0]
         router.weight.data = torch.zeros_like(router.weight.data)
     try:
         yield
     finally:
-        for router, weight, chosen in zip(routers, before, top_k, strict=True):
+        for router, weight, restore in zip(routers, before, undo, strict=True):
             router.weight.data = weight
-            for part, k in zip(router.choosing, chosen, strict=True):
-                part.top_k = k
+            restore()
 
 
 def write_routers(folder: Path, family: Family, weights: Sequence[Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""Merge methods: the same tensor from several models → one tensor. One file a method; `btx.merge_kinds` lists them.
+"""The mathematics of the merge methods: one file a method, pure functions of tensors; all are listed here.
 
-Used for the shared weights of a mix. Every method is a pure function of tensors that returns float32 or float64; what
-uses it rounds once. The task vector of an expert is its tensor minus the seed model's.
+Each returns float32 or float64, and what uses it rounds once. What methods there are and what sets them is in
+`btx.merge_kinds`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
     """
     if problems := settings.problems(members):
         raise CheckpointError("; ".join(problems))
-
     chosen = settings.as_json()
     density, scale, t = (cast(float, chosen.get(name, 0.0)) for name in ("density", "scale", "t"))
     weights = [(settings.weights or {}).get(member, 0.0) for member in members]

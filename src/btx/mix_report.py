@@ -60,10 +60,9 @@ def screen_lines(report: Mapping[str, Any], output: str) -> list[str]:
             lines.append(f"{group}: unchanged by every expert")
             continue
         cosine = "one expert" if drift["mean_cosine"] is None else f"cosine {drift['mean_cosine']:.2f}"
-        lines.append(
-            f"{group}: task vectors' {cosine}, ‖mean Δ‖ / mean ‖Δ‖ {drift['mean_norm_ratio']:.2f}, "
-            f"‖Δ‖ / ‖seed‖ {max(drift['relative_norms']):.3f}"
-        )
+        norms = [norm for norm in drift["relative_norms"] if norm is not None]  # None: the seed's tensors are zero
+        relative = f", ‖Δ‖ / ‖seed‖ {max(norms):.3f}" if norms else ""
+        lines.append(f"{group}: task vectors' {cosine}, ‖mean Δ‖ / mean ‖Δ‖ {drift['mean_norm_ratio']:.2f}{relative}")
     lines += [f"warning: {line}" for line in report["warnings"]]
     size = report["parameters"]
     lines.append(f"{size['total'] / 1e6:,.1f}M parameters, {size['active'] / 1e6:,.1f}M active for each token")

@@ -102,7 +102,8 @@ def _drift_row(group: str, drift: Mapping[str, Any]) -> str:
     if ratio is None:
         return f"| {group} | unchanged | | |"
     cosine = "" if drift["mean_cosine"] is None else f"{drift['mean_cosine']:.3f}"
-    return f"| {group} | {cosine} | {ratio:.3f} | {max(drift['relative_norms']):.4f} |"
+    norms = [norm for norm in drift["relative_norms"] if norm is not None]  # None: the seed's tensors are zero
+    return f"| {group} | {cosine} | {ratio:.3f} | {f'{max(norms):.4f}' if norms else ''} |"
 
 
 def _cell(text: str) -> str:

@@ -145,7 +145,7 @@ class MoeRouter:
             block, rule = self.block, self.block.rule
             block.rule = Rule(RoutingSettings(top_k=top_k))
             return partial(setattr, block, "rule", rule)
-        holders = [part for part in (self.block, self.module) if hasattr(part, "top_k")]
+        holders: list[Any] = [part for part in (self.block, self.module) if hasattr(part, "top_k")]
         before = [part.top_k for part in holders]
         for part in holders:
             part.top_k = top_k

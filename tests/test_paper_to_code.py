@@ -44,3 +44,15 @@ def test_every_statement_under_tests_paper_is_named() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "paper").glob("test_*.py")}
     assert stated
     assert all(file in PAGE for file in files), files
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+    assert len(pages) > 6
+    dead = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text("utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not dead, dead

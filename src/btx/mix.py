@@ -223,7 +223,7 @@ def _planned(
     for layer in range(inputs.num_layers):
         dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
         experts = transform(experts_of_layer(inputs, layer))
-        yield from expert_tensors(family, layer, experts, dtype)
+        yield from expert_tensors(family, layer, experts, dtype, drifts.tensors)
         init = initial_router(routers, len(experts), hidden_size)
         origin = {"from": "router_init", "method": routers.method}
         yield router_tensor(family, layer, (len(experts), hidden_size), init, dtype, origin)

@@ -141,3 +141,27 @@ def test_the_mixed_config_carries_what_transformers_4_needs(make_llama: MakeLlam
     assert config["output_router_logits"] is False
     assert config["router_aux_loss_coef"] == 0.0
     assert config["torch_dtype"] == "float32"
+
+
+def test_the_record_says_of_every_tensor_where_it_came_from_and_how_the_experts_agree(
+    make_llama: MakeLlama, tmp_path: Path
+) -> None:
+    seed, experts = make_llama("seed"), {"a": make_llama("a", 1), "b": make_llama("b", 2)}
+    record = mix(seed, experts, tmp_path / "moe")
+    tensors = record["tensors"]
+    assert tensors.keys() == load_file(tmp_path / "moe" / "model.safetensors").keys()
+    dense = {name: [load_file(path / "model.safetensors")[name] for path in (seed, *experts.values())]
+             for name in load_file(seed / "model.safetensors")}  # fmt: skip
+
+    def cosine(name: str) -> float:
+        start, a, b = (tensor.double().flatten() for tensor in dense[name])
+        return float(torch.cosine_similarity(a - start, b - start, dim=0))
+
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    for number, member in enumerate(("a", "b", "generalist")):
+        origin = tensors[f"model.layers.1.block_sparse_moe.experts.{number}.w1.weight"]
+        assert (origin["from"], origin["of"], list(origin["tensors"])) == ("copy", member, [gate])
+        assert origin["tensors"][gate]["cosines"][0][1] == pytest.approx(cosine(gate), abs=1e-6)
+    shared = "model.layers.0.self_attn.q_proj.weight"
+    assert (tensors[shared]["from"], tensors[shared]["of"]) == ("mean", ["a", "b", "generalist"])
+    assert tensors[shared]["cosines"][0][1] == pytest.approx(cosine(shared), abs=1e-6)

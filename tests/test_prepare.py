@@ -215,3 +215,17 @@ def test_a_runs_data_stage_leaves_a_tokenizer_and_token_files(make: Callable[...
     assert prepare_run(run, stage, lines.append) == summary
     assert lines[0].startswith("tokenizer: training 300 entries")
     assert lines[4:] == ["math/0: unchanged", "code/0: unchanged", "general/0: unchanged"]
+
+
+def test_a_new_tokenizer_is_written_under_a_class_that_transformers_4_knows(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from btx.tokenizer import save_tokenizer, train_tokenizer
+
+    tokenizer = train_tokenizer(["one two three 42", "deux trois"], 300)
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("one 42 trois")["input_ids"] == tokenizer("one 42 trois")["input_ids"]
+    assert loaded.eos_token_id == tokenizer.eos_token_id

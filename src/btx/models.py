@@ -20,6 +20,7 @@ from btx.folders import write_json
 from btx.model_folder import check_model_folder
 from btx.moe import set_router, swap_in_moe
 from btx.router_kinds import RoutingSettings
+from btx.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +205,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
     """
     if like is None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         rope = config.get("rope_parameters")
         if rope and "rope_theta" in rope:

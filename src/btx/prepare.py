@@ -36,6 +36,7 @@ def prepare_run(run: RunFolder, stage: Stage, log: Log) -> dict[str, dict[str, i
     The tokenizer is the seed model's. For a seed model from scratch it is trained and written to `tokenizer/`.
     """
     from btx.models import load_tokenizer
+    from btx.tokenizer import save_tokenizer
 
     folder, recipe = run.begin(stage), run.recipe
     if "tokenizer" in recipe.data.domains:
@@ -49,7 +50,7 @@ def prepare_run(run: RunFolder, stage: Stage, log: Log) -> dict[str, dict[str, i
         if not (folder / "tokenizer").is_dir():
             log(f"tokenizer: training {seed_model.tokenizer.vocab_size:,} entries")
             with atomic_folder(folder / "tokenizer") as target:
-                new_tokenizer(recipe).save_pretrained(target)
+                save_tokenizer(new_tokenizer(recipe), target)
         tokenizer = load_tokenizer(folder / "tokenizer")
     summary = prepare(recipe, tokenizer, folder, log=log)
     check_budgets(recipe, folder)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from btx.errors import CheckpointError, DataError
-from btx.folders import value_hash
+from btx.folders import value_hash, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -82,6 +82,19 @@ def as_loaded_beside(tokenizer: PreTrainedTokenizerBase, model_type: str) -> Pre
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     loaded.name_or_path = tokenizer.name_or_path
     return loaded
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that transformers 4 reads it too.
+
+    transformers 5 names the class of a plain fast tokenizer `TokenizersBackend`, which 4.57 does not know; under its
+    older name both load the same tokenizer.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:

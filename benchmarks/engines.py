@@ -1,0 +1,103 @@
+"""Does another engine say the same? Greedy tokens of MoE folders here, and in other environments that know no btx.
+
+    python benchmarks/engines.py runs/demo/finetune/model ./moe --transformers ENV/bin/python --vllm ENV/bin/python
+
+For every folder: 24 greedy tokens after each of 4 prompts in float32, here with transformers, there with the engine
+of the environment whose Python is named (made with pip; see docs/compatibility.md). Prints one line a folder and
+engine: the engine's version, how many tokens agree, and the largest difference of the logits after the prompts where
+the engine gives logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ["Problem: Compute 6 * 7.\nSolution:", "Question: What does", "def main(", "The"]
+NEW_TOKENS = 24
+
+# Runs in this environment and in others: nothing of btx may be imported.
+TRANSFORMERS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+transformers.logging.set_verbosity_error()
+folder, prompts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+tokens, logits = [], []
+for prompt in prompts:
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits.append(model(ids).logits[0, -1].tolist())
+        out = model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+                             attention_mask=torch.ones_like(ids), pad_token_id=0)
+    tokens.append(out[0, ids.shape[1]:].tolist())
+version = "transformers " + transformers.__version__
+print("RESULT" + json.dumps({"version": version, "tokens": tokens, "logits": logits}))
+"""
+VLLM = """
+import json, os, sys
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from transformers import AutoTokenizer
+import vllm
+folder, prompts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+if __name__ == "__main__":
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    engine = vllm.LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256)
+    wanted = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, min_tokens=new_tokens)
+    out = engine.generate([{"prompt_token_ids": one} for one in ids], wanted)
+    tokens = [list(one.outputs[0].token_ids) for one in out]
+    print("RESULT" + json.dumps({"version": "vllm " + vllm.__version__, "tokens": tokens}))
+"""
+
+
+def ask(python: str, program: str, folder: Path) -> dict[str, Any]:
+    """What an engine says; an "error" instead if it cannot load the folder."""
+    command = [python, "-c", program, str(folder), json.dumps(PROMPTS), str(NEW_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    found = [line.removeprefix("RESULT") for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if not found:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return dict(json.loads(found[-1]))
+
+
+def agreement(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """One line: version, equal tokens, largest logit difference."""
+    if "error" in there:
+        return f"cannot load it: {there['error']}"
+    pairs = [(a, b) for mine, theirs in zip(here["tokens"], there["tokens"], strict=True)
+             for a, b in zip(mine, theirs, strict=True)]  # fmt: skip
+    line = f"{there['version']}: {sum(a == b for a, b in pairs)} of {len(pairs)} greedy tokens equal"
+    if "logits" in there:
+        differences = (abs(a - b) for mine, theirs in zip(here["logits"], there["logits"], strict=True)
+                       for a, b in zip(mine, theirs, strict=True))  # fmt: skip
+        line += f", largest logit difference {max(differences):.1e}"
+    return line
+
+
+def main() -> None:
+    """Ask every engine about every folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--transformers", action="append", default=[], help="Python of an environment; repeat")
+    parser.add_argument("--vllm", action="append", default=[], help="Python of an environment with vLLM; repeat")
+    given = parser.parse_args()
+    for folder in given.folders:
+        here = ask(sys.executable, TRANSFORMERS, folder)
+        if "error" in here:
+            sys.exit(f"{folder}: {here['error']}")
+        print(f"{folder}: here {here['version']}")
+        engines = [(python, TRANSFORMERS) for python in given.transformers] + [(python, VLLM) for python in given.vllm]
+        for python, program in engines:
+            print(f"  {agreement(here, ask(python, program, folder))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = ["Problem: Compute 6 * 7.\nSolution:", "Question: What does", "def main(", "The"]
+IDS = [[3, 5, 7, 11, 13], [17, 19, 23], [29, 31, 37, 41], [43]]
+"""Prompts of a folder without a tokenizer."""
 NEW_TOKENS = 24
 
 # Runs in this environment and in others: nothing of btx may be imported.
@@ -28,11 +30,11 @@ import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 transformers.logging.set_verbosity_error()
 folder, prompts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder) if isinstance(prompts[0], str) else None
 model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
 tokens, logits = [], []
 for prompt in prompts:
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"] if tokenizer else prompt])
     with torch.no_grad():
         logits.append(model(ids).logits[0, -1].tolist())
         out = model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
@@ -48,9 +50,10 @@ from transformers import AutoTokenizer
 import vllm
 folder, prompts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 if __name__ == "__main__":
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    engine = vllm.LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256)
+    known = isinstance(prompts[0], str)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if known else None
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts] if known else prompts
+    engine = vllm.LLM(folder, dtype="float32", enforce_eager=True, max_model_len=96, skip_tokenizer_init=not known)
     wanted = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, min_tokens=new_tokens)
     out = engine.generate([{"prompt_token_ids": one} for one in ids], wanted)
     tokens = [list(one.outputs[0].token_ids) for one in out]
@@ -60,11 +63,13 @@ if __name__ == "__main__":
 
 def ask(python: str, program: str, folder: Path) -> dict[str, Any]:
     """What an engine says; an "error" instead if it cannot load the folder."""
-    command = [python, "-c", program, str(folder), json.dumps(PROMPTS), str(NEW_TOKENS)]
+    prompts = PROMPTS if any(folder.glob("tokenizer*")) else IDS
+    command = [python, "-c", program, str(folder), json.dumps(prompts), str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     found = [line.removeprefix("RESULT") for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not found:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    told = [line for line in done.stderr.splitlines() if "Error" in line] or ["no message"]
+        return {"error": told[-1][:160]}
     return dict(json.loads(found[-1]))
 
 

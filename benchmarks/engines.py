@@ -68,7 +68,7 @@ def ask(python: str, program: str, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     found = [line.removeprefix("RESULT") for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not found:
-    told = [line for line in done.stderr.splitlines() if "Error" in line] or ["no message"]
+        told = [line for line in done.stderr.splitlines() if "Error" in line] or ["no message"]
         return {"error": told[-1][:160]}
     return dict(json.loads(found[-1]))
 

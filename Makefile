@@ -25,7 +25,7 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/btx run demo
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks

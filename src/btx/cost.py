@@ -32,6 +32,10 @@ class ModelCost:
         """6·N + 12·L·H·Q·S."""
         return 6.0 * self.multiplied_params + 12.0 * self.attention_width * sequence_length
 
+    def inference_flops_per_token(self, sequence_length: int) -> float:
+        """The forward pass, a third of training: 2·N + 4·L·H·Q·S."""
+        return self.training_flops_per_token(sequence_length) / 3
+
     def training_bytes(self) -> int:
         """Weights, gradients and AdamW's two moments in float32; activations come on top."""
         return 16 * self.total_params

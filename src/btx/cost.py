@@ -8,7 +8,9 @@ counted as if they trained (their 2·N backward is saved, but not credited), so 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -63,10 +65,16 @@ def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> M
 
 def config_cost(config: dict[str, Any], *, experts_per_token: float | None = None) -> ModelCost:
     """`model_cost` of a config, without allocating its weights."""
+    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token)
+
+
+@cache
+def _config_cost(config: str, experts_per_token: float | None) -> ModelCost:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in config.items() if key != "model_type"}
+    values = json.loads(config)
+    model_type = values.pop("model_type")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     return model_cost(model, experts_per_token=experts_per_token)

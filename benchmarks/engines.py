@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -116,8 +117,11 @@ def _result(command: list[str]) -> dict[str, Any]:
 
 
 def _last_error(told: str) -> str:
+    """The cause: the first line that names an exception (an engine of several processes repeats it), else the last that
+    speaks of an error."""
+    found = re.search(r"\w+Error: .*", told)
     lines = [line for line in told.splitlines() if "error" in line.lower()] or ["no message"]
-    return lines[-1][:160]
+    return (found.group() if found else lines[-1])[:160]
 
 
 def agreement(here: dict[str, Any], there: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ LAYERS = {
         "tokenizer training training_state vocabularies"
     ),
     "plain": (
-        "btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "
+        "aggregate btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "
         "model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides recipe_problems "
         "recipes router_kinds rundir sizes sources status yaml_positions"
     ),

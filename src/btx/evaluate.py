@@ -3,7 +3,7 @@
 Bits per byte compares models with different tokenizers and is what training lowers. Every text byte of a document is
 scored once; the separator in front of a document is context, its end-of-text token is not scored.
 
-Shape letters: B batch, S sequence, N documents, R scored tokens, D model, V vocabulary.
+Shape letters: B batch, S sequence, N documents, R scored tokens.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from btx.cost import model_cost
+from btx.btm import load_model_or_btm
 from btx.domains import Question
 from btx.folders import read_json, value_hash, write_json
-from btx.held_out import Packed, device_and_type, held_out_documents, load_to_measure, pack
+from btx.held_out import Packed, device_and_type, held_out_documents, pack
+from btx.model_outputs import SideBySide, cost_of, token_nll
 from btx.models import load_tokenizer
 from btx.tasks import exact_match, read_questions
 
@@ -35,8 +35,6 @@ Log = Callable[[str], None]
 
 MICRO_BATCH_TOKENS = 8192
 """Tokens a forward pass."""
-LOGITS_AT_ONCE = 2**25
-"""Logits held in float32 at once: 128 MiB, whatever the vocabulary."""
 MEASURE_VERSION = 1
 """Goes into the key of kept results; raised whenever a number would come out differently."""
 
@@ -74,7 +72,7 @@ class BitsPerByte:
 
 
 def bits_per_byte(
-    model: PreTrainedModel, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    model: PreTrainedModel | SideBySide, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
 ) -> BitsPerByte:
     """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
 
@@ -93,26 +91,6 @@ def bits_per_byte(
         bits_per_byte=value, stderr=stderr, tokens=int(packed.scored_BS.sum()), bytes=int(packed.bytes_N.sum()),
         documents=len(nll_N), seconds=time.perf_counter() - started,
     )  # fmt: skip
-
-
-@torch.inference_mode()
-def token_nll(model: PreTrainedModel, rows: Packed) -> Tensor:
-    """Negative log-likelihood in nats of every scored token, in row order: (R,), float32.
-
-    The head runs on slices of the scored positions, so that logits never exist for all tokens at once.
-    """
-    device = model.device
-    hidden_BSD = model.base_model(
-        input_ids=rows.input_ids_BS.to(device), position_ids=rows.position_ids_BS.to(device), use_cache=False
-    ).last_hidden_state
-    hidden_RD = hidden_BSD[rows.scored_BS.to(device)]
-    labels_R = rows.labels_BS[rows.scored_BS].to(device)
-    head = cast(torch.nn.Module, model.get_output_embeddings())
-    slices = max(1, LOGITS_AT_ONCE // cast(int, model.config.vocab_size))
-    return torch.cat([
-        F.cross_entropy(head(hidden).float(), labels, reduction="none")
-        for hidden, labels in zip(hidden_RD.split(slices), labels_R.split(slices), strict=True)
-    ])  # fmt: skip
 
 
 def ratio(value_N: Tensor, size_N: Tensor) -> tuple[float, float | None]:
@@ -197,8 +175,9 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
 
 def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str, Any]:
     """Everything results.json says of a model except what it cost to train."""
-    model, tokenizer = load_to_measure(entry.path, recipe), load_tokenizer(entry.path)
-    cost = model_cost(model)
+    device, dtype = device_and_type(recipe)
+    model, tokenizer = load_model_or_btm(entry.path, dtype=dtype, device=device), load_tokenizer(entry.path)
+    cost = cost_of(model)
     domains = {name: bits_per_byte(model, packed) for name, packed in measures.packed.items()}
     tasks = {
         name: exact_match(model, tokenizer, questions, recipe.evaluate.tasks[name]).as_json()

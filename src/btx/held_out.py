@@ -73,6 +73,11 @@ class Packed:
             yield Packed(self.input_ids_BS[part], self.labels_BS[part], self.position_ids_BS[part],
                          self.document_ids_BS[part], self.bytes_N)  # fmt: skip
 
+    def select(self, rows_B: Tensor) -> Packed:
+        """Some rows: a mask or indices."""
+        return Packed(self.input_ids_BS[rows_B], self.labels_BS[rows_B], self.position_ids_BS[rows_B],
+                      self.document_ids_BS[rows_B], self.bytes_N)  # fmt: skip
+
     def fingerprint(self) -> str:
         """Hash of every token and byte count: equal fingerprints give equal results."""
         digest = hashlib.sha256(repr(tuple(self.input_ids_BS.shape)).encode())

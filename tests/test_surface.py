@@ -26,7 +26,7 @@ LAYERS = {
     "cli": "__main__ cli cli_mix tables",
     "pipeline": "catalogue jobs models_of_run pipeline progress",
     "launchers": "launchers",
-    "stages": "analyze chat drop evaluate extend finetune mix plan prepare report train",
+    "stages": "analyze chat compare drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
         "balancing beside_weights branch btm checkpoints cost direct_file dispatch drift expert_parts expert_text "
         "extend_checks held_out kv_cache lazy_tensors losses merge merge_methods mix_checks mix_inputs mix_report "

@@ -108,7 +108,9 @@ def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: int) -> list[HeldOutDocument]:
+def held_out_documents(
+    run_folder: Path, recipe: Recipe, domain: str, tokens: int, *, documents: int | None = None
+) -> list[HeldOutDocument]:
     """Held-out documents of a domain, its sources in proportion to their weights.
 
     Whole documents, evenly spread over each source's held-out file; always the same ones for the same files.
@@ -118,6 +120,7 @@ def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: in
         recipe: the run's recipe.
         domain: name of a domain.
         tokens: at most so many in all, but at least one document a source.
+        documents: at most so many in all (rounded up for each source); None: as many as `tokens` allow.
 
     Raises:
         DataError: a token file is missing or broken, or no source of the domain has held-out documents.
@@ -132,8 +135,11 @@ def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: in
                         f"files, more text, or a larger data.held_out")  # fmt: skip
     total = sum(weight for _, weight in files)
     return [
-        _document(file, number) for file, weight in files for number in _selected(file, int(tokens * weight / total))
-    ]
+        _document(file, number)
+        for file, weight in files
+        for number in _selected(file, int(tokens * weight / total),
+                                None if documents is None else math.ceil(documents * weight / total))
+    ]  # fmt: skip
 
 
 def _document(file: TokenFile, number: int) -> HeldOutDocument:
@@ -141,8 +147,8 @@ def _document(file: TokenFile, number: int) -> HeldOutDocument:
     return HeldOutDocument(file.tokens[start:end].astype(np.int64), int(file.document_bytes[number]))
 
 
-def _selected(file: TokenFile, tokens: int) -> list[int]:
-    """Documents of `file`, at most `tokens` of them tokens but at least one, ascending.
+def _selected(file: TokenFile, tokens: int, documents: int | None = None) -> list[int]:
+    """Documents of `file`, at most `documents`, with at most `tokens` tokens but at least one document, ascending.
 
     They are taken with a stride of the golden ratio, so that any number of them is evenly spread over the file.
     """
@@ -151,7 +157,7 @@ def _selected(file: TokenFile, tokens: int) -> list[int]:
     lengths = np.diff(file.document_starts)
     chosen: list[int] = []
     used = 0
-    for i in range(n):
+    for i in range(n if documents is None else min(n, documents)):
         number = i * stride % n
         used += int(lengths[number])
         if chosen and used > tokens:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 JOINT = "\n\n"
 """Between the halves."""
+LEAST_HALF = 1 / 3
+"""Share of a text that each part has at least where it is cut at a line end."""
 ROOM = 8
 """Tokens of a training sequence left free for the joint and the separator."""
 
@@ -79,10 +81,10 @@ def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
 def split_in_the_middle(text: str) -> tuple[str, str]:
     """Two halves of a text, cut at the line end nearest to the middle, else at the nearest white space.
 
-    A line end is taken if neither part gets less than a quarter. Without white space inside, both halves are the text.
+    A line end is taken if neither part gets less than a third. Without white space inside, both halves are the text.
     """
     text = text.strip()
-    for pattern, margin in ((r"\s*\n", 0.25), (r"\s+", 0.0)):
+    for pattern, margin in ((r"\s*\n", LEAST_HALF), (r"\s+", 0.0)):
         cuts = [found for found in re.finditer(pattern, text)
                 if margin * len(text) <= found.start() and found.end() <= (1 - margin) * len(text)]  # fmt: skip
         if cuts:
@@ -92,9 +94,10 @@ def split_in_the_middle(text: str) -> tuple[str, str]:
 
 
 def _texts_of_domains(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Held-out documents of every domain as text, enough for all halves if there are so many; of those that are longer
-    than a training sequence the middle."""
-    domains, longest = recipe.data.domains, recipe.data.sequence_length - ROOM
+    """Held-out documents of every domain as text, enough for all halves if there are so many; of longer ones the
+    middle."""
+    # Halves may have two thirds of their texts, and two of them should fit.
+    domains, longest = recipe.data.domains, int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
     halves = math.ceil(2 * recipe.evaluate.mixed.documents / len(domains))
     texts: dict[str, list[str]] = {}
     for domain in domains:
@@ -103,9 +106,10 @@ def _texts_of_domains(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTok
             ids, surplus = document.tokens[1:], max(0, len(document.tokens) - 1 - longest)
             ids = ids[surplus // 2 : surplus // 2 + longest]
             text = cast(str, tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)).strip("\ufffd")
-            words = text.split(None, 1)[-1].rsplit(None, 1)[0] if surplus else text  # whole words only
-            if len(words.split()) > 1:
-                texts[domain].append(words)
+            if surplus:
+                text = re.sub(r"\A\S*\s+|\s+\S*\Z", "", text)  # a word may have been cut at either end
+            if len(text.split()) > 1:
+                texts[domain].append(text)
         if not texts[domain]:
             raise DataError(f"evaluate.mixed: domain {domain!r} has no held-out document of two words to halve; "
                             f"leave evaluate.mixed out")  # fmt: skip

@@ -216,6 +216,26 @@ def test_left_padded_batches_answer_like_one_prompt_after_the_other_by_hand(btm,
     assert len(set(used)) > 1, "no member took over from another: this test says little"
 
 
+def test_called_like_a_model_of_transformers_it_says_and_generates_the_same(btm):
+    document = mixed_documents()[0]
+    logits_SV = btm(torch.from_numpy(np.r_[document.tokens, [5, 6, 7]])[None]).logits[0, : len(document.tokens)]
+    torch.testing.assert_close(logits_SV.exp().sum(dim=-1), torch.ones(len(logits_SV)))
+    nll_R = btm.token_nll(pack([document], 128))
+    torch.testing.assert_close(-logits_SV[:-1].gather(1, torch.from_numpy(document.tokens)[1:, None])[:, 0], nll_R)
+    prompts = [text_of(kind, words, 6) for kind, words in (("math", 3), ("code", 9))]
+    encoded_prompts = [ids.tolist() for ids in encoded(prompts)]
+    width = max(map(len, encoded_prompts))
+    ids_BS = torch.tensor([[0] * (width - len(ids)) + ids for ids in encoded_prompts])
+    mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded_prompts])
+    made_BS = btm.generate(ids_BS, attention_mask=mask_BS, max_length=width + 12, pad_token_id=0)
+    texts = tokenizer().batch_decode(made_BS[:, width:], skip_special_tokens=True)
+    assert texts == complete(btm, tokenizer(), prompts, "never written", 12)
+    stopped = btm.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=12, stopping_criteria=lambda ids, _: True)
+    assert torch.equal(stopped, made_BS[:, : width + 1])
+    with pytest.raises(UserError, match="greedily"):
+        btm.generate(ids_BS, max_length=width + 1, do_sample=True)
+
+
 def test_chat_completes_with_it_and_names_the_members_that_were_mixed(folder):
     found = completion(folder, text_of("math", 8, 3), max_new_tokens=5)
     assert found["completion"] == complete(BtmModel.load(folder), tokenizer(), [found["prompt"]], "never", 5)[0]

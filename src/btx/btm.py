@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from btx.btm_calls import CalledLikeTransformers
 from btx.cost import ModelCost, model_cost
 from btx.errors import CheckpointError, UserError
 from btx.expert_text import TextRows, text_from_run
@@ -124,7 +125,7 @@ def pieces_of(rows: TextRows) -> list[np.ndarray]:
     return pieces
 
 
-class BtmModel:
+class BtmModel(CalledLikeTransformers):
     """The members of a Branch-Train-Merge folder, answering as one (`btx.model_outputs.SideBySide`).
 
     Args:

@@ -36,8 +36,8 @@ LAYERS = {
     ),
     "plain": (
         "aggregate btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "
-        "model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides recipe_problems "
-        "recipes router_kinds rundir sizes sources status yaml_positions"
+        "model_folder preflight provenance recipe recipe_docs recipe_extends recipe_loading recipe_overrides "
+        "recipe_problems recipes router_kinds rundir sizes sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

@@ -23,16 +23,16 @@ SOURCE = Path(btx.__file__).parent
 # A module imports from its own layer and from those its layer lists in MAY_IMPORT, never upwards.
 # A new module: add its name to the layer that fits. Without torch and without anything that needs it: plain.
 LAYERS = {
-    "cli": "__main__ cli cli_mix tables",
-    "pipeline": "catalogue jobs models_of_run pipeline progress",
+    "cli": "__main__ cli cli_mix cli_sweep tables terminal",
+    "pipeline": "catalogue jobs models_of_run pipeline progress sharing sweep sweep_variants",
     "launchers": "launchers",
     "stages": "analyze chat drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
         "balancing beside_weights branch checkpoints cost direct_file dispatch drift expert_parts expert_text "
         "extend_checks held_out kv_cache lazy_tensors losses merge merge_methods mix_checks mix_inputs mix_report "
         "mixture models moe moe_folder moe_layout output_types report_charts report_results report_tokens "
-        "router_fit router_init routers routing_metrics schedule shard_writer tasks token_files token_texts "
-        "tokenizer training training_state vocabularies"
+        "router_fit router_init routers routing_metrics schedule shard_writer sweep_figure sweep_table tasks "
+        "token_files token_texts tokenizer training training_state vocabularies"
     ),
     "plain": (
         "aggregate btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "

@@ -109,6 +109,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def inline_yaml(value: Any) -> str:
+    """A value on one line, as an override takes it; reading it gives an equal value."""
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**9)[1:-2]
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of recipe files, for editors: short forms of domains included, `name` optional, and with
     `extends` every section."""
@@ -246,7 +251,7 @@ def _validated(document: Document) -> Recipe:
 
 def _renamed(text: str, name: str) -> str:
     """The recipe's text with another value of `name:`; everything else stays as it is."""
-    plain_or_quoted = yaml.dump([name], Dumper=_Dumper, default_flow_style=True, width=10_000)[1:-2]
+    plain_or_quoted = inline_yaml(name)
     root = compose(text, name)
     for key, value in root.value if root else ():
         if key.value == "name":

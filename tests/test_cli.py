@@ -26,7 +26,7 @@ from btx.recipe_loading import load_recipe, packaged_recipes
 from btx.rundir import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
 
-COMMANDS = "run plan status ls cp train mix finetune evaluate analyze report chat".split()
+COMMANDS = "run sweep plan status ls cp train mix finetune evaluate analyze report chat".split()
 
 
 @dataclass
@@ -110,7 +110,7 @@ def test_help_names_every_command_in_a_real_process() -> None:
     assert done.returncode == 0
     named = re.findall(r"^│ (\w+) {2,}\S", done.stdout, re.MULTILINE)
     assert set(COMMANDS) <= set(named), named
-    assert "work" not in named  # for launchers, not for people
+    assert not {"work", "run-of-sweep"} & set(named)  # for launchers, not for people
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "prepare"])
@@ -208,6 +208,45 @@ def test_a_seed_model_that_cannot_be_built_is_refused_when_planning(
     assert refused.code == 2
     assert refused.err.startswith("error: seed_model.config")
     assert expected in refused.err
+
+
+def test_a_sweep_says_before_it_starts_what_is_shared_and_what_it_costs_and_writes_nothing(
+    btx: Btx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pico_recipe(tmp_path)
+    before = files(tmp_path)
+    arguments = ["sweep", "pico.yaml", "data.root=.", "mix.top_k=1,2", "--rng-seeds", "2", "--dry-run"]
+    found = btx(*arguments, "--json").json()
+    assert [(run["variant"], run["rng_seed"]) for run in found["runs"]] == [
+        ("mix.top_k=1", 3), ("mix.top_k=2", 3), ("mix.top_k=1", 4), ("mix.top_k=2", 4)
+    ]  # fmt: skip
+    first, second = (run["stages"] for run in found["runs"][:2])
+    assert set(first.values()) == {"absent"}
+    assert {name for name, state in second.items() if state == "shared"} >= {"data", "seed", "train/birds"}
+    assert second["finetune"] == "absent"
+    shared = sum(run["flops"] for run in found["runs"])
+    assert found["flops"] == shared < found["flops_without_sharing"]
+    shown = btx(*arguments).out
+    assert "mix.top_k=2" in shown
+    assert "without sharing" in shown
+    for wrong, expected in (("mix.top_k=1,9", "error: variant mix.top_k=9: "),
+                            ("seed_model.config.hidden_size=32,33", "variant seed_model.config.hidden_size=33")):
+        refused = btx("sweep", "pico.yaml", "data.root=.", wrong)
+        assert (refused.code, expected in refused.err) == (2, True), refused.err
+    refused = btx("sweep", "pico.yaml", "data.root=.", "--models", "btx,dense")
+    assert refused.code == 2
+    assert "no variant has a model 'dense'; there are: seed" in refused.err
+    assert files(tmp_path) == before
+
+
+def test_the_status_of_a_sweep_has_a_line_a_run(btx: Btx, finished: Path, tmp_path: Path) -> None:
+    runs = [{"rng_seed": 3, "folder": str(finished)}, {"rng_seed": 4, "folder": str(tmp_path / "absent")}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"variants": {"mix.top_k=1": {"runs": runs}}}))
+    done, absent = btx("status", tmp_path, "--json").json()
+    assert set(done["stages"].values()) == {"done"}
+    assert absent["stages"] == {}
+    assert "mix.top_k=1" in btx("status", tmp_path).out
 
 
 def test_an_unknown_key_gives_file_line_and_suggestion_and_exit_code_2(tmp_path: Path) -> None:

@@ -93,21 +93,26 @@ def _start(jobs: int) -> Any:
 
 
 def _plans(planned: Any) -> dict[str, dict[str, Any]]:
-    """What every variant costs; refuses a variant whose models cannot be built.
+    """What every variant costs; refuses variants whose models cannot be built, and models that no variant makes.
 
     Raises:
         UserError: names the variant.
     """
+    from btx.models_of_run import models_of_run
     from btx.plan import plan
+    from btx.rundir import RunFolder
 
-    plans, problems = {}, []
+    plans, problems, models = {}, [], list[str]()
     for run in planned.runs:
         if run.rng_seed != planned.rng_seeds[0]:
             continue
         try:
             plans[run.variant.label] = plan(run.recipe)
+            models += models_of_run(RunFolder(run.folder, run.recipe))
         except UserError as error:
             problems.append(f"variant {run.variant.label}: {error}")
+    problems += [f"--models: no variant has a model {name!r}; there are: {', '.join(dict.fromkeys(models))}"
+                 for name in planned.models or () if models and name not in models]  # fmt: skip
     if problems:
         raise UserError("\n".join(problems))
     return plans

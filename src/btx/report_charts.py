@@ -94,7 +94,7 @@ def cost_chart(points: Sequence[CostPoint], *, name: str = "cost", wide: bool = 
         axes.scatter([point.flops], [point.bits_per_byte], s=230 * point.active_params / largest,
                      color=colour, alpha=0.75, linewidths=0)
         if point.error:
-            axes.errorbar([point.flops], [point.bits_per_byte], yerr=[point.error], ecolor=colour, elinewidth=1.0,
+            axes.errorbar([point.flops], [point.bits_per_byte], yerr=[point.error], color=colour, elinewidth=1.0,
                           capsize=2.0, fmt="none")
     axes.margins(x=0.12, y=0.14)
     axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.2g}".replace("e+", "e"))
@@ -127,7 +127,7 @@ def bars_chart(name: str, columns: Sequence[str], bars: Sequence[Bars], unit: st
                 continue
             axes.barh([line], [value], height=0.7, color=_PLACEHOLDER[bar.colour], alpha=0.8)
             if bar.errors[number]:
-                axes.errorbar([value], [line], xerr=[bar.errors[number]], ecolor=_PLACEHOLDER["ink"], elinewidth=0.9,
+                axes.errorbar([value], [line], xerr=[bar.errors[number]], color=_PLACEHOLDER["ink"], elinewidth=0.9,
                               capsize=1.8, fmt="none")
     panels[0].set_yticks(range(len(bars)), [bar.label for bar in bars], parse_math=False)
     panels[0].set_ylim(len(bars) - 0.4, -0.6)  # the first model on top

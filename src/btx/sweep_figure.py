@@ -20,8 +20,10 @@ def sweep_figure(written: Mapping[str, Any]) -> str:
                   row.active_params["mean"], row.mean["stderr"] or 0.0)
         for label, row in zip(labels, rows, strict=True) if row.mean and row.flops and row.active_params
     ]  # fmt: skip
-    charts = [("Mean bits per byte against training FLOPs; a circle's area is the model's active parameters",
-               cost_chart(points, name="sweep-cost", wide=True))]  # fmt: skip
+    charts = []
+    if points:
+        charts.append(("Mean bits per byte against training FLOPs; a circle's area is the model's active parameters",
+                       cost_chart(points, name="sweep-cost", wide=True)))  # fmt: skip
     seed = next((row for row in rows if row.model == "seed"), None)
     if seed is not None and len(rows) > 1:
         bars = [Bars(label, _colour(row, colours), *_gains(row, seed))
@@ -52,8 +54,7 @@ def _label(row: SweepRow, rows: Sequence[SweepRow]) -> str:
     """The model's name, the variant's, or both: what tells this row from the others."""
     if len({other.variant for other in rows} - {ALL}) < 2 or row.variant == ALL:
         return row.model
-    return row.variant if len({other.model for other in rows if other.variant != ALL}) == 1 else (
-        f"{row.model}, {row.variant}")  # fmt: skip
+    return row.variant if len({other.model for other in rows}) == 1 else f"{row.model}, {row.variant}"
 
 
 def _colour(row: SweepRow, variants: Mapping[str, str]) -> str:

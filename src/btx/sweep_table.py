@@ -7,7 +7,7 @@ what two models of one rng seed share (seed model, data, held-out text) cancels 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from btx.aggregate import NOT_COMPARED, mean_and_stderr
@@ -55,6 +55,8 @@ def sweep_rows(written: Mapping[str, Any]) -> list[SweepRow]:
     same = {name for name in wanted if len(finished) > 1 and _is_same(name, list(finished.values()))}
     first = next(iter(finished.values()), None)
     rows = [_row(ALL, name, first["models"][name], None) for name in wanted if name in same and first]
+    if "btx" not in same:  # each variant has a btx of its own: there is no one difference to it
+        rows = [replace(row, to_btx=None) for row in rows]
     for label, found in finished.items():
         for name in wanted:
             if name in found["models"] and name not in same:
@@ -204,8 +206,9 @@ def _hours(stat: Stat | None) -> str:
 
 
 def _marked(stats: list[Stat | None], text: Any, choose: Any) -> list[tuple[str, bool]]:
-    """Texts of a column, the best mean marked."""
-    best = choose((stat["mean"] for stat in stats if stat is not None), default=None)
+    """Texts of a column, the best mean marked unless all are equal."""
+    means = [stat["mean"] for stat in stats if stat is not None]
+    best = choose(means) if len(set(means)) > 1 else None
     return [(MISSING, False) if stat is None else (text(stat), stat["mean"] == best) for stat in stats]
 
 

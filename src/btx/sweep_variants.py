@@ -27,6 +27,7 @@ OWN_KEYS = {
     "run": "the run folders are named after the variants",
     "name": "the name is the sweep's",
     "extends": "a sweep compares variants on the same data",
+    "sweep": "a sweep holds no sweeps",
 }
 """Keys that cannot vary, and why."""
 LONGEST_VALUE = 40
@@ -111,11 +112,11 @@ def plan_sweep(
     count = rng_seeds if rng_seeds is not None else section.rng_seeds
     if count < 1:
         raise UserError(f"--rng-seeds is {count}; at least 1")
-    set_aside = {override.partition("=")[0] for override in fixed}
+    set_aside = {override.partition("=")[0].strip() for override in fixed}
     axes = {key: values for key, values in (section.vary | varied).items() if key not in set_aside}
-    for key in [*axes, *(key for settings in section.variants.values() for key in settings)]:
-        if key.split(".")[0] in OWN_KEYS or key.split(".")[0] == "sweep":
-            raise UserError(f"{key} cannot vary in a sweep: {OWN_KEYS.get(key, 'a sweep holds no sweeps')}")
+    for key in [*section.vary, *(key for settings in section.variants.values() for key in settings)]:
+        if (first := key.split(".")[0]) in OWN_KEYS:
+            raise UserError(f"sweep: {key} cannot vary in a sweep: {OWN_KEYS[first]}")
     variants = combinations(section.variants, axes, plain=recipe.name)
     folder = Path(recipe.run_folder if "run" in set_aside else f"{recipe.run_folder}-sweep")
     plan = SweepPlan(
@@ -209,17 +210,20 @@ def split_values(text: str) -> list[str]:
 
 def _arguments(arguments: Iterable[str]) -> tuple[list[str], dict[str, list[Any]]]:
     """Overrides for all variants, and the keys that vary with their values."""
-    fixed, varied = [], {}
+    fixed: list[str] = []
+    varied: dict[str, list[Any]] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         key = key.strip()
         if not equals or not key:
             raise UserError(f"{argument!r}: expected key=value, or key=a,b,c to vary it")
         values = split_values(text)
+        if key in varied or (len(values) > 1 and key in [given.partition("=")[0].strip() for given in fixed]):
+            raise UserError(f"{key} is given twice: write all its values in one argument")
         if len(values) == 1:
             fixed.append(argument)
-        elif key in varied:
-            raise UserError(f"{key} is varied twice: write all its values in one argument")
+        elif (first := key.split(".")[0]) in OWN_KEYS:
+            raise UserError(f"{key} cannot vary in a sweep: {OWN_KEYS[first]}")
         else:
             varied[key] = [_value(text, argument) for text in values]
     return fixed, varied

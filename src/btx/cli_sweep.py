@@ -98,9 +98,8 @@ def _plans(planned: Any) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: names the variant.
     """
-    from btx.models_of_run import models_of_run
     from btx.plan import plan
-    from btx.rundir import RunFolder
+    from btx.sweep_variants import model_names
 
     plans, problems, models = {}, [], list[str]()
     for run in planned.runs:
@@ -108,7 +107,7 @@ def _plans(planned: Any) -> dict[str, dict[str, Any]]:
             continue
         try:
             plans[run.variant.label] = plan(run.recipe)
-            models += models_of_run(RunFolder(run.folder, run.recipe))
+            models += model_names(run.recipe)
         except UserError as error:
             problems.append(f"variant {run.variant.label}: {error}")
     problems += [f"--models: no variant has a model {name!r}; there are: {', '.join(dict.fromkeys(models))}"

@@ -80,7 +80,8 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
                 _copy_stage(donor / stage.name, run.folder(stage.name), donor)
             log(f"{stage.name}: taken over from {donor}")
             taken.append(stage.name)
-        if run.state(run.graph["evaluate"]) in ("absent", "begun"):
+        seed_is_done = run.state(run.graph["seed"]) == "done"  # a model's prediction needs its config
+        if seed_is_done and run.state(run.graph["evaluate"]) in ("absent", "begun"):
             _take_measurements(run, others)
     return taken
 

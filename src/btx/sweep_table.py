@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 ALL = "all variants"
 """What stands for the variant where a model is the same in all of them."""
-NOT_OF_THE_MODEL = {"eval_tokens_per_s", "hours"}
-"""Measured numbers that differ between two runs of the very same model."""
+NOT_OF_THE_MODEL = {"eval_tokens_per_s", "hours", "machine_hours", "peak_memory_bytes", "matched"}
+"""Numbers that may differ between two runs of the very same model, or are about another model too."""
 
 Stat = dict[str, Any]
 """{"mean", "stderr", "n", "values"}, as `btx.aggregate` writes it."""
@@ -41,6 +41,7 @@ class SweepRow:
     tasks: dict[str, Stat]
     flops: Stat | None
     hours: Stat | None
+    machine_hours: Stat | None
     active_params: Stat | None
 
 
@@ -90,6 +91,7 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
     columns |= {f"{task} %": _marked([row.tasks.get(task) for row in rows], _percent, max) for task in tasks}
     columns["FLOPs"] = [(flops_text(_mean(row.flops)), False) for row in rows]
     columns["hours"] = [(_hours(row.hours), False) for row in rows]
+    columns["machine-hours"] = [(_hours(row.machine_hours), False) for row in rows]
     columns["active"] = [(count_text(_mean(row.active_params)), False) for row in rows]
     shown = {title: cells for title, cells in columns.items() if any(text != MISSING for text, _ in cells)}
     return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
@@ -158,7 +160,8 @@ def _row(variant: str, name: str, entry: Mapping[str, Any], first: Mapping[str, 
         to_btx=entry.get("difference_to_btx", {}).get("mean_bits_per_byte"),
         to_first=_paired(entry.get("mean_bits_per_byte"), (first or {}).get("mean_bits_per_byte")),
         tasks={task: score for task, found in entry.get("tasks", {}).items() if (score := _score(found)) is not None},
-        flops=entry.get("flops"), hours=entry.get("hours"), active_params=entry.get("active_params"),
+        flops=entry.get("flops"), hours=entry.get("hours"),
+        machine_hours=entry.get("machine_hours"), active_params=entry.get("active_params"),
     )  # fmt: skip
 
 

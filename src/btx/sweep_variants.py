@@ -144,6 +144,11 @@ def plan_sweep(
     return plan
 
 
+def model_names(recipe: Recipe) -> list[str]:
+    """Names of the models that a run of the recipe measures."""
+    return ["seed", *(f"expert/{domain}" for domain in recipe.train.domains), *recipe.baselines, "mix", "btx"]
+
+
 def combinations(
     variants: Mapping[str, Mapping[str, Any]], axes: Mapping[str, Sequence[Any]], *, plain: str
 ) -> list[Variant]:

@@ -160,9 +160,10 @@ def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert btx("cp", name, "mine.yaml").code == 0
-    opening = Path("mine.yaml").read_text("utf-8").splitlines()[:3]
+    text = Path("mine.yaml").read_text("utf-8")
+    opening = [line for line in text.splitlines() if not line.startswith("#  ")][:3]  # without continued lines
     assert [line.split()[1] for line in opening] == ["btx", "Cost:", "Expect:"]
-    assert opening[0].startswith(f"# btx run {name}")
+    assert opening[0].startswith((f"# btx run {name}", f"# btx sweep {name}"))
     overrides = with_its_files(name)
     before = files(tmp_path)
     planned = btx("plan", "mine.yaml", *overrides, "--json").json()
@@ -171,6 +172,24 @@ def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be
     assert planned["totals"]["flops"] > 1e9
     assert planned["models"]["btx"]["total_params"] > planned["models"]["seed"]["total_params"]
     assert {"data", "seed", "mix", "finetune", "evaluate"} <= {stage["stage"] for stage in planned["stages"]}
+
+
+def test_the_papers_recipe_has_the_papers_numbers_and_is_planned_without_network_and_data(btx: Btx) -> None:
+    planned = btx("plan", "llama2-7b-paper", "--json").json()
+    assert round(planned["models"]["btx"]["total_params"] / 1e9, 1) == 19.7
+    assert round(planned["models"]["btx"]["active_params"] / 1e9, 1) == 11.1
+    tokens = {stage["stage"]: stage["tokens"] for stage in planned["stages"]}
+    # Whole steps of 976 sequences of 4096 tokens: the paper's numbers but for half a step.
+    for stage, billions in (("train/math", 201), ("train/code", 210), ("train/wiki", 42), ("finetune", 80)):
+        assert tokens[stage] == pytest.approx(billions * 1e9, rel=1e-4)
+    mixture = next(stage["mixture"] for stage in planned["stages"] if stage["stage"] == "finetune")
+    assert mixture == pytest.approx({"math": 0.3016, "code": 0.4031, "wiki": 0.103, "general": 0.1923})
+    recipe, train = planned["recipe"], planned["recipe"]["train"]
+    assert (train["learning_rate"], train["weight_decay"], train["replay"]) == (1e-4, 0.1, 0)
+    assert (recipe["mix"]["top_k"], recipe["finetune"]["load_balancing"]) == (2, 0.01)
+    assert [source["weight"] for source in recipe["data"]["domains"]["math"]["sources"]] == [
+        13.57, 54.27, 27.14, 2.99, 5.01
+    ]  # fmt: skip
 
 
 def test_plan_shows_recipe_models_and_stages_and_leaves_nothing(

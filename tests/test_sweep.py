@@ -15,11 +15,12 @@ from btx.errors import StageFailed, UserError
 from btx.folders import read_json
 from btx.interrupts import Interrupted, Interrupts
 from btx.launchers import start_run
+from btx.recipe_loading import load_recipe
 from btx.rundir import RunFolder
 from btx.sharing import take_over
 from btx.sweep import sweep, sweep_state
 from btx.sweep_table import sweep_cells, sweep_rows
-from btx.sweep_variants import SweepPlan, SweepRun, combinations, plan_sweep, split_values, value_label
+from btx.sweep_variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 FAST = ["seed_model.train.tokens=512", "train.tokens=512", "evaluate.tasks={}",
@@ -355,6 +356,22 @@ def test_a_recipe_brings_its_own_sweep_and_the_command_line_goes_before_it(tmp_p
     assert [(run.rng_seed, run.recipe.train.replay) for run in plan.runs] == [(3, 0.1), (3, 0.3), (4, 0.1), (4, 0.3)]
     assert {run.recipe.mix.top_k for run in plan.runs} == {2}
     assert str(plan.runs[0].folder) == "runs/pico-sweep/train.replay=0.1/rng-3"
+
+
+@pytest.mark.parametrize(("name", "variants"), [
+    ("paper-table2", 1), ("paper-table3", 1), ("paper-table4", 3), ("paper-table5", 6),
+])  # fmt: skip
+@pytest.mark.parametrize("data", ["demo", "corpora"])
+def test_the_papers_tables_are_sweeps_of_the_demo_and_of_ones_own_data(name: str, variants: int, data: str) -> None:
+    plan = plan_sweep(name, [] if data == "demo" else [f"extends={data}", "data.root=mine"])
+    assert (len(plan.variants), plan.rng_seeds, len(plan.runs)) == (variants, [0, 1, 2], 3 * variants)
+    assert plan.folder == Path("runs") / f"{name}-sweep"
+    for run in plan.runs:
+        assert list(run.recipe.data.domains) == list(load_recipe(data).data.domains)
+        assert set(plan.models or ()) <= set(model_names(run.recipe))
+    if name == "paper-table4":  # what the budgets do not change is made once
+        shared = set.intersection(*({stage.inputs for stage in run.stages} for run in plan.runs[:variants]))
+        assert [stage.name for stage in plan.runs[0].stages if stage.inputs in shared][-1] == "mix"
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from btx.baseline_kinds import BASELINES, BTM, BaselineName
+from btx.baseline_kinds import BASELINES, BaselineName
 from btx.baseline_settings import phases_of
 from btx.errors import RecipeError, UserError
 from btx.folders import read_json
@@ -23,12 +23,11 @@ from btx.mixture import domain_mixture, finetune_mixture
 from btx.models import load_model
 from btx.moe import moe_blocks
 from btx.plan import plan
-from btx.preflight import preflight
 from btx.rundir import RunFolder
 from btx.train import open_mixtures
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
-MADE = [name for name in BASELINES if name not in BTM]
+MADE = list(BASELINES)
 ALL = f"baselines=[{','.join(MADE)}]"
 LITTLE = ("evaluate.tasks={}", "evaluate.tokens=200",
           "seed_model.train.tokens=1024", "train.tokens=1024", "finetune.tokens=1024",
@@ -37,7 +36,7 @@ LITTLE = ("evaluate.tasks={}", "evaluate.tokens=200",
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run with every baseline but BTM."""
+    """A run with every baseline."""
     folder = tmp_path_factory.mktemp("baselines")
     write_pico_recipe(folder)
     recipe = pico_recipe(folder, "run", ALL, *LITTLE)
@@ -333,14 +332,6 @@ def test_a_refusal_names_the_place_in_the_file(tmp_path: Path) -> None:
     line = len(text.splitlines())
     with pytest.raises(RecipeError, match=rf"pico\.yaml:{line}:\d+: baseline_training.btx_sample_top1.domains_learn"):
         pico_recipe(tmp_path)
-
-
-def test_a_baseline_this_btx_cannot_make_is_refused_before_anything_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("btx.preflight.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"btm_top2 \(Branch-Train-Merge\) is not part of this btx"):
-        preflight(pico_recipe(tmp_path, "run", "baselines=[btm_top2]"))
 
 
 def test_more_tokens_than_the_data_bear_are_refused_when_they_are_prepared(tmp_path: Path) -> None:

@@ -7,13 +7,11 @@ long it trains. Nothing else of it is its own.
 from __future__ import annotations
 
 import time
-from importlib import import_module
-from importlib.util import find_spec
 
 from btx.baseline_kinds import BASELINES, BTM, DOMAINS, UPCYCLED, BaselineName
 from btx.baseline_settings import matched_by, routing_of
 from btx.branch import set_trainable
-from btx.errors import UserError
+from btx.btm import write_btm
 from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.matching import matched_phases
@@ -25,16 +23,10 @@ from btx.train import Log, train_moe, train_stage
 
 
 def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    """Do a stage below baselines/.
-
-    Raises:
-        UserError: it is a BTM baseline, and this btx has none.
-    """
+    """Do a stage below baselines/."""
     name = stage.name.removeprefix("baselines/")
     if name in BTM:
-        if find_spec("btx.btm") is None:
-            raise UserError(f"baselines: {name} (Branch-Train-Merge) is not part of this btx; leave it out")
-        import_module("btx.btm").write_btm(run, stage, log)
+        write_btm(run, stage, log)
     elif name == "soup":
         _soup(run, stage)
     elif name == UPCYCLED:

@@ -189,6 +189,27 @@ def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def compare(
+    run_folder: RunArgument,
+    model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
+    model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """How sure the differences between models are: paired bootstrap over documents and questions."""
+    from btx.compare import compare_models
+
+    found = compare_models(_run(run_folder).path, model_a, model_b, resamples=resamples, rng_seed=rng_seed)
+    if as_json:
+        _print_json(found)
+    else:
+        from btx.tables import comparison_table
+
+        _print(comparison_table(found))
+
+
+@app.command()
 def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """Write the run's report, whatever stage it has reached."""
     from btx.report import write_report

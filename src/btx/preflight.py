@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from btx.baseline_kinds import BTM
-from btx.errors import CheckpointError, DataError, RunFolderError, UserError
+from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.families import FAMILIES, family_of
 from btx.model_folder import check_model_folder
 from btx.recipe import Recipe
@@ -19,21 +17,13 @@ def preflight(recipe: Recipe) -> None:
     """Refuse a recipe that cannot work here.
 
     Raises:
-        UserError: a baseline that this btx cannot make.
         DataError: a domain's or task's file is missing.
         CheckpointError: the seed model's folder is no model, or of a family that cannot be mixed.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
     """
-    _check_baselines(recipe)
     _check_files(recipe)
     _check_seed_model(recipe)
     _check_run_folder(Path(recipe.run_folder))
-
-
-def _check_baselines(recipe: Recipe) -> None:
-    for name in recipe.baselines:
-        if name in BTM and find_spec("btx.btm") is None:
-            raise UserError(f"baselines: {name} (Branch-Train-Merge) is not part of this btx; leave it out")
 
 
 def _check_files(recipe: Recipe) -> None:

@@ -376,11 +376,30 @@ class Task(Section):
         return self
 
 
+class Mixed(Section):
+    """Held-out documents that switch domain in the middle. They are no domain: the mean over domains leaves them out.
+    Short form: a number is `documents`."""
+
+    documents: Annotated[int, Field(ge=0)] = 0
+    """Documents measured; 0: none."""
+    kind: Literal["halves", "generated"] = "halves"
+    """halves: the first half of a held-out document of one domain and the second half of one of another, every pair of
+    domains equally often; generated: word problems solved in Python, calculations with facts, code with prose, in
+    recipes whose domains come from the generators math, code, knowledge and general."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"documents": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Evaluate(Section):
     """What is measured on which models."""
 
     tokens: PositiveInt = 200_000
     """Held-out tokens a domain, at most."""
+    mixed: Mixed = Mixed()
+    """Documents that switch domain in the middle."""
     tasks: dict[Name, Task] = {}
     """Task name → questions."""
 
@@ -478,6 +497,7 @@ class Recipe(Section):
             raise ValueError("mix.split and mix.blend exclude each other")
         if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
             raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
+        self._mixed_set_exists()
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
         return self
@@ -507,6 +527,19 @@ class Recipe(Section):
             if given.load_balancing is not None and "load_balancing" in kind.changes:
                 raise ValueError(f"{where}.load_balancing: {name} is the baseline without it")
         return self
+
+    def _mixed_set_exists(self) -> None:
+        mixed = self.evaluate.mixed
+        if not mixed.documents:
+            return
+        if mixed.kind == "halves" and len(self.data.domains) < 2:
+            raise ValueError("evaluate.mixed: halves needs at least two domains in data.domains")
+        used = {source.generate for domain in self.data.domains.values() for source in domain.sources}
+        if mixed.kind == "generated" and (missing := set(GENERATORS) - used):
+            raise ValueError(
+                f"evaluate.mixed: generated documents need domains from the generators {', '.join(GENERATORS)}; there "
+                f"is none of {', '.join(sorted(missing))}; use kind: halves"
+            )
 
     @property
     def merge_settings(self) -> MergeSettings:

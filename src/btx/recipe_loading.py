@@ -115,8 +115,7 @@ def inline_yaml(value: Any) -> str:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of recipe files, for editors: short forms of domains included, `name` optional, and with
-    `extends` every section."""
+    """JSON schema of recipe files, for editors: short forms included, `name` optional, and with `extends` all else."""
     schema = Recipe.model_json_schema()
     schema.pop("required")
     needed = ["data", "seed_model", "train", "finetune"]
@@ -130,6 +129,10 @@ def recipe_schema() -> dict[str, Any]:
     definitions["Domain"] = {
         "description": definitions["Domain"]["description"],
         "anyOf": [{"type": "string"}, sources, one_source, definitions["Domain"]],
+    }
+    definitions["Mixed"] = {
+        "description": definitions["Mixed"]["description"],
+        "anyOf": [{"type": "integer", "minimum": 0}, definitions["Mixed"]],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

@@ -104,6 +104,34 @@ def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
     return table
 
 
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """`btx compare`: a line a model, a column a set; differences whose 95 % interval leaves out 0 are bold."""
+    columns = list(dict.fromkeys(name for row in found["models"].values() for name in _differences(row)))
+    table = Table(
+        title=f"{found['model']} minus the other: difference [95 % interval] p",
+        caption="bits per byte: negative is better; tasks: share of right answers, positive is better", highlight=False,
+    )
+    table.add_column("against", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in found["models"].items():
+        cells = _differences(row)
+        table.add_row(name, *(_difference_text(cells[column]) if column in cells else "" for column in columns))
+    return table
+
+
+def _differences(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a comparison in order."""
+    cells = {"mean": row["mean"], **row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
+    return cells | {f"{task} (task)": value for task, value in row["tasks"].items()}
+
+
+def _difference_text(value: Mapping[str, Any]) -> str:
+    text = f"{value['difference']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]".replace("[", r"\[")
+    text += f" p {value['p']:.3f}" if value["p"] >= 0.001 else " p < 0.001"
+    return f"[bold]{text}[/bold]" if value["low"] > 0 or value["high"] < 0 else text
+
+
 def _short(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
 

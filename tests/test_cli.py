@@ -26,7 +26,7 @@ from btx.recipe_loading import load_recipe, packaged_recipes
 from btx.rundir import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
 
-COMMANDS = "run plan status ls cp train mix finetune baselines evaluate analyze report chat".split()
+COMMANDS = "run sweep plan status ls cp train mix finetune baselines evaluate analyze report chat".split()
 
 
 @dataclass
@@ -110,7 +110,7 @@ def test_help_names_every_command_in_a_real_process() -> None:
     assert done.returncode == 0
     named = re.findall(r"^│ (\w+) {2,}\S", done.stdout, re.MULTILINE)
     assert set(COMMANDS) <= set(named), named
-    assert "work" not in named  # for launchers, not for people
+    assert not {"work", "run-of-sweep"} & set(named)  # for launchers, not for people
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "prepare"])
@@ -160,9 +160,10 @@ def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert btx("cp", name, "mine.yaml").code == 0
-    opening = Path("mine.yaml").read_text("utf-8").splitlines()[:3]
+    text = Path("mine.yaml").read_text("utf-8")
+    opening = [line for line in text.splitlines() if not line.startswith("#  ")][:3]  # without continued lines
     assert [line.split()[1] for line in opening] == ["btx", "Cost:", "Expect:"]
-    assert opening[0].startswith(f"# btx run {name}")
+    assert opening[0].startswith((f"# btx run {name}", f"# btx sweep {name}"))
     overrides = with_its_files(name)
     before = files(tmp_path)
     planned = btx("plan", "mine.yaml", *overrides, "--json").json()
@@ -171,6 +172,24 @@ def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be
     assert planned["totals"]["flops"] > 1e9
     assert planned["models"]["btx"]["total_params"] > planned["models"]["seed"]["total_params"]
     assert {"data", "seed", "mix", "finetune", "evaluate"} <= {stage["stage"] for stage in planned["stages"]}
+
+
+def test_the_papers_recipe_has_the_papers_numbers_and_is_planned_without_network_and_data(btx: Btx) -> None:
+    planned = btx("plan", "llama2-7b-paper", "--json").json()
+    assert round(planned["models"]["btx"]["total_params"] / 1e9, 1) == 19.7
+    assert round(planned["models"]["btx"]["active_params"] / 1e9, 1) == 11.1
+    tokens = {stage["stage"]: stage["tokens"] for stage in planned["stages"]}
+    # Whole steps of 976 sequences of 4096 tokens: the paper's numbers but for half a step.
+    for stage, billions in (("train/math", 201), ("train/code", 210), ("train/wiki", 42), ("finetune", 80)):
+        assert tokens[stage] == pytest.approx(billions * 1e9, rel=1e-4)
+    mixture = next(stage["mixture"] for stage in planned["stages"] if stage["stage"] == "finetune")
+    assert mixture == pytest.approx({"math": 0.3016, "code": 0.4031, "wiki": 0.103, "general": 0.1923})
+    recipe, train = planned["recipe"], planned["recipe"]["train"]
+    assert (train["learning_rate"], train["weight_decay"], train["replay"]) == (1e-4, 0.1, 0)
+    assert (recipe["mix"]["top_k"], recipe["finetune"]["load_balancing"]) == (2, 0.01)
+    assert [source["weight"] for source in recipe["data"]["domains"]["math"]["sources"]] == [
+        13.57, 54.27, 27.14, 2.99, 5.01
+    ]  # fmt: skip
 
 
 def test_plan_shows_recipe_models_and_stages_and_leaves_nothing(
@@ -208,6 +227,45 @@ def test_a_seed_model_that_cannot_be_built_is_refused_when_planning(
     assert refused.code == 2
     assert refused.err.startswith("error: seed_model.config")
     assert expected in refused.err
+
+
+def test_a_sweep_says_before_it_starts_what_is_shared_and_what_it_costs_and_writes_nothing(
+    btx: Btx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pico_recipe(tmp_path)
+    before = files(tmp_path)
+    arguments = ["sweep", "pico.yaml", "data.root=.", "mix.top_k=1,2", "--rng-seeds", "2", "--dry-run"]
+    found = btx(*arguments, "--json").json()
+    assert [(run["variant"], run["rng_seed"]) for run in found["runs"]] == [
+        ("mix.top_k=1", 3), ("mix.top_k=2", 3), ("mix.top_k=1", 4), ("mix.top_k=2", 4)
+    ]  # fmt: skip
+    first, second = (run["stages"] for run in found["runs"][:2])
+    assert set(first.values()) == {"absent"}
+    assert {name for name, state in second.items() if state == "shared"} >= {"data", "seed", "train/birds"}
+    assert second["finetune"] == "absent"
+    shared = sum(run["flops"] for run in found["runs"])
+    assert found["flops"] == shared < found["flops_without_sharing"]
+    shown = btx(*arguments).out
+    assert "mix.top_k=2" in shown
+    assert "without sharing" in shown
+    for wrong, expected in (("mix.top_k=1,9", "error: variant mix.top_k=9: "),
+                            ("seed_model.config.hidden_size=32,33", "variant seed_model.config.hidden_size=33")):
+        refused = btx("sweep", "pico.yaml", "data.root=.", wrong)
+        assert (refused.code, expected in refused.err) == (2, True), refused.err
+    refused = btx("sweep", "pico.yaml", "data.root=.", "--models", "btx,dense")
+    assert refused.code == 2
+    assert "no variant has a model 'dense'; there are: seed" in refused.err
+    assert files(tmp_path) == before
+
+
+def test_the_status_of_a_sweep_has_a_line_a_run(btx: Btx, finished: Path, tmp_path: Path) -> None:
+    runs = [{"rng_seed": 3, "folder": str(finished)}, {"rng_seed": 4, "folder": str(tmp_path / "absent")}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"variants": {"mix.top_k=1": {"runs": runs}}}))
+    done, absent = btx("status", tmp_path, "--json").json()
+    assert (done["stages"]["finetune"], done["stages"]["baselines/soup"]) == ("done", "absent")
+    assert absent["stages"] == {}
+    assert "mix.top_k=1" in btx("status", tmp_path).out
 
 
 def test_an_unknown_key_gives_file_line_and_suggestion_and_exit_code_2(tmp_path: Path) -> None:

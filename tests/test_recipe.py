@@ -412,12 +412,61 @@ def test_reading_recipes_does_not_import_torch_or_transformers() -> None:
     assert answer.stdout.strip() == "set()"
 
 
+# ---- extends
+
+
+def test_a_recipe_takes_what_it_leaves_out_from_the_one_it_extends(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "extends: demo\ntrain: {tokens: 1000}\nfinetune: {mixture: {math: 1}, learning_rate_factors: {routers: 3}}\n"
+        "evaluate: {tasks: {sums: {generate: math}}}\n"
+    )
+    recipe, demo = load_recipe(str(file)), load_recipe("demo")
+    assert (recipe.name, recipe.description, recipe.run_folder) == ("mine", "", "runs/mine")
+    assert recipe.train == demo.train.model_copy(update={"tokens": 1000})  # sections key by key
+    assert recipe.finetune.mixture == {"math": 1.0}  # a mixture as a whole
+    assert recipe.finetune.learning_rate_factors.routers == 3
+    assert recipe.finetune.tokens == demo.finetune.tokens
+    assert list(recipe.evaluate.tasks) == ["sums"]
+    assert recipe.data == demo.data
+    assert parse_recipe(dump_recipe(recipe), "again.yaml") == recipe  # resolved: nothing is extended any more
+
+
+def test_what_is_extended_can_be_chosen_on_the_command_line_and_goes_before_other_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: demo\nmix: {top_k: 1}\n")
+    recipe = load_recipe(str(file), ["train.tokens=5000", "extends=corpora"])
+    assert list(recipe.data.domains) == list(load_recipe("corpora").data.domains)
+    assert (recipe.train.tokens, recipe.mix.top_k) == (5000, 1)
+
+
+def test_a_mistake_in_an_extended_recipe_is_placed_in_its_file(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(SMALL + "\nmix:\n  top_q: 1\n")
+    second.write_text(f"extends: {first}\n")
+    with pytest.raises(RecipeError, match=r"first\.yaml:\d+:3: mix\.top_q: unknown key"):
+        load_recipe(str(second))
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("extends: dmo", r"mine\.yaml:1:10: extends: no recipe.*did you mean 'demo'"),
+    ("extends: 5", "extends: expected text"),
+    ("extends: {here}", "more than 8 recipes in a row"),
+])  # fmt: skip
+def test_what_cannot_be_extended_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace("{here}", str(file)) + "\n")
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(str(file))
+
+
 # ---- out again
 
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
 def test_a_dumped_recipe_reads_back_equal_and_dumps_the_same(name: str) -> None:
-    recipe = load_recipe(name, ["finetune.mixture={math: 1}", "seed_model.config.rope_theta=1e-30"])
+    config = "config" if load_recipe(name).seed_model.config else "plan_config"
+    recipe = load_recipe(name, ["finetune.mixture={math: 1}", f"seed_model.{config}.rope_theta=1e-30"])
     text = dump_recipe(recipe)
     assert parse_recipe(text, "other.yaml") == recipe
     assert dump_recipe(parse_recipe(text, "other.yaml")) == text
@@ -454,7 +503,9 @@ def test_any_text_and_any_model_config_survive_the_round_trip(description: str, 
 
 def test_the_schema_for_editors_knows_descriptions_and_short_forms() -> None:
     schema = recipe_schema()
-    assert "name" not in schema["required"]
+    assert [option["required"] for option in schema["anyOf"]] == [
+        ["extends"], ["data", "seed_model", "train", "finetune"]
+    ]  # fmt: skip
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Train"]["properties"]["replay"]["description"].startswith("Share of general text")
     text, sources, one_source, full = schema["$defs"]["Domain"]["anyOf"]

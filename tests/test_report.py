@@ -12,12 +12,13 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from btx.errors import RunFolderError
 from btx.report import write_report
-from btx.report_charts import bucket_means, spread
+from btx.report_charts import CostPoint, bucket_means, cost_chart, spread
 from btx.report_results import (
     count_text,
     duration_text,
@@ -223,8 +224,9 @@ def html(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_report_is_one_file_under_two_megabytes(run: Path, html: str) -> None:
-    assert [path.name for path in (run / "report").iterdir()] == ["index.html"]
+def test_the_report_is_one_file_under_two_megabytes_with_its_figures_as_a_file_beside(run: Path, html: str) -> None:
+    assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html", "models.svg"]
+    assert "models.svg" not in html  # the page needs no other file
     assert 20_000 < len(html.encode()) < 2_000_000
 
 
@@ -239,7 +241,7 @@ def test_a_failing_report_leaves_the_earlier_one_alone(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json: not readable as JSON"):
         write_report(run)
     assert (run / "report" / "index.html").read_bytes() == before
-    assert [path.name for path in (run / "report").iterdir()] == ["index.html"]
+    assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html", "models.svg"]
 
 
 def test_the_page_forbids_everything_but_its_own_styles_and_inline_images(html: str) -> None:
@@ -405,13 +407,36 @@ def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
 
 def test_charts_follow_the_pages_colours_and_carry_no_date(html: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(charts) == 6  # cost; seed, experts, finetuning, load balancing, load
+    assert len(charts) == 7  # gains, cost; seed, experts, finetuning, load balancing, load
     for chart in charts:
         assert "currentColor" in chart
         assert re.findall(r"#[0-9a-f]{6}", re.sub(r'(href="|url\()#\w+', "", chart)) == []
         assert "<metadata" not in chart
         assert "font-family" not in chart
-    assert "var(--c0)" in charts[2]
+    assert "var(--c0)" in charts[3]
+
+
+def test_the_figures_file_is_an_image_that_stands_alone(run: Path, html: str) -> None:
+    root = ElementTree.parse(run / "report" / "models.svg").getroot()
+    assert float(root.get("width", 0)) > 300
+    text = (run / "report" / "models.svg").read_text("utf-8")
+    for variable in set(re.findall(r"var\((--\w+)\)", text)):
+        assert f"{variable}: #" in text, variable  # every colour is defined in the file
+    names = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for model in json.loads((run / "evaluate" / "results.json").read_text())["models"]:
+        assert model in names
+
+
+def test_a_circles_area_is_the_active_parameters_and_error_bars_are_as_long_as_the_error() -> None:
+    points = [CostPoint("small", "c0", 0.0, 2.0, 1e6), CostPoint("large", "c1", 1e9, 1.0, 4e6, error=0.1)]
+    svg = cost_chart(points)
+    small, large = (float(radius) for radius in re.findall(r'd="M 0 ([\d.]+) \nC', svg))
+    assert (large / small) ** 2 == pytest.approx(4.0, rel=1e-4)
+    line = re.search(r'd="M [\d.]+ ([\d.]+) \nL [\d.]+ ([\d.]+) \n"[^>]*stroke: var\(--c1\)', svg)
+    heights = [float(y) for y in re.findall(r'<use xlink:href="#m\w+" x="[\d.]+" y="([\d.]+)" style="fill: var', svg)]
+    assert line is not None
+    # The circles are 1.0 bits per byte apart, the bar's ends 2 · 0.1.
+    assert float(line[1]) - float(line[2]) == pytest.approx(0.2 * (heights[1] - heights[0]), rel=1e-3)
 
 
 def test_the_routing_tables_hold_the_shares_in_percent(run: Path, html: str) -> None:

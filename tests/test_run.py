@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from btx.errors import RunFolderError
+from btx.errors import CheckpointError, RunFolderError
 from btx.folders import read_json
 from btx.graph import build_graph
+from btx.plan import plan
 from btx.rundir import RunFolder, exclusive
+from btx.train import check_planned
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 
@@ -119,6 +121,26 @@ def test_settings_that_only_decide_speed_make_nothing_stale(tmp_path: Path) -> N
     assert hashes[0] == hashes[1]
 
 
+def test_a_branch_with_tokens_of_its_own_makes_no_other_branch_stale(tmp_path: Path) -> None:
+    plain, more = (
+        {stage.name: stage.inputs for stage in build_graph(pico_recipe(tmp_path, "run", *overrides))}
+        for overrides in ([], ["train.domain_tokens.birds=4096"])
+    )
+    assert {name for name in plain if plain[name] != more[name]} == {
+        "train/birds", "mix", "baselines/soup", "finetune", "evaluate", "analyze", "report"
+    }  # fmt: skip
+    planned = plan(pico_recipe(tmp_path, "run", "train.domain_tokens.birds=4096"))
+    tokens = {stage["stage"]: stage["tokens"] for stage in planned["stages"]}
+    assert (tokens["train/birds"], tokens["train/tools"]) == (4096, 2048)
+
+
+def test_a_plan_made_for_another_model_is_refused_when_the_model_is_there() -> None:
+    found = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2}
+    check_planned({"model_type": "llama", "hidden_size": 64, "unknown_to_the_class": 1}, found)
+    with pytest.raises(CheckpointError, match="hidden_size: 32 planned, 64 found"):
+        check_planned({"model_type": "llama", "hidden_size": 32}, found)
+
+
 def test_changed_data_are_noticed(tmp_path: Path) -> None:
     before = build_graph(pico_recipe(tmp_path))["data"].inputs
     with open(tmp_path / "birds.jsonl", "a") as file:
@@ -169,7 +191,6 @@ def test_bad_input_exits_with_2_and_leaves_no_folder(tmp_path: Path, override: s
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    from btx.errors import CheckpointError
     from btx.preflight import preflight
 
     (tmp_path / "nothing").mkdir()

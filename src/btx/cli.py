@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btx import cli_mix
+from btx import cli_mix, cli_sweep
 from btx.errors import BtxError, UserError
+from btx.terminal import show as _print
+from btx.terminal import show_json as _print_json
 
 if TYPE_CHECKING:
     from btx.recipe import Recipe
     from btx.rundir import RunFolder
-
-FILE_WIDTH = 200
-"""Columns of tables that are not printed on a terminal."""
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -92,10 +91,14 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = 
 
 @app.command()
 def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
-    """One line per stage: state, step, loss, tokens/s, ETA."""
+    """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
     from btx.status import run_status
-    from btx.tables import status_table
+    from btx.tables import status_table, sweep_status_table
 
+    if (run_folder / "sweep.json").is_file():
+        runs = cli_sweep.sweep_status(run_folder)
+        _print_json(runs) if as_json else _print(sweep_status_table(runs))
+        return
     rows = run_status(_run(run_folder))
     _print_json(rows) if as_json else _print(status_table(rows))
 
@@ -146,8 +149,9 @@ def train(
     _work(run_folder, ["seed" if domain == "seed" else f"train/{domain}"])
 
 
-for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop):
+for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
     app.command()(command)
+app.command(hidden=True)(cli_sweep.run_of_sweep)
 
 
 @app.command()
@@ -280,17 +284,3 @@ def _print_results(finished: RunFolder) -> None:
     page = finished.path / "report" / "index.html"
     if page.is_file():
         typer.echo(f"report: {page}")
-
-
-def _print(*renderables: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:  # a file or pipe has no width: cut nothing off
-        console = Console(width=FILE_WIDTH)
-    for renderable in renderables:
-        console.print(renderable)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))

@@ -20,8 +20,8 @@ from btx.errors import UserError
 from btx.folders import value_hash
 from btx.recipe import Recipe
 
-# How jobs run decides speed, not results; these settings never make a stage stale.
-SPEED_ONLY = {"checkpoint_every"}
+# How jobs run decides speed, not results, and plan_config only the plan: these settings never make a stage stale.
+SPEED_ONLY = {"checkpoint_every", "plan_config"}
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,8 @@ def build_graph(recipe: Recipe) -> Graph:
     data = Stage("data", {"data": recipe.data.model_dump(mode="json"), **rng, **_tokenizer(recipe),
                           "files": _file_marks(recipe)})  # fmt: skip
     seed = Stage("seed", {"seed_model": _decisive(recipe.seed_model), "device": recipe.device, **rng}, (data,))
-    branch_settings = _decisive(recipe.train)
-    branch_settings.pop("domains")
     branches = tuple(
-        Stage(f"train/{domain}", {"train": branch_settings, "domain": domain, "general": general,
+        Stage(f"train/{domain}", {"train": _branch_settings(recipe, domain), "domain": domain, "general": general,
                                   "device": recipe.device, **rng}, (data, seed))
         for domain in recipe.train.domains
     )  # fmt: skip
@@ -197,6 +195,12 @@ def _trained_baseline(recipe: Recipe, name: BaselineName, known: dict[str, Stage
         start = Stage(phase.stage, settings, (known["data"], start))
         found.append(start)
     return found
+
+
+def _branch_settings(recipe: Recipe, domain: str) -> dict[str, Any]:
+    """What decides one branch's training: other branches' domains and tokens do not."""
+    settings = _decisive(recipe.branch_training(domain))
+    return {key: value for key, value in settings.items() if key not in ("domains", "domain_tokens")}
 
 
 def _decisive(section: Any) -> dict[str, Any]:

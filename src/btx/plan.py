@@ -200,7 +200,7 @@ def _trained_stages(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> d
     if recipe.seed_model.train is not None:
         found["seed"] = _Trained(recipe.seed_model.train, seed, [seed_mixture(recipe)])
     for domain in recipe.train.domains:
-        found[f"train/{domain}"] = _Trained(recipe.train, seed, [domain_mixture(recipe, domain)])
+        found[f"train/{domain}"] = _Trained(recipe.branch_training(domain), seed, [domain_mixture(recipe, domain)])
     # What is computed for a token in finetuning, which is more with a dense router gradient.
     cost = moe_cost(
         recipe, dense, recipe.routing, dense_router_gradient=recipe.finetune.dense_router_gradient

@@ -48,6 +48,8 @@ def _check_seed_model(recipe: Recipe) -> None:
         _check_family(check_model_folder(Path(seed.path)), seed.path)
     elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
         raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
+    if seed.plan_config is not None:
+        _check_family(seed.plan_config, "seed_model.plan_config")
 
 
 def _check_family(config: dict[str, Any], where: str) -> None:

@@ -126,7 +126,8 @@ def check_budgets(recipe: Recipe, folder: Path) -> None:
     if recipe.seed_model.train is not None:
         check_budget(recipe, folder, seed_mixture(recipe), recipe.seed_model.train.tokens, "seed_model.train.tokens")
     for domain in recipe.train.domains:
-        check_budget(recipe, folder, domain_mixture(recipe, domain), recipe.train.tokens, "train.tokens")
+        tokens = recipe.branch_training(domain).tokens
+        check_budget(recipe, folder, domain_mixture(recipe, domain), tokens, "train.tokens")
     check_budget(recipe, folder, finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens")
     trained = [name for name in recipe.baselines if BASELINES[name].trains]
     dense = seed_config(recipe) if trained else {}

@@ -183,6 +183,9 @@ class SeedModel(Section):
     """Folder or hub name of a Hugging Face causal language model."""
     revision: str | None = None
     """Git revision of a hub name."""
+    plan_config: dict[str, Any] | None = None
+    """Config of the model at `path`, so that `btx plan` needs neither the hub nor the folder; a run checks that the
+    model is what is said here."""
     config: dict[str, Any] | None = None
     """Config of a model to train from scratch: `model_type` and what its config class takes."""
     tokenizer: TokenizerTraining = TokenizerTraining()
@@ -198,8 +201,11 @@ class SeedModel(Section):
             raise ValueError("seed_model.config needs seed_model.train: a model from scratch has to be trained")
         if self.path is not None and self.train is not None:
             raise ValueError("seed_model.path is taken as it is; seed_model.train goes with seed_model.config only")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("seed_model.config needs model_type, for example llama")
+        if self.plan_config is not None and self.path is None:
+            raise ValueError("seed_model.plan_config goes with seed_model.path; a model from scratch has its config")
+        for name, config in (("config", self.config), ("plan_config", self.plan_config)):
+            if config is not None and "model_type" not in config:
+                raise ValueError(f"seed_model.{name} needs model_type, for example llama")
         return self
 
 
@@ -208,6 +214,8 @@ class Train(Training):
 
     domains: Annotated[list[Name], Field(min_length=1)]
     """One expert model is trained on each."""
+    domain_tokens: dict[Name, PositiveInt] = {}
+    """Domain → training tokens, for branches that train on another number than `tokens`."""
     replay: Share = 0.1
     """Share of general text mixed into every domain (paper: 5-9 %)."""
     trainable: Literal["all", "feed_forward"] = "all"
@@ -416,6 +424,19 @@ class Launch(Section):
     """CPU threads a job; default: the processors shared among the jobs, at least one each."""
 
 
+class Sweep(Section):
+    """What `btx sweep` makes of the recipe: all combinations of variants and varied values, times rng seeds."""
+
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Dotted key → the values it takes, for example `finetune.tokens: [1e6, 2e6]`."""
+    variants: dict[Name, dict[str, Any]] = {}
+    """Name → dotted keys and the value each has in this variant; `{}` is the recipe as it stands."""
+    rng_seeds: PositiveInt = 3
+    """Rng seeds every variant runs with: rng_seed, rng_seed + 1, ..."""
+    models: list[str] | None = None
+    """Models (names in results.json) the table shows, in this order; default: all."""
+
+
 class Recipe(Section):
     """A whole Branch-Train-MiX run."""
 
@@ -423,6 +444,9 @@ class Recipe(Section):
     """Name of the run; its folder is runs/<name> unless `run` says otherwise."""
     description: str = ""
     """What the recipe is for, what it costs and what to expect."""
+    extends: str | None = None
+    """Packaged recipe or recipe file that says what this one leaves out. Sections are merged key by key; a list, a
+    mixture, the domains, the tasks or a config given here replace the other recipe's as a whole."""
     run: str | None = None
     """Run folder."""
     rng_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -442,6 +466,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     launch: Launch = Launch()
+    sweep: Sweep | None = None
+    """Variants `btx sweep` runs; `btx run` takes no notice of it."""
 
     @model_validator(mode="after")
     def _domains_exist(self) -> Recipe:
@@ -457,6 +483,8 @@ class Recipe(Section):
                     raise ValueError(f"{where} names {name!r}, which is not in data.domains: {there}")
         if len(set(self.train.domains)) != len(self.train.domains):
             raise ValueError(f"train.domains names a domain twice: {self.train.domains}")
+        for name in self.train.domain_tokens.keys() - set(self.train.domains):
+            raise ValueError(f"train.domain_tokens names {name!r}, which is not in train.domains")
         if "seed" in known:
             raise ValueError("a domain cannot be called 'seed': the word names the seed model's job")
         if len(self.member_names) < 2:
@@ -472,6 +500,17 @@ class Recipe(Section):
         self._mixed_set_exists()
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_are_equal_where_baselines_need_it(self) -> Recipe:
+        two_phases = [name for name in self.baselines if BASELINES[name].two_phases]
+        tokens = {self.branch_training(domain).tokens for domain in self.train.domains}
+        if two_phases and tokens != {self.train.tokens}:
+            raise ValueError(
+                f"train.domain_tokens: {', '.join(two_phases)} read the branches' sequences in turn, which needs "
+                f"branches of equal tokens; leave these baselines or domain_tokens out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -510,6 +549,11 @@ class Recipe(Section):
             mix.merge, weights=mix.merge_weights, t=mix.slerp_t, density=mix.merge_density, scale=mix.merge_scale,
             rng_seed=self.rng_seed,
         )  # fmt: skip
+
+    def branch_training(self, domain: str) -> Train:
+        """Settings of one branch: `tokens` is its own number."""
+        tokens = self.train.domain_tokens.get(domain, self.train.tokens)
+        return self.train.model_copy(update={"tokens": tokens, "domain_tokens": {}})
 
     @property
     def member_names(self) -> list[str]:

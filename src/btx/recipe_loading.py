@@ -17,12 +17,15 @@ from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
 from btx.recipe import Recipe
+from btx.recipe_extends import fill_in
 from btx.recipe_overrides import apply_override
 from btx.recipe_problems import did_you_mean, schema_problems
 from btx.yaml_positions import RESOLVERS, Document, Problem, YamlSyntaxError, compose, read_yaml
 
 MAX_BYTES = 1_000_000
 MAX_PROBLEMS_SHOWN = 50
+MAX_EXTENDED = 8
+"""Recipes that may extend each other in a row."""
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -30,9 +33,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     A packaged name goes first: a folder of the same name is `./demo`. Raises `RecipeError` with every problem found.
     """
+    text, file, run = _read(name_or_path)
+    return _parse(text, file, overrides, run)
+
+
+def _read(name_or_path: str) -> tuple[str, str, str | None]:
+    """Text of a recipe, its file's name in messages, and the run folder if that is where it lies."""
     packaged = _packaged_files()
     if name_or_path in packaged:
-        return parse_recipe(packaged[name_or_path], f"{name_or_path}.yaml", overrides)
+        return packaged[name_or_path], f"{name_or_path}.yaml", None
     path = Path(name_or_path)
     run = None
     try:
@@ -50,7 +59,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{name_or_path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return _parse(_decode(content, str(path)), str(path), overrides, run)
+    return _decode(content, str(path)), str(path), run
 
 
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,10 +109,17 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def inline_yaml(value: Any) -> str:
+    """A value on one line, as an override takes it; reading it gives an equal value."""
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**9)[1:-2]
+
+
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of recipe files, for editors: short forms included, `name` optional."""
+    """JSON schema of recipe files, for editors: short forms included, `name` optional, and with `extends` all else."""
     schema = Recipe.model_json_schema()
-    schema["required"].remove("name")
+    schema.pop("required")
+    needed = ["data", "seed_model", "train", "finetune"]
+    schema["anyOf"] = [{"required": ["extends"]}, {"required": needed}]
     definitions = schema["$defs"]
     source = definitions["Source"]
     held_out = definitions["Domain"]["properties"]["held_out"]
@@ -158,17 +174,15 @@ def _decode(content: bytes, file: str) -> str:
 
 def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> Recipe:
     """Read, override, validate; `run` replaces the file's run folder, not an override's."""
-    try:
-        document = read_yaml(text, file)
-    except YamlSyntaxError as error:
-        raise RecipeError(str(error.problem)) from None
-    if not isinstance(document.value, dict):
-        found = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
-        raise RecipeError(f"{document.values[()]}: {found}; start from one that works: btx cp demo my.yaml")
+    document = _document(text, file)
     document.value.setdefault("name", Path(file).stem)
     if run is not None:
         document.value["run"] = run
-    for override in overrides:
+    is_base = [override.partition("=")[0].strip() == "extends" for override in overrides]
+    for override in (override for override, base in zip(overrides, is_base, strict=True) if base):
+        apply_override(document, override)
+    _fill_from_extended(document)
+    for override in (override for override, base in zip(overrides, is_base, strict=True) if not base):
         apply_override(document, override)
     recipe, problems = _validate(document)
     if recipe is None or problems:
@@ -177,6 +191,35 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
         lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         raise RecipeError("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]))
     return recipe
+
+
+def _document(text: str, file: str) -> Document:
+    """The YAML mapping that a recipe's text is."""
+    try:
+        document = read_yaml(text, file)
+    except YamlSyntaxError as error:
+        raise RecipeError(str(error.problem)) from None
+    if not isinstance(document.value, dict):
+        found = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
+        raise RecipeError(f"{document.values[()]}: {found}; start from one that works: btx cp demo my.yaml")
+    return document
+
+
+def _fill_from_extended(document: Document) -> None:
+    """Follow `extends` from recipe to recipe: each gives what those before it leave out."""
+    chain: list[str] = []
+    while isinstance(extended := document.value.pop("extends", None), str):
+        place = document.values[("extends",)]
+        chain.append(extended)
+        if len(chain) > MAX_EXTENDED:
+            raise RecipeError(f"{place}: extends: more than {MAX_EXTENDED} recipes in a row: {' → '.join(chain)}")
+        try:
+            text, file, _ = _read(extended)
+        except RecipeError as error:
+            raise RecipeError(f"{place}: extends: {error}") from None
+        fill_in(document, _document(text, file))
+    if extended is not None:
+        document.value["extends"] = extended  # no text: the schema says so
 
 
 def _validate(document: Document) -> tuple[Recipe | None, list[Problem]]:
@@ -211,7 +254,7 @@ def _validated(document: Document) -> Recipe:
 
 def _renamed(text: str, name: str) -> str:
     """The recipe's text with another value of `name:`; everything else stays as it is."""
-    plain_or_quoted = yaml.dump([name], Dumper=_Dumper, default_flow_style=True, width=10_000)[1:-2]
+    plain_or_quoted = inline_yaml(name)
     root = compose(text, name)
     for key, value in root.value if root else ():
         if key.value == "name":

@@ -68,7 +68,7 @@ def _named_in(text: str, document: Document) -> KeyPath | None:
 
 def _unknown_key(path: KeyPath, here: KeyPath) -> str:
     key = str(path[-1])
-    section = _section_at(path[:-1])
+    section = section_at(path[:-1])
     allowed = list(section.model_fields) if section else []
     if len(path) - len(here) == 2:  # `sources` and 0 were not written: one source's keys stand in the domain itself
         allowed += Domain.model_fields
@@ -106,7 +106,7 @@ def _shown(value: Any) -> str:
 
 def _meaning(path: KeyPath) -> str:
     """The first sentence of the field's description, in parentheses."""
-    section = _section_at(path[:-1])
+    section = section_at(path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
     if field is None or not field.description:
         return ""
@@ -114,7 +114,7 @@ def _meaning(path: KeyPath) -> str:
     return f" ({sentence})"
 
 
-def _section_at(path: KeyPath) -> type[BaseModel] | None:
+def section_at(path: KeyPath) -> type[BaseModel] | None:
     """The schema's section at a path of pydantic's, None where there is no such section."""
     kind: Any = Recipe
     for part in path:

@@ -18,7 +18,16 @@ import yaml
 
 from btx.errors import RunFolderError
 from btx.folders import read_json, write_text
-from btx.report_charts import COLOURS, CostPoint, Curve, cost_chart, curves_chart
+from btx.report_charts import (
+    COLOURS,
+    Bars,
+    CostPoint,
+    Curve,
+    bars_chart,
+    cost_chart,
+    curves_chart,
+    stacked_svg,
+)
 from btx.report_results import (
     EXPERT,
     count_text,
@@ -39,6 +48,10 @@ if TYPE_CHECKING:
 
 __all__ = ["report_table", "write_report"]
 
+FIGURE_TITLES = {
+    "cost": "Mean bits per byte against training FLOPs; a circle's area is the model's active parameters",
+    "domains": "Bits per byte saved against the seed model, in percent",
+}
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
 
 
@@ -89,10 +102,17 @@ class Run:
 def write_report(run: Path) -> Path:
     """Write `report/index.html` of the run folder `run`, whole or not at all, and return its path.
 
+    Beside it, `models.svg` holds the figures of all models, for use elsewhere; it is written once two are evaluated.
+
     Raises RunFolderError if `run` is no folder or one of its files is broken.
     """
-    html = render(read_run(run))
+    read = read_run(run)
+    figures = models_figures(read)
+    html = render(read, figures)
     target = run / "report" / "index.html"
+    if figures:
+        titled = [(FIGURE_TITLES[name], svg) for name, svg in figures.items()]
+        write_text(target.with_name("models.svg"), stacked_svg(titled).encode("utf-8", "replace").decode("utf-8"))
     # A token may be half a surrogate pair, which UTF-8 cannot hold.
     write_text(target, html.encode("utf-8", "replace").decode("utf-8"))
     return target
@@ -200,15 +220,45 @@ def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
 
 def cost_figure(run: Run) -> str:
     """The figure of quality against training FLOPs; empty before two models are evaluated."""
-    named = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
     points = [
-        CostPoint(name, named.get(name) or run.colour(name.removeprefix(EXPERT)),
+        CostPoint(name, _model_colour(run, name),
                   # All others start from the seed model: what is compared is what came after it.
                   0.0 if name == "seed" else model["flops"], model["mean_bits_per_byte"], model["active_params"])
         for name, model in run.results.get("models", {}).items()
         if all(is_number(model.get(key)) for key in ("flops", "mean_bits_per_byte", "active_params"))
     ]
     return cost_chart(points) if len(points) > 1 else ""
+
+
+def domains_figure(run: Run) -> str:
+    """Bars of what each model saves against the seed model, per domain; empty before two models are evaluated."""
+    models = run.results.get("models", {})
+    seed = models.get("seed", {}).get("domains", {})
+    bars = [
+        Bars(name, _model_colour(run, name), *zip(*(_saved(model, seed, domain) for domain in seed), strict=True))
+        for name, model in models.items() if name != "seed" and seed
+    ]  # fmt: skip
+    return bars_chart("domains", list(seed), bars) if bars else ""
+
+
+def models_figures(run: Run) -> dict[str, str]:
+    """SVG of the figures that compare models, `cost` and `domains`; none before two models are evaluated."""
+    figures = {"cost": cost_figure(run), "domains": domains_figure(run)}
+    return {name: svg for name, svg in figures.items() if svg}
+
+
+def _model_colour(run: Run, name: str) -> str:
+    named = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
+    return named.get(name) or run.colour(name.removeprefix(EXPERT))
+
+
+def _saved(model: Mapping[str, Any], seed: Mapping[str, Any], domain: str) -> tuple[float | None, float]:
+    """Percent of the seed model's bits per byte a model saves in a domain, and its standard error over documents."""
+    found = model.get("domains", {}).get(domain, {})
+    bits, before, error = found.get("bits_per_byte"), seed[domain].get("bits_per_byte"), found.get("stderr")
+    if not is_number(bits) or not is_number(before) or not before:
+        return None, 0.0
+    return 100 * (1 - bits / before), 100 * error / before if is_number(error) else 0.0
 
 
 def stage_costs(run: Run) -> dict[str, Any]:
@@ -282,8 +332,8 @@ def facts(run: Run) -> dict[str, str]:
 
 # --- page -----------------------------------------------------------------------------------------------------------
 
-def render(run: Run) -> str:
-    """The page's HTML. Pure: the same run folder gives the same page."""
+def render(run: Run, figures: Mapping[str, str]) -> str:
+    """The page's HTML, with `models_figures`. Pure: the same run folder gives the same page."""
     model = run.folder / "finetune" / "model"
     table = results_table(run.results)
     return _environment().get_template("report.html.j2").render(
@@ -296,7 +346,8 @@ def render(run: Run) -> str:
         table=table,
         gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
         costs=stage_costs(run),
-        cost_figure=cost_figure(run),
+        cost_figure=figures.get("cost", ""),
+        domains_figure=figures.get("domains", ""),
         losses=loss_charts(run),
         routing=routing_view(run),
         tokens=token_view(run.tokens, run.general) if run.tokens else None,

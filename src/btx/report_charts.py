@@ -10,7 +10,9 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from html import escape
+from importlib import resources
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +23,8 @@ COLOURS = 8
 
 # Size in inches. One column of the page on a desktop, the whole width of a phone: text stays readable in both.
 CHART_SIZE = (4.7, 2.9)
+WIDE = 9.4  # two columns
+LABEL_GAP = 0.2  # inches between two names in a column
 FONT_SIZE = 9.0  # points, in the chart's own size
 TREND_POINTS = 48
 DETAIL_POINTS = 300
@@ -50,6 +54,18 @@ class CostPoint:
     flops: float
     bits_per_byte: float
     active_params: float
+    error: float = 0.0
+    """Standard error of the bits per byte; 0 draws none."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One model in the bar chart: a value and its standard error per column; None leaves the bar out."""
+
+    label: str
+    colour: str
+    values: Sequence[float | None]
+    errors: Sequence[float]
 
 
 def curves_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str) -> str:
@@ -67,20 +83,77 @@ def curves_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str)
     return _svg(figure, name)
 
 
-def cost_chart(points: Sequence[CostPoint]) -> str:
+def cost_chart(points: Sequence[CostPoint], *, name: str = "cost", wide: bool = False) -> str:
     """Mean bits per byte against training FLOPs, circle area = active parameters (paper, figure 2)."""
-    figure, axes = _figure(height=3.6, right=0.93 - 0.0165 * max(len(point.label) for point in points))
+    width = WIDE if wide else CHART_SIZE[0]
+    longest = max(len(point.label) for point in points)
+    figure, axes = _figure(max(3.6, LABEL_GAP * len(points) + 0.7), 1 - (0.33 + 0.0776 * longest) / width, width)
     largest = max(point.active_params for point in points) or 1.0
     for point in points:
+        colour = _PLACEHOLDER[point.colour]
         axes.scatter([point.flops], [point.bits_per_byte], s=230 * point.active_params / largest,
-                     color=_PLACEHOLDER[point.colour], alpha=0.75, linewidths=0)
+                     color=colour, alpha=0.75, linewidths=0)
+        if point.error:
+            axes.errorbar([point.flops], [point.bits_per_byte], yerr=[point.error], color=colour, elinewidth=1.0,
+                          capsize=2.0, fmt="none")
     axes.margins(x=0.12, y=0.14)
     axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.2g}".replace("e+", "e"))
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("training FLOPs after the seed model")
     axes.set_ylabel("mean bits per byte (lower is better)")
     _label_column(axes, points)
-    return _svg(figure, "cost")
+    return _svg(figure, name)
+
+
+def bars_chart(name: str, columns: Sequence[str], bars: Sequence[Bars], unit: str = "%") -> str:
+    """Horizontal bars from zero with error bars: a panel per column, a line per model (paper, figure 2)."""
+    from matplotlib.figure import Figure
+
+    height = LABEL_GAP * len(bars) + 0.75
+    figure = Figure(figsize=(WIDE, height))
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    left = 0.15 + 0.0776 * max(len(bar.label) for bar in bars)
+    figure.subplots_adjust(left=left / WIDE, right=0.99, bottom=0.35 / height, top=1 - 0.3 / height, wspace=0.12)
+    for number, (axes, column) in enumerate(zip(panels, columns, strict=True)):
+        _style(figure, axes, grid="x")
+        axes.spines["left"].set_visible(False)
+        axes.axvline(0.0, color=_PLACEHOLDER["quiet"], linewidth=0.8)
+        axes.set_title(column, fontsize=FONT_SIZE, color=_PLACEHOLDER["ink"], parse_math=False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} {unit}".replace("-", "−"))
+        axes.locator_params(axis="x", nbins=3)
+        for line, bar in enumerate(bars):
+            value = bar.values[number]
+            if value is None:
+                continue
+            axes.barh([line], [value], height=0.7, color=_PLACEHOLDER[bar.colour], alpha=0.8)
+            if bar.errors[number]:
+                axes.errorbar([value], [line], xerr=[bar.errors[number]], color=_PLACEHOLDER["ink"], elinewidth=0.9,
+                              capsize=1.8, fmt="none")
+    panels[0].set_yticks(range(len(bars)), [bar.label for bar in bars], parse_math=False)
+    panels[0].set_ylim(len(bars) - 0.4, -0.6)  # the first model on top
+    return _svg(figure, name)
+
+
+def stacked_svg(charts: Sequence[tuple[str, str]]) -> str:
+    """Charts below each other, each under its title, as the text of an .svg file that stands alone."""
+    parts, y, width = [], 0.0, 0.0
+    for title, svg in charts:
+        _, _, chart_width, chart_height = map(float, re.search(r'viewBox="([^"]+)"', svg)[1].split())  # type: ignore[index]
+        parts.append(f'<text x="8" y="{y + 20:g}" font-size="13" fill="currentColor">{escape(title)}</text>')
+        parts.append(svg.replace("<svg ", f'<svg y="{y + 28:g}" width="{chart_width:g}" height="{chart_height:g}" ', 1))
+        y, width = y + 36 + chart_height, max(width, chart_width)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width:g} '
+        f'{y:g}" width="{width:g}" height="{y:g}">\n<style>{_page_colours()} svg {{ color: var(--ink); font-family: '
+        f'system-ui, sans-serif; }}</style>\n<rect width="100%" height="100%" fill="var(--card)"/>\n'
+        + "\n".join(parts) + "\n</svg>\n"
+    )  # fmt: skip
+
+
+def _page_colours() -> str:
+    """The page's colours, for light and dark: what its style sheet says before anything else."""
+    style = (resources.files("btx") / "templates" / "report.css").read_text("utf-8")
+    return re.sub(r"\s+", " ", style[: style.index("* {")])
 
 
 def bucket_means(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
@@ -105,7 +178,8 @@ def _label_column(axes: Axes, points: Sequence[CostPoint]) -> None:
     """Name every circle in a column at the right with a thin line to it: names never overlap."""
     low, high = axes.get_ylim()
     ordered = sorted(points, key=lambda point: point.bits_per_byte)
-    heights = spread([(point.bits_per_byte - low) / (high - low) for point in ordered], gap=0.075)
+    inches = axes.get_figure().get_figheight() * axes.get_position().height  # type: ignore[union-attr]
+    heights = spread([(point.bits_per_byte - low) / (high - low) for point in ordered], gap=LABEL_GAP / inches)
     for point, height in zip(ordered, heights, strict=True):
         axes.annotate(point.label, xy=(point.flops, point.bits_per_byte), xytext=(1.03, height),
                       textcoords="axes fraction", va="center", ha="left", fontsize=FONT_SIZE, color=_PLACEHOLDER["ink"],
@@ -125,27 +199,35 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def _figure(height: float = CHART_SIZE[1], right: float = 0.98) -> tuple[Figure, Axes]:
+def _figure(
+    height: float = CHART_SIZE[1], right: float = 0.98, width: float = CHART_SIZE[0]
+) -> tuple[Figure, Axes]:
     """An empty chart without pyplot: nothing global is touched. `right` is where the axes end, as a share."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    ink, grid = _PLACEHOLDER["ink"], _PLACEHOLDER["grid"]
-    figure = Figure(figsize=(CHART_SIZE[0], height))
-    figure.subplots_adjust(left=0.14, right=right, bottom=0.16 * CHART_SIZE[1] / height, top=0.97)
+    figure = Figure(figsize=(width, height))
+    left = 0.14 * CHART_SIZE[0] / width
+    figure.subplots_adjust(left=left, right=right, bottom=0.16 * CHART_SIZE[1] / height, top=0.97)
     axes = figure.add_subplot()
+    _style(figure, axes, grid="y")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.locator_params(axis="x", nbins=6)
+    return figure, axes
+
+
+def _style(figure: Figure, axes: Axes, grid: Literal["x", "y"]) -> None:
+    """The page's look: no box, thin lines across the values' axis, its colours and text size."""
+    ink, rule = _PLACEHOLDER["ink"], _PLACEHOLDER["grid"]
     axes.patch.set_alpha(0.0)
     figure.patch.set_alpha(0.0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(grid)
+    axes.spines[["left", "bottom"]].set_color(rule)
     axes.tick_params(colors=ink, length=0, labelsize=FONT_SIZE)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=ink, fontsize=FONT_SIZE)
-    axes.grid(True, axis="y", color=grid, linewidth=0.6)
+    axes.grid(True, axis=grid, color=rule, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.locator_params(axis="x", nbins=6)
-    return figure, axes
 
 
 def _svg(figure: Figure, name: str) -> str:

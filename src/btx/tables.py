@@ -65,6 +65,37 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def sweep_overview(overview: dict[str, Any]) -> list[Any]:
+    """`btx sweep --dry-run`: what every run takes over and makes, and what sharing saves."""
+    table = Table(title=f"runs of {overview['name']}, in {overview['folder']}")
+    for column in ("variant", "rng seed", "done", "shared", "to make", "FLOPs"):
+        table.add_column(column, justify="right" if column in ("rng seed", "FLOPs") else "left")
+    for row in overview["runs"]:
+        table.add_row(row["variant"], str(row["rng_seed"]), *_by_state(row["stages"]), f"{row['flops']:.2e}")
+    saved = f"{overview['flops']:.2e} training FLOPs to make; {overview['flops_without_sharing']:.2e} without sharing"
+    return [table, saved]
+
+
+def sweep_status_table(rows: list[dict[str, Any]]) -> Table:
+    """`btx status` of a sweep's folder: one line a run."""
+    table = Table()
+    for column in ("variant", "rng seed", "done", "under way", "to make"):
+        table.add_column(column, justify="right" if column == "rng seed" else "left")
+    for row in rows:
+        done, _, left = _by_state(row["stages"] or {"everything": "absent"})
+        begun = ", ".join(name for name, state in row["stages"].items() if state in ("begun", "stale"))
+        table.add_row(row["variant"], str(row["rng_seed"]), done, begun, left)
+    return table
+
+
+def _by_state(stages: Mapping[str, str]) -> list[str]:
+    """Names of the stages that are done, shared, and neither."""
+    done = [name for name, state in stages.items() if state == "done"]
+    shared = [name for name, state in stages.items() if state == "shared"]
+    left = [name for name in stages if name not in done and name not in shared]
+    return ["all" if len(names) == len(stages) else ", ".join(names) for names in (done, shared, left)]
+
+
 def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
     """Names with a line each."""
     table = Table(title=title, show_header=False, title_justify="left")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,12 +16,12 @@ from btx.balancing import Balancing
 from btx.branch import branch, set_trainable, trainable_parameters
 from btx.btx_folder import change_router
 from btx.cost import model_cost
-from btx.errors import UserError
+from btx.errors import CheckpointError, UserError
 from btx.folders import atomic_folder
 from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.mixture import Interleaved, Mixture, domain_mixture, resolve, seed_mixture
-from btx.models import checkpoint_activations, load_model, load_tokenizer, new_model, save_model
+from btx.models import checkpoint_activations, load_model, load_tokenizer, new_model, read_config, save_model
 from btx.moe import experts_run_in_training, moe_blocks, set_router
 from btx.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.recipe import Finetune, Recipe, Training
@@ -43,6 +43,7 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
     folder = run.begin(stage)
     if seed.path is not None:
         link_seed_model(seed.path, seed.revision, folder / "model")
+        check_planned(seed.plan_config, read_config(folder / "model"))
         run.finish(stage, tokens=0, flops=0.0, wall_s=0.0)
         return
     assert seed.config is not None  # the schema guarantees both
@@ -70,12 +71,25 @@ def link_seed_model(path: str, revision: str | None, target: Path) -> None:
     target.symlink_to(source.resolve(), target_is_directory=True)
 
 
+def check_planned(planned: Mapping[str, Any] | None, found: Mapping[str, Any]) -> None:
+    """Refuse a seed model that is not what `seed_model.plan_config` says: the plan was made for another model.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
+    differing = [f"{key}: {value} planned, {found[key]} found" for key, value in (planned or {}).items()
+                 if key in found and found[key] != value]  # fmt: skip
+    if differing:
+        raise CheckpointError(f"seed_model.plan_config is not the model at seed_model.path: {'; '.join(differing)}")
+
+
 def train_branch(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """One expert model: the seed model's copy, trained further on its domain with some general text."""
     run.begin(stage)
     domain = stage.name.removeprefix("train/")
     mixture = domain_mixture(run.recipe, domain)
-    train_stage(run, stage, branch(run), run.recipe.train, [mixture], interrupts, log, like=run.model("seed"))
+    settings = run.recipe.branch_training(domain)
+    train_stage(run, stage, branch(run), settings, [mixture], interrupts, log, like=run.model("seed"))
 
 
 def train_moe(

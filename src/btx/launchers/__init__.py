@@ -3,8 +3,8 @@
 A launcher starts `btx work RUN STAGE...` somewhere; the run folder's files say how it went.
 """
 
-from btx.launchers.local import LocalJob, start_local
+from btx.launchers.local import LocalJob, start_local, start_run
 
 LAUNCHERS = {"local": "processes of this machine"}
 
-__all__ = ["LAUNCHERS", "LocalJob", "start_local"]
+__all__ = ["LAUNCHERS", "LocalJob", "start_local", "start_run"]

@@ -35,9 +35,9 @@ LAYERS = {
         "tokenizer training training_state vocabularies"
     ),
     "plain": (
-        "btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "
-        "model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides recipe_problems "
-        "recipes router_kinds rundir sizes sources status yaml_positions"
+        "btx_folder code_execution code_jail document_files domains errors families folders graph interrupts "
+        "merge_kinds model_card model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides "
+        "recipe_problems recipes router_kinds rundir sizes sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

@@ -28,6 +28,7 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze chat drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
+        "harness harness_model "
         "balancing beside_weights branch checkpoints cost direct_file dispatch drift expert_parts expert_text "
         "extend_checks held_out kv_cache lazy_tensors losses merge merge_methods mix_checks mix_inputs mix_report "
         "mixture models moe moe_folder moe_layout output_types report_charts report_results report_tokens "
@@ -35,7 +36,8 @@ LAYERS = {
         "tokenizer training training_state vocabularies"
     ),
     "plain": (
-        "btx_folder code_execution code_jail document_files domains errors families folders graph interrupts "
+        "code_execution code_jail harness_checks harness_files "
+        "btx_folder document_files domains errors families folders graph interrupts "
         "merge_kinds model_card model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides "
         "recipe_problems recipes router_kinds rundir sizes sources status yaml_positions"
     ),

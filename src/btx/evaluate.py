@@ -22,8 +22,11 @@ from torch.nn import functional as F
 from btx.cost import model_cost
 from btx.domains import Question
 from btx.folders import read_json, value_hash, write_json
+from btx.harness import Harness
+from btx.harness_files import requests_of
 from btx.held_out import Packed, device_and_type, held_out_documents, load_to_measure, pack
 from btx.models import load_tokenizer
+from btx.report_results import score_text
 from btx.tasks import exact_match, read_questions
 
 if TYPE_CHECKING:
@@ -134,6 +137,7 @@ class _Measures:
 
     packed: dict[str, Packed]
     questions: dict[str, list[Question]]
+    harness: Harness
 
     def key(self, entry: ModelEntry, recipe: Recipe) -> str:
         """Hash of everything that decides a model's numbers."""
@@ -144,6 +148,7 @@ class _Measures:
             "domains": {name: packed.fingerprint() for name, packed in self.packed.items()},
             "tasks": {name: recipe.evaluate.tasks[name].model_dump(mode="json") for name in self.questions},
             "questions": {name: [asdict(question) for question in asked] for name, asked in self.questions.items()},
+            **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
 
 
@@ -165,6 +170,7 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
     Raises:
         DataError: held-out data or questions are missing or broken.
         CheckpointError: a model cannot be loaded.
+        UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     root = Path(recipe.data.root or ".")
     measures = _Measures(
@@ -177,7 +183,10 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
             name: read_questions(task, rng_seed=recipe.rng_seed, root=root)
             for name, task in recipe.evaluate.tasks.items()
         },
+        harness=Harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution),
     )  # fmt: skip
+    if measures.harness.note:
+        log(measures.harness.note)
     folder = run_folder / "evaluate"
     results: dict[str, Any] = {"models": {}}
     for name, entry in models.items():
@@ -204,6 +213,7 @@ def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str
         name: exact_match(model, tokenizer, questions, recipe.evaluate.tasks[name]).as_json()
         for name, questions in measures.questions.items()
     }
+    tasks |= {name: score.as_json() for name, score in measures.harness.measure(model, tokenizer).items()}
     return {
         "domains": {
             name: {"bits_per_byte": found.bits_per_byte, "stderr": found.stderr, "tokens": found.tokens,
@@ -223,5 +233,5 @@ def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str
 def _summary(name: str, measured: Mapping[str, Any]) -> str:
     """One line for the user."""
     parts = [f"{domain} {found['bits_per_byte']:.3f}" for domain, found in measured["domains"].items()]
-    parts += [f"{task} {100 * found['exact_match']:.1f} %" for task, found in measured["tasks"].items()]
+    parts += [f"{task} {score_text(found)}" for task, found in measured["tasks"].items()]
     return f"{name}: mean {measured['mean_bits_per_byte']:.3f} bits per byte; {', '.join(parts)}"

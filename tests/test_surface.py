@@ -23,7 +23,7 @@ SOURCE = Path(btx.__file__).parent
 # A module imports from its own layer and from those its layer lists in MAY_IMPORT, never upwards.
 # A new module: add its name to the layer that fits. Without torch and without anything that needs it: plain.
 LAYERS = {
-    "cli": "__main__ cli cli_mix tables",
+    "cli": "__main__ cli cli_evaluate cli_mix tables",
     "pipeline": "catalogue jobs models_of_run pipeline progress",
     "launchers": "launchers",
     "stages": "analyze chat drop evaluate extend finetune mix plan prepare report train",

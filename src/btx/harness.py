@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from btx.code_execution import check_code_execution, fences_text, run_programs
 from btx.errors import UserError
 from btx.folders import value_hash
-from btx.harness_checks import check_harness, config_file, shots_of
+from btx.harness_checks import check_harness, config_file, shots_of, task_manager
 from btx.harness_files import LocalTask, TaskDocuments, TaskRequest
 
 if TYPE_CHECKING:
@@ -141,7 +141,6 @@ def _quiet() -> Iterator[None]:
 def _build(request: TaskRequest, documents: TaskDocuments | None) -> dict[str, Any]:
     """lm-eval's task objects by name: one, or those of a group or tag."""
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if documents is not None:
@@ -152,7 +151,7 @@ def _build(request: TaskRequest, documents: TaskDocuments | None) -> dict[str, A
             config = _installed_config(load_yaml(config_file(request.name)), documents, shots)
         return {request.label: ConfigurableTask(config=config | {"task": request.label})}
     try:
-        tasks: dict[str, Any] = TaskManager().load([request.name])["tasks"]
+        tasks: dict[str, Any] = task_manager().load([request.name])["tasks"]
     except Exception as error:  # datasets and the hub raise errors of many types
         raise UserError(f"{request.label}: lm-eval cannot load {request.name!r} from the hub: {error}. Without a "
                         f"network give the task a `file`") from error  # fmt: skip

@@ -31,8 +31,8 @@ def check_harness(requests: Sequence[TaskRequest], *, allow_code_execution: bool
         return {}
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise UserError(f"evaluate.harness: {', '.join(request.label for request in requests)} need lm-eval, and "
-                        f"{', '.join(missing)} is not installed: {INSTALL}")  # fmt: skip
+        raise UserError(f"tasks of lm-evaluation-harness ({', '.join(request.label for request in requests)}) need "
+                        f"packages that are not installed ({', '.join(missing)}): {INSTALL}")  # fmt: skip
     if any(request.task and request.task.program for request in requests):
         if not allow_code_execution:
             raise UserError("these tasks run programs that the models write; read docs/evaluation-tasks.md, then allow "
@@ -56,14 +56,19 @@ def shots_of(request: TaskRequest) -> int:
 
 
 @cache
-def installed_tasks() -> dict[str, Any]:
-    """Every task, group and tag that the installed lm-eval knows, by name. Takes some seconds: 15000 files are read."""
+def task_manager() -> Any:
+    """lm-eval's list of its tasks. Takes some seconds the first time: 15000 files are read."""
     import logging
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    return dict(TaskManager().task_index)
+    return TaskManager()
+
+
+def installed_tasks() -> dict[str, Any]:
+    """Every task, group and tag that the installed lm-eval knows, by name."""
+    return dict(task_manager().task_index)
 
 
 def installed_task(name: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class HarnessModel(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.truncated = 0
-        """Questions so far that did not fit and lost their beginning."""
+        """Prompts so far that did not fit and lost their beginning; the choices of a question share one."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As lm-eval, without a progress bar."""
@@ -35,7 +35,9 @@ class HarnessModel(HFLM):
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         lengths = [len(context) + len(continuation) for _, context, continuation in requests]
-        self.truncated += sum(length > self.max_length + 1 for length in lengths)
+        cut = {texts[0] for (texts, *_), length in zip(requests, lengths, strict=True)
+               if texts and length > self.max_length + 1}  # fmt: skip
+        self.truncated += len(cut)
         longest = min(max(lengths, default=1), self.max_length)
         rows = LOGITS_AT_ONCE // (longest * self.model.config.vocab_size)
         self.batch_size_per_gpu = max(1, min(rows, MOST_ROWS))

@@ -1,0 +1,81 @@
+"""`btx evaluate --task`: one task of lm-evaluation-harness, on any model folder or on every model of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from btx.errors import UserError
+from btx.harness_files import TaskRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def evaluate_task(
+    where: Path, request: TaskRequest, *, allow_code_execution: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure a model, or all finished models of a run, on one task; nothing is written.
+
+    Args:
+        where: run folder, model folder or hub name.
+        request: the task.
+        allow_code_execution: whether programs that the models write may run.
+        log: called with a line for every model.
+
+    Returns:
+        {"models": {NAME: {"tasks": {TASK: entry}}}}, as in results.json.
+
+    Raises:
+        UserError: no such task, model or file; what is wrong with each.
+    """
+    from btx.harness import Harness
+    from btx.models import load_tokenizer
+    from btx.report_results import score_text
+
+    harness = Harness([request], allow_code_execution=allow_code_execution)
+    if harness.note:
+        log(harness.note)
+    results: dict[str, Any] = {"models": {}}
+    for name, path, load in _models(where):
+        score = harness.measure(load(), load_tokenizer(path))[request.label]
+        entry = results["models"].setdefault(name, {"tasks": {}})["tasks"][request.label] = score.as_json()
+        error = f" ± {100 * score.stderr:.1f}" if score.stderr is not None else ""
+        cut = f"; {score.truncated} prompts did not fit and lost their beginning" if score.truncated else ""
+        log(f"{name}: {request.label} {score.metric} {score_text(entry)}{error} ({score.n} documents, {score.shots} "
+            f"shots{cut})")  # fmt: skip
+    return results
+
+
+def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel]]]:
+    """Name, path and loader of each model."""
+    if not (where / "recipe.yaml").is_file():
+        path: str | Path = where if where.exists() else str(where)
+        yield where.name, path, lambda: _load(path)
+        return
+    from btx.held_out import load_to_measure
+    from btx.models_of_run import models_of_run
+    from btx.rundir import RunFolder
+
+    run = RunFolder.open(where)
+    finished = {name: entry.path for name, entry in models_of_run(run).items() if (entry.path / "config.json").exists()}
+    if not finished:
+        raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
+    for name, folder in finished.items():
+        yield name, folder, lambda folder=folder: load_to_measure(folder, run.recipe)  # type: ignore[misc]
+
+
+def _load(path: str | Path) -> PreTrainedModel:
+    """A model on the GPU in its own type, where there is one; else on the CPU in float32."""
+    import torch
+
+    from btx.models import load_model, read_config
+
+    if not torch.cuda.is_available():
+        return load_model(path)
+    config = read_config(path)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
+    model = load_model(path, dtype=dtype)
+    cast(torch.nn.Module, model).to("cuda")
+    return model

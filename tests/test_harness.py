@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from btx import cli, harness, harness_checks
+from btx.btm import load_model_or_btm
 from btx.btx_folder import write_router
 from btx.errors import UserError
 from btx.evaluate import ModelEntry, evaluate_models
@@ -24,6 +25,7 @@ from btx.recipe_loading import parse_recipe
 from btx.router_kinds import RoutingSettings
 from tests.harness_data import PAPER_SHOTS, SCORED, gold_answer, gold_index, lines, write_task_files
 from tests.pico_models import RECIPE, llama, mixtral, prepared_run
+from tests.test_btm import folder_of
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
@@ -140,11 +142,16 @@ def test_prompts_are_those_of_lm_eval_with_shots_of_the_own_subject(files, dense
     assert mbpp.count("[DONE]") == 1
 
 
-def test_folders_that_only_btx_reads_are_scored_with_their_own_router(files, tmp_path: Path) -> None:
-    plain = mixtral(tmp_path / "plain", top_k=1)
-    switch = shutil.copytree(plain, tmp_path / "switch")
-    assert write_router(switch, RoutingSettings("switch"))
-    model, tokenizer = load_model(switch), load_tokenizer(switch)
+@pytest.mark.parametrize("kind", ["switch", "btm"])
+def test_models_that_only_btx_reads_are_scored_by_their_own_probabilities(kind: str, files, tmp_path: Path) -> None:
+    if kind == "btm":
+        folder = folder_of(tmp_path)
+    else:
+        plain = mixtral(tmp_path / "plain", top_k=1)
+        folder = Path(shutil.copytree(plain, tmp_path / "switch"))
+        assert write_router(folder, RoutingSettings("switch"))
+    model: Any = load_model_or_btm(folder)
+    tokenizer = load_tokenizer(folder)
     found = all_tasks({"arc_easy": files["arc_easy"]}).measure(model, tokenizer)["arc_easy"]
 
     def log_likelihood(prompt: str, answer: str) -> float:
@@ -159,6 +166,9 @@ def test_folders_that_only_btx_reads_are_scored_with_their_own_router(files, tmp
         scores = [log_likelihood(f"{line['query']}\nAnswer:", f" {choice}") for choice in line["choices"]]
         expected.append(float(scores.index(max(scores)) == line["gold"]))
     assert found.correct == expected
+    if kind == "btm":
+        written = all_tasks({"triviaqa": files["triviaqa"]}, shots=0).measure(model, tokenizer)["triviaqa"]
+        assert written.n == 9
 
 
 def test_every_model_of_a_run_gets_its_scores_and_a_changed_file_is_measured_anew(tmp_path: Path) -> None:
@@ -175,6 +185,8 @@ def test_every_model_of_a_run_gets_its_scores_and_a_changed_file_is_measured_ane
         assert model["tasks"].keys() == {"knowledge", "arc_easy"}
         assert {"acc", "stderr", "shots", "n"} <= model["tasks"]["arc_easy"].keys()
     assert "arc_easy" in lines_seen[0]
+    right = json.loads((run / "evaluate" / "documents.json").read_text())["models"]["btx"]["tasks"]["arc_easy"]
+    assert sum(right) / len(right) == results["models"]["btx"]["tasks"]["arc_easy"]["acc"]
     assert evaluate_models(run, settings, models, log=lines_seen.append) == results
     assert lines_seen[-1] == "btx: measured before, kept"
     shorter = gzip.decompress(paths["arc_easy"].read_bytes()).split(b"\n")[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,8 @@ from btx.harness_files import TaskRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from btx.model_outputs import SideBySide
 
 
 def evaluate_task(
@@ -48,31 +51,38 @@ def evaluate_task(
     return results
 
 
-def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel]]]:
+def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel | SideBySide]]]:
     """Name, path and loader of each model."""
     if not (where / "recipe.yaml").is_file():
         path: str | Path = where if where.exists() else str(where)
-        yield where.name, path, lambda: _load(path)
+        yield where.name, path, partial(_load, path)
         return
-    from btx.held_out import load_to_measure
+    from btx.btm import FILE, load_model_or_btm
+    from btx.held_out import device_and_type
     from btx.models_of_run import models_of_run
     from btx.rundir import RunFolder
 
     run = RunFolder.open(where)
-    finished = {name: entry.path for name, entry in models_of_run(run).items() if (entry.path / "config.json").exists()}
+    device, dtype = device_and_type(run.recipe)
+    finished = {name: entry.path for name, entry in models_of_run(run).items()
+                if any((entry.path / file).exists() for file in ("config.json", FILE))}  # fmt: skip
     if not finished:
         raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
     for name, folder in finished.items():
-        yield name, folder, lambda folder=folder: load_to_measure(folder, run.recipe)  # type: ignore[misc]
+        yield name, folder, partial(load_model_or_btm, folder, dtype=dtype, device=device)
 
 
-def _load(path: str | Path) -> PreTrainedModel:
+def _load(path: str | Path) -> PreTrainedModel | SideBySide:
     """A model on the GPU in its own type, where there is one; else on the CPU in float32."""
     import torch
 
+    from btx.btm import FILE, load_model_or_btm
     from btx.models import load_model, read_config
 
-    if not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if isinstance(path, Path) and (path / FILE).is_file():
+        return load_model_or_btm(path, device="cuda" if gpu else "cpu")
+    if not gpu:
         return load_model(path)
     config = read_config(path)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))

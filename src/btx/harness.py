@@ -25,6 +25,8 @@ from btx.harness_files import LocalTask, TaskDocuments, TaskRequest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from btx.model_outputs import SideBySide
+
 MEASURE_VERSION = 1
 """Goes into the key of kept results; raised whenever a number would come out differently."""
 SHOTS_RNG_SEED = 1234
@@ -97,12 +99,13 @@ class Harness:
         return None
 
     def measure(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, log: Callable[[str], None] | None = None
+        self, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, *,
+        log: Callable[[str], None] | None = None,
     ) -> dict[str, TaskScore]:
         """Measure a model on every task; label → score.
 
         Args:
-            model: causal language model, loaded by `btx.models.load_model`, on any device.
+            model: causal language model, loaded by `btx.btm.load_model_or_btm`, on any device.
             tokenizer: its tokenizer.
             log: called after each task with a line for the user.
 

@@ -9,6 +9,8 @@ from lm_eval.models.huggingface import HFLM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from btx.model_outputs import SideBySide
+
 LOGITS_AT_ONCE = 2**27
 """Logits of one forward pass: 512 MiB in float32, which lm-eval holds twice."""
 TOKENS_AT_ONCE = 32_768
@@ -17,12 +19,12 @@ MOST_ROWS = 64
 
 
 class HarnessModel(HFLM):
-    """lm-eval's adapter around a model object: dense, MoE, or of a folder that only btx reads.
+    """lm-eval's adapter around a model object: dense, MoE, of a folder that only btx reads, or several side by side.
 
     Texts are encoded as lm-eval does it, with the special tokens the tokenizer adds by itself.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.truncated = 0
         """Prompts so far that did not fit and lost their beginning; the choices of a question share one."""

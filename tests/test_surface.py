@@ -23,23 +23,23 @@ SOURCE = Path(btx.__file__).parent
 # A module imports from its own layer and from those its layer lists in MAY_IMPORT, never upwards.
 # A new module: add its name to the layer that fits. Without torch and without anything that needs it: plain.
 LAYERS = {
-    "cli": "__main__ cli cli_mix cli_sweep tables terminal",
+    "cli": "__main__ cli cli_evaluate cli_mix cli_sweep tables terminal",
     "pipeline": "catalogue jobs models_of_run pipeline progress sharing sweep sweep_variants",
     "launchers": "launchers",
     "stages": "analyze baselines chat compare drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
         "balancing beside_weights branch btm btm_calls checkpoints cost direct_file dispatch drift expert_parts "
-        "expert_text extend_checks held_out kv_cache lazy_tensors losses matching merge merge_methods mix_checks "
-        "mix_inputs mix_report mixed_set mixture model_outputs models moe moe_folder moe_layout output_types "
-        "peak_memory report_charts report_results report_tokens router_fit router_init routers routing_metrics "
-        "schedule seed_config shard_writer sweep_figure sweep_table tasks text_similarity token_files token_texts "
-        "tokenizer training training_state vocabularies"
+        "expert_text extend_checks harness harness_model held_out kv_cache lazy_tensors losses matching merge "
+        "merge_methods mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe moe_folder "
+        "moe_layout output_types peak_memory report_charts report_results report_tokens router_fit router_init "
+        "routers routing_metrics schedule seed_config shard_writer sweep_figure sweep_table tasks text_similarity "
+        "token_files token_texts tokenizer training training_state vocabularies"
     ),
     "plain": (
-        "aggregate baseline_kinds baseline_settings btx_folder document_files domains errors families folders "
-        "graph interrupts merge_kinds model_card model_folder preflight provenance recipe recipe_docs recipe_extends "
-        "recipe_loading recipe_overrides recipe_problems recipes router_kinds rundir sizes sources status "
-        "yaml_positions"
+        "aggregate baseline_kinds baseline_settings btx_folder code_execution code_jail document_files domains "
+        "errors families folders graph harness_checks harness_files interrupts merge_kinds model_card model_folder "
+        "preflight provenance recipe recipe_docs recipe_extends recipe_loading recipe_overrides recipe_problems "
+        "recipes router_kinds rundir sizes sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

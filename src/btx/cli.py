@@ -171,8 +171,33 @@ def baselines(
 
 
 @app.command()
-def evaluate(run_folder: RunArgument, as_json: AsJson = False) -> None:
-    """Measure every model of a run on held-out text and tasks."""
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder; with --task also any model folder or hub name.")],
+    task: Annotated[str | None, typer.Option(
+        help="Measure one task of lm-evaluation-harness only, and write nothing: gsm8k, arc_easy, mmlu, ...")] = None,
+    file: Annotated[Path | None, typer.Option(help="Its JSONL file; without it lm-eval asks the hub.")] = None,
+    shots_file: Annotated[Path | None, typer.Option(help="JSONL file of shots; default: the start of FILE.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples shown; default: the paper's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents scored at most.")] = None,
+    allow_code_execution: Annotated[bool, typer.Option(
+        "--allow-code-execution", help="Let programs that the model writes run, fenced in: humaneval, mbpp.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure every model of a run on held-out text and tasks, or any model on one task."""
+    if task is not None:
+        from btx.cli_evaluate import evaluate_task
+        from btx.harness_files import TaskRequest
+
+        request = TaskRequest(task, task, file, shots_file, shots, limit)
+        found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
+                              log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+        if as_json:
+            _print_json(found)
+        return
+    if any((file, shots_file, shots is not None, limit, allow_code_execution)):
+        raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
+    if (run_folder / "config.json").is_file():
+        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE")
     _work(run_folder, ["evaluate"], quiet=as_json)
     if as_json:
         _print_json(json.loads((run_folder / "evaluate" / "results.json").read_text("utf-8")))

@@ -21,10 +21,13 @@ from torch import Tensor
 from btx.btm import load_model_or_btm
 from btx.domains import Question
 from btx.folders import read_json, value_hash, write_json
+from btx.harness import Harness
+from btx.harness_files import requests_of
 from btx.held_out import Packed, device_and_type, held_out_documents, pack
 from btx.mixed_set import mixed_documents
 from btx.model_outputs import SideBySide, cost_of, token_nll
 from btx.models import load_tokenizer
+from btx.report_results import score_text
 from btx.tasks import exact_match, read_questions
 
 if TYPE_CHECKING:
@@ -125,6 +128,7 @@ class _Measures:
     mixed: Packed | None
     """Documents that switch domain; None where the recipe wants none."""
     questions: dict[str, list[Question]]
+    harness: Harness
 
     def key(self, entry: ModelEntry, recipe: Recipe) -> str:
         """Hash of everything that decides a model's numbers."""
@@ -136,6 +140,7 @@ class _Measures:
             "mixed": self.mixed and self.mixed.fingerprint(),
             "tasks": {name: recipe.evaluate.tasks[name].model_dump(mode="json") for name in self.questions},
             "questions": {name: [asdict(question) for question in asked] for name, asked in self.questions.items()},
+            **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
 
     def document_bytes(self) -> dict[str, Any]:
@@ -166,8 +171,11 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
     Raises:
         DataError: held-out data or questions are missing or broken.
         CheckpointError: a model cannot be loaded.
+        UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     measures = _what_to_measure(run_folder, recipe, models)
+    if measures.harness.note:
+        log(measures.harness.note)
     folder = run_folder / "evaluate"
     results: dict[str, Any] = {"models": {}}
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
@@ -201,7 +209,8 @@ def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, Mode
     questions = {
         name: read_questions(task, rng_seed=recipe.rng_seed, root=root) for name, task in settings.tasks.items()
     }
-    return _Measures(packed, mixed, questions)
+    harness = Harness(requests_of(recipe), allow_code_execution=settings.harness.allow_code_execution)
+    return _Measures(packed, mixed, questions, harness)
 
 
 def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str, Any]:
@@ -216,10 +225,11 @@ def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str
         name: exact_match(model, tokenizer, questions, recipe.evaluate.tasks[name])
         for name, questions in measures.questions.items()
     }
+    scores = measures.harness.measure(model, tokenizer)
     measured = {
         "domains": {name: found.as_json() for name, found in domains.items()},
         **({"mixed": mixed.as_json()} if mixed else {}),
-        "tasks": {name: found.as_json() for name, found in tasks.items()},
+        "tasks": {name: found.as_json() for name, found in (tasks | scores).items()},
         "mean_bits_per_byte": sum(found.bits_per_byte for found in domains.values()) / len(domains),
         "active_params": cost.active_params,
         "total_params": cost.total_params,
@@ -231,7 +241,8 @@ def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str
     documents = {
         "domains": {name: found.document_bits for name, found in domains.items()},
         **({"mixed": mixed.document_bits} if mixed else {}),
-        "tasks": {name: [int(answer.correct) for answer in found.answers] for name, found in tasks.items()},
+        "tasks": {name: [int(answer.correct) for answer in found.answers] for name, found in tasks.items()}
+        | {name: score.correct for name, score in scores.items() if score.correct is not None},
     }
     return {"measured": measured, "documents": documents}
 
@@ -240,5 +251,5 @@ def _summary(name: str, measured: Mapping[str, Any]) -> str:
     """One line for the user."""
     parts = [f"{domain} {found['bits_per_byte']:.3f}" for domain, found in measured["domains"].items()]
     parts += [f"mixed {measured['mixed']['bits_per_byte']:.3f}"] if "mixed" in measured else []
-    parts += [f"{task} {100 * found['exact_match']:.1f} %" for task, found in measured["tasks"].items()]
+    parts += [f"{task} {score_text(found)}" for task, found in measured["tasks"].items()]
     return f"{name}: mean {measured['mean_bits_per_byte']:.3f} bits per byte; {', '.join(parts)}"

@@ -9,6 +9,8 @@ from typing import Any
 
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.families import FAMILIES, family_of
+from btx.harness_checks import check_harness
+from btx.harness_files import requests_of
 from btx.model_folder import check_model_folder
 from btx.recipe import Recipe
 
@@ -20,8 +22,10 @@ def preflight(recipe: Recipe) -> None:
         DataError: a domain's or task's file is missing.
         CheckpointError: the seed model's folder is no model, or of a family that cannot be mixed.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
+        UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     _check_files(recipe)
+    check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
     _check_seed_model(recipe)
     _check_run_folder(Path(recipe.run_folder))
 

@@ -393,6 +393,67 @@ class Mixed(Section):
         return {"documents": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class HarnessTask(Section):
+    """A task of lm-evaluation-harness. Short form: a string is its `file`."""
+
+    name: str | None = None
+    """Task: gsm8k, humaneval, mbpp, triviaqa, arc_easy, arc_challenge, piqa, winogrande or mmlu, or any task, group or
+    tag that the installed lm-eval knows; default: the name it has in the recipe."""
+    file: str | None = None
+    """JSONL file (.jsonl, .jsonl.gz) with its documents, relative to `data.root`; without it lm-eval loads them from
+    the Hugging Face hub."""
+    shots_file: str | None = None
+    """JSONL file that the shots are taken from; default: the start of `file`, which is then not scored."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples shown before each question; default: the paper's where it uses the task, else lm-eval's."""
+    limit: PositiveInt | None = None
+    """Documents scored at most, evenly spread over the file (from the hub: the first); default: all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else {} if value is None else value
+
+    @model_validator(mode="after")
+    def _shots_go_with_a_file(self) -> HarnessTask:
+        if self.shots_file is not None and self.file is None:
+            raise ValueError("shots_file goes with file: a task from the hub has its own shots")
+        return self
+
+
+CODE_TASKS = ("humaneval", "mbpp")
+
+
+class Harness(Section):
+    """Tasks of lm-evaluation-harness; needs `pip install "branchtrainmix[eval]"`."""
+
+    tasks: dict[Name, HarnessTask] = {}
+    """Name in the results → task. Short form: a list of names."""
+    allow_code_execution: bool = False
+    """Run programs that the models write (humaneval, mbpp), each in a fenced-in process; read
+    docs/evaluation-tasks.md first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_names(cls, value: Any) -> Any:
+        names = value.get("tasks") if isinstance(value, dict) else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return value | {"tasks": {name: {} for name in names}}
+        return value
+
+    @model_validator(mode="after")
+    def _code_is_run_only_if_allowed(self) -> Harness:
+        for label, task in self.tasks.items():
+            name = task.name or label
+            if name in CODE_TASKS and not self.allow_code_execution:
+                raise ValueError(f"evaluate.harness.tasks.{label}: {name} runs programs that the models write; read "
+                                 f"docs/evaluation-tasks.md, then set evaluate.harness.allow_code_execution: true")
+            if name in CODE_TASKS and task.file is None:
+                raise ValueError(f"evaluate.harness.tasks.{label}: {name} needs a file; lm-eval's own {name} would run "
+                                 f"programs without limits and load code from the hub")
+        return self
+
+
 class Evaluate(Section):
     """What is measured on which models."""
 
@@ -402,6 +463,14 @@ class Evaluate(Section):
     """Documents that switch domain in the middle."""
     tasks: dict[Name, Task] = {}
     """Task name → questions."""
+    harness: Harness = Harness()
+    """Tasks of lm-evaluation-harness, besides `tasks`."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Evaluate:
+        for name in self.tasks.keys() & self.harness.tasks.keys():
+            raise ValueError(f"evaluate.tasks and evaluate.harness.tasks both have {name!r}; results need two names")
+        return self
 
 
 class Analyze(Section):

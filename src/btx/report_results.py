@@ -1,6 +1,7 @@
 """The report's numbers: formatting, the results table, gains and the headline, from `evaluate/results.json`.
 
-Pure functions of the parsed JSON. Bits per byte: lower is better. Exact match: a share of 1, higher is better.
+Pure functions of the parsed JSON. Bits per byte: lower is better. A task's score (exact match, accuracy, pass@1): a
+share of 1, higher is better.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 EXPERT = "expert/"
+SHORT = {"exact_match": "EM"}
+LONG = {"exact_match": "exact match", "acc": "accuracy"}
 
 _DESCRIPTIONS = {
     "seed": "seed model, untouched",
@@ -74,11 +77,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TaskGain:
-    """Exact match of btx beside the seed model's."""
+    """Score of btx on a task beside the seed model's."""
 
     task: str
     seed: float
     btx: float
+    metric: str = "exact match"
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
     domains = _in_order(name for model in models.values() for name in model.get("domains", {}))
     tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
     best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
-    best_task = {t: _best((_exact_match(m, t) for m in models.values()), max) for t in tasks}
+    best_task = {t: _best((_score(m, t) for m in models.values()), max) for t in tasks}
     best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
     mixed = [model["mixed"] for model in models.values() if "mixed" in model]
     best_mixed = _best((found.get("bits_per_byte") for found in mixed), min)
@@ -181,15 +185,18 @@ def results_table(results: Mapping[str, Any]) -> Results:
 
 
 def report_table(results: Mapping[str, Any]) -> Table:
-    """The results as a table for the terminal: models × domains, mean bits per byte and exact match; best in bold."""
+    """The results as a table for the terminal: models × domains, mean bits per byte and task scores; best in bold."""
     from rich.table import Table
 
     view = results_table(results)
-    title = "bits per byte (lower is better)" + ("; EM: exact match" if view.tasks else "")
+    metrics = {task: _metric(model["tasks"][task]) for model in results.get("models", {}).values()
+               for task in model.get("tasks", {})}  # fmt: skip
+    title = "bits per byte (lower is better)" + ("; EM: exact match" if "exact_match" in metrics.values() else "")
     table = Table(title=title, title_style="bold")
     table.add_column("model", no_wrap=True)
+    tasks = (f"{task} {SHORT.get(metrics[task], metrics[task])}" for task in view.tasks)
     mixed = ["mixed"] if view.mixed else []
-    for column in (*view.domains, "mean", *mixed, *(f"{task} EM" for task in view.tasks)):
+    for column in (*view.domains, "mean", *mixed, *tasks):
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
         cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
@@ -206,8 +213,24 @@ def _bits(model: Mapping[str, Any], domain: str) -> Any:
     return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
 
 
-def _exact_match(model: Mapping[str, Any], task: str) -> Any:
-    return model.get("tasks", {}).get(task, {}).get("exact_match")
+def _metric(found: Mapping[str, Any]) -> str:
+    """Under which key of a task's entry its score stands."""
+    return str(found.get("metric", "exact_match"))
+
+
+def _score(model: Mapping[str, Any], task: str) -> Any:
+    found = model.get("tasks", {}).get(task, {})
+    return found.get(_metric(found))
+
+
+def score_text(found: Mapping[str, Any]) -> str:
+    """A task's score: percent where it is a share, else the number and what it is."""
+    value, metric = found.get(_metric(found)), _metric(found)
+    return percent_text(value) if _is_share(value) else f"{metric} {decimal_text(value)}"
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
 
 
 def _best(values: Iterable[Any], choose: Any) -> Any:
@@ -229,7 +252,9 @@ def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
 
 
 def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
-    value, error = _exact_match(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
+    value, error = _score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
+    if is_number(value) and not _is_share(value):  # a perplexity, say: nothing is known of what is better
+        return Cell(decimal_text(value), exact=str(value))
     return Cell(percent_text(value), f"± {100 * error:.1f}" if is_number(error) else "",
                 is_number(value) and value == best and value > 0, str(value))
 
@@ -254,11 +279,11 @@ def headline(results: Mapping[str, Any]) -> Headline | None:
     experts = [name for name in measured if name.startswith(EXPERT)]
     best_expert = sorted(experts, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
     others = [name for name in ("seed", "soup", "mix", *best_expert) if name in measured]
-    tasks = [TaskGain(task, _exact_match(models.get("seed", {}), task), _exact_match(btx, task))
-             for task in btx.get("tasks", {})]
+    tasks = [TaskGain(task, _score(models.get("seed", {}), task), _score(btx, task),
+                      LONG.get(_metric(found), _metric(found))) for task, found in btx.get("tasks", {}).items()]
     return Headline(btx["mean_bits_per_byte"], len(btx.get("domains", {})),
                     [_compare(name, measured[name], btx) for name in others],
-                    [gain for gain in tasks if is_number(gain.seed) and is_number(gain.btx)])
+                    [gain for gain in tasks if _is_share(gain.seed) and _is_share(gain.btx)])
 
 
 def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:

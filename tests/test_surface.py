@@ -28,11 +28,11 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze chat compare drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
-        "balancing beside_weights branch btm btm_calls checkpoints cost direct_file dispatch drift expert_parts "
-        "expert_text extend_checks held_out kv_cache lazy_tensors losses merge merge_methods mix_checks "
-        "mix_inputs mix_report mixed_set mixture model_outputs models moe moe_folder moe_layout output_types "
-        "report_charts report_results report_tokens router_fit router_init routers routing_metrics schedule "
-        "shard_writer tasks text_similarity token_files token_texts tokenizer training training_state "
+        "balancing beside_weights branch btm btm_calls btm_model checkpoints cost direct_file dispatch drift "
+        "expert_parts expert_text extend_checks held_out kv_cache lazy_tensors losses merge merge_methods "
+        "mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe moe_folder moe_layout "
+        "output_types report_charts report_results report_tokens router_fit router_init routers routing_metrics "
+        "schedule shard_writer tasks text_similarity token_files token_texts tokenizer training training_state "
         "vocabularies"
     ),
     "plain": (

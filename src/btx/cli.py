@@ -102,7 +102,9 @@ def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="recipes, domains, routers, merges, families or launchers.")] = "recipes",
+    what: Annotated[
+        str, typer.Argument(help="recipes, domains, routers, merges, baselines, families or launchers.")
+    ] = "recipes",
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from."""
@@ -152,6 +154,16 @@ for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop):
 def finetune(run_folder: RunArgument) -> None:
     """Finetune the mixed model of a run."""
     _work(run_folder, ["finetune"])
+
+
+@app.command()
+def baselines(
+    run_folder: RunArgument,
+    names: Annotated[list[str] | None, typer.Argument(help="Baselines of the recipe; default: all of them.")] = None,
+) -> None:
+    """Make the baselines of a run, or some of them."""
+    stages = [stage.name for stage in _run(run_folder).graph.baseline_stages(names)]
+    _work(run_folder, stages)
 
 
 @app.command()

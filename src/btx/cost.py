@@ -8,7 +8,9 @@ counted as if they trained (their 2·N backward is saved, but not credited), so 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -31,6 +33,10 @@ class ModelCost:
     def training_flops_per_token(self, sequence_length: int) -> float:
         """6·N + 12·L·H·Q·S."""
         return 6.0 * self.multiplied_params + 12.0 * self.attention_width * sequence_length
+
+    def inference_flops_per_token(self, sequence_length: int) -> float:
+        """The forward pass, a third of training: 2·N + 4·L·H·Q·S."""
+        return self.training_flops_per_token(sequence_length) / 3
 
     def training_bytes(self) -> int:
         """Weights, gradients and AdamW's two moments in float32; activations come on top."""
@@ -59,10 +65,16 @@ def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> M
 
 def config_cost(config: dict[str, Any], *, experts_per_token: float | None = None) -> ModelCost:
     """`model_cost` of a config, without allocating its weights."""
+    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token)
+
+
+@cache
+def _config_cost(config: str, experts_per_token: float | None) -> ModelCost:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in config.items() if key != "model_type"}
+    values = json.loads(config)
+    model_type = values.pop("model_type")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     return model_cost(model, experts_per_token=experts_per_token)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ Log = Callable[[str], None]
 MICRO_BATCH_TOKENS = 8192
 """Tokens a forward pass."""
 MEASURE_VERSION = 2
-"""Goes into the key of kept results; raised whenever a number would come out differently."""
+"""Goes into the key of kept results; raised whenever a number would come out differently, or is new."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class ModelEntry:
     flops: float
     """Training FLOPs behind it."""
     hours: float
-    """Measured hours of training behind it."""
+    """Measured hours of training behind it, stages that do not need each other side by side."""
     inputs: str
     """Hash of everything the model was made from: kept results are used again while it stays the same."""
+    accounting: dict[str, Any] = field(default_factory=dict)
+    """More of what it cost, for its row of the results (docs/baselines.md)."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
             log(_summary(name, record["measured"]))
         else:
             log(f"{name}: measured before, kept")
-        cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours}
+        cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
         results["models"][name] = record["measured"] | cost
         documents["models"][name] = record["documents"]
     write_json(folder / "documents.json", documents)
@@ -221,6 +223,7 @@ def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str
         "mean_bits_per_byte": sum(found.bits_per_byte for found in domains.values()) / len(domains),
         "active_params": cost.active_params,
         "total_params": cost.total_params,
+        "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
         "eval_tokens_per_s": round(
             sum(found.tokens for found in domains.values()) / sum(found.seconds for found in domains.values()), 1
         ),

@@ -6,10 +6,12 @@ overrides them. Reading YAML, dotted overrides and error positions live in `btx.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from btx.baseline_kinds import BASELINES, BaselineName
 from btx.merge_kinds import MergeSettings
 from btx.router_kinds import RoutingSettings
 
@@ -148,6 +150,14 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more work."""
     checkpoint_every: PositiveInt = 100
     """Optimiser steps between two resumable checkpoints."""
+
+    def step_tokens(self, sequence_length: int) -> int:
+        """Tokens of an optimiser step: whole sequences, one at least."""
+        return max(1, self.batch_tokens // sequence_length) * sequence_length
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimiser steps that use up `tokens`, the last one whole."""
+        return math.ceil(self.tokens / self.step_tokens(sequence_length))
 
 
 class SeedTraining(Training):
@@ -290,6 +300,49 @@ class Finetune(Training):
     times the feed-forward FLOPs."""
 
 
+def _each_once(names: list[BaselineName]) -> list[BaselineName]:
+    """Refuse a baseline that is named twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is named twice")
+    return names
+
+
+class BaselineTraining(Section):
+    """Training settings of one baseline; what is left out is as in the run: the first of two phases (the branches'
+    data) has the settings of `train`, all else those of `finetune`."""
+
+    tokens: PositiveInt | None = None
+    """Training tokens of all phases together, instead of those it is matched by; phases are scaled alike."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens an optimiser step."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens a forward and backward pass."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of every phase."""
+    domains_learning_rate: PositiveFloat | None = None
+    """dense, upcycling: peak learning rate of the first phase; default: learning_rate."""
+    final_learning_rate_share: Share | None = None
+    """Learning rate at the end of each phase, as a share of its peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimiser steps of linear warm-up in each phase."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """AdamW's first decay."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """AdamW's second decay."""
+    weight_decay: Weight | None = None
+    """AdamW's decoupled weight decay."""
+    clip: PositiveFloat | None = None
+    """Largest global gradient norm."""
+    load_balancing: Weight | None = None
+    """MoE baselines: weight α of the load-balancing loss."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is given, except for the tokens and the first phase's learning rate."""
+        return self.model_dump(exclude_none=True, exclude={"tokens", "domains_learning_rate"})
+
+
 class Task(Section):
     """Questions answered greedily and scored by exact match."""
 
@@ -358,9 +411,9 @@ class Launch(Section):
     kind: Literal["local"] = "local"
     """Launcher: processes of this machine."""
     jobs: PositiveInt | None = None
-    """Branches trained at the same time; default: all of them."""
+    """Jobs (branches, finetuning, baselines) trained at the same time; default: as many as there are branches."""
     threads: PositiveInt | None = None
-    """CPU threads a branch; default: the processors shared among the jobs, at least one each."""
+    """CPU threads a job; default: the processors shared among the jobs, at least one each."""
 
 
 class Recipe(Section):
@@ -381,6 +434,11 @@ class Recipe(Section):
     train: Train
     mix: Mix = Mix()
     finetune: Finetune
+    baselines: Annotated[list[BaselineName], AfterValidator(_each_once)] = ["soup"]
+    """Models to compare with, each a stage `baselines/<name>` and a row of the results; `btx ls baselines` explains
+    them."""
+    baseline_training: dict[BaselineName, BaselineTraining] = {}
+    """Baseline → training settings of its own, for example from a learning-rate search."""
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     launch: Launch = Launch()
@@ -414,6 +472,21 @@ class Recipe(Section):
         self._mixed_set_exists()
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_take_their_settings(self) -> Recipe:
+        trained = ", ".join(name for name, kind in BASELINES.items() if kind.trains)
+        for name, given in self.baseline_training.items():
+            kind, where = BASELINES[name], f"baseline_training.{name}"
+            if not kind.trains:
+                raise ValueError(f"{where}: {name} is made without training; these are trained: {trained}")
+            if given.domains_learning_rate is not None and not kind.two_phases:
+                raise ValueError(f"{where}.domains_learning_rate: {name} has one phase; set learning_rate")
+            if given.load_balancing is not None and not kind.has_routers:
+                raise ValueError(f"{where}.load_balancing: {name} is dense, it has no routers to balance")
+            if given.load_balancing is not None and "load_balancing" in kind.changes:
+                raise ValueError(f"{where}.load_balancing: {name} is the baseline without it")
         return self
 
     def _mixed_set_exists(self) -> None:

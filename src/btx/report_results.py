@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from btx.baseline_kinds import BASELINES
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -18,7 +20,6 @@ EXPERT = "expert/"
 
 _DESCRIPTIONS = {
     "seed": "seed model, untouched",
-    "soup": "expert models and seed model averaged",
     "mix": "mixed, not finetuned",
     "btx": "mixed and finetuned",
 }
@@ -147,7 +148,8 @@ def describe(name: str) -> str:
     """What stands behind a model's name, in a few words."""
     if name.startswith(EXPERT):
         return f"expert model of {name.removeprefix(EXPERT)}"
-    return _DESCRIPTIONS.get(name, "baseline")
+    baseline = {str(known): kind.label for known, kind in BASELINES.items()}
+    return (_DESCRIPTIONS | baseline).get(name, "baseline")
 
 
 def results_table(results: Mapping[str, Any]) -> Results:
@@ -233,7 +235,7 @@ def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
 
 
 def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
-    hours = model.get("hours")
+    hours = model.get("machine_hours", model.get("hours"))
     cells = [(count_text, "tokens"), (flops_text, "flops"), (count_text, "active_params"), (count_text, "total_params")]
     tokens, flops, active, total = (Cell(text(model.get(key)), exact=str(model.get(key))) for text, key in cells)
     return [tokens, flops, Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),

@@ -30,7 +30,22 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     stages.add_section()
     stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _size(totals["memory_bytes"]),
                    _size(totals["disk_bytes"]), "")  # fmt: skip
-    return [models, stages, *planned["router"]["notes"]]
+    baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
+    return [models, stages, *baselines, *planned["router"]["notes"]]
+
+
+def _baselines_table(baselines: dict[str, Any]) -> Table:
+    """What each baseline costs from the seed model on, and how that compares with the run."""
+    table = Table(title="baselines: all training from the seed model on")
+    for column in ("baseline", "tokens", "FLOPs", "memory", "disk", "matched by", "FLOPs of the run's"):
+        table.add_column(column, justify="left" if column in ("baseline", "matched by") else "right",
+                         no_wrap=column == "baseline")  # fmt: skip
+    for name, row in baselines.items():
+        ratio = row["matched"]["flops_ratio"]
+        shown = f"{100 * ratio:.1f} %" + (f" ({100 * (ratio - 1):+.3f} %)" if row["matched"]["by"] == "flops" else "")
+        table.add_row(name, f"{row['tokens']:,}", f"{row['flops']:.2e}", _size(row["memory_bytes"]),
+                      _size(row["disk_bytes"]), row["matched"]["by"], shown)  # fmt: skip
+    return table
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.btm import BtmModel, load_model_or_btm, pieces_of, write_btm, write_btm_folder
+from btx.btm import TEMPERATURES, best_temperature, pieces_of, write_btm, write_btm_folder
+from btx.btm_model import BtmModel, load_model_or_btm
 from btx.chat import completion
 from btx.errors import CheckpointError, UserError
 from btx.evaluate import ModelEntry, bits_per_byte, evaluate_models
@@ -96,9 +98,10 @@ def slow_log_probs(place: Path, ids: np.ndarray) -> torch.Tensor:
 
 
 def test_a_text_is_most_like_its_own_kind_and_the_more_so_the_longer_it_is(btm):
+    similarity = replace(btm.similarity, temperature=0.1)
     for number, kind in enumerate(WORDS):
         short, long = encoded([text_of(kind, 2, 99)])[0], encoded([text_of(kind, 60, 99)])[0]
-        own_short, own_long = btm.similarity.weights([short, long], 3)[:, number]
+        own_short, own_long = similarity.weights([short, long], 3)[:, number]
         assert own_long > 0.9
         assert own_long > own_short
 
@@ -116,8 +119,8 @@ def test_weights_are_a_softmax_of_the_cosines_of_tf_idf_vectors_written_out_by_h
             raw[token] = weight * (1 + math.log(count)) if count else 0.0
         return raw / np.linalg.norm(raw)
 
-    means = [vector(kinds["a"][1]), vector(kinds["b"][1])]  # the first piece of each is put aside
-    cosines = [float(vector(np.array([9, 2, 2, 4])) @ mean) for mean in means]
+    means = [sum(map(vector, texts)) for texts in kinds.values()]
+    cosines = [float(vector(np.array([9, 2, 2, 4])) @ mean) / float(np.linalg.norm(mean)) for mean in means]
     np.testing.assert_allclose(found.cosines([np.array([9, 2, 2, 4])])[0], cosines, rtol=1e-5)
     raised = np.exp(2 * np.array(cosines) / found.temperature)
     np.testing.assert_allclose(found.weights([np.array([9, 2, 2, 4])], 2)[0], raised / raised.sum(), rtol=1e-5)
@@ -137,15 +140,20 @@ def test_the_context_is_looked_at_often_at_first_and_then_once_a_window():
     assert looks(1, 64) == [0]
 
 
-def test_the_temperature_is_lower_for_kinds_of_text_that_are_easier_to_tell_apart():
-    rng = np.random.default_rng(0)
-
-    def kinds(own: float) -> dict[str, list[np.ndarray]]:
-        shares = [np.r_[np.full(20, own / 20), np.full(20, (1 - own) / 20)]]
-        shares.append(shares[0][::-1])
-        return {f"{i}": [rng.choice(40, 60, p=p) for _ in range(80)] for i, p in enumerate(shares)}
-
-    assert TextSimilarity.fit(kinds(0.95), 40).temperature < TextSimilarity.fit(kinds(0.6), 40).temperature
+def test_the_temperature_is_the_one_that_predicts_text_put_aside_best(folder, btm, monkeypatch):
+    tries = (0.005, 0.03, 0.1, 0.3, 1.0)
+    monkeypatch.setattr("btx.btm.TEMPERATURES", tries)
+    texts = [pack([HeldOutDocument(ids, 1) for ids in encoded([text_of(kind, 30, seed) for seed in (77, 78)])], 256)
+             for kind in WORDS]  # fmt: skip
+    paths = [folder.parent / kind for kind in WORDS]
+    found = best_temperature(btm.similarity, paths, texts, top_k=2, window=WINDOW, device="cpu", dtype=torch.float32)
+    nlls = {}
+    for temperature in tries:
+        tried = BtmModel(btm.members, replace(btm.similarity, temperature=temperature), top_k=2, window=WINDOW)
+        nlls[temperature] = sum(float(tried.token_nll(rows).mean()) for rows in texts)
+    assert found == min(nlls, key=nlls.__getitem__)
+    assert len(set(nlls.values())) == len(tries)
+    assert json.loads((folder / "btm.json").read_text("utf-8"))["temperature"] in TEMPERATURES
 
 
 def test_what_comes_later_changes_no_weight_and_no_likelihood_before_it(btm):

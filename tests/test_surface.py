@@ -28,12 +28,12 @@ LAYERS = {
     "launchers": "launchers",
     "stages": "analyze baselines chat compare drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
-        "balancing beside_weights branch btm btm_calls checkpoints cost direct_file dispatch drift expert_parts "
-        "expert_text extend_checks harness harness_model held_out kv_cache lazy_tensors losses matching merge "
-        "merge_methods mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe moe_folder "
-        "moe_layout output_types peak_memory report_charts report_results report_tokens router_fit router_init "
-        "routers routing_metrics schedule seed_config shard_writer sweep_figure sweep_table tasks text_similarity "
-        "token_files token_texts tokenizer training training_state vocabularies"
+        "balancing beside_weights branch btm btm_calls btm_model checkpoints cost direct_file dispatch drift "
+        "expert_parts expert_text extend_checks harness harness_model held_out kv_cache lazy_tensors losses "
+        "matching merge merge_methods mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe "
+        "moe_folder moe_layout output_types peak_memory report_charts report_results report_tokens router_fit "
+        "router_init routers routing_metrics schedule seed_config shard_writer sweep_figure sweep_table tasks "
+        "text_similarity token_files token_texts tokenizer training training_state vocabularies"
     ),
     "plain": (
         "aggregate baseline_kinds baseline_settings btx_folder code_execution code_jail document_files domains "

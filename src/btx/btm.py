@@ -10,49 +10,50 @@ A folder of this baseline holds no weights, only where the experts are:
     similarity.npz    idf and mean tf-idf vectors
     and the tokenizer
 
-Shape letters: B batch, S sequence, N member models, R scored tokens, V vocabulary.
+Shape letters: B batch, S sequence, N member models, R scored tokens, T texts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from btx.btm_calls import CalledLikeTransformers
-from btx.cost import ModelCost, model_cost
-from btx.errors import CheckpointError, UserError
+from btx.btm_model import FILE, SIMILARITY, weights_of
+from btx.errors import UserError
 from btx.expert_text import TextRows, text_from_run
 from btx.folders import atomic_folder, write_json
-from btx.held_out import Packed
-from btx.model_outputs import ModelReader, SideBySide, token_nll
+from btx.held_out import HeldOutDocument, Packed, device_and_type, pack
+from btx.model_outputs import token_nll
 from btx.models import load_model, load_tokenizer
-from btx.text_similarity import WINDOW, TextSimilarity, looks
+from btx.text_similarity import WINDOW, TextSimilarity
 from btx.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from btx.graph import Stage
     from btx.rundir import RunFolder
 
 Log = Callable[[str], None]
 
-FILE = "btm.json"
-SIMILARITY = "similarity.npz"
 TEXT_TOKENS = 500_000
 """Tokens of each member's training text that are looked at, at most."""
 PIECE_TOKENS = 256
 """Its documents are cut into pieces of so many tokens at most: contexts are not much longer."""
+TEMPERATURES = tuple(float(f"{value:.3g}") for value in np.geomspace(0.005, 1.0, 24))
+"""Among these T is chosen."""
+ASIDE_EVERY = 8
+"""One piece in so many decides T instead of what the members are compared by..."""
+MOST_ASIDE = 32
+"""...up to so many pieces of each member."""
+TUNING_BATCH_TOKENS = 8192
 
 
 def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
@@ -71,16 +72,22 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     if recipe.mix.generalist:
         models["generalist"] = run.model("seed")
     texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens))
-    temperature = write_btm_folder(folder / "model", models, texts, top_k=int(found[1]))
+    device, dtype = device_and_type(recipe)
+    temperature = write_btm_folder(folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype)
     log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
         f"{temperature:.3g})")  # fmt: skip
     run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 
 
 def write_btm_folder(
-    folder: Path, models: Mapping[str, Path], texts: Mapping[str, TextRows], *, top_k: int, window: int = WINDOW
-) -> float:
+    folder: Path, models: Mapping[str, Path], texts: Mapping[str, TextRows], *, top_k: int, window: int = WINDOW,
+    device: str = "cpu", dtype: torch.dtype = torch.float32,
+) -> float:  # fmt: skip
     """Write a folder that `BtmModel.load` reads.
+
+    T is the one of `TEMPERATURES` with which the models give some text of all of them, put aside from what contexts are
+    compared with, the highest likelihood. It stays c-BTM's with too little text for that, and with `top_k` 1, where it
+    changes nothing.
 
     Args:
         folder: takes the place of what is there.
@@ -88,6 +95,8 @@ def write_btm_folder(
         texts: name → rows of the text it was trained on.
         top_k: models mixed for a token.
         window: tokens after which the context is looked at again.
+        device: where the models are run, one after the other, to choose T.
+        dtype: of their weights.
 
     Returns:
         T, the temperature of the weights.
@@ -100,10 +109,16 @@ def write_btm_folder(
         raise UserError(f"btm_top{top_k}: there are only {len(models)} models: {', '.join(models)}")
     tokenizer = load_tokenizer(list(models.values())[-1])
     highest = max(int(rows.input_ids_BS.max(initial=0)) for rows in texts.values())
-    similarity = TextSimilarity.fit(
-        {name: pieces_of(texts[name]) for name in models}, max(len(tokenizer), highest + 1),
-        special=tokenizer.all_special_ids,
-    )  # fmt: skip
+    pieces = {name: pieces_of(texts[name]) for name in models}
+    aside = {name: own[::ASIDE_EVERY][:MOST_ASIDE] if len(own) > 1 else [] for name, own in pieces.items()}
+    kept = {name: [piece for number, piece in enumerate(own)
+                   if number % ASIDE_EVERY or number >= ASIDE_EVERY * len(aside[name])] for name, own in pieces.items()}
+    similarity = TextSimilarity.fit(kept, max(len(tokenizer), highest + 1), special=tokenizer.all_special_ids)
+    if top_k > 1 and all(aside.values()):
+        rows = [pack([HeldOutDocument(piece, 1) for piece in own if len(piece) > 1], PIECE_TOKENS)
+                for own in aside.values()]  # fmt: skip
+        similarity = replace(similarity, temperature=best_temperature(
+            similarity, list(models.values()), rows, top_k=top_k, window=window, device=device, dtype=dtype))
     with atomic_folder(folder) as beside:
         similarity.save(beside / SIMILARITY)
         save_tokenizer(tokenizer, beside)
@@ -115,6 +130,31 @@ def write_btm_folder(
     return similarity.temperature
 
 
+def best_temperature(
+    similarity: TextSimilarity, models: Sequence[Path], texts: Sequence[Packed], *, top_k: int, window: int,
+    device: str, dtype: torch.dtype,
+) -> float:  # fmt: skip
+    """The one of `TEMPERATURES` with the lowest mixed negative log-likelihood a token; every text counts the same.
+
+    Each model reads all texts once; then the likelihoods are mixed with the weights of every temperature.
+    """
+    nll_TNR = [torch.empty(len(models), int(rows.scored_BS.sum())) for rows in texts]
+    for number, path in enumerate(models):
+        model = load_model(path, dtype=dtype)
+        cast(nn.Module, model).to(device)
+        for nll_NR, rows in zip(nll_TNR, texts, strict=True):
+            nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(TUNING_BATCH_TOKENS)])
+    totals = []
+    for temperature in TEMPERATURES:
+        tried = replace(similarity, temperature=temperature)
+        total = 0.0
+        for nll_NR, rows in zip(nll_TNR, texts, strict=True):
+            weights_NR = weights_of(rows, tried, top_k, window)[rows.scored_BS].T
+            total -= float((weights_NR.log() - nll_NR).logsumexp(dim=0).mean())
+        totals.append(total)
+    return TEMPERATURES[int(np.argmin(totals))]
+
+
 def pieces_of(rows: TextRows) -> list[np.ndarray]:
     """A text's documents, cut where a row ends and after `PIECE_TOKENS` tokens."""
     pieces = []
@@ -123,160 +163,3 @@ def pieces_of(rows: TextRows) -> list[np.ndarray]:
         for document in np.split(ids_S, starts[starts > 0]):
             pieces += [document[start : start + PIECE_TOKENS] for start in range(0, len(document), PIECE_TOKENS)]
     return pieces
-
-
-class BtmModel(CalledLikeTransformers):
-    """The members of a Branch-Train-Merge folder, answering as one (`btx.model_outputs.SideBySide`).
-
-    Args:
-        members: name → dense model; all on one device, with one vocabulary.
-        similarity: compares contexts with the members' training text.
-        top_k: members mixed for a token.
-        window: tokens after which the context is looked at again.
-    """
-
-    def __init__(
-        self, members: Mapping[str, PreTrainedModel], similarity: TextSimilarity, *, top_k: int, window: int = WINDOW
-    ) -> None:
-        self.members = dict(members)
-        self.similarity, self.top_k, self.window = similarity, top_k, window
-
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BtmModel:
-        """The models of a folder that `write_btm_folder` wrote.
-
-        Raises:
-            CheckpointError: no such folder, broken, or a member that is gone or does not fit the others.
-        """
-        try:
-            facts = json.loads((folder / FILE).read_text("utf-8"))
-            paths = {str(name): folder / path for name, path in facts["members"].items()}
-            top_k, window, temperature = int(facts["top_k"]), int(facts["window"]), float(facts["temperature"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / FILE}: cannot be read ({error!r}); run its stage again") from error
-        similarity = TextSimilarity.load(folder / SIMILARITY, list(paths), temperature)
-        members = {}
-        for name, path in paths.items():
-            members[name] = load_model(path.resolve(), dtype=dtype)
-            cast(nn.Module, members[name]).to(device)
-        sizes = {name: cast(Any, member.config).vocab_size for name, member in members.items()}
-        if len(set(sizes.values())) > 1:
-            raise CheckpointError(f"{folder}: distributions can be mixed over one vocabulary only; there are {sizes}")
-        return cls(members, similarity, top_k=top_k, window=window)
-
-    @property
-    def device(self) -> torch.device:
-        """Where all members are."""
-        return next(iter(self.members.values())).device
-
-    def cost(self) -> ModelCost:
-        """All members' parameters; active are those of `top_k` members, the mean one standing for each.
-
-        What is run in excess is not counted: all members for a text's very first token, and reading the context again
-        when another member takes over.
-        """
-        costs = [model_cost(cast(nn.Module, member)) for member in self.members.values()]
-
-        def of_top_k(counts: Sequence[int]) -> int:
-            return round(self.top_k * sum(counts) / len(counts))
-
-        return replace(
-            costs[0],
-            total_params=sum(cost.total_params for cost in costs),
-            active_params=of_top_k([cost.active_params for cost in costs]),
-            multiplied_params=of_top_k([cost.multiplied_params for cost in costs]),
-            attention_width=of_top_k([cost.attention_width for cost in costs]),
-        )
-
-    def weights(self, rows: Packed) -> Tensor:
-        """Weights (B, S, N) with which each position's next token is predicted; 0 in padding.
-
-        They are computed at the positions `btx.text_similarity.looks` names, from the tokens of the same piece up to
-        there, and hold until the next look.
-        """
-        contexts: list[np.ndarray] = []
-        places: list[tuple[int, int, int]] = []  # row, first and last position + 1 that a context decides
-        ids_BS, positions_BS = rows.input_ids_BS.numpy(), rows.position_ids_BS.numpy()
-        for row, document_ids_S in enumerate(rows.document_ids_BS.numpy()):
-            used = int((document_ids_S >= 0).sum())
-            starts = np.flatnonzero(positions_BS[row, :used] == 0).tolist()
-            for start, end in zip(starts, [*starts[1:], used], strict=True):
-                at = looks(end - start, self.window)
-                contexts += [ids_BS[row, start : start + look + 1] for look in at]
-                places += [(row, start + look, start + until) for look, until in zip(at, [*at[1:], end - start],
-                                                                                     strict=True)]  # fmt: skip
-        weights_BSN = torch.zeros(*rows.input_ids_BS.shape, len(self.members))
-        found = torch.from_numpy(self.similarity.weights(contexts, self.top_k)).float()
-        for (row, start, end), weights_N in zip(places, found, strict=True):
-            weights_BSN[row, start:end] = weights_N
-        return weights_BSN
-
-    def token_nll(self, rows: Packed) -> Tensor:
-        """-ln Σ_i w_i p_i(token) of every scored token, in row order: (R,), float32."""
-        weights_BSN, scored_BS = self.weights(rows), rows.scored_BS
-        mixed_BS = torch.full(scored_BS.shape, -torch.inf)
-        for number, member in enumerate(self.members.values()):
-            weights_BS = weights_BSN[..., number]
-            wanted_B = ((weights_BS > 0) & scored_BS).any(dim=1)
-            if not wanted_B.any():
-                continue
-            part = rows.select(wanted_B)
-            log_probs_BS = torch.full(part.scored_BS.shape, -torch.inf)
-            log_probs_BS[part.scored_BS] = -token_nll(member, part).cpu()
-            mixed_BS[wanted_B] = torch.logaddexp(mixed_BS[wanted_B], weights_BS[wanted_B].log() + log_probs_BS)
-        return -mixed_BS[scored_BS]
-
-    def reader(self) -> BtmReader:
-        """A new reader."""
-        return BtmReader(self)
-
-
-class BtmReader:
-    """Reader of a `BtmModel`. The context is first the whole prompt, and again after every `window` new tokens.
-
-    A member that no row needs reads nothing; when one does, it first reads what it missed.
-    """
-
-    def __init__(self, model: BtmModel) -> None:
-        self._model = model
-        self._readers = [ModelReader(member) for member in model.members.values()]
-        self._weights_BN: Tensor | None = None
-        self._looked = 0  # columns
-
-    @property
-    def weights_BN(self) -> Tensor:
-        """Weights of the members in the scores that were given last."""
-        assert self._weights_BN is not None, "nothing was read yet"
-        return self._weights_BN
-
-    @torch.inference_mode()
-    def scores(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """ln Σ_i w_i p_i: (B, V), float32."""
-        if self._weights_BN is None or ids_BS.shape[1] - self._looked >= self._model.window:
-            contexts = [ids_S[mask_S > 0].cpu().numpy() for ids_S, mask_S in zip(ids_BS, mask_BS, strict=True)]
-            found = self._model.similarity.weights(contexts, self._model.top_k)
-            self._weights_BN, self._looked = torch.from_numpy(found).float().to(ids_BS.device), ids_BS.shape[1]
-        terms = [
-            weights_B.log()[:, None] + reader.scores(ids_BS, mask_BS).float().log_softmax(dim=-1)
-            for reader, weights_B in zip(self._readers, self._weights_BN.T, strict=True)
-            if weights_B.any()
-        ]
-        return torch.stack(terms).logsumexp(dim=0)
-
-    def keep(self, rows_B: Tensor) -> None:
-        """Go on with these rows only."""
-        for reader in self._readers:
-            reader.keep(rows_B)
-        if self._weights_BN is not None:
-            self._weights_BN = self._weights_BN[rows_B]
-
-
-def load_model_or_btm(
-    path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> PreTrainedModel | SideBySide:
-    """What a model folder or a Branch-Train-Merge folder holds; raises CheckpointError if it cannot be loaded."""
-    if (path / FILE).is_file():
-        return BtmModel.load(path, dtype=dtype, device=device)
-    model = load_model(path, dtype=dtype)
-    cast(nn.Module, model).to(device)
-    return model

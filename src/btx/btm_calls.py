@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CalledLikeTransformers:
-    """`config`, a forward pass and `generate` for `btx.btm.BtmModel`."""
+    """`config`, a forward pass and `generate` for `btx.btm_model.BtmModel`."""
 
     members: dict[str, PreTrainedModel]
 

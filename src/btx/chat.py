@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from btx.balancing import sparse_gates
-from btx.btm import BtmModel, BtmReader, load_model_or_btm
+from btx.btm_model import BtmModel, BtmReader, load_model_or_btm
 from btx.errors import CheckpointError, UserError
 from btx.model_outputs import SideBySide, open_reader
 from btx.models import load_tokenizer

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from btx.btm import load_model_or_btm
+from btx.btm_model import load_model_or_btm
 from btx.domains import Question
 from btx.folders import read_json, value_hash, write_json
 from btx.harness import Harness

@@ -1,7 +1,7 @@
 """What a model says: how likely given tokens are, and the scores of the next ones.
 
-Evaluation, tasks and chat ask these two questions only, so that several models side by side (`btx.btm`) are measured
-like a single one.
+Evaluation, tasks and chat ask these two questions only, so that several models side by side (`btx.btm_model`) are
+measured like a single one.
 
 Shape letters: B batch, S sequence, R scored tokens, D model, V vocabulary.
 """

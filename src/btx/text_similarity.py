@@ -3,8 +3,7 @@
 The router of Branch-Train-Merge (BTX paper, section 4.1; c-BTM, arXiv 2303.14177, section 2.2). Terms are the models'
 own tokens, which every language and every beginning of a text has. Weights are c-BTM's, exp(-distance² / T) of the K
 nearest, normalised; with vectors of length 1, distance² = 2 - 2 cos, so they are a softmax of 2 cos / T over the K
-largest cosines. c-BTM sets T by hand (0.1); here T is what predicts best which kind of text a prefix is from, on
-training text that the means were not taken from.
+largest cosines.
 
 Shape letters: N kinds of text, C contexts, V vocabulary.
 """
@@ -22,14 +21,8 @@ import numpy as np
 
 from btx.errors import CheckpointError, DataError
 
-TEMPERATURES = np.geomspace(0.01, 1.0, 21)
-"""Among these T is chosen."""
 TEMPERATURE = 0.1
-"""c-BTM's T: taken where there is too little text to choose."""
-ASIDE_EVERY = 8
-"""One piece in so many decides T instead of entering the means."""
-LEAST_ASIDE = 20
-"""Pieces of all kinds together that choosing T needs."""
+"""c-BTM's T."""
 WINDOW = 64
 """Tokens between two looks at the context, unless said otherwise."""
 
@@ -58,7 +51,7 @@ class TextSimilarity:
     def fit(
         cls, pieces: Mapping[str, Sequence[np.ndarray]], vocab_size: int, *, special: Sequence[int] = ()
     ) -> TextSimilarity:
-        """From pieces of text of each kind.
+        """From pieces of text of each kind, with c-BTM's T.
 
         Args:
             pieces: name → token ids of its pieces, each (tokens,).
@@ -77,16 +70,10 @@ class TextSimilarity:
         tf_idf = TfidfTransformer(sublinear_tf=True)
         tf_idf.fit(_stacked(list(counts.values())))
         tf_idf.idf_ = _without(tf_idf.idf_, special)
-        aside = {name: texts[::ASIDE_EVERY] if len(texts) > 1 else [] for name, texts in pieces.items()}
-        kept = {name: np.delete(np.arange(len(texts)), np.s_[::ASIDE_EVERY]) if len(texts) > 1 else [0]
-                for name, texts in pieces.items()}  # fmt: skip
-        means_NV = np.stack(
-            [np.asarray(tf_idf.transform(found[kept[name]]).mean(axis=0))[0] for name, found in counts.items()]
-        )
+        means_NV = np.stack([np.asarray(tf_idf.transform(found).mean(axis=0))[0] for found in counts.values()])
         lengths_N1 = np.linalg.norm(means_NV, axis=1, keepdims=True)
         means_NV = (means_NV / np.maximum(lengths_N1, np.finfo(np.float32).tiny)).astype(np.float32)
-        found = cls(tuple(pieces), tf_idf.idf_.astype(np.float32), means_NV, TEMPERATURE)
-        return cls(found.names, found.idf_V, found.means_NV, found._best_temperature(aside))
+        return cls(tuple(pieces), tf_idf.idf_.astype(np.float32), means_NV, TEMPERATURE)
 
     def cosines(self, contexts: Sequence[np.ndarray]) -> np.ndarray:
         """Cosine of each context's tf-idf vector with each mean: (C, N); 0 for a context without any known token."""
@@ -135,19 +122,6 @@ class TextSimilarity:
         tf_idf = TfidfTransformer(sublinear_tf=True)
         tf_idf.idf_ = self.idf_V
         return tf_idf
-
-    def _best_temperature(self, aside: Mapping[str, Sequence[np.ndarray]]) -> float:
-        """T with which prefixes of `aside` are most likely to be of their own kind, every kind counting the same."""
-        if sum(map(len, aside.values())) < LEAST_ASIDE or not all(map(len, aside.values())):
-            return TEMPERATURE
-        likelihoods = np.zeros(len(TEMPERATURES))
-        for number, name in enumerate(self.names):
-            prefixes = [text[: position + 1] for text in aside[name] for position in looks(len(text))]
-            cosines_CN = self.cosines(prefixes)
-            likelihoods += [
-                np.log(_softmax(2 * cosines_CN / temperature)[:, number]).mean() for temperature in TEMPERATURES
-            ]
-        return float(TEMPERATURES[likelihoods.argmax()])
 
 
 def _counts(texts: Sequence[np.ndarray], vocab_size: int) -> Any:

@@ -57,7 +57,7 @@ def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrai
         path: str | Path = where if where.exists() else str(where)
         yield where.name, path, partial(_load, path)
         return
-    from btx.btm import FILE, load_model_or_btm
+    from btx.btm_model import FILE, load_model_or_btm
     from btx.held_out import device_and_type
     from btx.models_of_run import models_of_run
     from btx.rundir import RunFolder
@@ -76,7 +76,7 @@ def _load(path: str | Path) -> PreTrainedModel | SideBySide:
     """A model on the GPU in its own type, where there is one; else on the CPU in float32."""
     import torch
 
-    from btx.btm import FILE, load_model_or_btm
+    from btx.btm_model import FILE, load_model_or_btm
     from btx.models import load_model, read_config
 
     gpu = torch.cuda.is_available()

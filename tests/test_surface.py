@@ -32,12 +32,12 @@ LAYERS = {
         "extend_checks held_out kv_cache lazy_tensors losses merge merge_methods mix_checks mix_inputs mix_report "
         "mixture models moe moe_folder moe_layout output_types report_charts report_results report_tokens "
         "router_fit router_init routers routing_metrics schedule shard_writer tasks token_files token_texts "
-        "tokenizer training training_state vocabularies"
+        "tokenizer trainable training training_state vocabularies"
     ),
     "plain": (
         "btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "
         "model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides recipe_problems "
-        "recipes router_kinds rundir sizes sources status yaml_positions"
+        "recipes router_kinds router_notes rundir sizes sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

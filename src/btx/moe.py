@@ -108,24 +108,41 @@ class MoE(nn.Module):
 
 
 SHARED_EXPERT = ("shared_expert", "shared_expert_gate")
+# Routers that were read and compared: softmax, K largest, normalised over them unless norm_topk_prob is false. A name
+# like theirs is not enough: others of that name take sigmoids, add a bias or do not normalise.
+KNOWN_ROUTERS = {
+    f"{name}TopKRouter"
+    for name in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Qwen3_5Moe", "Mellum", "FlexOlmo", "Olmoe", "GraniteMoe",
+                 "GraniteMoeSWA", "Cohere2Moe")
+}  # fmt: skip
+
+
+def _rule_of(router: Any) -> Rule | None:
+    """How a router of the plain class decides; None where `Rule` has nothing that is exactly the same."""
+    if type(router).__name__ not in KNOWN_ROUTERS or list(router.state_dict()) != ["weight"]:
+        return None
+    if hasattr(router, "expert_selection_fn"):  # always normalised with softmax, whatever norm_topk_prob says
+        return Rule(RoutingSettings(top_k=router.top_k)) if router.expert_selection_fn == "softmax" else None
+    if getattr(router, "norm_topk_prob", True):
+        return Rule(RoutingSettings(top_k=router.top_k))
+    return Rule(RoutingSettings("switch")) if router.top_k == 1 else None
 
 
 def _router_of(block: nn.Module) -> nn.Module | None:
-    """The router of a block that `MoE` computes exactly: softmax over the K largest logits, gated experts and perhaps
-    one gated shared expert. None for any other block: it stays transformers' own."""
+    """The router of a block with gated experts and perhaps one gated shared expert; None for any other block."""
     parts = dict(block.named_children())
     router = parts.pop("gate", None) or parts.pop("router", None)
-    if router is None or parts.keys() not in ({"experts"}, {"experts", *SHARED_EXPERT}):
-        return None
-    plain = type(router).__name__.endswith("TopKRouter") and list(router.state_dict()) == ["weight"]
-    return router if plain and getattr(router, "norm_topk_prob", True) else None
+    return router if parts.keys() in ({"experts"}, {"experts", *SHARED_EXPERT}) else None
 
 
 def swap_in_moe(model: nn.Module) -> list[MoE]:
-    """Put `MoE` in the place of every plain transformers MoE block of `model`, sharing its parameters.
+    """Put `MoE` in the place of every transformers MoE block of `model` that it computes exactly, sharing parameters.
+
+    Any other block stays transformers' own.
 
     Returns:
-        The new blocks in layer order, with the Top-K router of the model's config; an empty list for a dense model.
+        The new blocks in layer order, with the router of the model's config: Top-K, or Switch where K is 1 and gates
+        are not normalised (its capacity is not in a plain config); an empty list for a dense model.
     """
     blocks = []
     places = [(module, place) for module in model.modules() for place in ("mlp", "block_sparse_moe")]
@@ -133,11 +150,13 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
         block = getattr(module, place, None)
         if not isinstance(block, nn.Module) or isinstance(block, MoE) or (router := _router_of(block)) is None:
             continue
+        if (rule := _rule_of(router)) is None:
+            continue
         parts = dict(block.named_children())
         old, gate = cast(Any, parts["experts"]), cast(Any, router)
         shared = (parts["shared_expert"], parts["shared_expert_gate"]) if "shared_expert" in parts else None
         moe = MoE(
-            Router(gate.weight), Experts(old.gate_up_proj, old.down_proj, old.act_fn), gate.top_k,
+            Router(gate.weight), Experts(old.gate_up_proj, old.down_proj, old.act_fn), rule,
             router_name="gate" if "gate" in parts else "router", shared_expert=shared,
         )  # fmt: skip
         setattr(module, place, moe)

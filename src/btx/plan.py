@@ -14,6 +14,7 @@ from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
 from btx.model_folder import check_model_folder
 from btx.recipe import Recipe, Training
 from btx.recipe_problems import did_you_mean
+from btx.router_notes import router_notes, saved_as
 from btx.rundir import RunFolder
 
 FLOPS_FORMULA = (
@@ -46,7 +47,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     costs = {"seed": config_cost(dense), "btx": config_cost(moe, experts_per_token=used)}
     # What is computed for a token in finetuning, which is more with a dense router gradient.
     dense_gradient = recipe.finetune.dense_router_gradient
-    costs["finetuning"] = config_cost(moe, experts_per_token=num_experts) if dense_gradient else costs["btx"]
+    costs["finetuning"] = config_cost(
+        moe, experts_per_token=num_experts if dense_gradient else used, trainable=recipe.finetune.trainable
+    )
+    costs["branch"] = config_cost(dense, trainable=recipe.train.trainable)
     stages = [_stage(recipe, stage.name, costs) for stage in build_graph(recipe)]
     run = RunFolder(Path(recipe.run_folder), recipe)
     for stage, row in zip(build_graph(recipe), stages, strict=True):
@@ -62,8 +66,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "router": {
             "kind": recipe.routing.kind,
             "experts_per_token": used,
-            "saved_as": "btx" if recipe.routing.why_not_plain() else family.moe,
-            "notes": router_notes(recipe, family.moe),
+            "saved_as": saved_as(recipe, family),
+            "notes": router_notes(recipe, family),
         },
         "models": {name: _model(costs[name]) for name in ("seed", "btx")},
         "stages": stages,
@@ -80,29 +84,6 @@ def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
     """Memory of the branches that train at the same time on this machine."""
     branches = [row["memory_bytes"] for row in stages if row["stage"].startswith("train/")]
     return sum(branches[: recipe.launch.jobs or len(branches)])
-
-
-def router_notes(recipe: Recipe, moe_class: str) -> list[str]:
-    """What a user should know about the recipe's router before anything runs."""
-    notes, router, num_experts = [], recipe.routing, len(recipe.expert_names)
-    if why := router.why_not_plain():
-        notes.append(
-            f"router {router.kind}: no plain {moe_class} routes like this ({why}). The model is saved in a folder that "
-            f"only btx reads; transformers, vLLM and llama.cpp refuse it"
-        )
-    elif router.kind != "top_k":
-        notes.append(f"router {router.kind}: saved as a plain {moe_class} with k = {router.plain_top_k(num_experts)}")
-    if router.kind == "switch":
-        notes.append(
-            f"router switch: an expert takes at most {router.capacity_factor:g} times an equal share of a "
-            f"micro-batch's tokens in training, more are dropped (metrics.jsonl: dropped); at inference none is"
-        )
-    if recipe.finetune.dense_router_gradient:
-        notes.append(
-            f"finetune.dense_router_gradient: all {num_experts} experts run on every token in finetuning, "
-            f"{num_experts / router.top_k:g} times the feed-forward FLOPs of k = {router.top_k}; counted below"
-        )
-    return notes
 
 
 def _dense_config(recipe: Recipe) -> dict[str, Any]:
@@ -162,7 +143,7 @@ def _stage(recipe: Recipe, name: str, costs: dict[str, ModelCost]) -> dict[str, 
         "steps": steps,
         "flops": steps * tokens_per_step * cost.training_flops_per_token(length),
         "memory_bytes": cost.training_bytes() + _activation_bytes(cost, settings, length),
-        "disk_bytes": 4 * cost.total_params + 2 * 12 * cost.total_params,  # the model and two checkpoints
+        "disk_bytes": 4 * cost.total_params + 2 * cost.checkpoint_bytes(),  # the model and two checkpoints
         "mixture": {domain: weight / total for domain, weight in mixture.items()},
         "learning_rate": settings.learning_rate,
     }
@@ -175,7 +156,7 @@ def _training(
     if name == "seed" and recipe.seed_model.train is not None:
         return recipe.seed_model.train, costs["seed"], seed_mixture(recipe)
     if name.startswith("train/"):
-        return recipe.train, costs["seed"], domain_mixture(recipe, name.removeprefix("train/"))
+        return recipe.train, costs["branch"], domain_mixture(recipe, name.removeprefix("train/"))
     if name == "finetune":
         return recipe.finetune, costs["finetuning"], finetune_mixture(recipe)
     return None, None, {}

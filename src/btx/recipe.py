@@ -388,6 +388,7 @@ class Recipe(Section):
             raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {len(self.expert_names)} experts")
         if self.finetune.dense_router_gradient and self.mix.router != "top_k":
             raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
+        self._check_finetuning()
         if self.mix.blend and self.mix.split > 1:
             raise ValueError("mix.split and mix.blend exclude each other")
         if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
@@ -395,6 +396,15 @@ class Recipe(Section):
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
         return self
+
+    def _check_finetuning(self) -> None:
+        """Refuse settings of the finetuning that would be ignored."""
+        settings = self.finetune
+        if settings.dense_router_gradient and settings.trainable == "shared":
+            raise ValueError("finetune.dense_router_gradient: with finetune.trainable: shared no router trains")
+        if settings.load_balancing_kind == "pooled" and settings.load_balancing_over == "global_batch":
+            raise ValueError("finetune.load_balancing_over: global_batch goes with load_balancing_kind: paper; the "
+                             "pooled loss is transformers', which sees one micro-batch")  # fmt: skip
 
     @property
     def merge_settings(self) -> MergeSettings:

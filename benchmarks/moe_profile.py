@@ -28,8 +28,12 @@ from btx.training import clip_gradients
 PARTS = ("attention", "feed-forward products", "feed-forward elementwise", "dispatch", "router", "LM head and loss",
          "clipping", "AdamW", "norms, residuals, embeddings", "outside operations")  # fmt: skip
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-MOVES = ("aten::index_select", "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::argsort", "aten::sort",
-         "aten::bincount", "aten::embedding_bag", "aten::_embedding_bag", "aten::_embedding_bag_forward_only")  # fmt: skip
+MOVES = {
+    f"aten::{name}" for name in (
+        "index_select", "index", "index_put_", "_index_put_impl_", "argsort", "sort", "bincount", "embedding_bag",
+        "_embedding_bag", "_embedding_bag_forward_only",
+    )
+}  # fmt: skip
 REST = "norms, residuals, embeddings"
 
 
@@ -93,8 +97,8 @@ def part_of(event: Any, by_sequence: dict[int, str]) -> str:
         return "LM head and loss"
     part = marked(around)
     if part is None:  # a backward operation has the number of its forward operation
-        part = next((by_sequence[e.sequence_nr] for e in around if "Backward" in e.name and e.sequence_nr in by_sequence),
-                    None)  # fmt: skip
+        numbers = [other.sequence_nr for other in around if "Backward" in other.name]
+        part = next((by_sequence[number] for number in numbers if number in by_sequence), None)
     if part != "feed-forward":
         return part or REST
     if any(name in MOVES for name in names):

@@ -26,7 +26,7 @@ from btx.recipe_loading import load_recipe, packaged_recipes
 from btx.rundir import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
 
-COMMANDS = "run plan status ls cp train mix finetune evaluate analyze report chat".split()
+COMMANDS = "run plan status ls cp train mix finetune baselines evaluate analyze report chat".split()
 
 
 @dataclass

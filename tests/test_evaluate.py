@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx import evaluate
+from btx import model_outputs
 from btx.domains import Question
 from btx.errors import DataError
 from btx.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
@@ -66,7 +66,7 @@ def test_neither_packing_nor_the_micro_batch_nor_the_head_s_slices_change_the_bi
     assert max(len(row.unique()) for row in packed.document_ids_BS) > 2, "some rows should hold several documents"
     whole = bits_per_byte(model, packed).bits_per_byte
     assert bits_per_byte(model, packed, micro_batch_tokens=1).bits_per_byte == pytest.approx(whole, rel=1e-6)
-    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(model_outputs, "LOGITS_AT_ONCE", 1)
     assert bits_per_byte(model, packed).bits_per_byte == pytest.approx(whole, rel=1e-6)
     alone = [bits_per_byte(model, pack([document], 24)) for document in documents()]
     bits = sum(one.bits_per_byte * one.bytes for one in alone)

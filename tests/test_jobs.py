@@ -27,7 +27,7 @@ def test_branches_share_the_processors(
 ) -> None:
     monkeypatch.setattr(jobs, "processors", lambda: processors)
     run = RunFolder(tmp_path / "run", pico_recipe(tmp_path, "run", *overrides))
-    assert jobs.branch_threads(run) == threads
+    assert jobs.training_threads(run) == threads
 
 
 def test_only_processors_this_process_may_use_are_counted() -> None:

@@ -458,6 +458,24 @@ def test_the_generalist_is_the_general_domains_own_expert() -> None:
     assert own_expert("law", EXPERTS, "general") is None
 
 
+def test_the_mixed_set_has_a_column_of_its_own_where_it_was_measured(run: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    measured = results()
+    assert not results_table(measured).mixed
+    for number, model in enumerate(measured["models"].values()):
+        model["mixed"] = {"bits_per_byte": 3.125 - number / 64, "stderr": 0.031, "tokens": 9, "bytes": 9}
+    table = results_table(measured)
+    assert [row.mixed.best for row in table.rows] == [False] * (len(table.rows) - 1) + [True]
+    assert table.rows[0].mixed.text == "3.125"
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "evaluate" / "results.json").write_text(json.dumps(measured), "utf-8")
+    assert "3.125" in write_report(copy).read_text("utf-8")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report_table(measured))
+    assert "mixed" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_the_terminal_table_holds_every_model_with_mean_and_exact_match() -> None:
     from rich.console import Console
 

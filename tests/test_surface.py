@@ -26,18 +26,20 @@ LAYERS = {
     "cli": "__main__ cli cli_mix tables",
     "pipeline": "catalogue jobs models_of_run pipeline progress",
     "launchers": "launchers",
-    "stages": "analyze chat drop evaluate extend finetune mix plan prepare report train",
+    "stages": "analyze baselines chat compare drop evaluate extend finetune mix plan prepare report train",
     "pieces": (
-        "balancing beside_weights branch checkpoints cost direct_file dispatch drift expert_parts expert_text "
-        "extend_checks held_out kv_cache lazy_tensors losses merge merge_methods mix_checks mix_inputs mix_report "
-        "mixture models moe moe_folder moe_layout output_types report_charts report_results report_tokens "
-        "router_fit router_init routers routing_metrics schedule shard_writer tasks token_files token_texts "
-        "tokenizer trainable training training_state vocabularies"
+        "balancing beside_weights branch btm btm_calls checkpoints cost direct_file dispatch drift expert_parts "
+        "expert_text extend_checks held_out kv_cache lazy_tensors losses matching merge merge_methods mix_checks "
+        "mix_inputs mix_report mixed_set mixture model_outputs models moe moe_folder moe_layout output_types "
+        "peak_memory report_charts report_results report_tokens router_fit router_init routers routing_metrics "
+        "schedule seed_config shard_writer tasks text_similarity token_files token_texts tokenizer "
+        "trainable training training_state vocabularies"
     ),
     "plain": (
-        "btx_folder document_files domains errors families folders graph interrupts merge_kinds model_card "
-        "model_folder preflight provenance recipe recipe_docs recipe_loading recipe_overrides recipe_problems "
-        "recipes router_kinds router_notes rundir sizes sources status yaml_positions"
+        "aggregate baseline_kinds baseline_settings btx_folder document_files domains errors families folders "
+        "graph interrupts merge_kinds model_card model_folder preflight provenance recipe recipe_docs "
+        "recipe_loading recipe_overrides recipe_problems recipes router_kinds router_notes rundir sizes sources "
+        "status yaml_positions"
     ),
 }
 MAY_IMPORT = {

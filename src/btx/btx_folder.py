@@ -60,6 +60,24 @@ def write_router(folder: Path, settings: RoutingSettings) -> bool:
     return True
 
 
+def change_router(folder: Path, settings: RoutingSettings) -> None:
+    """Let a MoE folder route as `settings` say, whatever it says now. Not for a folder that somebody may be reading.
+
+    Raises:
+        CheckpointError: its btx.json is missing or broken.
+    """
+    found: Config = json.loads((folder / "config.json").read_text("utf-8"))
+    plain, now = open_btx_folder(folder, found) if is_btx_folder(found) else (found, None)
+    if "num_experts_per_tok" not in plain or now == settings:
+        return  # routers of the class's own kind, which go by another name; or nothing to do
+    num_experts = plain.get("num_local_experts") or plain["num_experts"]
+    wanted = plain | {"num_experts_per_tok": settings.plain_top_k(num_experts)}
+    if wanted != found:
+        (folder / FILE).unlink(missing_ok=True)
+        write_json(folder / "config.json", wanted)
+    write_router(folder, settings)
+
+
 def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingSettings]:
     """The plain class's config and the router of a folder that only btx reads.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from btx.baseline_kinds import BASELINES
 from btx.families import family_table
 from btx.launchers import LAUNCHERS
 from btx.merge_kinds import MERGE_METHODS
@@ -20,6 +21,7 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
     },
     "routers": lambda: dict(ROUTERS),
     "merges": lambda: {name: method.described for name, method in MERGE_METHODS.items()},
+    "baselines": lambda: {name: kind.summary for name, kind in BASELINES.items()},
     "families": family_table,
     "launchers": lambda: dict(LAUNCHERS),
 }

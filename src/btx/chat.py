@@ -18,9 +18,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from btx.balancing import sparse_gates
+from btx.btm import BtmModel, BtmReader, load_model_or_btm
 from btx.errors import CheckpointError, UserError
-from btx.kv_cache import cache_arguments, new_cache
-from btx.models import load_model, load_tokenizer
+from btx.model_outputs import SideBySide, open_reader
+from btx.models import load_tokenizer
 from btx.moe import moe_blocks
 from btx.token_files import DocumentEncoder
 from btx.token_texts import TokenTexts
@@ -68,8 +69,7 @@ def chat(
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
     console = console or Console(highlight=False)
-    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
-    cast(nn.Module, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = _load(model_path), load_tokenizer(model_path)
     if show_experts:
         _print_legend(console, _expert_names(model_path, model))
     random = torch.Generator().manual_seed(rng_seed)
@@ -94,9 +94,8 @@ def completion(
     """
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
-    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
-    cast(nn.Module, model).to("cuda" if torch.cuda.is_available() else "cpu")
-    names = _expert_names(model_path, model) if moe_blocks(model) else None
+    model, tokenizer = _load(model_path), load_tokenizer(model_path)
+    names = _expert_names(model_path, model) if _num_experts(model) else None
     choose = pick(temperature, torch.Generator().manual_seed(rng_seed))
     shown = list(complete_token_by_token(model, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens, choose))
     return {
@@ -136,26 +135,29 @@ def pick(temperature: float, random: torch.Generator) -> Callable[[Tensor], int]
 
 @torch.inference_mode()
 def complete_token_by_token(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int,
-    choose: Callable[[Tensor], int],
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int],
+    max_new_tokens: int, choose: Callable[[Tensor], int],
 ) -> Iterator[ShownToken]:  # fmt: skip
     """The prompt's tokens after the first, then the completion's, each as soon as its experts are known.
 
-    Experts are those that read the token, so a new token comes with the forward pass after the one that chose it.
+    Experts are those that read the token, so a new token comes with the forward pass after the one that chose it. Of
+    Branch-Train-Merge they are the two models with the most weight in what follows the token.
     """
-    texts = TokenTexts(tokenizer)
-    new_ids, arguments = list(prompt), cache_arguments(model, new_cache(model))
+    texts, reader = TokenTexts(tokenizer), open_reader(model)
+    new_ids, ids_1S = list(prompt), torch.empty(1, 0, dtype=torch.long, device=model.device)
     shown = 0
     for made in range(max_new_tokens + 1):
-        output = cast(Any, model)(
-            input_ids=torch.tensor([new_ids], device=model.device), logits_to_keep=1, **arguments
-        )
-        pairs = top_pairs(model, len(new_ids))
+        ids_1S = torch.cat([ids_1S, torch.tensor([new_ids], device=model.device)], dim=1)
+        scores_V = reader.scores(ids_1S, torch.ones_like(ids_1S))[0]
+        if isinstance(reader, BtmReader):
+            pairs = [tuple(sorted(reader.weights_BN[0].topk(2).indices.tolist()))] * len(new_ids)
+        else:
+            pairs = top_pairs(cast(Any, model), len(new_ids))
         for token, pair in zip(new_ids, pairs, strict=True):
             if shown:
                 yield ShownToken(texts(token), pair, from_prompt=shown < len(prompt))
             shown += 1
-        token = choose(output.logits[0, -1])
+        token = choose(scores_V)
         if made == max_new_tokens or token == tokenizer.eos_token_id:
             break
         new_ids = [token]
@@ -180,13 +182,23 @@ def pair_style(pair: tuple[int, ...], num_experts: int) -> str:
     return PALETTE[number % len(PALETTE)] + (" underline" if number >= len(PALETTE) else "")
 
 
-def _num_experts(model: PreTrainedModel) -> int:
-    return moe_blocks(model)[0].gate.weight.shape[0]
+def _load(model_path: Path) -> PreTrainedModel | SideBySide:
+    return load_model_or_btm(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _expert_names(model_path: Path, model: PreTrainedModel) -> list[str]:
+def _num_experts(model: PreTrainedModel | SideBySide) -> int:
+    """0 for a dense model."""
+    if isinstance(model, BtmModel):
+        return len(model.members)
+    blocks = moe_blocks(cast(nn.Module, model))
+    return blocks[0].gate.weight.shape[0] if blocks else 0
+
+
+def _expert_names(model_path: Path, model: PreTrainedModel | SideBySide) -> list[str]:
     """Names of the experts from the mix's record where one lies beside the model or in its run, else their numbers."""
-    if not moe_blocks(model):
+    if isinstance(model, BtmModel):
+        return list(model.members)
+    if not _num_experts(model):
         raise CheckpointError(f"{model_path}: a dense model has no experts to show; leave out --show-experts")
     count = _num_experts(model)
     folder = model_path.resolve()

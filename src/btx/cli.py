@@ -102,7 +102,9 @@ def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="recipes, domains, routers, merges, families or launchers.")] = "recipes",
+    what: Annotated[
+        str, typer.Argument(help="recipes, domains, routers, merges, baselines, families or launchers.")
+    ] = "recipes",
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from."""
@@ -155,6 +157,16 @@ def finetune(run_folder: RunArgument) -> None:
 
 
 @app.command()
+def baselines(
+    run_folder: RunArgument,
+    names: Annotated[list[str] | None, typer.Argument(help="Baselines of the recipe; default: all of them.")] = None,
+) -> None:
+    """Make the baselines of a run, or some of them."""
+    stages = [stage.name for stage in _run(run_folder).graph.baseline_stages(names)]
+    _work(run_folder, stages)
+
+
+@app.command()
 def evaluate(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """Measure every model of a run on held-out text and tasks."""
     _work(run_folder, ["evaluate"], quiet=as_json)
@@ -170,6 +182,27 @@ def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
     _work(run_folder, ["analyze"], quiet=as_json)
     if as_json:
         _print_json(json.loads((run_folder / "analyze" / "routing.json").read_text("utf-8")))
+
+
+@app.command()
+def compare(
+    run_folder: RunArgument,
+    model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
+    model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """How sure the differences between models are: paired bootstrap over documents and questions."""
+    from btx.compare import compare_models
+
+    found = compare_models(_run(run_folder).path, model_a, model_b, resamples=resamples, rng_seed=rng_seed)
+    if as_json:
+        _print_json(found)
+    else:
+        from btx.tables import comparison_table
+
+        _print(comparison_table(found))
 
 
 @app.command()

@@ -179,4 +179,6 @@ def _mix_run(run_folder: Path) -> None:
     def log(line: str) -> None:
         print(f"· {line}", flush=True)
 
-    run_stages(RunFolder.open(run_folder), ["mix", "baselines/soup"], Interrupts().listen(), log)
+    run = RunFolder.open(run_folder)
+    soup = ["baselines/soup"] if "soup" in run.recipe.baselines else []
+    run_stages(run, ["mix", *soup], Interrupts().listen(), log)

@@ -8,7 +8,9 @@ counted as if they trained (their 2·N backward is saved, but not credited), so 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -34,6 +36,10 @@ class ModelCost:
     def training_flops_per_token(self, sequence_length: int) -> float:
         """6·N + 12·L·H·Q·S."""
         return 6.0 * self.multiplied_params + 12.0 * self.attention_width * sequence_length
+
+    def inference_flops_per_token(self, sequence_length: int) -> float:
+        """The forward pass, a third of training: 2·N + 4·L·H·Q·S."""
+        return self.training_flops_per_token(sequence_length) / 3
 
     def training_bytes(self) -> int:
         """Weights, and of what trains gradients and AdamW's two moments, in float32; activations come on top."""
@@ -73,12 +79,18 @@ def config_cost(
     Args:
         trainable: what trains, as in a recipe.
     """
+    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token, trainable)
+
+
+@cache
+def _config_cost(config: str, experts_per_token: float | None, trainable: str) -> ModelCost:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in config.items() if key != "model_type"}
+    values = json.loads(config)
+    model_type = values.pop("model_type")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         swap_in_moe(model)
     if trainable != "all":
         chosen = trainable_names(model, trainable)

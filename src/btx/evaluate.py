@@ -3,7 +3,7 @@
 Bits per byte compares models with different tokenizers and is what training lowers. Every text byte of a document is
 scored once; the separator in front of a document is context, its end-of-text token is not scored.
 
-Shape letters: B batch, S sequence, N documents, R scored tokens, D model, V vocabulary.
+Shape letters: B batch, S sequence, N documents, R scored tokens.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from btx.cost import model_cost
+from btx.btm import load_model_or_btm
 from btx.domains import Question
 from btx.folders import read_json, value_hash, write_json
-from btx.held_out import Packed, device_and_type, held_out_documents, load_to_measure, pack
+from btx.held_out import Packed, device_and_type, held_out_documents, pack
+from btx.mixed_set import mixed_documents
+from btx.model_outputs import SideBySide, cost_of, token_nll
 from btx.models import load_tokenizer
 from btx.tasks import exact_match, read_questions
 
@@ -35,10 +36,8 @@ Log = Callable[[str], None]
 
 MICRO_BATCH_TOKENS = 8192
 """Tokens a forward pass."""
-LOGITS_AT_ONCE = 2**25
-"""Logits held in float32 at once: 128 MiB, whatever the vocabulary."""
-MEASURE_VERSION = 1
-"""Goes into the key of kept results; raised whenever a number would come out differently."""
+MEASURE_VERSION = 2
+"""Goes into the key of kept results; raised whenever a number would come out differently, or is new."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,11 @@ class ModelEntry:
     flops: float
     """Training FLOPs behind it."""
     hours: float
-    """Measured hours of training behind it."""
+    """Measured hours of training behind it, stages that do not need each other side by side."""
     inputs: str
     """Hash of everything the model was made from: kept results are used again while it stays the same."""
+    accounting: dict[str, Any] = field(default_factory=dict)
+    """More of what it cost, for its row of the results (docs/baselines.md)."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,16 @@ class BitsPerByte:
     documents: int
     seconds: float
     """Wall seconds of the forward passes."""
+    document_bits: list[float]
+    """Bits of each document: what models are compared by, document by document (`btx.compare`)."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of results.json."""
+        return {"bits_per_byte": self.bits_per_byte, "stderr": self.stderr, "tokens": self.tokens, "bytes": self.bytes}
 
 
 def bits_per_byte(
-    model: PreTrainedModel, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    model: PreTrainedModel | SideBySide, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
 ) -> BitsPerByte:
     """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
 
@@ -88,31 +95,13 @@ def bits_per_byte(
     for rows in packed.batches(micro_batch_tokens):
         nll_R = token_nll(model, rows)
         nll_N.index_add_(0, rows.document_ids_BS[rows.scored_BS], nll_R.double().cpu())
-    value, stderr = ratio(nll_N / math.log(2), packed.bytes_N.double())
+    bits_N = nll_N / math.log(2)
+    value, stderr = ratio(bits_N, packed.bytes_N.double())
     return BitsPerByte(
         bits_per_byte=value, stderr=stderr, tokens=int(packed.scored_BS.sum()), bytes=int(packed.bytes_N.sum()),
         documents=len(nll_N), seconds=time.perf_counter() - started,
+        document_bits=[round(bits, 4) for bits in bits_N.tolist()],
     )  # fmt: skip
-
-
-@torch.inference_mode()
-def token_nll(model: PreTrainedModel, rows: Packed) -> Tensor:
-    """Negative log-likelihood in nats of every scored token, in row order: (R,), float32.
-
-    The head runs on slices of the scored positions, so that logits never exist for all tokens at once.
-    """
-    device = model.device
-    hidden_BSD = model.base_model(
-        input_ids=rows.input_ids_BS.to(device), position_ids=rows.position_ids_BS.to(device), use_cache=False
-    ).last_hidden_state
-    hidden_RD = hidden_BSD[rows.scored_BS.to(device)]
-    labels_R = rows.labels_BS[rows.scored_BS].to(device)
-    head = cast(torch.nn.Module, model.get_output_embeddings())
-    slices = max(1, LOGITS_AT_ONCE // cast(int, model.config.vocab_size))
-    return torch.cat([
-        F.cross_entropy(head(hidden).float(), labels, reduction="none")
-        for hidden, labels in zip(hidden_RD.split(slices), labels_R.split(slices), strict=True)
-    ])  # fmt: skip
 
 
 def ratio(value_N: Tensor, size_N: Tensor) -> tuple[float, float | None]:
@@ -133,6 +122,8 @@ class _Measures:
     """What every model of a run is measured on: the same rows and questions for all."""
 
     packed: dict[str, Packed]
+    mixed: Packed | None
+    """Documents that switch domain; None where the recipe wants none."""
     questions: dict[str, list[Question]]
 
     def key(self, entry: ModelEntry, recipe: Recipe) -> str:
@@ -142,13 +133,23 @@ class _Measures:
             "model": entry.inputs,
             "arithmetic": [str(value) for value in device_and_type(recipe)],
             "domains": {name: packed.fingerprint() for name, packed in self.packed.items()},
+            "mixed": self.mixed and self.mixed.fingerprint(),
             "tasks": {name: recipe.evaluate.tasks[name].model_dump(mode="json") for name in self.questions},
             "questions": {name: [asdict(question) for question in asked] for name, asked in self.questions.items()},
         })  # fmt: skip
 
+    def document_bytes(self) -> dict[str, Any]:
+        """UTF-8 bytes of every document, laid out as the models' bits in documents.json."""
+        sizes: dict[str, Any] = {"domains": {name: packed.bytes_N.tolist() for name, packed in self.packed.items()}}
+        return sizes if self.mixed is None else sizes | {"mixed": self.mixed.bytes_N.tolist()}
+
 
 def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry], *, log: Log) -> dict[str, Any]:
-    """Measure every model on every domain and task; write evaluate/results.json.
+    """Measure every model on every domain, the mixed set and every task; write evaluate/results.json.
+
+    Beside it, documents.json holds the bits of every document and whether each answer was right, for every model:
+    {"bytes": {"domains": {D: [...]}, "mixed": [...]}, "models": {NAME: {"domains": {D: [...]}, "mixed": [...],
+    "tasks": {T: [0 or 1, ...]}}}}.
 
     A finished model is kept in evaluate/models/ and not measured again while nothing behind its numbers changed, so a
     kill loses one model at most.
@@ -166,62 +167,78 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
         DataError: held-out data or questions are missing or broken.
         CheckpointError: a model cannot be loaded.
     """
-    root = Path(recipe.data.root or ".")
-    measures = _Measures(
-        packed={
-            domain: pack(held_out_documents(run_folder, recipe, domain, recipe.evaluate.tokens),
-                         recipe.data.sequence_length)
-            for domain in recipe.data.domains
-        },
-        questions={
-            name: read_questions(task, rng_seed=recipe.rng_seed, root=root)
-            for name, task in recipe.evaluate.tasks.items()
-        },
-    )  # fmt: skip
+    measures = _what_to_measure(run_folder, recipe, models)
     folder = run_folder / "evaluate"
     results: dict[str, Any] = {"models": {}}
+    documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
     for name, entry in models.items():
         kept, key = folder / "models" / f"{name.replace('/', '__')}.json", measures.key(entry, recipe)
         record = read_json(kept)
         if record is None or record["key"] != key:
-            record = {"key": key, "measured": _measure(entry, recipe, measures)}
+            record = {"key": key, **_measure(entry, recipe, measures)}
             write_json(kept, record)
             log(_summary(name, record["measured"]))
         else:
             log(f"{name}: measured before, kept")
-        cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours}
+        cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
         results["models"][name] = record["measured"] | cost
+        documents["models"][name] = record["documents"]
+    write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
 
 
+def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry]) -> _Measures:
+    settings, root, length = recipe.evaluate, Path(recipe.data.root or "."), recipe.data.sequence_length
+    packed = {
+        domain: pack(held_out_documents(run_folder, recipe, domain, settings.tokens), length)
+        for domain in recipe.data.domains
+    }
+    mixed = None
+    if settings.mixed.documents:
+        tokenizer = load_tokenizer(next(iter(models.values())).path)  # the seed model's: it made the token files
+        mixed = pack(mixed_documents(run_folder, recipe, tokenizer), length)
+    questions = {
+        name: read_questions(task, rng_seed=recipe.rng_seed, root=root) for name, task in settings.tasks.items()
+    }
+    return _Measures(packed, mixed, questions)
+
+
 def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str, Any]:
-    """Everything results.json says of a model except what it cost to train."""
-    model, tokenizer = load_to_measure(entry.path, recipe), load_tokenizer(entry.path)
-    cost = model_cost(model)
+    """`measured`: everything results.json says of a model except what it cost to train; `documents`: its part of
+    documents.json."""
+    device, dtype = device_and_type(recipe)
+    model, tokenizer = load_model_or_btm(entry.path, dtype=dtype, device=device), load_tokenizer(entry.path)
+    cost = cost_of(model)
     domains = {name: bits_per_byte(model, packed) for name, packed in measures.packed.items()}
+    mixed = bits_per_byte(model, measures.mixed) if measures.mixed is not None else None
     tasks = {
-        name: exact_match(model, tokenizer, questions, recipe.evaluate.tasks[name]).as_json()
+        name: exact_match(model, tokenizer, questions, recipe.evaluate.tasks[name])
         for name, questions in measures.questions.items()
     }
-    return {
-        "domains": {
-            name: {"bits_per_byte": found.bits_per_byte, "stderr": found.stderr, "tokens": found.tokens,
-                   "bytes": found.bytes}
-            for name, found in domains.items()
-        },
-        "tasks": tasks,
+    measured = {
+        "domains": {name: found.as_json() for name, found in domains.items()},
+        **({"mixed": mixed.as_json()} if mixed else {}),
+        "tasks": {name: found.as_json() for name, found in tasks.items()},
         "mean_bits_per_byte": sum(found.bits_per_byte for found in domains.values()) / len(domains),
         "active_params": cost.active_params,
         "total_params": cost.total_params,
+        "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
         "eval_tokens_per_s": round(
             sum(found.tokens for found in domains.values()) / sum(found.seconds for found in domains.values()), 1
         ),
-    }  # fmt: skip
+    }
+    documents = {
+        "domains": {name: found.document_bits for name, found in domains.items()},
+        **({"mixed": mixed.document_bits} if mixed else {}),
+        "tasks": {name: [int(answer.correct) for answer in found.answers] for name, found in tasks.items()},
+    }
+    return {"measured": measured, "documents": documents}
 
 
 def _summary(name: str, measured: Mapping[str, Any]) -> str:
     """One line for the user."""
     parts = [f"{domain} {found['bits_per_byte']:.3f}" for domain, found in measured["domains"].items()]
+    parts += [f"mixed {measured['mixed']['bits_per_byte']:.3f}"] if "mixed" in measured else []
     parts += [f"{task} {100 * found['exact_match']:.1f} %" for task, found in measured["tasks"].items()]
     return f"{name}: mean {measured['mean_bits_per_byte']:.3f} bits per byte; {', '.join(parts)}"

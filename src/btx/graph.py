@@ -14,6 +14,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from btx.baseline_kinds import BASELINES, BTM, UPCYCLED, BaselineName, is_trained, stage_names
+from btx.baseline_settings import matching_inputs, phases_of, routing_of
+from btx.errors import UserError
 from btx.folders import value_hash
 from btx.recipe import Recipe
 
@@ -43,7 +46,16 @@ class Stage:
     @property
     def trains(self) -> bool:
         """True for the stages that run the training loop."""
-        return self.name in ("seed", "finetune") or self.name.startswith("train/")
+        return self.name in ("seed", "finetune") or self.name.startswith("train/") or is_trained(self.name)
+
+    def training_behind(self) -> list[Stage]:
+        """The stages that train, from the seed model (itself not counted) up to this one, in an order they can run."""
+        found: dict[str, Stage] = {}
+        for needed in self.needs:
+            found |= {stage.name: stage for stage in needed.training_behind() if stage.name != "seed"}
+        if self.trains:
+            found[self.name] = self
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -64,18 +76,52 @@ class Graph:
         """The experts' training stages."""
         return [stage for stage in self.stages if stage.name.startswith("train/")]
 
+    @property
+    def baselines(self) -> list[Stage]:
+        """The stages of all baselines."""
+        return [stage for stage in self.stages if stage.name.startswith("baselines/")]
+
     def jobs(self) -> list[tuple[Stage, ...]]:
-        """Stages grouped into processes: short stages share one, every branch has its own."""
+        """Stages grouped into processes: short stages share one, every branch and trained baseline has its own."""
+        soup = [stage for stage in self.baselines if stage.name == "baselines/soup"]
         return [
             (self["data"], self["seed"]),
             *[(branch,) for branch in self.branches],
-            (self["mix"], self["baselines/soup"], self["finetune"]),
+            (self["mix"], *soup, self["finetune"]),
+            *self.baseline_jobs(),
             (self["evaluate"], self["analyze"], self["report"]),
         ]
 
+    def baseline_stages(self, names: list[str] | None = None) -> list[Stage]:
+        """The stages of some baselines, what they share included.
+
+        Raises:
+            UserError: the recipe has no such baseline.
+        """
+        wanted = set()
+        for name in names or self.recipe.baselines:
+            if name not in self.recipe.baselines:
+                there = ", ".join(self.recipe.baselines) or "none"
+                raise UserError(f"the recipe has no baseline {name!r}; its `baselines` are: {there}")
+            last = self[f"baselines/{name}"]
+            wanted |= {last.name, *(stage.name for stage in (*last.needs, *(n for s in last.needs for n in s.needs)))}
+        return [stage for stage in self.baselines if stage.name in wanted]
+
+    def baseline_jobs(self) -> list[tuple[Stage, ...]]:
+        """Processes of the baselines, but for the soup, which is short. What baselines share is made by the first."""
+        known = {stage.name: stage for stage in self.baselines}
+        jobs = []
+        for name in self.recipe.baselines:
+            if BASELINES[name].trains:
+                shared = known.pop(f"baselines/{UPCYCLED}", None) if BASELINES[name].start == "upcycled" else None
+                jobs.append((*([shared] if shared else []), *[known[stage] for stage in stage_names(name)]))
+        btm = tuple(known[f"baselines/{name}"] for name in self.recipe.baselines if name in BTM)
+        return [*jobs, *([btm] if btm else [])]
+
 
 def build_graph(recipe: Recipe) -> Graph:
-    """The stages of `recipe`: data → seed → train/<domain>... → mix → finetune → evaluate, analyze → report."""
+    """The stages of `recipe`: data → seed → train/<domain>... → mix → finetune, baselines → evaluate, analyze → report.
+    """
     rng = {"rng_seed": recipe.rng_seed}
     general = recipe.data.general
     data = Stage("data", {"data": recipe.data.model_dump(mode="json"), **rng, **_tokenizer(recipe),
@@ -90,15 +136,67 @@ def build_graph(recipe: Recipe) -> Graph:
     )  # fmt: skip
     mixed = Stage("mix", {"mix": _decisive(recipe.mix), "domains": recipe.train.domains, "general": general, **rng},
                   (data, seed, *branches))  # fmt: skip
-    soup = Stage("baselines/soup", {"generalist": recipe.mix.generalist}, (seed, *branches))
     finetune = Stage(
         "finetune", {"finetune": _decisive(recipe.finetune), "device": recipe.device, **rng}, (data, mixed)
     )
-    models = (data, seed, *branches, mixed, soup, finetune)
+    baselines = _baselines(recipe, {"data": data, "seed": seed, "mix": mixed}, branches)
+    # The soup is made beside the mix; what trains comes after the finetuning, so that `--until finetune` leaves it out.
+    soup = [stage for stage in baselines if stage.name == "baselines/soup"]
+    others = [stage for stage in baselines if stage not in soup]
+    made = (data, seed, *branches, mixed, *soup, finetune, *others)
+    results = [stage for stage in others if stage.name.removeprefix("baselines/") in recipe.baselines]
+    models = (data, seed, *branches, mixed, *soup, finetune, *results)
     evaluate = Stage("evaluate", {"evaluate": _decisive(recipe.evaluate), **rng}, models)
     analyze = Stage("analyze", {"analyze": _decisive(recipe.analyze), **rng}, (data, finetune))
     report = Stage("report", {}, (evaluate, analyze))
-    return Graph(recipe, (data, seed, *branches, mixed, soup, finetune, evaluate, analyze, report))
+    return Graph(recipe, (*made, evaluate, analyze, report))
+
+
+def _baselines(recipe: Recipe, known: dict[str, Stage], branches: tuple[Stage, ...]) -> list[Stage]:
+    """The stages of the recipe's baselines, in its order. A trained stage's last need holds its start weights."""
+    seed, found = known["seed"], []
+    for name in recipe.baselines:
+        kind = BASELINES[name]
+        if name == "soup":
+            found.append(Stage("baselines/soup", {"generalist": recipe.mix.generalist}, (seed, *branches)))
+        elif name in BTM:
+            settings = {"experts": BTM[name], "generalist": recipe.mix.generalist, "general": recipe.data.general}
+            found.append(Stage(f"baselines/{name}", settings, (known["data"], seed, *branches)))
+        elif kind.start == "upcycled" and UPCYCLED not in known:
+            known[UPCYCLED] = _upcycled(recipe, seed)
+            found.append(known[UPCYCLED])
+        if kind.trains:
+            found += _trained_baseline(recipe, name, known)
+    return found
+
+
+def _upcycled(recipe: Recipe, seed: Stage) -> Stage:
+    """Copies of the seed model's FF sublayers as experts: the start of both upcycling baselines."""
+    mix = recipe.mix
+    settings = {
+        "members": len(recipe.member_names), "split": [mix.split, mix.split_rescale], "router_std": mix.router_std,
+        "router": recipe.routing.as_json(), "dtype": mix.dtype, "max_shard_size": mix.max_shard_size,
+        "rng_seed": recipe.rng_seed,
+    }  # fmt: skip
+    return Stage(f"baselines/{UPCYCLED}", settings, (seed,))
+
+
+def _trained_baseline(recipe: Recipe, name: BaselineName, known: dict[str, Stage]) -> list[Stage]:
+    """One stage a phase."""
+    start, found = known[BASELINES[name].start], []
+    for phase in phases_of(recipe, name):
+        mixture: dict[str, Any] = {"domains": recipe.train.domains, "general": recipe.data.general}
+        if phase.data == "domains":
+            mixture["replay"] = recipe.train.replay
+        settings = {
+            "training": _decisive(phase.settings), "data": {phase.data: mixture},
+            "matched": matching_inputs(recipe, name), "device": recipe.device, "rng_seed": recipe.rng_seed,
+        }  # fmt: skip
+        if BASELINES[name].has_routers:
+            settings["router"] = routing_of(recipe, name).as_json()
+        start = Stage(phase.stage, settings, (known["data"], start))
+        found.append(start)
+    return found
 
 
 def _decisive(section: Any) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class Packed:
             yield Packed(self.input_ids_BS[part], self.labels_BS[part], self.position_ids_BS[part],
                          self.document_ids_BS[part], self.bytes_N)  # fmt: skip
 
+    def select(self, rows_B: Tensor) -> Packed:
+        """Some rows: a mask or indices."""
+        return Packed(self.input_ids_BS[rows_B], self.labels_BS[rows_B], self.position_ids_BS[rows_B],
+                      self.document_ids_BS[rows_B], self.bytes_N)  # fmt: skip
+
     def fingerprint(self) -> str:
         """Hash of every token and byte count: equal fingerprints give equal results."""
         digest = hashlib.sha256(repr(tuple(self.input_ids_BS.shape)).encode())
@@ -103,7 +108,9 @@ def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: int) -> list[HeldOutDocument]:
+def held_out_documents(
+    run_folder: Path, recipe: Recipe, domain: str, tokens: int, *, documents: int | None = None
+) -> list[HeldOutDocument]:
     """Held-out documents of a domain, its sources in proportion to their weights.
 
     Whole documents, evenly spread over each source's held-out file; always the same ones for the same files.
@@ -113,6 +120,7 @@ def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: in
         recipe: the run's recipe.
         domain: name of a domain.
         tokens: at most so many in all, but at least one document a source.
+        documents: at most so many in all (rounded up for each source); None: as many as `tokens` allow.
 
     Raises:
         DataError: a token file is missing or broken, or no source of the domain has held-out documents.
@@ -127,8 +135,11 @@ def held_out_documents(run_folder: Path, recipe: Recipe, domain: str, tokens: in
                         f"files, more text, or a larger data.held_out")  # fmt: skip
     total = sum(weight for _, weight in files)
     return [
-        _document(file, number) for file, weight in files for number in _selected(file, int(tokens * weight / total))
-    ]
+        _document(file, number)
+        for file, weight in files
+        for number in _selected(file, int(tokens * weight / total),
+                                None if documents is None else math.ceil(documents * weight / total))
+    ]  # fmt: skip
 
 
 def _document(file: TokenFile, number: int) -> HeldOutDocument:
@@ -136,8 +147,8 @@ def _document(file: TokenFile, number: int) -> HeldOutDocument:
     return HeldOutDocument(file.tokens[start:end].astype(np.int64), int(file.document_bytes[number]))
 
 
-def _selected(file: TokenFile, tokens: int) -> list[int]:
-    """Documents of `file`, at most `tokens` of them tokens but at least one, ascending.
+def _selected(file: TokenFile, tokens: int, documents: int | None = None) -> list[int]:
+    """Documents of `file`, at most `documents`, with at most `tokens` tokens but at least one document, ascending.
 
     They are taken with a stride of the golden ratio, so that any number of them is evenly spread over the file.
     """
@@ -146,7 +157,7 @@ def _selected(file: TokenFile, tokens: int) -> list[int]:
     lengths = np.diff(file.document_starts)
     chosen: list[int] = []
     used = 0
-    for i in range(n):
+    for i in range(n if documents is None else min(n, documents)):
         number = i * stride % n
         used += int(lengths[number])
         if chosen and used > tokens:

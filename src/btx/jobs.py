@@ -37,17 +37,37 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                 continue
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
-                if stage.name not in ("data", "report") and not stage.name.startswith("train/"):
+                if stage.trains and shares_processors(run, stage):
+                    _use_threads(training_threads(run))
+                elif stage.name not in ("data", "report"):
                     use_all_processors()
                 WORK[name.split("/")[0]](run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
 
 
-def branch_threads(run: RunFolder) -> int:
-    """CPU threads of one branch: the recipe's, or the processors shared among the branches trained at once."""
+def shares_processors(run: RunFolder, stage: Stage) -> bool:
+    """Whether other jobs may train beside this stage: the seed model trains alone, as does the finetuning in a run
+    without trained baselines."""
+    return stage.name != "seed" and (stage.name != "finetune" or any(job.trains for job in run.graph.baselines))
+
+
+def training_threads(run: RunFolder) -> int:
+    """CPU threads of a job: the recipe's, or the processors shared among the jobs that may train at once.
+
+    It depends on the recipe alone, not on what is running, so that a job that is resumed has the same number again.
+    """
     launch = run.recipe.launch
-    at_once = min(launch.jobs or len(run.recipe.train.domains), len(run.recipe.train.domains))
-    return launch.threads or max(1, processors() // at_once)
+    return launch.threads or max(1, processors() // jobs_at_once(run))
+
+
+def jobs_at_once(run: RunFolder) -> int:
+    """Training jobs that may run side by side: `launch.jobs`, or as many as there are branches; never more than there
+    are."""
+    branches, baselines = run.graph.branches, run.graph.baseline_jobs()
+    trained = [job for job in baselines if job[-1].trains]
+    beside_branches = [job for job in trained if not any(stage.name == "mix" for stage in job[0].needs)]
+    most = max(len(branches) + len(beside_branches), 1 + len(trained))
+    return min(run.recipe.launch.jobs or len(branches), most)
 
 
 def processors() -> int:
@@ -61,6 +81,12 @@ def use_all_processors() -> None:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(processors())
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def _data(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -78,11 +104,8 @@ def _seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
 
 
 def _train(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    import torch
-
     from btx.train import train_branch
 
-    torch.set_num_threads(branch_threads(run))
     train_branch(run, stage, interrupts, log)
 
 
@@ -110,12 +133,9 @@ def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None
 
 
 def _baselines(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    from btx.mix import soup
+    from btx.baselines import make_baseline
 
-    folder, started = run.begin(stage), time.perf_counter()
-    experts = {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains}
-    soup(run.model("seed"), experts, folder / "model", generalist=run.recipe.mix.generalist)
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+    make_baseline(run, stage, interrupts, log)
 
 
 def _finetune(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

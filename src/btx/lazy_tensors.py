@@ -186,9 +186,9 @@ class Elementwise(LazyTensor):
         return rounded(self.compute(values), self.dtype)
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Computed:
-    """A tensor of zeros."""
-    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> Computed:
+    """A tensor with one number everywhere."""
+    return Computed(shape, dtype, lambda: torch.full(shape, value, dtype=dtype))
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:

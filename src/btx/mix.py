@@ -34,9 +34,9 @@ from btx.moe_layout import (
     expert_tensors,
     experts_of_layer,
     fused_again,
+    inert_tensors,
     router_tensor,
     shared_tensor,
-    zero_tensors,
 )
 from btx.output_types import dtype_of, in_one_type
 from btx.router_fit import check_texts, fit_routers
@@ -249,7 +249,7 @@ def _planned(
         init = initial_router(routers, len(experts), hidden_size)
         origin = {"from": "router_init", "method": routers.method}
         yield router_tensor(family, layer, (len(experts), hidden_size), init, dtype, origin)
-        yield from zero_tensors(family, layer, config, dtype)
+        yield from inert_tensors(family, layer, config, dtype)
     for name in inputs.shared_names:
         start = inputs.seed_tensors[name]
         origin = {"of": list(inputs.members), **drifts.tensors[name]}

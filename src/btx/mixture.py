@@ -149,6 +149,36 @@ class Mixture:
                 )
 
 
+class Interleaved:
+    """Several mixtures read in turn: sample g is sample g // N of mixture g mod N.
+
+    So a job of N times as many samples sees exactly what N jobs on one mixture each have seen, in their order: what a
+    dense baseline trains on to match the branches' data.
+    """
+
+    def __init__(self, mixtures: Sequence[Mixture]) -> None:
+        self.mixtures = list(mixtures)
+        self.sequence_length = mixtures[0].sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the samples."""
+        return value_hash({"in turn": [mixture.fingerprint for mixture in self.mixtures]})
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Samples start, ..., start + count - 1 as the rows of a batch."""
+        number = len(self.mixtures)
+        arrays = [np.empty((count, self.sequence_length), np.int64) for _ in range(3)]
+        for which, mixture in enumerate(self.mixtures):
+            first = (which - start) % number
+            rows = range(first, count, number)
+            if len(rows):
+                part = mixture.batch((start + first) // number, len(rows))
+                for array, values in zip(arrays, (part.input_ids, part.labels, part.position_ids), strict=True):
+                    array[first::number] = values
+        return Batch(*arrays)
+
+
 def apportion(weights: np.ndarray, samples: int) -> np.ndarray:
     """Whole samples of each component, by largest remainders: sums to `samples`, each off by less than one.
 

@@ -1,34 +1,82 @@
-"""The models of a run that are evaluated, and what each cost from the seed model on."""
+"""The models of a run that are evaluated, and what each cost from the seed model on, predicted and measured."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from btx.baseline_settings import matched_by
 from btx.evaluate import ModelEntry
+from btx.graph import Stage
+from btx.models import read_config
+from btx.plan import stage_costs, training_cost
 from btx.rundir import RunFolder
+from btx.seed_config import seed_config
 
 
 def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
-    """seed, expert/<domain>, soup, mix and btx. Tokens, FLOPs and hours add up all training a model needed.
+    """seed, expert/<domain>, soup, the other baselines, mix and btx.
 
-    The seed model's own training is counted in `seed` only: what is compared is what came after it.
+    Tokens, FLOPs and hours add up all training a model needed. The seed model's own training is counted in `seed` only:
+    what is compared is what came after it.
     """
-    branches = [f"train/{domain}" for domain in run.recipe.train.domains]
-    experts = {f"expert/{stage.removeprefix('train/')}": (stage, [stage]) for stage in branches}
-    rows = {
-        "seed": ("seed", ["seed"]),
-        **experts,
-        "soup": ("baselines/soup", branches),
-        "mix": ("mix", branches),
-        "btx": ("finetune", [*branches, "finetune"]),
+    graph, recipe = run.graph, run.recipe
+    baselines = sorted(recipe.baselines, key=lambda name: name != "soup")
+    rows: dict[str, str] = {
+        "seed": "seed",
+        **{f"expert/{domain}": f"train/{domain}" for domain in recipe.train.domains},
+        **{str(name): f"baselines/{name}" for name in baselines},
+        "mix": "mix",
+        "btx": "finetune",
     }
-    return {name: _entry(run, stage, paid_for) for name, (stage, paid_for) in rows.items()}
+    predicted = _predicted(run)
+    entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in rows.items()}
+    for name in baselines:
+        entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(
+            entries[name], entries["btx"]
+        )
+    return entries
 
 
-def _entry(run: RunFolder, stage: str, paid_for: list[str]) -> ModelEntry:
-    done = [run.done(name) or {} for name in paid_for]
+def _entry(run: RunFolder, stage: Stage, predicted: dict[str, Any]) -> ModelEntry:
+    done = [run.done(behind) or {} for behind in stage.training_behind()]
+    peaks = [facts["peak_memory_bytes"] for facts in done if "peak_memory_bytes" in facts]
     return ModelEntry(
-        path=run.model(stage),
+        path=run.model(stage.name),
         tokens=sum(int(facts.get("tokens", 0)) for facts in done),
         flops=sum(float(facts.get("flops", 0.0)) for facts in done),
-        hours=sum(float(facts.get("wall_s", 0.0)) for facts in done) / 3600,
-        inputs=run.graph[stage].inputs,
+        hours=_longest_s(run, stage) / 3600,
+        inputs=stage.inputs,
+        accounting={
+            "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind()) / 3600,
+            "peak_memory_bytes": max(peaks, default=None),
+            "predicted": predicted,
+        },
     )
+
+
+def _wall_s(run: RunFolder, stage: Stage) -> float:
+    return float((run.done(stage) or {}).get("wall_s", 0.0))
+
+
+def _longest_s(run: RunFolder, stage: Stage) -> float:
+    """Seconds of training one after the other on the longest way from the seed model to this stage: what passes where
+    every job has a machine of its own."""
+    before = max((_longest_s(run, needed) for needed in stage.needs if needed.name != "seed"), default=0.0)
+    return before + (_wall_s(run, stage) if stage.trains else 0.0)
+
+
+def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
+    """Training FLOPs and machine-hours as multiples of the run's; None where the run took none that were measured."""
+    hours, ours = btx.accounting["machine_hours"], entry.accounting["machine_hours"]
+    return {
+        "flops_ratio": entry.flops / btx.flops if btx.flops else None,
+        "hours_ratio": ours / hours if hours else None,
+    }
+
+
+def _predicted(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Stage → what `btx plan` says of the training behind its model: tokens, FLOPs, memory in bytes."""
+    recipe = run.recipe
+    dense = seed_config(recipe) if recipe.seed_model.path is None else read_config(run.model("seed"))
+    rows = stage_costs(recipe, dense)
+    return {stage.name: training_cost(run.graph, rows, stage.name) for stage in run.graph}

@@ -102,10 +102,10 @@ class MoeFolder:
         if self.holds_all_experts(name):
             return 0
         n = len(self.names)
-        now, more = (self.family.zeros(self.config_with(number)) for number in (n, n + 1))
-        for pattern, shape in now.items():
+        now, more = (self.family.inert(self.config_with(number)) for number in (n, n + 1))
+        for pattern, filled in now.items():
             if match(pattern, name) is not None:
-                differing = [axis for axis, size in enumerate(shape) if size != more[pattern][axis]]
+                differing = [axis for axis, size in enumerate(filled.shape) if size != more[pattern].shape[axis]]
                 return differing[0] if differing else None
         return None
 

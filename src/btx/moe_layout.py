@@ -1,6 +1,6 @@
 """The tensors of the MoE model in the published layout, planned from those of the dense models; nothing is read here.
 
-Layer by layer: the experts, the router, the zero tensors that the MoE class wants; then the shared weights.
+Layer by layer: the experts, the router, the inert tensors that the MoE class wants; then the shared weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from btx.families import Config, Family
-from btx.lazy_tensors import Computed, Elementwise, FileTensor, LazyTensor, cast, zeros
+from btx.lazy_tensors import Computed, Elementwise, FileTensor, LazyTensor, cast, filled
 from btx.merge import Merge
 from btx.mix_inputs import MixInputs
 from btx.shard_writer import OutputTensor
@@ -82,10 +82,11 @@ def router_tensor(
     return OutputTensor(family.router.format(layer=layer), shape, dtype, [weight], origin)
 
 
-def zero_tensors(family: Family, layer: int, config: Config, dtype: torch.dtype) -> Iterator[OutputTensor]:
+def inert_tensors(family: Family, layer: int, config: Config, dtype: torch.dtype) -> Iterator[OutputTensor]:
     """What the MoE class has and the dense class lacks, so that it adds nothing."""
-    for pattern, shape in family.zeros(config).items():
-        yield OutputTensor(pattern.format(layer=layer), shape, dtype, [zeros(shape, dtype)], {"from": "zeros"})
+    for pattern, (shape, value) in family.inert(config).items():
+        origin = {"from": "filled", "value": value}
+        yield OutputTensor(pattern.format(layer=layer), shape, dtype, [filled(shape, dtype, value)], origin)
 
 
 def shared_tensor(

@@ -67,10 +67,11 @@ def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
     if until is None:
         return jobs
     names = [stage.name for stage in run.graph]
-    if until == "train":
-        until = run.graph.branches[-1].name
+    groups = {"train": run.graph.branches, "baselines": run.graph.baselines}
+    if groups.get(until):
+        until = groups[until][-1].name
     if until not in names:
-        raise UserError(f"--until: no stage {until!r}; there are: train, {', '.join(names)}")
+        raise UserError(f"--until: no stage {until!r}; there are: {', '.join([*groups, *names])}")
     kept = set(names[: names.index(until) + 1])
     cut = [tuple(stage for stage in job if stage.name in kept) for job in jobs]
     return [job for job in cut if job]
@@ -148,10 +149,11 @@ class _Pipeline:
         return all(self.run_folder.state(stage) == "done" for stage in job)
 
     def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
-        """Jobs whose needs are met; branches up to `launch.jobs` at a time."""
+        """Jobs whose needs are met, up to `launch.jobs` at a time, or as many as there are branches."""
         if self.failures:
             return []
-        limit = self.run_folder.recipe.launch.jobs or len(waiting)
+        recipe = self.run_folder.recipe
+        limit = recipe.launch.jobs or len(recipe.train.domains)
         ready = []
         for job in waiting:
             inside = {stage.name for stage in job}

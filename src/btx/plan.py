@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btx.baseline_kinds import BASELINES, stage_names
+from btx.baseline_settings import matched_by, same_as_the_run
 from btx.cost import ModelCost, config_cost
-from btx.errors import CheckpointError, RecipeError
 from btx.families import family_of
-from btx.graph import build_graph
+from btx.graph import Graph, build_graph
+from btx.matching import matched_phases, moe_cost
 from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
-from btx.model_folder import check_model_folder
 from btx.recipe import Recipe, Training
-from btx.recipe_problems import did_you_mean
 from btx.router_notes import router_notes, saved_as
 from btx.rundir import RunFolder
+from btx.seed_config import seed_config
 
 FLOPS_FORMULA = (
     "training FLOPs = tokens x (6·N + 12·L·H·Q·S); N active multiplied parameters (Kaplan et al. 2001.08361), "
@@ -27,33 +28,25 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """The cost of every stage. Reads configs only; writes and trains nothing.
 
     Returns:
-        {"name", "run", "formula", "router", "models": {"seed", "btx"}, "stages": [...], "totals"}. `router` says how
-        tokens are routed, what the result is saved as, and what a user should know: {"kind", "experts_per_token",
-        "saved_as", "notes"}. The total memory is that of the branches trained at the same time, or of the largest
-        other stage.
+        {"name", "run", "formula", "router", "models": {"seed", "btx"}, "stages": [...], "baselines", "totals"}.
+        `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
+        "experts_per_token", "saved_as", "notes"}. `baselines`: name → what its training costs from the seed model on,
+        and how that is matched (`matching`). The total memory is that of the jobs that train at the same time, or of
+        the largest other stage.
 
     Raises:
         RecipeError: `seed_model.config` has a key that its class does not know.
         CheckpointError: no such seed model, or one that cannot be built or mixed.
     """
-    dense = _dense_config(recipe)
+    dense = seed_config(recipe)
     family = family_of(dense, "seed model")
-    width = dense["intermediate_size"] // recipe.mix.split
     num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
-    moe = family.moe_config(
-        dense | {"intermediate_size": width}, num_experts, recipe.routing.plain_top_k(num_experts)
-    )
     used = recipe.routing.mean_experts_per_token(layers, num_experts)
-    costs = {"seed": config_cost(dense), "btx": config_cost(moe, experts_per_token=used)}
-    # What is computed for a token in finetuning, which is more with a dense router gradient.
-    dense_gradient = recipe.finetune.dense_router_gradient
-    costs["finetuning"] = config_cost(
-        moe, experts_per_token=num_experts if dense_gradient else used, trainable=recipe.finetune.trainable
-    )
-    costs["branch"] = config_cost(dense, trainable=recipe.train.trainable)
-    stages = [_stage(recipe, stage.name, costs) for stage in build_graph(recipe)]
+    graph = build_graph(recipe)
+    stages = stage_costs(recipe, dense)
+    costs = {"seed": config_cost(dense), "btx": moe_cost(recipe, dense, recipe.routing)}
     run = RunFolder(Path(recipe.run_folder), recipe)
-    for stage, row in zip(build_graph(recipe), stages, strict=True):
+    for stage, row in zip(graph, stages, strict=True):
         row["state"] = run.state(stage)
         row["needs"] = [needed.name for needed in stage.needs]
         if row["state"] == "stale":
@@ -67,10 +60,15 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "kind": recipe.routing.kind,
             "experts_per_token": used,
             "saved_as": saved_as(recipe, family),
-            "notes": router_notes(recipe, family),
+            "notes": [*router_notes(recipe, family), *_baseline_notes(recipe)],
         },
         "models": {name: _model(costs[name]) for name in ("seed", "btx")},
         "stages": stages,
+        "baselines": {
+            name: training_cost(graph, stages, f"baselines/{name}")
+            | {"disk_bytes": _disk(graph, stages, name), "matched": matching(recipe, graph, stages, name)}
+            for name in recipe.baselines
+        },
         "totals": {
             "tokens": sum(row["tokens"] for row in stages),
             "flops": sum(row["flops"] for row in stages),
@@ -80,86 +78,131 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def stage_costs(recipe: Recipe, dense: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every stage trains, keeps in memory and writes, in the graph's order.
+
+    Args:
+        dense: the seed model's config, completed with its class's defaults.
+    """
+    seed, btx = config_cost(dense), moe_cost(recipe, dense, recipe.routing)
+    trained = _trained_stages(recipe, dense, seed)
+    written = {"seed": seed, "train": seed, "baselines": seed, "mix": btx, "finetune": btx}
+    rows = []
+    for stage in build_graph(recipe):
+        weights = btx if stage.name == "baselines/upcycled" else written.get(stage.name.split("/")[0])
+        row: dict[str, Any] = {
+            "stage": stage.name, "tokens": 0, "flops": 0.0, "memory_bytes": 0,
+            "disk_bytes": 4 * weights.total_params if weights else 0,
+        }  # fmt: skip
+        if stage.name in trained:
+            row |= trained[stage.name].row(recipe.data.sequence_length)
+        rows.append(row)
+    return rows
+
+
+def training_cost(graph: Graph, rows: list[dict[str, Any]], stage: str) -> dict[str, Any]:
+    """Tokens and FLOPs of all training behind a stage's model from the seed model on, and the largest memory of it.
+
+    Args:
+        rows: `stage_costs`.
+    """
+    by_name = {row["stage"]: row for row in rows}
+    behind = [by_name[needed.name] for needed in graph[stage].training_behind()]
+    return {
+        "tokens": sum(row["tokens"] for row in behind),
+        "flops": sum(row["flops"] for row in behind),
+        "memory_bytes": max((row["memory_bytes"] for row in behind), default=0),
+    }
+
+
+def matching(recipe: Recipe, graph: Graph, rows: list[dict[str, Any]], name: Any) -> dict[str, Any]:
+    """How a baseline's training compares with the run's: {"to": "btx", "by", "flops_ratio"}."""
+    flops = training_cost(graph, rows, f"baselines/{name}")["flops"]
+    ratio = flops / training_cost(graph, rows, "finetune")["flops"]
+    return {"to": "btx", "by": matched_by(recipe, name), "flops_ratio": ratio}
+
+
+def _disk(graph: Graph, rows: list[dict[str, Any]], name: Any) -> int:
+    """Bytes of a baseline's own stages."""
+    own = stage_names(name) if BASELINES[name].trains else [f"baselines/{name}"]
+    return sum(row["disk_bytes"] for row in rows if row["stage"] in own)
+
+
 def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
-    """Memory of the branches that train at the same time on this machine."""
-    branches = [row["memory_bytes"] for row in stages if row["stage"].startswith("train/")]
-    return sum(branches[: recipe.launch.jobs or len(branches)])
+    """Memory of the jobs that train at the same time on this machine: the branches, with the baselines that need none
+    of them beside; or the finetuning, with all baselines beside it."""
+    limit = recipe.launch.jobs or len(recipe.train.domains)
+    memory = {row["stage"]: row["memory_bytes"] for row in stages}
+    baselines = {name: max(memory[stage] for stage in stage_names(name)) for name in recipe.baselines
+                 if BASELINES[name].trains}  # fmt: skip
+    first = [memory[f"train/{domain}"] for domain in recipe.train.domains]
+    first += [needed for name, needed in baselines.items() if BASELINES[name].two_phases]
+    later = [memory["finetune"], *baselines.values()]
+    return max(sum(sorted(jobs, reverse=True)[:limit]) for jobs in (first, later))
 
 
-def _dense_config(recipe: Recipe) -> dict[str, Any]:
-    """Config of the seed model, completed with its class's defaults."""
-    from btx.models import read_config
-
-    seed = recipe.seed_model
-    if seed.config is not None:
-        return _config_from_scratch(seed.config, seed.tokenizer.vocab_size)
-    assert seed.path is not None  # the schema guarantees it
-    if Path(seed.path).is_dir():
-        check_model_folder(Path(seed.path))
-    return read_config(seed.path, revision=seed.revision)
-
-
-# Keys of older configs that transformers still takes, though its config classes no longer have them.
-_OLDER_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
-
-
-def _config_from_scratch(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """`seed_model.config` as transformers completes it; a misspelt key, which transformers would keep, is refused."""
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        known = AutoConfig.for_model(config["model_type"]).to_dict().keys() | _OLDER_KEYS
-        built = AutoConfig.for_model(config["model_type"], **({"vocab_size": vocab_size} | values))
-    except Exception as error:  # each config class has checks, and errors, of its own
-        raise CheckpointError(f"seed_model.config: transformers cannot build this model: {error}") from error
-    for key in values.keys() - known:
-        hint = did_you_mean(key, known) or f"; {config['model_type']} has: {', '.join(sorted(known))}"
-        raise RecipeError(f"seed_model.config.{key}: unknown key {key!r}{hint}")
-    return built.to_dict()
+def _baseline_notes(recipe: Recipe) -> list[str]:
+    return [f"baseline {name} is the run itself: the recipe's own settings are those it is about"
+            for name in same_as_the_run(recipe)]  # fmt: skip
 
 
 def _model(cost: ModelCost) -> dict[str, int]:
     return {"total_params": cost.total_params, "active_params": cost.active_params}
 
 
-def _stage(recipe: Recipe, name: str, costs: dict[str, ModelCost]) -> dict[str, Any]:
-    """Cost of one stage: what it trains, keeps in memory and writes."""
-    settings, cost, mixture = _training(recipe, name, costs)
-    weight_bytes = {"seed": costs["seed"], "train": costs["seed"], "baselines": costs["seed"], "mix": costs["btx"],
-                    "finetune": costs["btx"]}.get(name.split("/")[0])  # fmt: skip
-    row: dict[str, Any] = {
-        "stage": name, "tokens": 0, "flops": 0.0, "memory_bytes": 0,
-        "disk_bytes": 4 * weight_bytes.total_params if weight_bytes else 0,
-    }  # fmt: skip
-    if settings is None or cost is None:
-        return row
-    length = recipe.data.sequence_length
-    tokens_per_step = max(1, settings.batch_tokens // length) * length
-    steps = math.ceil(settings.tokens / tokens_per_step)
-    total = sum(mixture.values())
-    row |= {
-        "tokens": steps * tokens_per_step,
-        "steps": steps,
-        "flops": steps * tokens_per_step * cost.training_flops_per_token(length),
-        "memory_bytes": cost.training_bytes() + _activation_bytes(cost, settings, length),
-        "disk_bytes": 4 * cost.total_params + 2 * cost.checkpoint_bytes(),  # the model and two checkpoints
-        "mixture": {domain: weight / total for domain, weight in mixture.items()},
-        "learning_rate": settings.learning_rate,
-    }
-    return row
+@dataclass(frozen=True)
+class _Trained:
+    """A stage that trains."""
+
+    settings: Training
+    cost: ModelCost
+    """What is computed for a token."""
+    mixtures: list[dict[str, float]]
+    """Domain → sampling weight; several are read in turn."""
+
+    def row(self, length: int) -> dict[str, Any]:
+        """Its part of a row of `stage_costs`."""
+        settings, cost = self.settings, self.cost
+        steps, tokens_per_step = settings.steps(length), settings.step_tokens(length)
+        return {
+            "tokens": steps * tokens_per_step,
+            "steps": steps,
+            "flops": steps * tokens_per_step * cost.training_flops_per_token(length),
+            "memory_bytes": cost.training_bytes() + _activation_bytes(cost, settings, length),
+            "disk_bytes": 4 * cost.total_params + 2 * cost.checkpoint_bytes(),  # the model and two checkpoints
+            "mixture": _shares(self.mixtures),
+            "learning_rate": settings.learning_rate,
+        }
 
 
-def _training(
-    recipe: Recipe, name: str, costs: dict[str, ModelCost]
-) -> tuple[Training | None, ModelCost | None, dict[str, float]]:
-    if name == "seed" and recipe.seed_model.train is not None:
-        return recipe.seed_model.train, costs["seed"], seed_mixture(recipe)
-    if name.startswith("train/"):
-        return recipe.train, costs["branch"], domain_mixture(recipe, name.removeprefix("train/"))
-    if name == "finetune":
-        return recipe.finetune, costs["finetuning"], finetune_mixture(recipe)
-    return None, None, {}
+def _trained_stages(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> dict[str, _Trained]:
+    """Stage name → what it trains."""
+    found = {}
+    if recipe.seed_model.train is not None:
+        found["seed"] = _Trained(recipe.seed_model.train, seed, [seed_mixture(recipe)])
+    branch = config_cost(dense, trainable=recipe.train.trainable)
+    for domain in recipe.train.domains:
+        found[f"train/{domain}"] = _Trained(recipe.train, branch, [domain_mixture(recipe, domain)])
+    # What is computed for a token in finetuning, which is more with a dense router gradient.
+    cost = moe_cost(
+        recipe, dense, recipe.routing, dense_router_gradient=recipe.finetune.dense_router_gradient,
+        trainable=recipe.finetune.trainable,
+    )  # fmt: skip
+    found["finetune"] = _Trained(recipe.finetune, cost, [finetune_mixture(recipe)])
+    for name in recipe.baselines:
+        for phase in matched_phases(recipe, name, dense):
+            found[phase.stage] = _Trained(phase.settings, phase.cost, phase.mixtures)
+    return found
+
+
+def _shares(mixtures: list[dict[str, float]]) -> dict[str, float]:
+    """Domain → its share of all tokens."""
+    shares: dict[str, float] = {}
+    for mixture in mixtures:
+        total = sum(mixture.values()) * len(mixtures)
+        for domain, weight in mixture.items():
+            shares[domain] = shares.get(domain, 0.0) + weight / total
+    return shares
 
 
 def _activation_bytes(cost: ModelCost, settings: Training, length: int) -> int:

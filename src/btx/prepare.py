@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx.baseline_kinds import BASELINES
 from btx.document_files import find_files
 from btx.errors import DataError
 from btx.folders import atomic_folder
+from btx.matching import matched_phases
 from btx.mixture import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.recipe import Recipe, Source
+from btx.seed_config import seed_config
 from btx.sources import owns_held_out, read_documents, split_documents
 from btx.token_files import DocumentEncoder, TokenFile, token_file_writer
 
@@ -125,6 +128,13 @@ def check_budgets(recipe: Recipe, folder: Path) -> None:
     for domain in recipe.train.domains:
         check_budget(recipe, folder, domain_mixture(recipe, domain), recipe.train.tokens, "train.tokens")
     check_budget(recipe, folder, finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens")
+    trained = [name for name in recipe.baselines if BASELINES[name].trains]
+    dense = seed_config(recipe) if trained else {}
+    for name in trained:
+        for phase in matched_phases(recipe, name, dense):
+            for weights in phase.mixtures:
+                tokens = phase.settings.tokens // len(phase.mixtures)
+                check_budget(recipe, folder, weights, tokens, f"baseline {name}")
 
 
 def check_held_out(recipe: Recipe, folder: Path, domain: str) -> None:

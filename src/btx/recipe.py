@@ -6,10 +6,12 @@ overrides them. Reading YAML, dotted overrides and error positions live in `btx.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from btx.baseline_kinds import BASELINES, BaselineName
 from btx.merge_kinds import MergeSettings
 from btx.router_kinds import RoutingSettings
 
@@ -148,6 +150,14 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more work."""
     checkpoint_every: PositiveInt = 100
     """Optimiser steps between two resumable checkpoints."""
+
+    def step_tokens(self, sequence_length: int) -> int:
+        """Tokens of an optimiser step: whole sequences, one at least."""
+        return max(1, self.batch_tokens // sequence_length) * sequence_length
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimiser steps that use up `tokens`, the last one whole."""
+        return math.ceil(self.tokens / self.step_tokens(sequence_length))
 
 
 class SeedTraining(Training):
@@ -290,6 +300,49 @@ class Finetune(Training):
     times the feed-forward FLOPs."""
 
 
+def _each_once(names: list[BaselineName]) -> list[BaselineName]:
+    """Refuse a baseline that is named twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is named twice")
+    return names
+
+
+class BaselineTraining(Section):
+    """Training settings of one baseline; what is left out is as in the run: the first of two phases (the branches'
+    data) has the settings of `train`, all else those of `finetune`."""
+
+    tokens: PositiveInt | None = None
+    """Training tokens of all phases together, instead of those it is matched by; phases are scaled alike."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens an optimiser step."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens a forward and backward pass."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of every phase."""
+    domains_learning_rate: PositiveFloat | None = None
+    """dense, upcycling: peak learning rate of the first phase; default: learning_rate."""
+    final_learning_rate_share: Share | None = None
+    """Learning rate at the end of each phase, as a share of its peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimiser steps of linear warm-up in each phase."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """AdamW's first decay."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """AdamW's second decay."""
+    weight_decay: Weight | None = None
+    """AdamW's decoupled weight decay."""
+    clip: PositiveFloat | None = None
+    """Largest global gradient norm."""
+    load_balancing: Weight | None = None
+    """MoE baselines: weight α of the load-balancing loss."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is given, except for the tokens and the first phase's learning rate."""
+        return self.model_dump(exclude_none=True, exclude={"tokens", "domains_learning_rate"})
+
+
 class Task(Section):
     """Questions answered greedily and scored by exact match."""
 
@@ -315,11 +368,30 @@ class Task(Section):
         return self
 
 
+class Mixed(Section):
+    """Held-out documents that switch domain in the middle. They are no domain: the mean over domains leaves them out.
+    Short form: a number is `documents`."""
+
+    documents: Annotated[int, Field(ge=0)] = 0
+    """Documents measured; 0: none."""
+    kind: Literal["halves", "generated"] = "halves"
+    """halves: the first half of a held-out document of one domain and the second half of one of another, every pair of
+    domains equally often; generated: word problems solved in Python, calculations with facts, code with prose, in
+    recipes whose domains come from the generators math, code, knowledge and general."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"documents": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Evaluate(Section):
     """What is measured on which models."""
 
     tokens: PositiveInt = 200_000
     """Held-out tokens a domain, at most."""
+    mixed: Mixed = Mixed()
+    """Documents that switch domain in the middle."""
     tasks: dict[Name, Task] = {}
     """Task name → questions."""
 
@@ -339,9 +411,9 @@ class Launch(Section):
     kind: Literal["local"] = "local"
     """Launcher: processes of this machine."""
     jobs: PositiveInt | None = None
-    """Branches trained at the same time; default: all of them."""
+    """Jobs (branches, finetuning, baselines) trained at the same time; default: as many as there are branches."""
     threads: PositiveInt | None = None
-    """CPU threads a branch; default: the processors shared among the jobs, at least one each."""
+    """CPU threads a job; default: the processors shared among the jobs, at least one each."""
 
 
 class Recipe(Section):
@@ -362,6 +434,11 @@ class Recipe(Section):
     train: Train
     mix: Mix = Mix()
     finetune: Finetune
+    baselines: Annotated[list[BaselineName], AfterValidator(_each_once)] = ["soup"]
+    """Models to compare with, each a stage `baselines/<name>` and a row of the results; `btx ls baselines` explains
+    them."""
+    baseline_training: dict[BaselineName, BaselineTraining] = {}
+    """Baseline → training settings of its own, for example from a learning-rate search."""
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     launch: Launch = Launch()
@@ -393,6 +470,7 @@ class Recipe(Section):
             raise ValueError("mix.split and mix.blend exclude each other")
         if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
             raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
+        self._mixed_set_exists()
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
         return self
@@ -405,6 +483,34 @@ class Recipe(Section):
         if settings.load_balancing_kind == "pooled" and settings.load_balancing_over == "global_batch":
             raise ValueError("finetune.load_balancing_over: global_batch goes with load_balancing_kind: paper; the "
                              "pooled loss is transformers', which sees one micro-batch")  # fmt: skip
+
+    @model_validator(mode="after")
+    def _baselines_take_their_settings(self) -> Recipe:
+        trained = ", ".join(name for name, kind in BASELINES.items() if kind.trains)
+        for name, given in self.baseline_training.items():
+            kind, where = BASELINES[name], f"baseline_training.{name}"
+            if not kind.trains:
+                raise ValueError(f"{where}: {name} is made without training; these are trained: {trained}")
+            if given.domains_learning_rate is not None and not kind.two_phases:
+                raise ValueError(f"{where}.domains_learning_rate: {name} has one phase; set learning_rate")
+            if given.load_balancing is not None and not kind.has_routers:
+                raise ValueError(f"{where}.load_balancing: {name} is dense, it has no routers to balance")
+            if given.load_balancing is not None and "load_balancing" in kind.changes:
+                raise ValueError(f"{where}.load_balancing: {name} is the baseline without it")
+        return self
+
+    def _mixed_set_exists(self) -> None:
+        mixed = self.evaluate.mixed
+        if not mixed.documents:
+            return
+        if mixed.kind == "halves" and len(self.data.domains) < 2:
+            raise ValueError("evaluate.mixed: halves needs at least two domains in data.domains")
+        used = {source.generate for domain in self.data.domains.values() for source in domain.sources}
+        if mixed.kind == "generated" and (missing := set(GENERATORS) - used):
+            raise ValueError(
+                f"evaluate.mixed: generated documents need domains from the generators {', '.join(GENERATORS)}; there "
+                f"is none of {', '.join(sorted(missing))}; use kind: halves"
+            )
 
     @property
     def merge_settings(self) -> MergeSettings:

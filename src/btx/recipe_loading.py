@@ -101,7 +101,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of recipe files, for editors: short forms of domains included, `name` optional."""
+    """JSON schema of recipe files, for editors: short forms included, `name` optional."""
     schema = Recipe.model_json_schema()
     schema["required"].remove("name")
     definitions = schema["$defs"]
@@ -113,6 +113,10 @@ def recipe_schema() -> dict[str, Any]:
     definitions["Domain"] = {
         "description": definitions["Domain"]["description"],
         "anyOf": [{"type": "string"}, sources, one_source, definitions["Domain"]],
+    }
+    definitions["Mixed"] = {
+        "description": definitions["Mixed"]["description"],
+        "anyOf": [{"type": "integer", "minimum": 0}, definitions["Mixed"]],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from btx.baseline_kinds import BASELINES
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -18,7 +20,6 @@ EXPERT = "expert/"
 
 _DESCRIPTIONS = {
     "seed": "seed model, untouched",
-    "soup": "expert models and seed model averaged",
     "mix": "mixed, not finetuned",
     "btx": "mixed and finetuned",
 }
@@ -42,6 +43,8 @@ class Row:
     description: str
     domains: list[Cell]
     mean: Cell
+    mixed: Cell
+    """Documents that switch domain; empty where they were not measured."""
     tasks: list[Cell]
     costs: list[Cell]
     gains: list[float | None]
@@ -54,6 +57,8 @@ class Results:
     domains: list[str]
     tasks: list[str]
     rows: list[Row]
+    mixed: bool
+    """Whether documents that switch domain were measured."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ def describe(name: str) -> str:
     """What stands behind a model's name, in a few words."""
     if name.startswith(EXPERT):
         return f"expert model of {name.removeprefix(EXPERT)}"
-    return _DESCRIPTIONS.get(name, "baseline")
+    baseline = {str(known): kind.label for known, kind in BASELINES.items()}
+    return (_DESCRIPTIONS | baseline).get(name, "baseline")
 
 
 def results_table(results: Mapping[str, Any]) -> Results:
@@ -154,6 +160,8 @@ def results_table(results: Mapping[str, Any]) -> Results:
     best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
     best_task = {t: _best((_exact_match(m, t) for m in models.values()), max) for t in tasks}
     best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
+    mixed = [model["mixed"] for model in models.values() if "mixed" in model]
+    best_mixed = _best((found.get("bits_per_byte") for found in mixed), min)
     seed = models.get("seed", {})
     rows = [
         Row(
@@ -161,6 +169,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
             description=describe(name),
             domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
             mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
+            mixed=_cell(model.get("mixed", {}).get("bits_per_byte"), model.get("mixed", {}).get("stderr"), best_mixed),
             tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
             costs=_cost_cells(model),
             gains=[_gain(_bits(model, d), _bits(seed, d)) for d in domains]
@@ -168,7 +177,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
         )
         for name, model in models.items()
     ]
-    return Results(domains, tasks, rows)
+    return Results(domains, tasks, rows, bool(mixed))
 
 
 def report_table(results: Mapping[str, Any]) -> Table:
@@ -179,10 +188,11 @@ def report_table(results: Mapping[str, Any]) -> Table:
     title = "bits per byte (lower is better)" + ("; EM: exact match" if view.tasks else "")
     table = Table(title=title, title_style="bold")
     table.add_column("model", no_wrap=True)
-    for column in (*view.domains, "mean", *(f"{task} EM" for task in view.tasks)):
+    mixed = ["mixed"] if view.mixed else []
+    for column in (*view.domains, "mean", *mixed, *(f"{task} EM" for task in view.tasks)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
-        cells = (*row.domains, row.mean, *row.tasks)
+        cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
         table.add_row(row.name, *(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells),
                       end_section=row.name == "seed")
     return table
@@ -225,7 +235,7 @@ def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
 
 
 def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
-    hours = model.get("hours")
+    hours = model.get("machine_hours", model.get("hours"))
     cells = [(count_text, "tokens"), (flops_text, "flops"), (count_text, "active_params"), (count_text, "total_params")]
     tokens, flops, active, total = (Cell(text(model.get(key)), exact=str(model.get(key))) for text, key in cells)
     return [tokens, flops, Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),

@@ -41,7 +41,7 @@ def _in_training(recipe: Recipe) -> list[str]:
             f"micro-batch's tokens in training, more are dropped (metrics.jsonl: dropped); at inference none is"
         )
     if router.kind == "sample_top1":
-        steps = math.ceil(settings.tokens / settings.batch_tokens)
+        steps = settings.steps(recipe.data.sequence_length)
         last = max(router.temperature_floor, math.exp(-router.temperature_rate * (steps - 1)))
         notes.append(
             f"router sample_top1: the temperature goes from 1 to {last:.2f} over the finetuning's {steps:,} steps; "

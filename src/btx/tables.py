@@ -30,7 +30,22 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     stages.add_section()
     stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _size(totals["memory_bytes"]),
                    _size(totals["disk_bytes"]), "")  # fmt: skip
-    return [models, stages, *planned["router"]["notes"]]
+    baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
+    return [models, stages, *baselines, *planned["router"]["notes"]]
+
+
+def _baselines_table(baselines: dict[str, Any]) -> Table:
+    """What each baseline costs from the seed model on, and how that compares with the run."""
+    table = Table(title="baselines: all training from the seed model on")
+    for column in ("baseline", "tokens", "FLOPs", "memory", "disk", "matched by", "FLOPs of the run's"):
+        table.add_column(column, justify="left" if column in ("baseline", "matched by") else "right",
+                         no_wrap=column == "baseline")  # fmt: skip
+    for name, row in baselines.items():
+        ratio = row["matched"]["flops_ratio"]
+        shown = f"{100 * ratio:.1f} %" + (f" ({100 * (ratio - 1):+.3f} %)" if row["matched"]["by"] == "flops" else "")
+        table.add_row(name, f"{row['tokens']:,}", f"{row['flops']:.2e}", _size(row["memory_bytes"]),
+                      _size(row["disk_bytes"]), row["matched"]["by"], shown)  # fmt: skip
+    return table
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
@@ -56,6 +71,34 @@ def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
     for name, line in pairs.items():
         table.add_row(name, line)
     return table
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """`btx compare`: a line a model, a column a set; differences whose 95 % interval leaves out 0 are bold."""
+    columns = list(dict.fromkeys(name for row in found["models"].values() for name in _differences(row)))
+    table = Table(
+        title=f"{found['model']} minus the other: difference [95 % interval] p",
+        caption="bits per byte: negative is better; tasks: share of right answers, positive is better", highlight=False,
+    )
+    table.add_column("against", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in found["models"].items():
+        cells = _differences(row)
+        table.add_row(name, *(_difference_text(cells[column]) if column in cells else "" for column in columns))
+    return table
+
+
+def _differences(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a comparison in order."""
+    cells = {"mean": row["mean"], **row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
+    return cells | {f"{task} (task)": value for task, value in row["tasks"].items()}
+
+
+def _difference_text(value: Mapping[str, Any]) -> str:
+    text = f"{value['difference']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]".replace("[", r"\[")
+    text += f" p {value['p']:.3f}" if value["p"] >= 0.001 else " p < 0.001"
+    return f"[bold]{text}[/bold]" if value["low"] > 0 or value["high"] < 0 else text
 
 
 def _short(names: list[str]) -> str:

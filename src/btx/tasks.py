@@ -19,7 +19,7 @@ import torch
 from btx import domains
 from btx.domains import Question
 from btx.errors import DataError
-from btx.kv_cache import cache_arguments, new_cache
+from btx.model_outputs import SideBySide, open_reader
 from btx.token_files import DocumentEncoder
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _question(line: bytes, task: Task, where: str) -> Question:
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task,
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task,
     *, batch_tokens: int = BATCH_TOKENS,
 ) -> ExactMatch:  # fmt: skip
     """Answer every question greedily and compare with its gold answer.
@@ -159,8 +159,8 @@ def gold_answer(gold: str, answer_after: str | None) -> str:
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answer_after: str | None,
-    max_new_tokens: int, *, batch_tokens: int = BATCH_TOKENS,
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
+    answer_after: str | None, max_new_tokens: int, *, batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:  # fmt: skip
     """Greedy continuations, batched with left padding; a prompt starts like a document, with the separator.
 
@@ -187,8 +187,9 @@ def complete(
 
 @torch.inference_mode()
 def _greedy(
-    model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int, ends: Callable[[list[int]], bool]
-) -> list[list[int]]:
+    model: PreTrainedModel | SideBySide, prompts: Sequence[list[int]], max_new_tokens: int,
+    ends: Callable[[list[int]], bool],
+) -> list[list[int]]:  # fmt: skip
     """New tokens of each prompt.
 
     transformers' `generate` says the same, but goes on computing finished rows until the longest one ends. Here they
@@ -197,15 +198,10 @@ def _greedy(
     width, device = max(map(len, prompts)), model.device
     ids_BS = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
     new_ids: list[list[int]] = [[] for _ in prompts]
-    running, cache = list(range(len(prompts))), new_cache(model)
-    arguments = cache_arguments(model, cache)
+    running, reader = list(range(len(prompts))), open_reader(model)
     while True:
-        output = cast(Any, model)(
-            input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_ids_BS, logits_to_keep=1, **arguments
-        )
-        next_B = output.logits[:, -1].argmax(dim=-1)
+        next_B = reader.scores(ids_BS, mask_BS).argmax(dim=-1)
         for row, token in zip(running, next_B.tolist(), strict=True):
             new_ids[row].append(token)
         stay = [b for b, row in enumerate(running) if len(new_ids[row]) < max_new_tokens and not ends(new_ids[row])]
@@ -213,12 +209,11 @@ def _greedy(
             return new_ids
         if len(stay) < len(running):
             keep_B = torch.tensor(stay, device=device)
-            cache.batch_select_indices(keep_B)
+            reader.keep(keep_B)
             running = [running[b] for b in stay]
-            next_B, mask_BS, position_ids_BS = next_B[keep_B], mask_BS[keep_B], position_ids_BS[keep_B]
-        ids_BS = next_B[:, None]
-        mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=1)
-        position_ids_BS = position_ids_BS[:, -1:] + 1
+            next_B, ids_BS, mask_BS = next_B[keep_B], ids_BS[keep_B], mask_BS[keep_B]
+        ids_BS = torch.cat([ids_BS, next_B[:, None]], dim=1)
+        mask_BS = torch.cat([mask_BS, torch.ones_like(next_B)[:, None]], dim=1)
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:

@@ -6,23 +6,26 @@ hand on any machine that sees the run folder, in any order, and fails alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from btx.balancing import Balancing
-from btx.branch import branch, trainable_parameters
+from btx.branch import branch, set_trainable, trainable_parameters
+from btx.btx_folder import change_router
 from btx.cost import model_cost
 from btx.errors import UserError
 from btx.folders import atomic_folder
 from btx.graph import Stage
 from btx.interrupts import Interrupts
-from btx.mixture import Mixture, domain_mixture, resolve, seed_mixture
-from btx.models import checkpoint_activations, load_tokenizer, new_model, save_model
-from btx.moe import experts_run_in_training
-from btx.recipe import Training
+from btx.mixture import Interleaved, Mixture, domain_mixture, resolve, seed_mixture
+from btx.models import checkpoint_activations, load_model, load_tokenizer, new_model, save_model
+from btx.moe import experts_run_in_training, moe_blocks, set_router
+from btx.peak_memory import peak_memory_bytes, reset_peak_memory
+from btx.recipe import Finetune, Recipe, Training
+from btx.router_kinds import RoutingSettings
 from btx.rundir import RunFolder
 from btx.token_files import TokenFile
 from btx.training import Totals, TrainingJob, run_training
@@ -49,7 +52,7 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
         seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    train_stage(run, stage, model, seed.train, seed_mixture(run.recipe), interrupts, log, like=None)
+    train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, like=None)
 
 
 def link_seed_model(path: str, revision: str | None, target: Path) -> None:
@@ -72,7 +75,40 @@ def train_branch(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log)
     run.begin(stage)
     domain = stage.name.removeprefix("train/")
     mixture = domain_mixture(run.recipe, domain)
-    train_stage(run, stage, branch(run), run.recipe.train, mixture, interrupts, log, like=run.model("seed"))
+    train_stage(run, stage, branch(run), run.recipe.train, [mixture], interrupts, log, like=run.model("seed"))
+
+
+def train_moe(
+    run: RunFolder,
+    stage: Stage,
+    start: Path,
+    settings: Finetune,
+    mixtures: Sequence[Mapping[str, float]],
+    interrupts: Interrupts,
+    log: Log,
+    *,
+    routing: RoutingSettings,
+    experts: Sequence[str],
+) -> Totals:
+    """Train a MoE folder with the losses on its routers: the finetuning, and every baseline that has routers.
+
+    Args:
+        start: the MoE folder.
+        mixtures: as for `train_stage`.
+        routing: how the model routes, in training and as it is saved; may be another router than the start's.
+        experts: names of its experts, for warnings.
+    """
+    model = load_model(start)
+    if not moe_blocks(model):
+        log(f"warning: {type(model).__name__} has routers of its own kind: no load balancing, no routing metrics")
+    set_router(model, routing)
+    for block in moe_blocks(model):
+        block.dense_router_gradient = settings.dense_router_gradient
+    set_trainable(model, settings.trainable)
+    return train_stage(
+        run, stage, model, settings, mixtures, interrupts, log,
+        like=start, balancing=Balancing.of(settings), routing=routing, experts=experts,
+    )  # fmt: skip
 
 
 def train_stage(
@@ -80,54 +116,75 @@ def train_stage(
     stage: Stage,
     model: PreTrainedModel,
     settings: Training,
-    weights: Mapping[str, float],
+    mixtures: Sequence[Mapping[str, float]],
     interrupts: Interrupts,
     log: Log,
     *,
     like: Path | None,
     balancing: Balancing | None = None,
+    routing: RoutingSettings | None = None,
+    experts: Sequence[str] = (),
 ) -> Totals:
     """Run the training loop for a stage, write its model folder, then done.json.
 
     Args:
-        weights: domain → sampling weight.
+        mixtures: domain → sampling weight; of several mixtures samples are taken in turn.
         like: model folder whose config and tokenizer the result keeps; None for a model from scratch.
         balancing: losses on the routers of a MoE model; None: none.
+        routing: the router of a MoE model, written beside its weights; None: as in `like`.
+        experts: names of a MoE model's experts, for warnings.
     """
     folder, recipe = run.folder(stage.name), run.recipe
     sequence_length = recipe.data.sequence_length
-    components = [
-        (name, TokenFile.open(run.path / "data" / path / "train"), weight)
-        for name, path, weight in resolve(recipe, dict(weights))
-    ]
+    device = choose_device(recipe.device)
+    reset_peak_memory(device)
     cost = model_cost(model)
     in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     job = TrainingJob(
         model=model,
-        mixture=Mixture(components, sequence_length, recipe.rng_seed),
+        mixture=open_mixtures(run.path / "data", recipe, mixtures),
         settings=settings,
         folder=folder,
         inputs=stage.inputs,
         flops_per_token=in_training.training_flops_per_token(sequence_length),
         rng_seed=recipe.rng_seed,
-        device=choose_device(recipe.device),
+        device=device,
         balancing=balancing or Balancing(),
-        experts=recipe.expert_names,
+        experts=experts,
     )
     log(f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train, {torch.get_num_threads()} threads")
     totals = run_training(job, interrupts, log)
     tokenizer = load_tokenizer(like or run.path / "data" / "tokenizer")
     with atomic_folder(folder / "model") as target:
         save_model(model, target, like=like, tokenizer=tokenizer)
+        if routing is not None:
+            change_router(target, routing)
     keep_only_last(folder / "state")
     run.finish(
         stage, tokens=totals.tokens, flops=totals.flops, wall_s=round(totals.wall_s, 3), steps=totals.steps,
         loss=totals.loss, total_params=cost.total_params, active_params=cost.active_params,
-        threads=torch.get_num_threads(), data=job.mixture.fingerprint,
+        threads=torch.get_num_threads(), data=job.mixture.fingerprint, peak_memory_bytes=peak_memory_bytes(device),
     )  # fmt: skip
     return totals
+
+
+def open_mixtures(data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]]) -> Mixture | Interleaved:
+    """Training samples of one mixture of domains, or of several in turn.
+
+    Args:
+        data: the run's data folder.
+        mixtures: domain → sampling weight.
+    """
+    opened = [
+        Mixture(
+            [(name, TokenFile.open(data / path / "train"), weight) for name, path, weight in resolve(recipe, weights)],
+            recipe.data.sequence_length, recipe.rng_seed,
+        )
+        for weights in mixtures
+    ]  # fmt: skip
+    return opened[0] if len(opened) == 1 else Interleaved(opened)
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from btx.balancing import Balancing, RoutingLoss
 from btx.errors import NotFinite
 from btx.interrupts import Interrupts
 from btx.losses import IGNORE, next_token_loss
-from btx.mixture import Mixture
+from btx.mixture import Interleaved, Mixture
 from btx.moe import at_step, moe_blocks
 from btx.recipe import Training
 from btx.routing_metrics import DeadExpertWatch, RoutingMeter
@@ -36,7 +36,7 @@ class TrainingJob:
 
     model: nn.Module
     """Start weights, with `requires_grad` set on the weights that train."""
-    mixture: Mixture
+    mixture: Mixture | Interleaved
     """Training samples by number."""
     settings: Training
     folder: Path
@@ -72,9 +72,9 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     settings, model = job.settings, job.model.to(job.device).train()
-    samples_per_step = max(1, settings.batch_tokens // job.mixture.sequence_length)
-    tokens_per_step = samples_per_step * job.mixture.sequence_length
-    total_steps = math.ceil(settings.tokens / tokens_per_step)
+    tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
+    samples_per_step = tokens_per_step // job.mixture.sequence_length
+    total_steps = settings.steps(job.mixture.sequence_length)
     optimizer = adamw(model, settings)
     marks = {"inputs": job.inputs, "data": job.mixture.fingerprint}
     done = load_state(job.folder / "state", model, optimizer, marks)

@@ -55,13 +55,8 @@ def up_to(documents: Iterable[Document], budget: int) -> Iterator[Document]:
         yield document
 
 
-def split_by_group(documents: list[Document], split: Split, rng_seed: int, max_bytes: int,
-                   held_out: float) -> Iterator[Document]:
-    """One side of a finite corpus, shuffled; whole groups are held out, in the order of their `position`.
-
-    The groups held out are the same whatever `max_bytes`, so a larger corpus never trains on text a smaller one
-    held out.
-    """
+def held_out_groups(documents: list[Document], rng_seed: int, held_out: float) -> set[str]:
+    """Groups of a finite corpus that `split_by_group` holds out."""
     sizes: dict[str, int] = {}
     for document in documents:
         sizes[document.group] = sizes.get(document.group, 0) + len(document.text.encode())
@@ -73,6 +68,18 @@ def split_by_group(documents: list[Document], split: Split, rng_seed: int, max_b
             break
         held.add(group)
         held_bytes += sizes[group]
+    return held
+
+
+def split_by_group(documents: list[Document], split: Split, rng_seed: int, max_bytes: int,
+                   held_out: float) -> Iterator[Document]:
+    """One side of a finite corpus, shuffled; whole groups are held out, in the order of their `position`.
+
+    The groups held out are the same whatever `max_bytes`, so a larger corpus never trains on text a smaller one
+    held out.
+    """
+    total = sum(len(document.text.encode()) for document in documents)
+    held = held_out_groups(documents, rng_seed, held_out)
     side = [document for document in documents if (document.group in held) == (split == "val")]
     random.Random(f"{rng_seed}/{split}").shuffle(side)
     return up_to(side, byte_budget(split, min(max_bytes, total), held_out))

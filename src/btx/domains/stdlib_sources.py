@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import decode_source
 from inspect import cleandoc
 from pathlib import Path
+from textwrap import dedent
 
 from btx.errors import DataError
 
@@ -60,6 +61,23 @@ def read_source(name: str, source: bytes) -> SourceFile:
         docstrings.append(cleandoc(str(docstring.value)))
         _take_out(lines, docstring, alone)
     return SourceFile(name, _cut(lines, *_places_to_cut(tree, lines)), docstrings)
+
+
+def documented_functions(name: str) -> list[str]:
+    """The functions and methods of a standard library module that have a docstring of more than one line, docstring
+    included, without their common indentation, in order."""
+    text = decode_source(Path(sysconfig.get_path("stdlib"), name).read_bytes())
+    lines = text.split("\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the library's own code
+        tree = ast.parse(text)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    members = [*tree.body, *(node for parent in classes for node in parent.body)]
+    found = []
+    for node in members:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "\n" in (ast.get_docstring(node) or ""):
+            found.append(dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
+    return found
 
 
 def _module_paths(root: str) -> list[str]:

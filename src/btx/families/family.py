@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 Config = dict[str, Any]
 ROLES = ("gate", "up", "down")
@@ -21,7 +21,14 @@ def no_reason(dense: Config) -> str | None:
     return None
 
 
-def nothing_extra(dense: Config) -> dict[str, tuple[int, ...]]:
+class Filled(NamedTuple):
+    """A tensor with the same number everywhere."""
+
+    shape: tuple[int, ...]
+    value: float = 0.0
+
+
+def nothing_extra(moe: Config) -> dict[str, Filled]:
     """No extra tensors."""
     return {}
 
@@ -45,8 +52,9 @@ class Family:
     """(dense config, num_experts, top_k) → MoE config. The experts' width is the dense config's `intermediate_size`."""
     refuse: Callable[[Config], str | None] = no_reason
     """Why this dense config cannot be expressed in the MoE class, or None."""
-    zeros: Callable[[Config], dict[str, tuple[int, ...]]] = nothing_extra
-    """(MoE config) → tensors of a layer that the MoE class has and the dense class lacks: they are zero."""
+    inert: Callable[[Config], dict[str, Filled]] = nothing_extra
+    """(MoE config) → tensors of a layer that the MoE class has and the dense class lacks, filled so that they add
+    nothing."""
     fused: Callable[[Config], dict[str, dict[str, int]]] = field(default=lambda dense: {})
     """(dense config) → fused tensor → the tensors it consists of, with their numbers of rows, in order."""
     probability_gates: bool = False

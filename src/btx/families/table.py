@@ -4,7 +4,7 @@ variant of its own; the tests there cover the rest."""
 from __future__ import annotations
 
 from btx.families import configs
-from btx.families.family import Config, Family
+from btx.families.family import Config, Family, Filled
 
 LAYER = "model.layers.{layer}."
 ROLES_OF_PROJECTIONS = {role: f"{LAYER}mlp.{role}_proj.weight" for role in ("gate", "up", "down")}
@@ -98,27 +98,28 @@ def _phi3_fused(dense: Config) -> dict[str, dict[str, int]]:
     }  # fmt: skip
 
 
-def _shared_expert(moe: Config) -> dict[str, tuple[int, ...]]:
+def _shared_expert(moe: Config) -> dict[str, Filled]:
     width, hidden_size = moe["shared_expert_intermediate_size"], moe["hidden_size"]
     return {
-        f"{LAYER}mlp.shared_expert.gate_proj.weight": (width, hidden_size),
-        f"{LAYER}mlp.shared_expert.up_proj.weight": (width, hidden_size),
-        f"{LAYER}mlp.shared_expert.down_proj.weight": (hidden_size, width),
-        f"{LAYER}mlp.shared_expert_gate.weight": (1, hidden_size),
+        f"{LAYER}mlp.shared_expert.gate_proj.weight": Filled((width, hidden_size)),
+        f"{LAYER}mlp.shared_expert.up_proj.weight": Filled((width, hidden_size)),
+        f"{LAYER}mlp.shared_expert.down_proj.weight": Filled((hidden_size, width)),
+        # Any number does, as what it weights is zero; but llama.cpp computes sigmoid(x) as silu(x) / x: 0 gives NaN.
+        f"{LAYER}mlp.shared_expert_gate.weight": Filled((1, hidden_size), 1 / hidden_size),
     }
 
 
-def _hunyuan_shared(moe: Config) -> dict[str, tuple[int, ...]]:
+def _hunyuan_shared(moe: Config) -> dict[str, Filled]:
     width, hidden_size = moe["intermediate_size"], moe["hidden_size"]
     return {
-        f"{LAYER}mlp.shared_mlp.gate_proj.weight": (width, hidden_size),
-        f"{LAYER}mlp.shared_mlp.up_proj.weight": (width, hidden_size),
-        f"{LAYER}mlp.shared_mlp.down_proj.weight": (hidden_size, width),
+        f"{LAYER}mlp.shared_mlp.gate_proj.weight": Filled((width, hidden_size)),
+        f"{LAYER}mlp.shared_mlp.up_proj.weight": Filled((width, hidden_size)),
+        f"{LAYER}mlp.shared_mlp.down_proj.weight": Filled((hidden_size, width)),
     }
 
 
-def _ernie_bias(moe: Config) -> dict[str, tuple[int, ...]]:
-    return {f"{LAYER}mlp.moe_statics.e_score_correction_bias": (1, moe["moe_num_experts"])}
+def _ernie_bias(moe: Config) -> dict[str, Filled]:
+    return {f"{LAYER}mlp.moe_statics.e_score_correction_bias": Filled((1, moe["moe_num_experts"]))}
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -156,12 +157,12 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2", "qwen2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen2_moe,
-        zeros=_shared_expert, probability_gates=True, exact="base, tied embeddings, yarn, windows in some layers",
+        inert=_shared_expert, probability_gates=True, exact="base, tied embeddings, yarn, windows in some layers",
         notes="the shared expert is zero; llama.cpp does not normalise the gates",
     ),
     Family(
         "seed_oss", "qwen2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen2_moe, _seed_oss,
-        zeros=_shared_expert, probability_gates=True, exact="base, without biases", notes="the shared expert is zero",
+        inert=_shared_expert, probability_gates=True, exact="base, without biases", notes="the shared expert is zero",
     ),
     Family(
         "qwen3", "qwen3_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen3_moe, _full_attention_only,
@@ -190,7 +191,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "ernie4_5", "ernie4_5_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.ernie4_5_moe, _ernie,
-        zeros=_ernie_bias, finetunes=False, exact="base, tied embeddings",
+        inert=_ernie_bias, finetunes=False, exact="base, tied embeddings",
     ),
     Family(
         "cohere2", "cohere2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.cohere2_moe,
@@ -198,13 +199,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "hunyuan_v1_dense", "hunyuan_v1_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, f"{LAYER}mlp.gate.wg.weight",
-        configs.hunyuan_v1_moe, zeros=_hunyuan_shared, finetunes=False,
+        configs.hunyuan_v1_moe, inert=_hunyuan_shared, finetunes=False,
         exact="base, tied embeddings, attention_bias",
         notes="a zero shared MLP as wide as an expert",
     ),
     Family(
         "qwen3_5_text", "qwen3_5_moe_text", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen3_5_moe,
-        zeros=_shared_expert, exact="base, linear attention", notes="the shared expert is zero; needs transformers 5",
+        inert=_shared_expert, exact="base, linear attention", notes="the shared expert is zero; needs transformers 5",
     ),
 )  # fmt: skip
 

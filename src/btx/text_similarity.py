@@ -1,0 +1,178 @@
+"""Which of several kinds of text a context is most like: tf-idf of the context against the mean tf-idf of each kind.
+
+The router of Branch-Train-Merge (BTX paper, section 4.1; c-BTM, arXiv 2303.14177, section 2.2). Terms are the models'
+own tokens, which every language and every beginning of a text has. Weights are c-BTM's, exp(-distance² / T) of the K
+nearest, normalised; with vectors of length 1, distance² = 2 - 2 cos, so they are a softmax of 2 cos / T over the K
+largest cosines. c-BTM sets T by hand (0.1); here T is what predicts best which kind of text a prefix is from, on
+training text that the means were not taken from.
+
+Shape letters: N kinds of text, C contexts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from btx.errors import CheckpointError, DataError
+
+TEMPERATURES = np.geomspace(0.01, 1.0, 21)
+"""Among these T is chosen."""
+TEMPERATURE = 0.1
+"""c-BTM's T: taken where there is too little text to choose."""
+ASIDE_EVERY = 8
+"""One piece in so many decides T instead of entering the means."""
+LEAST_ASIDE = 20
+"""Pieces of all kinds together that choosing T needs."""
+WINDOW = 64
+"""Tokens between two looks at the context, unless said otherwise."""
+
+
+def looks(length: int, window: int = WINDOW) -> list[int]:
+    """Positions of a text at which weights are computed from all tokens up to there: 0, 1, 2, 4, ... window, then every
+    `window`. The early ones are close because the first few words tell most."""
+    early = [0, *(2**i for i in range(window.bit_length()) if 2**i < window)]
+    return [position for position in [*early, *range(window, length, window)] if position < length]
+
+
+@dataclass(frozen=True, eq=False)
+class TextSimilarity:
+    """Means of several kinds of text in tf-idf space, ready to compare contexts with."""
+
+    names: tuple[str, ...]
+    """The kinds of text."""
+    idf_V: np.ndarray
+    """Inverse document frequency of each token; 0 for special tokens, which say nothing."""
+    means_NV: np.ndarray
+    """Mean tf-idf vector of each kind, scaled to length 1."""
+    temperature: float
+    """T."""
+
+    @classmethod
+    def fit(
+        cls, pieces: Mapping[str, Sequence[np.ndarray]], vocab_size: int, *, special: Sequence[int] = ()
+    ) -> TextSimilarity:
+        """From pieces of text of each kind.
+
+        Args:
+            pieces: name → token ids of its pieces, each (tokens,).
+            vocab_size: V.
+            special: tokens that do not count.
+
+        Raises:
+            DataError: a kind has no piece of text.
+        """
+        from sklearn.feature_extraction.text import TfidfTransformer
+
+        for name, texts in pieces.items():
+            if not len(texts):
+                raise DataError(f"btm: no text of {name!r} to compare contexts with")
+        counts = {name: _counts(texts, vocab_size) for name, texts in pieces.items()}
+        tf_idf = TfidfTransformer(sublinear_tf=True)
+        tf_idf.fit(_stacked(list(counts.values())))
+        tf_idf.idf_ = _without(tf_idf.idf_, special)
+        aside = {name: texts[::ASIDE_EVERY] if len(texts) > 1 else [] for name, texts in pieces.items()}
+        kept = {name: np.delete(np.arange(len(texts)), np.s_[::ASIDE_EVERY]) if len(texts) > 1 else [0]
+                for name, texts in pieces.items()}  # fmt: skip
+        means_NV = np.stack(
+            [np.asarray(tf_idf.transform(found[kept[name]]).mean(axis=0))[0] for name, found in counts.items()]
+        )
+        lengths_N1 = np.linalg.norm(means_NV, axis=1, keepdims=True)
+        means_NV = (means_NV / np.maximum(lengths_N1, np.finfo(np.float32).tiny)).astype(np.float32)
+        found = cls(tuple(pieces), tf_idf.idf_.astype(np.float32), means_NV, TEMPERATURE)
+        return cls(found.names, found.idf_V, found.means_NV, found._best_temperature(aside))
+
+    def cosines(self, contexts: Sequence[np.ndarray]) -> np.ndarray:
+        """Cosine of each context's tf-idf vector with each mean: (C, N); 0 for a context without any known token."""
+        if not len(contexts):
+            return np.zeros((0, len(self.names)))
+        vectors_CV = self._tf_idf.transform(_counts(contexts, len(self.idf_V)))
+        return np.asarray(vectors_CV @ self.means_NV.T, np.float64)
+
+    def weights(self, contexts: Sequence[np.ndarray], top_k: int) -> np.ndarray:
+        """Weights (C, N) of the `top_k` most similar kinds for each context, the others 0; rows sum to 1.
+
+        A context that says nothing (no token but special ones) has equal weights for all kinds.
+        """
+        cosines_CN = self.cosines(contexts)
+        order_CN = np.argsort(-cosines_CN, axis=1, kind="stable")
+        chosen_CN = np.zeros_like(cosines_CN, bool)
+        np.put_along_axis(chosen_CN, order_CN[:, :top_k], True, axis=1)
+        chosen_CN[~cosines_CN.any(axis=1)] = True
+        return _softmax(np.where(chosen_CN, 2 * cosines_CN / self.temperature, -np.inf))
+
+    def save(self, file: Path) -> None:
+        """Write to an .npz file; the names and T are the caller's to keep."""
+        np.savez_compressed(file, idf=self.idf_V, means=self.means_NV)
+
+    @classmethod
+    def load(cls, file: Path, names: Sequence[str], temperature: float) -> TextSimilarity:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or broken, or of other kinds of text.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                idf_V, means_NV = arrays["idf"], arrays["means"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); run its stage again") from error
+        if idf_V.ndim != 1 or means_NV.shape != (len(names), len(idf_V)):
+            raise CheckpointError(f"{file}: means of shape {means_NV.shape} for {len(names)} models and a vocabulary "
+                                  f"of {len(idf_V)}; run its stage again")  # fmt: skip
+        return cls(tuple(names), idf_V, means_NV, temperature)
+
+    @cached_property
+    def _tf_idf(self) -> Any:
+        from sklearn.feature_extraction.text import TfidfTransformer
+
+        tf_idf = TfidfTransformer(sublinear_tf=True)
+        tf_idf.idf_ = self.idf_V
+        return tf_idf
+
+    def _best_temperature(self, aside: Mapping[str, Sequence[np.ndarray]]) -> float:
+        """T with which prefixes of `aside` are most likely to be of their own kind, every kind counting the same."""
+        if sum(map(len, aside.values())) < LEAST_ASIDE or not all(map(len, aside.values())):
+            return TEMPERATURE
+        likelihoods = np.zeros(len(TEMPERATURES))
+        for number, name in enumerate(self.names):
+            prefixes = [text[: position + 1] for text in aside[name] for position in looks(len(text))]
+            cosines_CN = self.cosines(prefixes)
+            likelihoods += [
+                np.log(_softmax(2 * cosines_CN / temperature)[:, number]).mean() for temperature in TEMPERATURES
+            ]
+        return float(TEMPERATURES[likelihoods.argmax()])
+
+
+def _counts(texts: Sequence[np.ndarray], vocab_size: int) -> Any:
+    """How often each token is in each text: sparse (C, V)."""
+    from scipy.sparse import csr_matrix
+
+    starts = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+    ids = np.concatenate([np.asarray(text, np.int64) for text in texts])
+    counts = csr_matrix((np.ones(len(ids), np.float32), ids, starts), shape=(len(texts), vocab_size))
+    counts.sum_duplicates()
+    return counts
+
+
+def _stacked(parts: Sequence[Any]) -> Any:
+    from scipy.sparse import vstack
+
+    return vstack(parts, format="csr")
+
+
+def _without(idf_V: np.ndarray, special: Sequence[int]) -> np.ndarray:
+    idf_V = idf_V.copy()
+    idf_V[list(special)] = 0.0
+    return idf_V
+
+
+def _softmax(logits_CN: np.ndarray) -> np.ndarray:
+    raised_CN = np.exp(logits_CN - logits_CN.max(axis=1, keepdims=True))
+    return np.asarray(raised_CN / raised_CN.sum(axis=1, keepdims=True))

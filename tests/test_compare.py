@@ -1,0 +1,137 @@
+"""Paired bootstrap: against cases whose answer is known, and as a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from btx.cli import app
+from btx.compare import compare_documents, compare_models, resampled_ratios
+from btx.errors import RunFolderError, UserError
+from tests.pico_run import pico_recipe
+
+N = 400
+
+
+def scores(bits: np.ndarray, right: np.ndarray, mixed: bool = True) -> dict[str, Any]:
+    entry = {"domains": {"math": bits.tolist(), "code": (2 * bits).tolist()}, "tasks": {"quiz": right.tolist()}}
+    return entry | ({"mixed": bits[:50].tolist()} if mixed else {})
+
+
+def two_models(gap: float, noise: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Documents differ by far more than the models do: unpaired errors would hide the gap."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(50, 400, N)
+    hardness = sizes * rng.normal(2, 0.5, N)
+    worse = hardness + sizes * rng.normal(gap, noise, N)
+    known = rng.random(N) < 0.4
+    first, second = scores(hardness, known.astype(int)), scores(worse, known.astype(int))
+    sizes_of = {"domains": {"math": sizes.tolist(), "code": sizes.tolist()}, "mixed": sizes[:50].tolist()}
+    return first, second, sizes_of
+
+
+def test_a_gap_far_smaller_than_the_documents_spread_is_found_because_it_is_paired():
+    first, second, sizes = two_models(gap=0.02, noise=0.05)
+    found = compare_documents(first, second, sizes)
+    math = found["domains"]["math"]
+    assert math["low"] < -0.02 < math["high"] < 0
+    assert math["p"] < 0.01
+    exact = (np.sum(first["domains"]["math"]) - np.sum(second["domains"]["math"])) / np.sum(sizes["domains"]["math"])
+    assert math["difference"] == pytest.approx(exact)
+    assert found["domains"]["code"]["difference"] == pytest.approx(2 * exact)
+    assert found["mean"]["difference"] == pytest.approx(1.5 * exact)
+    assert found["mixed"]["low"] < found["mixed"]["difference"] < found["mixed"]["high"]
+    back = compare_documents(second, first, sizes)["domains"]["math"]
+    assert (back["low"], back["high"]) == pytest.approx((-math["high"], -math["low"]))
+
+
+def test_models_that_differ_by_chance_are_not_told_apart_and_equal_ones_have_p_1():
+    first, second, sizes = two_models(gap=0.0, noise=0.05)
+    found = compare_documents(first, second, sizes)["mean"]
+    assert found["low"] < 0 < found["high"]
+    assert found["p"] > 0.05
+    same = compare_documents(first, first, sizes)
+    assert same["mean"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    assert same["tasks"]["quiz"]["p"] == 1.0
+
+
+def test_the_interval_is_the_normal_one_where_that_is_known():
+    rng = np.random.default_rng(2)
+    values = rng.normal(0.3, 1.0, 2000)
+    ratios = resampled_ratios(values, np.ones(2000), 4000, 0)
+    assert ratios[0] == pytest.approx(values.mean())
+    low, high = np.percentile(ratios[1:], (2.5, 97.5))
+    assert (low, high) == pytest.approx((values.mean() - 1.96 / 2000**0.5, values.mean() + 1.96 / 2000**0.5), abs=0.003)
+
+
+def test_domains_are_drawn_apart_so_the_mean_is_surer_than_each_of_them():
+    rng = np.random.default_rng(3)
+    first = {"domains": {name: rng.normal(1, 1, N).tolist() for name in "abcd"}, "tasks": {}}
+    second = {"domains": {name: [0.0] * N for name in "abcd"}, "tasks": {}}
+    found = compare_documents(first, second, {"domains": {name: [1] * N for name in "abcd"}})
+    widths = [value["high"] - value["low"] for value in found["domains"].values()]
+    assert found["mean"]["high"] - found["mean"]["low"] == pytest.approx(np.mean(widths) / 2, rel=0.08)
+
+
+def test_answers_that_only_one_model_gets_right_decide_a_task():
+    right = np.zeros(N, int)
+    better = right.copy()
+    better[:20] = 1
+    bits, (_, _, sizes) = np.ones(N), two_models(0, 1)
+    found = compare_documents(scores(bits, better), scores(bits, right), sizes)["tasks"]["quiz"]
+    assert found["difference"] == pytest.approx(0.05)
+    assert found["low"] == pytest.approx(0.05 - 1.96 * (0.05 * 0.95 / N) ** 0.5, abs=0.004)
+    assert found["p"] < 0.01
+
+
+def test_the_same_seed_draws_the_same_and_few_draws_at_once_change_nothing(monkeypatch):
+    values, sizes = np.arange(30.0), np.arange(1.0, 31.0)
+    drawn = resampled_ratios(values, sizes, 200, 5)
+    np.testing.assert_array_equal(drawn, resampled_ratios(values, sizes, 200, 5))
+    assert not np.array_equal(drawn, resampled_ratios(values, sizes, 200, 6))
+    monkeypatch.setattr("btx.compare.DRAWS_AT_ONCE", 70)
+    np.testing.assert_allclose(drawn, resampled_ratios(values, sizes, 200, 5))
+
+
+@pytest.fixture
+def evaluated(tmp_path) -> Path:
+    from btx.rundir import RunFolder
+
+    run = RunFolder.create(pico_recipe(tmp_path))
+    first, second, sizes = two_models(gap=0.02, noise=0.05)
+    del second["mixed"]
+    (run.path / "evaluate").mkdir()
+    documents = {"bytes": sizes, "models": {"seed": second, "soup": first, "btx": first}}
+    (run.path / "evaluate" / "documents.json").write_text(json.dumps(documents), "utf-8")
+    return run.path
+
+
+def test_btx_is_compared_with_every_other_model_or_two_are_named(evaluated):
+    found = compare_models(evaluated)
+    assert list(found["models"]) == ["seed", "soup"]
+    assert "mixed" not in found["models"]["seed"]
+    assert "mixed" in found["models"]["soup"]
+    turned = compare_models(evaluated, "seed", "btx")["models"]["btx"]["mean"]
+    assert turned["difference"] == pytest.approx(-found["models"]["seed"]["mean"]["difference"])
+    with pytest.raises(UserError, match="no results of a model 'bxt'; there are: seed, soup, btx"):
+        compare_models(evaluated, "bxt")
+    with pytest.raises(UserError, match="at least 100"):
+        compare_models(evaluated, resamples=10)
+    (evaluated / "evaluate" / "documents.json").unlink()
+    with pytest.raises(RunFolderError, match="btx evaluate"):
+        compare_models(evaluated)
+
+
+def test_the_command_prints_a_table_or_json(evaluated):
+    shown = CliRunner().invoke(app, ["compare", str(evaluated), "btx", "seed"])
+    assert shown.exit_code == 0
+    assert "btx minus the other" in shown.output
+    assert "p < 0.001" in shown.output
+    assert "[-0.0" in shown.output
+    printed = CliRunner().invoke(app, ["compare", str(evaluated), "--json"])
+    assert json.loads(printed.output) == compare_models(evaluated)

@@ -75,7 +75,9 @@ def test_an_interrupted_finetuning_goes_on_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(routing_metrics, "WATCHED_STEPS", 5)
     monkeypatch.setattr(routing_metrics, "DEAD_LOAD", 0.34)  # so that there are some to tell of
-    options = (f"mix.router={router}", "mix.temperature_rate=0.05", "finetune.load_balancing_over=global_batch")
+    bias = 0.01 if router == "top_k" else 0.0
+    options = (f"mix.router={router}", "mix.temperature_rate=0.05", "finetune.load_balancing_over=global_batch",
+               f"finetune.load_balancing_bias={bias}")  # fmt: skip
     whole = go_on(branched, f"whole-{router}", *options)
     cut = go_on(branched, f"cut-{router}", *options)
     state = cut.path / "finetune" / "state"
@@ -211,6 +213,22 @@ def test_switch_is_saved_as_a_plain_class_where_one_fits(tmp_path: Path) -> None
     assert any(max(line["dropped"]) > 0 for line in metrics(run))
 
 
+def test_selection_biases_steer_the_finetuning_and_are_in_no_saved_model(branched: Path) -> None:
+    options = ("finetune.load_balancing=0", "finetune.load_balancing_bias=0.05")
+    notes = plan(pico_recipe(branched, "run", *options))["router"]["notes"]
+    assert "biases choose experts in finetuning alone" in notes[0]
+    plain, biased = go_on(branched, "no-bias", options[0]), go_on(branched, "bias", *options)
+    uneven = [max(max(load) - min(load) for load in metrics(run)[-1]["load"]) for run in (plain, biased)]
+    assert uneven[1] < uneven[0]
+    checkpoint = max((biased.path / "finetune" / "state").iterdir())
+    with safe_open(checkpoint / "weights.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "bias" in name]  # noqa: SIM118
+        assert all(file.get_tensor(name).any() for name in names)
+    assert len(names) == 2
+    with safe_open(biased.model("finetune") / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "bias" in name]  # noqa: SIM118
+
+
 def test_plan_counts_no_gradient_and_no_optimiser_state_for_frozen_weights(branched: Path) -> None:
     model = load_model(go_on(branched, "all", f"finetune.tokens={256 * 3}").model("mix"))
     sizes = dict.fromkeys(("routers", "experts"), 0)
@@ -237,6 +255,8 @@ def test_bad_router_settings_are_refused(branched: Path, override: str) -> None:
 @pytest.mark.parametrize(("overrides", "problem"), [
     (("mix.router=soft", "finetune.dense_router_gradient=true"), "dense_router_gradient goes with"),
     (("finetune.trainable=shared", "finetune.dense_router_gradient=true"), "no router trains"),
+    (("finetune.load_balancing_bias=0.001", "mix.router=switch"), "goes with mix.router: top_k"),
+    (("finetune.load_balancing_bias=0.001", "mix.top_k=3"), "fewer experts"),
     (("finetune.load_balancing_kind=pooled", "finetune.load_balancing_over=global_batch"), "goes with .*paper"),
 ])  # fmt: skip
 def test_settings_that_would_be_ignored_are_refused(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from btx.routers import Routing, Rule, straight_through, top_k_gates
 
 __all__ = [
     "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
-    "set_router", "swap_in_moe", "top_k_gates", "weight_parts",
+    "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias", "weight_parts",
 ]  # fmt: skip
 
 
@@ -82,6 +83,9 @@ class MoE(nn.Module):
         self.dense_router_gradient = False
         """In training run every expert on every token, so that the router's gradient knows them all."""
         self.routing: Routing | None = None
+        self.selection_bias: Tensor | None
+        # (E,), for balancing without a loss; in no saved model, for a plain class has nothing of the kind.
+        self.register_buffer("selection_bias", None, persistent=False)
 
     def __getattr__(self, name: str) -> Any:
         if name == "gate" and "router" in self._modules:
@@ -91,7 +95,9 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.rule(self.gate(x_TD).float(), training=self.training, step=self.step)
+        routing = self.rule(
+            self.gate(x_TD).float(), training=self.training, step=self.step, selection_bias_E=self.selection_bias
+        )
         self.routing = routing
         gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
         if self.dense_router_gradient and self.training:
@@ -204,6 +210,12 @@ def experts_run_in_training(model: nn.Module) -> float | None:
     if blocks and blocks[0].dense_router_gradient:
         return float(blocks[0].num_experts)
     return mean_experts_per_token(model)
+
+
+def use_selection_bias(model: nn.Module) -> None:
+    """Give every MoE layer a selection bias, zero at first; `btx.balancing.move_selection_bias` moves it."""
+    for block in moe_blocks(model):
+        block.selection_bias = block.gate.weight.new_zeros(block.num_experts, dtype=torch.float32)
 
 
 def at_step(model: nn.Module, step: int) -> None:

@@ -53,6 +53,11 @@ def _in_training(recipe: Recipe) -> list[str]:
             "mix.top_k 1: the gate is 1 whatever the router says, so the next-token loss does not train the router "
             "(load balancing does); switch, sample_top1 and finetune.dense_router_gradient do"
         )
+    if settings.load_balancing_bias:
+        notes.append(
+            "finetune.load_balancing_bias: the biases choose experts in finetuning alone, no plain class has them; at "
+            "inference tokens take their likeliest experts, and loads are less even than metrics.jsonl says"
+        )
     if dense:
         num_experts = len(recipe.expert_names)
         notes.append(

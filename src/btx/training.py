@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from btx.balancing import Balancing, RoutingLoss
+from btx.balancing import Balancing, RoutingLoss, move_selection_bias
 from btx.errors import NotFinite
 from btx.interrupts import Interrupts
 from btx.losses import IGNORE, next_token_loss
@@ -144,6 +144,8 @@ def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
+        move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
     return facts | routing_loss.facts() | meter.facts()
 
 

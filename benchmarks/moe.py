@@ -1,7 +1,7 @@
 """How fast the MoE layer trains and infers: btx, transformers' Mixtral with each experts implementation, and the
 floor: a dense Llama whose feed-forward layers have the same active FLOPs (k·F wide).
 
-    python benchmarks/moe.py [--hidden 128] [--threads 1] [--repeat 5] [--output benchmarks/moe.json]
+    python benchmarks/moe.py [--hidden 128] [--experts 8] [--k 1] [--threads 1] [--repeat 5] [--output FILE]
 
 A training step is that of `btx.training`: forward, backward, clipping and AdamW over all parameters. The candidates
 take turns, step by step, so that a machine that slows down slows all of them; medians. Peak memory is measured before,
@@ -35,6 +35,7 @@ from btx.training import clip_gradients
 
 VOCABULARY, SEQUENCE, LAYERS = 2048, 256, 2
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+KEYS = ("device", "hidden", "ff", "experts", "k", "tokens", "mode")
 TOO_SLOW = 10.0
 MEMORY_LIMIT = 6e9
 
@@ -53,11 +54,11 @@ class Shape:
 
 
 CPU_SHAPES = [
-    *(Shape(128, 384, experts, k, 2048) for experts, k in ((4, 1), (4, 2), (4, 4), (8, 2))),
+    *(Shape(128, 384, experts, k, 2048) for experts, k in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2))),
     Shape(128, 384, 4, 2, 8192),
     *(Shape(256, 704, experts, k, 2048) for experts, k in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2))),
     Shape(256, 704, 8, 2, 4096),
-    *(Shape(512, 1408, experts, k, 2048) for experts, k in ((4, 2), (8, 1), (8, 2))),
+    *(Shape(512, 1408, experts, k, 2048) for experts, k in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2))),
     *(Shape(128, 384, experts, 2, 4096, growth=True) for experts in (2, 4, 8, 16)),
     *(Shape(128, 384, 8, 2, tokens, growth=True) for tokens in (1024, 8192, 16384)),
 ]
@@ -206,13 +207,17 @@ def metrics_share(shape: Shape, repeat: int) -> float:
     return statistics.median(metered) / statistics.median(whole)
 
 
+def line_up(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row shares with those it is compared with."""
+    return tuple(row[key] for key in KEYS)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: tokens per second, and each candidate as a multiple of dense."""
-    keys = ("device", "hidden", "ff", "experts", "k", "tokens", "mode")
-    lines = [f"| {' | '.join(keys)} | dense tokens/s | btx / dense | best transformers / dense | btx / best |",
-             "|" + "---|" * (len(keys) + 4)]  # fmt: skip
-    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
-        speed = {row["name"]: row["tokens_per_s"] for row in rows if tuple(row[k] for k in keys) == key}
+    lines = [f"| {' | '.join(KEYS)} | dense tokens/s | btx / dense | best transformers / dense | btx / best |",
+             "|" + "---|" * (len(KEYS) + 4)]  # fmt: skip
+    for key in dict.fromkeys(map(line_up, rows)):
+        speed = {row["name"]: row["tokens_per_s"] for row in rows if line_up(row) == key}
         others = {name.removeprefix("transformers-"): value for name, value in speed.items() if "transformers" in name}
         best = max(others, key=lambda name: others[name]) if others else None
         lines.append(
@@ -225,7 +230,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, help="only shapes of this hidden size")
+    for name in ("hidden", "experts", "k"):
+        parser.add_argument(f"--{name}", type=int, help="only shapes with this number")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("moe.json"))
@@ -236,7 +242,8 @@ def main() -> None:
     line_ups = [("cpu", shape) for shape in CPU_SHAPES]
     if torch.cuda.is_available():
         line_ups += [("cuda", shape) for shape in GPU_SHAPES]
-    line_ups = [(d, shape) for d, shape in line_ups if arguments.hidden in (None, shape.hidden)]
+    wanted = {name: value for name in ("hidden", "experts", "k") if (value := getattr(arguments, name)) is not None}
+    line_ups = [(d, shape) for d, shape in line_ups if wanted.items() <= asdict(shape).items()]
     peaks = {
         (device, shape, mode): {name: peak_mb(name, shape, mode, device) for name in candidates(shape)}
         for device, shape in line_ups for mode in (("train",) if shape.growth else ("train", "infer"))
@@ -247,7 +254,8 @@ def main() -> None:
         measured += measure(shape, mode, device, arguments.repeat, peak)
         print(table(measured).splitlines()[-1], flush=True)
     rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
-    rows = [row for row in rows if (row["device"], row["hidden"]) not in {(d, s.hidden) for d, s in line_ups}]
+    again = {line_up(row) for row in measured}
+    rows = [row for row in rows if line_up(row) not in again]
     rows = sorted(rows + measured, key=lambda row: (row["device"], row["hidden"]))
     arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(f"{table(measured)}\n\nlive routing metrics: "

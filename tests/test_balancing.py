@@ -13,12 +13,13 @@ from btx.balancing import (
     RoutingLoss,
     batch_means,
     load_balancing_loss,
+    move_selection_bias,
     pooled_load_balancing_loss,
     router_z_loss,
     sparse_gates,
     total_load_balancing_loss,
 )
-from btx.routers import Routing, switch_gates, top_k_gates
+from btx.routers import Routing, biased_top_k_gates, switch_gates, top_k_gates
 
 T, E = 60, 4
 
@@ -116,6 +117,26 @@ def test_the_global_loss_is_that_of_all_micro_batches_together() -> None:
     for part in parts:
         separate.add([part], share=1 / 3)
     assert separate.facts()["load_balancing"] == pytest.approx(sum(map(slow_loss, parts)) / 3, abs=1e-12)
+
+
+def test_selection_biases_move_by_the_sign_of_what_an_expert_lacks() -> None:
+    biases = [torch.zeros(E), torch.full((E,), 0.5)]
+    move_selection_bias(biases, torch.tensor([[10.0, 30.0, 20.0, 20.0], [0.0, 0.0, 0.0, 40.0]]), 0.001)
+    assert biases[0].tolist() == pytest.approx([0.001, -0.001, 0, 0])
+    assert biases[1].tolist() == pytest.approx([0.501, 0.501, 0.501, 0.499])
+
+
+def test_selection_biases_even_out_the_loads_of_a_router_that_prefers_one_expert() -> None:
+    logits = routing(0, tokens=400).logits_TE.detach() + torch.tensor([3.0, 0.0, 0.0, -3.0])
+    bias = torch.zeros(E, dtype=torch.float64)
+
+    def load() -> Tensor:
+        return biased_top_k_gates(logits, 2, bias)[1].flatten().bincount(minlength=E) / 800
+
+    assert load().max() - load().min() > 0.4
+    for _ in range(200):
+        move_selection_bias([bias], load()[None], 0.01)
+    assert load().max() - load().min() < 0.05
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -80,6 +80,24 @@ def test_sample_top1_without_a_soft_first_layer_is_a_plain_model(folders: dict[s
     assert torch.allclose(logits(ours), logits(MixtralForCausalLM.from_pretrained(tmp_path / "copy")), atol=1e-4)
 
 
+def test_switch_is_a_plain_model_of_a_class_whose_gates_are_probabilities(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        hidden_size=32, num_hidden_layers=2, moe_intermediate_size=48, vocab_size=320, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=1, norm_topk_prob=True,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    assert not write_router(tmp_path, RoutingSettings("switch"))
+    ours, plain = load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {block.rule.settings.kind for block in moe_blocks(ours)} == {"switch"}
+    assert (logits(ours) - logits(plain)).abs().max() < 1e-5
+    assert (logits(plain) - logits(model)).abs().max() > 1e-3  # the gate was 1 before
+    assert not write_router(tmp_path, RoutingSettings("top_k", top_k=1))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 def test_soft_is_a_plain_model_with_all_experts(tmp_path: Path) -> None:
     plain = mixtral(tmp_path / "soft", top_k=4)
     ours = load_model(plain)

@@ -96,6 +96,17 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str) -> N
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_without_any_row_the_output_and_all_gradients_are_zero(tokens: int) -> None:
+    x, gates, ids, gate_up, down = inputs(2)
+    x, gates = (tensor.detach()[:tokens].requires_grad_() for tensor in (x, gates))
+    kept = torch.zeros(tokens, 2, dtype=torch.bool)
+    found = feed_forward(x, gates * kept, ids[:tokens], gate_up, down, F.silu, kept)
+    assert torch.equal(found, torch.zeros(tokens, D, dtype=torch.float64))
+    for gradient in torch.autograd.grad(found.sum(), (x, gate_up, down)):
+        assert not gradient.any()
+
+
 def test_inference_gives_the_same_values_as_training() -> None:
     x, gates, ids, gate_up, down = inputs(2, torch.float32)
     trained = feed_forward(x, gates, ids, gate_up, down, F.silu)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from btx import routing_metrics
 from btx.folders import read_json
 from btx.models import load_model
 from btx.moe import moe_blocks, weight_parts
@@ -19,6 +20,7 @@ from btx.recipe import Finetune
 from btx.recipe_loading import RecipeError, load_recipe
 from btx.rundir import RunFolder
 from btx.schedule import adamw, set_learning_rate
+from btx.trainable import PARTS
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 BRANCHED = ["data", "seed", "train/birds", "train/tools"]
@@ -62,11 +64,20 @@ def test_every_router_trains_evaluates_analyses_and_saves(branched: Path, router
     assert (config["model_type"], config["num_experts_per_tok"]) == (
         ("mixtral", 3) if router == "soft" else ("btx_mixtral", "read btx.json")
     )
+    card = (run.model("mix") / "README.md").read_text()
+    assert ("loads in transformers" in card) == (router == "soft")
+    assert ("Only btx reads this folder" in card) == (router != "soft")
 
 
 @pytest.mark.parametrize("router", ["sample_top1", "top_k"])
-def test_an_interrupted_finetuning_goes_on_bit_for_bit(branched: Path, router: str) -> None:
-    options = (f"mix.router={router}", "mix.temperature_rate=0.05", "finetune.load_balancing_over=global_batch")
+def test_an_interrupted_finetuning_goes_on_bit_for_bit(
+    branched: Path, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing_metrics, "WATCHED_STEPS", 5)
+    monkeypatch.setattr(routing_metrics, "DEAD_LOAD", 0.34)  # so that there are some to tell of
+    bias = 0.01 if router == "top_k" else 0.0
+    options = (f"mix.router={router}", "mix.temperature_rate=0.05", "finetune.load_balancing_over=global_batch",
+               f"finetune.load_balancing_bias={bias}")  # fmt: skip
     whole = go_on(branched, f"whole-{router}", *options)
     cut = go_on(branched, f"cut-{router}", *options)
     state = cut.path / "finetune" / "state"
@@ -83,6 +94,7 @@ def test_an_interrupted_finetuning_goes_on_bit_for_bit(branched: Path, router: s
     timing = ("tokens_per_s", "wall_s")
     kept = [{key: value for key, value in line.items() if key not in timing} for line in metrics(again)]
     assert kept == [{key: value for key, value in line.items() if key not in timing} for line in metrics(whole)]
+    assert kept[-1]["dead"]
 
 
 def _checkpoint_of(run: RunFolder, step: int) -> Path:
@@ -175,8 +187,63 @@ def test_plan_says_what_a_plain_class_cannot_express(branched: Path) -> None:
         "top_k": 2, "switch": 1, "sample_top1": 2, "soft": 3,
     }  # fmt: skip
     assert told["top_k"]["notes"] == []
+    single = plan(pico_recipe(branched, "run", "mix.top_k=1"))["router"]
+    assert "the next-token loss does not train the router" in single["notes"][0]
+    assert "from 1 to 0.90" in plan(pico_recipe(
+        branched, "run", "mix.router=sample_top1", "mix.temperature_rate=0.018"
+    ))["router"]["notes"][1]  # 7 steps, exp(-0.018 * 6)
     assert all("only btx reads" in told[name]["notes"][0] for name in ("switch", "sample_top1"))
     assert "k = 3" in told["soft"]["notes"][0]
+
+
+def test_switch_is_saved_as_a_plain_class_where_one_fits(tmp_path: Path) -> None:
+    config = "{model_type: qwen3, hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48, " \
+             "num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64}"  # fmt: skip
+    recipe = pico_recipe(
+        tmp_path, "run", f"seed_model.config={config}", "mix.router=switch", f"seed_model.train.tokens={256 * 2}",
+        f"train.tokens={256 * 2}", f"finetune.tokens={256 * 2}",
+    )
+    told = plan(recipe)["router"]
+    assert told["saved_as"] == "qwen3_moe"
+    assert "norm_topk_prob: false" in told["notes"][0]
+    run, _ = run_here(recipe, [*BRANCHED, "mix", "finetune"])
+    config = read_json(run.model("finetune") / "config.json")
+    assert (config["model_type"], config["num_experts_per_tok"], config["norm_topk_prob"]) == ("qwen3_moe", 1, False)
+    assert read_json(run.path / "mix" / "mix.json")["config"]["norm_topk_prob"] is False
+    assert any(max(line["dropped"]) > 0 for line in metrics(run))
+
+
+def test_selection_biases_steer_the_finetuning_and_are_in_no_saved_model(branched: Path) -> None:
+    options = ("finetune.load_balancing=0", "finetune.load_balancing_bias=0.05")
+    notes = plan(pico_recipe(branched, "run", *options))["router"]["notes"]
+    assert "biases choose experts in finetuning alone" in notes[0]
+    plain, biased = go_on(branched, "no-bias", options[0]), go_on(branched, "bias", *options)
+    uneven = [max(max(load) - min(load) for load in metrics(run)[-1]["load"]) for run in (plain, biased)]
+    assert uneven[1] < uneven[0]
+    checkpoint = max((biased.path / "finetune" / "state").iterdir())
+    with safe_open(checkpoint / "weights.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "bias" in name]  # noqa: SIM118
+        assert all(file.get_tensor(name).any() for name in names)
+    assert len(names) == 2
+    with safe_open(biased.model("finetune") / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "bias" in name]  # noqa: SIM118
+
+
+def test_plan_counts_no_gradient_and_no_optimiser_state_for_frozen_weights(branched: Path) -> None:
+    model = load_model(go_on(branched, "all", f"finetune.tokens={256 * 3}").model("mix"))
+    sizes = dict.fromkeys(("routers", "experts"), 0)
+    for name, part in weight_parts(model).items():
+        sizes[part] = sizes.get(part, 0) + model.get_parameter(name).numel()
+    for trainable, parts in PARTS.items():
+        planned = plan(pico_recipe(branched, "run", f"finetune.trainable={trainable}"))
+        row = next(row for row in planned["stages"] if row["stage"] == "finetune")
+        total = planned["models"]["btx"]["total_params"]
+        sizes["shared"] = total - sizes["routers"] - sizes["experts"]  # the tokenizer came out a little smaller
+        trained = sum(sizes[part] for part in parts)
+        assert row["disk_bytes"] == 4 * total + 2 * 12 * trained
+        if trainable == "all":
+            most = row["memory_bytes"]
+        assert most - row["memory_bytes"] == 12 * (total - trained)
 
 
 @pytest.mark.parametrize("override", ["mix.router=swich", "mix.capacity_factor=0", "finetune.trainable=router"])
@@ -185,6 +252,15 @@ def test_bad_router_settings_are_refused(branched: Path, override: str) -> None:
         load_recipe(str(branched / "pico.yaml"), [f"data.root={branched}", override])
 
 
-def test_a_dense_gradient_goes_with_top_k_alone(branched: Path) -> None:
-    with pytest.raises(RecipeError, match="dense_router_gradient goes with"):
-        pico_recipe(branched, "run", "mix.router=soft", "finetune.dense_router_gradient=true")
+@pytest.mark.parametrize(("overrides", "problem"), [
+    (("mix.router=soft", "finetune.dense_router_gradient=true"), "dense_router_gradient goes with"),
+    (("finetune.trainable=shared", "finetune.dense_router_gradient=true"), "no router trains"),
+    (("finetune.load_balancing_bias=0.001", "mix.router=switch"), "goes with mix.router: top_k"),
+    (("finetune.load_balancing_bias=0.001", "mix.top_k=3"), "fewer experts"),
+    (("finetune.load_balancing_kind=pooled", "finetune.load_balancing_over=global_batch"), "goes with .*paper"),
+])  # fmt: skip
+def test_settings_that_would_be_ignored_are_refused(
+    branched: Path, overrides: tuple[str, ...], problem: str
+) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        pico_recipe(branched, "run", *overrides)

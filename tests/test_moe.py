@@ -60,31 +60,51 @@ def test_an_expert_without_tokens_gets_exactly_zero_gradient(mixtral: Path) -> N
         assert torch.equal(block.experts.down_proj.grad[2:], torch.zeros_like(block.experts.down_proj.grad[2:]))
 
 
-def _empty_expert_rank(rank: int, folder: str) -> None:
-    """One of two DDP processes; tokens never reach expert 4, and on process 1 only expert 0 and 1 get any."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _steered(folder: str, rank: int) -> torch.nn.Module:
+    """A model whose tokens never reach expert 4; on process 1 only 0 and 1 get any, on process 0 only 2 and 3."""
     model = load_model(f"{folder}/mixtral").train()
     for block in moe_blocks(model):
         order = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]) if rank else torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0])
         block.gate.forward = lambda x, block=block, order=order: order + 0 * F.linear(x, block.gate.weight)
+    return model
+
+
+def _empty_expert_rank(rank: int, folder: str) -> None:
+    """One of two processes: the experts' gradients under DDP, then under FSDP, with 5 experts sharded over 2."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     ids = torch.arange(40)[None] + 40 * rank
+    model = _steered(folder, rank)
     parallel = DistributedDataParallel(model)
     parallel(ids, labels=ids).loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if "experts" in name}
-    torch.save(grads, f"{folder}/{rank}.pt")
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/ddp{rank}.pt")
+    sharded = _steered(folder, rank)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded(ids, labels=ids).loss.backward()
+    torch.save({name: p.grad.full_tensor() for name, p in sharded.named_parameters()}, f"{folder}/fsdp{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_an_expert_without_tokens_works_under_ddp(mixtral: Path, tmp_path: Path) -> None:
+def test_experts_without_tokens_work_under_ddp_and_fsdp(mixtral: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_empty_expert_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name, gradient in first.items():
-        assert torch.equal(gradient, second[name])
-        assert torch.equal(gradient[4], torch.zeros_like(gradient[4]))
-        assert all(gradient[expert].abs().max() > 0 for expert in range(4))
+    alone = {}
+    for rank in range(2):
+        model, ids = _steered(str(tmp_path), rank), torch.arange(40)[None] + 40 * rank
+        model(ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            alone[name] = alone.get(name, 0) + parameter.grad / 2
+    for file in ("ddp0", "ddp1", "fsdp0", "fsdp1"):
+        found = torch.load(tmp_path / f"{file}.pt", weights_only=True)
+        for name, gradient in alone.items():
+            assert torch.allclose(found[name], gradient, atol=1e-6), (file, name)
+            if "experts" in name:
+                assert [bool(part.any()) for part in found[name]] == [True, True, True, True, False]
 
 
 def test_gradient_checkpointing_changes_nothing(mixtral: Path) -> None:
@@ -133,6 +153,9 @@ def test_routing_of_the_last_pass_is_kept_for_losses_and_metrics(mixtral: Path) 
     ("qwen2_moe", {"norm_topk_prob": True, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}, 2),
     ("qwen2_moe", {"norm_topk_prob": False, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}, 0),
     ("qwen3_moe", {"norm_topk_prob": True, "moe_intermediate_size": 24}, 2),
+    ("qwen3_moe", {"norm_topk_prob": False, "moe_intermediate_size": 24, "num_experts_per_tok": 1}, 2),
+    ("cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": True, "num_shared_experts": 0,
+                     "mlp_layer_types": ["sparse"] * 2}, 0),
     ("flex_olmo", {"norm_topk_prob": True}, 2),
     ("granitemoe", {}, 2),
 ])  # fmt: skip
@@ -144,8 +167,8 @@ def test_other_classes_are_computed_exactly_or_left_alone(
     experts = "num_local_experts" if model_type == "granitemoe" else "num_experts"
     config = AutoConfig.for_model(
         model_type, hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=320, num_attention_heads=4,
-        num_key_value_heads=2, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        **values | {experts: 5},
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        **{"num_experts_per_tok": 2} | values | {experts: 5},
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

@@ -13,6 +13,7 @@ from btx.router_kinds import ROUTERS, RoutingSettings
 from btx.routers import (
     Routing,
     Rule,
+    biased_top_k_gates,
     place_in_queue,
     sample_temperature,
     sample_top1_gates,
@@ -41,6 +42,22 @@ def test_top_k_is_softmax_then_select_then_renormalise(k: int) -> None:
         best = sorted(range(5), key=lambda e: -row[e])[:k]
         assert chosen == best
         assert values == pytest.approx([exps[e] / sum(exps[b] for b in best) for e in best], abs=1e-12)
+
+
+def test_a_selection_bias_chooses_experts_and_is_in_no_gate() -> None:
+    x, bias = logits().requires_grad_(), torch.tensor([0.3, -0.2, 0.0, 0.1, -0.3], dtype=torch.float64)
+    gates, ids = biased_top_k_gates(x, 2, bias)
+    probs = x.detach().softmax(dim=1)
+    for row, chosen, values in zip(probs.tolist(), ids.tolist(), gates.tolist(), strict=True):
+        best = sorted(range(5), key=lambda e: -(row[e] + bias[e].item()))[:2]
+        assert chosen == sorted(best, key=lambda e: -row[e])
+        assert values == pytest.approx([row[e] / sum(row[b] for b in best) for e in chosen], abs=1e-12)
+    assert not torch.equal(ids, top_k_gates(x, 2)[1])
+    assert all(torch.equal(a, b) for a, b in zip(biased_top_k_gates(x, 2, 0 * bias), top_k_gates(x, 2), strict=True))
+    rule = Rule(RoutingSettings("top_k"))
+    trained, used = (rule(x, training=training, step=0, selection_bias_E=bias) for training in (True, False))
+    assert torch.equal(trained.expert_ids_TK, ids)
+    assert torch.equal(used.expert_ids_TK, top_k_gates(x, 2)[1])
 
 
 def test_soft_is_the_full_softmax_and_top_k_with_all_experts() -> None:

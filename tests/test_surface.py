@@ -33,13 +33,13 @@ LAYERS = {
         "matching merge merge_methods mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe "
         "moe_folder moe_layout output_types peak_memory report_charts report_results report_tokens router_fit "
         "router_init routers routing_metrics schedule seed_config shard_writer sweep_figure sweep_table tasks "
-        "text_similarity token_files token_texts tokenizer training training_state vocabularies"
+        "text_similarity token_files token_texts tokenizer trainable training training_state vocabularies"
     ),
     "plain": (
         "aggregate baseline_kinds baseline_settings btx_folder code_execution code_jail document_files domains "
         "errors families folders graph harness_checks harness_files interrupts merge_kinds model_card model_folder "
         "preflight provenance recipe recipe_docs recipe_extends recipe_loading recipe_overrides recipe_problems "
-        "recipes router_kinds rundir sizes sources status yaml_positions"
+        "recipes router_kinds router_notes rundir sizes sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

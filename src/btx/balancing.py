@@ -1,5 +1,6 @@
 """Losses on the routers: load balancing (paper, section 2.2, equation of L_LB; after Switch Transformer, arXiv
-2101.03961, eq. 4-6) and the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+2101.03961, eq. 4-6), the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), and balancing without a loss (arXiv
+2408.15664).
 
     L_LB = α N Σ_i u_i p_i,   per layer
 
@@ -37,13 +38,15 @@ class Balancing:
     """The batch that the means u and p are taken over."""
     router_z_loss: float = 0.0
     """Weight of the router z-loss."""
+    bias: float = 0.0
+    """Step of the selection biases, in units of probability; 0: there are none."""
 
     @classmethod
     def of(cls, settings: Finetune) -> Balancing:
         """What a recipe says."""
         return cls(
             settings.load_balancing, settings.load_balancing_kind, settings.load_balancing_over_layers,
-            settings.load_balancing_over, settings.router_z_loss,
+            settings.load_balancing_over, settings.router_z_loss, settings.load_balancing_bias,
         )  # fmt: skip
 
 
@@ -129,6 +132,21 @@ def routed_rows(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
         ids_TK, kept_TK = ids_TK[real_T], None if kept_TK is None else kept_TK[real_T]
     weights = None if kept_TK is None else kept_TK.flatten().float()
     return ids_TK.flatten().bincount(weights, minlength=routing.logits_TE.shape[1]).float()
+
+
+@torch.no_grad()
+def move_selection_bias(biases_L: Sequence[Tensor], rows_LE: Tensor, step: float) -> None:
+    """After an optimiser step: b_i += step · sign(mean load - load_i), in every layer (arXiv 2408.15664, algorithm 1).
+
+    Args:
+        biases_L: the layers' selection biases (E,), changed in place.
+        rows_LE: rows that each expert took in the step on this process; those of all processes are added.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        rows_LE = rows_LE.clone()
+        distributed.all_reduce(rows_LE)
+    for bias_E, rows_E in zip(biases_L, rows_LE, strict=True):
+        bias_E += step * (rows_E.mean() - rows_E).sign()
 
 
 class RoutingLoss:

@@ -105,7 +105,7 @@ BASELINES: dict[BaselineName, BaselineKind] = {
     ),
     "btx_no_balancing": BaselineKind(
         "The run's mix finetuned without the load-balancing loss (paper, table 5).",
-        "BTX without load balancing", "mix", "tokens", changes={"load_balancing": 0.0},
+        "BTX without load balancing", "mix", "tokens", changes={"load_balancing": 0.0, "load_balancing_bias": 0.0},
     ),
     "btx_frozen_experts": BaselineKind(
         "The run's mix finetuned with its experts frozen: routers and shared weights train (paper, table 5).",

@@ -6,23 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from btx.errors import CheckpointError
-from btx.families import family_of
 from btx.models import load_model
-from btx.moe import weight_parts
 from btx.rundir import RunFolder
+from btx.trainable import trainable_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-PARTS: dict[str, set[str]] = {
-    "all": {"routers", "experts", "shared"},
-    "all_but_experts": {"routers", "shared"},
-    "routers": {"routers"},
-    "shared": {"shared"},
-}
-"""`trainable` of a MoE model → parts that train."""
 
 
 def branch(run: RunFolder) -> PreTrainedModel:
@@ -35,21 +24,9 @@ def branch(run: RunFolder) -> PreTrainedModel:
 def set_trainable(model: PreTrainedModel, which: str) -> None:
     """Choose what trains; everything else gets no gradient and no optimiser state.
 
-    Args:
-        which: `all`; `feed_forward` (the FF sublayers of a dense model); `all_but_experts`; `routers`; `shared` (all
-            but experts and routers).
-
-    Raises:
-        CheckpointError: the model has no such weights.
+    Args and Raises: as `btx.trainable.trainable_names`.
     """
-    if which == "feed_forward":
-        config = model.config.to_dict()
-        family = family_of(config, "seed model")
-        chosen = {name for name, _ in model.named_parameters() if family.is_feed_forward(name, config)}
-    else:
-        chosen = {name for name, part in weight_parts(model).items() if part in PARTS[which]}
-    if not chosen:
-        raise CheckpointError(f"trainable: {which} names no weights of {type(model).__name__}")
+    chosen = trainable_names(model, which)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.families import moe_family_of
 from btx.folders import write_json
 from btx.router_kinds import RoutingSettings
 
@@ -37,9 +38,13 @@ def write_router(folder: Path, settings: RoutingSettings) -> bool:
     Returns:
         True if it became a folder that only btx reads; False if the plain class expresses the router.
     """
-    if settings.why_not_plain() is None:
-        return False
     config = json.loads((folder / "config.json").read_text("utf-8"))
+    family = moe_family_of(config, str(folder / "config.json"))
+    why = settings.why_not_plain(family.probability_gates)
+    if why is None:
+        if family.probability_gates:
+            write_json(folder / "config.json", config | {"norm_topk_prob": settings.kind != "switch"})
+        return False
     true = {key: config[key] for key in HIDDEN if key in config}
     hidden = {
         "model_type": PREFIX + true["model_type"],
@@ -49,7 +54,7 @@ def write_router(folder: Path, settings: RoutingSettings) -> bool:
     # First the file that explains the config, then the config: a folder is never without its router.
     write_json(folder / FILE, {
         "format": FORMAT, "router": settings.as_json(), "config": true,
-        "why": f"the plain class cannot express this router: {settings.why_not_plain()}",
+        "why": f"the plain class cannot express this router: {why}",
     })  # fmt: skip
     write_json(folder / "config.json", config | hidden)
     return True

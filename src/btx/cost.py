@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from btx.moe import mean_experts_per_token
+from btx.moe import mean_experts_per_token, swap_in_moe
+from btx.trainable import trainable_names
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ModelCost:
     """Active parameters that take part in matrix products."""
     attention_width: int
     """L·H·Q: layers times heads times head size."""
+    trained_params: int
+    """Parameters that have a gradient and optimiser state."""
 
     def training_flops_per_token(self, sequence_length: int) -> float:
         """6·N + 12·L·H·Q·S."""
@@ -39,8 +42,12 @@ class ModelCost:
         return self.training_flops_per_token(sequence_length) / 3
 
     def training_bytes(self) -> int:
-        """Weights, gradients and AdamW's two moments in float32; activations come on top."""
-        return 16 * self.total_params
+        """Weights, and of what trains gradients and AdamW's two moments, in float32; activations come on top."""
+        return 4 * self.total_params + 12 * self.trained_params
+
+    def checkpoint_bytes(self) -> int:
+        """A resumable checkpoint: the weights that train and AdamW's two moments, in float32."""
+        return 12 * self.trained_params
 
 
 def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> ModelCost:
@@ -60,16 +67,23 @@ def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> M
     lookup = 0 if tied else config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_hidden_layers * config.num_attention_heads * head_size
-    return ModelCost(total, active, active - lookup, width)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelCost(total, active, active - lookup, width, trained)
 
 
-def config_cost(config: dict[str, Any], *, experts_per_token: float | None = None) -> ModelCost:
-    """`model_cost` of a config, without allocating its weights."""
-    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token)
+def config_cost(
+    config: dict[str, Any], *, experts_per_token: float | None = None, trainable: str = "all"
+) -> ModelCost:
+    """`model_cost` of a config, without allocating its weights.
+
+    Args:
+        trainable: what trains, as in a recipe.
+    """
+    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token, trainable)
 
 
 @cache
-def _config_cost(config: str, experts_per_token: float | None) -> ModelCost:
+def _config_cost(config: str, experts_per_token: float | None, trainable: str) -> ModelCost:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,4 +91,9 @@ def _config_cost(config: str, experts_per_token: float | None) -> ModelCost:
     model_type = values.pop("model_type")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        swap_in_moe(model)
+    if trainable != "all":
+        chosen = trainable_names(model, trainable)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
     return model_cost(model, experts_per_token=experts_per_token)

@@ -135,7 +135,7 @@ class _ExpertLoop(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         R, (_, D, width) = len(order.token_R), down_EDF.shape
         tiles = cut_into_tiles(order.rows_per_expert, tile_rows(width))
-        largest = max(tile.size for tile in tiles)
+        largest = max((tile.size for tile in tiles), default=0)
         h_R2F = x_TD.new_empty(R if trains else largest, 2 * width)
         y_RD, x_buffer, a_buffer = x_TD.new_empty(R, D), x_TD.new_empty(largest, D), x_TD.new_empty(largest, width)
         for tile in tiles:
@@ -164,7 +164,7 @@ class _ExpertLoop(torch.autograd.Function):
         dgate_up = _gradient(gate_up_E2FD, order.rows_per_expert) if needs_gate_up else None
         ddown = _gradient(down_EDF, order.rows_per_expert) if needs_down else None
         gates_R1 = gates_TK.flatten()[order.slot_R][:, None].to(x_TD.dtype)
-        largest = max(tile.size for tile in ctx.tiles)
+        largest = max((tile.size for tile in ctx.tiles), default=0)
         rD, rF = (lambda: x_TD.new_empty(largest, D)), (lambda: x_TD.new_empty(largest, width))
         x_buffer, dy_buffer, a_buffer, s_buffer, da_buffer = rD(), rD(), rF(), rF(), rF()
         dh_buffer = x_TD.new_empty(largest, 2 * width)
@@ -195,7 +195,7 @@ class _ExpertLoop(torch.autograd.Function):
                 for piece in tile.pieces:
                     torch.mm(dh_r2F[piece.local], gate_up_E2FD[piece.expert], out=dx_RD[piece.rows])
         dx = None if dx_RD is None else _weighted_sum(dx_RD, order.row_TK, ctx.kept_TK)
-        dgates = dgates_R[order.row_TK.flatten()].view_as(gates_TK) if needs_gates else None
+        dgates = dgates_R[order.row_TK.flatten()].view_as(gates_TK) if needs_gates and R else None
         if dgates is not None and ctx.kept_TK is not None:
             dgates = dgates * ctx.kept_TK
         return dx, dgates, dgate_up, ddown, None, None, None, None
@@ -222,6 +222,8 @@ def _accumulate(total_EMN: Tensor, tile: Tile, left_rM: Tensor, right_rN: Tensor
 
 def _weighted_sum(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """y_TD[t] = Σ_k weights_TK[t, k] · rows_RD[row_TK[t, k]], added up in float32 at least; no weights: all are 1."""
+    if not len(rows_RD):  # all were dropped, or there are no tokens
+        return rows_RD.new_zeros(len(row_TK), rows_RD.shape[1])
     if rows_RD.dtype in (torch.float32, torch.float64):
         weights_TK = None if weights_TK is None else weights_TK.to(rows_RD.dtype)
         return F.embedding_bag(row_TK, rows_RD, mode="sum", per_sample_weights=weights_TK)

@@ -110,13 +110,11 @@ def _train(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> No
 
 
 def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    from btx.btx_folder import write_router
     from btx.expert_text import text_from_run
     from btx.mix import mix
     from btx.router_init import RouterSettings
 
     folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
-    router = run.recipe.routing
     routers = RouterSettings(
         settings.router_init, std=settings.router_std, scale=settings.router_scale, ridge=settings.router_ridge,
         tokens=settings.router_tokens,
@@ -124,15 +122,13 @@ def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None
     mix(
         run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
         folder / "model", record=folder / "mix.json", generalist=settings.generalist,
-        top_k=router.plain_top_k(len(run.recipe.expert_names)), merge=run.recipe.merge_settings, router_init=routers,
+        routing=run.recipe.routing, merge=run.recipe.merge_settings, router_init=routers,
         texts=text_from_run(run.path, run.recipe, tokens=routers.tokens) if routers.needs_text else None,
         split=settings.split, split_rescale=settings.split_rescale, blend=settings.blend,
         rng_seed=run.recipe.rng_seed, dtype=settings.dtype, tokenizer_from=settings.tokenizer_from,
         max_shard_size=settings.max_shard_size, log=log,
         progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
     )  # fmt: skip
-    if write_router(folder / "model", router):
-        log(f"mix: router {router.kind}: saved in a folder that only btx reads: {router.why_not_plain()}")
     run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 
 

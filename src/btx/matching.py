@@ -53,17 +53,19 @@ def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
 
 
 def moe_cost(
-    recipe: Recipe, dense: dict[str, Any], routing: RoutingSettings, *, dense_router_gradient: bool = False
-) -> ModelCost:
+    recipe: Recipe, dense: dict[str, Any], routing: RoutingSettings, *, dense_router_gradient: bool = False,
+    trainable: str = "all",
+) -> ModelCost:  # fmt: skip
     """Cost of the mixed model with a router.
 
     Args:
         dense_router_gradient: count every expert for every token, as then in training.
+        trainable: what trains, as in `finetune.trainable`.
     """
     num_experts = len(recipe.expert_names)
     used = routing.mean_experts_per_token(int(dense["num_hidden_layers"]), num_experts)
     run = num_experts if dense_router_gradient else used
-    return config_cost(moe_config(recipe, dense), experts_per_token=run)
+    return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable)
 
 
 def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
@@ -130,5 +132,6 @@ def _cost(recipe: Recipe, name: BaselineName, settings: Finetune, dense: dict[st
     if not BASELINES[name].has_routers:
         return config_cost(dense)
     return moe_cost(
-        recipe, dense, routing_of(recipe, name), dense_router_gradient=settings.dense_router_gradient
-    )
+        recipe, dense, routing_of(recipe, name), dense_router_gradient=settings.dense_router_gradient,
+        trainable=settings.trainable,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ the mean over the experts (the generalist included); the routers are new. Tensor
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
+from btx.btx_folder import write_router
 from btx.drift import Drifts, group_of
 from btx.errors import CheckpointError
 from btx.expert_parts import experts_transform
@@ -39,6 +41,7 @@ from btx.moe_layout import (
 from btx.output_types import dtype_of, in_one_type
 from btx.router_fit import check_texts, fit_routers
 from btx.router_init import RouterSettings, initial_router
+from btx.router_kinds import RoutingSettings
 from btx.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
 from btx.sizes import bytes_of
 
@@ -51,6 +54,7 @@ def mix(
     record: Path | None = None,
     generalist: bool = True,
     top_k: int = 2,
+    routing: RoutingSettings | None = None,
     merge: str | MergeSettings = "mean",
     router_init: str | RouterSettings = "random",
     texts: Mapping[str, Path | TextRows] | None = None,
@@ -73,6 +77,7 @@ def mix(
         record: where to write what came from where; default: mix.json in `output`.
         generalist: add the seed model as one more expert and into the mean.
         top_k: experts a token uses.
+        routing: another router than top_k. A folder whose router the plain class cannot express is read by btx alone.
         merge: how shared weights are merged, by name or with parameters.
         router_init: how routers start, by name or with parameters.
         texts: expert name → file with text of its domain, for routers that need text; the generalist's is general text.
@@ -107,6 +112,8 @@ def mix(
     bound = bind(merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]
+    if routing is not None:
+        top_k = routing.plain_top_k(len(names))
     if not 1 <= top_k <= len(names):
         raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
     rows = _texts(inputs, texts, routers, blend)
@@ -120,6 +127,8 @@ def mix(
         copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer)
         write_json(folder / "config.json", config)
         write_generation_config(folder, config)
+        if routing is not None:
+            config = route_by(folder, routing, log)
         written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
         if rows:
             log(f"mix: routers from {sum(text.tokens for text in rows.values()):,} tokens of text ({routers.method})")
@@ -145,6 +154,19 @@ def mix(
     for line in screen_lines(report, str(output)):
         log(f"mix: {line}")
     return report
+
+
+def route_by(folder: Path, routing: RoutingSettings, log: Callable[[str], None]) -> Config:
+    """Let a new folder route as `routing` says, and tell the user if only btx can read it now.
+
+    Returns:
+        Its config; that of the plain class where the folder's own is for btx alone.
+    """
+    plain: Config = json.loads((folder / "config.json").read_text("utf-8"))
+    if write_router(folder, routing):
+        log(f"mix: router {routing.kind}: saved in a folder that only btx reads: {routing.why_not_plain()}")
+        return plain
+    return dict(json.loads((folder / "config.json").read_text("utf-8")))
 
 
 def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, generalist: bool = True) -> None:

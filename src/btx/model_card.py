@@ -6,35 +6,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx.folders import write_text
+from btx.btx_folder import FILE
+from btx.folders import read_json, write_text
 
 
 def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
     """Write README.md into a MoE folder: what it is made from, how, by which versions, and what to know before use.
 
     Args:
-        folder: the MoE folder.
+        folder: the MoE folder, its config.json (and btx.json) in place.
         record: mix.json, as `mix`, `extend` and `drop` write it.
     """
     from huggingface_hub import ModelCardData
 
     family = record["config"]["model_type"]
+    private = read_json(folder / FILE)
     data = ModelCardData(
-        library_name="transformers",
+        library_name="btx" if private else "transformers",
         pipeline_tag="text-generation",
         tags=["mixture-of-experts", "moe", "merge", "branch-train-mix", "btx", family],
     )
-    write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n\n{_body(record)}")
+    write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n\n{_body(record, private)}")
 
 
-def _body(record: Mapping[str, Any]) -> str:
+def _body(record: Mapping[str, Any], private: Mapping[str, Any] | None) -> str:
+    """The text; `private` is btx.json of a folder that only btx reads."""
     size = record["parameters"]
+    readers = "The folder loads in transformers without btx."
+    if private:
+        readers = f"Router: {private['router']['kind']}. Only btx reads this folder: {private['why']}."
     lines = [
         f"# A mixture of {len(record['experts'])} experts",
         "",
         f"Made with [btx](https://arxiv.org/abs/2403.07816) (Branch-Train-MiX): `{record['family']}`, "
         f"top-{record['top_k']}, {size['total'] / 1e6:,.1f}M parameters, {size['active'] / 1e6:,.1f}M active for each "
-        f"token. The folder loads in transformers without btx.",
+        f"token. {readers}",
         "",
         "| expert | number |",
         "|---|---|",

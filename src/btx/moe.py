@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from btx.routers import Routing, Rule, straight_through, top_k_gates
 
 __all__ = [
     "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
-    "set_router", "swap_in_moe", "top_k_gates", "weight_parts",
+    "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias", "weight_parts",
 ]  # fmt: skip
 
 
@@ -82,6 +83,9 @@ class MoE(nn.Module):
         self.dense_router_gradient = False
         """In training run every expert on every token, so that the router's gradient knows them all."""
         self.routing: Routing | None = None
+        self.selection_bias: Tensor | None
+        # (E,), for balancing without a loss; in no saved model, for a plain class has nothing of the kind.
+        self.register_buffer("selection_bias", None, persistent=False)
 
     def __getattr__(self, name: str) -> Any:
         if name == "gate" and "router" in self._modules:
@@ -91,7 +95,9 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.rule(self.gate(x_TD).float(), training=self.training, step=self.step)
+        routing = self.rule(
+            self.gate(x_TD).float(), training=self.training, step=self.step, selection_bias_E=self.selection_bias
+        )
         self.routing = routing
         gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
         if self.dense_router_gradient and self.training:
@@ -108,24 +114,41 @@ class MoE(nn.Module):
 
 
 SHARED_EXPERT = ("shared_expert", "shared_expert_gate")
+# Routers that were read and compared: softmax, K largest, normalised over them unless norm_topk_prob is false. A name
+# like theirs is not enough: others of that name take sigmoids, add a bias or do not normalise.
+KNOWN_ROUTERS = {
+    f"{name}TopKRouter"
+    for name in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Qwen3_5Moe", "Mellum", "FlexOlmo", "Olmoe", "GraniteMoe",
+                 "GraniteMoeSWA", "Cohere2Moe")
+}  # fmt: skip
+
+
+def _rule_of(router: Any) -> Rule | None:
+    """How a router of the plain class decides; None where `Rule` has nothing that is exactly the same."""
+    if type(router).__name__ not in KNOWN_ROUTERS or list(router.state_dict()) != ["weight"]:
+        return None
+    if hasattr(router, "expert_selection_fn"):  # always normalised with softmax, whatever norm_topk_prob says
+        return Rule(RoutingSettings(top_k=router.top_k)) if router.expert_selection_fn == "softmax" else None
+    if getattr(router, "norm_topk_prob", True):
+        return Rule(RoutingSettings(top_k=router.top_k))
+    return Rule(RoutingSettings("switch")) if router.top_k == 1 else None
 
 
 def _router_of(block: nn.Module) -> nn.Module | None:
-    """The router of a block that `MoE` computes exactly: softmax over the K largest logits, gated experts and perhaps
-    one gated shared expert. None for any other block: it stays transformers' own."""
+    """The router of a block with gated experts and perhaps one gated shared expert; None for any other block."""
     parts = dict(block.named_children())
     router = parts.pop("gate", None) or parts.pop("router", None)
-    if router is None or parts.keys() not in ({"experts"}, {"experts", *SHARED_EXPERT}):
-        return None
-    plain = type(router).__name__.endswith("TopKRouter") and list(router.state_dict()) == ["weight"]
-    return router if plain and getattr(router, "norm_topk_prob", True) else None
+    return router if parts.keys() in ({"experts"}, {"experts", *SHARED_EXPERT}) else None
 
 
 def swap_in_moe(model: nn.Module) -> list[MoE]:
-    """Put `MoE` in the place of every plain transformers MoE block of `model`, sharing its parameters.
+    """Put `MoE` in the place of every transformers MoE block of `model` that it computes exactly, sharing parameters.
+
+    Any other block stays transformers' own.
 
     Returns:
-        The new blocks in layer order, with the Top-K router of the model's config; an empty list for a dense model.
+        The new blocks in layer order, with the router of the model's config: Top-K, or Switch where K is 1 and gates
+        are not normalised (its capacity is not in a plain config); an empty list for a dense model.
     """
     blocks = []
     places = [(module, place) for module in model.modules() for place in ("mlp", "block_sparse_moe")]
@@ -133,11 +156,13 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
         block = getattr(module, place, None)
         if not isinstance(block, nn.Module) or isinstance(block, MoE) or (router := _router_of(block)) is None:
             continue
+        if (rule := _rule_of(router)) is None:
+            continue
         parts = dict(block.named_children())
         old, gate = cast(Any, parts["experts"]), cast(Any, router)
         shared = (parts["shared_expert"], parts["shared_expert_gate"]) if "shared_expert" in parts else None
         moe = MoE(
-            Router(gate.weight), Experts(old.gate_up_proj, old.down_proj, old.act_fn), gate.top_k,
+            Router(gate.weight), Experts(old.gate_up_proj, old.down_proj, old.act_fn), rule,
             router_name="gate" if "gate" in parts else "router", shared_expert=shared,
         )  # fmt: skip
         setattr(module, place, moe)
@@ -185,6 +210,12 @@ def experts_run_in_training(model: nn.Module) -> float | None:
     if blocks and blocks[0].dense_router_gradient:
         return float(blocks[0].num_experts)
     return mean_experts_per_token(model)
+
+
+def use_selection_bias(model: nn.Module) -> None:
+    """Give every MoE layer a selection bias, zero at first; `btx.balancing.move_selection_bias` moves it."""
+    for block in moe_blocks(model):
+        block.selection_bias = block.gate.weight.new_zeros(block.num_experts, dtype=torch.float32)
 
 
 def at_step(model: nn.Module, step: int) -> None:

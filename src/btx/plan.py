@@ -14,6 +14,7 @@ from btx.graph import Graph, build_graph
 from btx.matching import matched_phases, moe_cost
 from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe import Recipe, Training
+from btx.router_notes import router_notes, saved_as
 from btx.rundir import RunFolder
 from btx.seed_config import seed_config
 
@@ -58,8 +59,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "router": {
             "kind": recipe.routing.kind,
             "experts_per_token": used,
-            "saved_as": "btx" if recipe.routing.why_not_plain() else family.moe,
-            "notes": router_notes(recipe, family.moe),
+            "saved_as": saved_as(recipe, family),
+            "notes": [*router_notes(recipe, family), *_baseline_notes(recipe)],
         },
         "models": {name: _model(costs[name]) for name in ("seed", "btx")},
         "stages": stages,
@@ -140,29 +141,9 @@ def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
     return max(sum(sorted(jobs, reverse=True)[:limit]) for jobs in (first, later))
 
 
-def router_notes(recipe: Recipe, moe_class: str) -> list[str]:
-    """What a user should know about the recipe's router before anything runs."""
-    notes, router, num_experts = [], recipe.routing, len(recipe.expert_names)
-    if why := router.why_not_plain():
-        notes.append(
-            f"router {router.kind}: no plain {moe_class} routes like this ({why}). The model is saved in a folder that "
-            f"only btx reads; transformers, vLLM and llama.cpp refuse it"
-        )
-    elif router.kind != "top_k":
-        notes.append(f"router {router.kind}: saved as a plain {moe_class} with k = {router.plain_top_k(num_experts)}")
-    if router.kind == "switch":
-        notes.append(
-            f"router switch: an expert takes at most {router.capacity_factor:g} times an equal share of a "
-            f"micro-batch's tokens in training, more are dropped (metrics.jsonl: dropped); at inference none is"
-        )
-    if recipe.finetune.dense_router_gradient:
-        notes.append(
-            f"finetune.dense_router_gradient: all {num_experts} experts run on every token in finetuning, "
-            f"{num_experts / router.top_k:g} times the feed-forward FLOPs of k = {router.top_k}; counted below"
-        )
-    notes += [f"baseline {name} is the run itself: the recipe's own settings are those it is about"
-              for name in same_as_the_run(recipe)]  # fmt: skip
-    return notes
+def _baseline_notes(recipe: Recipe) -> list[str]:
+    return [f"baseline {name} is the run itself: the recipe's own settings are those it is about"
+            for name in same_as_the_run(recipe)]  # fmt: skip
 
 
 def _model(cost: ModelCost) -> dict[str, int]:
@@ -188,7 +169,7 @@ class _Trained:
             "steps": steps,
             "flops": steps * tokens_per_step * cost.training_flops_per_token(length),
             "memory_bytes": cost.training_bytes() + _activation_bytes(cost, settings, length),
-            "disk_bytes": 4 * cost.total_params + 2 * 12 * cost.total_params,  # the model and two checkpoints
+            "disk_bytes": 4 * cost.total_params + 2 * cost.checkpoint_bytes(),  # the model and two checkpoints
             "mixture": _shares(self.mixtures),
             "learning_rate": settings.learning_rate,
         }
@@ -199,12 +180,14 @@ def _trained_stages(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> d
     found = {}
     if recipe.seed_model.train is not None:
         found["seed"] = _Trained(recipe.seed_model.train, seed, [seed_mixture(recipe)])
+    branch = config_cost(dense, trainable=recipe.train.trainable)
     for domain in recipe.train.domains:
-        found[f"train/{domain}"] = _Trained(recipe.branch_training(domain), seed, [domain_mixture(recipe, domain)])
+        found[f"train/{domain}"] = _Trained(recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)])
     # What is computed for a token in finetuning, which is more with a dense router gradient.
     cost = moe_cost(
-        recipe, dense, recipe.routing, dense_router_gradient=recipe.finetune.dense_router_gradient
-    )
+        recipe, dense, recipe.routing, dense_router_gradient=recipe.finetune.dense_router_gradient,
+        trainable=recipe.finetune.trainable,
+    )  # fmt: skip
     found["finetune"] = _Trained(recipe.finetune, cost, [finetune_mixture(recipe)])
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):

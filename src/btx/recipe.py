@@ -301,6 +301,9 @@ class Finetune(Training):
     """How the layers' losses become one (not stated in the paper)."""
     load_balancing_over: Literal["micro_batch", "global_batch"] = "micro_batch"
     """Batch whose means are balanced: each micro-batch for itself, or all of an optimiser step on all processes."""
+    load_balancing_bias: Weight = 0.0
+    """top_k: balancing without a loss (arXiv 2408.15664; 0.001 there): after each optimiser step the bias that is added
+    to an expert's probability when experts are chosen rises or falls by this much; in training alone."""
     router_z_loss: Weight = 0.0
     """Weight of the router z-loss, logsumexp² of the router logits (arXiv 2202.08906; 0.001 there)."""
     dense_router_gradient: bool = False
@@ -562,6 +565,7 @@ class Recipe(Section):
             raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {len(self.expert_names)} experts")
         if self.finetune.dense_router_gradient and self.mix.router != "top_k":
             raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
+        self._check_finetuning()
         if self.mix.blend and self.mix.split > 1:
             raise ValueError("mix.split and mix.blend exclude each other")
         if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
@@ -570,6 +574,18 @@ class Recipe(Section):
         for problem in self.merge_settings.problems(self.member_names):
             raise ValueError(f"mix.merge: {problem}")
         return self
+
+    def _check_finetuning(self) -> None:
+        """Refuse settings of the finetuning that would be ignored."""
+        settings = self.finetune
+        if settings.load_balancing_bias and (self.mix.router != "top_k" or self.mix.top_k == len(self.expert_names)):
+            raise ValueError("finetune.load_balancing_bias goes with mix.router: top_k and fewer experts a token than "
+                             "there are")  # fmt: skip
+        if settings.dense_router_gradient and settings.trainable == "shared":
+            raise ValueError("finetune.dense_router_gradient: with finetune.trainable: shared no router trains")
+        if settings.load_balancing_kind == "pooled" and settings.load_balancing_over == "global_batch":
+            raise ValueError("finetune.load_balancing_over: global_batch goes with load_balancing_kind: paper; the "
+                             "pooled loss is transformers', which sees one micro-batch")  # fmt: skip
 
     @model_validator(mode="after")
     def _branches_are_equal_where_baselines_need_it(self) -> Recipe:

@@ -16,7 +16,7 @@ Kind = Literal["top_k", "switch", "sample_top1", "soft"]
 ROUTERS: dict[str, str] = {
     "top_k": "softmax over the k largest logits, any k (paper, section 2.2); saved as the plain class",
     "switch": "top-1, gate = softmax probability, overflow over the capacity dropped in training "
-              "(Switch Transformer, arXiv 2101.03961); saved for btx only",
+              "(Switch Transformer, arXiv 2101.03961); saved for btx only, as the plain class for Qwen and OLMo",
     "sample_top1": "Gumbel-softmax sample of one expert in training, hard choice at inference, first layer soft "
                    "(paper, section 2.2); saved for btx only, as the plain class with mix.soft_first_layer=false",
     "soft": "all experts, full softmax (paper, section 2.2); saved as the plain class with k = N",
@@ -53,9 +53,13 @@ class RoutingSettings:
         """K of the plain class: exact if `why_not_plain` is None, else what its config is filled with in memory."""
         return num_experts if self.kind == "soft" else self.top_k if self.kind == "top_k" else 1
 
-    def why_not_plain(self) -> str | None:
-        """Why no plain class routes like this at inference; None if one does."""
-        if self.kind == "switch":
+    def why_not_plain(self, probability_gates: bool = False) -> str | None:
+        """Why the plain class does not route like this at inference; None if it does.
+
+        Args:
+            probability_gates: the class can take softmax probabilities as gates (`Family.probability_gates`).
+        """
+        if self.kind == "switch" and not probability_gates:
             return "with one expert a token the plain class sets the gate to 1, Switch's is the softmax probability"
         if self.kind == "sample_top1" and self.soft_first_layer:
             return ("the first layer uses all experts, and the plain class has the same number in every layer; "

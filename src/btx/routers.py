@@ -50,6 +50,19 @@ def top_k_gates(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return selected_TK.softmax(dim=-1), expert_ids_TK
 
 
+def biased_top_k_gates(logits_TE: Tensor, top_k: int, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    """As `top_k_gates`, but the experts are those of TopK(SoftMax(W x) + b): b chooses, it is in no gate (balancing
+    without a loss, arXiv 2408.15664, section 3).
+
+    Args:
+        bias_E: b, in units of probability.
+    """
+    logits_TE = _at_least_float32(logits_TE)
+    expert_ids_TK = (logits_TE.detach().softmax(dim=-1) + bias_E).topk(top_k, dim=-1).indices
+    selected_TK, order_TK = logits_TE.gather(1, expert_ids_TK).sort(dim=-1, descending=True)
+    return selected_TK.softmax(dim=-1), expert_ids_TK.gather(1, order_TK)
+
+
 def soft_gates(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """g = SoftMax(W x): every token uses all experts (paper, section 2.2). Equal to `top_k_gates` with K = E.
 
@@ -120,7 +133,9 @@ class Rule:
     settings: RoutingSettings
     layer: int = 0
 
-    def __call__(self, logits_TE: Tensor, *, training: bool, step: int) -> Routing:
+    def __call__(
+        self, logits_TE: Tensor, *, training: bool, step: int, selection_bias_E: Tensor | None = None
+    ) -> Routing:
         """Route T tokens.
 
         Args:
@@ -128,11 +143,14 @@ class Rule:
             training: sampling and dropping happen in training alone: at inference a token's output never depends on
                 what else is in the batch.
             step: finished optimiser steps, for the temperature.
+            selection_bias_E: steers which experts top_k chooses in training.
         """
         (T, E), settings = logits_TE.shape, self.settings
         kept_TK: Tensor | None = None
         if self.experts_per_token(E) == E:
             gates_TK, ids_TK = soft_gates(logits_TE)
+        elif settings.kind == "top_k" and training and selection_bias_E is not None:
+            gates_TK, ids_TK = biased_top_k_gates(logits_TE, settings.top_k, selection_bias_E)
         elif settings.kind == "top_k":
             gates_TK, ids_TK = top_k_gates(logits_TE, settings.top_k)
         elif settings.kind == "switch":

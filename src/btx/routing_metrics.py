@@ -46,6 +46,12 @@ class RoutingMeter:
         self.tokens += routings_L[0].logits_TE.shape[0]
         self.rows_L = [routing.expert_ids_TK.shape[1] for routing in routings_L]
 
+    @property
+    def rows_LE(self) -> Tensor:
+        """Rows that each expert took in each layer; only after `add`."""
+        assert self.sums is not None
+        return self.sums[:, :-2]
+
     def facts(self) -> dict[str, Any]:
         """For metrics.jsonl, a value or list per layer: `load` (share of the rows by expert), `router_entropy` (of the
         router's probabilities, mean over tokens, nats), `dropped` (share of rows over the capacity)."""

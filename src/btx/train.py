@@ -22,7 +22,7 @@ from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.mixture import Interleaved, Mixture, domain_mixture, resolve, seed_mixture
 from btx.models import checkpoint_activations, load_model, load_tokenizer, new_model, read_config, save_model
-from btx.moe import experts_run_in_training, moe_blocks, set_router
+from btx.moe import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.recipe import Finetune, Recipe, Training
 from btx.router_kinds import RoutingSettings
@@ -118,6 +118,8 @@ def train_moe(
     set_router(model, routing)
     for block in moe_blocks(model):
         block.dense_router_gradient = settings.dense_router_gradient
+    if settings.load_balancing_bias and routing.kind == "top_k":  # recipe and plan say so
+        use_selection_bias(model)
     set_trainable(model, settings.trainable)
     return train_stage(
         run, stage, model, settings, mixtures, interrupts, log,

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from btx.balancing import Balancing, RoutingLoss
+from btx.balancing import Balancing, RoutingLoss, move_selection_bias
 from btx.errors import NotFinite
 from btx.interrupts import Interrupts
 from btx.losses import IGNORE, next_token_loss
@@ -84,6 +84,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         log("precision bfloat16: this CPU has no units for it; training in float32")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
+    watch.recent.extend(metrics.loads)
     with metrics.open() as file:
         for step in range(done, total_steps):
             started = time.perf_counter()
@@ -143,6 +144,8 @@ def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
+        move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
     return facts | routing_loss.facts() | meter.facts()
 
 
@@ -175,6 +178,8 @@ class Metrics:
         self.path = path
         self.wall_s = 0.0
         self.last_loss = math.nan
+        self.loads: list[list[list[float]]] = []
+        """The experts' load in the steps before, for a MoE model."""
         kept = []
         if path.is_file():
             for line in path.read_text("utf-8").splitlines():
@@ -182,6 +187,7 @@ class Metrics:
                 if with_step is not None and with_step["step"] <= done:
                     kept.append(line)
                     self.wall_s, self.last_loss = with_step["wall_s"], with_step["loss"]
+                    self.loads += [with_step["load"]] if "load" in with_step else []
         path.write_text("".join(line + "\n" for line in kept), "utf-8")
 
     def open(self) -> IO[str]:

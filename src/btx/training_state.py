@@ -1,8 +1,9 @@
 """Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, checked by SHA-256.
 
-A checkpoint holds the trainable weights, AdamW's moments and the step. The step decides everything else: the data
-position is step · samples per step (`btx.mixture`), the learning rate is a function of the step, and the random state
-is drawn anew from (rng_seed, step) before each step. So a resumed run is bit-identical to an uninterrupted one.
+A checkpoint holds the trainable weights (and selection biases of routers), AdamW's moments and the step. The step
+decides everything else: the data position is step · samples per step (`btx.mixture`), the learning rate is a function
+of the step, and the random state is drawn anew from (rng_seed, step) before each step. So a resumed run is
+bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def save_state(
         for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
     }  # fmt: skip
     with atomic_folder(folder / f"step-{step:08d}") as target:
-        _save({name: p.data for name, p in trainable.items()}, target / "weights.safetensors")
+        _save(trainable | _selection_biases(model), target / "weights.safetensors")
         _save(moments, target / "optimizer.safetensors")
         sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
         write_json(target / "state.json", {"step": step, "marks": dict(marks), "sha256": sha256})
@@ -93,6 +94,11 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _selection_biases(model: nn.Module) -> dict[str, Tensor]:
+    """They move without a gradient; empty but for balancing without a loss."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".selection_bias")}
+
+
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
 
@@ -103,12 +109,13 @@ def _damaged(path: Path, sha256: str) -> bool:
 
 def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     trainable = _trainable(model)
+    moved: dict[str, Tensor] = trainable | _selection_biases(model)
     weights = load_file(checkpoint / "weights.safetensors")
-    if weights.keys() != trainable.keys():
+    if weights.keys() != moved.keys():
         raise RunFolderError(f"{checkpoint}: holds other weights than this stage trains; remove the stage's folder")
     with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
+        for name, tensor in moved.items():
+            tensor.copy_(weights[name])
     moments = load_file(checkpoint / "optimizer.safetensors")
     for name, parameter in trainable.items():
         found = {moment: moments.get(f"{moment}/{name}") for moment in MOMENTS}

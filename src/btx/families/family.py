@@ -57,6 +57,8 @@ class Family:
     nothing."""
     fused: Callable[[Config], dict[str, dict[str, int]]] = field(default=lambda dense: {})
     """(dense config) → fused tensor → the tensors it consists of, with their numbers of rows, in order."""
+    probability_gates: bool = False
+    """With `norm_topk_prob: false` the class takes softmax probabilities as gates, so with k = 1 it is a Switch."""
     finetunes: bool = True
     """btx's MoE block can take the place of the class's; the others mix, but cannot be finetuned with btx."""
     exact: str = "base"

@@ -157,28 +157,28 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2", "qwen2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen2_moe,
-        inert=_shared_expert, exact="base, tied embeddings, yarn, windows in some layers",
+        inert=_shared_expert, probability_gates=True, exact="base, tied embeddings, yarn, windows in some layers",
         notes="the shared expert is zero; llama.cpp does not normalise the gates",
     ),
     Family(
         "seed_oss", "qwen2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen2_moe, _seed_oss,
-        inert=_shared_expert, exact="base, without biases", notes="the shared expert is zero",
+        inert=_shared_expert, probability_gates=True, exact="base, without biases", notes="the shared expert is zero",
     ),
     Family(
         "qwen3", "qwen3_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen3_moe, _full_attention_only,
-        exact="base, tied embeddings, attention_bias, yarn",
+        probability_gates=True, exact="base, tied embeddings, attention_bias, yarn",
     ),
     Family(
         "qwen3", "mellum", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.mellum, _any_window,
-        exact="windows in some layers", notes="needs transformers 5",
+        probability_gates=True, exact="windows in some layers", notes="needs transformers 5",
     ),
     Family(
         "olmo2", "flex_olmo", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.flex_olmo,
-        exact="base, tied embeddings",
+        probability_gates=True, exact="base, tied embeddings",
     ),
     Family(
         "olmo3", "flex_olmo", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.flex_olmo, _olmo3,
-        exact="full attention in every layer",
+        probability_gates=True, exact="full attention in every layer",
     ),
     Family(
         "granite", "granitemoe", ROLES_OF_PROJECTIONS, GRANITE_EXPERTS, GRANITE_ROUTER, configs.granitemoe,

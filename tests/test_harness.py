@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from btx import cli, harness, harness_checks
-from btx.btm import load_model_or_btm
+from btx.btm_model import load_model_or_btm
 from btx.btx_folder import write_router
 from btx.errors import UserError
 from btx.evaluate import ModelEntry, evaluate_models

@@ -18,7 +18,8 @@ from btx.errors import DataError
 from btx.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
 from btx.held_out import NOT_SCORED, HeldOutDocument, held_out_documents, pack
 from btx.models import load_model
-from btx.recipe import Recipe, Task
+from btx.recipe import Recipe
+from btx.recipe_evaluate import Task
 from btx.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line, read_questions
 from btx.token_files import DocumentEncoder, write_token_file
 from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer

@@ -16,8 +16,8 @@ from btx.folders import read_json
 from btx.models import load_model
 from btx.moe import moe_blocks, weight_parts
 from btx.plan import plan
-from btx.recipe import Finetune
 from btx.recipe_loading import RecipeError, load_recipe
+from btx.recipe_training import Finetune
 from btx.rundir import RunFolder
 from btx.schedule import adamw, set_learning_rate
 from btx.trainable import PARTS

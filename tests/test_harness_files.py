@@ -13,7 +13,7 @@ from btx.errors import DataError, RecipeError, UserError
 from btx.harness_checks import check_harness
 from btx.harness_files import KINDS, TaskRequest, local_tasks, read_documents, requests_of
 from btx.preflight import preflight
-from btx.recipe import CODE_TASKS
+from btx.recipe_evaluate import CODE_TASKS
 from btx.recipe_loading import parse_recipe
 from tests.harness_data import PAPER_SHOTS, SCORED, lines, write_task_files
 from tests.pico_models import RECIPE

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from btx import jobs
-from btx.recipe import Finetune
+from btx.recipe_training import Finetune
 from btx.rundir import RunFolder
 from btx.training import has_bfloat16_units, in_bfloat16
 from tests.pico_run import pico_recipe

@@ -15,7 +15,7 @@ import zstandard
 
 from btx import domains
 from btx.errors import DataError, UserError
-from btx.recipe import Data
+from btx.recipe_data import Data
 from btx.sources import read_documents, split_documents
 
 TEXTS = [f"Document {n}: ä\u2028 {'x' * n}" for n in range(200)]

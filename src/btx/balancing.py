@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, distributed
 
-from btx.recipe import Finetune
+from btx.recipe_training import Finetune
 from btx.routers import Routing
 
 

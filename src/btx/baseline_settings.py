@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from btx.baseline_kinds import BASELINES, BaselineName, MatchedBy, stage_names
-from btx.recipe import Finetune, LearningRateFactors, Recipe, Training
+from btx.recipe import Recipe
+from btx.recipe_training import Finetune, LearningRateFactors, Training
 from btx.router_kinds import RoutingSettings
 
 ROUTING_FIELDS = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import DataError, UserError
-from btx.recipe import Source
+from btx.recipe_data import Source
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 BLOCK = 1 << 20

@@ -16,7 +16,7 @@ import numpy as np
 from btx.document_files import find_files, read
 from btx.errors import DataError
 from btx.mixture import Mixture, resolve
-from btx.recipe import Source
+from btx.recipe_data import Source
 from btx.token_files import DocumentEncoder, TokenFile
 
 if TYPE_CHECKING:

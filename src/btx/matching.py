@@ -18,7 +18,8 @@ from btx.baseline_settings import matched_by, phases_of, routing_of
 from btx.cost import ModelCost, config_cost
 from btx.families import family_of
 from btx.mixture import domain_mixture, finetune_mixture
-from btx.recipe import Finetune, Recipe
+from btx.recipe import Recipe
+from btx.recipe_training import Finetune
 from btx.router_kinds import RoutingSettings
 
 

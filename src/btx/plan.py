@@ -13,7 +13,8 @@ from btx.families import family_of
 from btx.graph import Graph, build_graph
 from btx.matching import matched_phases, moe_cost
 from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
-from btx.recipe import Recipe, Training
+from btx.recipe import Recipe
+from btx.recipe_training import Training
 from btx.router_notes import router_notes, saved_as
 from btx.rundir import RunFolder
 from btx.seed_config import seed_config

@@ -16,7 +16,8 @@ from btx.errors import DataError
 from btx.folders import atomic_folder
 from btx.matching import matched_phases
 from btx.mixture import domain_mixture, finetune_mixture, resolve, seed_mixture
-from btx.recipe import Recipe, Source
+from btx.recipe import Recipe
+from btx.recipe_data import Source
 from btx.seed_config import seed_config
 from btx.sources import owns_held_out, read_documents, split_documents
 from btx.token_files import DocumentEncoder, TokenFile, token_file_writer

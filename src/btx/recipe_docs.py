@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 
 from btx.errors import UserError
 from btx.folders import write_text
-from btx.recipe import Recipe, Section
+from btx.recipe import Recipe
 from btx.recipe_loading import recipe_schema
+from btx.recipe_section import Section
 
 HEADER = """\
 # The recipe: every field
@@ -33,7 +34,7 @@ all defaults filled in and trains nothing.
 - Editors complete and check a recipe that begins with `# yaml-language-server: $schema=recipe.schema.json`: the path or
   address of a copy of [recipe.schema.json](recipe.schema.json).
 
-*Made by `python -m btx.recipe_docs docs` from `src/btx/recipe.py`; edit that file, not this page.*
+*Made by `python -m btx.recipe_docs docs` from `src/btx/recipe.py` and the sections beside it; edit those files, not this page.*
 """
 
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "any value"}

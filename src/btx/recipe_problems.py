@@ -11,7 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from btx.recipe import Domain, Recipe
+from btx.recipe import Recipe
+from btx.recipe_data import Domain
 from btx.yaml_positions import Document, KeyPath, Problem, dotted
 
 _EXPECTED = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from btx.moe import weight_parts
-from btx.recipe import Finetune, Training
+from btx.recipe_training import Finetune, Training
 
 
 def learning_rate(step: int, total_steps: int, settings: Training) -> float:

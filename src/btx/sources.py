@@ -23,7 +23,7 @@ from typing import Literal
 from btx import document_files
 from btx.document_files import find_files
 from btx.errors import DataError
-from btx.recipe import Data, Source
+from btx.recipe_data import Data, Source
 
 Split = Literal["train", "val"]
 GENERATED_BYTES = 3_000_000

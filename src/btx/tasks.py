@@ -25,7 +25,7 @@ from btx.token_files import DocumentEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from btx.recipe import Task
+    from btx.recipe_evaluate import Task
 
 BATCH_TOKENS = 32_768
 """Prompt and new tokens of all questions answered at once."""

@@ -24,7 +24,8 @@ from btx.mixture import Interleaved, Mixture, domain_mixture, resolve, seed_mixt
 from btx.models import checkpoint_activations, load_model, load_tokenizer, new_model, read_config, save_model
 from btx.moe import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.peak_memory import peak_memory_bytes, reset_peak_memory
-from btx.recipe import Finetune, Recipe, Training
+from btx.recipe import Recipe
+from btx.recipe_training import Finetune, Training
 from btx.router_kinds import RoutingSettings
 from btx.rundir import RunFolder
 from btx.token_files import TokenFile

@@ -24,7 +24,7 @@ from btx.interrupts import Interrupts
 from btx.losses import IGNORE, next_token_loss
 from btx.mixture import Interleaved, Mixture
 from btx.moe import at_step, moe_blocks
-from btx.recipe import Training
+from btx.recipe_training import Training
 from btx.routing_metrics import DeadExpertWatch, RoutingMeter
 from btx.schedule import adamw, learning_rate, set_learning_rate
 from btx.training_state import last_checkpoint, load_state, save_state

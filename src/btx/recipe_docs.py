@@ -34,7 +34,7 @@ all defaults filled in and trains nothing.
 - Editors complete and check a recipe that begins with `# yaml-language-server: $schema=recipe.schema.json`: the path or
   address of a copy of [recipe.schema.json](recipe.schema.json).
 
-*Made by `python -m btx.recipe_docs docs` from `src/btx/recipe.py` and the sections beside it; edit those files, not this page.*
+*Made by `python -m btx.recipe_docs docs` from `src/btx/recipe.py` and the files of its sections; edit those.*
 """
 
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "any value"}

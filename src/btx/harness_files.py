@@ -15,10 +15,7 @@ scored. Plain Python; lm-eval itself is used in `btx.harness`.
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,6 +25,7 @@ import yaml
 
 from btx.errors import DataError
 from btx.folders import value_hash
+from btx.json_lines import json_objects
 
 if TYPE_CHECKING:
     from btx.recipe import Recipe
@@ -166,28 +164,13 @@ def read_documents(request: TaskRequest, shots: int) -> TaskDocuments:
 
 
 def _read_lines(path: Path, task: LocalTask) -> list[Document]:
-    lines = [_document(line, task, f"{path}:{number}") for number, line in _numbered_lines(path)]
+    lines = [_document(found, task, where) for where, found in json_objects(path, "document")]
     if not lines:
         raise DataError(f"{path}: no documents; a task file has one JSON object a line")
     return lines
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Non-empty lines with their numbers; split at "\\n" only, as JSON strings may hold other line separators."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _document(line: bytes, task: LocalTask, where: str) -> Document:
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise DataError(f"{where}: a document is a JSON object, not {type(document).__name__}")
+def _document(document: Document, task: LocalTask, where: str) -> Document:
     for key, kind in task.fields.items():
         if key not in document or not _is_of_kind(document[key], kind, document):
             raise DataError(

@@ -5,10 +5,7 @@ Shape letters: B batch, S sequence.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from btx import domains
 from btx.domains import Question
 from btx.errors import DataError
+from btx.json_lines import json_objects
 from btx.model_outputs import SideBySide, open_reader
 from btx.token_files import DocumentEncoder
 
@@ -83,31 +81,16 @@ def read_questions(task: Task, *, rng_seed: int, root: Path) -> list[Question]:
         return domains.questions(cast(str, task.generate), rng_seed, task.questions)
     path = root / task.path
     questions: list[Question] = []
-    for number, line in _lines(path):
+    for where, item in json_objects(path, "question"):
         if len(questions) == task.questions:
             break
-        questions.append(_question(line, task, f"{path}:{number}"))
+        questions.append(_question(item, task, where))
     if not questions:
         raise DataError(f"{path}: no questions; a task file has one JSON object a line")
     return questions
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Non-empty lines with their numbers; split at "\\n" only, as JSON strings may hold other line separators."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _question(line: bytes, task: Task, where: str) -> Question:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a question is a JSON object, not {type(item).__name__}")
+def _question(item: dict[str, Any], task: Task, where: str) -> Question:
     for key in (task.prompt, task.answer):
         if not isinstance(item.get(key), str | int | float) or not str(item[key]).strip():
             raise DataError(

@@ -1,11 +1,11 @@
 """Where a training step's time goes, ours and the dense floor's: attention, matrix products of the feed-forward layers,
 dispatch (sorting, gathering, adding up), router, LM head and loss, clipping, AdamW, everything else.
 
-    python benchmarks/moe_profile.py [--hidden 512] [--ff 1408] [--experts 8] [--k 1] [--tokens 2048] [--threads 2]
+    python benchmarks/moe_profile.py [--hidden 512] [--ff 1408] [--experts 8] [--k 1] [--tokens 2048] [--threads 1]
 
-Both models are those of benchmarks/moe.py and take turns; torch.profiler's own times, added up by part (a backward
-operation belongs to the part its forward operation was in), medians over the repeats. What the profiler does not see
-(Python, freeing memory) is "outside operations". The last column is the part's share in the difference.
+Both models are those of benchmarks/moe.py and take turns; every tensor operation is timed and added to the part it
+belongs to, forward and backward; medians over the repeats. With one thread the clock is the process's own CPU time,
+which other work on the machine does not lengthen; with more it is wall time.
 """
 
 from __future__ import annotations
@@ -18,158 +18,148 @@ from typing import Any
 
 import torch
 from moe import SEQUENCE, VOCABULARY, Shape, build
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from btx.losses import next_token_loss
 from btx.models import quiet_transformers
 from btx.training import clip_gradients
 
 PARTS = ("attention", "feed-forward products", "feed-forward elementwise", "dispatch", "router", "LM head and loss",
-         "clipping", "AdamW", "norms, residuals, embeddings", "outside operations")  # fmt: skip
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-MOVES = {
-    f"aten::{name}" for name in (
-        "index_select", "index", "index_put_", "_index_put_impl_", "argsort", "sort", "bincount", "embedding_bag",
-        "_embedding_bag", "_embedding_bag_forward_only",
-    )
-}  # fmt: skip
-REST = "norms, residuals, embeddings"
+         "clipping", "AdamW", "norms, residuals, embeddings")  # fmt: skip
+REST = PARTS[-1]
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm"}
+MOVES = {"index_select", "index", "index_put_", "argsort", "sort", "bincount", "_embedding_bag", "embedding_bag",
+         "_embedding_bag_forward_only", "where", "arange", "floor_divide", "zeros", "new_zeros"}  # fmt: skip
+DECIDES = {"_softmax", "_softmax_backward_data", "topk", "value_selecting_reduction_backward", "scatter", "t"}
 
 
-def mark(module: nn.Module, name: str) -> None:
-    """Let the profiler see what runs inside a module's forward pass."""
-    spans: list[Any] = []
+class PartClock(TorchDispatchMode):
+    """Times every tensor operation of a step and adds it to the part that is being worked on."""
 
-    def enter(*ignored: Any) -> None:
-        spans.append(record_function(f"part/{name}"))
-        spans[-1].__enter__()
+    def __init__(self, now: Callable[[], float], *, experts: bool) -> None:
+        super().__init__()
+        self.now = now
+        self.experts = experts
+        self.around = REST
+        """Part of what is in no marked module."""
+        self.module: str | None = None
+        self.seconds = dict.fromkeys(PARTS, 0.0)
 
-    def leave(*ignored: Any) -> None:
-        spans.pop().__exit__(None, None, None)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = self.now()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[self.part_of(func)] += self.now() - started
+        return result
 
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    def part_of(self, func: Any) -> str:
+        """The part of an operation, called now."""
+        name, _, overload = func.__name__.partition(".")
+        if self.module != "feed-forward":
+            return self.module or self.around
+        if self.experts and (name in DECIDES or (name == "mm" and overload == "default")):
+            return "router"  # the experts' products are written in place: mm.out
+        if name in PRODUCTS:
+            return "feed-forward products"
+        return "dispatch" if self.experts and name in MOVES else "feed-forward elementwise"
+
+    def mark(self, module: nn.Module, name: str) -> None:
+        """What runs in `module`, forward or backward, belongs to the part `name`."""
+
+        def now_in(part: str | None) -> Callable[..., None]:
+            return lambda *ignored: setattr(self, "module", part)
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x: Tensor = args[0] if args else kwargs["hidden_states"]
+            x.register_hook(now_in(None))
+            self.module = name
+
+        def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            (result[0] if isinstance(result, tuple) else result).register_hook(now_in(name))
+            self.module = None
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
 
 
-def stepper(name: str, shape: Shape) -> Callable[[], None]:
-    """The training step of benchmarks/moe.py, its parts marked."""
+def stepper(name: str, shape: Shape, now: Callable[[], float]) -> Callable[[], dict[str, float]]:
+    """The training step of benchmarks/moe.py; returns seconds by part."""
     model = build(name, shape, "cpu").train()
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        mark(layer.self_attn, "attention")
-        mark(layer.mlp, "feed-forward")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY, (shape.tokens // SEQUENCE, SEQUENCE), generator=generator)
     positions, labels = torch.arange(SEQUENCE).expand_as(ids), ids.roll(-1, dims=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    clock = PartClock(now, experts=name == "btx")
 
-    def step() -> None:
-        loss = next_token_loss(model, ids, positions, labels) / ids.numel()
-        loss.backward()
-        with record_function("part/clipping"):
+    def work_on(part: str) -> Callable[..., None]:
+        return lambda *ignored: setattr(clock, "around", part)
+
+    def head_follows(_: nn.Module, args: Any, result: Any) -> None:
+        clock.around = "LM head and loss"
+        result.last_hidden_state.register_hook(work_on(REST))
+
+    decoder: Any = model
+    decoder.model.register_forward_hook(head_follows)
+    for layer in decoder.model.layers:
+        clock.mark(layer.self_attn, "attention")
+        clock.mark(layer.mlp, "feed-forward")
+
+    def step() -> dict[str, float]:
+        clock.seconds = dict.fromkeys(PARTS, 0.0)
+        with clock:
+            work_on(REST)()
+            loss = next_token_loss(model, ids, positions, labels) / ids.numel()
+            loss.backward()
+            work_on("clipping")()
             clip_gradients(model, 1.0)
-        with record_function("part/AdamW"):
+            work_on("AdamW")()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return clock.seconds
 
     return step
 
 
-def chain(event: Any) -> list[Any]:
-    """The event and all that it is inside of, innermost first."""
-    events = []
-    while event is not None:
-        events.append(event)
-        event = event.cpu_parent
-    return events
-
-
-def marked(events: list[Any]) -> str | None:
-    """The marked part that the innermost event is in."""
-    return next((event.name.removeprefix("part/") for event in events if event.name.startswith("part/")), None)
-
-
-def part_of(event: Any, by_sequence: dict[int, str]) -> str:
-    """One of PARTS."""
-    around = chain(event)
-    names = [other.name for other in around]
-    if any("LinearCrossEntropy" in name for name in names):
-        return "LM head and loss"
-    part = marked(around)
-    if part is None:  # a backward operation has the number of its forward operation
-        numbers = [other.sequence_nr for other in around if "Backward" in other.name]
-        part = next((by_sequence[number] for number in numbers if number in by_sequence), None)
-    if part != "feed-forward":
-        return part or REST
-    if any(name in MOVES for name in names):
-        return "dispatch"
-    in_experts = any("ExpertLoop" in name for name in names)
-    if any(name in PRODUCTS for name in names):
-        return "feed-forward products" if in_experts or not has_experts(by_sequence) else "router"
-    return "feed-forward elementwise" if in_experts or not has_experts(by_sequence) else "router"
-
-
-def has_experts(by_sequence: dict[int, str]) -> bool:
-    """Whether it is the profile of a MoE model."""
-    return -1 in by_sequence
-
-
-def parts_of_step(step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of one step by part, and `step` for all of it."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        started = time.perf_counter()
-        step()
-        took = (time.perf_counter() - started) * 1e3
-    events = [event for event in profiler.events() or () if event.device_type.name == "CPU"]
-    by_sequence = {
-        event.sequence_nr: part for event in events
-        if event.sequence_nr >= 0 and "Backward" not in event.name and (part := marked(chain(event))) is not None
-    }  # fmt: skip
-    if any("ExpertLoop" in event.name for event in events):
-        by_sequence[-1] = "feed-forward"
-    parts = dict.fromkeys(PARTS, 0.0)
-    for event in events:
-        parts[part_of(event, by_sequence)] += event.self_cpu_time_total / 1e3
-    parts["outside operations"] += took - sum(parts.values())
-    return parts | {"step": took}
+def report(ours: dict[str, float], dense: dict[str, float]) -> str:
+    """Markdown: shares of each step, and where the difference comes from."""
+    mine, theirs = sum(ours.values()), sum(dense.values())
+    lines = ["| part | btx, share of its step | dense, share of its step | btx / dense | difference / dense step |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for part in PARTS:
+        ratio = f"{ours[part] / dense[part]:.2f}" if dense[part] > 0.002 * theirs else ""
+        lines.append(f"| {part} | {ours[part] / mine:.1%} | {dense[part] / theirs:.1%} | {ratio} | "
+                     f"{(ours[part] - dense[part]) / theirs:+.1%} |")  # fmt: skip
+    lines.append(f"| all | | | {mine / theirs:.2f} | {mine / theirs - 1:+.1%} |")
+    update = ("AdamW", "clipping")
+    without = [sum(seconds for part, seconds in found.items() if part not in update) for found in (dense, ours)]
+    lines.append(f"\nTokens/s, btx / dense: {theirs / mine:.2f}; without clipping and AdamW "
+                 f"{without[0] / without[1]:.2f}")  # fmt: skip
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Profile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("hidden", 512), ("ff", 1408), ("experts", 8), ("k", 1), ("tokens", 2048), ("threads", 2),
+    for name, value in (("hidden", 512), ("ff", 1408), ("experts", 8), ("k", 1), ("tokens", 2048), ("threads", 1),
                         ("repeat", 9)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
     quiet_transformers()
     torch.set_num_threads(given.threads)
     shape = Shape(given.hidden, given.ff, given.experts, given.k, given.tokens)
-    steps = {name: stepper(name, shape) for name in ("btx", "dense")}
+    now = time.process_time if given.threads == 1 else time.perf_counter
+    steps = {name: stepper(name, shape, now) for name in ("btx", "dense")}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for turn in range(given.repeat + 1):
         for name, step in steps.items():
-            parts = parts_of_step(step)
+            seconds = step()
             if turn:
-                found[name].append(parts)
+                found[name].append(seconds)
     medians = {
-        name: {part: statistics.median(parts[part] for parts in turns) for part in (*PARTS, "step")}
+        name: {part: statistics.median(seconds[part] for seconds in turns) for part in PARTS}
         for name, turns in found.items()
     }
-    ours, dense = medians["btx"], medians["dense"]
-    print(f"{shape}, {given.threads} threads, medians of {given.repeat}\n")
-    print("| part | btx, share of its step | dense, share of its step | btx / dense | share of the difference |")
-    print("|---|---|---|---|---|")
-    for part in (*PARTS, "step"):
-        ratio = f"{ours[part] / dense[part]:.2f}" if dense[part] > 0.005 * dense["step"] else ""
-        print(f"| {part} | {ours[part] / ours['step']:.1%} | {dense[part] / dense['step']:.1%} | {ratio} | "
-              f"{(ours[part] - dense[part]) / (ours['step'] - dense['step']):.0%} |")
-    print(f"\nbtx / dense in tokens/s: {dense['step'] / ours['step']:.2f}; without AdamW and clipping: "
-          f"{without_update(dense) / without_update(ours):.2f}")
-
-
-def without_update(parts: dict[str, float]) -> float:
-    """Milliseconds of forward and backward pass."""
-    return parts["step"] - parts["AdamW"] - parts["clipping"]
+    print(f"{shape}, {given.threads} threads, medians of {given.repeat}\n\n{report(medians['btx'], medians['dense'])}")
 
 
 if __name__ == "__main__":

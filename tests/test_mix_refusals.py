@@ -104,6 +104,14 @@ def test_tensors_that_do_not_fit_the_class_are_refused(
     assert f"{'seed model' if whose == 'seed' else 'expert math'}: {folders[whose]}" in message
 
 
+def test_a_broken_expert_is_still_compared_with_the_seed_model(make_llama: MakeLlama, tmp_path: Path) -> None:
+    seed, math = make_llama("seed"), make_llama("math", 1, hidden_act="gelu")
+    edit_tensors(math, lambda tensors: tensors.pop(GATE))
+    message = refusal(seed, {"math": math, "code": seed}, tmp_path / "moe")
+    assert f"lacks 1 tensor: {GATE}" in message
+    assert "hidden_act is 'gelu', the seed model has 'silu'" in message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [GATE, "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

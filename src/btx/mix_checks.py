@@ -44,10 +44,10 @@ def open_checked(
     """
     problems = _names_and_number(experts, generalist)
     seed = _Opened.open("seed model", seed_model, problems)
-    if seed is not None:
+    if seed is not None and seed.whole:
         problems += seed.unfit_for_mixing(any_tokenizer)
     opened = {name: _Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
-    if seed is not None:
+    if seed is not None and seed.whole:
         for name, expert in opened.items():
             if expert is not None:
                 problems += expert.differences(seed)
@@ -65,18 +65,20 @@ def open_checked(
 
 
 class _Opened:
-    """A dense model, opened and found whole."""
+    """A dense model, opened."""
 
     def __init__(self, who: str, folder: Path, config: Config, family: Family, tensors: TensorFolder) -> None:
+        """It is taken for whole until its tensors are compared with its class's."""
         self.who = who
         self.folder = folder
         self.config = config
         self.family = family
         self.tensors = tensors
+        self.whole = True
 
     @classmethod
     def open(cls, who: str, folder: Path, problems: list[str]) -> _Opened | None:
-        """The model, or None after adding to `problems` what is wrong with it."""
+        """The model, None if it cannot be read; what is wrong with it is added to `problems`."""
         try:
             config = read_config(folder)
             if config.get("quantization_config"):
@@ -90,7 +92,8 @@ class _Opened:
         opened = cls(who, folder, config, family, tensors)
         unfit = opened._unfit_for_class()
         problems += unfit
-        return opened if not unfit else None
+        opened.whole = not unfit
+        return opened
 
     def _unfit_for_class(self) -> list[str]:
         """Where the tensors are not those of the config's class: what transformers would drop or make up."""
@@ -133,6 +136,8 @@ class _Opened:
             for key in sorted((seed.config.keys() | self.config.keys()) & known - HARMLESS_KEYS)
             if seed.config.get(key) != self.config.get(key)
         ]
+        if not self.whole:  # its tensors have been named already
+            return found
         shapes = {name: seed.tensors[name].shape for name in seed.tensors.names}
         return found + self._compare(shapes, "the seed model has")
 

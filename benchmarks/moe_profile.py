@@ -135,8 +135,8 @@ def report(ours: dict[str, float], dense: dict[str, float]) -> str:
     update = ("AdamW", "clipping")
     without = [sum(found[part] for part in PARTS if part not in update) for found in (dense, ours)]
     lines.append(
-        f"\nTokens/s, btx / dense: {theirs / mine:.2f}; without clipping and AdamW {without[0] / without[1]:.2f}; of whole "
-        f"steps, with Python and the freeing of memory, {dense['whole'] / ours['whole']:.2f}"
+        f"\nTokens/s, btx / dense: {theirs / mine:.2f}; without clipping and AdamW {without[0] / without[1]:.2f}; of "
+        f"whole steps, with Python and the freeing of memory, {dense['whole'] / ours['whole']:.2f}"
     )
     return "\n".join(lines)
 

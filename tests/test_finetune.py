@@ -137,8 +137,8 @@ def test_what_is_frozen_stays_and_has_no_optimiser_state(branched: Path, trainab
 
 
 def test_frozen_weights_get_no_gradient_in_memory(branched: Path) -> None:
-    from btx.branch import set_trainable
     from btx.losses import next_token_loss
+    from btx.trainable import set_trainable
 
     run = go_on(branched, "routers", "finetune.trainable=routers", f"finetune.tokens={256 * 3}")
     model = load_model(run.model("mix"))

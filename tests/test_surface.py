@@ -37,10 +37,10 @@ LAYERS = {
     ),
     "plain": (
         "aggregate baseline_kinds baseline_settings btx_folder code_execution code_jail document_files domains "
-        "errors families folders graph harness_checks harness_files interrupts json_lines merge_kinds model_card "
-        "model_folder preflight provenance recipe recipe_data recipe_docs recipe_evaluate recipe_extends "
-        "recipe_loading recipe_mix recipe_overrides recipe_problems recipe_section recipe_training recipes "
-        "router_kinds router_notes rundir sizes sources status yaml_positions"
+        "errors families folders graph harness_checks harness_files interrupts json_lines log_tail merge_kinds "
+        "model_card model_folder preflight provenance recipe recipe_data recipe_docs recipe_evaluate "
+        "recipe_extends recipe_loading recipe_mix recipe_overrides recipe_problems recipe_section recipe_training "
+        "recipes router_kinds router_notes rundir sizes sources status yaml_positions"
     ),
 }
 MAY_IMPORT = {

@@ -10,7 +10,6 @@ import time
 
 from btx.baseline_kinds import BASELINES, BTM, DOMAINS, UPCYCLED, BaselineName
 from btx.baseline_settings import matched_by, routing_of
-from btx.branch import set_trainable
 from btx.btm import write_btm
 from btx.graph import Stage
 from btx.interrupts import Interrupts
@@ -20,6 +19,7 @@ from btx.models import load_model, read_config
 from btx.router_init import RouterSettings
 from btx.rundir import RunFolder
 from btx.train import Log, train_moe, train_stage
+from btx.trainable import set_trainable
 
 
 def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

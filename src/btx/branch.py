@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from btx.models import load_model
 from btx.rundir import RunFolder
-from btx.trainable import trainable_names
+from btx.trainable import set_trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,18 +17,3 @@ def branch(run: RunFolder) -> PreTrainedModel:
     model = load_model(run.model("seed"))
     set_trainable(model, run.recipe.train.trainable)
     return model
-
-
-def set_trainable(model: PreTrainedModel, which: str) -> None:
-    """Choose what trains; everything else gets no gradient and no optimiser state.
-
-    Args and Raises: as `btx.trainable.trainable_names`.
-    """
-    chosen = trainable_names(model, which)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """Number of weights that train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

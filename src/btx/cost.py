@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from btx.moe import mean_experts_per_token, swap_in_moe
-from btx.trainable import trainable_names
+from btx.trainable import set_trainable, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> M
     lookup = 0 if tied else config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_hidden_layers * config.num_attention_heads * head_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ModelCost(total, active, active - lookup, width, trained)
+    return ModelCost(total, active, active - lookup, width, trainable_parameters(model))
 
 
 def config_cost(
@@ -93,7 +92,5 @@ def _config_cost(config: str, experts_per_token: float | None, trainable: str) -
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         swap_in_moe(model)
     if trainable != "all":
-        chosen = trainable_names(model, trainable)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in chosen)
+        set_trainable(model, trainable)
     return model_cost(model, experts_per_token=experts_per_token)

@@ -17,6 +17,7 @@ from btx.errors import BtxError, RunFolderError, StageFailed, UserError
 from btx.graph import Stage
 from btx.interrupts import Interrupts
 from btx.launchers import LocalJob, start_local
+from btx.log_tail import LogTail
 from btx.preflight import preflight
 from btx.progress import Display
 from btx.recipe import Recipe
@@ -83,21 +84,12 @@ class _Running:
 
     stages: tuple[Stage, ...]
     job: LocalJob
-    log_offset: int
+    log: LogTail
     finished: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
         return self.stages[0].name
-
-    def new_lines(self) -> list[str]:
-        """Whole lines its log has got since the last call."""
-        with open(self.job.log, "rb") as file:
-            file.seek(self.log_offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self.log_offset += len(whole)
-        return whole.decode("utf-8", "replace").splitlines()
 
 
 class _Pipeline:
@@ -180,11 +172,11 @@ class _Pipeline:
 
     def _start(self, stages: tuple[Stage, ...]) -> None:
         log = self.run_folder.path / "logs" / f"{stages[0].name.replace('/', '-')}.log"
-        offset = log.stat().st_size if log.exists() else 0
+        tail = LogTail.from_now(log)
         if is_running(self.run_folder, stages[0].name):
             self.display.say(f"{stages[0].name}: another process is at it; waiting for it to end")
         job = start_local(self.run_folder.path, [stage.name for stage in stages], log)
-        self.running.append(_Running(stages, job, offset))
+        self.running.append(_Running(stages, job, tail))
         self.display.begin(stages[0].name)
         self.run_folder.event("start", job=stages[0].name, pid=job.process.pid)
 
@@ -192,7 +184,7 @@ class _Pipeline:
         """Show what running jobs report, and take note of those that ended."""
         for running in list(self.running):
             exit_code = running.job.exit_code()
-            for line in running.new_lines():
+            for line in running.log.new_lines():
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)

@@ -18,6 +18,7 @@ from btx.errors import StageFailed, UserError
 from btx.folders import write_json, write_text
 from btx.graph import Stage
 from btx.interrupts import Interrupts
+from btx.log_tail import LogTail
 from btx.rundir import RunFolder, exclusive
 from btx.sharing import donor_of, find_donors, runs_below, take_over
 from btx.sweep_table import sweep_markdown
@@ -148,17 +149,12 @@ class _Running:
     run: SweepRun
     folder: RunFolder
     job: RunningRun
-    offset: int
+    log: LogTail
     lines: list[str] = field(default_factory=list)
 
     def new_lines(self) -> list[str]:
         """Whole lines its log has got since the last call."""
-        with open(self.job.log, "rb") as file:
-            file.seek(self.offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        found = whole.decode("utf-8", "replace").splitlines()
+        found = self.log.new_lines()
         self.lines = [*self.lines, *found][-LINES_SHOWN:]
         return found
 
@@ -232,12 +228,12 @@ class _Sweep:
                 return
             output = run.folder / "logs" / "run.log"
             output.parent.mkdir(exist_ok=True)
-            offset = output.stat().st_size if output.exists() else 0
+            tail = LogTail.from_now(output)
             job = self.start(run, output)
         except UserError as error:
             self._fail(run, str(error))
             return
-        self.running.append(_Running(run, made, job, offset))
+        self.running.append(_Running(run, made, job, tail))
 
     def _check_data(self, made: RunFolder, data: Stage) -> None:
         """Token files of another run were checked against that run's budgets: check them against this one's."""

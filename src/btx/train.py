@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from btx.balancing import Balancing
-from btx.branch import branch, set_trainable, trainable_parameters
+from btx.branch import branch
 from btx.btx_folder import change_router
 from btx.cost import model_cost
 from btx.errors import CheckpointError, UserError
@@ -29,6 +29,7 @@ from btx.recipe_training import Finetune, Training
 from btx.router_kinds import RoutingSettings
 from btx.rundir import RunFolder
 from btx.token_files import TokenFile
+from btx.trainable import set_trainable, trainable_parameters
 from btx.training import Totals, TrainingJob, run_training
 from btx.training_state import keep_only_last
 

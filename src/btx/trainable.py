@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from btx.errors import CheckpointError
 from btx.families import family_of
 from btx.moe import weight_parts
@@ -40,3 +42,18 @@ def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
     if not chosen:
         raise CheckpointError(f"trainable: {which} names no weights of {type(model).__name__}")
     return chosen
+
+
+def set_trainable(model: PreTrainedModel, which: str) -> None:
+    """Choose what trains; everything else gets no gradient and no optimiser state.
+
+    Args and Raises: as `trainable_names`.
+    """
+    chosen = trainable_names(model, which)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of weights that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -80,7 +80,7 @@ class BtmModel(CalledLikeTransformers):
         What is run in excess is not counted: all members for a text's very first token, and reading the context again
         when another member takes over.
         """
-        costs = [model_cost(cast(nn.Module, member)) for member in self.members.values()]
+        costs = [model_cost(member) for member in self.members.values()]
 
         def of_top_k(counts: Sequence[int]) -> int:
             return round(self.top_k * sum(counts) / len(counts))
@@ -91,6 +91,7 @@ class BtmModel(CalledLikeTransformers):
             active_params=of_top_k([cost.active_params for cost in costs]),
             multiplied_params=of_top_k([cost.multiplied_params for cost in costs]),
             attention_width=of_top_k([cost.attention_width for cost in costs]),
+            trained_multiplied_params=of_top_k([cost.trained_multiplied_params for cost in costs]),
         )
 
     def weights(self, rows: Packed) -> Tensor:

@@ -1,22 +1,27 @@
 """Parameters, FLOPs and memory of models, counted from their configs before anything is trained.
 
-FLOPs follow the usual count: 6·N FLOPs a token for N multiplied parameters (2 forward, 4 backward; Kaplan et al., arXiv
-2001.08361, section 2.1) plus 12·L·H·Q·S for attention over S tokens (PaLM, arXiv 2204.02311, appendix B), L layers, H
-heads of size Q. An untied input embedding is looked up, not multiplied, and does not count. Frozen weights are
-counted as if they trained (their 2·N backward is saved, but not credited), so a frozen branch is never flattered.
+FLOPs follow the usual count: 6·N FLOPs a token for N multiplied parameters (Kaplan et al., arXiv 2001.08361, section 2.1)
+plus 12·L·H·Q·S for attention over S tokens (PaLM, arXiv 2204.02311, appendix B), L layers, H heads of size Q. The 6 are 2
+forward, 2 for the gradient of the product's input and 2 for that of its weights; frozen weights have no gradient of
+their own, so with M trained ones it is 4·N + 2·M. What is saved below the lowest weight that trains (in a feed-forward
+branch: the first attention sublayer) is not credited. An untied input embedding is looked up, not multiplied, and does
+not count.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from btx.moe import mean_experts_per_token, swap_in_moe
 from btx.trainable import set_trainable, trainable_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,17 @@ class ModelCost:
     """L·H·Q: layers times heads times head size."""
     trained_params: int
     """Parameters that have a gradient and optimiser state."""
+    trained_multiplied_params: int
+    """Those of `multiplied_params` that train."""
 
     def training_flops_per_token(self, sequence_length: int) -> float:
-        """6·N + 12·L·H·Q·S."""
-        return 6.0 * self.multiplied_params + 12.0 * self.attention_width * sequence_length
+        """4·N + 2·M + 12·L·H·Q·S, M of the N multiplied parameters train."""
+        products = 4.0 * self.multiplied_params + 2.0 * self.trained_multiplied_params
+        return products + 12.0 * self.attention_width * sequence_length
 
     def inference_flops_per_token(self, sequence_length: int) -> float:
-        """The forward pass, a third of training: 2·N + 4·L·H·Q·S."""
-        return self.training_flops_per_token(sequence_length) / 3
+        """The forward pass: 2·N + 4·L·H·Q·S."""
+        return 2.0 * self.multiplied_params + 4.0 * self.attention_width * sequence_length
 
     def training_bytes(self) -> int:
         """Weights, and of what trains gradients and AdamW's two moments, in float32; activations come on top."""
@@ -50,7 +58,7 @@ class ModelCost:
         return 12 * self.trained_params
 
 
-def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> ModelCost:
+def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None) -> ModelCost:
     """Count a model's parameters (a model on the meta device will do).
 
     Args:
@@ -60,14 +68,24 @@ def model_cost(model: nn.Module, *, experts_per_token: float | None = None) -> M
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     used = experts_per_token or mean_experts_per_token(model) or (config.num_experts_per_tok if experts else 0)
     unused_share = 1 - used / experts if experts else 0.0
-    total = sum(p.numel() for p in model.parameters())
-    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    active = total - round(unused_share * in_experts)
-    tied = config.tie_word_embeddings
-    lookup = 0 if tied else config.vocab_size * config.hidden_size
+    named = list(model.named_parameters())
+    lookup = None if config.tie_word_embeddings else model.get_input_embeddings().weight
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_hidden_layers * config.num_attention_heads * head_size
-    return ModelCost(total, active, active - lookup, width, trainable_parameters(model))
+
+    def active(parameters: Iterable[tuple[str, nn.Parameter]], *, multiplied: bool) -> int:
+        sizes = [(name, p.numel()) for name, p in parameters if not (multiplied and p is lookup)]
+        in_experts = sum(size for name, size in sizes if ".experts." in name)
+        return sum(size for _, size in sizes) - round(unused_share * in_experts)
+
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    return ModelCost(
+        total_params=sum(p.numel() for _, p in named),
+        active_params=active(named, multiplied=False),
+        multiplied_params=active(named, multiplied=True),
+        attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+        trained_params=trainable_parameters(model),
+        trained_multiplied_params=active(trained, multiplied=True),
+    )
 
 
 def config_cost(

@@ -1,6 +1,6 @@
 """How many tokens a baseline trains, so that it costs what the BTX run costs (docs/baselines.md).
 
-    BTX      C = N · t_b · c_dense + t_f · c_moe        N branches of t_b tokens, finetuning of t_f, c FLOPs a token
+    BTX      C = N · t_b · c_branch + t_f · c_moe       N branches of t_b tokens, finetuning of t_f, c FLOPs a token
     DM       t_1 = N · t_b, t_2 = t_f                   the same sequences, once each
     CM       s · (t_1 + t_2) · c = C                    both phases longer by one factor s, in whole steps
 
@@ -73,9 +73,12 @@ def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """Training FLOPs of the run after its seed model: all branches and the finetuning."""
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
     branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
-    finetuning = moe_cost(recipe, dense, recipe.routing, dense_router_gradient=finetune.dense_router_gradient)
+    finetuning = moe_cost(
+        recipe, dense, recipe.routing, dense_router_gradient=finetune.dense_router_gradient,
+        trainable=finetune.trainable,
+    )  # fmt: skip
     return (
-        branches * config_cost(dense).training_flops_per_token(length)
+        branches * config_cost(dense, trainable=train.trainable).training_flops_per_token(length)
         + finetune.steps(length) * finetune.step_tokens(length) * finetuning.training_flops_per_token(length)
     )
 

@@ -1,11 +1,11 @@
 """Parameters, FLOPs and memory of models, counted from their configs before anything is trained.
 
-FLOPs follow the usual count: 6·N FLOPs a token for N multiplied parameters (Kaplan et al., arXiv 2001.08361, section 2.1)
-plus 12·L·H·Q·S for attention over S tokens (PaLM, arXiv 2204.02311, appendix B), L layers, H heads of size Q. The 6 are 2
-forward, 2 for the gradient of the product's input and 2 for that of its weights; frozen weights have no gradient of
-their own, so with M trained ones it is 4·N + 2·M. What is saved below the lowest weight that trains (in a feed-forward
-branch: the first attention sublayer) is not credited. An untied input embedding is looked up, not multiplied, and does
-not count.
+FLOPs follow the usual count: 6·N FLOPs a token for N multiplied parameters (Kaplan et al., arXiv 2001.08361, section
+2.1) plus 12·L·H·Q·S for attention over S tokens (PaLM, arXiv 2204.02311, appendix B), L layers, H heads of size Q. The
+6 are 2 forward, 2 for the gradient of the product's input and 2 for that of its weights; frozen weights have no
+gradient of their own, so with M trained ones it is 4·N + 2·M. What is saved below the lowest weight that trains (in a
+feed-forward branch: the first attention sublayer) is not credited. An untied input embedding is looked up, not
+multiplied, and does not count.
 """
 
 from __future__ import annotations

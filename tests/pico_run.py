@@ -23,6 +23,7 @@ WORDS = {
 TRAINING = {"batch_tokens": 256, "micro_batch_tokens": 128, "warmup_steps": 2, "checkpoint_every": 3}
 
 RECIPE = {
+    "paper": True,  # all weights train, so that merging has something to do
     "rng_seed": 3,
     "device": "cpu",
     "data": {

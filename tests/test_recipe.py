@@ -571,3 +571,24 @@ def test_any_override_gives_a_recipe_or_a_recipe_error(key: str, value: str) -> 
     except RecipeError:
         return
     assert parse_recipe(dump_recipe(recipe), "my.yaml") == recipe
+
+
+def test_paper_true_takes_the_papers_choice_where_the_recipe_is_silent() -> None:
+    text = "extends: demo\n"
+    ours, papers = parse_recipe(text, "my.yaml"), parse_recipe("paper: true\n" + text, "my.yaml")
+    assert (ours.train.trainable, ours.mix.router_init) == ("feed_forward", "ridge")
+    assert (papers.train.trainable, papers.mix.router_init) == ("all", "random")
+    unlike = papers.model_dump()
+    unlike["paper"], unlike["train"]["trainable"], unlike["mix"]["router_init"] = False, "feed_forward", "ridge"
+    assert unlike == ours.model_dump()
+    said = parse_recipe(text, "my.yaml", ["paper=true", "mix.router_init=zeros"])
+    assert (said.train.trainable, said.mix.router_init) == ("all", "zeros")
+    assert parse_recipe(dump_recipe(said), "again.yaml").model_dump(exclude={"name"}) == said.model_dump(exclude={"name"})
+
+
+@pytest.mark.parametrize("broken", ["paper: maybe", "paper: true\ntrain: 3", "paper: true\nmix: []", "paper: true"])
+def test_paper_true_hides_no_mistake(broken: str) -> None:
+    base = "" if broken == "paper: true" else "extends: demo\n"
+    with pytest.raises(RecipeError) as raised:
+        parse_recipe(base + broken + "\n", "my.yaml")
+    assert "my.yaml" in str(raised.value)

@@ -1,7 +1,7 @@
 """The recipe: everything a run is made from, typed, with a sentence and a unit under each field.
 
-Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number; a recipe for a small machine
-overrides them. Reading YAML, dotted overrides and error positions live in `btx.recipe_loading`.
+Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number, except for `PAPER`; a recipe for a
+small machine overrides them. Reading YAML, dotted overrides and error positions live in `btx.recipe_loading`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from btx.recipe_mix import Mix
 from btx.recipe_section import Name, PositiveInt, Section
 from btx.recipe_training import BaselineTraining, Finetune, SeedModel, Train
 from btx.router_kinds import RoutingSettings
+
+
+PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
+"""Section → settings whose default is not the paper's, and what they are there (sections 3.1 and 3.2)."""
 
 
 def _each_once(names: list[BaselineName]) -> list[BaselineName]:
@@ -62,6 +66,9 @@ class Recipe(Section):
     extends: str | None = None
     """Packaged recipe or recipe file that says what this one leaves out. Sections are merged key by key; a list, a
     mixture, the domains, the tasks or a config given here replace the other recipe's as a whole."""
+    paper: bool = False
+    """The paper's choice wherever btx's default is another one: `train.trainable: all` and `mix.router_init: random`
+    (why not: docs/results.md). What the recipe says itself stays."""
     run: str | None = None
     """Run folder."""
     rng_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -83,6 +90,17 @@ class Recipe(Section):
     launch: Launch = Launch()
     sweep: Sweep | None = None
     """Variants `btx sweep` runs; `btx run` takes no notice of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_paper(cls, given: Any) -> Any:
+        """With `paper`, what a section leaves out is the paper's; a section that is missing or broken stays so."""
+        if not isinstance(given, dict) or given.get("paper") is not True:
+            return given
+        sections = {name: given.get(name, {} if name == "mix" else None) for name in PAPER}
+        return given | {
+            name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)
+        }
 
     @model_validator(mode="after")
     def _domains_exist(self) -> Recipe:

@@ -25,8 +25,9 @@ HEADER = """\
 # The recipe: every field
 
 A recipe is a YAML file. It names the data, the seed model and what each stage does with them; what it leaves out has
-the default given here, which is the paper's where the paper states a number. `btx plan RECIPE` prints the recipe with
-all defaults filled in and trains nothing.
+the default given here, which is the paper's where the paper states a number; where btx's default is another choice than
+the paper's, `paper: true` takes the paper's. `btx plan RECIPE` prints the recipe with all defaults filled in and trains
+nothing.
 
 - Any field can be set on the command line too: `btx run my.yaml train.tokens=2e6 mix.top_k=1 'train.domains=[math]'`.
 - Numbers may be written `1_000_000`, `1e6` or `1000000`. Tokens, bytes and steps are plain counts: no `1M`, no `4 GB`.

@@ -36,8 +36,8 @@ class Mix(Section):
     """merge ties, dare: share of every task vector's entries that is kept; default 0.2 and 0.5."""
     merge_scale: PositiveFloat | None = None
     """merge ties, dare: factor on the merged task vector (λ in the papers); default 1."""
-    router_init: Literal["random", "zeros", "hidden_mean", "ridge"] = "random"
-    """How the routers start; hidden_mean and ridge are computed from the domains' text."""
+    router_init: Literal["random", "zeros", "hidden_mean", "ridge"] = "ridge"
+    """How the routers start; hidden_mean and ridge are computed from the domains' text. The paper: random."""
     router_std: PositiveFloat = 0.02
     """Standard deviation of random routers."""
     router_scale: PositiveFloat | None = None

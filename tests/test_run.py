@@ -207,3 +207,12 @@ def test_an_existing_model_folder_is_branched_without_training_a_seed(
     assert run.model("seed").resolve() == (tmp_path / "mine").resolve()
     assert (run.model("train/birds") / "tokenizer.json").is_file()
     assert run.done("seed")["flops"] == 0.0
+
+
+def test_a_changed_task_file_makes_the_evaluation_stale_and_nothing_else(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path, "run")
+    before = {stage.name: stage.inputs for stage in build_graph(recipe)}
+    with (tmp_path / "quiz.jsonl").open("a") as quiz:
+        quiz.write('{"prompt": "the owl", "answer": "flies"}\n')
+    changed = {stage.name for stage in build_graph(recipe) if stage.inputs != before[stage.name]}
+    assert changed == {"evaluate", "report"}

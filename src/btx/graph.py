@@ -125,7 +125,7 @@ def build_graph(recipe: Recipe) -> Graph:
     rng = {"rng_seed": recipe.rng_seed}
     general = recipe.data.general
     data = Stage("data", {"data": recipe.data.model_dump(mode="json"), **rng, **_tokenizer(recipe),
-                          "files": _file_marks(recipe)})  # fmt: skip
+                          "files": _marks(_data_files(recipe))})  # fmt: skip
     seed = Stage("seed", {"seed_model": _decisive(recipe.seed_model), "device": recipe.device, **rng}, (data,))
     branches = tuple(
         Stage(f"train/{domain}", {"train": _branch_settings(recipe, domain), "domain": domain, "general": general,
@@ -144,7 +144,9 @@ def build_graph(recipe: Recipe) -> Graph:
     made = (data, seed, *branches, mixed, *soup, finetune, *others)
     results = [stage for stage in others if stage.name.removeprefix("baselines/") in recipe.baselines]
     models = (data, seed, *branches, mixed, *soup, finetune, *results)
-    evaluate = Stage("evaluate", {"evaluate": _decisive(recipe.evaluate), **rng}, models)
+    marks = _marks(_task_files(recipe))
+    evaluate = Stage("evaluate", {"evaluate": _decisive(recipe.evaluate), **({"files": marks} if marks else {}), **rng},
+                     models)  # fmt: skip
     analyze = Stage("analyze", {"analyze": _decisive(recipe.analyze), **rng}, (data, finetune))
     report = Stage("report", {}, (evaluate, analyze))
     return Graph(recipe, (*made, evaluate, analyze, report))
@@ -222,14 +224,27 @@ def _tokenizer(recipe: Recipe) -> dict[str, Any]:
     return {"tokenizer": {"path": recipe.seed_model.path, "revision": recipe.seed_model.revision}}
 
 
-def _file_marks(recipe: Recipe) -> dict[str, list[int]]:
-    """Size and modification time of every local input file that is still there, so that changed data are noticed."""
+def _data_files(recipe: Recipe) -> list[Path]:
+    """The local files that training reads, and a local seed model's folder."""
     root = Path(recipe.data.root or ".")
     patterns = [source.path for domain in recipe.data.domains.values() for source in domain.sources if source.path]
     patterns += [domain.held_out for domain in recipe.data.domains.values() if domain.held_out]
     paths = [Path(match) for pattern in patterns for match in sorted(glob(str(root / pattern)))]  # noqa: PTH207 - patterns may be absolute
     if recipe.seed_model.path and Path(recipe.seed_model.path).is_dir():
         paths.append(Path(recipe.seed_model.path))
+    return paths
+
+
+def _task_files(recipe: Recipe) -> list[Path]:
+    """The local files that tasks are read from."""
+    harness = recipe.evaluate.harness.tasks.values()
+    names = [task.path for task in recipe.evaluate.tasks.values()]
+    names += [name for task in harness for name in (task.file, task.shots_file)]
+    return [Path(recipe.data.root or ".") / name for name in names if name is not None]
+
+
+def _marks(paths: list[Path]) -> dict[str, list[int]]:
+    """Size and modification time of every file that is still there, in folders too, so that changes are noticed."""
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return {os.fspath(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
 

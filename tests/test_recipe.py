@@ -583,7 +583,7 @@ def test_paper_true_takes_the_papers_choice_where_the_recipe_is_silent() -> None
     assert unlike == ours.model_dump()
     said = parse_recipe(text, "my.yaml", ["paper=true", "mix.router_init=zeros"])
     assert (said.train.trainable, said.mix.router_init) == ("all", "zeros")
-    assert parse_recipe(dump_recipe(said), "again.yaml").model_dump(exclude={"name"}) == said.model_dump(exclude={"name"})
+    assert parse_recipe(dump_recipe(said), "my.yaml") == said
 
 
 @pytest.mark.parametrize("broken", ["paper: maybe", "paper: true\ntrain: 3", "paper: true\nmix: []", "paper: true"])

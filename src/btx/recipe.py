@@ -19,7 +19,6 @@ from btx.recipe_section import Name, PositiveInt, Section
 from btx.recipe_training import BaselineTraining, Finetune, SeedModel, Train
 from btx.router_kinds import RoutingSettings
 
-
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
 """Section → settings whose default is not the paper's, and what they are there (sections 3.1 and 3.2)."""
 

@@ -343,3 +343,10 @@ def test_more_tokens_than_the_data_bear_are_refused_when_they_are_prepared(tmp_p
 def test_only_a_runs_own_baselines_can_be_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no baseline 'dense_cm'; its `baselines` are: soup"):
         build_graph(pico_recipe(tmp_path)).baseline_stages(["dense_cm"])
+
+
+def test_baselines_switch_domain_in_training_as_the_finetuning_does(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path, "run", ALL, "finetune.switching=0.25")
+    for name, kind in BASELINES.items():
+        shares = [phase.settings.switching for phase in phases_of(recipe, name)]
+        assert shares == ([0.0, 0.25] if kind.two_phases else [0.25] if kind.trains else [])

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from btx import routing_metrics
 from btx.folders import read_json
+from btx.mixture import finetune_mixture
 from btx.models import load_model
 from btx.moe import moe_blocks, weight_parts
 from btx.plan import plan
@@ -20,6 +21,7 @@ from btx.recipe_loading import RecipeError, load_recipe
 from btx.recipe_training import Finetune
 from btx.rundir import RunFolder
 from btx.schedule import adamw, set_learning_rate
+from btx.train import open_mixtures
 from btx.trainable import PARTS
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
@@ -264,3 +266,11 @@ def test_settings_that_would_be_ignored_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=problem):
         pico_recipe(branched, "run", *overrides)
+
+
+def test_finetuning_can_read_sequences_that_switch_domain(branched: Path) -> None:
+    run = go_on(branched, "switching", "finetune.switching=0.5", f"finetune.tokens={256 * 3}")
+    recipe, data = run.recipe, run.path / "data"
+    switching = open_mixtures(data, recipe, [finetune_mixture(recipe)], switching=0.5)
+    assert run.done("finetune")["data"] == switching.fingerprint
+    assert switching.fingerprint != open_mixtures(data, recipe, [finetune_mixture(recipe)]).fingerprint

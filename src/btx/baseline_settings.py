@@ -98,7 +98,8 @@ def _last_phase(recipe: Recipe, name: BaselineName) -> Finetune:
     """The finetuning's settings, with what the baseline changes; from the seed model all weights train."""
     kind, finetune = BASELINES[name], recipe.finetune
     if kind.two_phases:
-        return Finetune(**(_training(finetune) | {"mixture": finetune.mixture} | _routing(recipe, name)))
+        data = {"mixture": finetune.mixture, "switching": finetune.switching}
+        return Finetune(**(_training(finetune) | data | _routing(recipe, name)))
     only_top_k: dict[str, Any] = {} if routing_of(recipe, name).kind == "top_k" else {"dense_router_gradient": False}
     return finetune.model_copy(update={**kind.changes, **only_top_k})
 

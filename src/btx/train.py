@@ -28,6 +28,7 @@ from btx.recipe import Recipe
 from btx.recipe_training import Finetune, Training
 from btx.router_kinds import RoutingSettings
 from btx.rundir import RunFolder
+from btx.switching import Samples, Switching
 from btx.token_files import TokenFile
 from btx.trainable import set_trainable, trainable_parameters
 from btx.training import Totals, TrainingJob, run_training
@@ -162,7 +163,10 @@ def train_stage(
         checkpoint_activations(model)
     job = TrainingJob(
         model=model,
-        mixture=open_mixtures(run.path / "data", recipe, mixtures),
+        mixture=open_mixtures(
+            run.path / "data", recipe, mixtures,
+            switching=settings.switching if isinstance(settings, Finetune) else 0.0,
+        ),
         settings=settings,
         folder=folder,
         inputs=stage.inputs,
@@ -188,12 +192,15 @@ def train_stage(
     return totals
 
 
-def open_mixtures(data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]]) -> Mixture | Interleaved:
+def open_mixtures(
+    data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]], *, switching: float = 0.0
+) -> Samples:
     """Training samples of one mixture of domains, or of several in turn.
 
     Args:
         data: the run's data folder.
         mixtures: domain → sampling weight.
+        switching: share of the sequences that switch domain in the middle; for a single mixture.
     """
     opened = [
         Mixture(
@@ -202,7 +209,9 @@ def open_mixtures(data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, fl
         )
         for weights in mixtures
     ]  # fmt: skip
-    return opened[0] if len(opened) == 1 else Interleaved(opened)
+    if len(opened) > 1:
+        return Interleaved(opened)
+    return Switching(opened[0], switching) if switching else opened[0]
 
 
 def choose_device(name: str) -> torch.device:

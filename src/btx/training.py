@@ -22,11 +22,11 @@ from btx.balancing import Balancing, RoutingLoss, move_selection_bias
 from btx.errors import NotFinite
 from btx.interrupts import Interrupts
 from btx.losses import IGNORE, next_token_loss
-from btx.mixture import Interleaved, Mixture
 from btx.moe import at_step, moe_blocks
 from btx.recipe_training import Training
 from btx.routing_metrics import DeadExpertWatch, RoutingMeter
 from btx.schedule import adamw, learning_rate, set_learning_rate
+from btx.switching import Samples
 from btx.training_state import last_checkpoint, load_state, save_state
 
 
@@ -36,7 +36,7 @@ class TrainingJob:
 
     model: nn.Module
     """Start weights, with `requires_grad` set on the weights that train."""
-    mixture: Mixture | Interleaved
+    mixture: Samples
     """Training samples by number."""
     settings: Training
     folder: Path

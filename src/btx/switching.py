@@ -1,0 +1,69 @@
+"""Training sequences that switch domain in the middle.
+
+Packed sequences hold one domain each and attention stops at documents' borders, so a model never sees a text go over
+from one domain to another, and its routers learn to stay with the expert they chose: measured, in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from btx.folders import value_hash
+from btx.mixture import NO_LABEL, Batch, Interleaved, Mixture
+
+OTHERS = 1 << 40
+"""Sample numbers from here on give the second halves: no job gets that far."""
+
+
+class Switching:
+    """A mixture in which a share of the sequences go on, from their middle, with the second half of another one.
+
+    The other sequence is drawn from the same mixture, so a domain's share of the tokens stays what it was. Attention
+    goes on across the switch; the first token after it is nobody's label, as nothing announces it. Which sequences
+    switch depends on the sample's number alone.
+
+    Args:
+        mixture: the sequences.
+        share: of the sequences that switch, 0 to 1.
+    """
+
+    def __init__(self, mixture: Mixture, share: float) -> None:
+        self.mixture = mixture
+        self.share = share
+        self.sequence_length = mixture.sequence_length
+        self._key = int(mixture.fingerprint[16:32], 16)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the samples."""
+        return value_hash({"switching": self.share, "of": self.mixture.fingerprint})
+
+    def switches(self, sample: int) -> bool:
+        """Whether this sample is one that switches."""
+        return bool(np.random.default_rng([self._key, sample]).random() < self.share)
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Samples start, ..., start + count - 1 as the rows of a batch."""
+        batch = self.mixture.batch(start, count)
+        rows = [row for row in range(count) if self.switches(start + row)]
+        if rows:
+            other = self.mixture.batch(OTHERS + start, count)
+            _join(batch, other, np.array(rows), max(1, self.sequence_length // 2))
+        return batch
+
+
+Samples = Mixture | Interleaved | Switching
+"""What a training stage reads."""
+
+
+def _join(batch: Batch, other: Batch, rows: np.ndarray, middle: int) -> None:
+    """From column `middle` on, put the rows of `other` into those of `batch`, as the same document's next tokens."""
+    for name in ("input_ids", "labels", "position_ids"):
+        getattr(batch, name)[rows, middle:] = getattr(other, name)[rows, middle:]
+    batch.labels[rows, middle - 1] = NO_LABEL
+    # Up to the first document that starts after the middle, positions go on from those before it.
+    columns = np.arange(middle, batch.position_ids.shape[1])
+    starts = (batch.position_ids[rows, middle:] == 0) & (columns > middle)
+    goes_on = np.cumsum(starts, axis=1) == 0
+    continued = batch.position_ids[rows, middle - 1, None] + 1 + columns - middle
+    batch.position_ids[rows, middle:] = np.where(goes_on, continued, batch.position_ids[rows, middle:])

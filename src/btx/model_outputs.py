@@ -90,7 +90,7 @@ def open_reader(model: PreTrainedModel | SideBySide) -> Reader:
 
 def cost_of(model: PreTrainedModel | SideBySide) -> ModelCost:
     """Parameters of any model."""
-    return model.cost() if isinstance(model, SideBySide) else model_cost(cast(torch.nn.Module, model))
+    return model.cost() if isinstance(model, SideBySide) else model_cost(model)
 
 
 class ModelReader:

@@ -64,7 +64,7 @@ class Recipe(Section):
     """What the recipe is for, what it costs and what to expect."""
     extends: str | None = None
     """Packaged recipe or recipe file that says what this one leaves out. Sections are merged key by key; a list, a
-    mixture, the domains, the tasks or a config given here replace the other recipe's as a whole."""
+    mixture, the domains, the tasks, a config or a sweep given here replace the other recipe's as a whole."""
     paper: bool = False
     """The paper's choice wherever btx's default is another one: `train.trainable: all` and `mix.router_init: random`
     (why not: docs/results.md). What the recipe says itself stays."""

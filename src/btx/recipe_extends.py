@@ -2,7 +2,7 @@
 
 Sections of the schema are merged key by key. Everything else, mappings with names of the user's choice included (the
 domains, the tasks, a mixture, a model's config), is taken as a whole from the recipe that says it: a table of domains
-of which half came from elsewhere would be nobody's recipe.
+of which half came from elsewhere would be nobody's recipe. So is `sweep`: another recipe's variants are not this one's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from btx.yaml_positions import Document, KeyPath
 
 OWN = ("name", "description", "run")
 """Keys a recipe never takes from another one."""
+
+
+WHOLE = (("sweep",),)
+"""Sections that are not merged key by key."""
 
 
 def fill_in(document: Document, extended: Document) -> None:
@@ -29,6 +33,8 @@ def _fill(document: Document, extended: Document, mine: dict[str, Any], given: d
         if key not in mine:
             mine[key] = value
             _take_places(document, extended, here)
+        elif here in WHOLE:
+            continue
         elif isinstance(mine[key], dict) and isinstance(value, dict) and section_at(here) is not None:
             _fill(document, extended, mine[key], value, here)
 

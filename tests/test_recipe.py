@@ -436,9 +436,11 @@ def test_a_sweep_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text("extends: demo\nsweep: {rng_seeds: 5, variants: {a: {mix.top_k: 1}}}\n")
     taken = parse_recipe(f"extends: {base}\n", "my.yaml").sweep
-    assert taken is not None and (taken.rng_seeds, list(taken.variants)) == (5, ["a"])
+    assert taken is not None
+    assert (taken.rng_seeds, list(taken.variants)) == (5, ["a"])
     own = parse_recipe(f"extends: {base}\nsweep: {{vary: {{mix.top_k: [1, 2]}}}}\n", "my.yaml").sweep
-    assert own is not None and (own.rng_seeds, own.variants, list(own.vary)) == (3, {}, ["mix.top_k"])
+    assert own is not None
+    assert (own.rng_seeds, own.variants, list(own.vary)) == (3, {}, ["mix.top_k"])
 
 
 def test_what_is_extended_can_be_chosen_on_the_command_line_and_goes_before_other_overrides(tmp_path: Path) -> None:

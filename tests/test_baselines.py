@@ -282,6 +282,12 @@ def test_exactly_what_a_setting_decides_becomes_stale(tmp_path: Path) -> None:
     assert changed("baseline_training.dense_cm.learning_rate=0.1") == {"dense_cm_domains", "dense_cm"}
     assert {"dense_cm_domains", "upcycling_cm_domains"} <= changed("mix.top_k=1")
     assert not {"dense_dm_domains", "dense_dm"} & changed("mix.top_k=1", "mix.merge=seed")
+    matched = {"dense_cm_domains", "dense_cm", "upcycling_cm_domains", "upcycling_cm"}
+    for frozen in ("train.trainable=feed_forward", "finetune.trainable=routers"):  # then the run costs less
+        found = changed(frozen)
+        assert matched <= found
+        assert not {"dense_dm_domains", "dense_dm", "upcycling_dm"} & found
+    assert {"upcycling_dm_domains", "upcycling_dm"} <= changed("finetune.load_balancing_bias=0.001")
     assert not changed("finetune.checkpoint_every=1", "train.checkpoint_every=1")
 
 

@@ -603,3 +603,16 @@ def test_paper_true_hides_no_mistake(broken: str) -> None:
     with pytest.raises(RecipeError) as raised:
         parse_recipe(base + broken + "\n", "my.yaml")
     assert "my.yaml" in str(raised.value)
+
+
+def test_paper_on_a_run_folder_is_refused_since_nothing_is_left_to_fill_in(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("demo")), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"train\.trainable=all mix\.router_init=random"):
+        load_recipe(str(tmp_path), ["paper=true"])
+    assert load_recipe(str(tmp_path), ["mix.router_init=random"]).mix.router_init == "random"
+
+
+def test_blended_experts_get_random_routers_unless_the_recipe_says_otherwise() -> None:
+    assert parse_recipe("extends: demo\nmix: {blend: true}\n", "my.yaml").mix.router_init == "random"
+    with pytest.raises(RecipeError, match="needs experts with domains"):
+        parse_recipe("extends: demo\nmix: {blend: true, router_init: ridge}\n", "my.yaml")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from btx.recipe_loading import load_recipe
 from btx.rundir import RunFolder
 from btx.sharing import take_over
 from btx.sweep import sweep, sweep_state
-from btx.sweep_table import sweep_cells, sweep_rows
+from btx.sweep_table import paired, sweep_cells, sweep_rows
 from btx.sweep_variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
@@ -402,7 +403,7 @@ def test_a_model_that_is_only_in_some_variants_has_rows_there_and_no_error_with_
     dense = {"mean_bits_per_byte": stat(1.5), "mixed": {"bits_per_byte": stat(2.0)}}
     models = [{"btx": btx}, {"btx": {**btx, "mean_bits_per_byte": stat(0.75)}, "dense_cm": dense}]
     variants = {
-        label: {"settings": {}, "runs": [], "aggregated": {"runs": 1, "models": found}}
+        label: {"settings": {}, "runs": [], "aggregated": {"runs": 1, "rng_seeds": [0], "models": found}}
         for label, found in zip("xy", models, strict=True)
     }
     titles, rows = sweep_cells({"name": "s", "rng_seeds": [0], "models": None, "variants": variants})
@@ -413,3 +414,13 @@ def test_a_model_that_is_only_in_some_variants_has_rows_there_and_no_error_with_
         ["y", "dense_cm", "–", "2.000", "1.500", "–", "–", "–"],
     ]
     assert [best for _, best in rows[1]] == [False, False, False, False, True, False, False, False]
+
+
+def test_differences_pair_rng_seeds_and_not_places() -> None:
+    assert paired({"n": 2, "values": [1.0, 2.0]}, [0, 1], {"n": 2, "values": [2.0, 3.0]}, [1, 2], sub) == {
+        "mean": 0.0, "stderr": None, "n": 1, "values": [0.0]
+    }  # fmt: skip
+    one = {"n": 1, "values": [1.0]}
+    assert paired(one, [0], one, [1], sub) is None  # no rng seed in common
+    assert paired(one, [0, 1], one, [0], sub) is None  # a model that one of the runs does not have
+    assert paired(None, [0], one, [0], sub) is None

@@ -17,7 +17,7 @@ from btx.errors import RunFolderError
 
 QUALITY = ("domains", "mixed", "tasks", "mean_bits_per_byte")
 """Parts of a model's entry of which differences are taken."""
-NOT_COMPARED = {"stderr", "tokens", "bytes", "questions"}
+NOT_COMPARED = {"stderr", "tokens", "bytes", "questions", "shots", "limit", "n", "truncated"}
 """Numbers in those parts that say how something was measured, not how well a model does."""
 
 

@@ -15,10 +15,13 @@ from btx.recipe_training import Finetune, LearningRateFactors, Training
 from btx.router_kinds import RoutingSettings
 
 ROUTING_FIELDS = (
-    "load_balancing", "load_balancing_kind", "load_balancing_over_layers", "load_balancing_over", "router_z_loss",
-    "learning_rate_factors", "dense_router_gradient",
+    "load_balancing", "load_balancing_kind", "load_balancing_over_layers", "load_balancing_over", "load_balancing_bias",
+    "router_z_loss", "learning_rate_factors", "dense_router_gradient",
 )  # fmt: skip
 """Settings of the finetuning that a MoE baseline's first phase has too; `train` has none of them."""
+
+FLOPS_VERSION = 2
+"""Goes into what decides the tokens of compute-matched baselines; raised whenever `btx.cost` counts otherwise."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,13 @@ def matching_inputs(recipe: Recipe, name: BaselineName) -> dict[str, Any]:
     return {
         "by": by,
         "phases": _budgets(phases_of(recipe, name)),
-        "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens],
-        "finetuning": [recipe.finetune.tokens, recipe.finetune.batch_tokens, recipe.finetune.dense_router_gradient],
+        "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens, recipe.train.trainable],
+        "finetuning": [recipe.finetune.tokens, recipe.finetune.batch_tokens, recipe.finetune.dense_router_gradient,
+                       recipe.finetune.trainable],
         "experts": [len(recipe.expert_names), recipe.mix.split],
         "router": recipe.routing.as_json(),
-    }
+        "counting": FLOPS_VERSION,
+    }  # fmt: skip
 
 
 def same_as_the_run(recipe: Recipe) -> list[BaselineName]:

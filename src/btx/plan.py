@@ -20,8 +20,8 @@ from btx.rundir import RunFolder
 from btx.seed_config import seed_config
 
 FLOPS_FORMULA = (
-    "training FLOPs = tokens x (6·N + 12·L·H·Q·S); N active multiplied parameters (Kaplan et al. 2001.08361), "
-    "attention as in PaLM (2204.02311, appendix B)"
+    "training FLOPs = tokens x (4·N + 2·M + 12·L·H·Q·S); N active multiplied parameters, M of them trained: 6·N where "
+    "all are (Kaplan et al. 2001.08361), attention as in PaLM (2204.02311, appendix B)"
 )
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
-from btx.recipe import Recipe
+from btx.recipe import PAPER, Recipe
 from btx.recipe_extends import fill_in
 from btx.recipe_overrides import apply_override
 from btx.recipe_problems import did_you_mean, schema_problems
@@ -184,6 +184,8 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
     _fill_from_extended(document)
     for override in (override for override, base in zip(overrides, is_base, strict=True) if not base):
         apply_override(document, override)
+    if run is not None:
+        _refuse_idle_paper(document)
     recipe, problems = _validate(document)
     if recipe is None or problems:
         problems.sort(key=lambda problem: (problem.place.line == 0, problem.place.line, problem.place.column))
@@ -191,6 +193,15 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
         lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         raise RecipeError("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]))
     return recipe
+
+
+def _refuse_idle_paper(document: Document) -> None:
+    """A run folder's recipe says everything, so an override of `paper` would change its word and nothing else."""
+    place = document.values.get(("paper",))
+    if place is not None and place.source.startswith("override"):
+        say = " ".join(f"{section}.{key}={value}" for section, given in PAPER.items() for key, value in given.items())
+        document.problems.append(Problem(place, "paper", f"a run folder's recipe leaves nothing out that `paper` could "
+                                                         f"fill in; the paper's way is {say}"))  # fmt: skip
 
 
 def _document(text: str, file: str) -> Document:

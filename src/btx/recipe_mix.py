@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from btx.recipe_section import Name, PositiveFloat, PositiveInt, Section, Share, Weight
 
@@ -37,7 +37,8 @@ class Mix(Section):
     merge_scale: PositiveFloat | None = None
     """merge ties, dare: factor on the merged task vector (λ in the papers); default 1."""
     router_init: Literal["random", "zeros", "hidden_mean", "ridge"] = "ridge"
-    """How the routers start; hidden_mean and ridge are computed from the domains' text. The paper: random."""
+    """How the routers start; hidden_mean and ridge are computed from the domains' text. The paper: random,
+    which is also the default with blend."""
     router_std: PositiveFloat = 0.02
     """Standard deviation of random routers."""
     router_scale: PositiveFloat | None = None
@@ -58,3 +59,9 @@ class Mix(Section):
     """Expert (or `seed`) whose tokenizer the mixed model gets; vocabularies that differ are then allowed."""
     max_shard_size: str = "5GB"
     """Size a weights file has at most."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blended_experts_have_no_domains(cls, given: Any) -> Any:
+        """There is no text whose routers could be computed, so the default is random there."""
+        return {"router_init": "random"} | given if isinstance(given, dict) and given.get("blend") is True else given

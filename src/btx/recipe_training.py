@@ -132,8 +132,9 @@ class Finetune(Training):
     mixture: dict[str, Weight] | None = None
     """Domain → sampling weight, normalised; default: all experts' domains and the general domain equally."""
     switching: Share = 0.0
-    """Share of the training sequences that switch domain in the middle: the second half is another sequence's of the
-    mixture, and attention goes on across. For texts that mix domains; baselines get the same (docs/results.md)."""
+    """Share of the training sequences that go on, from their middle, with the second half of another sequence of the
+    mixture (by chance at times of the same domain); attention goes on across. For texts that mix domains; baselines
+    get the same (docs/results.md)."""
     trainable: Literal["all", "all_but_experts", "routers", "shared"] = "all"
     """Which weights train; shared are all but experts and routers."""
     learning_rate_factors: LearningRateFactors = LearningRateFactors()

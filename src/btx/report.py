@@ -316,13 +316,19 @@ def mix_diagnostics(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
             for name, group in mix.get("diagnostics", {}).items()]
 
 
+def routing_text(mix: Mapping[str, Any]) -> str:
+    """The router of a recipe's `mix` section in a word or two; nothing if it is not there."""
+    names = {"top_k": f"Top-{mix.get('top_k')}", "switch": "Switch", "sample_top1": "Sample Top-1", "soft": "soft"}
+    return names.get(mix.get("router", ""), "")
+
+
 def facts(run: Run) -> dict[str, str]:
     """What the run is, in a few words each; what is not known yet is left out."""
     btx = run.results.get("models", {}).get("btx", {})
     sums = stage_costs(run)["sums"]
     known = {
         "experts": ", ".join(run.experts),
-        "routing": f"Top-{run.recipe['mix']['top_k']}" if run.recipe.get("mix", {}).get("top_k") else "",
+        "routing": routing_text(run.recipe.get("mix", {})),
         "MoE layers": str(run.routing.get("layers", "")),
         "parameters": f"{count_text(btx['active_params'])} active of {count_text(btx['total_params'])}" if btx else "",
         "training": f"{count_text(sums['tokens'])} tokens, {flops_text(sums['flops'])} FLOPs" if sums else "",
@@ -341,7 +347,7 @@ def render(run: Run, figures: Mapping[str, str]) -> str:
         name=str(run.recipe.get("name") or run.folder.name),
         description=run.recipe.get("description"),
         facts=facts(run),
-        top_k=run.recipe.get("mix", {}).get("top_k", 1),
+        top_k=run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
         headline=headline(run.results),
         table=table,
         gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),

@@ -114,13 +114,15 @@ def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figu
 
         {"name", "folder", "rng_seeds", "models", "variants": {LABEL: {"settings": {KEY: value}, "runs": [{"rng_seed",
         "folder", "state": "done" | "begun" | "absent" | "failed", "failure"}], "aggregated": as `btx.aggregate`, over
-        the runs that are done; null before}}}
+        the runs that are done, with their "rng_seeds" in the order of all "values"; null before}}}
     """
     variants: dict[str, Any] = {}
     for variant in plan.variants:
         runs = [_run_facts(run, failures or {}) for run in plan.runs_of(variant)]
-        done = [Path(run["folder"]) for run in runs if run["state"] == "done"]
-        aggregated = aggregate(read_results(done)) if done else None
+        done = [run for run in runs if run["state"] == "done"]
+        aggregated = aggregate(read_results([Path(run["folder"]) for run in done])) if done else None
+        if aggregated:
+            aggregated["rng_seeds"] = [run["rng_seed"] for run in done]
         variants[variant.label] = {"settings": variant.settings, "runs": runs, "aggregated": aggregated}
     written = {"name": plan.name, "folder": str(plan.folder), "rng_seeds": plan.rng_seeds, "models": plan.models,
                "variants": variants}  # fmt: skip

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btx.aggregate import mean_and_stderr
 from btx.report_charts import COLOURS, Bars, CostPoint, bars_chart, cost_chart, stacked_svg
-from btx.sweep_table import ALL, Stat, SweepRow, sweep_rows
+from btx.sweep_table import ALL, SweepRow, paired, sweep_rows
 
 
 def sweep_figure(written: Mapping[str, Any]) -> str:
@@ -36,18 +35,10 @@ def sweep_figure(written: Mapping[str, Any]) -> str:
 def _gains(row: SweepRow, seed: SweepRow) -> tuple[list[float | None], list[float]]:
     """Percent of the seed model's bits per byte that are saved per domain and in the mean, and standard errors."""
     pairs = [(row.domains.get(domain), seed.domains[domain]) for domain in seed.domains] + [(row.mean, seed.mean)]
-    gains = [_gain(stat, of_seed) for stat, of_seed in pairs]
+    gains = [paired(stat, row.rng_seeds, of_seed, seed.rng_seeds, lambda a, b: 100 * (1 - a / b))
+             for stat, of_seed in pairs]  # fmt: skip
     means = [None if gain is None else float(gain["mean"]) for gain in gains]
     return means, [0.0 if gain is None else gain["stderr"] or 0.0 for gain in gains]
-
-
-def _gain(stat: Stat | None, seed: Stat | None) -> Stat | None:
-    """Taken rng seed by rng seed, where both have all of them."""
-    if stat is None or seed is None:
-        return None
-    if stat["n"] != seed["n"]:
-        return mean_and_stderr([100 * (1 - stat["mean"] / seed["mean"])])
-    return mean_and_stderr([100 * (1 - a / b) for a, b in zip(stat["values"], seed["values"], strict=True)])
 
 
 def _label(row: SweepRow, rows: Sequence[SweepRow]) -> str:

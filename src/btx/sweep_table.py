@@ -6,7 +6,7 @@ what two models of one rng seed share (seed model, data, held-out text) cancels 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class SweepRow:
 
     variant: str
     model: str
+    rng_seeds: list[int]
+    """Of the runs behind its numbers, in the order of their values."""
     domains: dict[str, Stat]
     mixed: Stat | None
     mean: Stat | None
@@ -55,14 +57,13 @@ def sweep_rows(written: Mapping[str, Any]) -> list[SweepRow]:
     wanted = [name for name in written["models"] or names if name in names]
     same = {name for name in wanted if len(finished) > 1 and _is_same(name, list(finished.values()))}
     first = next(iter(finished.values()), None)
-    rows = [_row(ALL, name, first["models"][name], None) for name in wanted if name in same and first]
+    rows = [_row(ALL, name, first) for name in wanted if name in same and first]
     if "btx" not in same:  # each variant has a btx of its own: there is no one difference to it
         rows = [replace(row, to_btx=None) for row in rows]
     for label, found in finished.items():
         for name in wanted:
             if name in found["models"] and name not in same:
-                other = first["models"].get(name) if first is not None and found is not first else None
-                rows.append(_row(label, name, found["models"][name], other))
+                rows.append(_row(label, name, found, first if found is not first else None))
     return rows
 
 
@@ -151,14 +152,19 @@ def notes(written: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _row(variant: str, name: str, entry: Mapping[str, Any], first: Mapping[str, Any] | None) -> SweepRow:
+def _row(variant: str, name: str, found: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> SweepRow:
+    """A model of a variant's aggregated results; `first`: those of the variant it is compared with."""
+    entry, seeds = found["models"][name], found["rng_seeds"]
+    other, others_seeds = (first["models"].get(name, {}), first["rng_seeds"]) if first else ({}, [])
     return SweepRow(
-        variant, name,
+        variant, name, seeds,
         domains={domain: found["bits_per_byte"] for domain, found in entry.get("domains", {}).items()},
         mixed=entry.get("mixed", {}).get("bits_per_byte"),
         mean=entry.get("mean_bits_per_byte"),
         to_btx=entry.get("difference_to_btx", {}).get("mean_bits_per_byte"),
-        to_first=_paired(entry.get("mean_bits_per_byte"), (first or {}).get("mean_bits_per_byte")),
+        to_first=paired(
+            entry.get("mean_bits_per_byte"), seeds, other.get("mean_bits_per_byte"), others_seeds, lambda a, b: a - b
+        ),
         tasks={task: score for task, found in entry.get("tasks", {}).items() if (score := _score(found)) is not None},
         flops=entry.get("flops"), hours=entry.get("hours"),
         machine_hours=entry.get("machine_hours"), active_params=entry.get("active_params"),
@@ -174,11 +180,20 @@ def _is_same(name: str, finished: list[Mapping[str, Any]]) -> bool:
     return bool(kept[0]) and all(entry == kept[0] for entry in kept)
 
 
-def _paired(stat: Stat | None, first: Stat | None) -> Stat | None:
-    """stat - first, rng seed by rng seed; None unless both have all of them."""
-    if stat is None or first is None or stat["n"] != first["n"]:
+def paired(
+    stat: Stat | None, seeds: Sequence[int], other: Stat | None, others_seeds: Sequence[int],
+    compare: Callable[[float, float], float],
+) -> Stat | None:  # fmt: skip
+    """compare(value, other value) of every rng seed that both have; None if there is none, or a value's is unknown.
+
+    Args:
+        stat: its values are those of `seeds`, in this order; `other` and `others_seeds` likewise.
+    """
+    if stat is None or other is None or stat["n"] != len(seeds) or other["n"] != len(others_seeds):
         return None
-    return mean_and_stderr([a - b for a, b in zip(stat["values"], first["values"], strict=True)])
+    theirs = dict(zip(others_seeds, other["values"], strict=True))
+    pairs = [(value, theirs[seed]) for seed, value in zip(seeds, stat["values"], strict=True) if seed in theirs]
+    return mean_and_stderr([compare(*pair) for pair in pairs]) if pairs else None
 
 
 def _score(task: Mapping[str, Any]) -> Stat | None:

@@ -71,6 +71,11 @@ def results() -> dict[str, Any]:
             "active_params": 1_730_000 if sparse else 1_140_000,
             "total_params": 2_910_000 if sparse else 1_140_000,
         }
+    models["btx"] |= {
+        "machine_hours": 0.142, "peak_memory_bytes": 1_230_000_000, "inference_flops_per_token": 3.6e6,
+        "predicted": {"tokens": 1_950_000, "flops": 1.15e13, "memory_bytes": 640_000_000},
+        "matched": {"flops_ratio": 1.004, "hours_ratio": None},
+    }
     return {"models": models}
 
 
@@ -539,3 +544,11 @@ def test_labels_are_spread_without_overlap() -> None:
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(placed))
     assert placed[-1] <= 1.0
     assert placed[0] == 0.1
+
+
+def test_what_was_planned_stands_beside_what_was_measured(html: str) -> None:
+    rows = Page(html).rows
+    titles = next(row for row in rows if "FLOPs planned" in row)
+    (cells,) = [row for row in rows if len(row) == len(titles) and row[0] == "btx"]
+    assert cells[1:7] == ["1.95M", "1.9M", "1.15e13", "1.10e13", "640 MB", "1.2 GB"]
+    assert cells[7:] == ["8 min 31 s", "1.00", "–", "3.60e6"]

@@ -28,6 +28,7 @@ from btx.report_charts import (
     curves_chart,
     stacked_svg,
 )
+from btx.report_costs import TITLES, cost_rows
 from btx.report_results import (
     EXPERT,
     count_text,
@@ -352,6 +353,8 @@ def render(run: Run, figures: Mapping[str, str]) -> str:
         table=table,
         gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
         costs=stage_costs(run),
+        predicted=cost_rows(run.results),
+        cost_titles=TITLES,
         cost_figure=figures.get("cost", ""),
         domains_figure=figures.get("domains", ""),
         losses=loss_charts(run),

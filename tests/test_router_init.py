@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from btx.errors import CheckpointError, DataError
@@ -19,8 +20,10 @@ from btx.folders import read_json
 from btx.mix import mix
 from btx.models import load_model, load_tokenizer
 from btx.moe import moe_blocks
+from btx.plan import plan
 from btx.router_fit import experts_in_equal_parts, router_sums
 from btx.router_init import RouterSettings, RouterSums, hidden_mean, initial_router, ridge
+from btx.rundir import RunFolder
 from tests.pico_run import pico_recipe, run_here
 
 MakeLlama = Callable[..., Path]
@@ -148,6 +151,16 @@ def test_only_the_routers_depend_on_the_text(make_llama: MakeLlama, tmp_path: Pa
     assert different == {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)}
 
 
+def router_flops_counted(run: RunFolder, texts: dict[str, TextRows]) -> float:
+    """FLOPs that torch counts in the forward passes over `texts`."""
+    model = load_model(run.model("mix"))
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), experts_in_equal_parts(model):
+        for text in texts.values():
+            for input_ids, position_ids in text.batches():
+                model.base_model(input_ids=torch.from_numpy(input_ids), position_ids=torch.from_numpy(position_ids))
+    return float(counter.get_total_flops())
+
+
 def test_a_run_takes_its_domains_token_files_as_text(tmp_path: Path) -> None:
     recipe = pico_recipe(tmp_path, "run", "mix.router_init=ridge", "mix.router_tokens=400")
     run, _ = run_here(recipe, ["data", "seed", "train/birds", "train/tools", "mix"])
@@ -155,6 +168,10 @@ def test_a_run_takes_its_domains_token_files_as_text(tmp_path: Path) -> None:
     assert record["router_init"] == {"method": "ridge", "ridge": 1e-3, "scale": 10.0, "tokens": 400}
     assert [text["source"] for text in record["texts"].values()] == ["domain birds", "domain tools", "domain general"]
     texts = text_from_run(run.path, recipe, tokens=400)
+    planned = next(row["flops"] for row in plan(recipe)["stages"] if row["stage"] == "mix")
+    assert run.done("mix")["flops"] == pytest.approx(planned)
+    # torch does not count a CPU's fused attention (11 % here), and only whole sequences are read (4 %).
+    assert 0.8 * planned < router_flops_counted(run, texts) < planned
     model = load_model(run.model("mix"))
     own = []
     for number, rows in enumerate(texts.values()):

@@ -20,7 +20,7 @@ ROUTING_FIELDS = (
 )  # fmt: skip
 """Settings of the finetuning that a MoE baseline's first phase has too; `train` has none of them."""
 
-FLOPS_VERSION = 2
+FLOPS_VERSION = 3
 """Goes into what decides the tokens of compute-matched baselines; raised whenever `btx.cost` counts otherwise."""
 
 
@@ -77,6 +77,7 @@ def matching_inputs(recipe: Recipe, name: BaselineName) -> dict[str, Any]:
         "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens, recipe.train.trainable],
         "finetuning": [recipe.finetune.tokens, recipe.finetune.batch_tokens, recipe.finetune.dense_router_gradient,
                        recipe.finetune.trainable],
+        "routers": recipe.mix.router_tokens if recipe.mix.router_init in ("hidden_mean", "ridge") else 0,
         "experts": [len(recipe.expert_names), recipe.mix.split],
         "router": recipe.routing.as_json(),
         "counting": FLOPS_VERSION,

@@ -48,12 +48,18 @@ class Stage:
         """True for the stages that run the training loop."""
         return self.name in ("seed", "finetune") or self.name.startswith("train/") or is_trained(self.name)
 
+    @property
+    def computes(self) -> bool:
+        """True for the stages whose FLOPs and hours count: those that train, and the mix, which may compute routers."""
+        return self.trains or self.name == "mix"
+
     def training_behind(self) -> list[Stage]:
-        """The stages that train, from the seed model (itself not counted) up to this one, in an order they can run."""
+        """The stages that compute, from the seed model (itself not counted) up to this one, in an order they can run.
+        """
         found: dict[str, Stage] = {}
         for needed in self.needs:
             found |= {stage.name: stage for stage in needed.training_behind() if stage.name != "seed"}
-        if self.trains:
+        if self.computes:
             found[self.name] = self
         return list(found.values())
 

@@ -111,7 +111,9 @@ def _train(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> No
 
 def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     from btx.expert_text import text_from_run
+    from btx.matching import router_flops
     from btx.mix import mix
+    from btx.models import read_config
     from btx.router_init import RouterSettings
 
     folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
@@ -129,7 +131,8 @@ def _mix(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None
         max_shard_size=settings.max_shard_size, log=log,
         progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
     )  # fmt: skip
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+    flops = router_flops(run.recipe, read_config(run.model("seed")))
+    run.finish(stage, tokens=0, flops=flops, wall_s=time.perf_counter() - started)
 
 
 def _baselines(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

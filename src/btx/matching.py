@@ -1,6 +1,7 @@
 """How many tokens a baseline trains, so that it costs what the BTX run costs (docs/baselines.md).
 
-    BTX      C = N · t_b · c_branch + t_f · c_moe       N branches of t_b tokens, finetuning of t_f, c FLOPs a token
+    BTX      C = N · t_b · c_branch + R + t_f · c_moe   N branches of t_b tokens, finetuning of t_f, c FLOPs a token;
+                                                        R: routers computed from text
     DM       t_1 = N · t_b, t_2 = t_f                   the same sequences, once each
     CM       s · (t_1 + t_2) · c = C                    both phases longer by one factor s, in whole steps
 
@@ -20,6 +21,7 @@ from btx.families import family_of
 from btx.mixture import domain_mixture, finetune_mixture
 from btx.recipe import Recipe
 from btx.recipe_training import Finetune
+from btx.router_init import RouterSettings
 from btx.router_kinds import RoutingSettings
 
 
@@ -69,8 +71,20 @@ def moe_cost(
     return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable)
 
 
+def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
+    """FLOPs of computing the mix's routers from text: forward passes without the LM head of `mix.router_tokens` tokens
+    of every mixed model's domain, through all experts. 0 where routers need no text."""
+    mix, num_experts = recipe.mix, len(recipe.expert_names)
+    if not RouterSettings(mix.router_init).needs_text:
+        return 0.0
+    everything = config_cost(moe_config(recipe, dense), experts_per_token=num_experts)
+    head = 2.0 * dense["vocab_size"] * dense["hidden_size"]
+    per_token = everything.inference_flops_per_token(recipe.data.sequence_length) - head
+    return len(recipe.member_names) * mix.router_tokens * per_token
+
+
 def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
-    """Training FLOPs of the run after its seed model: all branches and the finetuning."""
+    """Training FLOPs of the run after its seed model: all branches, the routers and the finetuning."""
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
     branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
     finetuning = moe_cost(
@@ -79,6 +93,7 @@ def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     )  # fmt: skip
     return (
         branches * config_cost(dense, trainable=train.trainable).training_flops_per_token(length)
+        + router_flops(recipe, dense)
         + finetune.steps(length) * finetune.step_tokens(length) * finetuning.training_flops_per_token(length)
     )
 

@@ -62,7 +62,7 @@ def _longest_s(run: RunFolder, stage: Stage) -> float:
     """Seconds of training one after the other on the longest way from the seed model to this stage: what passes where
     every job has a machine of its own."""
     before = max((_longest_s(run, needed) for needed in stage.needs if needed.name != "seed"), default=0.0)
-    return before + (_wall_s(run, stage) if stage.trains else 0.0)
+    return before + (_wall_s(run, stage) if stage.computes else 0.0)
 
 
 def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:

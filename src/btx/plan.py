@@ -11,7 +11,7 @@ from btx.baseline_settings import matched_by, same_as_the_run
 from btx.cost import ModelCost, config_cost
 from btx.families import family_of
 from btx.graph import Graph, build_graph
-from btx.matching import matched_phases, moe_cost
+from btx.matching import matched_phases, moe_cost, router_flops
 from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe import Recipe
 from btx.recipe_training import Training
@@ -95,6 +95,8 @@ def stage_costs(recipe: Recipe, dense: dict[str, Any]) -> list[dict[str, Any]]:
             "stage": stage.name, "tokens": 0, "flops": 0.0, "memory_bytes": 0,
             "disk_bytes": 4 * weights.total_params if weights else 0,
         }  # fmt: skip
+        if stage.name == "mix":
+            row["flops"] = router_flops(recipe, dense)
         if stage.name in trained:
             row |= trained[stage.name].row(recipe.data.sequence_length)
         rows.append(row)

@@ -357,6 +357,18 @@ def test_a_difference_within_the_measuring_error_is_called_so() -> None:
     assert [c.clear for c in line.comparisons] == [True, True, False, True]
 
 
+def test_the_headline_does_not_hide_the_baseline_that_wins() -> None:
+    found = results()
+    best = found["models"]["btx"]["mean_bits_per_byte"]
+    for name, mean in (("dense_cm", best + 0.2), ("upcycling_cm", best - 0.1), ("btm_top2", best + 0.3)):
+        found["models"][name] = {**found["models"]["seed"], "mean_bits_per_byte": mean}
+    line = headline(found)
+    assert line is not None
+    assert (line.comparisons[-1].name, line.comparisons[-1].label) == ("upcycling_cm", "the best baseline (upcycling_cm)")
+    assert line.comparisons[-1].change > 0
+    assert [c.name for c in line.comparisons].count("soup") == 1
+
+
 def test_a_worse_btx_is_reported_as_worse(tmp_path: Path) -> None:
     run = build_run(tmp_path / "demo")
     worse = results()

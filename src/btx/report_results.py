@@ -270,7 +270,8 @@ def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
 # --- headline -------------------------------------------------------------------------------------------------------
 
 def headline(results: Mapping[str, Any]) -> Headline | None:
-    """btx against the seed model, the soup, the mix and the best expert model; None before btx is evaluated."""
+    """btx against the seed model, the soup, the mix, the best expert model and the best other baseline; None before btx is
+    evaluated."""
     models: dict[str, Any] = results.get("models", {})
     btx = models.get("btx", {})
     if not is_number(btx.get("mean_bits_per_byte")):
@@ -278,7 +279,9 @@ def headline(results: Mapping[str, Any]) -> Headline | None:
     measured = {name: model for name, model in models.items() if is_number(model.get("mean_bits_per_byte"))}
     experts = [name for name in measured if name.startswith(EXPERT)]
     best_expert = sorted(experts, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
-    others = [name for name in ("seed", "soup", "mix", *best_expert) if name in measured]
+    rivals = [name for name in measured if name in BASELINES and name != "soup"]
+    best_rival = sorted(rivals, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
+    others = [name for name in ("seed", "soup", "mix", *best_expert, *best_rival) if name in measured]
     tasks = [TaskGain(task, _score(models.get("seed", {}), task), _score(btx, task),
                       LONG.get(_metric(found), _metric(found))) for task, found in btx.get("tasks", {}).items()]
     return Headline(btx["mean_bits_per_byte"], len(btx.get("domains", {})),
@@ -287,8 +290,8 @@ def headline(results: Mapping[str, Any]) -> Headline | None:
 
 
 def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:
-    label = {"seed": "the seed model", "soup": "the soup", "mix": "the mix before finetuning"}.get(
-        name, f"the best expert model ({name.removeprefix(EXPERT)})")
+    best = f"the best baseline ({name})" if name in BASELINES else f"the best expert model ({name.removeprefix(EXPERT)})"
+    label = {"seed": "the seed model", "soup": "the soup", "mix": "the mix before finetuning"}.get(name, best)
     mean, ours = model["mean_bits_per_byte"], btx["mean_bits_per_byte"]
     # Both models read the same documents, so treating the errors as independent is on the careful side.
     noise = math.hypot(_mean_error(model), _mean_error(btx))

@@ -364,8 +364,9 @@ def test_the_headline_does_not_hide_the_baseline_that_wins() -> None:
         found["models"][name] = {**found["models"]["seed"], "mean_bits_per_byte": mean}
     line = headline(found)
     assert line is not None
-    assert (line.comparisons[-1].name, line.comparisons[-1].label) == ("upcycling_cm", "the best baseline (upcycling_cm)")
-    assert line.comparisons[-1].change > 0
+    last = line.comparisons[-1]
+    assert (last.name, last.label) == ("upcycling_cm", "the best baseline (upcycling_cm)")
+    assert last.change > 0
     assert [c.name for c in line.comparisons].count("soup") == 1
 
 

@@ -270,8 +270,10 @@ def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
 # --- headline -------------------------------------------------------------------------------------------------------
 
 def headline(results: Mapping[str, Any]) -> Headline | None:
-    """btx against the seed model, the soup, the mix, the best expert model and the best other baseline; None before btx is
-    evaluated."""
+    """btx against the seed model, the soup, the mix, the best expert model and the best other baseline.
+
+    None before btx is evaluated.
+    """
     models: dict[str, Any] = results.get("models", {})
     btx = models.get("btx", {})
     if not is_number(btx.get("mean_bits_per_byte")):
@@ -290,7 +292,8 @@ def headline(results: Mapping[str, Any]) -> Headline | None:
 
 
 def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:
-    best = f"the best baseline ({name})" if name in BASELINES else f"the best expert model ({name.removeprefix(EXPERT)})"
+    kind = "baseline" if name in BASELINES else "expert model"
+    best = f"the best {kind} ({name.removeprefix(EXPERT)})"
     label = {"seed": "the seed model", "soup": "the soup", "mix": "the mix before finetuning"}.get(name, best)
     mean, ours = model["mean_bits_per_byte"], btx["mean_bits_per_byte"]
     # Both models read the same documents, so treating the errors as independent is on the careful side.

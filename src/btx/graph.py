@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def computes(self) -> bool:
-        """True for the stages whose FLOPs and hours count: those that train, and the mix, which may compute routers."""
+        """True for the stages whose FLOPs count: those that train, and the mix, which may compute routers from text."""
         return self.trains or self.name == "mix"
 
     def training_behind(self) -> list[Stage]:

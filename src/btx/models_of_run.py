@@ -47,7 +47,7 @@ def _entry(run: RunFolder, stage: Stage, predicted: dict[str, Any]) -> ModelEntr
         hours=_longest_s(run, stage) / 3600,
         inputs=stage.inputs,
         accounting={
-            "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind()) / 3600,
+            "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind() if behind.trains) / 3600,
             "peak_memory_bytes": max(peaks, default=None),
             "predicted": predicted,
         },
@@ -62,7 +62,7 @@ def _longest_s(run: RunFolder, stage: Stage) -> float:
     """Seconds of training one after the other on the longest way from the seed model to this stage: what passes where
     every job has a machine of its own."""
     before = max((_longest_s(run, needed) for needed in stage.needs if needed.name != "seed"), default=0.0)
-    return before + (_wall_s(run, stage) if stage.computes else 0.0)
+    return before + (_wall_s(run, stage) if stage.trains else 0.0)
 
 
 def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:

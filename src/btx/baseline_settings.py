@@ -77,7 +77,7 @@ def matching_inputs(recipe: Recipe, name: BaselineName) -> dict[str, Any]:
         "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens, recipe.train.trainable],
         "finetuning": [recipe.finetune.tokens, recipe.finetune.batch_tokens, recipe.finetune.dense_router_gradient,
                        recipe.finetune.trainable],
-        "routers": recipe.mix.router_tokens if recipe.mix.router_init in ("hidden_mean", "ridge") else 0,
+        "routers": recipe.mix.router_tokens if recipe.mix.routers_from_text else 0,
         "experts": [len(recipe.expert_names), recipe.mix.split],
         "router": recipe.routing.as_json(),
         "counting": FLOPS_VERSION,

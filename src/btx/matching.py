@@ -21,7 +21,6 @@ from btx.families import family_of
 from btx.mixture import domain_mixture, finetune_mixture
 from btx.recipe import Recipe
 from btx.recipe_training import Finetune
-from btx.router_init import RouterSettings
 from btx.router_kinds import RoutingSettings
 
 
@@ -75,7 +74,7 @@ def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """FLOPs of computing the mix's routers from text: forward passes without the LM head of `mix.router_tokens` tokens
     of every mixed model's domain, through all experts. 0 where routers need no text."""
     mix, num_experts = recipe.mix, len(recipe.expert_names)
-    if not RouterSettings(mix.router_init).needs_text:
+    if not mix.routers_from_text:
         return 0.0
     everything = config_cost(moe_config(recipe, dense), experts_per_token=num_experts)
     head = 2.0 * dense["vocab_size"] * dense["hidden_size"]

@@ -128,7 +128,7 @@ class Recipe(Section):
         self._check_finetuning()
         if self.mix.blend and self.mix.split > 1:
             raise ValueError("mix.split and mix.blend exclude each other")
-        if self.mix.blend and self.mix.router_init in ("hidden_mean", "ridge"):
+        if self.mix.blend and self.mix.routers_from_text:
             raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
         self._mixed_set_exists()
         for problem in self.merge_settings.problems(self.member_names):

@@ -60,6 +60,11 @@ class Mix(Section):
     max_shard_size: str = "5GB"
     """Size a weights file has at most."""
 
+    @property
+    def routers_from_text(self) -> bool:
+        """Whether the routers are computed from the domains' text."""
+        return self.router_init in ("hidden_mean", "ridge")
+
     @model_validator(mode="before")
     @classmethod
     def _blended_experts_have_no_domains(cls, given: Any) -> Any:

@@ -6,6 +6,8 @@ from one domain to another, and its routers learn to stay with the expert they c
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 
 from btx.folders import value_hash
@@ -29,6 +31,7 @@ class Switching:
 
     def __init__(self, mixture: Mixture, share: float) -> None:
         self.mixture = mixture
+        self.others = copy(mixture)  # with a place of its own in the schedule, which each keeps a block of
         self.share = share
         self.sequence_length = mixture.sequence_length
         self._key = int(mixture.fingerprint[16:32], 16)
@@ -47,7 +50,7 @@ class Switching:
         batch = self.mixture.batch(start, count)
         rows = [row for row in range(count) if self.switches(start + row)]
         if rows:
-            other = self.mixture.batch(OTHERS + start, count)
+            other = self.others.batch(OTHERS + start, count)
             _join(batch, other, np.array(rows), max(1, self.sequence_length // 2))
         return batch
 

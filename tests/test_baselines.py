@@ -72,12 +72,20 @@ def test_every_baseline_is_a_stage_and_a_row_between_soup_and_mix(
 
 
 def test_rows_say_what_a_model_cost_predicted_and_measured(finished: RunFolder, results: dict[str, Any]) -> None:
+    planned = plan(finished.recipe)
+    assert planned["speed"]["source"] == "as measured in seed"
+    assert list(planned["models"]) == list(results)
     for name, row in results.items():
         assert {"machine_hours", "peak_memory_bytes", "inference_flops_per_token", "predicted"} <= row.keys()
         assert row["predicted"]["tokens"] == row["tokens"], name
         assert row["predicted"]["flops"] == pytest.approx(row["flops"], rel=0.01), name  # the vocabulary is smaller
         assert row["predicted"]["memory_bytes"] < row["peak_memory_bytes"] < 64e9, name
         assert ("matched" in row) == (name in MADE)
+        for field in ("total_params", "active_params", "inference_flops_per_token"):
+            assert planned["models"][name][field] == pytest.approx(row[field], rel=0.02), (name, field)
+        for field in ("hours", "machine_hours"):
+            assert row["predicted"][field] == pytest.approx(planned["models"][name][field]), (name, field)
+    assert results["seed"]["predicted"]["hours"] == pytest.approx(results["seed"]["hours"], rel=0.02)  # by definition
     done = {stage: finished.done(stage)["wall_s"] / 3600 for stage in ("train/birds", "train/tools", "finetune")}
     assert results["btx"]["machine_hours"] == pytest.approx(sum(done.values()))
     assert results["btx"]["hours"] == pytest.approx(max(done["train/birds"], done["train/tools"]) + done["finetune"])

@@ -166,10 +166,11 @@ def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be
     assert opening[0].startswith((f"# btx run {name}", f"# btx sweep {name}"))
     overrides = with_its_files(name)
     before = files(tmp_path)
-    planned = btx("plan", "mine.yaml", *overrides, "--json").json()
+    planned = btx("plan", "mine.yaml", *overrides, "--flops-per-second", "1e10", "--json").json()
     assert files(tmp_path) == before
     assert planned["totals"]["tokens"] > 0
     assert planned["totals"]["flops"] > 1e9
+    assert planned["totals"]["machine_hours"] == pytest.approx(planned["totals"]["flops"] / 3.6e13)
     assert planned["models"]["btx"]["total_params"] > planned["models"]["seed"]["total_params"]
     assert {"data", "seed", "mix", "finetune", "evaluate"} <= {stage["stage"] for stage in planned["stages"]}
 
@@ -184,6 +185,7 @@ def test_the_papers_recipe_has_the_papers_numbers_and_is_planned_without_network
         assert tokens[stage] == pytest.approx(billions * 1e9, rel=1e-4)
     mixture = next(stage["mixture"] for stage in planned["stages"] if stage["stage"] == "finetune")
     assert mixture == pytest.approx({"math": 0.3016, "code": 0.4031, "wiki": 0.103, "general": 0.1923})
+    assert planned["speed"] is planned["models"]["btx"]["hours"] is None  # too large to be timed in a moment
     recipe, train = planned["recipe"], planned["recipe"]["train"]
     assert (train["learning_rate"], train["weight_decay"], train["replay"]) == (1e-4, 0.1, 0)
     assert (recipe["mix"]["top_k"], recipe["finetune"]["load_balancing"]) == (2, 0.01)
@@ -201,7 +203,7 @@ def test_plan_shows_recipe_models_and_stages_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
     recipe, _, tables = done.out.partition("models of demo")
     assert load_recipe("demo").model_dump(mode="json") == yaml.safe_load(recipe)
-    for word in ("train/knowledge", "baselines/soup", "FLOPs", "6·N", "active parameters", "absent"):
+    for word in ("train/knowledge", "baselines/soup", "FLOPs", "6·N", "active parameters", "absent", "timed just now"):
         assert word in tables
 
 

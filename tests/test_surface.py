@@ -31,8 +31,9 @@ LAYERS = {
         "balancing beside_weights branch btm btm_calls btm_model checkpoints cost direct_file dispatch drift "
         "expert_parts expert_text extend_checks harness harness_model held_out kv_cache lazy_tensors losses "
         "matching merge merge_methods mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe "
-        "moe_folder moe_layout output_types peak_memory report_charts report_costs report_results report_tokens "
-        "router_fit router_init routers routing_metrics schedule seed_config shard_writer sweep_figure sweep_table "
+        "moe_folder moe_layout output_types peak_memory plan_models report_charts report_costs report_results "
+        "report_tokens router_fit router_init routers routing_metrics schedule seed_config shard_writer speed "
+        "sweep_figure sweep_table "
         "switching tasks text_similarity token_files token_texts tokenizer trainable training training_state "
         "vocabularies"
     ),

@@ -17,6 +17,7 @@ from btx.terminal import show_json as _print_json
 if TYPE_CHECKING:
     from btx.recipe import Recipe
     from btx.rundir import RunFolder
+    from btx.speed import Speed
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -71,15 +72,23 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What a run will cost: tokens, FLOPs, parameters, memory, disk, stages. Trains nothing."""
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    flops_per_second: Annotated[float | None, typer.Option(
+        min=1.0, help="Training FLOP/s of one job where it will run, for the hours. Default: what the run's first "
+        "training stage reached, or else a few training steps timed here.",
+    )] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
     from btx.plan import plan as make_plan
     from btx.preflight import preflight
     from btx.recipe_loading import dump_recipe
 
     resolved = _recipe(recipe, overrides)
     preflight(resolved)
-    planned = make_plan(resolved)
+    planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
     if as_json:
         _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
         return
@@ -87,6 +96,27 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = 
 
     typer.echo(dump_recipe(resolved))
     _print(*plan_tables(planned))
+
+
+def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
+    """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
+    from btx.jobs import training_threads
+    from btx.plan import measured_speed
+    from btx.rundir import RunFolder
+    from btx.seed_config import seed_config
+    from btx.speed import Speed, training_speed
+    from btx.train import choose_device
+
+    if flops_per_second is not None:
+        return Speed(flops_per_second, "as given")
+    run = RunFolder(Path(recipe.run_folder), recipe)
+    if (reached := measured_speed(run)) is not None:
+        return reached
+    try:
+        device = choose_device(recipe.device)
+    except UserError:  # a recipe for another machine
+        return None
+    return training_speed(recipe, seed_config(recipe), device, training_threads(run))
 
 
 @app.command()

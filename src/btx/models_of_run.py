@@ -8,7 +8,8 @@ from btx.baseline_settings import matched_by
 from btx.evaluate import ModelEntry
 from btx.graph import Stage
 from btx.models import read_config
-from btx.plan import stage_costs, training_cost
+from btx.plan import add_hours, measured_speed, stage_costs
+from btx.plan_models import longest_way, model_stages, training_cost
 from btx.rundir import RunFolder
 from btx.seed_config import seed_config
 
@@ -20,17 +21,9 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
     what is compared is what came after it.
     """
     graph, recipe = run.graph, run.recipe
-    baselines = sorted(recipe.baselines, key=lambda name: name != "soup")
-    rows: dict[str, str] = {
-        "seed": "seed",
-        **{f"expert/{domain}": f"train/{domain}" for domain in recipe.train.domains},
-        **{str(name): f"baselines/{name}" for name in baselines},
-        "mix": "mix",
-        "btx": "finetune",
-    }
     predicted = _predicted(run)
-    entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in rows.items()}
-    for name in baselines:
+    entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in model_stages(recipe).items()}
+    for name in recipe.baselines:
         entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(
             entries[name], entries["btx"]
         )
@@ -44,7 +37,7 @@ def _entry(run: RunFolder, stage: Stage, predicted: dict[str, Any]) -> ModelEntr
         path=run.model(stage.name),
         tokens=sum(int(facts.get("tokens", 0)) for facts in done),
         flops=sum(float(facts.get("flops", 0.0)) for facts in done),
-        hours=_longest_s(run, stage) / 3600,
+        hours=longest_way(stage, lambda needed: _wall_s(run, needed)) / 3600,
         inputs=stage.inputs,
         accounting={
             "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind() if behind.trains) / 3600,
@@ -58,13 +51,6 @@ def _wall_s(run: RunFolder, stage: Stage) -> float:
     return float((run.done(stage) or {}).get("wall_s", 0.0))
 
 
-def _longest_s(run: RunFolder, stage: Stage) -> float:
-    """Seconds of training one after the other on the longest way from the seed model to this stage: what passes where
-    every job has a machine of its own."""
-    before = max((_longest_s(run, needed) for needed in stage.needs if needed.name != "seed"), default=0.0)
-    return before + (_wall_s(run, stage) if stage.trains else 0.0)
-
-
 def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
     """Training FLOPs and machine-hours as multiples of the run's; None where the run took none that were measured."""
     hours, ours = btx.accounting["machine_hours"], entry.accounting["machine_hours"]
@@ -75,8 +61,10 @@ def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
 
 
 def _predicted(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Stage → what `btx plan` says of the training behind its model: tokens, FLOPs, memory in bytes."""
+    """Stage → what `btx plan` says of the training behind its model: tokens, FLOPs, memory in bytes, hours at the speed
+    that the run's first training stage had."""
     recipe = run.recipe
     dense = seed_config(recipe) if recipe.seed_model.path is None else read_config(run.model("seed"))
     rows = stage_costs(recipe, dense)
+    add_hours(rows, measured_speed(run))
     return {stage.name: training_cost(run.graph, rows, stage.name) for stage in run.graph}

@@ -13,11 +13,13 @@ from btx.families import family_of
 from btx.graph import Graph, build_graph
 from btx.matching import matched_phases, moe_cost, router_flops
 from btx.mixture import domain_mixture, finetune_mixture, seed_mixture
+from btx.plan_models import model_rows, training_cost
 from btx.recipe import Recipe
 from btx.recipe_training import Training
 from btx.router_notes import router_notes, saved_as
 from btx.rundir import RunFolder
 from btx.seed_config import seed_config
+from btx.speed import Speed
 
 FLOPS_FORMULA = (
     "training FLOPs = tokens x (4·N + 2·M + 12·L·H·Q·S); N active multiplied parameters, M of them trained: 6·N where "
@@ -25,11 +27,17 @@ FLOPS_FORMULA = (
 )
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """The cost of every stage. Reads configs only; writes and trains nothing.
+def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
+    """The cost of every stage and model. Reads configs only; writes and trains nothing.
+
+    Args:
+        speed: of one training job (`btx.speed.training_speed`); None: that of the run's first finished training stage.
+            Without either, hours are None.
 
     Returns:
-        {"name", "run", "formula", "router", "models": {"seed", "btx"}, "stages": [...], "baselines", "totals"}.
+        {"name", "run", "formula", "router", "speed", "models": {name in the results: {"total_params", "active_params",
+        "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}}, "stages": [...],
+        "baselines", "totals"}. A model's training is counted from the seed model on (`training_cost`).
         `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
         "experts_per_token", "saved_as", "notes"}. `baselines`: name → what its training costs from the seed model on,
         and how that is matched (`matching`). The total memory is that of the jobs that train at the same time, or of
@@ -45,8 +53,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     used = recipe.routing.mean_experts_per_token(layers, num_experts)
     graph = build_graph(recipe)
     stages = stage_costs(recipe, dense)
-    costs = {"seed": config_cost(dense), "btx": moe_cost(recipe, dense, recipe.routing)}
     run = RunFolder(Path(recipe.run_folder), recipe)
+    speed = speed or measured_speed(run)
+    add_hours(stages, speed)
     for stage, row in zip(graph, stages, strict=True):
         row["state"] = run.state(stage)
         row["needs"] = [needed.name for needed in stage.needs]
@@ -63,7 +72,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "saved_as": saved_as(recipe, family),
             "notes": [*router_notes(recipe, family), *_baseline_notes(recipe)],
         },
-        "models": {name: _model(costs[name]) for name in ("seed", "btx")},
+        "speed": speed and {"flops_per_s": speed.flops_per_s, "source": speed.source},
+        "models": model_rows(recipe, dense, graph, stages),
         "stages": stages,
         "baselines": {
             name: training_cost(graph, stages, f"baselines/{name}")
@@ -75,6 +85,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "flops": sum(row["flops"] for row in stages),
             "memory_bytes": max(_memory_at_once(recipe, stages), *(row["memory_bytes"] for row in stages)),
             "disk_bytes": sum(row["disk_bytes"] for row in stages),
+            "machine_hours": None if speed is None else sum(row["hours"] for row in stages),
         },
     }
 
@@ -103,19 +114,19 @@ def stage_costs(recipe: Recipe, dense: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def training_cost(graph: Graph, rows: list[dict[str, Any]], stage: str) -> dict[str, Any]:
-    """Tokens and FLOPs of all training behind a stage's model from the seed model on, and the largest memory of it.
+def add_hours(rows: list[dict[str, Any]], speed: Speed | None) -> None:
+    """Give every row of `stage_costs` the hours its FLOPs take; None without a speed."""
+    for row in rows:
+        row["hours"] = None if speed is None else row["flops"] / speed.flops_per_s / 3600
 
-    Args:
-        rows: `stage_costs`.
-    """
-    by_name = {row["stage"]: row for row in rows}
-    behind = [by_name[needed.name] for needed in graph[stage].training_behind()]
-    return {
-        "tokens": sum(row["tokens"] for row in behind),
-        "flops": sum(row["flops"] for row in behind),
-        "memory_bytes": max((row["memory_bytes"] for row in behind), default=0),
-    }
+
+def measured_speed(run: RunFolder) -> Speed | None:
+    """That of the run's first training stage, once it is done; None before."""
+    for stage in run.graph:
+        done = run.done(stage) if stage.trains else None
+        if done and done.get("wall_s"):
+            return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}")
+    return None
 
 
 def matching(recipe: Recipe, graph: Graph, rows: list[dict[str, Any]], name: Any) -> dict[str, Any]:
@@ -147,10 +158,6 @@ def _memory_at_once(recipe: Recipe, stages: list[dict[str, Any]]) -> int:
 def _baseline_notes(recipe: Recipe) -> list[str]:
     return [f"baseline {name} is the run itself: the recipe's own settings are those it is about"
             for name in same_as_the_run(recipe)]  # fmt: skip
-
-
-def _model(cost: ModelCost) -> dict[str, int]:
-    return {"total_params": cost.total_params, "active_params": cost.active_params}
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from one domain to another, and its routers learn to stay with the expert they c
 from __future__ import annotations
 
 from copy import copy
+from typing import Protocol
 
 import numpy as np
 
 from btx.folders import value_hash
-from btx.mixture import NO_LABEL, Batch, Interleaved, Mixture
+from btx.mixture import NO_LABEL, Batch, Mixture
 
 OTHERS = 1 << 40
 """Sample numbers from here on give the second halves: no job gets that far."""
@@ -55,8 +56,17 @@ class Switching:
         return batch
 
 
-Samples = Mixture | Interleaved | Switching
-"""What a training stage reads."""
+class Samples(Protocol):
+    """What a training stage reads: samples by number, the same ones whenever and wherever they are asked for."""
+
+    sequence_length: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the samples."""
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Samples start, ..., start + count - 1 as the rows of a batch."""
 
 
 def _join(batch: Batch, other: Batch, rows: np.ndarray, middle: int) -> None:

@@ -7,31 +7,47 @@ from typing import Any
 
 from rich.table import Table
 
+from btx.report_results import duration_text
+
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
     """`btx plan`: models, stages, totals."""
-    models = Table(title=f"models of {planned['name']}")
-    for column in ("model", "total parameters", "active parameters"):
-        models.add_column(column, justify="left" if column == "model" else "right")
-    for name, facts in planned["models"].items():
-        models.add_row(name, f"{facts['total_params']:,}", f"{facts['active_params']:,}")
     stages = Table(title=f"stages, in {planned['run']}", caption=planned["formula"])
-    for column in ("stage", "needs", "tokens", "FLOPs", "memory", "disk", "state"):
+    for column in ("stage", "needs", "tokens", "FLOPs", "time", "memory", "disk", "state"):
         stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right",
                           no_wrap=column == "stage")  # fmt: skip
     for row in planned["stages"]:
         why = f" ({row['why_stale']})" if row.get("why_stale") else ""
         stages.add_row(
             row["stage"], _short(row["needs"]), f"{row['tokens']:,}" if row["tokens"] else "",
-            f"{row['flops']:.2e}" if row["flops"] else "", _size(row["memory_bytes"]), _size(row["disk_bytes"]),
-            row["state"] + why,
+            f"{row['flops']:.2e}" if row["flops"] else "", _time(row["hours"]), _size(row["memory_bytes"]),
+            _size(row["disk_bytes"]), row["state"] + why,
         )  # fmt: skip
     totals = planned["totals"]
     stages.add_section()
-    stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _size(totals["memory_bytes"]),
-                   _size(totals["disk_bytes"]), "")  # fmt: skip
+    stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _time(totals["machine_hours"]),
+                   _size(totals["memory_bytes"]), _size(totals["disk_bytes"]), "")  # fmt: skip
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
-    return [models, stages, *baselines, *planned["router"]["notes"]]
+    return [_models_table(planned), stages, *baselines, _speed_text(planned["speed"]), *planned["router"]["notes"]]
+
+
+def _models_table(planned: dict[str, Any]) -> Table:
+    """What every model will be, and what it costs from the seed model on."""
+    table = Table(title=f"models of {planned['name']}", caption="training from the seed model on")
+    for column in ("model", "total parameters", "active parameters", "inference FLOPs a token", "training FLOPs",
+                   "hours", "machine-hours"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+    for name, row in planned["models"].items():
+        table.add_row(name, f"{row['total_params']:,}", f"{row['active_params']:,}",
+                      f"{row['inference_flops_per_token']:.2e}", f"{row['flops']:.2e}" if row["flops"] else "",
+                      _hours(row["hours"]), _hours(row["machine_hours"]))  # fmt: skip
+    return table
+
+
+def _speed_text(speed: Mapping[str, Any] | None) -> str:
+    if speed is None:
+        return "no hours: this machine cannot time the model in a moment; --flops-per-second says what yours reaches"
+    return f"hours at {speed['flops_per_s']:.2e} FLOP/s a job: {speed['source']}; evaluation comes on top"
 
 
 def _baselines_table(baselines: dict[str, Any]) -> Table:
@@ -134,6 +150,14 @@ def _difference_text(value: Mapping[str, Any]) -> str:
 
 def _short(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
+
+
+def _time(hours: float | None) -> str:
+    return duration_text(3600 * hours) if hours else ""
+
+
+def _hours(hours: float | None) -> str:
+    return f"{hours:.3g}" if hours else ""
 
 
 def _size(count: int) -> str:

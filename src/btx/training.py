@@ -90,7 +90,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
             started = time.perf_counter()
             rate = learning_rate(step, total_steps, settings)
             set_learning_rate(optimizer, rate)
-            facts = _step(job, optimizer, step, samples_per_step)
+            facts = training_step(job, optimizer, step, samples_per_step)
             if "load" in facts:
                 facts["dead"] = watch.see(facts["load"])
             tokens = (step + 1) * tokens_per_step
@@ -108,8 +108,14 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     )  # fmt: skip
 
 
-def _step(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int) -> dict[str, Any]:
-    """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics."""
+def training_step(
+    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int
+) -> dict[str, Any]:
+    """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics.
+
+    Raises:
+        NotFinite: the loss or gradient is NaN or infinite; the weights were not updated.
+    """
     settings, model = job.settings, job.model
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
     torch.manual_seed((job.rng_seed << 32) + step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from btx.cli import app
 from btx.compare import compare_documents, compare_models, resampled_ratios
 from btx.errors import RunFolderError, UserError
+from btx.rundir import RunFolder
 from tests.pico_run import pico_recipe
 
 N = 400
@@ -100,8 +102,6 @@ def test_the_same_seed_draws_the_same_and_few_draws_at_once_change_nothing(monke
 
 @pytest.fixture
 def evaluated(tmp_path) -> Path:
-    from btx.rundir import RunFolder
-
     run = RunFolder.create(pico_recipe(tmp_path))
     first, second, sizes = two_models(gap=0.02, noise=0.05)
     del second["mixed"]
@@ -125,6 +125,25 @@ def test_btx_is_compared_with_every_other_model_or_two_are_named(evaluated):
     (evaluated / "evaluate" / "documents.json").unlink()
     with pytest.raises(RunFolderError, match="btx evaluate"):
         compare_models(evaluated)
+
+
+def test_models_of_two_runs_are_compared_on_the_same_documents_only(evaluated, tmp_path):
+    variant, stranger = (RunFolder.create(pico_recipe(tmp_path, run)).path for run in ("variant", "stranger"))
+    documents = json.loads((evaluated / "evaluate" / "documents.json").read_text("utf-8"))
+    for folder in (variant, stranger):
+        shutil.copytree(evaluated / "evaluate", folder / "evaluate")
+    found = compare_models(evaluated, "btx", other_run=variant)["models"]
+    assert list(found) == ["seed", "soup", "btx"]
+    assert found["btx"]["mean"]["difference"] == 0.0
+    assert found["seed"] == compare_models(evaluated)["models"]["seed"] | {"tasks": {}}  # no such task in the recipe
+    shown = CliRunner().invoke(app, ["compare", str(evaluated), "btx", "seed", "--with", str(variant), "--json"])
+    assert json.loads(shown.output)["models"] == {"seed": found["seed"]}
+    documents["bytes"]["domains"]["math"][0] += 1
+    (stranger / "evaluate" / "documents.json").write_text(json.dumps(documents), "utf-8")
+    with pytest.raises(UserError, match="stranger were measured on different documents"):
+        compare_models(evaluated, other_run=stranger)
+    with pytest.raises(UserError, match="variant has no results of a model 'bxt'"):
+        compare_models(evaluated, "btx", "bxt", other_run=variant)
 
 
 def test_the_command_prints_a_table_or_json(evaluated):

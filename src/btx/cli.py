@@ -248,6 +248,9 @@ def compare(
     run_folder: RunArgument,
     model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
     model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
+    other_run: Annotated[Path | None, typer.Option(
+        "--with", help="Run folder whose models it is compared with, another variant of a sweep for example.",
+    )] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
     rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
     as_json: AsJson = False,
@@ -255,7 +258,10 @@ def compare(
     """How sure the differences between models are: paired bootstrap over documents and questions."""
     from btx.compare import compare_models
 
-    found = compare_models(_run(run_folder).path, model_a, model_b, resamples=resamples, rng_seed=rng_seed)
+    others = None if other_run is None else _run(other_run).path
+    found = compare_models(
+        _run(run_folder).path, model_a, model_b, other_run=others, resamples=resamples, rng_seed=rng_seed
+    )
     if as_json:
         _print_json(found)
     else:

@@ -128,14 +128,17 @@ def test_btx_is_compared_with_every_other_model_or_two_are_named(evaluated):
 
 
 def test_models_of_two_runs_are_compared_on_the_same_documents_only(evaluated, tmp_path):
-    variant, stranger = (RunFolder.create(pico_recipe(tmp_path, run)).path for run in ("variant", "stranger"))
+    variant = RunFolder.create(pico_recipe(tmp_path, "variant")).path
+    stranger = RunFolder.create(pico_recipe(tmp_path, "stranger", "rng_seed=1")).path
     documents = json.loads((evaluated / "evaluate" / "documents.json").read_text("utf-8"))
     for folder in (variant, stranger):
         shutil.copytree(evaluated / "evaluate", folder / "evaluate")
     found = compare_models(evaluated, "btx", other_run=variant)["models"]
     assert list(found) == ["seed", "soup", "btx"]
     assert found["btx"]["mean"]["difference"] == 0.0
-    assert found["seed"] == compare_models(evaluated)["models"]["seed"] | {"tasks": {}}  # no such task in the recipe
+    assert found["seed"] == compare_models(evaluated)["models"]["seed"]
+    other_questions = compare_models(evaluated, other_run=stranger)["models"]["seed"]
+    assert other_questions == found["seed"] | {"tasks": {}}
     shown = CliRunner().invoke(app, ["compare", str(evaluated), "btx", "seed", "--with", str(variant), "--json"])
     assert json.loads(shown.output)["models"] == {"seed": found["seed"]}
     documents["bytes"]["domains"]["math"][0] += 1

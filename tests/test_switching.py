@@ -28,7 +28,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
 def test_a_share_of_the_sequences_goes_on_with_the_second_half_of_another(mixture: Mixture) -> None:
     switching, count, middle = Switching(mixture, 0.3), 400, S // 2
     plain, other, batch = mixture.batch(7, count), mixture.batch(OTHERS + 7, count), switching.batch(7, count)
-    switched = np.array([switching.switches(7 + row) for row in range(count)])
+    switched = switching.switches(np.arange(7, 7 + count))
     assert 0.2 < switched.mean() < 0.4
     for name in ("input_ids", "labels", "position_ids"):
         assert np.array_equal(getattr(batch, name)[~switched], getattr(plain, name)[~switched])

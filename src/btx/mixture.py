@@ -109,7 +109,7 @@ class Mixture:
             components[here], ordinals[here] = block_components[places[here]], block_ordinals[places[here]]
         sizes = self.sequences[components]
         epochs, places = np.divmod(ordinals, sizes)
-        keys = _hash(_hash(self._key + _unsigned(components)) + _unsigned(epochs))
+        keys = mixed_bits(mixed_bits(self._key + _unsigned(components)) + _unsigned(epochs))
         return components, permuted(places, sizes, keys)
 
     def batch(self, start: int, count: int) -> Batch:
@@ -129,8 +129,8 @@ class Mixture:
             counts = apportion(self.weights, (block + 1) * self.quota_block) - before
             components = np.repeat(np.arange(len(counts)), counts)
             nth = np.concatenate([np.arange(count) for count in counts])
-            key = _hash(~self._key + np.uint64(block))
-            jitter = _hash(key + _unsigned(np.arange(self.quota_block))) / 2.0**64
+            key = mixed_bits(~self._key + np.uint64(block))
+            jitter = mixed_bits(key + _unsigned(np.arange(self.quota_block))) / 2.0**64
             order = np.argsort((nth + jitter) / counts[components], kind="stable")
             self._cached = (block, components[order], (before[components] + nth)[order])
         return self._cached[1], self._cached[2]
@@ -205,8 +205,8 @@ def permuted(places: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndar
         key, row_count, column_count = keys[outside], rows[outside], columns[outside]
         row, column = np.divmod(image[outside], column_count)
         for number in range(0, ROUNDS, 2):
-            row = (row + _hash(key + column * _ODD + np.uint64(number))) % row_count
-            column = (column + _hash(key + row * _ODD + np.uint64(number + 1))) % column_count
+            row = (row + mixed_bits(key + column * _ODD + np.uint64(number))) % row_count
+            column = (column + mixed_bits(key + row * _ODD + np.uint64(number + 1))) % column_count
         image[outside] = row * column_count + column
         outside = outside[image[outside] >= _unsigned(sizes[outside])]
     return image.astype(np.int64)
@@ -295,8 +295,9 @@ def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64 (Steele, Lea, Flood 2014) on an array of uint64: mixes all bits."""
+def mixed_bits(x: np.ndarray) -> np.ndarray:
+    """Random numbers that depend on a number alone: uint64 from uint64, by the output function of splitmix64 (Steele,
+    Lea, Flood 2014)."""
     x = x + _ODD
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

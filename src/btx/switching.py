@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from btx.folders import value_hash
-from btx.mixture import NO_LABEL, Batch, Mixture
+from btx.mixture import NO_LABEL, Batch, Mixture, mixed_bits
 
 OTHERS = 1 << 40
 """Sample numbers from here on give the second halves: no job gets that far."""
@@ -35,24 +35,24 @@ class Switching:
         self.others = copy(mixture)  # with a place of its own in the schedule, which each keeps a block of
         self.share = share
         self.sequence_length = mixture.sequence_length
-        self._key = int(mixture.fingerprint[16:32], 16)
+        self._key = np.uint64(int(mixture.fingerprint[16:32], 16))
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the samples."""
-        return value_hash({"switching": self.share, "of": self.mixture.fingerprint})
+        return value_hash({"switches": self.share, "of": self.mixture.fingerprint})
 
-    def switches(self, sample: int) -> bool:
-        """Whether this sample is one that switches."""
-        return bool(np.random.default_rng([self._key, sample]).random() < self.share)
+    def switches(self, samples: np.ndarray) -> np.ndarray:
+        """Which of these samples switch, True or False each."""
+        return mixed_bits(samples.astype(np.uint64) ^ self._key) < np.float64(self.share) * 2.0**64
 
     def batch(self, start: int, count: int) -> Batch:
         """Samples start, ..., start + count - 1 as the rows of a batch."""
         batch = self.mixture.batch(start, count)
-        rows = [row for row in range(count) if self.switches(start + row)]
-        if rows:
+        rows = np.flatnonzero(self.switches(np.arange(start, start + count)))
+        if len(rows):
             other = self.others.batch(OTHERS + start, count)
-            _join(batch, other, np.array(rows), max(1, self.sequence_length // 2))
+            _join(batch, other, rows, max(1, self.sequence_length // 2))
         return batch
 
 

@@ -231,6 +231,14 @@ def test_selection_biases_steer_the_finetuning_and_are_in_no_saved_model(branche
         assert not [name for name in file.keys() if "bias" in name]  # noqa: SIM118
 
 
+def test_plan_counts_the_bytes_of_the_mixs_type_on_disk(branched: Path) -> None:
+    planned = {dtype: plan(pico_recipe(branched, "run", f"mix.dtype={dtype}")) for dtype in ("null", "bfloat16")}
+    rows = {dtype: {row["stage"]: row["disk_bytes"] for row in found["stages"]} for dtype, found in planned.items()}
+    assert rows["bfloat16"]["mix"] == rows["null"]["mix"] / 2
+    assert rows["bfloat16"]["finetune"] == rows["null"]["finetune"] - rows["null"]["mix"] / 2
+    assert rows["bfloat16"]["train/birds"] == rows["null"]["train/birds"] > 0
+
+
 def test_plan_counts_no_gradient_and_no_optimiser_state_for_frozen_weights(branched: Path) -> None:
     model = load_model(go_on(branched, "all", f"finetune.tokens={256 * 3}").model("mix"))
     sizes = dict.fromkeys(("routers", "experts"), 0)

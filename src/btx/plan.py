@@ -98,20 +98,27 @@ def stage_costs(recipe: Recipe, dense: dict[str, Any]) -> list[dict[str, Any]]:
     """
     seed, btx = config_cost(dense), moe_cost(recipe, dense, recipe.routing)
     trained = _trained_stages(recipe, dense, seed)
-    written = {"seed": seed, "train": seed, "baselines": seed, "mix": btx, "finetune": btx}
+    written = {"baselines/soup": seed, "baselines/upcycled": btx, "mix": btx}
     rows = []
     for stage in build_graph(recipe):
-        weights = btx if stage.name == "baselines/upcycled" else written.get(stage.name.split("/")[0])
-        row: dict[str, Any] = {
-            "stage": stage.name, "tokens": 0, "flops": 0.0, "memory_bytes": 0,
-            "disk_bytes": 4 * weights.total_params if weights else 0,
-        }  # fmt: skip
-        if stage.name == "mix":
-            row["flops"] = router_flops(recipe, dense)
+        weights = written.get(stage.name)
+        row: dict[str, Any] = {"stage": stage.name, "tokens": 0, "flops": 0.0, "memory_bytes": 0, "disk_bytes": 0}
         if stage.name in trained:
             row |= trained[stage.name].row(recipe.data.sequence_length)
+            weights = trained[stage.name].cost
+        if stage.name == "mix":
+            row["flops"] = router_flops(recipe, dense)
+        if weights is not None:
+            row["disk_bytes"] += _number_bytes(recipe, dense, stage.name) * weights.total_params
         rows.append(row)
     return rows
+
+
+def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
+    """Bytes of a number in the weights that a stage writes: the seed model's type, or `mix.dtype` from the mix on."""
+    mixed = {"mix", "finetune", *(f"baselines/{name}" for name in recipe.baselines if BASELINES[name].start == "mix")}
+    own = recipe.mix.dtype if stage in mixed else None
+    return 2 if (own or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
 
 
 def add_hours(rows: list[dict[str, Any]], speed: Speed | None) -> None:
@@ -179,7 +186,7 @@ class _Trained:
             "steps": steps,
             "flops": steps * tokens_per_step * cost.training_flops_per_token(length),
             "memory_bytes": cost.training_bytes() + _activation_bytes(cost, settings, length),
-            "disk_bytes": 4 * cost.total_params + 2 * cost.checkpoint_bytes(),  # the model and two checkpoints
+            "disk_bytes": 2 * cost.checkpoint_bytes(),  # the last two while it trains; the model comes on top
             "mixture": _shares(self.mixtures),
             "learning_rate": settings.learning_rate,
         }

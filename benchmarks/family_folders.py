@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.test_families import FIRST, IDS, SIZES, VARIANTS, branch, make
 
-from btx.mix import mix
-from btx.tokenizer import train_tokenizer
+from btx.data.tokenizer import train_tokenizer
+from btx.mixing.mix import mix
 
 VOCABULARY = 512
 # Widths that other engines' kernels take; the tests' own are smaller.

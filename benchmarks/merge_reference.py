@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from btx.merge_kinds import MergeSettings
-from btx.merge_methods import bind
-from btx.tokenizer import train_tokenizer
+from btx.data.tokenizer import train_tokenizer
+from btx.mixing.merge_kinds import MergeSettings
+from btx.mixing.merge_methods import bind
 
 NAMES = ("a", "b", "c")
 

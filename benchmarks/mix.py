@@ -61,7 +61,7 @@ def make_models(folder: Path, size: str) -> None:
 
 def _write_model(target: Path, size: str, rng_seed: int) -> None:
     """A Llama of random weights; every tensor is cut from one pool of normal numbers at a random place."""
-    from btx.tokenizer import train_tokenizer
+    from btx.data.tokenizer import train_tokenizer
 
     shape = SIZES[size]
     generator = torch.Generator().manual_seed(rng_seed)

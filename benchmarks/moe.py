@@ -3,10 +3,10 @@ floor: a dense Llama whose feed-forward layers have the same active FLOPs (k·F 
 
     python benchmarks/moe.py [--hidden 128] [--experts 8] [--k 1] [--threads 1] [--repeat 5] [--output FILE]
 
-A training step is that of `btx.training`: forward, backward, clipping and AdamW over all parameters. The candidates
-take turns, step by step, so that a machine that slows down slows all of them; medians. Peak memory is measured before,
-each candidate in a process of its own. An implementation whose first step is 10 times slower than the dense model's, or
-that would need more than MEMORY_LIMIT, is left out and named.
+A training step is that of `btx.training.loop`: forward, backward, clipping and AdamW over all parameters. The
+candidates take turns, step by step, so that a machine that slows down slows all of them; medians. Peak memory is
+measured before, each candidate in a process of its own. An implementation whose first step is 10 times slower than the
+dense model's, or that would need more than MEMORY_LIMIT, is left out and named.
 
 Rows of other shapes in the output file are kept, so that shapes can be measured one at a time.
 """
@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from btx.losses import next_token_loss
-from btx.models import quiet_transformers
-from btx.moe import moe_blocks, swap_in_moe
-from btx.routing_metrics import RoutingMeter
-from btx.training import clip_gradients
+from btx.model_files.models import quiet_transformers
+from btx.moe.layer import moe_blocks, swap_in_moe
+from btx.moe.routing_metrics import RoutingMeter
+from btx.training.loop import clip_gradients
+from btx.training.losses import next_token_loss
 
 VOCABULARY, SEQUENCE, LAYERS = 2048, 256, 2
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

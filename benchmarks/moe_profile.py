@@ -22,9 +22,9 @@ from moe import SEQUENCE, VOCABULARY, Shape, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from btx.losses import next_token_loss
-from btx.models import quiet_transformers
-from btx.training import clip_gradients
+from btx.model_files.models import quiet_transformers
+from btx.training.loop import clip_gradients
+from btx.training.losses import next_token_loss
 
 PARTS = ("attention", "feed-forward products", "feed-forward elementwise", "dispatch", "router", "LM head and loss",
          "clipping", "AdamW", "norms, residuals, embeddings")  # fmt: skip

@@ -31,7 +31,7 @@ def pico_texts(count: int = 60) -> list[str]:
 @pytest.fixture(scope="session")
 def pico_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level BPE tokenizer of 320 entries."""
-    from btx.tokenizer import train_tokenizer
+    from btx.data.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(pico_texts(), 320).save_pretrained(folder)
@@ -46,7 +46,7 @@ def make_llama(tmp_path: Path, pico_tokenizer_folder: Path) -> Callable[..., Pat
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from btx.models import quiet_transformers
+    from btx.model_files.models import quiet_transformers
 
     def make(name: str, noise_seed: int = 0, **config: Any) -> Path:
         quiet_transformers()

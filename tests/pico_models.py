@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from btx.recipe import Recipe
-from btx.recipe_loading import parse_recipe
-from btx.token_files import write_token_file
-from btx.tokenizer import train_tokenizer
+from btx.data.token_files import write_token_file
+from btx.data.tokenizer import train_tokenizer
+from btx.recipe.loading import parse_recipe
+from btx.recipe.schema import Recipe
 
 WORDS = ["the", "sum", "of", "three", "and", "four", "is", "seven", "naïve", "café", "Zürich", "😀", "def", "return",
          "x", "+", "1\n", "Answer:", "Question:", "42", "7", "€", "\n"]  # fmt: skip

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from btx.interrupts import Interrupts
-from btx.jobs import run_stages
-from btx.recipe import Recipe
-from btx.recipe_loading import load_recipe
-from btx.rundir import RunFolder
+from btx.recipe.loading import load_recipe
+from btx.recipe.schema import Recipe
+from btx.running.interrupts import Interrupts
+from btx.running.jobs import run_stages
+from btx.running.rundir import RunFolder
 
 WORDS = {
     "birds": "heron finch owl wren kite crow swift robin nests sings flies hunts over under near the a".split(),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from btx.aggregate import aggregate, read_results
 from btx.errors import RunFolderError
+from btx.evaluation.aggregate import aggregate, read_results
 
 
 def entry(math: float, score: float, hours: float) -> dict[str, Any]:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.analyze import analyze, dead_experts, domain_routing, in_domain_layers
 from btx.errors import CheckpointError
-from btx.held_out import HeldOutDocument, held_out_documents, pack
-from btx.models import load_model
-from btx.moe import moe_blocks
-from btx.recipe import Recipe
-from btx.report_tokens import token_view
-from btx.router_kinds import RoutingSettings
-from btx.routers import Rule
-from btx.token_texts import token_texts
+from btx.evaluation.analyze import analyze, dead_experts, domain_routing, in_domain_layers
+from btx.evaluation.held_out import HeldOutDocument, held_out_documents, pack
+from btx.model_files.models import load_model
+from btx.moe.layer import moe_blocks
+from btx.moe.router_kinds import RoutingSettings
+from btx.moe.routers import Rule
+from btx.recipe.schema import Recipe
+from btx.reporting.token_texts import token_texts
+from btx.reporting.tokens import token_view
 from tests.pico_models import llama, mixtral, prepared_run, recipe, texts, tokenizer
 
 THREE = ("train: {domains: [math]", "train: {domains: [math, general]")

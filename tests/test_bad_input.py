@@ -17,15 +17,15 @@ import psutil
 import pytest
 
 from btx.errors import DataError, RunFolderError, StageFailed
-from btx.folders import file_sha256
-from btx.pipeline import run as run_pipeline
-from btx.plan import plan
-from btx.preflight import preflight
-from btx.progress import Display
-from btx.recipe import Recipe
-from btx.recipe_loading import load_recipe
-from btx.rundir import RunFolder
-from btx.status import last_metrics
+from btx.model_files.folders import file_sha256
+from btx.planning.plan import plan
+from btx.recipe.loading import load_recipe
+from btx.recipe.schema import Recipe
+from btx.running.pipeline import run as run_pipeline
+from btx.running.preflight import preflight
+from btx.running.progress import Display
+from btx.running.rundir import RunFolder
+from btx.running.status import last_metrics
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 
@@ -130,7 +130,7 @@ def wait_for_step(run: RunFolder, stage: str, step: int, job: subprocess.Popen[s
 FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-from btx.cli import main
+from btx.cli.main import main
 main()
 """
 
@@ -192,7 +192,7 @@ def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> No
 
 
 def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
-    from btx.rundir import exclusive
+    from btx.running.rundir import exclusive
 
     run, _ = run_here(pico_recipe(tmp_path), ["data"])
     before = hashes(run.path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from btx.balancing import (
+from btx.moe.balancing import (
     Balancing,
     RoutingLoss,
     batch_means,
@@ -19,7 +19,7 @@ from btx.balancing import (
     sparse_gates,
     total_load_balancing_loss,
 )
-from btx.routers import Routing, biased_top_k_gates, switch_gates, top_k_gates
+from btx.moe.routers import Routing, biased_top_k_gates, switch_gates, top_k_gates
 
 T, E = 60, 4
 

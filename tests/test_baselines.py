@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from btx.baseline_kinds import BASELINES, BaselineName
-from btx.baseline_settings import phases_of
+from btx.baselines.kinds import BASELINES, BaselineName
+from btx.baselines.matching import scaled_steps
+from btx.baselines.settings import phases_of
+from btx.data.mixture import domain_mixture, finetune_mixture
 from btx.errors import RecipeError, UserError
-from btx.folders import read_json
-from btx.graph import build_graph
-from btx.interrupts import Interrupted, Interrupts
-from btx.jobs import jobs_at_once, run_stages, training_threads
-from btx.matching import scaled_steps
-from btx.mixture import domain_mixture, finetune_mixture
-from btx.models import load_model
-from btx.moe import moe_blocks
-from btx.plan import plan
-from btx.rundir import RunFolder
-from btx.train import open_mixtures
+from btx.model_files.folders import read_json
+from btx.model_files.models import load_model
+from btx.moe.layer import moe_blocks
+from btx.planning.plan import plan
+from btx.running.graph import build_graph
+from btx.running.interrupts import Interrupted, Interrupts
+from btx.running.jobs import jobs_at_once, run_stages, training_threads
+from btx.running.rundir import RunFolder
+from btx.training.train import open_mixtures
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 MADE = list(BASELINES)
@@ -306,7 +306,7 @@ def test_without_the_soup_there_is_none(tmp_path: Path) -> None:
 
 
 def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from btx import jobs
+    from btx.running import jobs
 
     monkeypatch.setattr(jobs, "processors", lambda: 12)
     recipe = pico_recipe(tmp_path, "run", "baselines=[soup,upcycling_cm,dense_dm,upcycling_dm,btx_soft]")

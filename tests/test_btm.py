@@ -14,20 +14,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.btm import TEMPERATURES, best_temperature, pieces_of, write_btm, write_btm_folder
-from btx.btm_model import BtmModel, load_model_or_btm
-from btx.chat import completion
+from btx.baselines.btm import TEMPERATURES, best_temperature, pieces_of, write_btm, write_btm_folder
+from btx.baselines.btm_model import BtmModel, load_model_or_btm
+from btx.baselines.text_similarity import TextSimilarity, looks
+from btx.cli.chat import completion
+from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import CheckpointError, UserError
-from btx.evaluate import ModelEntry, bits_per_byte, evaluate_models
-from btx.expert_text import TextRows
-from btx.graph import Stage
-from btx.held_out import HeldOutDocument, Packed, pack
-from btx.model_outputs import token_nll
-from btx.models import load_model
-from btx.rundir import RunFolder
-from btx.tasks import complete
-from btx.text_similarity import TextSimilarity, looks
-from btx.token_files import DocumentEncoder, write_token_file
+from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models
+from btx.evaluation.held_out import HeldOutDocument, Packed, pack
+from btx.evaluation.model_outputs import token_nll
+from btx.evaluation.tasks import complete
+from btx.model_files.models import load_model
+from btx.moe.expert_text import TextRows
+from btx.running.graph import Stage
+from btx.running.rundir import RunFolder
 from tests.pico_models import llama, prepared_run, recipe, tokenizer
 
 WORDS = {
@@ -142,7 +142,7 @@ def test_the_context_is_looked_at_often_at_first_and_then_once_a_window():
 
 def test_the_temperature_is_the_one_that_predicts_text_put_aside_best(folder, btm, monkeypatch):
     tries = (0.005, 0.03, 0.1, 0.3, 1.0)
-    monkeypatch.setattr("btx.btm.TEMPERATURES", tries)
+    monkeypatch.setattr("btx.baselines.btm.TEMPERATURES", tries)
     texts = [pack([HeldOutDocument(ids, 1) for ids in encoded([text_of(kind, 30, seed) for seed in (77, 78)])], 256)
              for kind in WORDS]  # fmt: skip
     paths = [folder.parent / kind for kind in WORDS]
@@ -319,7 +319,7 @@ def test_a_run_s_stage_names_its_experts_and_is_evaluated_like_any_model(tmp_pat
 
 
 def test_documents_are_cut_at_their_starts_and_at_the_longest_piece(monkeypatch):
-    monkeypatch.setattr("btx.btm.PIECE_TOKENS", 3)
+    monkeypatch.setattr("btx.baselines.btm.PIECE_TOKENS", 3)
     rows = TextRows("", np.array([[5, 6, 7, 8, 1, 2]]), np.array([[0, 1, 2, 3, 0, 1]]))
     assert [piece.tolist() for piece in pieces_of(rows)] == [[5, 6, 7], [8], [1, 2]]
 

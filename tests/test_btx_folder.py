@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
-from btx.btx_folder import write_router
 from btx.errors import CheckpointError
-from btx.models import load_model, load_tokenizer, read_config, save_model
-from btx.moe import moe_blocks, set_router
-from btx.router_kinds import RoutingSettings
+from btx.model_files.models import load_model, load_tokenizer, read_config, save_model
+from btx.moe.btx_folder import write_router
+from btx.moe.layer import moe_blocks, set_router
+from btx.moe.router_kinds import RoutingSettings
 from tests.pico_models import mixtral
 
 IDS = torch.arange(5, 65).view(2, 30)

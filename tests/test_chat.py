@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from btx import chat
+from btx.cli import chat
+from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
-from btx.models import load_model
-from btx.tasks import complete
-from btx.token_files import DocumentEncoder
+from btx.evaluation.tasks import complete
+from btx.model_files.models import load_model
 from tests.pico_models import llama, mixtral, tokenizer
 
 PROMPT = "the sum of three €"

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
-from btx import __version__, cli
-from btx.catalogue import CATALOGUE
-from btx.recipe_loading import load_recipe, packaged_recipes
-from btx.rundir import RunFolder
+from btx import __version__
+from btx.cli import main as cli
+from btx.cli.catalogue import CATALOGUE
+from btx.recipe.loading import load_recipe, packaged_recipes
+from btx.running.rundir import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
 
 COMMANDS = "run sweep plan status ls cp train mix finetune baselines evaluate analyze report chat".split()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from btx import code_execution
-from btx.code_execution import Limits, Outcome, check_code_execution, fences_text, run_program, run_programs
 from btx.errors import UserError
+from btx.evaluation import code_execution
+from btx.evaluation.code_execution import Limits, Outcome, check_code_execution, fences_text, run_program, run_programs
 
 SHORT = Limits(seconds=5, cpu_s=1, memory_bytes=1 << 28)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from btx.cli import app
-from btx.compare import compare_documents, compare_models, resampled_ratios
+from btx.cli.main import app
 from btx.errors import RunFolderError, UserError
-from btx.rundir import RunFolder
+from btx.evaluation.compare import compare_documents, compare_models, resampled_ratios
+from btx.running.rundir import RunFolder
 from tests.pico_run import pico_recipe
 
 N = 400
@@ -96,7 +96,7 @@ def test_the_same_seed_draws_the_same_and_few_draws_at_once_change_nothing(monke
     drawn = resampled_ratios(values, sizes, 200, 5)
     np.testing.assert_array_equal(drawn, resampled_ratios(values, sizes, 200, 5))
     assert not np.array_equal(drawn, resampled_ratios(values, sizes, 200, 6))
-    monkeypatch.setattr("btx.compare.DRAWS_AT_ONCE", 70)
+    monkeypatch.setattr("btx.evaluation.compare.DRAWS_AT_ONCE", 70)
     np.testing.assert_allclose(drawn, resampled_ratios(values, sizes, 200, 5))
 
 

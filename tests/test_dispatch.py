@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btx import dispatch
-from btx.dispatch import cut_into_tiles, feed_forward, grouped_feed_forward, sort_by_expert
+from btx.moe import dispatch
+from btx.moe.dispatch import cut_into_tiles, feed_forward, grouped_feed_forward, sort_by_expert
 
 T, D, WIDTH, E = 50, 16, 24, 4
 

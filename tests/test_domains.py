@@ -7,10 +7,10 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from btx.domains import GENERATORS, QUESTION_GENERATORS, Document, documents, questions
-from btx.domains.document import split_by_group
-from btx.domains.general_text import passages, prose
-from btx.domains.stdlib_sources import read_source, standard_library
+from btx.data.domains import GENERATORS, QUESTION_GENERATORS, Document, documents, questions
+from btx.data.domains.document import split_by_group
+from btx.data.domains.general_text import passages, prose
+from btx.data.domains.stdlib_sources import read_source, standard_library
 from btx.errors import DataError
 
 MAX_BYTES = 500_000

@@ -9,9 +9,9 @@ import pytest
 import sympy
 from sympy.abc import x, y
 
-from btx.domains import documents, questions
-from btx.domains.math_problems import HELD_OUT_PROBLEMS, is_held_out, problem_id, problems
-from btx.domains.math_registry import KINDS
+from btx.data.domains import documents, questions
+from btx.data.domains.math_problems import HELD_OUT_PROBLEMS, is_held_out, problem_id, problems
+from btx.data.domains.math_registry import KINDS
 
 SAMPLES = 40
 UNIT_IN_BASE = {"metres": 1, "centimetres": sympy.Rational(1, 100), "millimetres": sympy.Rational(1, 1000),

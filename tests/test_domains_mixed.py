@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from btx.domains import documents, mixed_text
-from btx.domains.mixed_text import mixed_texts
-from btx.domains.world_text import renderings
+from btx.data.domains import documents, mixed_text
+from btx.data.domains.mixed_text import mixed_texts
+from btx.data.domains.world_text import renderings
 
 
 @cache

@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 
-from btx.domains import documents, questions
-from btx.domains.world import make_world
-from btx.domains.world_text import NEVER_ASKED, is_never_asked, renderings
-from btx.domains.world_wordings import QUESTIONS, STATEMENTS
+from btx.data.domains import documents, questions
+from btx.data.domains.world import make_world
+from btx.data.domains.world_text import NEVER_ASKED, is_never_asked, renderings
+from btx.data.domains.world_wordings import QUESTIONS, STATEMENTS
 
 
 @cache

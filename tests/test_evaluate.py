@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx import model_outputs
-from btx.domains import Question
+from btx.data.domains import Question
+from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import DataError
-from btx.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
-from btx.held_out import NOT_SCORED, HeldOutDocument, held_out_documents, pack
-from btx.models import load_model
-from btx.recipe import Recipe
-from btx.recipe_evaluate import Task
-from btx.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line, read_questions
-from btx.token_files import DocumentEncoder, write_token_file
+from btx.evaluation import model_outputs
+from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
+from btx.evaluation.held_out import NOT_SCORED, HeldOutDocument, held_out_documents, pack
+from btx.evaluation.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line, read_questions
+from btx.model_files.models import load_model
+from btx.recipe.evaluate import Task
+from btx.recipe.schema import Recipe
 from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer
 
 MODELS = {"llama": llama, "mixtral": mixtral}

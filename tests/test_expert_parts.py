@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from btx.errors import CheckpointError
-from btx.folders import read_json
-from btx.mix import mix
-from btx.models import load_model
-from btx.moe import moe_blocks
+from btx.mixing.mix import mix
+from btx.model_files.folders import read_json
+from btx.model_files.models import load_model
+from btx.moe.layer import moe_blocks
 
 MakeLlama = Callable[..., Path]
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from btx.drop import drop
-from btx.expert_text import TextRows
-from btx.extend import extend
-from btx.mix import mix
+from btx.mixing.drop import drop
+from btx.mixing.extend import extend
+from btx.mixing.mix import mix
+from btx.moe.expert_text import TextRows
 from tests.test_families import branch, every_family, logits, make, plain
 
 

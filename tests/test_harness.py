@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from btx import cli, harness, harness_checks
-from btx.btm_model import load_model_or_btm
-from btx.btx_folder import write_router
+from btx.baselines.btm_model import load_model_or_btm
+from btx.cli import main as cli
 from btx.errors import UserError
-from btx.evaluate import ModelEntry, evaluate_models
-from btx.harness import Harness, mean_and_stderr
-from btx.harness_files import TaskRequest
-from btx.models import load_model, load_tokenizer
-from btx.recipe_loading import parse_recipe
-from btx.router_kinds import RoutingSettings
+from btx.evaluation import harness, harness_checks
+from btx.evaluation.evaluate import ModelEntry, evaluate_models
+from btx.evaluation.harness import Harness, mean_and_stderr
+from btx.evaluation.harness_files import TaskRequest
+from btx.model_files.models import load_model, load_tokenizer
+from btx.moe.btx_folder import write_router
+from btx.moe.router_kinds import RoutingSettings
+from btx.recipe.loading import parse_recipe
 from tests.harness_data import PAPER_SHOTS, SCORED, gold_answer, gold_index, lines, write_task_files
 from tests.pico_models import RECIPE, llama, mixtral, prepared_run
 from tests.test_btm import folder_of
@@ -82,7 +83,7 @@ def test_a_real_model_answers_all_nine_tasks_without_a_network(files, dense, no_
 
 @pytest.mark.parametrize("right", [True, False])
 def test_gold_answers_are_right_and_other_answers_wrong(right: bool, files, dense, monkeypatch) -> None:
-    from btx.harness_model import HarnessModel
+    from btx.evaluation.harness_model import HarnessModel
 
     def write(self: Any, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         return [gold_answer(request.doc) if right else " 12" for request in requests]
@@ -98,7 +99,7 @@ def test_gold_answers_are_right_and_other_answers_wrong(right: bool, files, dens
 
 def prompts(request: TaskRequest, dense: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What a model is asked: prompt and continuation or stop texts."""
-    from btx.harness_model import HarnessModel
+    from btx.evaluation.harness_model import HarnessModel
 
     asked: list[tuple[str, Any]] = []
 

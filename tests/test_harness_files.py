@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from btx import harness_checks
 from btx.errors import DataError, RecipeError, UserError
-from btx.harness_checks import check_harness
-from btx.harness_files import KINDS, TaskRequest, local_tasks, read_documents, requests_of
-from btx.preflight import preflight
-from btx.recipe_evaluate import CODE_TASKS
-from btx.recipe_loading import parse_recipe
+from btx.evaluation import harness_checks
+from btx.evaluation.harness_checks import check_harness
+from btx.evaluation.harness_files import KINDS, TaskRequest, local_tasks, read_documents, requests_of
+from btx.recipe.evaluate import CODE_TASKS
+from btx.recipe.loading import parse_recipe
+from btx.running.preflight import preflight
 from tests.harness_data import PAPER_SHOTS, SCORED, lines, write_task_files
 from tests.pico_models import RECIPE
 

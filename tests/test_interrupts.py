@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from btx.interrupts import Interrupted, Interrupts
+from btx.running.interrupts import Interrupted, Interrupts
 
 
 @pytest.fixture

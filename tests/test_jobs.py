@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from btx import jobs
-from btx.recipe_training import Finetune
-from btx.rundir import RunFolder
-from btx.training import has_bfloat16_units, in_bfloat16
+from btx.recipe.training import Finetune
+from btx.running import jobs
+from btx.running.rundir import RunFolder
+from btx.training.loop import has_bfloat16_units, in_bfloat16
 from tests.pico_run import pico_recipe
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from btx import losses
-from btx.models import load_model
+from btx.model_files.models import load_model
+from btx.training import losses
 
 
 @pytest.mark.parametrize("chunk", [7, 512])

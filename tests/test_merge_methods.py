@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from btx.errors import CheckpointError
-from btx.lazy_tensors import rounded
-from btx.merge_kinds import MERGE_METHODS, MergeSettings
-from btx.merge_methods import bind
+from btx.mixing.merge_kinds import MERGE_METHODS, MergeSettings
+from btx.mixing.merge_methods import bind
+from btx.model_files.lazy_tensors import rounded
 
 Models = tuple[Tensor, dict[str, Tensor]]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btx.errors import UserError
-from btx.mix import mix
+from btx.mixing.mix import mix
 
 MakeLlama = Callable[..., Path]
 INDEX = "model.safetensors.index.json"

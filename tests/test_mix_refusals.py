@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btx.errors import CheckpointError, RunFolderError, UserError
-from btx.mix import mix
+from btx.mixing.mix import mix
 
 MakeLlama = Callable[..., Path]
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -176,7 +176,7 @@ def test_settings_that_cannot_work_are_refused(
     assert "top_k is 3, but there are 2 experts" in refusal(seed, {"a": seed}, output, top_k=3)
     assert "allowed are float32, bfloat16, float16" in refusal(seed, {"a": seed}, output, dtype="int8")
     assert "'5 pounds' is not a size" in refusal(seed, {"a": seed}, output, max_shard_size="5 pounds")
-    monkeypatch.setattr("btx.shard_writer.shutil.disk_usage", lambda path: Disk(10**9, 10**9, 10**6))
+    monkeypatch.setattr("btx.model_files.shard_writer.shutil.disk_usage", lambda path: Disk(10**9, 10**9, 10**6))
     assert "needs 0.00 GB, but" in refusal(seed, {"a": seed}, output)
     with pytest.raises(RunFolderError):
         mix(seed, {"a": seed}, output)

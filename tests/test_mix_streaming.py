@@ -20,13 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from btx.checkpoints import INDEX, TensorFolder
 from btx.errors import UserError
-from btx.lazy_tensors import Computed, Elementwise, FileTensor, cast, is_finite, rounded
-from btx.merge import mean
-from btx.mix import mix, soup
-from btx.shard_writer import OutputTensor, write_shards
-from btx.sizes import bytes_of
+from btx.mixing.merge import mean
+from btx.mixing.mix import mix, soup
+from btx.model_files.checkpoints import INDEX, TensorFolder
+from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast, is_finite, rounded
+from btx.model_files.shard_writer import OutputTensor, write_shards
+from btx.recipe.sizes import bytes_of
 
 MakeLlama = Callable[..., Path]
 
@@ -133,8 +133,8 @@ def test_the_quick_check_for_nan_agrees_with_torch(bits: np.ndarray, dtype: torc
 def test_a_tensor_larger_than_a_block_is_read_whole_and_in_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btx.lazy_tensors.BLOCK_ELEMENTS", 7)
-    monkeypatch.setattr("btx.lazy_tensors.COMPUTED_ELEMENTS", 4)
+    monkeypatch.setattr("btx.model_files.lazy_tensors.BLOCK_ELEMENTS", 7)
+    monkeypatch.setattr("btx.model_files.lazy_tensors.COMPUTED_ELEMENTS", 4)
     values = torch.arange(60, dtype=torch.float32).view(12, 5)
     computed = Computed((12, 5), torch.float32, lambda: values)
     write_shards(tmp_path, [OutputTensor("a", (12, 5), torch.float32, [computed])])
@@ -195,11 +195,10 @@ def test_an_interrupted_mix_leaves_nothing_and_the_old_output_whole(make_llama: 
 
 
 SENDS_ITSELF_A_SIGNAL = """
-import os, sys
-import btx.mix
-from btx.cli import main
+import os
+from btx.cli.main import main
+from btx.mixing import mix as module
 
-module = sys.modules["btx.mix"]  # the package's own name btx.mix is the function
 plain = module.mix
 def mix(*args, **options):
     end = lambda written, total: written * 2 > total and os.kill(os.getpid(), {number})

@@ -13,10 +13,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from btx.data.mixture import (
+    NO_LABEL,
+    Mixture,
+    apportion,
+    domain_mixture,
+    finetune_mixture,
+    permuted,
+    resolve,
+    seed_mixture,
+)
+from btx.data.token_files import TokenFile
 from btx.errors import DataError
-from btx.mixture import NO_LABEL, Mixture, apportion, domain_mixture, finetune_mixture, permuted, resolve, seed_mixture
-from btx.recipe import Recipe
-from btx.token_files import TokenFile
+from btx.recipe.schema import Recipe
 
 SEPARATOR = 0
 Weights = st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=6)
@@ -24,7 +33,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 
 def write(folder: Path, documents: list[list[int]], *, trailing_eos: bool = False) -> TokenFile:
-    """A token file with these documents, byte for byte as `btx.token_files` describes it."""
+    """A token file with these documents, byte for byte as `btx.data.token_files` describes it."""
     folder.mkdir(parents=True)
     tokens = np.array([token for document in documents for token in document], "<u2")
     tokens.tofile(folder / "tokens.bin")

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from btx.data.mixture import Mixture, resolve
+from btx.data.prepare import check_budget, check_budgets, check_held_out, prepare, prepare_run, training_texts
+from btx.data.sources import read_documents
+from btx.data.token_files import TokenFile
+from btx.data.tokenizer import train_tokenizer
 from btx.errors import DataError
-from btx.graph import build_graph
-from btx.mixture import Mixture, resolve
-from btx.prepare import check_budget, check_budgets, check_held_out, prepare, prepare_run, training_texts
-from btx.recipe import Recipe
-from btx.rundir import RunFolder
-from btx.sources import read_documents
-from btx.token_files import TokenFile
-from btx.tokenizer import train_tokenizer
+from btx.recipe.schema import Recipe
+from btx.running.graph import build_graph
+from btx.running.rundir import RunFolder
 
 MATH = [f"{n} plus {n} is {2 * n}." for n in range(400)]
 CODE = [f"def f{n}(x):\n    return x + {n}" for n in range(300)]
@@ -220,7 +220,7 @@ def test_a_runs_data_stage_leaves_a_tokenizer_and_token_files(make: Callable[...
 def test_a_new_tokenizer_is_written_under_a_class_that_transformers_4_knows(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from btx.tokenizer import save_tokenizer, train_tokenizer
+    from btx.data.tokenizer import save_tokenizer, train_tokenizer
 
     tokenizer = train_tokenizer(["one two three 42", "deux trois"], 300)
     save_tokenizer(tokenizer, tmp_path)

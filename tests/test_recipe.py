@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from btx.errors import RecipeError, UserError
-from btx.recipe import Recipe
-from btx.recipe_loading import copy_recipe, dump_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
+from btx.recipe.loading import copy_recipe, dump_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
+from btx.recipe.schema import Recipe
 
 SMALL = """\
 data:
@@ -407,7 +407,7 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(tmp_path: Path, name: str, ta
 
 
 def test_reading_recipes_does_not_import_torch_or_transformers() -> None:
-    code = "import sys, btx.recipe_loading; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    code = "import sys, btx.recipe.loading; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from btx.recipe import Recipe
-from btx.recipe_docs import recipe_page, write_pages
+from btx.recipe.docs import recipe_page, write_pages
+from btx.recipe.schema import Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_the_committed_page_is_up_to_date(tmp_path: Path, name: str) -> None:
     write_pages(tmp_path)
     committed = (DOCS / name).read_text("utf-8")
-    assert committed == (tmp_path / name).read_text("utf-8"), "run: python -m btx.recipe_docs docs"
+    assert committed == (tmp_path / name).read_text("utf-8"), "run: python -m btx.recipe.docs docs"
 
 
 def test_every_field_has_a_row_with_a_meaning() -> None:

@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 import pytest
 
 from btx.errors import RunFolderError
-from btx.report import write_report
-from btx.report_charts import CostPoint, bucket_means, cost_chart, spread
-from btx.report_results import (
+from btx.reporting.charts import CostPoint, bucket_means, cost_chart, spread
+from btx.reporting.report import write_report
+from btx.reporting.results import (
     count_text,
     duration_text,
     flops_text,
@@ -28,7 +28,7 @@ from btx.report_results import (
     results_table,
     signed_percent,
 )
-from btx.report_tokens import own_expert, shown_layers, token_view
+from btx.reporting.tokens import own_expert, shown_layers, token_view
 
 DOMAINS = ["math", "code", "knowledge", "general"]
 EXPERTS = ["math", "code", "knowledge", "generalist"]
@@ -416,7 +416,7 @@ def test_an_unfinished_last_line_of_metrics_is_left_out_and_any_other_broken_lin
 
 
 def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
-    from btx.report import read_run
+    from btx.reporting.report import read_run
 
     write(tmp_path / "seed" / "metrics.jsonl",
           '{"step": 1, "loss": 9}\n{"step": 2, "loss": 8}\n{"step": 2, "loss": 7}\n{"step": 3, "loss": 6}\n')

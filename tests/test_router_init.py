@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from btx.errors import CheckpointError, DataError
-from btx.expert_text import TextRows, text_from_files, text_from_run
-from btx.folders import read_json
-from btx.mix import mix
-from btx.models import load_model, load_tokenizer
-from btx.moe import moe_blocks
-from btx.plan import plan
-from btx.router_fit import experts_in_equal_parts, router_sums
-from btx.router_init import RouterSettings, RouterSums, hidden_mean, initial_router, ridge
-from btx.rundir import RunFolder
+from btx.mixing.mix import mix
+from btx.model_files.folders import read_json
+from btx.model_files.models import load_model, load_tokenizer
+from btx.moe.expert_text import TextRows, text_from_files, text_from_run
+from btx.moe.layer import moe_blocks
+from btx.moe.router_fit import experts_in_equal_parts, router_sums
+from btx.moe.router_init import RouterSettings, RouterSums, hidden_mean, initial_router, ridge
+from btx.planning.plan import plan
+from btx.running.rundir import RunFolder
 from tests.pico_run import pico_recipe, run_here
 
 MakeLlama = Callable[..., Path]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from btx.errors import CheckpointError
-from btx.router_kinds import ROUTERS, RoutingSettings
-from btx.routers import (
+from btx.moe.router_kinds import ROUTERS, RoutingSettings
+from btx.moe.routers import (
     Routing,
     Rule,
     biased_top_k_gates,

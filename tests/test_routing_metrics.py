@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from btx.router_kinds import RoutingSettings
-from btx.routers import Routing, Rule, switch_gates, top_k_gates
-from btx.routing_metrics import WATCHED_STEPS, DeadExpertWatch, RoutingMeter
+from btx.moe.router_kinds import RoutingSettings
+from btx.moe.routers import Routing, Rule, switch_gates, top_k_gates
+from btx.moe.routing_metrics import WATCHED_STEPS, DeadExpertWatch, RoutingMeter
 
 
 def logits(rng_seed: int = 0, T: int = 80) -> torch.Tensor:

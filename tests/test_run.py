@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from btx.errors import CheckpointError, RunFolderError
-from btx.folders import read_json
-from btx.graph import build_graph
-from btx.plan import plan
-from btx.rundir import RunFolder, exclusive
-from btx.train import check_planned
+from btx.model_files.folders import read_json
+from btx.planning.plan import plan
+from btx.running.graph import build_graph
+from btx.running.rundir import RunFolder, exclusive
+from btx.training.train import check_planned
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 
@@ -190,7 +190,7 @@ def test_bad_input_exits_with_2_and_leaves_no_folder(tmp_path: Path, override: s
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    from btx.preflight import preflight
+    from btx.running.preflight import preflight
 
     (tmp_path / "nothing").mkdir()
     recipe = pico_recipe(tmp_path, "run", "seed_model={path: " + str(tmp_path / "nothing") + "}")

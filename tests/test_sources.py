@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from btx import domains
+from btx.data import domains
+from btx.data.sources import read_documents, split_documents
 from btx.errors import DataError, UserError
-from btx.recipe_data import Data
-from btx.sources import read_documents, split_documents
+from btx.recipe.data import Data
 
 TEXTS = [f"Document {n}: ä\u2028 {'x' * n}" for n in range(200)]
 

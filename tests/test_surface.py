@@ -19,32 +19,82 @@ from btx import errors
 
 SOURCE = Path(btx.__file__).parent
 
-# Every module of src/btx, in the layers of docs/decisions.md; a package's name stands for all modules in it.
-# A module imports from its own layer and from those its layer lists in MAY_IMPORT, never upwards.
+# Every module of src/btx by package, in the layers of docs/decisions.md; a package in a package (`domains`) stands for
+# all modules in it. A module imports from its own layer and from those its layer lists in MAY_IMPORT, never upwards.
 # A new module: add its name to the layer that fits. Without torch and without anything that needs it: plain.
 LAYERS = {
-    "cli": "__main__ cli cli_evaluate cli_mix cli_sweep tables terminal",
-    "pipeline": "catalogue jobs models_of_run pipeline progress sharing sweep sweep_variants",
-    "launchers": "launchers",
-    "stages": "analyze baselines chat compare drop evaluate extend finetune mix plan prepare report train",
-    "pieces": (
-        "balancing beside_weights branch btm btm_calls btm_model checkpoints cost direct_file dispatch drift "
-        "expert_parts expert_text extend_checks harness harness_model held_out kv_cache lazy_tensors losses "
-        "matching merge merge_methods mix_checks mix_inputs mix_report mixed_set mixture model_outputs models moe "
-        "moe_folder moe_layout output_types peak_memory plan_models report_charts report_costs report_results "
-        "report_tokens router_fit router_init routers routing_metrics schedule seed_config shard_writer speed "
-        "sweep_figure sweep_table "
-        "switching tasks text_similarity token_files token_texts tokenizer trainable training training_state "
-        "vocabularies"
-    ),
-    "plain": (
-        "aggregate baseline_kinds baseline_settings btx_folder code_execution code_jail document_files domains "
-        "errors families folders graph harness_checks harness_files interrupts json_lines log_tail merge_kinds "
-        "model_card model_folder preflight provenance recipe recipe_data recipe_docs recipe_evaluate "
-        "recipe_extends recipe_loading recipe_mix recipe_overrides recipe_problems recipe_section recipe_training "
-        "recipes router_kinds router_notes rundir sizes sources status yaml_positions"
-    ),
+    "": {
+        "cli": "__main__",
+        "plain": "errors recipes",
+    },
+    "cli": {
+        "cli": "evaluate main mix sweep tables terminal",
+        "pipeline": "catalogue",
+        "stages": "chat",
+    },
+    "running": {
+        "pipeline": "jobs models_of_run pipeline progress",
+        "launchers": "launchers",
+        "plain": "graph interrupts log_tail preflight rundir status",
+    },
+    "sweeps": {
+        "pipeline": "sharing sweep variants",
+        "pieces": "figure table",
+    },
+    "planning": {
+        "stages": "plan",
+        "pieces": "cost models speed",
+    },
+    "reporting": {
+        "stages": "report",
+        "pieces": "charts costs results token_texts tokens",
+    },
+    "evaluation": {
+        "stages": "analyze compare evaluate",
+        "pieces": "harness harness_model held_out mixed_set model_outputs tasks",
+        "plain": "aggregate code_execution code_jail harness_checks harness_files",
+    },
+    "baselines": {
+        "stages": "stage",
+        "pieces": "btm btm_calls btm_model matching text_similarity",
+        "plain": "kinds settings",
+    },
+    "training": {
+        "stages": "finetune train",
+        "pieces": "branch loop losses peak_memory schedule state trainable",
+    },
+    "mixing": {
+        "stages": "drop extend mix",
+        "pieces": "checks drift expert_parts extend_checks inputs merge merge_methods moe_folder moe_layout report",
+        "plain": "merge_kinds",
+    },
+    "moe": {
+        "pieces": "balancing dispatch expert_text layer router_fit router_init routers routing_metrics",
+        "plain": "btx_folder router_kinds router_notes",
+    },
+    "data": {
+        "stages": "prepare",
+        "pieces": "mixture switching token_files tokenizer",
+        "plain": "document_files domains json_lines sources",
+    },
+    "model_files": {
+        "pieces": (
+            "beside_weights checkpoints direct_file kv_cache lazy_tensors models output_types seed_config "
+            "shard_writer vocabularies"
+        ),
+        "plain": "families folders model_card model_folder provenance",
+    },
+    "recipe": {
+        "plain": (
+            "data docs evaluate extends loading mix overrides problems schema section sizes training "
+            "yaml_positions"
+        ),
+    },
 }
+LAYER_OF = {
+    f"{package}.{name}".removeprefix("."): layer
+    for package, layers in LAYERS.items() for layer, names in layers.items() for name in names.split()
+}  # fmt: skip
 MAY_IMPORT = {
     "cli": {"cli", "pipeline", "launchers", "stages", "pieces", "plain"},
     "pipeline": {"pipeline", "launchers", "stages", "pieces", "plain"},
@@ -54,23 +104,27 @@ MAY_IMPORT = {
     "plain": {"plain"},
 }
 # Stages do not import stages, but for these: one training path serves branches, the mixed model and the baselines.
-STAGES_THAT_USE_STAGES = {("finetune", "train"), ("baselines", "train"), ("baselines", "mix")}
+STAGES_THAT_USE_STAGES = {
+    ("training.finetune", "training.train"), ("baselines.stage", "training.train"), ("baselines.stage", "mixing.mix"),
+}  # fmt: skip
 HEAVY = ("torch", "transformers")
 
 
 def layer_of(module: str) -> str | None:
-    """Layer of a module named as in the table or by its dotted path, such as `domains.document`."""
-    return next((layer for layer, names in LAYERS.items() if module.split(".")[0] in names.split()), None)
+    """Layer of a module by its dotted path, such as `data.domains.document`, or that of the package it is in."""
+    parts = module.split(".")
+    return next((layer for n in range(len(parts), 0, -1) if (layer := LAYER_OF.get(".".join(parts[:n])))), None)
 
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted path below btx → file, the package's own __init__ left out."""
+    """Dotted path below btx → file; packages that hold nothing but their description are left out."""
     found = {}
     for file in sorted(SOURCE.rglob("*.py")):
         parts = file.relative_to(SOURCE).with_suffix("").parts
         dotted = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if dotted:
+        described_only = file.stem == "__init__" and len(ast.parse(file.read_text("utf-8")).body) == 1
+        if dotted and not described_only:
             found[dotted] = file
     return found
 
@@ -125,9 +179,9 @@ def test_every_public_name_is_there_and_says_what_it_does(name: str) -> None:
     assert value.__name__ == name
 
 
-def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
-    program = "import btx, btx.mix, btx.plan; print(callable(btx.mix), callable(btx.plan))"
-    assert in_a_new_process(program) == "True True"
+def test_no_package_takes_the_name_of_a_function() -> None:
+    packages = {module.split(".")[0] for module in modules()}
+    assert not packages & set(btx.__all__), "importing the package would hide the function"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
@@ -144,8 +198,8 @@ def test_type_checkers_see_the_same_names() -> None:
 
 @pytest.mark.parametrize("program", [
     "import btx; dir(btx); btx.load_recipe('demo')",
-    "import sys; sys.argv = ['btx', '--help']\nfrom btx.cli import app\napp(standalone_mode=False)",
-    "from btx.cli import app\napp(['ls', 'families'], standalone_mode=False)",
+    "import sys; sys.argv = ['btx', '--help']\nfrom btx.cli.main import app\napp(standalone_mode=False)",
+    "from btx.cli.main import app\napp(['ls', 'families'], standalone_mode=False)",
 ])  # fmt: skip
 def test_neither_importing_btx_nor_its_help_imports_torch_or_transformers(program: str) -> None:
     check = f"\nimport sys; print('loaded:', [name for name in {HEAVY} if name in sys.modules])"
@@ -161,8 +215,8 @@ def test_every_module_has_its_layer() -> None:
         f"new modules without a layer: {', '.join(missing)}. Add each to LAYERS in tests/test_surface.py: a stage (a "
         f"verb that a run or a command does) to 'stages', something that needs torch to 'pieces', all else to 'plain'"
     )
-    known = {module.split(".")[0] for module in modules()}
-    gone = [name for names in LAYERS.values() for name in names.split() if name not in known]
+    known = {module.rsplit(".", cut)[0] for module in modules() for cut in (0, 1)}
+    gone = [name for name in LAYER_OF if name not in known]
     assert not gone, f"no longer there, remove from LAYERS in tests/test_surface.py: {', '.join(gone)}"
 
 
@@ -172,8 +226,7 @@ def test_imports_point_downwards() -> None:
         for module, target in edges()
         if (source := layer_of(module)) and (wanted := layer_of(target))
         and wanted not in MAY_IMPORT[source]
-        and not (source == wanted == "stages" and (module.split(".")[0] == target.split(".")[0]
-                                                   or (module, target) in STAGES_THAT_USE_STAGES))
+        and not (source == wanted == "stages" and (module, target) in STAGES_THAT_USE_STAGES)
     ]  # fmt: skip
     assert not upward, "\n".join(upward)
 
@@ -208,7 +261,7 @@ def test_the_exception_tree_is_as_drawn() -> None:
     drawn: dict[str, tuple[str, int]] = {}
     above = {-1: "Exception"}
     for line in (errors.__doc__ or "").splitlines():
-        found = re.fullmatch(r"    ([│├└─ ]*)([A-Z]\w+) {2,}(?:\((btx\.\w+)\) +)?.*", line)
+        found = re.fullmatch(r"    ([│├└─ ]*)([A-Z]\w+) {2,}(?:\((btx\.[\w.]+)\) +)?.*", line)
         if found:
             depth = len(found[1]) // 4
             above[depth] = found[2]

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from btx.errors import StageFailed, UserError
-from btx.folders import read_json
-from btx.interrupts import Interrupted, Interrupts
-from btx.launchers import start_run
-from btx.recipe_loading import load_recipe
-from btx.rundir import RunFolder
-from btx.sharing import take_over
-from btx.sweep import sweep, sweep_state
-from btx.sweep_table import paired, sweep_cells, sweep_rows
-from btx.sweep_variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
+from btx.model_files.folders import read_json
+from btx.recipe.loading import load_recipe
+from btx.running.interrupts import Interrupted, Interrupts
+from btx.running.launchers import start_run
+from btx.running.rundir import RunFolder
+from btx.sweeps.sharing import take_over
+from btx.sweeps.sweep import sweep, sweep_state
+from btx.sweeps.table import paired, sweep_cells, sweep_rows
+from btx.sweeps.variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 FAST = ["seed_model.train.tokens=512", "train.tokens=512", "evaluate.tasks={}",
@@ -233,8 +233,8 @@ class Pretending:
 
 def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[str, ...]]:
     """Run the plan with runs that pretend; returns which were under way whenever one was started."""
-    monkeypatch.setattr("btx.sweep.POLL_S", 0.0)
-    monkeypatch.setattr("btx.prepare.check_budgets", lambda recipe, folder: None)
+    monkeypatch.setattr("btx.sweeps.sweep.POLL_S", 0.0)
+    monkeypatch.setattr("btx.data.prepare.check_budgets", lambda recipe, folder: None)
     jobs: list[Pretending] = []
     under_way: list[tuple[str, ...]] = []
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btx.mixture import NO_LABEL, Mixture
-from btx.switching import OTHERS, Switching
+from btx.data.mixture import NO_LABEL, Mixture
+from btx.data.switching import OTHERS, Switching
 from tests.test_mixture import write
 
 S = 8

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer, write_token_file
+from btx.data.tokenizer import as_loaded_beside, fast_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError, DataError
-from btx.token_files import DocumentEncoder, TokenFile, token_file_writer, write_token_file
-from btx.tokenizer import as_loaded_beside, fast_tokenizer, tokenizer_sha256, train_tokenizer
 
 WORDS = ["".join(random.Random(n).choices("aeioukmnprst", k=6)) for n in range(100)]
 TEXTS = [f"The {n}th {WORDS[n % 100]} isn't {n * n} {WORDS[n % 7]}: naïve 日本\n\n\tx  y" for n in range(300)]
@@ -160,7 +160,7 @@ def test_many_batches_are_written_in_order(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write_token_file(tmp_path / "whole", TEXTS, tokenizer, rng_seed=0, source={})
-    monkeypatch.setattr("btx.token_files.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("btx.data.token_files.BATCH_CHARACTERS", 100)
     parts = write_token_file(tmp_path / "parts", TEXTS, tokenizer, rng_seed=0, source={})
     assert parts.index == whole.index
     np.testing.assert_array_equal(parts.document_starts, whole.document_starts)

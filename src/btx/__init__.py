@@ -13,46 +13,44 @@ Names are imported when they are used, so that `import btx` costs nothing.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btx.balancing import load_balancing_loss
-    from btx.drop import drop
     from btx.errors import BtxError, UserError
-    from btx.extend import extend
-    from btx.mix import mix, soup
-    from btx.models import load_model, load_tokenizer
-    from btx.moe import MoE
-    from btx.pipeline import run
-    from btx.plan import plan
-    from btx.recipe import Recipe
-    from btx.recipe_loading import load_recipe
-    from btx.report import write_report
-    from btx.routers import top_k_gates
-    from btx.rundir import RunFolder
+    from btx.mixing.drop import drop
+    from btx.mixing.extend import extend
+    from btx.mixing.mix import mix, soup
+    from btx.model_files.models import load_model, load_tokenizer
+    from btx.moe.balancing import load_balancing_loss
+    from btx.moe.layer import MoE
+    from btx.moe.routers import top_k_gates
+    from btx.planning.plan import plan
+    from btx.recipe.loading import load_recipe
+    from btx.recipe.schema import Recipe
+    from btx.reporting.report import write_report
+    from btx.running.pipeline import run
+    from btx.running.rundir import RunFolder
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BtxError": "btx.errors",
-    "MoE": "btx.moe",
-    "Recipe": "btx.recipe",
-    "RunFolder": "btx.rundir",
+    "MoE": "btx.moe.layer",
+    "Recipe": "btx.recipe.schema",
+    "RunFolder": "btx.running.rundir",
     "UserError": "btx.errors",
-    "drop": "btx.drop",
-    "extend": "btx.extend",
-    "load_balancing_loss": "btx.balancing",
-    "load_model": "btx.models",
-    "load_recipe": "btx.recipe_loading",
-    "load_tokenizer": "btx.models",
-    "mix": "btx.mix",
-    "plan": "btx.plan",
-    "run": "btx.pipeline",
-    "soup": "btx.mix",
-    "top_k_gates": "btx.routers",
-    "write_report": "btx.report",
+    "drop": "btx.mixing.drop",
+    "extend": "btx.mixing.extend",
+    "load_balancing_loss": "btx.moe.balancing",
+    "load_model": "btx.model_files.models",
+    "load_recipe": "btx.recipe.loading",
+    "load_tokenizer": "btx.model_files.models",
+    "mix": "btx.mixing.mix",
+    "plan": "btx.planning.plan",
+    "run": "btx.running.pipeline",
+    "soup": "btx.mixing.mix",
+    "top_k_gates": "btx.moe.routers",
+    "write_report": "btx.reporting.report",
 }
 
 __all__ = [
@@ -84,14 +82,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Importing the submodule `btx.mix` would put it over the function `btx.mix`; the public name is the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,6 +1,6 @@
 """`python -m btx` is `btx`."""
 
-from btx.cli import main
+from btx.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file
 
 from btx.errors import NotFinite
-from btx.folders import file_sha256
-from btx.rundir import RunFolder
-from btx.status import last_metrics
+from btx.model_files.folders import file_sha256
+from btx.running.rundir import RunFolder
+from btx.running.status import last_metrics
 from tests.pico_run import pico_recipe, run_here
 
 
@@ -132,8 +132,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path:
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from btx import training_state
     from btx.errors import RunFolderError
+    from btx.training import state as training_state
 
     recipe = pico_recipe(tmp_path)
     run, _ = run_here(recipe, ["data"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.mix import mix, soup
-from btx.models import load_model
+from btx.mixing.mix import mix, soup
+from btx.model_files.models import load_model
 
 MakeLlama = Callable[..., Path]
 
@@ -98,8 +98,8 @@ def test_shared_weights_are_the_mean_and_feed_forward_weights_are_copied_bit_for
 
 
 def test_the_mean_is_taken_in_float32_and_rounded_once() -> None:
-    from btx.lazy_tensors import rounded
-    from btx.merge import mean
+    from btx.mixing.merge import mean
+    from btx.model_files.lazy_tensors import rounded
 
     tensors = [torch.randn(1000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]
     exact = torch.stack([tensor.float() for tensor in tensors]).double().mean(dim=0).float().bfloat16()

@@ -1,0 +1,1 @@
+"""What BTX is compared with."""

@@ -1,0 +1,166 @@
+"""Branch-Train-Merge, the baseline in which the experts stay whole models (BTX paper, section 4.1; arXiv 2208.03306).
+
+For every token the K experts whose training text is most like the context so far are run, and their next-token
+*distributions* are mixed, p = Σ_i w_i p_i. Weights: `btx.baselines.text_similarity`. The context is what the models
+themselves have read before the token, never the token itself or anything after it, and never the domain a text comes
+from.
+
+A folder of this baseline holds no weights, only where the experts are:
+
+    btm.json          members (name → model folder, relative), top_k, window, temperature
+    similarity.npz    idf and mean tf-idf vectors
+    and the tokenizer
+
+Shape letters: B batch, S sequence, N member models, R scored tokens, T texts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from btx.baselines.btm_model import FILE, SIMILARITY, weights_of
+from btx.baselines.text_similarity import WINDOW, TextSimilarity
+from btx.data.tokenizer import save_tokenizer
+from btx.errors import UserError
+from btx.evaluation.held_out import HeldOutDocument, Packed, device_and_type, pack
+from btx.evaluation.model_outputs import token_nll
+from btx.model_files.folders import atomic_folder, write_json
+from btx.model_files.models import load_model, load_tokenizer
+from btx.moe.expert_text import TextRows, text_from_run
+
+if TYPE_CHECKING:
+    from btx.running.graph import Stage
+    from btx.running.rundir import RunFolder
+
+Log = Callable[[str], None]
+
+TEXT_TOKENS = 500_000
+"""Tokens of each member's training text that are looked at, at most."""
+PIECE_TOKENS = 256
+"""Its documents are cut into pieces of so many tokens at most: contexts are not much longer."""
+TEMPERATURES = tuple(float(f"{value:.3g}") for value in np.geomspace(0.005, 1.0, 24))
+"""Among these T is chosen."""
+ASIDE_EVERY = 8
+"""One piece in so many decides T instead of what the members are compared by..."""
+MOST_ASIDE = 32
+"""...up to so many pieces of each member."""
+TUNING_BATCH_TOKENS = 8192
+
+
+def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
+    """The stage `baselines/btm_top<K>`, from its beginning to done.json: a folder that names the run's experts.
+
+    Members are the experts of the mix, the untouched seed model among them if `mix.generalist`. Nothing is trained.
+
+    Raises:
+        UserError: the stage's name says no K, or one above the number of members.
+    """
+    found = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
+    if not found:
+        raise UserError(f"{stage.name}: Branch-Train-Merge is called btm_top<K>, for example btm_top2")
+    started, recipe, folder = time.perf_counter(), run.recipe, run.begin(stage)
+    models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
+    if recipe.mix.generalist:
+        models["generalist"] = run.model("seed")
+    texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens))
+    device, dtype = device_and_type(recipe)
+    temperature = write_btm_folder(folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype)
+    log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
+        f"{temperature:.3g})")  # fmt: skip
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def write_btm_folder(
+    folder: Path, models: Mapping[str, Path], texts: Mapping[str, TextRows], *, top_k: int, window: int = WINDOW,
+    device: str = "cpu", dtype: torch.dtype = torch.float32,
+) -> float:  # fmt: skip
+    """Write a folder that `BtmModel.load` reads.
+
+    T is the one of `TEMPERATURES` with which the models give some text of all of them, put aside from what contexts are
+    compared with, the highest likelihood. It stays c-BTM's with too little text for that, and with `top_k` 1, where it
+    changes nothing.
+
+    Args:
+        folder: takes the place of what is there.
+        models: name → folder of a dense model; all share one tokenizer, the last one's is copied.
+        texts: name → rows of the text it was trained on.
+        top_k: models mixed for a token.
+        window: tokens after which the context is looked at again.
+        device: where the models are run, one after the other, to choose T.
+        dtype: of their weights.
+
+    Returns:
+        T, the temperature of the weights.
+
+    Raises:
+        UserError: `top_k` is above the number of models.
+        DataError: a model without text.
+    """
+    if top_k > len(models):
+        raise UserError(f"btm_top{top_k}: there are only {len(models)} models: {', '.join(models)}")
+    tokenizer = load_tokenizer(list(models.values())[-1])
+    highest = max(int(rows.input_ids_BS.max(initial=0)) for rows in texts.values())
+    pieces = {name: pieces_of(texts[name]) for name in models}
+    aside = {name: own[::ASIDE_EVERY][:MOST_ASIDE] if len(own) > 1 else [] for name, own in pieces.items()}
+    kept = {name: [piece for number, piece in enumerate(own)
+                   if number % ASIDE_EVERY or number >= ASIDE_EVERY * len(aside[name])] for name, own in pieces.items()}
+    similarity = TextSimilarity.fit(kept, max(len(tokenizer), highest + 1), special=tokenizer.all_special_ids)
+    if top_k > 1 and all(aside.values()):
+        rows = [pack([HeldOutDocument(piece, 1) for piece in own if len(piece) > 1], PIECE_TOKENS)
+                for own in aside.values()]  # fmt: skip
+        similarity = replace(similarity, temperature=best_temperature(
+            similarity, list(models.values()), rows, top_k=top_k, window=window, device=device, dtype=dtype))
+    with atomic_folder(folder) as beside:
+        similarity.save(beside / SIMILARITY)
+        save_tokenizer(tokenizer, beside)
+        write_json(beside / FILE, {
+            "members": {name: os.path.relpath(path, folder) for name, path in models.items()},
+            "top_k": top_k, "window": window, "temperature": similarity.temperature,
+            "text_tokens": {name: texts[name].tokens for name in models},
+        })  # fmt: skip
+    return similarity.temperature
+
+
+def best_temperature(
+    similarity: TextSimilarity, models: Sequence[Path], texts: Sequence[Packed], *, top_k: int, window: int,
+    device: str, dtype: torch.dtype,
+) -> float:  # fmt: skip
+    """The one of `TEMPERATURES` with the lowest mixed negative log-likelihood a token; every text counts the same.
+
+    Each model reads all texts once; then the likelihoods are mixed with the weights of every temperature.
+    """
+    nll_TNR = [torch.empty(len(models), int(rows.scored_BS.sum())) for rows in texts]
+    for number, path in enumerate(models):
+        model = load_model(path, dtype=dtype)
+        cast(nn.Module, model).to(device)
+        for nll_NR, rows in zip(nll_TNR, texts, strict=True):
+            nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(TUNING_BATCH_TOKENS)])
+    totals = []
+    for temperature in TEMPERATURES:
+        tried = replace(similarity, temperature=temperature)
+        total = 0.0
+        for nll_NR, rows in zip(nll_TNR, texts, strict=True):
+            weights_NR = weights_of(rows, tried, top_k, window)[rows.scored_BS].T
+            total -= float((weights_NR.log() - nll_NR).logsumexp(dim=0).mean())
+        totals.append(total)
+    return TEMPERATURES[int(np.argmin(totals))]
+
+
+def pieces_of(rows: TextRows) -> list[np.ndarray]:
+    """A text's documents, cut where a row ends and after `PIECE_TOKENS` tokens."""
+    pieces = []
+    for ids_S, positions_S in zip(rows.input_ids_BS, rows.position_ids_BS, strict=True):
+        starts = np.flatnonzero(positions_S == 0)
+        for document in np.split(ids_S, starts[starts > 0]):
+            pieces += [document[start : start + PIECE_TOKENS] for start in range(0, len(document), PIECE_TOKENS)]
+    return pieces

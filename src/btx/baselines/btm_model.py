@@ -1,0 +1,193 @@
+"""Expert models side by side that answer as one: Branch-Train-Merge as `btx.baselines.btm` writes it.
+
+Shape letters: B batch, S sequence, N member models, R scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from btx.baselines.btm_calls import CalledLikeTransformers
+from btx.baselines.text_similarity import WINDOW, TextSimilarity, looks
+from btx.errors import CheckpointError
+from btx.evaluation.held_out import Packed
+from btx.evaluation.model_outputs import ModelReader, SideBySide, token_nll
+from btx.model_files.models import load_model
+from btx.planning.cost import ModelCost, model_cost
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "btm.json"
+SIMILARITY = "similarity.npz"
+
+
+class BtmModel(CalledLikeTransformers):
+    """The members of a Branch-Train-Merge folder, answering as one (`btx.evaluation.model_outputs.SideBySide`).
+
+    Args:
+        members: name → dense model; all on one device, with one vocabulary.
+        similarity: compares contexts with the members' training text.
+        top_k: members mixed for a token.
+        window: tokens after which the context is looked at again.
+    """
+
+    def __init__(
+        self, members: Mapping[str, PreTrainedModel], similarity: TextSimilarity, *, top_k: int, window: int = WINDOW
+    ) -> None:
+        self.members = dict(members)
+        self.similarity, self.top_k, self.window = similarity, top_k, window
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BtmModel:
+        """The models of a folder that `write_btm_folder` wrote.
+
+        Raises:
+            CheckpointError: no such folder, broken, or a member that is gone or does not fit the others.
+        """
+        try:
+            facts = json.loads((folder / FILE).read_text("utf-8"))
+            paths = {str(name): folder / path for name, path in facts["members"].items()}
+            top_k, window, temperature = int(facts["top_k"]), int(facts["window"]), float(facts["temperature"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / FILE}: cannot be read ({error!r}); run its stage again") from error
+        similarity = TextSimilarity.load(folder / SIMILARITY, list(paths), temperature)
+        members = {}
+        for name, path in paths.items():
+            members[name] = load_model(path.resolve(), dtype=dtype)
+            cast(nn.Module, members[name]).to(device)
+        sizes = {name: cast(Any, member.config).vocab_size for name, member in members.items()}
+        if len(set(sizes.values())) > 1:
+            raise CheckpointError(f"{folder}: distributions can be mixed over one vocabulary only; there are {sizes}")
+        return cls(members, similarity, top_k=top_k, window=window)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all members are."""
+        return next(iter(self.members.values())).device
+
+    def cost(self) -> ModelCost:
+        """All members' parameters; active are those of `top_k` members, the mean one standing for each.
+
+        What is run in excess is not counted: all members for a text's very first token, and reading the context again
+        when another member takes over.
+        """
+        costs = [model_cost(member) for member in self.members.values()]
+
+        def of_top_k(counts: Sequence[int]) -> int:
+            return round(self.top_k * sum(counts) / len(counts))
+
+        return replace(
+            costs[0],
+            total_params=sum(cost.total_params for cost in costs),
+            active_params=of_top_k([cost.active_params for cost in costs]),
+            multiplied_params=of_top_k([cost.multiplied_params for cost in costs]),
+            attention_width=of_top_k([cost.attention_width for cost in costs]),
+            trained_multiplied_params=of_top_k([cost.trained_multiplied_params for cost in costs]),
+        )
+
+    def weights(self, rows: Packed) -> Tensor:
+        """Weights (B, S, N) with which each position's next token is predicted; 0 in padding."""
+        return weights_of(rows, self.similarity, self.top_k, self.window)
+
+    def token_nll(self, rows: Packed) -> Tensor:
+        """-ln Σ_i w_i p_i(token) of every scored token, in row order: (R,), float32."""
+        weights_BSN, scored_BS = self.weights(rows), rows.scored_BS
+        mixed_BS = torch.full(scored_BS.shape, -torch.inf)
+        for number, member in enumerate(self.members.values()):
+            weights_BS = weights_BSN[..., number]
+            wanted_B = ((weights_BS > 0) & scored_BS).any(dim=1)
+            if not wanted_B.any():
+                continue
+            part = rows.select(wanted_B)
+            log_probs_BS = torch.full(part.scored_BS.shape, -torch.inf)
+            log_probs_BS[part.scored_BS] = -token_nll(member, part).cpu()
+            mixed_BS[wanted_B] = torch.logaddexp(mixed_BS[wanted_B], weights_BS[wanted_B].log() + log_probs_BS)
+        return -mixed_BS[scored_BS]
+
+    def reader(self) -> BtmReader:
+        """A new reader."""
+        return BtmReader(self)
+
+
+class BtmReader:
+    """Reader of a `BtmModel`. The context is first the whole prompt, and again after every `window` new tokens.
+
+    A member that no row needs reads nothing; when one does, it first reads what it missed.
+    """
+
+    def __init__(self, model: BtmModel) -> None:
+        self._model = model
+        self._readers = [ModelReader(member) for member in model.members.values()]
+        self._weights_BN: Tensor | None = None
+        self._looked = 0  # columns
+
+    @property
+    def weights_BN(self) -> Tensor:
+        """Weights of the members in the scores that were given last."""
+        assert self._weights_BN is not None, "nothing was read yet"
+        return self._weights_BN
+
+    @torch.inference_mode()
+    def scores(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """ln Σ_i w_i p_i: (B, V), float32."""
+        if self._weights_BN is None or ids_BS.shape[1] - self._looked >= self._model.window:
+            contexts = [ids_S[mask_S > 0].cpu().numpy() for ids_S, mask_S in zip(ids_BS, mask_BS, strict=True)]
+            found = self._model.similarity.weights(contexts, self._model.top_k)
+            self._weights_BN, self._looked = torch.from_numpy(found).float().to(ids_BS.device), ids_BS.shape[1]
+        terms = [
+            weights_B.log()[:, None] + reader.scores(ids_BS, mask_BS).float().log_softmax(dim=-1)
+            for reader, weights_B in zip(self._readers, self._weights_BN.T, strict=True)
+            if weights_B.any()
+        ]
+        return torch.stack(terms).logsumexp(dim=0)
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these rows only."""
+        for reader in self._readers:
+            reader.keep(rows_B)
+        if self._weights_BN is not None:
+            self._weights_BN = self._weights_BN[rows_B]
+
+
+def weights_of(rows: Packed, similarity: TextSimilarity, top_k: int, window: int) -> Tensor:
+    """Weights (B, S, N) with which each position's next token is predicted; 0 in padding.
+
+    They are computed at the positions `btx.baselines.text_similarity.looks` names, from the tokens of the same piece up
+    to there, and hold until the next look.
+    """
+    contexts: list[np.ndarray] = []
+    places: list[tuple[int, int, int]] = []  # row, first and last position + 1 that a context decides
+    ids_BS, positions_BS = rows.input_ids_BS.numpy(), rows.position_ids_BS.numpy()
+    for row, document_ids_S in enumerate(rows.document_ids_BS.numpy()):
+        used = int((document_ids_S >= 0).sum())
+        starts = np.flatnonzero(positions_BS[row, :used] == 0).tolist()
+        for start, end in zip(starts, [*starts[1:], used], strict=True):
+            at = looks(end - start, window)
+            contexts += [ids_BS[row, start : start + look + 1] for look in at]
+            ends = [*(start + look for look in at[1:]), end]
+            places += [(row, start + look, until) for look, until in zip(at, ends, strict=True)]
+    weights_BSN = torch.zeros(*rows.input_ids_BS.shape, len(similarity.names))
+    found = torch.from_numpy(similarity.weights(contexts, top_k)).float()
+    for (row, start, end), weights_N in zip(places, found, strict=True):
+        weights_BSN[row, start:end] = weights_N
+    return weights_BSN
+
+
+def load_model_or_btm(
+    path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel | SideBySide:
+    """What a model folder or a Branch-Train-Merge folder holds; raises CheckpointError if it cannot be loaded."""
+    if (path / FILE).is_file():
+        return BtmModel.load(path, dtype=dtype, device=device)
+    model = load_model(path, dtype=dtype)
+    cast(nn.Module, model).to(device)
+    return model

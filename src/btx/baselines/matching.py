@@ -1,0 +1,155 @@
+"""How many tokens a baseline trains, so that it costs what the BTX run costs (docs/baselines.md).
+
+    BTX      C = N · t_b · c_branch + R + t_f · c_moe   N branches of t_b tokens, finetuning of t_f, c FLOPs a token;
+                                                        R: routers computed from text
+    DM       t_1 = N · t_b, t_2 = t_f                   the same sequences, once each
+    CM       s · (t_1 + t_2) · c = C                    both phases longer by one factor s, in whole steps
+
+The last phase takes up the first one's rounding, so the FLOPs differ from C by half of its optimiser step at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btx.baselines.kinds import BASELINES, BaselineName
+from btx.baselines.settings import matched_by, phases_of, routing_of
+from btx.data.mixture import domain_mixture, finetune_mixture
+from btx.model_files.families import family_of
+from btx.moe.router_kinds import RoutingSettings
+from btx.planning.cost import ModelCost, config_cost
+from btx.recipe.schema import Recipe
+from btx.recipe.training import Finetune
+
+
+@dataclass(frozen=True)
+class MatchedPhase:
+    """One training stage of a baseline as it is trained."""
+
+    stage: str
+    """Name of the stage."""
+    settings: Finetune
+    """Tokens are whole optimiser steps."""
+    mixtures: list[dict[str, float]]
+    """Mixtures that samples are taken from in turn: domain → sampling weight."""
+    cost: ModelCost
+    """What is computed for a token in training."""
+    flops: float
+    """Training FLOPs of the stage."""
+
+
+def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
+    """Config of the mixed model.
+
+    Args:
+        dense: the seed model's config, completed with its class's defaults.
+    """
+    num_experts = len(recipe.expert_names)
+    width = dense["intermediate_size"] // recipe.mix.split
+    family = family_of(dense, "seed model")
+    return family.moe_config(
+        dense | {"intermediate_size": width}, num_experts, recipe.routing.plain_top_k(num_experts)
+    )
+
+
+def moe_cost(
+    recipe: Recipe, dense: dict[str, Any], routing: RoutingSettings, *, dense_router_gradient: bool = False,
+    trainable: str = "all",
+) -> ModelCost:  # fmt: skip
+    """Cost of the mixed model with a router.
+
+    Args:
+        dense_router_gradient: count every expert for every token, as then in training.
+        trainable: what trains, as in `finetune.trainable`.
+    """
+    num_experts = len(recipe.expert_names)
+    used = routing.mean_experts_per_token(int(dense["num_hidden_layers"]), num_experts)
+    run = num_experts if dense_router_gradient else used
+    return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable)
+
+
+def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
+    """FLOPs of computing the mix's routers from text: forward passes without the LM head of `mix.router_tokens` tokens
+    of every mixed model's domain, through all experts. 0 where routers need no text."""
+    mix, num_experts = recipe.mix, len(recipe.expert_names)
+    if not mix.routers_from_text:
+        return 0.0
+    everything = config_cost(moe_config(recipe, dense), experts_per_token=num_experts)
+    head = 2.0 * dense["vocab_size"] * dense["hidden_size"]
+    per_token = everything.inference_flops_per_token(recipe.data.sequence_length) - head
+    return len(recipe.member_names) * mix.router_tokens * per_token
+
+
+def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
+    """Training FLOPs of the run after its seed model: all branches, the routers and the finetuning."""
+    length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
+    branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
+    finetuning = moe_cost(
+        recipe, dense, recipe.routing, dense_router_gradient=finetune.dense_router_gradient,
+        trainable=finetune.trainable,
+    )  # fmt: skip
+    return (
+        branches * config_cost(dense, trainable=train.trainable).training_flops_per_token(length)
+        + router_flops(recipe, dense)
+        + finetune.steps(length) * finetune.step_tokens(length) * finetuning.training_flops_per_token(length)
+    )
+
+
+def matched_phases(recipe: Recipe, name: BaselineName, dense: dict[str, Any]) -> list[MatchedPhase]:
+    """The training stages of a baseline with their final tokens; empty if it is not trained.
+
+    Args:
+        dense: the seed model's config, completed with its class's defaults.
+    """
+    phases, length = phases_of(recipe, name), recipe.data.sequence_length
+    if not phases:
+        return []
+    costs = [_cost(recipe, name, phase.settings, dense) for phase in phases]
+    step_tokens = [phase.settings.step_tokens(length) for phase in phases]
+    step_flops = [
+        tokens * cost.training_flops_per_token(length) for tokens, cost in zip(step_tokens, costs, strict=True)
+    ]
+    steps = [phase.settings.steps(length) for phase in phases]
+    by = matched_by(recipe, name)
+    if by == "flops":
+        steps = scaled_steps(steps, step_flops, run_flops(recipe, dense))
+    elif by == "recipe":
+        steps = scaled_steps(steps, step_tokens, recipe.baseline_training[name].tokens or 0)
+    mixtures = {
+        "domains": [domain_mixture(recipe, domain) for domain in recipe.train.domains],
+        "mixture": [finetune_mixture(recipe)],
+    }
+    return [
+        MatchedPhase(
+            phase.stage, phase.settings.model_copy(update={"tokens": steps[i] * step_tokens[i]}),
+            mixtures[phase.data], costs[i], steps[i] * step_flops[i],
+        )
+        for i, phase in enumerate(phases)
+    ]  # fmt: skip
+
+
+def scaled_steps(steps: Sequence[int], per_step: Sequence[float], budget: float) -> list[int]:
+    """Steps of each phase, all scaled by one factor, so that together they cost `budget`.
+
+    Args:
+        steps: steps of each phase before.
+        per_step: what a step of each phase costs, in the budget's unit.
+
+    Returns:
+        Whole steps, at least one a phase. The last phase takes up the rounding of those before it.
+    """
+    factor = budget / sum(count * cost for count, cost in zip(steps, per_step, strict=True))
+    first = [max(1, round(factor * count)) for count in steps[:-1]]
+    left = budget - sum(count * cost for count, cost in zip(first, per_step[:-1], strict=True))
+    return [*first, max(1, round(left / per_step[-1]))]
+
+
+def _cost(recipe: Recipe, name: BaselineName, settings: Finetune, dense: dict[str, Any]) -> ModelCost:
+    if not BASELINES[name].has_routers:
+        return config_cost(dense)
+    return moe_cost(
+        recipe, dense, routing_of(recipe, name), dense_router_gradient=settings.dense_router_gradient,
+        trainable=settings.trainable,
+    )  # fmt: skip

@@ -1,0 +1,32 @@
+"""What `btx ls` lists. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from btx.baselines.kinds import BASELINES
+from btx.mixing.merge_kinds import MERGE_METHODS
+from btx.model_files.families import family_table
+from btx.moe.router_kinds import ROUTERS
+from btx.recipe.loading import packaged_recipes
+from btx.running.launchers import LAUNCHERS
+
+CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
+    "recipes": packaged_recipes,
+    "domains": lambda: {
+        "math": "generated worked problems",
+        "code": "the Python standard library's sources",
+        "knowledge": "facts of a generated world, with closed-book questions",
+        "general": "docstrings, help topics and licence texts of this machine",
+    },
+    "routers": lambda: dict(ROUTERS),
+    "merges": lambda: {name: method.described for name, method in MERGE_METHODS.items()},
+    "baselines": lambda: {name: kind.summary for name, kind in BASELINES.items()},
+    "families": family_table,
+    "launchers": lambda: dict(LAUNCHERS),
+}
+
+
+def entries(what: str) -> dict[str, str]:
+    """Name → one line, for one kind of thing."""
+    return CATALOGUE[what]()

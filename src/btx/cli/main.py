@@ -1,0 +1,348 @@
+"""The command line. Stages are imported by the command that needs them, so that `btx --help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from btx.cli import mix as cli_mix
+from btx.cli import sweep as cli_sweep
+from btx.cli.terminal import show as _print
+from btx.cli.terminal import show_json as _print_json
+from btx.errors import BtxError, UserError
+
+if TYPE_CHECKING:
+    from btx.planning.speed import Speed
+    from btx.recipe.schema import Recipe
+    from btx.running.rundir import RunFolder
+
+app = typer.Typer(
+    name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
+)  # fmt: skip
+
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example train.tokens=1e6.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; errors become one message and exit code 1, or 2 for the user's mistake."""
+    try:
+        app(prog_name="btx")  # also when it was started with python -m btx
+    except BtxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from btx import __version__
+
+        typer.echo(f"btx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options of btx itself."""
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage: seed, train, mix, finetune, ...")] = None,
+) -> None:
+    """Everything, from nothing to a report. Run it again and it continues."""
+    from btx.running.pipeline import run as run_recipe
+
+    finished = run_recipe(_recipe(recipe, overrides), until=until)
+    _print_results(finished)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    flops_per_second: Annotated[float | None, typer.Option(
+        min=1.0, help="Training FLOP/s of one job where it will run, for the hours. Default: what the run's first "
+        "training stage reached, or else a few training steps timed here.",
+    )] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
+    from btx.planning.plan import plan as make_plan
+    from btx.recipe.loading import dump_recipe
+    from btx.running.preflight import preflight
+
+    resolved = _recipe(recipe, overrides)
+    preflight(resolved)
+    planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
+    if as_json:
+        _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
+        return
+    from btx.cli.tables import plan_tables
+
+    typer.echo(dump_recipe(resolved))
+    _print(*plan_tables(planned))
+
+
+def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
+    """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
+    from btx.model_files.seed_config import seed_config
+    from btx.planning.plan import measured_speed
+    from btx.planning.speed import Speed, training_speed
+    from btx.running.jobs import training_threads
+    from btx.running.rundir import RunFolder
+    from btx.training.train import choose_device
+
+    if flops_per_second is not None:
+        return Speed(flops_per_second, "as given")
+    run = RunFolder(Path(recipe.run_folder), recipe)
+    if (reached := measured_speed(run)) is not None:
+        return reached
+    try:
+        device = choose_device(recipe.device)
+    except UserError:  # a recipe for another machine
+        return None
+    return training_speed(recipe, seed_config(recipe), device, training_threads(run))
+
+
+@app.command()
+def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
+    """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
+    from btx.cli.tables import status_table, sweep_status_table
+    from btx.running.status import run_status
+
+    if (run_folder / "sweep.json").is_file():
+        runs = cli_sweep.sweep_status(run_folder)
+        _print_json(runs) if as_json else _print(sweep_status_table(runs))
+        return
+    rows = run_status(_run(run_folder))
+    _print_json(rows) if as_json else _print(status_table(rows))
+
+
+@app.command()
+def ls(
+    what: Annotated[
+        str, typer.Argument(help="recipes, domains, routers, merges, baselines, families or launchers.")
+    ] = "recipes",
+    as_json: AsJson = False,
+) -> None:
+    """What there is to choose from."""
+    from btx.cli.catalogue import CATALOGUE, entries
+
+    if what not in CATALOGUE:
+        raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
+    found = entries(what)
+    if as_json:
+        _print_json(found)
+    else:
+        from btx.cli.tables import pairs_table
+
+        _print(pairs_table(what, found))
+
+
+@app.command()
+def cp(recipe: str, target: Path) -> None:
+    """Copy a packaged recipe to edit it: btx cp demo my.yaml."""
+    from btx.recipe.loading import copy_recipe
+
+    copied = target / f"{recipe}.yaml" if target.is_dir() else target
+    copy_recipe(recipe, target)
+    typer.echo(f"copied {recipe}; edit it, then: btx plan {copied}")
+
+
+@app.command()
+def prepare(run_folder: RunArgument) -> None:
+    """Make the token files of a run."""
+    _work(run_folder, ["data"])
+
+
+@app.command()
+def train(
+    run_folder: RunArgument,
+    domain: Annotated[str, typer.Argument(help="A domain of the recipe, or `seed` for the seed model.")],
+) -> None:
+    """Train one expert alone, on any machine that sees the run folder."""
+    _work(run_folder, ["seed" if domain == "seed" else f"train/{domain}"])
+
+
+for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
+    app.command()(command)
+app.command(hidden=True)(cli_sweep.run_of_sweep)
+
+
+@app.command()
+def finetune(run_folder: RunArgument) -> None:
+    """Finetune the mixed model of a run."""
+    _work(run_folder, ["finetune"])
+
+
+@app.command()
+def baselines(
+    run_folder: RunArgument,
+    names: Annotated[list[str] | None, typer.Argument(help="Baselines of the recipe; default: all of them.")] = None,
+) -> None:
+    """Make the baselines of a run, or some of them."""
+    stages = [stage.name for stage in _run(run_folder).graph.baseline_stages(names)]
+    _work(run_folder, stages)
+
+
+@app.command()
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder; with --task also any model folder or hub name.")],
+    task: Annotated[str | None, typer.Option(
+        help="Measure one task of lm-evaluation-harness only, and write nothing: gsm8k, arc_easy, mmlu, ...")] = None,
+    file: Annotated[Path | None, typer.Option(help="Its JSONL file; without it lm-eval asks the hub.")] = None,
+    shots_file: Annotated[Path | None, typer.Option(help="JSONL file of shots; default: the start of FILE.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples shown; default: the paper's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents scored at most.")] = None,
+    allow_code_execution: Annotated[bool, typer.Option(
+        "--allow-code-execution", help="Let programs that the model writes run, fenced in: humaneval, mbpp.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure every model of a run on held-out text and tasks, or any model on one task."""
+    if task is not None:
+        from btx.cli.evaluate import evaluate_task
+        from btx.evaluation.harness_files import TaskRequest
+
+        request = TaskRequest(task, task, file, shots_file, shots, limit)
+        found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
+                              log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+        if as_json:
+            _print_json(found)
+        return
+    if any((file, shots_file, shots is not None, limit, allow_code_execution)):
+        raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
+    if (run_folder / "config.json").is_file():
+        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE")
+    _work(run_folder, ["evaluate"], quiet=as_json)
+    if as_json:
+        _print_json(json.loads((run_folder / "evaluate" / "results.json").read_text("utf-8")))
+    else:
+        _print_results(_run(run_folder))
+
+
+@app.command()
+def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
+    """Find out which expert each token of a run's model uses."""
+    _work(run_folder, ["analyze"], quiet=as_json)
+    if as_json:
+        _print_json(json.loads((run_folder / "analyze" / "routing.json").read_text("utf-8")))
+
+
+@app.command()
+def compare(
+    run_folder: RunArgument,
+    model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
+    model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
+    other_run: Annotated[Path | None, typer.Option(
+        "--with", help="Run folder whose models it is compared with, another variant of a sweep for example.",
+    )] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """How sure the differences between models are: paired bootstrap over documents and questions."""
+    from btx.evaluation.compare import compare_models
+
+    others = None if other_run is None else _run(other_run).path
+    found = compare_models(
+        _run(run_folder).path, model_a, model_b, other_run=others, resamples=resamples, rng_seed=rng_seed
+    )
+    if as_json:
+        _print_json(found)
+    else:
+        from btx.cli.tables import comparison_table
+
+        _print(comparison_table(found))
+
+
+@app.command()
+def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
+    """Write the run's report, whatever stage it has reached."""
+    from btx.reporting.report import write_report
+
+    path = write_report(_run(run_folder).path)
+    _print_json({"report": str(path)}) if as_json else typer.echo(path)
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Complete this text and end; default: ask for lines.")] = None,
+    show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Complete text with a run's model, or any model folder."""
+    from btx.cli.chat import chat as start_chat
+    from btx.cli.chat import completion
+
+    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    if as_json:
+        if prompt is None:
+            raise UserError("btx chat --json needs --prompt TEXT")
+        _print_json(completion(path, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+                               rng_seed=rng_seed))  # fmt: skip
+        return
+    start_chat(path, prompt=prompt, show_experts=show_experts, max_new_tokens=max_new_tokens, temperature=temperature,
+               rng_seed=rng_seed)  # fmt: skip
+
+
+@app.command(hidden=True)
+def work(run_folder: Path, stages: list[str]) -> None:
+    """What a launcher starts: some stages of a run, in this process, ending with its parent."""
+    from btx.running.interrupts import end_with_parent
+
+    end_with_parent()
+    _work(run_folder, stages)
+
+
+def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
+    from btx.running.interrupts import Interrupts
+    from btx.running.jobs import run_stages
+
+    def log(line: str) -> None:
+        if not quiet:
+            print(f"· {line}", flush=True)
+
+    run_stages(_run(run_folder), stages, Interrupts().listen(), log)
+
+
+def _recipe(name: str, overrides: list[str] | None) -> Recipe:
+    from btx.recipe.loading import load_recipe
+
+    return load_recipe(name, overrides or ())
+
+
+def _run(path: Path) -> RunFolder:
+    from btx.running.rundir import RunFolder
+
+    return RunFolder.open(path)
+
+
+def _print_results(finished: RunFolder) -> None:
+    results = finished.path / "evaluate" / "results.json"
+    if results.is_file():
+        from btx.reporting.results import report_table
+
+        _print(report_table(json.loads(results.read_text("utf-8"))))
+    page = finished.path / "report" / "index.html"
+    if page.is_file():
+        typer.echo(f"report: {page}")

@@ -1,0 +1,184 @@
+"""The commands that make MoE models from anybody's model folders: mix, extend, drop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from btx.errors import UserError
+
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
+Experts = Annotated[list[str] | None, typer.Option("--expert", help="NAME=FOLDER of an expert model; repeat.")]
+Text = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat."),
+]
+RouterInit = Annotated[str, typer.Option(help="How routers start: random, zeros, hidden_mean or ridge.")]
+RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
+RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
+RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
+RouterTokens = Annotated[int, typer.Option(help="hidden_mean, ridge: tokens of each text, at most.")]
+MaxShardSize = Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")]
+RngSeed = Annotated[int, typer.Option(help="Random number seed of routers and of merge methods that draw.")]
+
+
+def mix(
+    run_folder: Annotated[Path | None, typer.Argument(
+        help="Run folder; or give --seed-model, --expert and -o.")] = None,
+    seed_model: Annotated[Path | None, typer.Option(help="Folder of the dense model that was branched.")] = None,
+    expert: Experts = None,
+    copies: Annotated[int | None, typer.Option(
+        help="Instead of --expert: so many copies of the seed model's FF (sparse upcycling).")] = None,
+    output: Output = None,
+    top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
+    generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
+    merge: Annotated[str, typer.Option(help="How shared weights are merged; `btx ls merges`.")] = "mean",
+    merge_weights: Annotated[str | None, typer.Option(
+        help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")] = None,
+    slerp_t: Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")] = None,
+    merge_density: Annotated[float | None, typer.Option(
+        help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
+    merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
+    router_init: RouterInit = "random",
+    router_std: RouterStd = 0.02,
+    router_scale: RouterScale = None,
+    router_ridge: RouterRidge = 1e-3,
+    router_tokens: RouterTokens = 50_000,
+    text: Text = None,
+    split: Annotated[int, typer.Option(help="Cut every FF into so many chunks, each an expert.")] = 1,
+    split_rescale: Annotated[bool, typer.Option(help="With --split: keep the size of the layer's output.")] = True,
+    blend: Annotated[bool, typer.Option("--blend", help="Expert n gets the n-th chunk of every FF.")] = False,
+    rng_seed: RngSeed = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the seed's.")] = None,
+    tokenizer_from: Annotated[str | None, typer.Option(
+        help="Expert, `seed` or folder whose tokenizer to take; vocabularies may then differ.")] = None,
+    max_shard_size: MaxShardSize = "5GB",
+) -> None:  # fmt: skip
+    """Mix expert models into one MoE model: of a run, or any folders."""
+    if run_folder is not None:
+        _mix_run(run_folder)
+        return
+    if seed_model is None or output is None or bool(expert) == (copies is not None):
+        raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
+                        "for every expert or --copies N")  # fmt: skip
+    _refuse_existing(output)
+    from btx.mixing.merge_kinds import MergeSettings
+    from btx.mixing.mix import mix as mix_models
+    from btx.moe.router_init import RouterSettings
+    from btx.running.interrupts import ending_at_once
+
+    folders = named(expert or (), "--expert", "FOLDER")
+    if copies is not None:
+        generalist, folders = False, {f"copy{number}": seed_model for number in range(copies)}
+    settings = MergeSettings(
+        merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale
+    )  # fmt: skip
+    routers = RouterSettings(
+        router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
+    )  # fmt: skip
+    with ending_at_once(f"stopped; nothing was written to {output}"):
+        record = mix_models(
+            seed_model, folders, output, top_k=top_k, generalist=generalist, merge=settings, router_init=routers,
+            texts=named(text or (), "--text", "FILE"), split=split, split_rescale=split_rescale, blend=blend,
+            rng_seed=rng_seed, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
+            log=typer.echo,
+        )  # fmt: skip
+    typer.echo(f"{output}: {len(record['experts'])} experts, top-{top_k}, {record['bytes'] / 1e6:.1f} MB")
+
+
+def extend(
+    moe: Annotated[Path, typer.Argument(help="Folder of a finished MoE model.")],
+    expert: Experts = None,
+    output: Output = None,
+    shared: Annotated[str, typer.Option(
+        help="Shared weights: left, or fold the expert's in with weight 1/(n+1).")] = "left",
+    router_init: RouterInit = "random",
+    router_std: RouterStd = 0.02,
+    router_scale: RouterScale = None,
+    router_ridge: RouterRidge = 1e-3,
+    router_tokens: RouterTokens = 50_000,
+    text: Text = None,
+    rng_seed: RngSeed = 0,
+) -> None:  # fmt: skip
+    """Append an expert and its router row to a finished MoE model."""
+    new = named(expert or (), "--expert", "FOLDER")
+    if len(new) != 1 or output is None:
+        raise UserError("btx extend needs one --expert NAME=FOLDER and -o FOLDER; run it once for each expert")
+    _refuse_existing(output)
+    from btx.mixing.extend import extend as extend_model
+    from btx.moe.router_init import RouterSettings
+
+    ((name, folder),) = new.items()
+    routers = RouterSettings(
+        router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
+    )  # fmt: skip
+    record = extend_model(
+        moe, name, folder, output, shared=shared, router_init=routers, texts=named(text or (), "--text", "FILE"),
+        rng_seed=rng_seed, log=typer.echo,
+    )  # fmt: skip
+    typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")
+
+
+def drop(
+    moe: Annotated[Path, typer.Argument(help="Folder of a finished MoE model.")],
+    expert: Annotated[str | None, typer.Option(help="Name of the expert to remove.")] = None,
+    output: Output = None,
+) -> None:
+    """Remove an expert and its router row from a finished MoE model."""
+    if expert is None or output is None:
+        raise UserError("btx drop needs --expert NAME and -o FOLDER")
+    _refuse_existing(output)
+    from btx.mixing.drop import drop as drop_expert
+
+    record = drop_expert(moe, expert, output, log=typer.echo)
+    typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")
+
+
+def named(pairs: list[str] | tuple[str, ...], option: str, kind: str) -> dict[str, Path]:
+    """NAME=PATH pairs of a repeated option.
+
+    Raises:
+        UserError: one that is none, or a name given twice.
+    """
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"{option} {pair!r}: write NAME={kind}, for example math=./math")
+        if name in found:
+            raise UserError(f"{option} {name}: named twice")
+        found[name] = Path(path)
+    return found
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"--merge-weights {part!r}: write NAME=NUMBER,NAME=NUMBER, ...") from None
+    return found
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another folder or remove it")
+
+
+def _mix_run(run_folder: Path) -> None:
+    from btx.running.interrupts import Interrupts
+    from btx.running.jobs import run_stages
+    from btx.running.rundir import RunFolder
+
+    def log(line: str) -> None:
+        print(f"· {line}", flush=True)
+
+    run = RunFolder.open(run_folder)
+    soup = ["baselines/soup"] if "soup" in run.recipe.baselines else []
+    run_stages(run, ["mix", *soup], Interrupts().listen(), log)

@@ -1,0 +1,133 @@
+"""The commands of sweeps: sweep, its overview, and what it starts for every run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btx.cli.terminal import show, show_json
+from btx.errors import UserError
+
+Values = Annotated[list[str] | None, typer.Argument(
+    help="key=a,b,c varies a setting; key=value sets it for all variants.")]  # fmt: skip
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")],
+    settings: Values = None,
+    rng_seeds: Annotated[int | None, typer.Option(
+        help="Rng seeds of every variant; default: the recipe's sweep.rng_seeds, or 3.")] = None,
+    models: Annotated[str | None, typer.Option(help="Models the table shows: btx,dense_cm; default: all.")] = None,
+    share: Annotated[list[Path] | None, typer.Option(
+        help="Run folder (or a sweep's) whose finished stages are taken over too; repeat.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; each run trains its branches side by side.")] = 1,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Say what would be run and shared, and what it costs; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:  # fmt: skip
+    """Variants of a recipe times rng seeds, sharing what they have in common; one table with error bars."""
+    from btx.running.preflight import preflight
+    from btx.sweeps.sweep import sweep as run_sweep
+    from btx.sweeps.table import notes, sweep_table
+    from btx.sweeps.variants import plan_sweep
+
+    chosen = [name.strip() for name in models.split(",") if name.strip()] if models is not None else None
+    planned = plan_sweep(recipe, settings or (), rng_seeds=rng_seeds, models=chosen, jobs=jobs, check=preflight)
+    cost = _plans(planned)
+    if dry_run:
+        overview = _overview(planned, cost, share or [])
+        if as_json:
+            show_json(overview)
+        else:
+            from btx.cli.tables import sweep_overview
+
+            show(*sweep_overview(overview))
+        return
+
+    def log(line: str) -> None:
+        if not as_json:
+            print(line, flush=True)
+
+    written = run_sweep(planned, _start(jobs), share=share or (), jobs=jobs, log=log)
+    if as_json:
+        show_json(written)
+    else:
+        show(sweep_table(written), *notes(written))
+        typer.echo(f"{planned.folder}: sweep.md, sweep.svg, sweep.json")
+
+
+def run_of_sweep(run_folder: Path) -> None:
+    """What a sweep starts: everything that is left of one run, ending with its parent."""
+    from btx.recipe.loading import load_recipe
+    from btx.running.interrupts import end_with_parent
+    from btx.running.pipeline import run
+
+    end_with_parent()
+    run(load_recipe(str(run_folder)))
+
+
+def sweep_status(folder: Path) -> list[dict[str, Any]]:
+    """State of every run of a sweep's folder, as its stages' files say now."""
+    from btx.running.rundir import RunFolder
+
+    written = json.loads((folder / "sweep.json").read_text("utf-8"))
+    rows = []
+    for label, variant in written["variants"].items():
+        for run in variant["runs"]:
+            path = Path(run["folder"])
+            opened = RunFolder.open(path) if (path / "recipe.yaml").is_file() else None
+            stages = {stage.name: opened.state(stage) for stage in opened.graph} if opened else {}
+            rows.append({"variant": label, "rng_seed": run["rng_seed"], "folder": run["folder"], "stages": stages})
+    return rows
+
+
+def _start(jobs: int) -> Any:
+    from btx.running.jobs import processors
+    from btx.running.launchers import start_run
+
+    threads = max(1, processors() // jobs) if jobs > 1 else None
+    return lambda run, output: start_run(run.folder, output, threads=threads)
+
+
+def _plans(planned: Any) -> dict[str, dict[str, Any]]:
+    """What every variant costs; refuses variants whose models cannot be built, and models that no variant makes.
+
+    Raises:
+        UserError: names the variant.
+    """
+    from btx.planning.plan import plan
+    from btx.sweeps.variants import model_names
+
+    plans, problems, models = {}, [], list[str]()
+    for run in planned.runs:
+        if run.rng_seed != planned.rng_seeds[0]:
+            continue
+        try:
+            plans[run.variant.label] = plan(run.recipe)
+            models += model_names(run.recipe)
+        except UserError as error:
+            problems.append(f"variant {run.variant.label}: {error}")
+    problems += [f"--models: no variant has a model {name!r}; there are: {', '.join(dict.fromkeys(models))}"
+                 for name in planned.models or () if models and name not in models]  # fmt: skip
+    if problems:
+        raise UserError("\n".join(problems))
+    return plans
+
+
+def _overview(planned: Any, plans: dict[str, dict[str, Any]], share: list[Path]) -> dict[str, Any]:
+    """Runs with the state of their stages, and the training FLOPs: of all runs alone, and of what is left to make."""
+    from btx.sweeps.sharing import find_donors
+    from btx.sweeps.sweep import sweep_state
+
+    rows = sweep_state(planned, find_donors(share))
+    alone = left = 0.0
+    for row in rows:
+        flops = {stage["stage"]: stage["flops"] for stage in plans[row["variant"]]["stages"]}
+        row["flops"] = sum(flops[name] for name, state in row["stages"].items() if state not in ("done", "shared"))
+        alone, left = alone + sum(flops.values()), left + row["flops"]
+    return {"name": planned.name, "folder": str(planned.folder), "rng_seeds": planned.rng_seeds,
+            "variants": {variant.label: variant.settings for variant in planned.variants}, "runs": rows,
+            "flops_without_sharing": alone, "flops": left}  # fmt: skip

@@ -1,0 +1,166 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from btx.reporting.results import duration_text
+
+
+def plan_tables(planned: dict[str, Any]) -> list[Any]:
+    """`btx plan`: models, stages, totals."""
+    stages = Table(title=f"stages, in {planned['run']}", caption=planned["formula"])
+    for column in ("stage", "needs", "tokens", "FLOPs", "time", "memory", "disk", "state"):
+        stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right",
+                          no_wrap=column == "stage")  # fmt: skip
+    for row in planned["stages"]:
+        why = f" ({row['why_stale']})" if row.get("why_stale") else ""
+        stages.add_row(
+            row["stage"], _short(row["needs"]), f"{row['tokens']:,}" if row["tokens"] else "",
+            f"{row['flops']:.2e}" if row["flops"] else "", _time(row["hours"]), _size(row["memory_bytes"]),
+            _size(row["disk_bytes"]), row["state"] + why,
+        )  # fmt: skip
+    totals = planned["totals"]
+    stages.add_section()
+    stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _time(totals["machine_hours"]),
+                   _size(totals["memory_bytes"]), _size(totals["disk_bytes"]), "")  # fmt: skip
+    baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
+    return [_models_table(planned), stages, *baselines, _speed_text(planned["speed"]), *planned["router"]["notes"]]
+
+
+def _models_table(planned: dict[str, Any]) -> Table:
+    """What every model will be, and what it costs from the seed model on."""
+    table = Table(title=f"models of {planned['name']}", caption="training from the seed model on")
+    for column in ("model", "total parameters", "active parameters", "inference FLOPs a token", "training FLOPs",
+                   "hours", "machine-hours"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+    for name, row in planned["models"].items():
+        table.add_row(name, f"{row['total_params']:,}", f"{row['active_params']:,}",
+                      f"{row['inference_flops_per_token']:.2e}", f"{row['flops']:.2e}" if row["flops"] else "",
+                      _hours(row["hours"]), _hours(row["machine_hours"]))  # fmt: skip
+    return table
+
+
+def _speed_text(speed: Mapping[str, Any] | None) -> str:
+    if speed is None:
+        return "no hours: this machine cannot time the model in a moment; --flops-per-second says what yours reaches"
+    return f"hours at {speed['flops_per_s']:.2e} FLOP/s a job: {speed['source']}; evaluation comes on top"
+
+
+def _baselines_table(baselines: dict[str, Any]) -> Table:
+    """What each baseline costs from the seed model on, and how that compares with the run."""
+    table = Table(title="baselines: all training from the seed model on")
+    for column in ("baseline", "tokens", "FLOPs", "memory", "disk", "matched by", "FLOPs of the run's"):
+        table.add_column(column, justify="left" if column in ("baseline", "matched by") else "right",
+                         no_wrap=column == "baseline")  # fmt: skip
+    for name, row in baselines.items():
+        ratio = row["matched"]["flops_ratio"]
+        shown = f"{100 * ratio:.1f} %" + (f" ({100 * (ratio - 1):+.3f} %)" if row["matched"]["by"] == "flops" else "")
+        table.add_row(name, f"{row['tokens']:,}", f"{row['flops']:.2e}", _size(row["memory_bytes"]),
+                      _size(row["disk_bytes"]), row["matched"]["by"], shown)  # fmt: skip
+    return table
+
+
+def status_table(rows: list[dict[str, Any]]) -> Table:
+    """`btx status`: one line a stage."""
+    table = Table()
+    for column in ("stage", "state", "step", "loss", "tokens/s", "ETA"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=column == "stage")
+    for row in rows:
+        step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
+        eta = row["eta_s"]
+        table.add_row(
+            row["stage"], row["state"] + (f": {row['why']}" if row["why"] else ""), step,
+            f"{row['loss']:.3f}" if row["loss"] is not None else "",
+            f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "",
+            f"{eta // 60:.0f}:{eta % 60:02.0f}" if eta is not None else "",
+        )  # fmt: skip
+    return table
+
+
+def sweep_overview(overview: dict[str, Any]) -> list[Any]:
+    """`btx sweep --dry-run`: what every run takes over and makes, and what sharing saves."""
+    table = Table(title=f"runs of {overview['name']}, in {overview['folder']}")
+    for column in ("variant", "rng seed", "done", "shared", "to make", "FLOPs"):
+        table.add_column(column, justify="right" if column in ("rng seed", "FLOPs") else "left")
+    for row in overview["runs"]:
+        table.add_row(row["variant"], str(row["rng_seed"]), *_by_state(row["stages"]), f"{row['flops']:.2e}")
+    saved = f"{overview['flops']:.2e} training FLOPs to make; {overview['flops_without_sharing']:.2e} without sharing"
+    return [table, saved]
+
+
+def sweep_status_table(rows: list[dict[str, Any]]) -> Table:
+    """`btx status` of a sweep's folder: one line a run."""
+    table = Table()
+    for column in ("variant", "rng seed", "done", "under way", "to make"):
+        table.add_column(column, justify="right" if column == "rng seed" else "left")
+    for row in rows:
+        done, _, left = _by_state(row["stages"] or {"everything": "absent"})
+        begun = ", ".join(name for name, state in row["stages"].items() if state in ("begun", "stale"))
+        table.add_row(row["variant"], str(row["rng_seed"]), done, begun, left)
+    return table
+
+
+def _by_state(stages: Mapping[str, str]) -> list[str]:
+    """Names of the stages that are done, shared, and neither."""
+    done = [name for name, state in stages.items() if state == "done"]
+    shared = [name for name, state in stages.items() if state == "shared"]
+    left = [name for name in stages if name not in done and name not in shared]
+    return ["all" if len(names) == len(stages) else ", ".join(names) for names in (done, shared, left)]
+
+
+def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
+    """Names with a line each."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, line in pairs.items():
+        table.add_row(name, line)
+    return table
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """`btx compare`: a line a model, a column a set; differences whose 95 % interval leaves out 0 are bold."""
+    columns = list(dict.fromkeys(name for row in found["models"].values() for name in _differences(row)))
+    table = Table(
+        title=f"{found['model']} minus the other: difference [95 % interval] p",
+        caption="bits per byte: negative is better; tasks: share of right answers, positive is better", highlight=False,
+    )
+    table.add_column("against", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in found["models"].items():
+        cells = _differences(row)
+        table.add_row(name, *(_difference_text(cells[column]) if column in cells else "" for column in columns))
+    return table
+
+
+def _differences(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a comparison in order."""
+    cells = {"mean": row["mean"], **row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
+    return cells | {f"{task} (task)": value for task, value in row["tasks"].items()}
+
+
+def _difference_text(value: Mapping[str, Any]) -> str:
+    text = f"{value['difference']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]".replace("[", r"\[")
+    text += f" p {value['p']:.3f}" if value["p"] >= 0.001 else " p < 0.001"
+    return f"[bold]{text}[/bold]" if value["low"] > 0 or value["high"] < 0 else text
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
+
+
+def _time(hours: float | None) -> str:
+    return duration_text(3600 * hours) if hours else ""
+
+
+def _hours(hours: float | None) -> str:
+    return f"{hours:.3g}" if hours else ""
+
+
+def _size(count: int) -> str:
+    if not count:
+        return ""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

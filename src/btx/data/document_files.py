@@ -1,0 +1,253 @@
+"""Files and hub datasets → documents, in the order they are stored: finding the files and decoding their formats.
+
+.jsonl, .jsonl.gz, .jsonl.zst   one JSON object a line; lines end at "\\n" and nowhere else, blank ones are skipped
+.parquet                        one document a row; only the text column is read, batch by batch
+.txt                            documents are separated by `document_separator` (empty: a file is one document);
+                                "\\r\\n" counts as "\\n", and line ends around a document are left out
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from btx.errors import DataError, UserError
+from btx.recipe.data import Source
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+BLOCK = 1 << 20
+ROWS = 1024
+
+
+def find_files(path: str, root: str | None) -> list[Path]:
+    """The readable files that `path` (a file, a folder with all its subfolders, or a glob) names, absolute and sorted.
+
+    Args:
+        root: folder that a relative `path` starts from; None is the working directory.
+
+    Raises:
+        DataError: nothing there, or nothing there that can be read.
+    """
+    base = _absolute(root or ".")
+    full = base / Path(path).expanduser()
+    if full.exists():
+        matches = [full]
+    elif has_magic(path):
+        pattern = str(Path(path).expanduser())
+        matches = [base / match for match in glob(pattern, root_dir=base, recursive=True)]  # noqa: PTH207 (may be absolute)
+    else:
+        matches = []
+    if not matches:
+        hint = "no file matches" if has_magic(path) else "no such file or folder"
+        raise DataError(f"{full}: {hint}; relative paths start from {'data.root' if root else 'the working directory'}")
+    files = sorted({file for match in matches for file in _files_in(match)})
+    readable = [file for file in files if file.name.lower().endswith(SUFFIXES)]
+    if not readable:
+        found = ", ".join(file.name for file in files[:10]) or "nothing"
+        more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {found}{more}")
+    return readable
+
+
+def fixed_part(path: str, root: str | None) -> Path:
+    """The folder below which `find_files` finds its files."""
+    full = _absolute(root or ".") / Path(path).expanduser()
+    if full.is_dir():
+        return full
+    for parent in reversed(full.parents):
+        if has_magic(parent.name) and not parent.exists():
+            return parent.parent
+    return full.parent
+
+
+def read(files: Iterable[Path], source: Source) -> Iterator[str]:
+    """The documents in `files`; `source` tells the text key and the separator.
+
+    Raises:
+        DataError: a file that is broken or holds no document; names the file and the line or row.
+        UserError: the format needs a package that is not installed.
+    """
+    for file in files:
+        empty = True
+        try:
+            for text in _documents(file, source):
+                empty = empty and not text.strip()
+                yield text
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 ({error.reason}); convert it, for example with iconv") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file}: cannot be read, perhaps broken or cut off ({error})") from error
+        if empty:
+            raise DataError(f"{file}: this file holds no document; remove it or fill it")
+
+
+def read_hub(source: Source, root: str | None) -> Iterator[str]:
+    """The documents of a split of a hub dataset, or of a local folder that `datasets.load_dataset` reads.
+
+    Raises:
+        DataError: no such dataset, configuration, split or column; not reachable; broken rows.
+        UserError: the package datasets is not installed.
+    """
+    datasets = _optional("datasets")
+    assert source.hub is not None
+    folder = _absolute(root or ".") / source.hub
+    name = str(folder) if folder.is_dir() else source.hub
+    what = f"dataset {name!r}, split {source.split!r}"
+    try:
+        rows = datasets.load_dataset(
+            name, source.subset, split=source.split, streaming=source.streaming, revision=source.revision
+        )
+        for number, row in enumerate(rows, 1):
+            yield _text(row, source.text, f"{what}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises errors of half a dozen libraries
+        raise DataError(f"{what}: cannot be read: {error}") from error
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _files_in(path: Path) -> list[Path]:
+    """The file itself, or all files below a folder except hidden ones."""
+    if path.is_file():
+        return [path]
+    below = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    return [file for file in below if file.is_file()]
+
+
+def _documents(file: Path, source: Source) -> Iterator[str]:
+    name = file.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{file}: unknown format; formats: {', '.join(SUFFIXES)}")
+    if name.endswith(".parquet"):
+        return _parquet(file, source.text)
+    if name.endswith(".txt"):
+        return _plain_text(file, source.document_separator)
+    return _json_lines(file, source.text)
+
+
+def _plain_text(file: Path, separator: str) -> Iterator[str]:
+    rest = ""
+    with open(file, encoding="utf-8-sig") as opened:
+        while block := opened.read(16 * BLOCK):
+            rest += block
+            if separator:
+                *complete, rest = rest.split(separator)
+                yield from (text.strip("\n") for text in complete)
+    yield rest.strip("\n")
+
+
+def _json_lines(file: Path, key: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(_blocks(file)), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line)") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({error}); each line has to be one JSON object") from error
+        yield _text(value, key, where)
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    """The string at `key` of one JSON object or dataset row."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a {type(value).__name__}, not a JSON object like {{{json.dumps(key)}: ...}}")
+    if key not in value:
+        keys = ", ".join(map(repr, value)) or "none"
+        raise DataError(f"{where}: no key {key!r}; keys there: {keys}. Name the right one with `text:` in the source")
+    text = value[key]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {key!r} is {_kind(text)}, not a string")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair: "\ud83d"
+            raise DataError(f"{where}: {key!r} is not valid Unicode ({error.reason})") from error
+    return text
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *complete, rest = (rest + block).split(b"\n")
+        yield from complete
+    if rest:
+        yield rest
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """The decompressed bytes of a file, in blocks."""
+    name = file.name.lower()
+    if name.endswith(".zst"):
+        yield from _zstd_blocks(file)
+        return
+    with gzip.open(file, "rb") if name.endswith(".gz") else open(file, "rb") as opened:
+        while block := opened.read(BLOCK):
+            yield block
+
+
+def _zstd_blocks(file: Path) -> Iterator[bytes]:
+    """All frames of a zstd file; zstandard's own stream reader takes a cut-off file for a complete one."""
+    zstandard = _optional("zstandard")
+    frame = None
+    try:
+        with open(file, "rb") as opened:
+            while block := opened.read(BLOCK):
+                while block:
+                    if frame is None:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+                    yield frame.decompress(block)
+                    block = frame.unused_data if frame.eof else b""
+                    if frame.eof:
+                        frame = None
+    except zstandard.ZstdError as error:
+        raise DataError(f"{file}: cannot be read: broken zstd ({error})") from error
+    if frame is not None:
+        raise DataError(f"{file}: cut off: the last zstd frame is incomplete")
+
+
+def _parquet(file: Path, column: str) -> Iterator[str]:
+    _optional("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            columns = opened.schema_arrow.names
+            if column not in columns:
+                names = ", ".join(map(repr, columns)) or "none"
+                raise DataError(f"{file}: no column {column!r}; columns there: {names}. "
+                                f"Name the right one with `text:` in the source")  # fmt: skip
+            row = 0
+            for batch in opened.iter_batches(batch_size=ROWS, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text({column: value}, column, f"{file}, row {row}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: cannot be read: broken parquet ({error})") from error
+
+
+def _optional(package: str) -> Any:
+    """A package of the extra `data`."""
+    from importlib import import_module
+
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(f"this source needs the package {package}: pip install 'branchtrainmix[data]'") from error

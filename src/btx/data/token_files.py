@@ -1,0 +1,236 @@
+"""Documents → token files: a folder with all tokens of a source, one after the other, and where documents start.
+
+    tokens.bin      uint16 if the vocabulary has at most 65536 entries, else uint32
+    documents.npy   int64 (documents + 1,): offset of each document's first token, then the number of tokens
+    bytes.npy       int64 (documents,): UTF-8 bytes of each document's text, for bits per byte
+    index.json      tokens, bytes, documents, dtype, trailing_eos, sha256 (of tokens.bin), tokenizer_sha256, rng_seed,
+                    source (description of where the documents come from)
+
+A document is `separator text`, the separator being bos, or eos if the tokenizer has no bos. So the label of a
+document's last token is the next document's separator: it says that the document is over. Only if there is a bos that
+is not the eos, that would teach the wrong token: then a document is `bos text eos` (`trailing_eos`), and its eos has no
+label. Attention and position ids restart at the separator.
+
+Documents are encoded as `tokenizer(text, add_special_tokens=False)` does: special tokens spelt out in a text become
+those tokens. They start no document; only documents.npy says where one starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from btx.data.tokenizer import fast_tokenizer, tokenizer_sha256
+from btx.errors import CheckpointError, DataError
+from btx.model_files.folders import atomic_folder, file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INDEX = "index.json"
+FIELDS = {"tokens", "bytes", "documents", "dtype", "trailing_eos", "sha256", "tokenizer_sha256", "rng_seed", "source"}
+BATCH_CHARACTERS = 1 << 20
+
+
+class DocumentEncoder:
+    """Texts → token ids with their separators, as token files have them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has neither a bos nor an eos token; "
+                                  f"one has to separate documents")  # fmt: skip
+        self._fast = fast_tokenizer(tokenizer)
+        self.sha256 = tokenizer_sha256(tokenizer)
+        self.separator = int(eos if bos is None else bos)
+        self.trailing_eos = bos is not None and eos is not None and bos != eos
+        self._tail = [int(eos)] if self.trailing_eos else []
+        entries = 1 + max(max(tokenizer.get_vocab().values()), self.separator, *self._tail)
+        self.dtype = np.dtype("<u2" if entries <= 1 << 16 else "<u4")
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each document; uses all cores."""
+        encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        return [[self.separator, *document.ids, *self._tail] for document in encoded]
+
+
+class TokenFileWriter:
+    """Collects documents of one token file; `token_file_writer` makes it and completes the folder."""
+
+    def __init__(self, folder: Path, encoder: DocumentEncoder, tokens: BinaryIO) -> None:
+        self._folder, self._encoder, self._file = folder, encoder, tokens
+        self._starts, self._bytes = array("q", [0]), array("q")
+        self._sha256 = hashlib.sha256()
+        self._waiting: list[str] = []
+        self._characters = 0
+
+    def add(self, text: str) -> None:
+        """Append a document."""
+        self._waiting.append(text)
+        self._characters += len(text)
+        if self._characters >= BATCH_CHARACTERS:
+            self._encode()
+
+    def finish(self, rng_seed: int, source: dict[str, Any]) -> None:
+        """Write the offsets, then the index."""
+        self._encode()
+        self._file.flush()
+        np.save(self._folder / "documents.npy", np.array(self._starts, dtype="<i8"))
+        np.save(self._folder / "bytes.npy", np.array(self._bytes, dtype="<i8"))
+        index = {
+            "tokens": self._starts[-1],
+            "bytes": sum(self._bytes),
+            "documents": len(self._bytes),
+            "dtype": self._encoder.dtype.name,
+            "trailing_eos": self._encoder.trailing_eos,
+            "sha256": self._sha256.hexdigest(),
+            "tokenizer_sha256": self._encoder.sha256,
+            "rng_seed": rng_seed,
+            "source": source,
+        }
+        (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+
+    def _encode(self) -> None:
+        if not self._waiting:
+            return
+        for text, ids in zip(self._waiting, self._encoder(self._waiting), strict=True):
+            self._starts.append(self._starts[-1] + len(ids))
+            self._bytes.append(len(text.encode()))
+            block = np.array(ids, dtype=self._encoder.dtype).tobytes()
+            self._file.write(block)
+            self._sha256.update(block)
+        self._waiting, self._characters = [], 0
+
+
+@contextmanager
+def token_file_writer(
+    folder: Path, encoder: DocumentEncoder, *, rng_seed: int, source: dict[str, Any]
+) -> Iterator[TokenFileWriter]:
+    """A writer whose token file appears at `folder`, in place of what was there, when the block ends without an error.
+
+    Args:
+        rng_seed: written to the index.
+        source: JSON description of where the documents come from, written to the index.
+    """
+    with atomic_folder(folder) as beside, open(beside / "tokens.bin", "wb") as tokens:
+        writer = TokenFileWriter(beside, encoder, tokens)
+        yield writer
+        writer.finish(rng_seed, source)
+
+
+def write_token_file(
+    folder: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, rng_seed: int, source: dict[str, Any]
+) -> TokenFile:
+    """Tokenise `texts` into a token file at `folder`; arguments as `token_file_writer`."""
+    with token_file_writer(folder, DocumentEncoder(tokenizer), rng_seed=rng_seed, source=source) as writer:
+        for text in texts:
+            writer.add(text)
+    return TokenFile.open(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """A complete token file, mapped into memory."""
+
+    folder: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path | str, *, verify: bool = False) -> TokenFile:
+        """Open `folder`, checking the sizes of its files; with `verify` also that no byte of tokens.bin changed.
+
+        Raises:
+            DataError: a file is missing, cut off, or not what the index says.
+        """
+        file = cls(Path(folder), _read_index(Path(folder)))
+        file._check_sizes()
+        if verify and file_sha256(file.folder / "tokens.bin") != file.sha256:
+            raise DataError(f"{file.folder / 'tokens.bin'}: {_BROKEN.format('its bytes changed since it was written')}")
+        return file
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return int(self.index["tokens"])
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return int(self.index["documents"])
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of all documents' texts."""
+        return int(self.index["bytes"])
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of tokens.bin."""
+        return str(self.index["sha256"])
+
+    @property
+    def trailing_eos(self) -> bool:
+        """True if documents end with an eos, which has no label."""
+        return bool(self.index["trailing_eos"])
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All tokens (tokens,), read-only; pages are read from the disk when they are used."""
+        dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
+        if not len(self):
+            return np.empty(0, dtype)  # an empty file cannot be mapped
+        return np.asarray(np.memmap(self.folder / "tokens.bin", dtype, mode="r"))
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """Offset of each document's first token, then the number of tokens: int64 (documents + 1,)."""
+        return self._array("documents.npy")
+
+    @cached_property
+    def document_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each document's text: int64 (documents,)."""
+        return self._array("bytes.npy")
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.folder / name}: {_BROKEN.format(error)}") from error
+
+    def _check_sizes(self) -> None:
+        tokens = self.folder / "tokens.bin"
+        expected = len(self) * np.dtype(self.index["dtype"]).itemsize
+        if not tokens.is_file():
+            raise DataError(f"{tokens}: {_BROKEN.format('it is missing')}")
+        if tokens.stat().st_size != expected:
+            raise DataError(f"{tokens}: {_BROKEN.format(f'{tokens.stat().st_size} bytes instead of {expected}')}")
+        starts, counts = self.document_starts, self.document_bytes
+        if starts.shape != (self.documents + 1,) or starts[0] != 0 or starts[-1] != len(self):
+            raise DataError(f"{self.folder / 'documents.npy'}: {_BROKEN.format('it does not fit the index')}")
+        if counts.shape != (self.documents,):
+            raise DataError(f"{self.folder / 'bytes.npy'}: {_BROKEN.format('it does not fit the index')}")
+
+
+_BROKEN = "this token file is broken: {}; remove its folder and prepare the data again"
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file: {folder} is no token file, or was not completed; "
+                        f"prepare the data first") from error  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {_BROKEN.format(error)}") from error
+    if not isinstance(index, dict) or not index.keys() >= FIELDS or index["dtype"] not in ("uint16", "uint32"):
+        raise DataError(f"{path}: {_BROKEN.format(f'it needs {sorted(FIELDS)}, dtype uint16 or uint32')}")
+    return index

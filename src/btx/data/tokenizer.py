@@ -1,0 +1,127 @@
+"""The byte-level BPE tokenizer of a seed model from scratch, and what identifies any tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from btx.errors import CheckpointError, DataError
+from btx.model_files.folders import value_hash, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, model_max_length: int = 1_000_000
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; equal texts give an equal tokenizer, in whatever order they come.
+
+    Every text can be encoded and decodes to itself; digits are tokens of their own, as in Llama. `<|endoftext|>`, id 0,
+    is begin and end of text and padding. Few texts can give fewer than `vocab_size` entries.
+
+    Args:
+        texts: the documents to learn merges from.
+        vocab_size: entries wanted, special token and the 256 bytes included.
+        model_max_length: longest text in tokens that it encodes without complaint.
+
+    Raises:
+        DataError: there is no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    characters = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    bpe.train_from_iterator(counted(), trainer)
+    if not characters:
+        raise DataError("there is no text to train a tokenizer on")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def as_loaded_beside(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTrainedTokenizerBase:
+    """What AutoTokenizer makes of `tokenizer` once it is saved beside a model of type `model_type`.
+
+    For most types that is the same tokenizer. A few (qwen2) have a class of their own that keeps the vocabulary but
+    splits text in its own way; data have to be tokenised as everyone will tokenise who loads the model.
+    """
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), "utf-8")
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    loaded.name_or_path = tokenizer.name_or_path
+    return loaded
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that transformers 4 reads it too.
+
+    transformers 5 names the class of a plain fast tokenizer `TokenizersBackend`, which 4.57 does not know; under its
+    older name both load the same tokenizer.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of the `tokenizers.Tokenizer` behind `tokenizer`, without its truncation and padding.
+
+    Raises:
+        CheckpointError: the tokenizer is not one of the library `tokenizers`.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise CheckpointError(
+            f"{tokenizer.name_or_path or type(tokenizer).__name__}: btx needs a fast tokenizer (tokenizer.json); "
+            f"convert this one, for example with transformers' convert_slow_tokenizer"
+        )
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that decides a document's tokens; the same after saving and loading.
+
+    The post-processor is left out: it only places special tokens, which token files place themselves.
+    """
+    state = json.loads(fast_tokenizer(tokenizer).to_str())
+    state.pop("post_processor")
+    return value_hash({"tokenizer": state, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id})

@@ -1,0 +1,181 @@
+"""Which experts tokens use: load of the experts and of their pairs by domain and layer, and documents token by token
+(paper, section 4.4 and appendix).
+
+Shape letters: B batch, S sequence, T text tokens, E experts, K top-k, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from btx.errors import CheckpointError
+from btx.evaluation.held_out import HeldOutDocument, Packed, held_out_documents, load_to_measure, pack
+from btx.model_files.folders import write_json
+from btx.model_files.models import load_tokenizer
+from btx.moe.layer import Routing, moe_blocks
+from btx.reporting.token_texts import token_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from btx.recipe.schema import Recipe
+
+MICRO_BATCH_TOKENS = 8192
+"""Tokens a forward pass."""
+DEAD_LOAD = 0.001
+"""An expert with less than this share of a layer's load, over all domains, is dead."""
+EXAMPLE_TOKENS = 200
+"""Tokens shown of a document."""
+
+
+class RoutingTotals:
+    """Sums over text tokens of one domain, a layer each: what the shares and means are made from."""
+
+    def __init__(self, layers: int, num_experts: int) -> None:
+        self.tokens = 0
+        self.load_LE = torch.zeros(layers, num_experts, dtype=torch.float64)
+        self.pairs_LEE = torch.zeros(layers, num_experts, num_experts, dtype=torch.float64)
+        self.entropy_L = torch.zeros(layers, dtype=torch.float64)
+        self.confidence_L = torch.zeros(layers, dtype=torch.float64)
+
+    def add(self, routings_L: Sequence[Routing], mask_T: Tensor) -> None:
+        """Count the tokens where `mask_T` is True."""
+        E = self.load_LE.shape[1]
+        self.tokens += int(mask_T.sum())
+        for layer, routing in enumerate(routings_L):
+            ids_TK, logits_TE = routing.expert_ids_TK[mask_T].cpu(), routing.logits_TE[mask_T].double().cpu()
+            self.load_LE[layer] += ids_TK.flatten().bincount(minlength=E)
+            first_T, second_T = ids_TK[:, :2].min(dim=1).values, ids_TK[:, :2].max(dim=1).values
+            self.pairs_LEE[layer] += (first_T * E + second_T).bincount(minlength=E * E).view(E, E)
+            log_probs_TE = logits_TE.log_softmax(dim=-1)
+            self.entropy_L[layer] -= (log_probs_TE.exp() * log_probs_TE).sum()
+            self.confidence_L[layer] += log_probs_TE.max(dim=-1).values.exp().sum()
+
+    def summary(self, experts: Sequence[str]) -> dict[str, Any]:
+        """A domain's entry in routing.json: shares of the load, of the two largest gates' pairs, means."""
+        top_k = round(float(self.load_LE[0].sum()) / self.tokens)
+        pairs = combinations(range(len(experts)), 2) if top_k > 1 else ()
+        return {
+            "tokens": self.tokens,
+            "load": (self.load_LE / self.load_LE.sum(dim=1, keepdim=True)).tolist(),
+            "pairs": {f"{experts[a]}+{experts[b]}": (self.pairs_LEE[:, a, b] / self.tokens).tolist() for a, b in pairs},
+            "entropy": (self.entropy_L / self.tokens).tolist(),
+            "confidence": (self.confidence_L / self.tokens).tolist(),
+        }
+
+
+@torch.inference_mode()
+def routing_of(model: PreTrainedModel, rows: Packed) -> list[Routing]:
+    """What every MoE layer decides for the positions of `rows`, in row order."""
+    device = model.device
+    model.base_model(
+        input_ids=rows.input_ids_BS.to(device), position_ids=rows.position_ids_BS.to(device), use_cache=False
+    )
+    return [block.routing for block in moe_blocks(model) if block.routing is not None]
+
+
+def domain_routing(model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int) -> RoutingTotals:
+    """Routing of the text tokens of `documents`; separators and padding do not count."""
+    blocks = moe_blocks(model)
+    totals = RoutingTotals(len(blocks), blocks[0].gate.weight.shape[0])
+    for rows in pack(documents, sequence_length).batches(MICRO_BATCH_TOKENS):
+        totals.add(routing_of(model, rows), rows.text_BS.flatten().to(model.device))
+    return totals
+
+
+def analyze(run_folder: Path, recipe: Recipe, model_path: Path, *, log: Callable[[str], None]) -> dict[str, Any]:
+    """Route held-out text of every domain; write analyze/routing.json and analyze/tokens.json.
+
+    Args:
+        run_folder: holds the prepared data; results go into its `analyze` folder.
+        recipe: the run's recipe; `analyze.tokens` a domain at most, `analyze.examples` documents shown of each.
+        model_path: folder of the MoE model.
+        log: called with lines for the user.
+
+    Returns:
+        routing.json, as written. A domain's entropy is that of the router's probabilities in nats, its confidence the
+        mean probability of the first expert.
+
+    Raises:
+        CheckpointError: a dense model, or one with another number of experts than the recipe.
+        DataError: held-out data are missing.
+    """
+    model, tokenizer = load_to_measure(model_path, recipe), load_tokenizer(model_path)
+    experts = recipe.expert_names
+    blocks = moe_blocks(model)
+    if not blocks or blocks[0].gate.weight.shape[0] != len(experts):
+        found = f"{blocks[0].gate.weight.shape[0]} experts" if blocks else "no MoE layer"
+        raise CheckpointError(f"{model_path}: this model has {found}; the recipe's are {', '.join(experts)}")
+    totals: dict[str, RoutingTotals] = {}
+    examples: list[dict[str, Any]] = []
+    for domain in recipe.data.domains:
+        documents = held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens)
+        totals[domain] = domain_routing(model, documents, recipe.data.sequence_length)
+        shown = spread(documents, recipe.analyze.examples)
+        examples += [{"domain": domain} | example(model, tokenizer, document) for document in shown]
+    routing: dict[str, Any] = {
+        "layers": len(blocks),
+        "experts": experts,
+        "domains": {domain: total.summary(experts) for domain, total in totals.items()},
+        "dead": dead_experts(list(totals.values())),
+    }
+    write_json(run_folder / "analyze" / "routing.json", routing)
+    write_json(run_folder / "analyze" / "tokens.json",
+               {"layers": len(blocks), "experts": experts, "examples": examples})  # fmt: skip
+    for domain, layers in in_domain_layers(routing, recipe.data.general).items():
+        log(f"{domain}: its expert has the largest load in {len(layers)} of {len(blocks)} layers")
+    if routing["dead"]:
+        log(f"dead experts: {', '.join(f'{experts[e]} in layer {layer}' for layer, e in routing['dead'])}")
+    return routing
+
+
+def dead_experts(totals: Sequence[RoutingTotals]) -> list[list[int]]:
+    """[layer, expert] where the load over all domains, each counting the same, is below DEAD_LOAD."""
+    shares = torch.stack([total.load_LE / total.load_LE.sum(dim=1, keepdim=True) for total in totals]).mean(dim=0)
+    return (shares < DEAD_LOAD).nonzero().tolist()
+
+
+def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> dict[str, list[int]]:
+    """Layers in which a domain's own expert has the largest load, for the domains that have one.
+
+    Args:
+        routing: routing.json.
+        general: name of the general domain, whose own expert is the generalist.
+    """
+    experts: list[str] = routing["experts"]
+    layers = {}
+    for domain, found in routing["domains"].items():
+        own = "generalist" if domain == general and domain not in experts else domain
+        if own in experts:
+            e = experts.index(own)
+            layers[domain] = [layer for layer, load_E in enumerate(found["load"]) if load_E[e] == max(load_E)]
+    return layers
+
+
+def spread(documents: Sequence[HeldOutDocument], count: int) -> list[HeldOutDocument]:
+    """At most `count` documents, evenly spread over `documents`."""
+    count = min(count, len(documents))
+    return [documents[i * len(documents) // count] for i in range(count)]
+
+
+def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: HeldOutDocument) -> dict[str, Any]:
+    """The start of a document token by token: texts, expert ids and gate weights by layer, largest gate first."""
+    tokens = document.tokens[: 1 + EXAMPLE_TOKENS]
+    rows = pack([HeldOutDocument(tokens, document.bytes)], len(tokens))
+    routings = routing_of(model, rows)
+    # Lists, not tensors: layers may differ in the number of experts a token uses.
+    ids_LTK = [routing.expert_ids_TK[1:].tolist() for routing in routings]
+    gates_LTK = [routing.gates_TK[1:].tolist() for routing in routings]
+    return {
+        "tokens": token_texts(tokenizer, tokens[1:].tolist()),
+        "experts": [list(ids_LK) for ids_LK in zip(*ids_LTK, strict=True)],
+        "gates": [
+            [[round(gate, 4) for gate in gates_K] for gates_K in gates_LK] for gates_LK in zip(*gates_LTK, strict=True)
+        ],
+    }

@@ -1,0 +1,116 @@
+"""The mixed set: held-out documents that switch domain in the middle, because separable domains flatter models that
+choose by the look of a text.
+
+They fit one training sequence wherever possible, so that a model sees both sides of the switch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from btx.data.token_files import DocumentEncoder
+from btx.errors import DataError
+from btx.evaluation.held_out import HeldOutDocument, held_out_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from btx.recipe.schema import Recipe
+
+JOINT = "\n\n"
+"""Between the halves."""
+LEAST_HALF = 1 / 3
+"""Share of a text that each part has at least where it is cut at a line end."""
+ROOM = 8
+"""Tokens of a training sequence left free for the joint and the separator."""
+
+
+def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[HeldOutDocument]:
+    """`evaluate.mixed.documents` documents of the recipe's kind, always the same ones.
+
+    Args:
+        run_folder: holds the prepared data.
+        recipe: the run's recipe.
+        tokenizer: the one that made the data's token files.
+
+    Raises:
+        DataError: a domain has no held-out document of two words.
+    """
+    mixed = recipe.evaluate.mixed
+    if mixed.kind == "generated":
+        from btx.data.domains.mixed_text import mixed_texts
+
+        texts = mixed_texts(recipe.rng_seed, mixed.documents, recipe.data.held_out)
+    else:
+        texts = joined_halves(_texts_of_domains(run_folder, recipe, tokenizer), mixed.documents)
+    encoder = DocumentEncoder(tokenizer)
+    end = -1 if encoder.trailing_eos else None
+    return [HeldOutDocument(np.array(ids[:end], np.int64), len(text.encode()))
+            for ids, text in zip(encoder(texts), texts, strict=True)]  # fmt: skip
+
+
+def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
+    """First halves of documents of one domain followed by second halves of another's.
+
+    Every pair of domains comes equally often (up to one), each of the two as often first as second (up to one), and a
+    domain's documents are used in turn.
+
+    Args:
+        texts: domain → its documents, one at least.
+        count: texts wanted.
+    """
+    pairs, used, joined = list(combinations(texts, 2)), dict.fromkeys(texts, 0), []
+    for number in range(count):
+        turn, place = divmod(number, len(pairs))
+        pair = pairs[place] if (turn + place) % 2 == 0 else pairs[place][::-1]
+        halves = []
+        for domain, half in zip(pair, (0, 1), strict=True):
+            halves.append(split_in_the_middle(texts[domain][used[domain] % len(texts[domain])])[half])
+            used[domain] += 1
+        joined.append(JOINT.join(halves))
+    return joined
+
+
+def split_in_the_middle(text: str) -> tuple[str, str]:
+    """Two halves of a text, cut at the line end nearest to the middle, else at the nearest white space.
+
+    A line end is taken if neither part gets less than a third. Without white space inside, both halves are the text.
+    """
+    text = text.strip()
+    for pattern, margin in ((r"\s*\n", LEAST_HALF), (r"\s+", 0.0)):
+        cuts = [found for found in re.finditer(pattern, text)
+                if margin * len(text) <= found.start() and found.end() <= (1 - margin) * len(text)]  # fmt: skip
+        if cuts:
+            nearest = min(cuts, key=lambda found: abs(found.start() + found.end() - len(text)))
+            return text[: nearest.start()], text[nearest.end() :]
+    return text, text
+
+
+def _texts_of_domains(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+    """Held-out documents of every domain as text, enough for all halves if there are so many; of longer ones the
+    middle."""
+    # Halves may have two thirds of their texts, and two of them should fit.
+    domains, longest = recipe.data.domains, int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
+    halves = math.ceil(2 * recipe.evaluate.mixed.documents / len(domains))
+    texts: dict[str, list[str]] = {}
+    for domain in domains:
+        texts[domain] = []
+        for document in held_out_documents(run_folder, recipe, domain, sys.maxsize, documents=halves):
+            ids, surplus = document.tokens[1:], max(0, len(document.tokens) - 1 - longest)
+            ids = ids[surplus // 2 : surplus // 2 + longest]
+            text = cast(str, tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)).strip("\ufffd")
+            if surplus:
+                text = re.sub(r"\A\S*\s+|\s+\S*\Z", "", text)  # a word may have been cut at either end
+            if len(text.split()) > 1:
+                texts[domain].append(text)
+        if not texts[domain]:
+            raise DataError(f"evaluate.mixed: domain {domain!r} has no held-out document of two words to halve; "
+                            f"leave evaluate.mixed out")  # fmt: skip
+    return texts

@@ -1,0 +1,1 @@
+"""Mixing models into MoE models, and changing those."""

@@ -1,0 +1,220 @@
+"""Append an expert to a finished MoE model: its FF sublayers, and one row to every router (Nexus, arXiv 2408.15901).
+
+What is there stays bit for bit, but for the shared weights if they are told to fold the new expert's in: with
+λ = 1/(n+1) the mean over n experts becomes the mean over n+1 (Nexus, section 3.2). So with shared weights left, tokens
+that do not choose the new expert are routed among the old ones as before.
+
+The new row: `random` and `zeros` as in a new router; `hidden_mean` as in `btx mix`, from text of the new expert and of
+old ones; `ridge` by regression on what the row should say beside the trained old ones: on the new expert's text half
+the old logits' range above the largest of them, on other text as much as the smallest. That needs no common scale, so
+it also suits routers that were finetuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btx.errors import CheckpointError
+from btx.mixing.extend_checks import DenseExpert, open_expert
+from btx.mixing.moe_folder import RECORD, MoeFolder
+from btx.mixing.report import FINETUNE_NEXT, parameters
+from btx.model_files.beside_weights import copy_beside_weights
+from btx.model_files.folders import atomic_folder, write_json
+from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
+from btx.model_files.model_card import write_model_card
+from btx.model_files.models import load_tokenizer
+from btx.model_files.provenance import model_provenance, versions
+from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
+from btx.moe.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
+from btx.moe.router_fit import load_for_text, moe_routers, router_sums
+from btx.moe.router_init import SCALE, RouterSettings, hidden_mean, random, ridge
+from btx.recipe.sizes import bytes_of
+
+SHARED = ("left", "fold")
+
+
+def extend(
+    moe: Path,
+    name: str,
+    expert: Path,
+    output: Path,
+    *,
+    shared: str = "left",
+    router_init: str | RouterSettings = "random",
+    texts: Mapping[str, Path] | None = None,
+    rng_seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write a MoE model with one more expert.
+
+    Args:
+        moe: folder of a MoE model of any supported family.
+        name: name of the new expert.
+        expert: folder of a dense model of the class and shape that the MoE model was mixed from.
+        output: folder to write; it appears when it is complete.
+        shared: `left`, or `fold` the expert's shared weights in with weight 1/(n+1).
+        router_init: how the new router row starts, by name or with parameters.
+        texts: expert name → file with text of its domain, for rows that need text: the new expert's and at least one
+            old one's, better all.
+        rng_seed: random number seed of a random row.
+        max_shard_size: size an output file has at most, in bytes or as `500MB`.
+        log: called with lines for the user.
+
+    Returns:
+        mix.json, as written.
+
+    Raises:
+        CheckpointError: the expert does not fit; all problems in one message.
+    """
+    model = MoeFolder.open(moe)
+    settings = RouterSettings(router_init) if isinstance(router_init, str) else router_init
+    problems = settings.problems()
+    if shared not in SHARED:
+        problems.append(f"shared weights {shared!r}: allowed: {', '.join(SHARED)}")
+    if name in model.names:
+        problems.append(f"{moe}: has an expert {name!r} already; its experts: {', '.join(model.names)}")
+    if settings.method == "ridge" and settings.scale is not None:
+        problems.append("router_init ridge takes no scale here: the old rows' logits set it")
+    if settings.needs_text:
+        problems += _text_problems(texts or {}, name, model.names, settings.method)
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    dense = open_expert(model, name, expert)
+    rows_LD = _new_rows(model, name, settings, texts or {}, rng_seed)
+    n = len(model.names)
+    config = model.config_with(n + 1)
+    tensors = list(_planned(model, dense, name, rows_LD, 1 / (n + 1) if shared == "fold" else 0.0))
+    require_space(output, tensors)
+    with atomic_folder(output) as folder:
+        copy_beside_weights(moe, folder)
+        model.write_config(folder, config)
+        written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
+        step = {"extend": name, "path": str(expert), "shared": shared, "router_init": settings.as_json()}
+        record = model.record | {
+            "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
+            "experts": [*model.names, name],
+            "top_k": model.top_k,
+            "config": config,
+            "bytes": written,
+            "parameters": parameters(tensors, n + 1, model.top_k),
+            "paths": model.record["paths"] | {name: str(expert)},
+            "inputs": model.record["inputs"] | {name: model_provenance(expert)},
+            "history": [*model.record["history"], step],
+            "next": FINETUNE_NEXT,
+            "versions": versions(),
+        }
+        for stale in ("tensors", "tensors_by_origin"):
+            record.pop(stale, None)
+        write_json(folder / RECORD, record)
+        write_model_card(folder, record)
+    log(f"extend: {name} is expert {n}; shared weights " + ("left as they were" if shared == "left" else
+        f"folded with weight {1 / (n + 1):.3f}"))  # fmt: skip
+    return record
+
+
+def _text_problems(texts: Mapping[str, Path], name: str, old: Sequence[str], method: str) -> list[str]:
+    unknown = [text for text in texts if text != name and text not in old]
+    found = [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
+    if name not in texts or not any(text in old for text in texts):
+        found.append(f"router_init {method} needs text of {name} and of at least one of {', '.join(old)}: the new row "
+                     f"has to tell them apart")  # fmt: skip
+    return found
+
+
+def _new_rows(
+    model: MoeFolder, name: str, settings: RouterSettings, texts: Mapping[str, Path], rng_seed: int
+) -> list[Tensor]:
+    """The new row (D,) of every layer's router."""
+    hidden_size, n = int(model.config["hidden_size"]), len(model.names)
+    if settings.method == "random":  # the last row of a router for n+1, so that it is no copy of an old one
+        return [
+            random(n + 1, hidden_size, std=settings.std, rng_seed=rng_seed, layer=layer)[-1]
+            for layer in range(model.num_layers)
+        ]
+    if settings.method == "zeros":
+        return [torch.zeros(hidden_size) for _ in range(model.num_layers)]
+    length = min(SEQUENCE_LENGTH, int(model.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
+    ordered = {text: texts[text] for text in sorted(texts, key=lambda text: text == name)}  # the new one last
+    rows = text_from_files(ordered, load_tokenizer(model.path), tokens=settings.tokens, sequence_length=length)
+    return rows_from_text(model, list(rows.values()), settings)
+
+
+def rows_from_text(model: MoeFolder, texts: Sequence[TextRows], settings: RouterSettings) -> list[Tensor]:
+    """The new row (D,) of every layer's router from text, the new expert's text last.
+
+    Hidden states are those of the model as it is, routed by its own routers.
+    """
+    network = load_for_text(model.path)
+    new = len(texts) - 1
+    old_weights = [router.weight.data.float() for router in moe_routers(network)]
+
+    def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
+        return torch.eye(len(texts))[text].expand(len(x_TD), -1)
+
+    def beside_the_old_rows(layer: int, text: int, x_TD: Tensor) -> Tensor:
+        logits_TE = x_TD.float() @ old_weights[layer].T
+        largest_T, smallest_T = logits_TE.max(dim=1).values, logits_TE.min(dim=1).values
+        wanted_T = largest_T + (largest_T - smallest_T) / 2 if text == new else smallest_T
+        return wanted_T[:, None]
+
+    if settings.method == "hidden_mean":
+        scale = settings.scale or SCALE["hidden_mean"]
+        sums = router_sums(network, texts, len(texts), labels)
+        return [hidden_mean(layer, scale=scale)[new] for layer in sums]
+    sums = router_sums(network, texts, 1, beside_the_old_rows)
+    return [ridge(layer, ridge=settings.ridge, scale=1.0)[0] for layer in sums]
+
+
+def _with_zero(tensor: FileTensor, axis: int) -> Tensor:
+    """A tensor with one more entry along an axis, 0."""
+    return torch.cat([tensor.load(), torch.zeros_like(tensor.load().narrow(axis, 0, 1))], dim=axis)
+
+
+def _constant(value: Tensor, dtype: torch.dtype) -> Computed:
+    return Computed(tuple(value.shape), dtype, lambda: value)
+
+
+def _planned(
+    model: MoeFolder, dense: DenseExpert, name: str, rows_LD: Sequence[Tensor], fold: float
+) -> Iterator[OutputTensor]:
+    """All tensors of the larger model: the old ones, each followed by what the new expert adds to it."""
+    family, n = dense.family, len(model.names)
+    added = {pattern.format(layer=layer): (layer, roles) for pattern, roles in family.experts.items()
+             for layer in range(model.num_layers) if "{expert}" not in pattern}  # fmt: skip
+    routers = {family.router.format(layer=layer): layer for layer in range(model.num_layers)}
+    for tensor_name in model.tensors.names:
+        tensor = model.tensors[tensor_name]
+        shape, dtype = (tensor.shape[0] + 1, *tensor.shape[1:]), tensor.dtype
+        if tensor_name in routers:
+            row = rows_LD[routers[tensor_name]][None]
+            parts = [tensor, _constant(row, dtype)]
+            yield OutputTensor(tensor_name, shape, dtype, parts, {"from": "router"})
+        elif tensor_name in added:
+            layer, roles = added[tensor_name]
+            parts = [tensor, *[cast(dense.feed_forward(role, layer), dtype) for role in roles]]
+            yield OutputTensor(tensor_name, shape, dtype, parts, {"from": "stack"})
+        elif (axis := model.expert_axis(tensor_name)) is not None:
+            shape = tuple(size + (number == axis) for number, size in enumerate(tensor.shape))
+            part = Computed(shape, dtype, partial(_with_zero, tensor, axis))
+            yield OutputTensor(tensor_name, shape, dtype, [part], {"from": "zeros"})
+        elif model.place_of(tensor_name) is not None:
+            yield OutputTensor(tensor_name, tensor.shape, dtype, [tensor], {"from": "copy"})
+        elif fold and tensor_name in dense.tensors:
+            merged = Elementwise(tensor.shape, dtype, [tensor, dense.tensors[tensor_name]],
+                                 lambda values: torch.lerp(values[0].double(), values[1].double(), fold))  # fmt: skip
+            yield OutputTensor(tensor_name, tensor.shape, dtype, [merged], {"from": "fold"})
+        else:
+            yield OutputTensor(tensor_name, tensor.shape, dtype, [tensor], {"from": "shared"})
+    for pattern, roles in family.experts.items():
+        for layer in range(model.num_layers) if "{expert}" in pattern else ():
+            dtype = model.tensors[pattern.format(layer=layer, expert=0)].dtype
+            parts = [cast(dense.feed_forward(role, layer), dtype) for role in roles]
+            shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+            yield OutputTensor(pattern.format(layer=layer, expert=n), shape, dtype, parts, {"from": "copy"})

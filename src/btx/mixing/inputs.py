@@ -1,0 +1,70 @@
+"""The models of one mix, opened: their configs, their family and their tensors, fused ones taken apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from btx.model_files.checkpoints import TensorFolder
+from btx.model_files.families import Config, Family
+from btx.model_files.lazy_tensors import FileTensor
+
+GENERALIST = "generalist"
+
+
+@dataclass
+class MixInputs:
+    """Seed model and expert models, checked against each other and ready to stream."""
+
+    seed_model: Path
+    experts: dict[str, Path]
+    generalist: bool
+    config: Config
+    """The seed model's, completed with its class's defaults."""
+    family: Family
+    seed_tensors: TensorFolder
+    expert_tensors: dict[str, TensorFolder]
+
+    @property
+    def members(self) -> dict[str, TensorFolder]:
+        """Everything that becomes an expert, in order: the expert models, then the generalist."""
+        return self.expert_tensors | ({GENERALIST: self.seed_tensors} if self.generalist else {})
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the dense model."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def shared_names(self) -> list[str]:
+        """Names of the shared weights, sorted."""
+        return [name for name in self.seed_tensors.names if self.family.feed_forward_match(name) is None]
+
+    def values(self, name: str) -> list[FileTensor]:
+        """One tensor from every member."""
+        return [folder[name] for folder in self.members.values()]
+
+
+def open_tensors(folder: Path, family: Family, config: Config, who: str = "model") -> TensorFolder:
+    """The tensors of a dense model's folder, fused ones (Phi-3's qkv) replaced by views of their parts.
+
+    Tensors that every transformers class ignores are left out: rope frequencies of old Llama files, and an LM head
+    beside the embeddings it is tied to.
+
+    Args:
+        who: whose tensors these are, for messages.
+
+    Raises:
+        CheckpointError: as `TensorFolder`.
+    """
+    tensors = TensorFolder(folder, who)
+    for name in tensors.names:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
+            tensors.drop(name)
+    for layer in range(int(config["num_hidden_layers"])):
+        for fused, parts in family.fused(config).items():
+            if fused.format(layer=layer) in tensors:
+                tensors.split(
+                    fused.format(layer=layer), {part.format(layer=layer): rows for part, rows in parts.items()}
+                )
+    return tensors

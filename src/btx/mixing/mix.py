@@ -1,0 +1,280 @@
+"""Mix expert models into one MoE model (paper, section 2.2).
+
+In every layer the experts' FF sublayers become the experts of one MoE layer, copied bit for bit; every other weight is
+the mean over the experts (the generalist included); the routers are new. Tensors are streamed one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from btx.errors import CheckpointError
+from btx.mixing.checks import open_checked
+from btx.mixing.drift import Drifts, group_of
+from btx.mixing.expert_parts import experts_transform
+from btx.mixing.inputs import MixInputs
+from btx.mixing.merge import Merge
+from btx.mixing.merge_kinds import MergeSettings
+from btx.mixing.merge_methods import bind
+from btx.mixing.moe_layout import (
+    ExpertsTransform,
+    expert_tensors,
+    experts_of_layer,
+    fused_again,
+    inert_tensors,
+    router_tensor,
+    shared_tensor,
+)
+from btx.mixing.report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings
+from btx.model_files.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
+from btx.model_files.families import Config
+from btx.model_files.folders import atomic_folder, write_json
+from btx.model_files.model_card import write_model_card
+from btx.model_files.models import load_tokenizer
+from btx.model_files.output_types import dtype_of, in_one_type
+from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
+from btx.moe.btx_folder import write_router
+from btx.moe.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
+from btx.moe.router_fit import check_texts, fit_routers
+from btx.moe.router_init import RouterSettings, initial_router
+from btx.moe.router_kinds import RoutingSettings
+from btx.recipe.sizes import bytes_of
+
+
+def mix(
+    seed_model: Path,
+    experts: Mapping[str, Path],
+    output: Path,
+    *,
+    record: Path | None = None,
+    generalist: bool = True,
+    top_k: int = 2,
+    routing: RoutingSettings | None = None,
+    merge: str | MergeSettings = "mean",
+    router_init: str | RouterSettings = "random",
+    texts: Mapping[str, Path | TextRows] | None = None,
+    split: int = 1,
+    split_rescale: bool = True,
+    blend: bool = False,
+    rng_seed: int = 0,
+    dtype: str | None = None,
+    tokenizer_from: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Progress = no_progress,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Mix expert models into one MoE folder that transformers loads without btx.
+
+    Args:
+        seed_model: folder of the dense model all experts were branched from.
+        experts: expert name → folder of a dense model of the same shape.
+        output: folder to write; it appears when it is complete.
+        record: where to write what came from where; default: mix.json in `output`.
+        generalist: add the seed model as one more expert and into the mean.
+        top_k: experts a token uses.
+        routing: another router than top_k. A folder whose router the plain class cannot express is read by btx alone.
+        merge: how shared weights are merged, by name or with parameters.
+        router_init: how routers start, by name or with parameters.
+        texts: expert name → file with text of its domain, for routers that need text; the generalist's is general text.
+        split: chunks every FF sublayer is cut into, each an expert of its own (paper, section 4.3).
+        split_rescale: keep the size of the layer's output when split.
+        blend: expert n gets the n-th chunk of every FF sublayer (paper, section 4.3).
+        rng_seed: random number seed of routers and of merge methods that draw.
+        dtype: type of all weights, `float32`, `bfloat16` or `float16`; default: the seed model's.
+        tokenizer_from: an expert's name, `seed` or a folder: whose tokenizer the output gets. Vocabularies that differ
+            are then allowed.
+        max_shard_size: size an output file has at most, in bytes or as `500MB`.
+        progress: called with bytes written and bytes in all, many times; raising stops the mix and discards the output.
+        log: called with lines for the user.
+
+    Returns:
+        The record, as written.
+
+    Raises:
+        CheckpointError: the models do not fit each other or the family; all problems in one message.
+        RunFolderError: the output does not fit on the disk.
+    """
+    seed_model, experts, output = Path(seed_model), {name: Path(path) for name, path in experts.items()}, Path(output)
+    shard_bytes, forced = bytes_of(max_shard_size), dtype_of(dtype)
+    tokenizer = tokenizer_folder(tokenizer_from, seed_model, experts)
+    merging, routers = _settings(merge, router_init, rng_seed)
+    transform = experts_transform(split=split, rescale=split_rescale, blend=blend)
+    upcycled = all(path == seed_model for path in experts.values())  # then the same folder again is what is wanted
+    inputs = open_checked(
+        seed_model, experts, generalist, any_tokenizer=tokenizer is not None,
+        warn=(lambda line: None) if upcycled else warning_to(log),
+    )  # fmt: skip
+    bound = bind(merging, list(inputs.members))
+    first_layer = transform(experts_of_layer(inputs, 0))
+    names = [expert.name for expert in first_layer]
+    if routing is not None:
+        top_k = routing.plain_top_k(len(names))
+    if not 1 <= top_k <= len(names):
+        raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
+    rows = _texts(inputs, texts, routers, blend)
+    width = first_layer[0].gate.shape[0]
+    config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
+    drifts = _measure(inputs)
+    tensors = list(_planned(inputs, config, transform, bound, routers, drifts))
+    tensors, config = in_one_type(tensors, config, forced)
+    require_space(output, tensors)
+    with atomic_folder(output) as folder:
+        copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer)
+        write_json(folder / "config.json", config)
+        write_generation_config(folder, config)
+        if routing is not None:
+            config = route_by(folder, routing, log)
+        written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
+        if rows:
+            log(f"mix: routers from {sum(text.tokens for text in rows.values()):,} tokens of text ({routers.method})")
+            owners = [list(rows).index(expert.origin["of"]) for expert in first_layer]
+            fit_routers(folder, inputs.family, list(rows.values()), owners, routers)
+        report = _record(inputs, names, config, top_k, merging, routers) | {
+            "split": {"chunks": split, "rescale": split_rescale} if split > 1 else None,
+            "blend": blend,
+            "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in rows.items()},
+            "bytes": written,
+            "parameters": parameters(tensors, len(names), top_k),
+            "diagnostics": drifts.summary(),
+            "warnings": warnings(drifts.summary()),
+            "next": FINETUNE_NEXT,
+            **inputs_provenance(inputs),
+            "tensors_by_origin": _by_origin(tensors),
+            "tensors": {tensor.name: tensor.origin for tensor in tensors},
+        }
+        write_json(folder / "mix.json", report)
+        write_model_card(folder, report)
+    if record is not None:
+        write_json(record, report)
+    for line in screen_lines(report, str(output)):
+        log(f"mix: {line}")
+    return report
+
+
+def route_by(folder: Path, routing: RoutingSettings, log: Callable[[str], None]) -> Config:
+    """Let a new folder route as `routing` says, and tell the user if only btx can read it now.
+
+    Returns:
+        Its config; that of the plain class where the folder's own is for btx alone.
+    """
+    plain: Config = json.loads((folder / "config.json").read_text("utf-8"))
+    if write_router(folder, routing):
+        log(f"mix: router {routing.kind}: saved in a folder that only btx reads: {routing.why_not_plain()}")
+        return plain
+    return dict(json.loads((folder / "config.json").read_text("utf-8")))
+
+
+def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, generalist: bool = True) -> None:
+    """The baseline without routing: one dense model, every weight the mean over the experts.
+
+    Args and Raises: as `mix`.
+    """
+    inputs = open_checked(seed_model, experts, generalist)
+    merge = bind(MergeSettings(), list(inputs.members))
+    tensors: list[OutputTensor] = []
+    for name in inputs.seed_tensors.names:
+        start = inputs.seed_tensors[name]
+        tensors.append(shared_tensor(name, inputs.values(name), start, merge, start.dtype, {}))
+    require_space(output, tensors)
+    with atomic_folder(output) as folder:
+        copy_beside_weights(seed_model, folder)
+        write_shards(folder, fused_again(inputs, tensors))
+
+
+def warning_to(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Warnings as lines of the log."""
+    return lambda line: log(f"mix: warning: {line}")
+
+
+def _settings(
+    merge: str | MergeSettings, router: str | RouterSettings, rng_seed: int
+) -> tuple[MergeSettings, RouterSettings]:
+    """Names as settings, with the random number seed; impossible router settings are refused."""
+    merging = MergeSettings(merge) if isinstance(merge, str) else merge
+    routers = RouterSettings(router) if isinstance(router, str) else router
+    if problems := routers.problems():
+        raise CheckpointError("; ".join(problems))
+    return replace(merging, rng_seed=rng_seed), replace(routers, rng_seed=rng_seed)
+
+
+def _texts(
+    inputs: MixInputs, texts: Mapping[str, Path | TextRows] | None, routers: RouterSettings, blend: bool
+) -> dict[str, TextRows]:
+    """Text of every member in their order, files read; empty if the routers need none."""
+    if not routers.needs_text:
+        return {}
+    if blend:
+        raise CheckpointError(f"router_init {routers.method} needs experts with domains; blended experts have none")
+    check_texts(texts, list(inputs.members), routers.method)
+    files = {name: text for name, text in (texts or {}).items() if not isinstance(text, TextRows)}
+    length = min(SEQUENCE_LENGTH, int(inputs.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
+    read = text_from_files(
+        files, load_tokenizer(inputs.seed_model), tokens=routers.tokens, sequence_length=length
+    ) if files else {}  # fmt: skip
+    given = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
+    return {name: (read | given)[name] for name in inputs.members}
+
+
+def _measure(inputs: MixInputs) -> Drifts:
+    """How far the experts have drifted, tensor by tensor."""
+    drifts = Drifts()
+    for name in inputs.seed_tensors.names:
+        group = group_of(name) if inputs.family.feed_forward_match(name) is None else "feed_forward"
+        experts = [folder[name] for folder in inputs.expert_tensors.values()]
+        drifts.add(name, group, experts, inputs.seed_tensors[name])
+    return drifts
+
+
+def _planned(
+    inputs: MixInputs,
+    config: Config,
+    transform: ExpertsTransform,
+    merge: Merge,
+    routers: RouterSettings,
+    drifts: Drifts,
+) -> Iterator[OutputTensor]:
+    """All tensors of the MoE model, in the order they are written."""
+    family = inputs.family
+    hidden_size = int(inputs.config["hidden_size"])
+    origin: dict[str, Any]
+    for layer in range(inputs.num_layers):
+        dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
+        experts = transform(experts_of_layer(inputs, layer))
+        yield from expert_tensors(family, layer, experts, dtype, drifts.tensors)
+        init = initial_router(routers, len(experts), hidden_size)
+        origin = {"from": "router_init", "method": routers.method}
+        yield router_tensor(family, layer, (len(experts), hidden_size), init, dtype, origin)
+        yield from inert_tensors(family, layer, config, dtype)
+    for name in inputs.shared_names:
+        start = inputs.seed_tensors[name]
+        origin = {"of": list(inputs.members), **drifts.tensors[name]}
+        yield shared_tensor(name, inputs.values(name), start, merge, start.dtype, origin)
+
+
+def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        counts[tensor.origin["from"]] += 1
+    return dict(counts)
+
+
+def _record(
+    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: MergeSettings, router: RouterSettings
+) -> dict[str, Any]:
+    """What the mix was told to do; what it did is added by the caller."""
+    return {
+        "family": f"{inputs.family.dense} -> {inputs.family.moe}",
+        "experts": list(names),
+        "seed_model": str(inputs.seed_model),
+        "paths": {name: str(path) for name, path in inputs.experts.items()},
+        "generalist": inputs.generalist,
+        "top_k": top_k,
+        "merge": merge.as_json(),
+        "router_init": router.as_json(),
+        "config": config,
+    }

@@ -1,0 +1,118 @@
+"""The tensors of the MoE model in the published layout, planned from those of the dense models; nothing is read here.
+
+Layer by layer: the experts, the router, the inert tensors that the MoE class wants; then the shared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btx.mixing.inputs import MixInputs
+from btx.mixing.merge import Merge
+from btx.model_files.families import Config, Family
+from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, LazyTensor, cast, filled
+from btx.model_files.shard_writer import OutputTensor
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of one layer: a dense model's FF sublayer, or what a transformation made of some."""
+
+    name: str
+    """The expert model it comes from; of a part, with the part: `math/0`."""
+    gate: LazyTensor
+    """(F, D)"""
+    up: LazyTensor
+    """(F, D)"""
+    down: LazyTensor
+    """(D, F)"""
+    origin: Mapping[str, Any]
+    """What it came from, for the record."""
+
+
+ExpertsTransform = Callable[[list[Expert]], list[Expert]]
+"""The experts of a layer → the experts of its MoE layer: splitting, blending, copies. Same number in every layer."""
+
+RouterInit = Callable[[int], Tensor]
+"""Layer → router weight (E, D), float32."""
+
+
+def experts_of_layer(inputs: MixInputs, layer: int) -> list[Expert]:
+    """The FF sublayers of all members, as they are."""
+    names = {role: pattern.format(layer=layer) for role, pattern in inputs.family.feed_forward.items()}
+    return [
+        Expert(member, **{role: folder[name] for role, name in names.items()}, origin={"from": "copy", "of": member})
+        for member, folder in inputs.members.items()
+    ]
+
+
+def expert_tensors(
+    family: Family, layer: int, experts: Sequence[Expert], dtype: torch.dtype, drift: Mapping[str, Any] | None = None
+) -> Iterator[OutputTensor]:
+    """The experts of one layer under their published names.
+
+    Args:
+        drift: dense tensor → how the experts' task vectors agree in it, for the record.
+    """
+    for pattern, roles in family.experts.items():
+        sources = [family.feed_forward[role].format(layer=layer) for role in roles]
+        found = {"tensors": {name: (drift or {}).get(name, {}) for name in sources}}
+        parts = [[cast(getattr(expert, role), dtype) for role in roles] for expert in experts]
+        rows, columns = sum(part.shape[0] for part in parts[0]), parts[0][0].shape[1]
+        if "{expert}" in pattern:
+            for number, (expert, own) in enumerate(zip(experts, parts, strict=True)):
+                origin = {**expert.origin, **found}
+                yield OutputTensor(pattern.format(layer=layer, expert=number), (rows, columns), dtype, own, origin)
+        else:
+            origin = {"from": "stack", "experts": [dict(expert.origin) for expert in experts], **found}
+            stacked = [part for own in parts for part in own]
+            yield OutputTensor(pattern.format(layer=layer), (len(experts), rows, columns), dtype, stacked, origin)
+
+
+def router_tensor(
+    family: Family, layer: int, shape: tuple[int, int], init: RouterInit, dtype: torch.dtype, origin: dict[str, Any]
+) -> OutputTensor:
+    """A layer's router."""
+    weight = Computed(shape, dtype, lambda: init(layer))
+    return OutputTensor(family.router.format(layer=layer), shape, dtype, [weight], origin)
+
+
+def inert_tensors(family: Family, layer: int, config: Config, dtype: torch.dtype) -> Iterator[OutputTensor]:
+    """What the MoE class has and the dense class lacks, so that it adds nothing."""
+    for pattern, (shape, value) in family.inert(config).items():
+        origin = {"from": "filled", "value": value}
+        yield OutputTensor(pattern.format(layer=layer), shape, dtype, [filled(shape, dtype, value)], origin)
+
+
+def shared_tensor(
+    name: str, values: Sequence[FileTensor], start: FileTensor, merge: Merge, dtype: torch.dtype, origin: dict[str, Any]
+) -> OutputTensor:
+    """One shared weight, merged."""
+    merged: LazyTensor
+    if merge.elementwise:
+        merged = Elementwise(
+            start.shape, dtype, [*values, start],
+            lambda blocks: merge.function(blocks[:-1], blocks[-1], name),
+        )  # fmt: skip
+    else:
+        merged = Computed(
+            start.shape, dtype, lambda: merge.function([value.load() for value in values], start.load(), name)
+        )
+    return OutputTensor(name, start.shape, dtype, [merged], {"from": merge.name, **origin})
+
+
+def fused_again(inputs: MixInputs, tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """The tensors of a dense model under the names of its class: parts of fused tensors laid together again."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for layer in range(inputs.num_layers):
+        for fused, parts in inputs.family.fused(inputs.config).items():
+            own = [by_name.pop(part.format(layer=layer)) for part in parts]
+            name, rows = fused.format(layer=layer), sum(part.shape[0] for part in own)
+            laid = [lazy for part in own for lazy in part.parts]
+            by_name[name] = OutputTensor(name, (rows, *own[0].shape[1:]), own[0].dtype, laid, own[0].origin)
+    return list(by_name.values())

@@ -1,0 +1,1 @@
+"""Model folders: reading, writing, checking, and which architectures mix into which."""

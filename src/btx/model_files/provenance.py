@@ -1,0 +1,61 @@
+"""Where a mixed model comes from: its inputs' hashes and the versions of what made it. Plain Python.
+
+Weights are not hashed whole: that would be another pass over all bytes at a speed of 1 to 2 GB/s and core, longer than
+the mix itself. Instead a file's fingerprint is the SHA-256 of its size, its header (names, types and shapes of all
+tensors) and evenly spaced samples of its data. Any training step changes nearly all weights, so other weights have
+another fingerprint; a single flipped byte can go unnoticed. Files of the Hugging Face cache are stored under their
+full SHA-256, which costs nothing to note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from btx.model_files.folders import file_sha256
+
+SAMPLES = 256
+SAMPLE_BYTES = 16 * 1024
+HASHED_WHOLE = ("config.json", "tokenizer.json")
+PACKAGES = ("branchtrainmix", "torch", "transformers", "safetensors")
+
+
+def model_provenance(folder: Path) -> dict[str, Any]:
+    """Name and hashes of a model folder's files."""
+    files = [file_provenance(file) for file in sorted(folder.glob("*.safetensors"))]
+    whole = {name: file_sha256(folder / name) for name in HASHED_WHOLE if (folder / name).is_file()}
+    return {"path": str(folder), "sha256": whole, "weights": files}
+
+
+def file_provenance(file: Path) -> dict[str, Any]:
+    """Name, size and fingerprint of a safetensors file; its full SHA-256 if the Hugging Face cache tells it."""
+    stored_as = file.resolve().name
+    known = {"sha256": stored_as} if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored_as) else {}
+    return {"file": file.name, "bytes": file.stat().st_size, "sampled_sha256": sampled_sha256(file), **known}
+
+
+def sampled_sha256(file: Path) -> str:
+    """SHA-256 of a safetensors file's size, its header and `SAMPLES` evenly spaced samples of `SAMPLE_BYTES` bytes; of
+    all its bytes if the samples would cover them."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with open(file, "rb") as opened:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(opened.read())
+            return digest.hexdigest()
+        header_bytes = int.from_bytes(opened.read(8), "little")
+        digest.update(opened.read(header_bytes))
+        start = 8 + header_bytes
+        for number in range(SAMPLES):
+            opened.seek(start + (size - start - SAMPLE_BYTES) * number // (SAMPLES - 1))
+            digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the result."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}

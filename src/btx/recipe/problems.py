@@ -1,0 +1,136 @@
+"""pydantic's findings about a recipe → problems in a user's words, at the places of the user's file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from btx.recipe.data import Domain
+from btx.recipe.schema import Recipe
+from btx.recipe.yaml_positions import Document, KeyPath, Problem, dotted
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping (name: value)",
+    "model_type": "a mapping (name: value)",
+}
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if one of `allowed` is close to `word`, else nothing."""
+    close = get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Iterator[Problem]:
+    """One problem per pydantic error, placed at the nearest key or value the user wrote."""
+    for error in errors:
+        kind, path = error["type"], error["loc"]
+        if path and path[-1] == "[key]":  # a mapping's key that is no valid name
+            here = document.locate(path[:-1])
+            yield Problem(document.keys.get(here, document.values[here]), dotted(here), _words(error, path[:-1]))
+            continue
+        here = document.locate(path)
+        place = document.values[here]
+        if kind == "extra_forbidden":
+            yield Problem(document.keys.get(here, place), dotted(here), _unknown_key(path, here))
+        elif kind == "missing":
+            yield Problem(
+                document.keys.get(here, place), dotted(here), f"missing key {str(path[-1])!r}{_meaning(path)}"
+            )
+        elif kind == "value_error":
+            text = str(error["ctx"]["error"])
+            named = _named_in(text, document)
+            section = Problem(document.keys.get(here, place), dotted(here), text)
+            yield Problem(document.values[named], "", text) if named else section
+        else:
+            shown = path if here == path[:-1] else here  # a default that does not fit: `name` from the file's name
+            yield Problem(place, dotted(shown), _words(error, path))
+
+
+def _named_in(text: str, document: Document) -> KeyPath | None:
+    """The written path that a cross-field message names first, such as `mix.top_k is 3, but ...`."""
+    for word in re.findall(r"[a-z_][a-z_0-9]*(?:\.[a-z_][a-z_0-9]*)+", text):
+        path = tuple(word.split("."))
+        if path in document.values:
+            return path
+    return None
+
+
+def _unknown_key(path: KeyPath, here: KeyPath) -> str:
+    key = str(path[-1])
+    section = section_at(path[:-1])
+    allowed = list(section.model_fields) if section else []
+    if len(path) - len(here) == 2:  # `sources` and 0 were not written: one source's keys stand in the domain itself
+        allowed += Domain.model_fields
+    return f"unknown key {key!r}{did_you_mean(key, allowed) or ';'} allowed: {', '.join(allowed)}"
+
+
+def _words(error: ErrorDetails, path: KeyPath) -> str:
+    """What was expected and what was given, for errors about one value."""
+    kind, given = error["type"], error["input"]
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        return f"expected one of {', '.join(allowed)}, got {_shown(given)}{did_you_mean(str(given), allowed)}"
+    if kind == "string_pattern_mismatch":
+        return f"expected a name (letters, digits, '_', '-', '.'; at most 64 characters), got {_shown(given)}"
+    if kind == "too_short":
+        return f"expected at least {error['ctx']['min_length']} entry, got an empty list"
+    if expected := _EXPECTED.get(kind):
+        hint = ": put it in quotes" if kind == "string_type" and isinstance(given, int | float) else ""
+        return f"expected {expected}, got {_shown(given)}{hint}{_meaning(path)}"
+    requirement = error["msg"].replace("Input should be", "must be")
+    return f"{requirement}, got {_shown(given)}{_meaning(path)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, shortened."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _meaning(path: KeyPath) -> str:
+    """The first sentence of the field's description, in parentheses."""
+    section = section_at(path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    if field is None or not field.description:
+        return ""
+    sentence = " ".join(field.description.split()).split(". ")[0].rstrip(".")
+    return f" ({sentence})"
+
+
+def section_at(path: KeyPath) -> type[BaseModel] | None:
+    """The schema's section at a path of pydantic's, None where there is no such section."""
+    kind: Any = Recipe
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = _bare(field.annotation) if field else None
+        else:
+            kind = _bare(get_args(kind)[-1]) if get_origin(kind) in (list, dict) else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _bare(kind: Any) -> Any:
+    """An annotation without `Annotated` and without `| None`."""
+    if get_origin(kind) is Annotated:
+        return _bare(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return _bare(next(inner for inner in get_args(kind) if inner is not type(None)))
+    return kind

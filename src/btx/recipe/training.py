@@ -1,0 +1,192 @@
+"""Recipe sections: training of the seed model, the branches, the mixed model and the baselines. Plain Python.
+
+Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from btx.recipe.section import Name, PositiveFloat, PositiveInt, Section, Share, Weight
+
+
+class Training(Section):
+    """One training stage: the paper's optimiser recipe (section 4.1) unless overridden."""
+
+    tokens: PositiveInt
+    """Training tokens."""
+    batch_tokens: PositiveInt = 4_000_000
+    """Tokens an optimiser step (paper: 4M)."""
+    micro_batch_tokens: PositiveInt = 16_384
+    """Tokens a forward and backward pass; gradients accumulate up to `batch_tokens`."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    final_learning_rate_share: Share = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak (paper: 10 %)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Optimiser steps of linear warm-up."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's first decay (not stated in the paper)."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's second decay (not stated in the paper)."""
+    weight_decay: Weight = 0.1
+    """AdamW's decoupled weight decay; norms and biases are left out."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of forward and backward; weights and optimiser state stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    checkpoint_every: PositiveInt = 100
+    """Optimiser steps between two resumable checkpoints."""
+
+    def step_tokens(self, sequence_length: int) -> int:
+        """Tokens of an optimiser step: whole sequences, one at least."""
+        return max(1, self.batch_tokens // sequence_length) * sequence_length
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimiser steps that use up `tokens`, the last one whole."""
+        return math.ceil(self.tokens / self.step_tokens(sequence_length))
+
+
+class SeedTraining(Training):
+    """Training of a small seed model from scratch."""
+
+    mixture: dict[str, Weight] | None = None
+    """Domain → sampling weight; default: the general domain alone."""
+
+
+class TokenizerTraining(Section):
+    """A byte-level BPE tokenizer trained on the seed model's data."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 2048
+    """Entries, special tokens included."""
+    train_bytes: PositiveInt = 4_000_000
+    """Bytes of text it is trained on."""
+
+
+class SeedModel(Section):
+    """The LLM that is branched: a folder, a hub name, or a small config to train from scratch."""
+
+    path: str | None = None
+    """Folder or hub name of a Hugging Face causal language model."""
+    revision: str | None = None
+    """Git revision of a hub name."""
+    plan_config: dict[str, Any] | None = None
+    """Config of the model at `path`, so that `btx plan` needs neither the hub nor the folder; a run checks that the
+    model is what is said here."""
+    config: dict[str, Any] | None = None
+    """Config of a model to train from scratch: `model_type` and what its config class takes."""
+    tokenizer: TokenizerTraining = TokenizerTraining()
+    """Tokenizer of a model from scratch."""
+    train: SeedTraining | None = None
+    """Training of a model from scratch."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SeedModel:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("seed_model needs exactly one of `path` (folder or hub name) and `config` (from scratch)")
+        if self.config is not None and self.train is None:
+            raise ValueError("seed_model.config needs seed_model.train: a model from scratch has to be trained")
+        if self.path is not None and self.train is not None:
+            raise ValueError("seed_model.path is taken as it is; seed_model.train goes with seed_model.config only")
+        if self.plan_config is not None and self.path is None:
+            raise ValueError("seed_model.plan_config goes with seed_model.path; a model from scratch has its config")
+        for name, config in (("config", self.config), ("plan_config", self.plan_config)):
+            if config is not None and "model_type" not in config:
+                raise ValueError(f"seed_model.{name} needs model_type, for example llama")
+        return self
+
+
+class Train(Training):
+    """Training of the branches, one process each (paper section 3.1)."""
+
+    domains: Annotated[list[Name], Field(min_length=1)]
+    """One expert model is trained on each."""
+    domain_tokens: dict[Name, PositiveInt] = {}
+    """Domain → training tokens, for branches that train on another number than `tokens`."""
+    replay: Share = 0.1
+    """Share of general text mixed into every domain (paper: 5-9 %)."""
+    trainable: Literal["all", "feed_forward"] = "feed_forward"
+    """Which weights train. feed_forward: the shared weights stay the seed's, so the mix loses nothing, and a learning
+    rate of two to four times that of all weights is right; the paper: all."""
+
+
+class LearningRateFactors(Section):
+    """Multiples of the learning rate for the parts of a MoE model; 1 for all is one learning rate."""
+
+    routers: PositiveFloat = 1.0
+    """Factor of the learning rate for the routers."""
+    experts: PositiveFloat = 1.0
+    """Factor of the learning rate for the experts."""
+    shared: PositiveFloat = 1.0
+    """All other weights."""
+
+
+class Finetune(Training):
+    """Finetuning of the mixed model (paper section 3.2)."""
+
+    mixture: dict[str, Weight] | None = None
+    """Domain → sampling weight, normalised; default: all experts' domains and the general domain equally."""
+    switching: Share = 0.0
+    """Share of the training sequences that go on, from their middle, with the second half of another sequence of the
+    mixture (by chance at times of the same domain); attention goes on across. For texts that mix domains; baselines
+    get the same (docs/results.md)."""
+    trainable: Literal["all", "all_but_experts", "routers", "shared"] = "all"
+    """Which weights train; shared are all but experts and routers."""
+    learning_rate_factors: LearningRateFactors = LearningRateFactors()
+    """Learning rate of each part, as a multiple of learning_rate."""
+    load_balancing: Weight = 0.01
+    """Weight α of the load-balancing loss, per layer (paper: 0.01)."""
+    load_balancing_kind: Literal["paper", "pooled"] = "paper"
+    """paper: gates times probabilities, in every layer; pooled: transformers' loss, to compare with."""
+    load_balancing_over_layers: Literal["sum", "mean"] = "sum"
+    """How the layers' losses become one (not stated in the paper)."""
+    load_balancing_over: Literal["micro_batch", "global_batch"] = "micro_batch"
+    """Batch whose means are balanced: each micro-batch for itself, or all of an optimiser step on all processes."""
+    load_balancing_bias: Weight = 0.0
+    """top_k: balancing without a loss (arXiv 2408.15664; 0.001 there): after each optimiser step the bias that is added
+    to an expert's probability when experts are chosen rises or falls by this much; in training alone."""
+    router_z_loss: Weight = 0.0
+    """Weight of the router z-loss, logsumexp² of the router logits (arXiv 2202.08906; 0.001 there)."""
+    dense_router_gradient: bool = False
+    """top_k: run every expert on every token in training, so that the router learns from all (DenseMixer); costs N/k
+    times the feed-forward FLOPs."""
+
+
+class BaselineTraining(Section):
+    """Training settings of one baseline; what is left out is as in the run: the first of two phases (the branches'
+    data) has the settings of `train`, all else those of `finetune`."""
+
+    tokens: PositiveInt | None = None
+    """Training tokens of all phases together, instead of those it is matched by; phases are scaled alike."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens an optimiser step."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens a forward and backward pass."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of every phase."""
+    domains_learning_rate: PositiveFloat | None = None
+    """dense, upcycling: peak learning rate of the first phase; default: learning_rate."""
+    final_learning_rate_share: Share | None = None
+    """Learning rate at the end of each phase, as a share of its peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimiser steps of linear warm-up in each phase."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """AdamW's first decay."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """AdamW's second decay."""
+    weight_decay: Weight | None = None
+    """AdamW's decoupled weight decay."""
+    clip: PositiveFloat | None = None
+    """Largest global gradient norm."""
+    load_balancing: Weight | None = None
+    """MoE baselines: weight α of the load-balancing loss."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is given, except for the tokens and the first phase's learning rate."""
+        return self.model_dump(exclude_none=True, exclude={"tokens", "domains_learning_rate"})

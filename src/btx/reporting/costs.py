@@ -1,0 +1,49 @@
+"""The report's table of costs: what `btx plan` predicted beside what was measured, model by model. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from btx.reporting.results import MISSING, count_text, duration_text, flops_text, is_number
+
+TITLES = ("tokens planned", "tokens", "FLOPs planned", "FLOPs", "memory planned", "peak memory", "machine time planned",
+          "machine time", "FLOPs to btx's", "machine time to btx's", "inference FLOPs a token")  # fmt: skip
+
+
+def cost_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """(model, a cell for each of `TITLES`) of every model of results.json that has a prediction.
+
+    Planned memory is that of weights, gradients, optimiser state and activations; what is measured holds the
+    interpreter and its libraries too. Planned machine time is the planned FLOPs at the speed that the run's first
+    training stage had, so that one is right by definition.
+    """
+    found = results.get("models", {})
+    return [(name, _cells(model)) for name, model in found.items() if model.get("predicted")]
+
+
+def _cells(model: Mapping[str, Any]) -> list[str]:
+    planned, matched = model["predicted"], model.get("matched", {})
+    return [
+        count_text(planned.get("tokens")), count_text(model.get("tokens")),
+        flops_text(planned.get("flops")), flops_text(model.get("flops")),
+        memory_text(planned.get("memory_bytes")), memory_text(model.get("peak_memory_bytes")),
+        _duration(planned.get("machine_hours")), _duration(model.get("machine_hours")),
+        _times(matched.get("flops_ratio")), _times(matched.get("hours_ratio")),
+        flops_text(model.get("inference_flops_per_token")),
+    ]  # fmt: skip
+
+
+def memory_text(value: Any) -> str:
+    """Bytes in MB or GB (powers of 1000)."""
+    if not is_number(value) or value <= 0:
+        return MISSING
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def _duration(hours: Any) -> str:
+    return duration_text(3600 * hours) if is_number(hours) else MISSING
+
+
+def _times(ratio: Any) -> str:
+    return f"{ratio:.2f}" if is_number(ratio) else MISSING

@@ -1,0 +1,308 @@
+"""The report's numbers: formatting, the results table, gains and the headline, from `evaluate/results.json`.
+
+Pure functions of the parsed JSON. Bits per byte: lower is better. A task's score (exact match, accuracy, pass@1): a
+share of 1, higher is better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from btx.baselines.kinds import BASELINES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MISSING = "–"
+EXPERT = "expert/"
+SHORT = {"exact_match": "EM"}
+LONG = {"exact_match": "exact match", "acc": "accuracy"}
+
+_DESCRIPTIONS = {
+    "seed": "seed model, untouched",
+    "mix": "mixed, not finetuned",
+    "btx": "mixed and finetuned",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: its text, its standard error's text, and whether it is its column's best."""
+
+    text: str
+    error: str = ""
+    best: bool = False
+    exact: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the results table; cells stand in the order of the table's columns."""
+
+    name: str
+    description: str
+    domains: list[Cell]
+    mean: Cell
+    mixed: Cell
+    """Documents that switch domain; empty where they were not measured."""
+    tasks: list[Cell]
+    costs: list[Cell]
+    gains: list[float | None]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results table: columns and rows in the order of the file."""
+
+    domains: list[str]
+    tasks: list[str]
+    rows: list[Row]
+    mixed: bool
+    """Whether documents that switch domain were measured."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """btx beside another model: relative change of the mean bits per byte (negative is better)."""
+
+    name: str
+    label: str
+    mean: float
+    change: float
+    clear: bool
+
+
+@dataclass(frozen=True)
+class TaskGain:
+    """Score of btx on a task beside the seed model's."""
+
+    task: str
+    seed: float
+    btx: float
+    metric: str = "exact match"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the run came to, in numbers."""
+
+    mean: float
+    domains: int
+    comparisons: list[Comparison] = field(default_factory=list)
+    tasks: list[TaskGain] = field(default_factory=list)
+
+
+# --- numbers as text ------------------------------------------------------------------------------------------------
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def count_text(value: Any) -> str:
+    """Tokens or parameters: 1390000000 → "1.39B"."""
+    if not is_number(value):
+        return MISSING
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g}{suffix}" if abs(value) < 999.5 * size else f"{value / size:.0f}{suffix}"
+    return f"{value:g}"
+
+
+def flops_text(value: Any) -> str:
+    """FLOPs: 1234500000000 → "1.23e12"."""
+    if not is_number(value):
+        return MISSING
+    return "0" if value == 0 else f"{value:.2e}".replace("e+", "e").replace("e0", "e")
+
+
+def duration_text(seconds: Any) -> str:
+    """Seconds → "12 s", "7 min 05 s" or "3 h 20 min"."""
+    if not is_number(seconds):
+        return MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def percent_text(share: Any, digits: int = 1) -> str:
+    """A share of 1 as percent: 0.1234 → "12.3 %"."""
+    return f"{100 * share:.{digits}f} %" if is_number(share) else MISSING
+
+
+def signed_percent(share: float, digits: int = 1) -> str:
+    """A relative change as percent with a true minus sign: -0.079 → "−7.9 %"."""
+    return f"{100 * share:+.{digits}f} %".replace("-", "−")
+
+
+def decimal_text(value: Any, digits: int = 3) -> str:
+    """A number with fixed decimals, or a dash."""
+    return f"{value:.{digits}f}" if is_number(value) else MISSING
+
+
+# --- table ----------------------------------------------------------------------------------------------------------
+
+def describe(name: str) -> str:
+    """What stands behind a model's name, in a few words."""
+    if name.startswith(EXPERT):
+        return f"expert model of {name.removeprefix(EXPERT)}"
+    baseline = {str(known): kind.label for known, kind in BASELINES.items()}
+    return (_DESCRIPTIONS | baseline).get(name, "baseline")
+
+
+def results_table(results: Mapping[str, Any]) -> Results:
+    """Every model's row, best of each quality column marked."""
+    models: dict[str, Any] = results.get("models", {})
+    domains = _in_order(name for model in models.values() for name in model.get("domains", {}))
+    tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
+    best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
+    best_task = {t: _best((_score(m, t) for m in models.values()), max) for t in tasks}
+    best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
+    mixed = [model["mixed"] for model in models.values() if "mixed" in model]
+    best_mixed = _best((found.get("bits_per_byte") for found in mixed), min)
+    seed = models.get("seed", {})
+    rows = [
+        Row(
+            name=name,
+            description=describe(name),
+            domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
+            mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
+            mixed=_cell(model.get("mixed", {}).get("bits_per_byte"), model.get("mixed", {}).get("stderr"), best_mixed),
+            tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
+            costs=_cost_cells(model),
+            gains=[_gain(_bits(model, d), _bits(seed, d)) for d in domains]
+            + [_gain(model.get("mean_bits_per_byte"), seed.get("mean_bits_per_byte"))],
+        )
+        for name, model in models.items()
+    ]
+    return Results(domains, tasks, rows, bool(mixed))
+
+
+def report_table(results: Mapping[str, Any]) -> Table:
+    """The results as a table for the terminal: models × domains, mean bits per byte and task scores; best in bold."""
+    from rich.table import Table
+
+    view = results_table(results)
+    metrics = {task: _metric(model["tasks"][task]) for model in results.get("models", {}).values()
+               for task in model.get("tasks", {})}  # fmt: skip
+    title = "bits per byte (lower is better)" + ("; EM: exact match" if "exact_match" in metrics.values() else "")
+    table = Table(title=title, title_style="bold")
+    table.add_column("model", no_wrap=True)
+    tasks = (f"{task} {SHORT.get(metrics[task], metrics[task])}" for task in view.tasks)
+    mixed = ["mixed"] if view.mixed else []
+    for column in (*view.domains, "mean", *mixed, *tasks):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in view.rows:
+        cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
+        table.add_row(row.name, *(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells),
+                      end_section=row.name == "seed")
+    return table
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _bits(model: Mapping[str, Any], domain: str) -> Any:
+    return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
+
+
+def _metric(found: Mapping[str, Any]) -> str:
+    """Under which key of a task's entry its score stands."""
+    return str(found.get("metric", "exact_match"))
+
+
+def _score(model: Mapping[str, Any], task: str) -> Any:
+    found = model.get("tasks", {}).get(task, {})
+    return found.get(_metric(found))
+
+
+def score_text(found: Mapping[str, Any]) -> str:
+    """A task's score: percent where it is a share, else the number and what it is."""
+    value, metric = found.get(_metric(found)), _metric(found)
+    return percent_text(value) if _is_share(value) else f"{metric} {decimal_text(value)}"
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def _best(values: Iterable[Any], choose: Any) -> Any:
+    return choose((value for value in values if is_number(value)), default=None)
+
+
+def _gain(value: Any, seed: Any) -> float | None:
+    """Relative gain on the seed model: the share of its bits per byte that is saved."""
+    return (seed - value) / seed if is_number(value) and is_number(seed) and seed else None
+
+
+def _cell(value: Any, error: Any, best: Any) -> Cell:
+    return Cell(decimal_text(value), f"± {error:.3f}" if is_number(error) else "", is_number(value) and value == best,
+                str(value))
+
+
+def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
+    return _cell(_bits(model, domain), model.get("domains", {}).get(domain, {}).get("stderr"), best)
+
+
+def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
+    value, error = _score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
+    if is_number(value) and not _is_share(value):  # a perplexity, say: nothing is known of what is better
+        return Cell(decimal_text(value), exact=str(value))
+    return Cell(percent_text(value), f"± {100 * error:.1f}" if is_number(error) else "",
+                is_number(value) and value == best and value > 0, str(value))
+
+
+def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
+    hours = model.get("machine_hours", model.get("hours"))
+    cells = [(count_text, "tokens"), (flops_text, "flops"), (count_text, "active_params"), (count_text, "total_params")]
+    tokens, flops, active, total = (Cell(text(model.get(key)), exact=str(model.get(key))) for text, key in cells)
+    return [tokens, flops, Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),
+            active, total]
+
+
+# --- headline -------------------------------------------------------------------------------------------------------
+
+def headline(results: Mapping[str, Any]) -> Headline | None:
+    """btx against the seed model, the soup, the mix, the best expert model and the best other baseline.
+
+    None before btx is evaluated.
+    """
+    models: dict[str, Any] = results.get("models", {})
+    btx = models.get("btx", {})
+    if not is_number(btx.get("mean_bits_per_byte")):
+        return None
+    measured = {name: model for name, model in models.items() if is_number(model.get("mean_bits_per_byte"))}
+    experts = [name for name in measured if name.startswith(EXPERT)]
+    best_expert = sorted(experts, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
+    rivals = [name for name in measured if name in BASELINES and name != "soup"]
+    best_rival = sorted(rivals, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
+    others = [name for name in ("seed", "soup", "mix", *best_expert, *best_rival) if name in measured]
+    tasks = [TaskGain(task, _score(models.get("seed", {}), task), _score(btx, task),
+                      LONG.get(_metric(found), _metric(found))) for task, found in btx.get("tasks", {}).items()]
+    return Headline(btx["mean_bits_per_byte"], len(btx.get("domains", {})),
+                    [_compare(name, measured[name], btx) for name in others],
+                    [gain for gain in tasks if _is_share(gain.seed) and _is_share(gain.btx)])
+
+
+def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:
+    kind = "baseline" if name in BASELINES else "expert model"
+    best = f"the best {kind} ({name.removeprefix(EXPERT)})"
+    label = {"seed": "the seed model", "soup": "the soup", "mix": "the mix before finetuning"}.get(name, best)
+    mean, ours = model["mean_bits_per_byte"], btx["mean_bits_per_byte"]
+    # Both models read the same documents, so treating the errors as independent is on the careful side.
+    noise = math.hypot(_mean_error(model), _mean_error(btx))
+    return Comparison(name, label, mean, (ours - mean) / mean, abs(ours - mean) > 2 * noise)
+
+
+def _mean_error(model: Mapping[str, Any]) -> float:
+    """Standard error of the mean over domains, from the domains' standard errors."""
+    errors = [domain.get("stderr") for domain in model.get("domains", {}).values()]
+    known = [error for error in errors if is_number(error)]
+    return math.hypot(*known) / len(known) if known else 0.0

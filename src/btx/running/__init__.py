@@ -1,0 +1,1 @@
+"""Runs: the graph of stages, the run folder, the processes that work on it."""

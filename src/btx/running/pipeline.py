@@ -1,0 +1,233 @@
+"""Run all stages of a recipe: start jobs when what they need is done, show how far they are, stop in order.
+
+The pipeline itself never touches a model: jobs are processes, and the run folder's files say how they went. So it can
+be killed at any moment and started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from btx.errors import BtxError, RunFolderError, StageFailed, UserError
+from btx.recipe.schema import Recipe
+from btx.running.graph import Stage
+from btx.running.interrupts import Interrupts
+from btx.running.launchers import LocalJob, start_local
+from btx.running.log_tail import LogTail
+from btx.running.preflight import preflight
+from btx.running.progress import Display
+from btx.running.rundir import RunFolder, exclusive
+from btx.running.status import is_running, stage_status
+
+POLL_S = 0.3
+
+
+def run(recipe: Recipe, *, until: str | None = None, display: Display | None = None) -> RunFolder:
+    """Everything from nothing to the report; run again, it continues where it stopped.
+
+    Args:
+        recipe: what to run.
+        until: name of the last stage wanted, for example `seed`; None for all.
+        display: where progress is shown.
+
+    Raises:
+        UserError: bad input; a run folder made by this call is removed again.
+        StageFailed: a job failed; the message holds the end of its log.
+        Interrupted: SIGINT or SIGTERM; all jobs have saved.
+    """
+    preflight(recipe)
+    path = Path(recipe.run_folder)
+    _wanted(RunFolder(path, recipe), until)  # refused before anything is written
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    interrupts = Interrupts().listen()
+    try:
+        with exclusive(path, "run"):
+            made = RunFolder.create(recipe)
+            with display or Display() as shown:
+                _Pipeline(made, shown, interrupts).run(_wanted(made, until))
+            return made
+    except UserError:
+        if path in new and not (path / "seed").exists():
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)
+                for parent in new[1:]:
+                    parent.rmdir()
+        raise
+    finally:
+        interrupts.unlisten()
+
+
+def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
+    """The jobs to run, cut after the stage `until`."""
+    jobs = run.graph.jobs()
+    if until is None:
+        return jobs
+    names = [stage.name for stage in run.graph]
+    groups = {"train": run.graph.branches, "baselines": run.graph.baselines}
+    if groups.get(until):
+        until = groups[until][-1].name
+    if until not in names:
+        raise UserError(f"--until: no stage {until!r}; there are: {', '.join([*groups, *names])}")
+    kept = set(names[: names.index(until) + 1])
+    cut = [tuple(stage for stage in job if stage.name in kept) for job in jobs]
+    return [job for job in cut if job]
+
+
+@dataclass
+class _Running:
+    """A job under way."""
+
+    stages: tuple[Stage, ...]
+    job: LocalJob
+    log: LogTail
+    finished: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        return self.stages[0].name
+
+
+class _Pipeline:
+    """One call of `run`."""
+
+    def __init__(self, run: RunFolder, display: Display, interrupts: Interrupts) -> None:
+        self.run_folder = run
+        self.display = display
+        self.interrupts = interrupts
+        self.running: list[_Running] = []
+        self.failures: list[BtxError] = []
+        self.error_lines: dict[str, list[str]] = {}
+
+    def run(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
+        self._announce(jobs)
+        waiting = [job for job in jobs if not self._is_done(job)]
+        try:
+            while waiting or self.running:
+                self._collect()
+                if self.interrupts.pending is not None:
+                    break
+                for job in self._ready(waiting):
+                    waiting.remove(job)
+                    self._start(job)
+                if not self.running and (waiting or self.failures):
+                    break
+                time.sleep(POLL_S)
+        finally:
+            self._end_jobs()
+        self.interrupts.raise_if_pending(f"stopped; `btx run {self.run_folder.path}` continues")
+        if self.failures:
+            raise self.failures[0]
+        if waiting:
+            raise RunFolderError(self._why_waiting(waiting[0]))
+
+    def _announce(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
+        """Say what is finished and what is stale, and why."""
+        for job in jobs:
+            for stage in job:
+                state = self.run_folder.state(stage)
+                if state == "done" and stage.name != "report":
+                    self.display.say(f"{stage.name}: already done, skipped")
+                elif state == "stale":
+                    self.display.say(f"{stage.name}: stale, will be done anew ({self.run_folder.why_stale(stage)})")
+                elif state == "begun":
+                    self.display.say(f"{stage.name}: begun, will be continued")
+
+    def _is_done(self, job: tuple[Stage, ...]) -> bool:
+        return all(self.run_folder.state(stage) == "done" for stage in job)
+
+    def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
+        """Jobs whose needs are met, up to `launch.jobs` at a time, or as many as there are branches."""
+        if self.failures:
+            return []
+        recipe = self.run_folder.recipe
+        limit = recipe.launch.jobs or len(recipe.train.domains)
+        ready = []
+        for job in waiting:
+            inside = {stage.name for stage in job}
+            needs = [needed for stage in job for needed in stage.needs if needed.name not in inside]
+            if all(self.run_folder.state(needed) == "done" for needed in needs):
+                ready.append(job)
+        return ready[: max(0, limit - len(self.running))]
+
+    def _why_waiting(self, job: tuple[Stage, ...]) -> str:
+        """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
+        run, inside = self.run_folder, {stage.name for stage in job}
+        missing = {
+            needed.name: needed for stage in job for needed in stage.needs
+            if needed.name not in inside and run.state(needed) != "done"
+        }  # fmt: skip
+        found = [
+            f"{name} is {run.state(needed)}" + (f" ({run.why_stale(needed)})" if run.state(needed) == "stale" else "")
+            for name, needed in missing.items()
+        ]
+        return (
+            f"{run.path}: {job[0].name} cannot start: {', '.join(found)}. The recipe in the run folder, the data or "
+            f"btx itself changed meanwhile; run the same command again"
+        )
+
+    def _start(self, stages: tuple[Stage, ...]) -> None:
+        log = self.run_folder.path / "logs" / f"{stages[0].name.replace('/', '-')}.log"
+        tail = LogTail.from_now(log)
+        if is_running(self.run_folder, stages[0].name):
+            self.display.say(f"{stages[0].name}: another process is at it; waiting for it to end")
+        job = start_local(self.run_folder.path, [stage.name for stage in stages], log)
+        self.running.append(_Running(stages, job, tail))
+        self.display.begin(stages[0].name)
+        self.run_folder.event("start", job=stages[0].name, pid=job.process.pid)
+
+    def _collect(self) -> None:
+        """Show what running jobs report, and take note of those that ended."""
+        for running in list(self.running):
+            exit_code = running.job.exit_code()
+            for line in running.log.new_lines():
+                self._show_line(running, line)
+            for stage in running.stages:
+                self._show_stage(running, stage)
+            if exit_code is None:
+                continue
+            self.running.remove(running)
+            self.run_folder.event("end", job=running.name, exit_code=exit_code)
+            if exit_code != 0 and self.interrupts.pending is None:
+                self._note_failure(running, exit_code)
+
+    def _show_line(self, running: _Running, line: str) -> None:
+        self.error_lines.setdefault(running.name, []).append(line)
+        if line.startswith("· "):
+            self.display.say(line.removeprefix("· "))
+
+    def _show_stage(self, running: _Running, stage: Stage) -> None:
+        status = stage_status(self.run_folder, stage)
+        if status.state == "done" and stage.name not in running.finished:
+            running.finished.add(stage.name)
+            self.display.finish(stage.name, status)
+        elif status.state in ("begun", "running"):
+            self.display.update(status)
+
+    def _note_failure(self, running: _Running, exit_code: int) -> None:
+        """A job failed: the others go on to their end, nothing new is started."""
+        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith("· ")]
+        told = "\n".join(lines[-30:]).removeprefix("error: ") or "it left no message"
+        # A process may do several stages: the one that failed is the first that is not done.
+        unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]
+        name = unfinished[0] if unfinished else running.name
+        if exit_code == UserError.exit_code:
+            self.failures.append(UserError(told))
+        else:
+            how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+            self.failures.append(
+                StageFailed(f"{name} failed ({how}); its log is {running.job.log}:\n{told}\n"
+                            f"`btx run {self.run_folder.path}` continues from its last checkpoint")
+            )  # fmt: skip
+        self.display.say(f"{name}: failed")
+
+    def _end_jobs(self) -> None:
+        """Ask every job to save and end, and wait for it."""
+        for running in self.running:
+            running.job.terminate()
+        for running in self.running:
+            running.job.process.wait()

@@ -1,0 +1,54 @@
+"""sweep.svg: a sweep's models as in the paper's figure 2, with error bars over rng seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from btx.reporting.charts import COLOURS, Bars, CostPoint, bars_chart, cost_chart, stacked_svg
+from btx.sweeps.table import ALL, SweepRow, paired, sweep_rows
+
+
+def sweep_figure(written: Mapping[str, Any]) -> str:
+    """Mean bits per byte against training FLOPs, and every model's gain per domain, in one SVG file's text."""
+    rows = sweep_rows(written)
+    colours = {variant: f"c{number % COLOURS}" for number, variant in enumerate(written["variants"])}
+    labels = [_label(row, rows) for row in rows]
+    points = [
+        CostPoint(label, _colour(row, colours), 0.0 if row.model == "seed" else row.flops["mean"], row.mean["mean"],
+                  row.active_params["mean"], row.mean["stderr"] or 0.0)
+        for label, row in zip(labels, rows, strict=True) if row.mean and row.flops and row.active_params
+    ]  # fmt: skip
+    charts = []
+    if points:
+        charts.append(("Mean bits per byte against training FLOPs; a circle's area is the model's active parameters",
+                       cost_chart(points, name="sweep-cost", wide=True)))  # fmt: skip
+    seed = next((row for row in rows if row.model == "seed"), None)
+    if seed is not None and len(rows) > 1:
+        bars = [Bars(label, _colour(row, colours), *_gains(row, seed))
+                for label, row in zip(labels, rows, strict=True) if row is not seed]  # fmt: skip
+        charts.append(("Bits per byte saved against the seed model, in percent",
+                       bars_chart("sweep-domains", [*seed.domains, "mean"], bars)))  # fmt: skip
+    return stacked_svg(charts)
+
+
+def _gains(row: SweepRow, seed: SweepRow) -> tuple[list[float | None], list[float]]:
+    """Percent of the seed model's bits per byte that are saved per domain and in the mean, and standard errors."""
+    pairs = [(row.domains.get(domain), seed.domains[domain]) for domain in seed.domains] + [(row.mean, seed.mean)]
+    gains = [paired(stat, row.rng_seeds, of_seed, seed.rng_seeds, lambda a, b: 100 * (1 - a / b))
+             for stat, of_seed in pairs]  # fmt: skip
+    means = [None if gain is None else float(gain["mean"]) for gain in gains]
+    return means, [0.0 if gain is None else gain["stderr"] or 0.0 for gain in gains]
+
+
+def _label(row: SweepRow, rows: Sequence[SweepRow]) -> str:
+    """The model's name, the variant's, or both: what tells this row from the others."""
+    if len({other.variant for other in rows} - {ALL}) < 2 or row.variant == ALL:
+        return row.model
+    return row.variant if len({other.model for other in rows}) == 1 else f"{row.model}, {row.variant}"
+
+
+def _colour(row: SweepRow, variants: Mapping[str, str]) -> str:
+    if row.variant != ALL and len(variants) > 1:
+        return variants[row.variant]
+    return {"btx": "accent", "seed": "ink", "soup": "ink", "mix": "ink"}.get(row.model, "quiet")

@@ -1,0 +1,135 @@
+"""Take over finished stages of other run folders instead of computing them again.
+
+A stage's hash covers everything that decides its result (`btx.running.graph`), so a stage with the same hash that is
+done elsewhere is this run's stage. Its folder is made beside and renamed into place, whole or not at all. Weights and
+token files become hard links: btx writes such files beside and renames, it never alters one that is there, and removing
+one link leaves the other. All other files are copied, because some of them grow (metrics.jsonl) and people edit small
+ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from btx.errors import RunFolderError
+from btx.model_files.folders import atomic_folder, read_json, write_json
+from btx.running.graph import Stage
+from btx.running.rundir import RunFolder, exclusive
+
+Log = Callable[[str], None]
+
+LINKED = {".safetensors", ".bin", ".npy", ".npz"}
+"""Endings of the large files, which are never altered in place."""
+PATIENCE_S = 60.0
+"""How long to wait for a run that is just ending."""
+
+
+def find_donors(places: Sequence[Path]) -> list[Path]:
+    """Run folders among and below `places`: each is a run folder, or a sweep's folder with run folders in it.
+
+    Raises:
+        RunFolderError: a place holds no run.
+    """
+    donors: list[Path] = []
+    for place in places:
+        found = [place] if (place / "recipe.yaml").is_file() else runs_below(place)
+        if not found:
+            raise RunFolderError(f"{place}: no run folder and no sweep's folder: there is nothing to share in it")
+        donors += found
+    return donors
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The run folders of a sweep's folder, in the order of their names."""
+    return sorted(path.parent for path in folder.glob("*/rng-*/recipe.yaml"))
+
+
+def donor_of(stage: Stage, donors: Sequence[Path]) -> Path | None:
+    """The first run folder in which this very stage is done; None if there is none."""
+    for donor in donors:
+        if _done_there(donor / stage.name, stage):
+            return donor
+    return None
+
+
+def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
+    """Take over every stage that is done elsewhere and not here, and measurements of models that stay the same.
+
+    Args:
+        run: a run folder that exists; nobody may be at work in it.
+        donors: run folders to look in, the first that has a stage gives it.
+        log: called with a line per stage.
+
+    Returns:
+        Names of the stages taken over.
+
+    Raises:
+        RunFolderError: the folder is in use or cannot be written.
+    """
+    others = [donor for donor in donors if donor.resolve() != run.path.resolve()]
+    taken = []
+    with exclusive(run.path, "run", patience_s=PATIENCE_S):
+        for stage in run.graph:
+            if run.state(stage) == "done" or (donor := donor_of(stage, others)) is None:
+                continue
+            with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
+                if run.state(stage) == "stale":
+                    log(f"{stage.name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage)}")
+                _copy_stage(donor / stage.name, run.folder(stage.name), donor)
+            log(f"{stage.name}: taken over from {donor}")
+            taken.append(stage.name)
+        seed_is_done = run.state(run.graph["seed"]) == "done"  # a model's prediction needs its config
+        if seed_is_done and run.state(run.graph["evaluate"]) in ("absent", "begun"):
+            _take_measurements(run, others)
+    return taken
+
+
+def _done_there(folder: Path, stage: Stage) -> bool:
+    """Whether the stage in `folder` is finished and was made from the same inputs."""
+    begun, done = read_json(folder / "started.json"), read_json(folder / "done.json")
+    return bool(begun and done) and begun["inputs"] == done["inputs"] == stage.inputs
+
+
+def _copy_stage(source: Path, target: Path, donor: Path) -> None:
+    with atomic_folder(target) as beside:
+        for path in sorted(source.rglob("*")):
+            _copy(path, beside / path.relative_to(source))
+        done = read_json(beside / "done.json")
+        write_json(beside / "done.json", {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A folder, link or file; large files are hard links where the file system has them."""
+    if source.is_symlink():  # an existing seed model is a link to its folder
+        target.symlink_to(source.readlink(), target_is_directory=source.is_dir())
+    elif source.is_dir():
+        target.mkdir(exist_ok=True)
+    elif source.suffix in LINKED:
+        try:
+            os.link(source, target)
+        except OSError:  # another disk, or one without hard links
+            shutil.copy2(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
+    """Copy what was measured on models that are the same here; evaluation checks their keys before it uses them."""
+    from btx.running.models_of_run import models_of_run
+
+    kept = run.folder("evaluate") / "models"
+    for name, entry in models_of_run(run).items():
+        record = f"{name.replace('/', '__')}.json"
+        if (kept / record).exists() or run.path not in entry.path.parents:
+            continue
+        stage = entry.path.relative_to(run.path).parent
+        for donor in donors:
+            begun, found = read_json(donor / stage / "started.json"), donor / "evaluate" / "models" / record
+            if begun and begun["inputs"] == entry.inputs and found.is_file():
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(found, kept / f".{record}.tmp")
+                (kept / f".{record}.tmp").replace(kept / record)
+                break

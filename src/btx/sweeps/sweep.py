@@ -1,0 +1,272 @@
+"""`btx sweep`: run every variant of a recipe with several rng seeds, computing what they have in common once.
+
+Each run is an ordinary run folder in an ordinary `btx run` process. Before it starts, it takes over every stage that
+another run has finished (`btx.sweeps.sharing`); and it waits while a stage it lacks is being made by a run under way.
+So variants that differ in finetuning alone train one seed model and one set of experts per rng seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from btx.errors import StageFailed, UserError
+from btx.evaluation.aggregate import aggregate, read_results
+from btx.model_files.folders import write_json, write_text
+from btx.running.graph import Stage
+from btx.running.interrupts import Interrupts
+from btx.running.log_tail import LogTail
+from btx.running.rundir import RunFolder, exclusive
+from btx.sweeps.sharing import donor_of, find_donors, runs_below, take_over
+from btx.sweeps.table import sweep_markdown
+from btx.sweeps.variants import SweepPlan, SweepRun
+
+Log = Callable[[str], None]
+
+POLL_S = 0.3
+LINES_SHOWN = 15  # of a failed run's log
+
+
+class RunningRun(Protocol):
+    """A run that was started: `btx.running.launchers.LocalJob`, or what a test puts in its place."""
+
+    log: Path
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to save and end."""
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+
+
+Start = Callable[[SweepRun, Path], RunningRun]
+"""Starts the run whose folder is made; its output goes to the given file."""
+
+
+def sweep(
+    plan: SweepPlan, start: Start, *, share: Sequence[Path] = (), jobs: int = 1, log: Log,
+    interrupts: Interrupts | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run everything that is not finished; write sweep.json, sweep.md and sweep.svg.
+
+    Args:
+        plan: what to run, checked.
+        start: starts one run.
+        share: run folders, or sweeps' folders, whose finished stages may be taken over too.
+        jobs: runs at a time.
+        log: called with lines for the user.
+        interrupts: signals; None: this call listens for them.
+
+    Returns:
+        What sweep.json holds.
+
+    Raises:
+        UserError: nothing to share in `share`, or the folder is in use.
+        StageFailed: some runs failed; all others were run to their end and are in sweep.json.
+        Interrupted: SIGINT or SIGTERM; all runs have saved.
+    """
+    donors = find_donors(share)
+    listening = interrupts or Interrupts().listen()
+    try:
+        with exclusive(plan.folder, "sweep"):
+            work = _Sweep(plan, start, donors, jobs, log, listening)
+            failures = work.run()
+            written = write_sweep(plan, failures, figures=True)
+    finally:
+        if interrupts is None:
+            listening.unlisten()
+    if failures:
+        count = f"{len(failures)} of {len(plan.runs)} runs failed; the same command runs them again"
+        raise StageFailed("\n".join([f"{count}:", *(f"{name}: {text}" for name, text in failures.items())]))
+    return written
+
+
+def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]:
+    """Where each run stands: {"variant", "rng_seed", "folder", "stages": {NAME: state}}.
+
+    States are those of a run's stages, and `shared` for a stage that is not there yet and will be taken over, or made
+    by an earlier run of the sweep.
+    """
+    rows, made_before = [], set[str]()
+    everywhere = [*runs_below(plan.folder), *donors]
+    for run in plan.runs:
+        stages: dict[str, str] = {}
+        folder = RunFolder(run.folder, run.recipe)
+        for stage in run.stages:
+            state: str = folder.state(stage)
+            if state != "done" and (stage.inputs in made_before or donor_of(stage, everywhere)):
+                state = "shared"
+            stages[stage.name] = state
+            made_before.add(stage.inputs)
+        rows.append({"variant": run.variant.label, "rng_seed": run.rng_seed, "folder": str(run.folder),
+                     "stages": stages})  # fmt: skip
+    return rows
+
+
+def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figures: bool = False) -> dict[str, Any]:
+    """Write what is known so far to the sweep's folder and return it, as sweep.json holds it:
+
+        {"name", "folder", "rng_seeds", "models", "variants": {LABEL: {"settings": {KEY: value}, "runs": [{"rng_seed",
+        "folder", "state": "done" | "begun" | "absent" | "failed", "failure"}], "aggregated": as
+        `btx.evaluation.aggregate`, over the runs that are done, with their "rng_seeds" in the order of all "values";
+        null before}}}
+    """
+    variants: dict[str, Any] = {}
+    for variant in plan.variants:
+        runs = [_run_facts(run, failures or {}) for run in plan.runs_of(variant)]
+        done = [run for run in runs if run["state"] == "done"]
+        aggregated = aggregate(read_results([Path(run["folder"]) for run in done])) if done else None
+        if aggregated:
+            aggregated["rng_seeds"] = [run["rng_seed"] for run in done]
+        variants[variant.label] = {"settings": variant.settings, "runs": runs, "aggregated": aggregated}
+    written = {"name": plan.name, "folder": str(plan.folder), "rng_seeds": plan.rng_seeds, "models": plan.models,
+               "variants": variants}  # fmt: skip
+    write_json(plan.folder / "sweep.json", written)
+    write_text(plan.folder / "sweep.md", sweep_markdown(written))
+    if figures and any(variant["aggregated"] for variant in variants.values()):
+        from btx.sweeps.figure import sweep_figure
+
+        write_text(plan.folder / "sweep.svg", sweep_figure(written))
+    return written
+
+
+def _run_facts(run: SweepRun, failures: dict[str, str]) -> dict[str, Any]:
+    folder = RunFolder(run.folder, run.recipe)
+    states = {folder.state(stage) for stage in run.stages}
+    state = "done" if states == {"done"} else "failed" if run.name in failures else (
+        "absent" if states == {"absent"} else "begun")  # fmt: skip
+    facts = {"rng_seed": run.rng_seed, "folder": str(run.folder), "state": state}
+    return facts | ({"failure": failures[run.name]} if state == "failed" else {})
+
+
+@dataclass
+class _Running:
+    """A run under way."""
+
+    run: SweepRun
+    folder: RunFolder
+    job: RunningRun
+    log: LogTail
+    lines: list[str] = field(default_factory=list)
+
+    def new_lines(self) -> list[str]:
+        """Whole lines its log has got since the last call."""
+        found = self.log.new_lines()
+        self.lines = [*self.lines, *found][-LINES_SHOWN:]
+        return found
+
+    def claims(self) -> set[str]:
+        """Hashes of the stages it has yet to make."""
+        return {stage.inputs for stage in self.run.stages if self.folder.state(stage) != "done"}
+
+
+class _Sweep:
+    """One call of `sweep`."""
+
+    def __init__(
+        self, plan: SweepPlan, start: Start, donors: Sequence[Path], jobs: int, log: Log, interrupts: Interrupts
+    ) -> None:
+        self.plan = plan
+        self.start = start
+        self.donors = list(donors)
+        self.jobs = jobs
+        self.log = log
+        self.interrupts = interrupts
+        self.running: list[_Running] = []
+        self.failures: dict[str, str] = {}
+
+    def run(self) -> dict[str, str]:
+        """Run all; returns failed runs → why."""
+        waiting = [run for run in self.plan.runs if not self._is_done(run)]
+        finished = len(self.plan.runs) - len(waiting)
+        if finished:
+            self.log(f"{finished} of {len(self.plan.runs)} runs are done already")
+        write_sweep(self.plan)
+        try:
+            while waiting or self.running:
+                self._collect()
+                self.interrupts.raise_if_pending("stopped; the same command continues")
+                while len(self.running) < self.jobs and (run := self._next(waiting)) is not None:
+                    waiting.remove(run)
+                    self._begin(run)
+                if self.running:
+                    time.sleep(POLL_S)
+        finally:
+            for running in self.running:
+                running.job.terminate()
+            for running in self.running:
+                running.job.wait()
+        return self.failures
+
+    def _is_done(self, run: SweepRun) -> bool:
+        folder = RunFolder(run.folder, run.recipe)
+        return all(folder.state(stage) == "done" for stage in run.stages)
+
+    def _next(self, waiting: Sequence[SweepRun]) -> SweepRun | None:
+        """The first run none of whose missing stages is being made by another one."""
+        claimed = set[str]().union(*(running.claims() for running in self.running))
+        return next((run for run in waiting if not self._missing(run) & claimed), None)
+
+    def _missing(self, run: SweepRun) -> set[str]:
+        folder = RunFolder(run.folder, run.recipe)
+        return {stage.inputs for stage in run.stages if folder.state(stage) != "done"}
+
+    def _begin(self, run: SweepRun) -> None:
+        number = self.plan.runs.index(run) + 1
+        self.log(f"run {number} of {len(self.plan.runs)}: {run.name}, in {run.folder}")
+        try:
+            made = RunFolder(run.folder, run.recipe)
+            with exclusive(run.folder, "run", patience_s=60.0):
+                made = RunFolder.create(run.recipe)
+            take_over(made, [*runs_below(self.plan.folder), *self.donors], lambda line: self._say(run, line))
+            self._check_data(made, run.stages[0])
+            if self._is_done(run):
+                self.log(f"done: {run.name}: nothing was left to do")
+                return
+            output = run.folder / "logs" / "run.log"
+            output.parent.mkdir(exist_ok=True)
+            tail = LogTail.from_now(output)
+            job = self.start(run, output)
+        except UserError as error:
+            self._fail(run, str(error))
+            return
+        self.running.append(_Running(run, made, job, tail))
+
+    def _check_data(self, made: RunFolder, data: Stage) -> None:
+        """Token files of another run were checked against that run's budgets: check them against this one's."""
+        if made.state(data) == "done":
+            from btx.data.prepare import check_budgets
+
+            check_budgets(made.recipe, made.folder("data"))
+
+    def _collect(self) -> None:
+        for running in list(self.running):
+            exit_code = running.job.exit_code()
+            for line in running.new_lines():
+                self._say(running.run, line)
+            if exit_code is None:
+                continue
+            self.running.remove(running)
+            if self.interrupts.pending is not None:
+                continue
+            if exit_code == 0:
+                self.log(f"done: {running.run.name}")
+                write_sweep(self.plan, self.failures)
+            else:
+                how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+                told = "\n".join(running.lines)
+                self._fail(running.run, f"{how}; its log is {running.job.log}:\n{told}")
+
+    def _fail(self, run: SweepRun, why: str) -> None:
+        self.failures[run.name] = why
+        self.log(f"failed: {run.name}: {why}")
+        write_sweep(self.plan, self.failures)
+
+    def _say(self, run: SweepRun, line: str) -> None:
+        self.log(f"  {line}" if self.jobs == 1 else f"  [{run.name}] {line}")

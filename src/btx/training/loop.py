@@ -1,0 +1,218 @@
+"""The one training loop: the seed model, the branches, the mixed model and every baseline go through it.
+
+A stage differs in its start weights, its data mixture and the set of weights that train, nothing else.
+
+Shape letters: B batch, S sequence, T = B·S tokens, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from btx.data.switching import Samples
+from btx.errors import NotFinite
+from btx.moe.balancing import Balancing, RoutingLoss, move_selection_bias
+from btx.moe.layer import at_step, moe_blocks
+from btx.moe.routing_metrics import DeadExpertWatch, RoutingMeter
+from btx.recipe.training import Training
+from btx.running.interrupts import Interrupts
+from btx.training.losses import IGNORE, next_token_loss
+from btx.training.schedule import adamw, learning_rate, set_learning_rate
+from btx.training.state import last_checkpoint, load_state, save_state
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one stage trains."""
+
+    model: nn.Module
+    """Start weights, with `requires_grad` set on the weights that train."""
+    mixture: Samples
+    """Training samples by number."""
+    settings: Training
+    folder: Path
+    """The stage's folder: metrics.jsonl and state/ are written into it."""
+    inputs: str
+    """Hash of everything that decides the result; a checkpoint with another hash is refused."""
+    flops_per_token: float
+    """Training FLOPs, forward and backward."""
+    rng_seed: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    balancing: Balancing = field(default_factory=Balancing)
+    """Losses on the routers, for MoE models."""
+    experts: Sequence[str] = ()
+    """Names of the experts, for warnings."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a finished training run took."""
+
+    steps: int
+    tokens: int
+    flops: float
+    wall_s: float
+    loss: float
+
+
+def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None]) -> Totals:
+    """Train until the token budget is used up, resuming from the last checkpoint if there is one.
+
+    Raises:
+        NotFinite: the loss or gradient became NaN or infinite; the weights were not updated.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    settings, model = job.settings, job.model.to(job.device).train()
+    tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
+    samples_per_step = tokens_per_step // job.mixture.sequence_length
+    total_steps = settings.steps(job.mixture.sequence_length)
+    optimizer = adamw(model, settings)
+    marks = {"inputs": job.inputs, "data": job.mixture.fingerprint}
+    done = load_state(job.folder / "state", model, optimizer, marks)
+    if done:
+        log(f"resumed after step {done} of {total_steps}")
+    if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
+        log("precision bfloat16: this CPU has no units for it; training in float32")
+    metrics = Metrics(job.folder / "metrics.jsonl", done)
+    watch = DeadExpertWatch(job.experts, log)
+    watch.recent.extend(metrics.loads)
+    with metrics.open() as file:
+        for step in range(done, total_steps):
+            started = time.perf_counter()
+            rate = learning_rate(step, total_steps, settings)
+            set_learning_rate(optimizer, rate)
+            facts = training_step(job, optimizer, step, samples_per_step)
+            if "load" in facts:
+                facts["dead"] = watch.see(facts["load"])
+            tokens = (step + 1) * tokens_per_step
+            metrics.write(file, {
+                "step": step + 1, "steps": total_steps, "tokens": tokens, **facts, "learning_rate": rate,
+                "flops": tokens * job.flops_per_token,
+            }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
+            finished = step + 1
+            if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
+                save_state(job.folder / "state", finished, model, optimizer, marks)
+            interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
+    return Totals(
+        total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
+        metrics.wall_s, metrics.last_loss,
+    )  # fmt: skip
+
+
+def training_step(
+    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int
+) -> dict[str, Any]:
+    """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics.
+
+    Raises:
+        NotFinite: the loss or gradient is NaN or infinite; the weights were not updated.
+    """
+    settings, model = job.settings, job.model
+    # The random state of a step depends on nothing but its number: resuming needs no saved generator.
+    torch.manual_seed((job.rng_seed << 32) + step)
+    at_step(model, step)
+    micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
+    first = step * samples_per_step
+    batch = job.mixture.batch(first, samples_per_step)
+    scored = int((batch.labels != IGNORE).sum())
+    loss = torch.zeros((), device=job.device)
+    routing_loss, meter = RoutingLoss(job.balancing), RoutingMeter()
+    for start in range(0, samples_per_step, micro):
+        rows = slice(start, start + micro)
+        input_ids, position_ids, labels = (
+            torch.from_numpy(values[rows]).to(job.device, non_blocking=True)
+            for values in (batch.input_ids, batch.position_ids, batch.labels)
+        )
+        share = len(input_ids) / samples_per_step
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings, job.device)):
+            micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
+            loss += micro_loss.detach()
+        routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
+        if routings:
+            micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
+            meter.add(routings)
+        micro_loss.backward()
+    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": clip_gradients(model, settings.clip)}
+    if not all(map(math.isfinite, facts.values())):
+        raise NotFinite(
+            f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
+            f"were not updated. Last good checkpoint: {last_checkpoint(job.folder / 'state')}. Lower "
+            f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
+        move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
+    return facts | routing_loss.facts() | meter.facts()
+
+
+def in_bfloat16(settings: Training, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16: where the settings say so, and on a CPU only if it has units for it;
+    without, emulation is slower than float32 and less exact."""
+    return settings.precision == "bfloat16" and (device.type != "cpu" or has_bfloat16_units())
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16 (AVX512-BF16, AMX or Arm BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(there is True for name, there in capabilities.items() if name.endswith("bf16"))
+
+
+def clip_gradients(model: nn.Module, largest: float) -> float:
+    """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    value = norm.item()
+    if not value + 1e-6 <= largest:  # torch's clip_grad_norm_ would multiply every gradient by 1 here
+        nn.utils.clip_grads_with_norm_(trained, largest, norm)
+    return value
+
+
+class Metrics:
+    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        self.path = path
+        self.wall_s = 0.0
+        self.last_loss = math.nan
+        self.loads: list[list[list[float]]] = []
+        """The experts' load in the steps before, for a MoE model."""
+        kept = []
+        if path.is_file():
+            for line in path.read_text("utf-8").splitlines():
+                with_step = _parse(line)
+                if with_step is not None and with_step["step"] <= done:
+                    kept.append(line)
+                    self.wall_s, self.last_loss = with_step["wall_s"], with_step["loss"]
+                    self.loads += [with_step["load"]] if "load" in with_step else []
+        path.write_text("".join(line + "\n" for line in kept), "utf-8")
+
+    def open(self) -> IO[str]:
+        """The file, for appending."""
+        return open(self.path, "a", encoding="utf-8")
+
+    def write(self, file: IO[str], facts: dict[str, Any], tokens: int, seconds: float) -> None:
+        """Append one step's line; `wall_s` adds up over interruptions."""
+        self.wall_s += seconds
+        self.last_loss = facts["loss"]
+        line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A metrics line; None for the stump of a line that a kill cut off."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,124 @@
+"""Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, checked by SHA-256.
+
+A checkpoint holds the trainable weights (and selection biases of routers), AdamW's moments and the step. The step
+decides everything else: the data position is step · samples per step (`btx.data.mixture`), the learning rate is a
+function of the step, and the random state is drawn anew from (rng_seed, step) before each step. So a resumed run is
+bit-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from btx.errors import RunFolderError
+from btx.model_files.folders import atomic_folder, file_sha256, read_json, write_json
+
+KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_state(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, marks: Mapping[str, Any]
+) -> None:
+    """Write the checkpoint of `step` finished optimiser steps and remove all but the last two.
+
+    Args:
+        folder: the stage's state/ folder.
+        marks: what a resume must find unchanged, for example the data's fingerprint.
+
+    Raises:
+        RunFolderError: it could not be written; the previous checkpoint is untouched.
+    """
+    trainable = _trainable(model)
+    moments = {
+        f"{moment}/{name}": optimizer.state[parameter][moment]
+        for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
+    }  # fmt: skip
+    with atomic_folder(folder / f"step-{step:08d}") as target:
+        _save(trainable | _selection_biases(model), target / "weights.safetensors")
+        _save(moments, target / "optimizer.safetensors")
+        sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
+        write_json(target / "state.json", {"step": step, "marks": dict(marks), "sha256": sha256})
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, marks: Mapping[str, Any]) -> int:
+    """Restore the newest whole checkpoint into `model` and `optimizer`.
+
+    Returns:
+        Finished optimiser steps; 0 if there is no checkpoint.
+
+    Raises:
+        RunFolderError: the checkpoint was made for other data or settings.
+    """
+    for checkpoint in reversed(_checkpoints(folder)):
+        state = read_json(checkpoint / "state.json")
+        if state is None or any(_damaged(checkpoint / file, sha) for file, sha in state["sha256"].items()):
+            continue
+        if state["marks"] != dict(marks):
+            differing = [key for key in marks if state["marks"].get(key) != marks[key]]
+            raise RunFolderError(
+                f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
+                f"Restore them, or remove {folder.parent} to train anew"
+            )
+        _restore(checkpoint, model, optimizer)
+        return int(state["step"])
+    return 0
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Name of the newest checkpoint, for messages."""
+    found = _checkpoints(folder)
+    return str(found[-1]) if found else "none yet"
+
+
+def keep_only_last(folder: Path) -> None:
+    """Remove all checkpoints but the newest, once the stage's model is written."""
+    for old in _checkpoints(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _selection_biases(model: nn.Module) -> dict[str, Tensor]:
+    """They move without a gradient; empty but for balancing without a loss."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".selection_bias")}
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def _damaged(path: Path, sha256: str) -> bool:
+    return not path.is_file() or file_sha256(path) != sha256
+
+
+def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    trainable = _trainable(model)
+    moved: dict[str, Tensor] = trainable | _selection_biases(model)
+    weights = load_file(checkpoint / "weights.safetensors")
+    if weights.keys() != moved.keys():
+        raise RunFolderError(f"{checkpoint}: holds other weights than this stage trains; remove the stage's folder")
+    with torch.no_grad():
+        for name, tensor in moved.items():
+            tensor.copy_(weights[name])
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    for name, parameter in trainable.items():
+        found = {moment: moments.get(f"{moment}/{name}") for moment in MOMENTS}
+        optimizer.state[parameter] = {
+            moment: tensor.to(parameter.device) for moment, tensor in found.items() if tensor is not None
+        }

@@ -22,8 +22,9 @@ from btx.moe.layer import moe_blocks
 from btx.planning.plan import plan
 from btx.running.graph import build_graph
 from btx.running.interrupts import Interrupted, Interrupts
-from btx.running.jobs import jobs_at_once, run_stages, training_threads
+from btx.running.jobs import run_stages
 from btx.running.rundir import RunFolder
+from btx.running.threads import jobs_at_once, training_threads
 from btx.training.train import open_mixtures
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
@@ -306,9 +307,9 @@ def test_without_the_soup_there_is_none(tmp_path: Path) -> None:
 
 
 def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from btx.running import jobs
+    from btx.running import threads
 
-    monkeypatch.setattr(jobs, "processors", lambda: 12)
+    monkeypatch.setattr(threads, "processors", lambda: 12)
     recipe = pico_recipe(tmp_path, "run", "baselines=[soup,upcycling_cm,dense_dm,upcycling_dm,btx_soft]")
     names = [[stage.name.removeprefix("baselines/") for stage in job] for job in build_graph(recipe).jobs()]
     assert names[3:-1] == [

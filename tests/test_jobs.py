@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from btx.planning.plan import plan
+from btx.planning.speed import Speed
 from btx.recipe.training import Finetune
 from btx.running import jobs
+from btx.running import threads as threads_module
 from btx.running.rundir import RunFolder
 from btx.training.loop import has_bfloat16_units, in_bfloat16
 from tests.pico_run import pico_recipe
@@ -25,13 +28,19 @@ from tests.pico_run import pico_recipe
 def test_branches_share_the_processors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: int, overrides: list[str], threads: int
 ) -> None:
-    monkeypatch.setattr(jobs, "processors", lambda: processors)
+    monkeypatch.setattr(threads_module, "processors", lambda: processors)
     run = RunFolder(tmp_path / "run", pico_recipe(tmp_path, "run", *overrides))
-    assert jobs.training_threads(run) == threads
+    assert threads_module.training_threads(run) == threads
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads_module.threads_of(run, run.graph["train/birds"]) == threads
+    assert threads_module.threads_of(run, run.graph["seed"]) == processors
+    hours = [next(row["hours"] for row in plan(run.recipe, speed=Speed(1e9, "", threads=count))["stages"]
+                  if row["stage"] == "train/birds") for count in (threads, 2 * threads)]  # fmt: skip
+    assert hours[1] == pytest.approx(2 * hours[0])  # the same speed from twice the threads: half of it for a branch
 
 
 def test_only_processors_this_process_may_use_are_counted() -> None:
-    assert jobs.processors() == len(os.sched_getaffinity(0))
+    assert threads_module.processors() == len(os.sched_getaffinity(0))
 
 
 def test_a_stage_that_runs_alone_takes_all_processors_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

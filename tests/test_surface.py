@@ -35,7 +35,7 @@ LAYERS = {
     "running": {
         "pipeline": "jobs models_of_run pipeline progress",
         "launchers": "launchers",
-        "plain": "graph interrupts log_tail preflight rundir status",
+        "plain": "graph interrupts log_tail preflight rundir status threads",
     },
     "sweeps": {
         "pipeline": "sharing sweep variants",

@@ -104,8 +104,8 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
     from btx.model_files.seed_config import seed_config
     from btx.planning.plan import measured_speed
     from btx.planning.speed import Speed, training_speed
-    from btx.running.jobs import training_threads
     from btx.running.rundir import RunFolder
+    from btx.running.threads import training_threads
     from btx.training.train import choose_device
 
     if flops_per_second is not None:

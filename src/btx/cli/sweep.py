@@ -85,8 +85,8 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
 
 
 def _start(jobs: int) -> Any:
-    from btx.running.jobs import processors
     from btx.running.launchers import start_run
+    from btx.running.threads import processors
 
     threads = max(1, processors() // jobs) if jobs > 1 else None
     return lambda run, output: start_run(run.folder, output, threads=threads)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from btx.baselines.kinds import BASELINES, stage_names
 from btx.baselines.matching import matched_phases, moe_cost, router_flops
 from btx.baselines.settings import matched_by, same_as_the_run
@@ -20,6 +22,7 @@ from btx.recipe.schema import Recipe
 from btx.recipe.training import Training
 from btx.running.graph import Graph, build_graph
 from btx.running.rundir import RunFolder
+from btx.running.threads import threads_of
 
 FLOPS_FORMULA = (
     "training FLOPs = tokens x (4·N + 2·M + 12·L·H·Q·S); N active multiplied parameters, M of them trained: 6·N where "
@@ -55,7 +58,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
     stages = stage_costs(recipe, dense)
     run = RunFolder(Path(recipe.run_folder), recipe)
     speed = speed or measured_speed(run)
-    add_hours(stages, speed)
+    add_hours(stages, speed, run)
     for stage, row in zip(graph, stages, strict=True):
         row["state"] = run.state(stage)
         row["needs"] = [needed.name for needed in stage.needs]
@@ -121,10 +124,15 @@ def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
     return 2 if (own or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
 
 
-def add_hours(rows: list[dict[str, Any]], speed: Speed | None) -> None:
-    """Give every row of `stage_costs` the hours its FLOPs take; None without a speed."""
+def add_hours(rows: list[dict[str, Any]], speed: Speed | None, run: RunFolder) -> None:
+    """Give every row of `stage_costs` the hours its FLOPs take; None without a speed.
+
+    A stage with half the CPU threads is taken to be half as fast.
+    """
     for row in rows:
-        row["hours"] = None if speed is None else row["flops"] / speed.flops_per_s / 3600
+        stage = run.graph[row["stage"]]
+        share = threads_of(run, stage) / speed.threads if speed and speed.threads and stage.trains else 1.0
+        row["hours"] = None if speed is None else row["flops"] / (share * speed.flops_per_s) / 3600
 
 
 def measured_speed(run: RunFolder) -> Speed | None:
@@ -132,7 +140,9 @@ def measured_speed(run: RunFolder) -> Speed | None:
     for stage in run.graph:
         done = run.done(stage) if stage.trains else None
         if done and done.get("wall_s"):
-            return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}")
+            on_gpu = run.recipe.device != "cpu" and torch.cuda.is_available()  # where threads do not matter
+            threads = None if on_gpu else done.get("threads")
+            return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}", threads)
     return None
 
 

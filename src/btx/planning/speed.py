@@ -36,6 +36,8 @@ class Speed:
     """As FLOPs are counted in `btx.planning.cost`."""
     source: str
     """Where the figure is from, in words."""
+    threads: int | None = None
+    """CPU threads it was reached with; None: a stage's threads do not matter."""
 
 
 class RandomSamples:
@@ -86,8 +88,10 @@ def training_speed(recipe: Recipe, dense: dict[str, Any], device: torch.device, 
     finally:
         torch.set_num_threads(before)
     flops = tokens * config_cost(config).training_flops_per_token(length)
-    on = f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
-    return Speed(flops / seconds, f"training steps of the seed model timed just now, {on}")
+    source = "training steps of the seed model timed just now"
+    if device.type != "cpu":
+        return Speed(flops / seconds, f"{source}, {device}")
+    return Speed(flops / seconds, f"{source}, {threads} CPU thread{'s' if threads > 1 else ''}", threads)
 
 
 def _shallow(dense: dict[str, Any], tokens: int, length: int, most: float) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from btx.errors import UserError
 from btx.running.graph import Stage
 from btx.running.interrupts import Interrupts
 from btx.running.rundir import RunFolder, exclusive
+from btx.running.threads import processors, shares_processors, training_threads
 
 Log = Callable[[str], None]
 
@@ -43,36 +44,6 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                     use_all_processors()
                 WORK[name.split("/")[0]](run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
-
-
-def shares_processors(run: RunFolder, stage: Stage) -> bool:
-    """Whether other jobs may train beside this stage: the seed model trains alone, as does the finetuning in a run
-    without trained baselines."""
-    return stage.name != "seed" and (stage.name != "finetune" or any(job.trains for job in run.graph.baselines))
-
-
-def training_threads(run: RunFolder) -> int:
-    """CPU threads of a job: the recipe's, or the processors shared among the jobs that may train at once.
-
-    It depends on the recipe alone, not on what is running, so that a job that is resumed has the same number again.
-    """
-    launch = run.recipe.launch
-    return launch.threads or max(1, processors() // jobs_at_once(run))
-
-
-def jobs_at_once(run: RunFolder) -> int:
-    """Training jobs that may run side by side: `launch.jobs`, or as many as there are branches; never more than there
-    are."""
-    branches, baselines = run.graph.branches, run.graph.baseline_jobs()
-    trained = [job for job in baselines if job[-1].trains]
-    beside_branches = [job for job in trained if not any(stage.name == "mix" for stage in job[0].needs)]
-    most = max(len(branches) + len(beside_branches), 1 + len(trained))
-    return min(run.recipe.launch.jobs or len(branches), most)
-
-
-def processors() -> int:
-    """Processors this process may use: not those that its container or `taskset` keeps from it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_all_processors() -> None:

@@ -66,5 +66,5 @@ def _predicted(run: RunFolder) -> dict[str, dict[str, Any]]:
     recipe = run.recipe
     dense = seed_config(recipe) if recipe.seed_model.path is None else read_config(run.model("seed"))
     rows = stage_costs(recipe, dense)
-    add_hours(rows, measured_speed(run))
+    add_hours(rows, measured_speed(run), run)
     return {stage.name: training_cost(run.graph, rows, stage.name) for stage in run.graph}

@@ -6,8 +6,7 @@ Shape letters: B batch, S sequence, N member models, R scored tokens, V vocabula
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +20,7 @@ from btx.errors import CheckpointError
 from btx.evaluation.held_out import Packed
 from btx.evaluation.model_outputs import ModelReader, SideBySide, token_nll
 from btx.model_files.models import load_model
-from btx.planning.cost import ModelCost, model_cost
+from btx.planning.cost import ModelCost, model_cost, side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,19 +79,7 @@ class BtmModel(CalledLikeTransformers):
         What is run in excess is not counted: all members for a text's very first token, and reading the context again
         when another member takes over.
         """
-        costs = [model_cost(member) for member in self.members.values()]
-
-        def of_top_k(counts: Sequence[int]) -> int:
-            return round(self.top_k * sum(counts) / len(counts))
-
-        return replace(
-            costs[0],
-            total_params=sum(cost.total_params for cost in costs),
-            active_params=of_top_k([cost.active_params for cost in costs]),
-            multiplied_params=of_top_k([cost.multiplied_params for cost in costs]),
-            attention_width=of_top_k([cost.attention_width for cost in costs]),
-            trained_multiplied_params=of_top_k([cost.trained_multiplied_params for cost in costs]),
-        )
+        return side_by_side([model_cost(member) for member in self.members.values()], self.top_k)
 
     def weights(self, rows: Packed) -> Tensor:
         """Weights (B, S, N) with which each position's next token is predicted; 0 in padding."""

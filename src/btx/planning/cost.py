@@ -11,8 +11,8 @@ multiplied, and does not count.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,22 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
         trained_params=trainable_parameters(model),
         trained_multiplied_params=active(trained, multiplied=True),
+    )
+
+
+def side_by_side(costs: Sequence[ModelCost], top_k: int) -> ModelCost:
+    """Whole models of which `top_k` answer for a token: all parameters, and `top_k` mean models of what a token uses."""
+
+    def of_top_k(counts: Sequence[int]) -> int:
+        return round(top_k * sum(counts) / len(counts))
+
+    return replace(
+        costs[0],
+        total_params=sum(cost.total_params for cost in costs),
+        active_params=of_top_k([cost.active_params for cost in costs]),
+        multiplied_params=of_top_k([cost.multiplied_params for cost in costs]),
+        attention_width=of_top_k([cost.attention_width for cost in costs]),
+        trained_multiplied_params=of_top_k([cost.trained_multiplied_params for cost in costs]),
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, cast
 
 from btx.baselines.kinds import BASELINES, BTM, BaselineName
 from btx.baselines.matching import moe_cost
 from btx.baselines.settings import routing_of
-from btx.planning.cost import ModelCost, config_cost
+from btx.planning.cost import ModelCost, config_cost, side_by_side
 from btx.recipe.schema import Recipe
 from btx.running.graph import Graph, Stage
 
@@ -85,11 +84,7 @@ def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:
         return moe_cost(recipe, dense, recipe.routing)
     baseline = cast(BaselineName, name)
     if baseline in BTM:
-        k = BTM[baseline]
-        return replace(
-            seed, total_params=len(recipe.member_names) * seed.total_params, active_params=k * seed.active_params,
-            multiplied_params=k * seed.multiplied_params, attention_width=k * seed.attention_width,
-        )  # fmt: skip
+        return side_by_side([seed] * len(recipe.member_names), BTM[baseline])
     if baseline in BASELINES and BASELINES[baseline].has_routers:
         return moe_cost(recipe, dense, routing_of(recipe, baseline))
     return seed

@@ -89,7 +89,7 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
 
 
 def side_by_side(costs: Sequence[ModelCost], top_k: int) -> ModelCost:
-    """Whole models of which `top_k` answer for a token: all parameters, and `top_k` mean models of what a token uses."""
+    """Whole models of which `top_k` answer for a token: all parameters; of what a token uses, `top_k` mean models."""
 
     def of_top_k(counts: Sequence[int]) -> int:
         return round(top_k * sum(counts) / len(counts))

@@ -54,9 +54,8 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
     family = family_of(dense, "seed model")
     num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
     used = recipe.routing.mean_experts_per_token(layers, num_experts)
-    graph = build_graph(recipe)
-    stages = stage_costs(recipe, dense)
     run = RunFolder(Path(recipe.run_folder), recipe)
+    graph, stages = run.graph, stage_costs(recipe, dense)
     speed = speed or measured_speed(run)
     add_hours(stages, speed, run)
     for stage, row in zip(graph, stages, strict=True):
@@ -129,10 +128,13 @@ def add_hours(rows: list[dict[str, Any]], speed: Speed | None, run: RunFolder) -
 
     A stage with half the CPU threads is taken to be half as fast.
     """
+    graph = run.graph  # made anew whenever it is asked for
     for row in rows:
-        stage = run.graph[row["stage"]]
-        share = threads_of(run, stage) / speed.threads if speed and speed.threads and stage.trains else 1.0
-        row["hours"] = None if speed is None else row["flops"] / (share * speed.flops_per_s) / 3600
+        row["hours"] = None
+        if speed is not None:
+            stage = graph[row["stage"]]
+            share = threads_of(run, stage) / speed.threads if speed.threads and stage.trains else 1.0
+            row["hours"] = row["flops"] / (share * speed.flops_per_s) / 3600
 
 
 def measured_speed(run: RunFolder) -> Speed | None:

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from btx.choices.merges import MergeSettings
 from btx.data.tokenizer import train_tokenizer
-from btx.mixing.merge_kinds import MergeSettings
 from btx.mixing.merge_methods import bind
 
 NAMES = ("a", "b", "c")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from btx.model_files.models import quiet_transformers
+from btx.models.loading import quiet_transformers
 from btx.moe.layer import moe_blocks, swap_in_moe
 from btx.moe.routing_metrics import RoutingMeter
 from btx.training.loop import clip_gradients

@@ -22,7 +22,7 @@ from moe import SEQUENCE, VOCABULARY, Shape, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from btx.model_files.models import quiet_transformers
+from btx.models.loading import quiet_transformers
 from btx.training.loop import clip_gradients
 from btx.training.losses import next_token_loss
 

@@ -14,12 +14,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from btx.data.expert_text import text_from_run
+from btx.data.held_out import Packed, held_out_documents, pack
 from btx.evaluation.evaluate import bits_per_byte
-from btx.evaluation.held_out import Packed, held_out_documents, load_to_measure, pack
 from btx.mixing.mix import mix, soup
-from btx.moe.expert_text import text_from_run
-from btx.moe.router_init import RouterSettings
-from btx.running.rundir import RunFolder
+from btx.mixing.router_init import RouterSettings
+from btx.models.device import load_to_measure
+from btx.run_folder.folder import RunFolder
 
 INITIALISATIONS = {
     "random N(0, 0.02)": RouterSettings("random", std=0.02),

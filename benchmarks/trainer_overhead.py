@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from btx.model_files.models import quiet_transformers
+from btx.models.loading import quiet_transformers
 from btx.training.losses import next_token_loss
 
 SEQUENCE, ROWS, STEPS, TURNS = 256, 16, 15, 5

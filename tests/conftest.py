@@ -46,7 +46,7 @@ def make_llama(tmp_path: Path, pico_tokenizer_folder: Path) -> Callable[..., Pat
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from btx.model_files.models import quiet_transformers
+    from btx.models.loading import quiet_transformers
 
     def make(name: str, noise_seed: int = 0, **config: Any) -> Path:
         quiet_transformers()

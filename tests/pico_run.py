@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from btx.process import Interrupts
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
-from btx.running.interrupts import Interrupts
-from btx.running.jobs import run_stages
-from btx.running.rundir import RunFolder
+from btx.run_folder.folder import RunFolder
+from btx.stages.work import run_stages
 
 WORDS = {
     "birds": "heron finch owl wren kite crow swift robin nests sings flies hunts over under near the a".split(),

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from btx.choices.routers import RoutingSettings
+from btx.data.held_out import HeldOutDocument, held_out_documents, pack
+from btx.data.token_texts import token_texts
 from btx.errors import CheckpointError
 from btx.evaluation.analyze import analyze, dead_experts, domain_routing, in_domain_layers
-from btx.evaluation.held_out import HeldOutDocument, held_out_documents, pack
-from btx.model_files.models import load_model
+from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
-from btx.moe.router_kinds import RoutingSettings
 from btx.moe.routers import Rule
 from btx.recipe.schema import Recipe
-from btx.reporting.token_texts import token_texts
 from btx.reporting.tokens import token_view
 from tests.pico_models import llama, mixtral, prepared_run, recipe, texts, tokenizer
 

@@ -17,15 +17,15 @@ import psutil
 import pytest
 
 from btx.errors import DataError, RunFolderError, StageFailed
-from btx.model_files.folders import file_sha256
+from btx.files import file_sha256
 from btx.planning.plan import plan
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.status import last_metrics
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
-from btx.running.rundir import RunFolder
-from btx.running.status import last_metrics
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 
@@ -192,7 +192,7 @@ def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> No
 
 
 def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
-    from btx.running.rundir import exclusive
+    from btx.run_folder.folder import exclusive
 
     run, _ = run_here(pico_recipe(tmp_path), ["data"])
     before = hashes(run.path)

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from btx.baselines.kinds import BASELINES, BaselineName
 from btx.baselines.matching import scaled_steps
 from btx.baselines.settings import phases_of
-from btx.data.mixture import domain_mixture, finetune_mixture
+from btx.choices.baselines import BASELINES, BaselineName
+from btx.data.samples import open_mixtures
 from btx.errors import RecipeError, UserError
-from btx.model_files.folders import read_json
-from btx.model_files.models import load_model
+from btx.files import read_json
+from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
 from btx.planning.plan import plan
-from btx.running.graph import build_graph
-from btx.running.interrupts import Interrupted, Interrupts
-from btx.running.jobs import run_stages
-from btx.running.rundir import RunFolder
-from btx.running.threads import jobs_at_once, training_threads
-from btx.training.train import open_mixtures
+from btx.process import Interrupted, Interrupts
+from btx.recipe.mixtures import domain_mixture, finetune_mixture
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import build_graph
+from btx.run_folder.threads import jobs_at_once, training_threads
+from btx.stages.work import run_stages
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 MADE = list(BASELINES)
@@ -307,7 +307,7 @@ def test_without_the_soup_there_is_none(tmp_path: Path) -> None:
 
 
 def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from btx.running import threads
+    from btx.run_folder import threads
 
     monkeypatch.setattr(threads, "processors", lambda: 12)
     recipe = pico_recipe(tmp_path, "run", "baselines=[soup,upcycling_cm,dense_dm,upcycling_dm,btx_soft]")

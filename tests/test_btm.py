@@ -14,20 +14,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.baselines.btm import TEMPERATURES, best_temperature, pieces_of, write_btm, write_btm_folder
+from btx.baselines.btm import TEMPERATURES, best_temperature, pieces_of, write_btm_folder
 from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.baselines.text_similarity import TextSimilarity, looks
-from btx.cli.chat import completion
+from btx.data.expert_text import TextRows
+from btx.data.held_out import HeldOutDocument, Packed, pack
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models
-from btx.evaluation.held_out import HeldOutDocument, Packed, pack
-from btx.evaluation.model_outputs import token_nll
 from btx.evaluation.tasks import complete
-from btx.model_files.models import load_model
-from btx.moe.expert_text import TextRows
-from btx.running.graph import Stage
-from btx.running.rundir import RunFolder
+from btx.models.loading import load_model
+from btx.models.outputs import token_nll
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+from btx.serving.completing import completion
+from btx.stages.baselines import write_btm
 from tests.pico_models import llama, prepared_run, recipe, tokenizer
 
 WORDS = {

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
+from btx.choices.routers import RoutingSettings
 from btx.errors import CheckpointError
-from btx.model_files.models import load_model, load_tokenizer, read_config, save_model
-from btx.moe.btx_folder import write_router
+from btx.model_files.btx_folder import write_router
+from btx.models.loading import load_model, load_tokenizer, read_config, save_model
 from btx.moe.layer import moe_blocks, set_router
-from btx.moe.router_kinds import RoutingSettings
 from tests.pico_models import mixtral
 
 IDS = torch.arange(5, 65).view(2, 30)

@@ -15,7 +15,8 @@ from btx.cli import chat
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.tasks import complete
-from btx.model_files.models import load_model
+from btx.models.loading import load_model
+from btx.serving import completing
 from tests.pico_models import llama, mixtral, tokenizer
 
 PROMPT = "the sum of three €"
@@ -47,14 +48,14 @@ def test_with_experts_prompt_and_completion_are_printed_after_a_legend(tmp_path)
 def test_every_token_is_coloured_by_the_two_experts_with_the_most_gate_weight(tmp_path):
     folder = mixtral(tmp_path / "model")
     model, ids = load_model(folder), DocumentEncoder(tokenizer())([PROMPT])[0]
-    tokens = list(chat.complete_token_by_token(model, tokenizer(), ids, 6, chat.pick(0, torch.Generator())))
+    tokens = list(completing.complete_token_by_token(model, tokenizer(), ids, 6, completing.pick(0, torch.Generator())))
     assert "".join(token.text for token in tokens if token.from_prompt) == PROMPT
     with torch.no_grad():
         for _ in range(6):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         model(input_ids=torch.tensor([ids]))
     pairs = [token.pair for token in tokens if token.pair]  # a cut-off last character comes without experts
-    assert pairs == chat.top_pairs(model, len(ids))[1:]
+    assert pairs == completing.top_pairs(model, len(ids))[1:]
     assert len({token.pair for token in tokens}) > 2
     assert "\x1b[" in said(folder, colours=True, show_experts=True)
     assert "\x1b[" not in said(folder, colours=True)
@@ -82,9 +83,9 @@ def test_lines_are_completed_until_the_input_ends(tmp_path, monkeypatch):
 
 def test_a_chat_template_is_used_where_there_is_one():
     templated = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer, eos_token="<|endoftext|>")
-    assert chat.prompt_ids(templated, "x") == DocumentEncoder(templated)(["x"])[0]
+    assert completing.prompt_ids(templated, "x") == DocumentEncoder(templated)(["x"])[0]
     templated.chat_template = "{% for m in messages %}<|endoftext|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
-    assert tokenizer().decode(chat.prompt_ids(templated, "x")) == "<|endoftext|>user: x"
+    assert tokenizer().decode(completing.prompt_ids(templated, "x")) == "<|endoftext|>user: x"
 
 
 def test_a_dense_model_has_no_experts_to_show(tmp_path):

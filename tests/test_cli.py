@@ -24,7 +24,7 @@ from btx import __version__
 from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
 from btx.recipe.loading import load_recipe, packaged_recipes
-from btx.running.rundir import RunFolder
+from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
 
 COMMANDS = "run sweep plan status ls cp train mix finetune baselines evaluate analyze report chat".split()

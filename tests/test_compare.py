@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from btx.cli.main import app
 from btx.errors import RunFolderError, UserError
 from btx.evaluation.compare import compare_documents, compare_models, resampled_ratios
-from btx.running.rundir import RunFolder
+from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe
 
 N = 400

@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from btx.models.cost import config_cost
+from btx.models.trainable import set_trainable
 from btx.moe.layer import swap_in_moe
-from btx.planning.cost import config_cost
-from btx.training.trainable import set_trainable
 
 LENGTH = 64
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 128,

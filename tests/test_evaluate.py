@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from btx.data.domains import Question
+from btx.data.held_out import NOT_SCORED, HeldOutDocument, held_out_documents, pack
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import DataError
-from btx.evaluation import model_outputs
 from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
-from btx.evaluation.held_out import NOT_SCORED, HeldOutDocument, held_out_documents, pack
 from btx.evaluation.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line, read_questions
-from btx.model_files.models import load_model
+from btx.models import outputs
+from btx.models.loading import load_model
 from btx.recipe.evaluate import Task
 from btx.recipe.schema import Recipe
 from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer
@@ -67,7 +67,7 @@ def test_neither_packing_nor_the_micro_batch_nor_the_head_s_slices_change_the_bi
     assert max(len(row.unique()) for row in packed.document_ids_BS) > 2, "some rows should hold several documents"
     whole = bits_per_byte(model, packed).bits_per_byte
     assert bits_per_byte(model, packed, micro_batch_tokens=1).bits_per_byte == pytest.approx(whole, rel=1e-6)
-    monkeypatch.setattr(model_outputs, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", 1)
     assert bits_per_byte(model, packed).bits_per_byte == pytest.approx(whole, rel=1e-6)
     alone = [bits_per_byte(model, pack([document], 24)) for document in documents()]
     bits = sum(one.bits_per_byte * one.bytes for one in alone)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from btx.errors import CheckpointError
+from btx.files import read_json
 from btx.mixing.mix import mix
-from btx.model_files.folders import read_json
-from btx.model_files.models import load_model
+from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
 
 MakeLlama = Callable[..., Path]

@@ -14,15 +14,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from btx.cli.main import app
+from btx.data.expert_text import text_from_files
 from btx.errors import CheckpointError
+from btx.files import read_json
 from btx.mixing.drop import drop
 from btx.mixing.extend import extend
 from btx.mixing.mix import mix
-from btx.model_files.folders import read_json
-from btx.model_files.models import load_model, load_tokenizer
-from btx.moe.expert_text import text_from_files
+from btx.mixing.router_init import RouterSettings
+from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import moe_blocks
-from btx.moe.router_init import RouterSettings
 from tests.test_router_init import write_texts
 
 MakeLlama = Callable[..., Path]
@@ -152,7 +152,7 @@ def test_a_row_from_text_sends_the_new_text_to_the_new_expert_and_little_else(
 
 
 def test_the_names_survive_finetuning(make_llama: MakeLlama, moe: Path, tmp_path: Path) -> None:
-    from btx.model_files.models import save_model
+    from btx.models.loading import save_model
 
     model = load_model(moe)
     (tmp_path / "tuned").mkdir()

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from btx.data.expert_text import TextRows
 from btx.mixing.drop import drop
 from btx.mixing.extend import extend
 from btx.mixing.mix import mix
-from btx.moe.expert_text import TextRows
 from tests.test_families import branch, every_family, logits, make, plain
 
 

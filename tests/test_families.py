@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from btx.choices.families import FAMILIES, family_of, family_table
 from btx.errors import CheckpointError
 from btx.mixing.mix import mix
-from btx.model_files.families import FAMILIES, family_of, family_table
-from btx.model_files.models import load_model, quiet_transformers
+from btx.models.loading import load_model, quiet_transformers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from btx.data.mixture import finetune_mixture
-from btx.model_files.folders import read_json
-from btx.model_files.models import load_model
+from btx.data.samples import open_mixtures
+from btx.files import read_json
+from btx.models.loading import load_model
+from btx.models.trainable import PARTS
 from btx.moe import routing_metrics
 from btx.moe.layer import moe_blocks, weight_parts
 from btx.planning.plan import plan
 from btx.recipe.loading import RecipeError, load_recipe
+from btx.recipe.mixtures import finetune_mixture
 from btx.recipe.training import Finetune
-from btx.running.rundir import RunFolder
+from btx.run_folder.folder import RunFolder
 from btx.training.schedule import adamw, set_learning_rate
-from btx.training.train import open_mixtures
-from btx.training.trainable import PARTS
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 BRANCHED = ["data", "seed", "train/birds", "train/tools"]
@@ -101,8 +101,8 @@ def test_an_interrupted_finetuning_goes_on_bit_for_bit(
 
 def _checkpoint_of(run: RunFolder, step: int) -> Path:
     """The checkpoint after `step` steps: the run is done anew from its mix and stopped there."""
-    from btx.running.interrupts import Interrupted, Interrupts
-    from btx.running.jobs import run_stages
+    from btx.process import Interrupted, Interrupts
+    from btx.stages.work import run_stages
 
     shutil.rmtree(run.path / "finetune")
 
@@ -139,8 +139,8 @@ def test_what_is_frozen_stays_and_has_no_optimiser_state(branched: Path, trainab
 
 
 def test_frozen_weights_get_no_gradient_in_memory(branched: Path) -> None:
+    from btx.models.trainable import set_trainable
     from btx.training.losses import next_token_loss
-    from btx.training.trainable import set_trainable
 
     run = go_on(branched, "routers", "finetune.trainable=routers", f"finetune.tokens={256 * 3}")
     model = load_model(run.model("mix"))

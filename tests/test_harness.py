@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from btx.baselines.btm_model import load_model_or_btm
+from btx.choices.routers import RoutingSettings
 from btx.cli import main as cli
 from btx.errors import UserError
 from btx.evaluation import harness, harness_checks
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.harness import Harness, mean_and_stderr
 from btx.evaluation.harness_files import TaskRequest
-from btx.model_files.models import load_model, load_tokenizer
-from btx.moe.btx_folder import write_router
-from btx.moe.router_kinds import RoutingSettings
+from btx.model_files.btx_folder import write_router
+from btx.models.loading import load_model, load_tokenizer
 from btx.recipe.loading import parse_recipe
 from tests.harness_data import PAPER_SHOTS, SCORED, gold_answer, gold_index, lines, write_task_files
 from tests.pico_models import RECIPE, llama, mixtral, prepared_run

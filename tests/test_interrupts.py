@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from btx.running.interrupts import Interrupted, Interrupts
+from btx.process import Interrupted, Interrupts
 
 
 @pytest.fixture

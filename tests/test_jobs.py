@@ -11,9 +11,9 @@ import torch
 from btx.planning.plan import plan
 from btx.planning.speed import Speed
 from btx.recipe.training import Finetune
-from btx.running import jobs
-from btx.running import threads as threads_module
-from btx.running.rundir import RunFolder
+from btx.run_folder import threads as threads_module
+from btx.run_folder.folder import RunFolder
+from btx.stages import work
 from btx.training.loop import has_bfloat16_units, in_bfloat16
 from tests.pico_run import pico_recipe
 
@@ -45,13 +45,13 @@ def test_only_processors_this_process_may_use_are_counted() -> None:
 
 def test_a_stage_that_runs_alone_takes_all_processors_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(jobs, "processors", lambda: before + 1)
+    monkeypatch.setattr(work, "processors", lambda: before + 1)
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        jobs.use_all_processors()
+        work.use_all_processors()
         assert torch.get_num_threads() == before
         monkeypatch.delenv("OMP_NUM_THREADS")
-        jobs.use_all_processors()
+        work.use_all_processors()
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

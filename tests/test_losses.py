@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from btx.model_files.models import load_model
+from btx.models.loading import load_model
 from btx.training import losses
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from btx.choices.merges import MERGE_METHODS, MergeSettings
 from btx.errors import CheckpointError
-from btx.mixing.merge_kinds import MERGE_METHODS, MergeSettings
 from btx.mixing.merge_methods import bind
 from btx.model_files.lazy_tensors import rounded
 

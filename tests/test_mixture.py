@@ -13,18 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from btx.data.mixture import (
-    NO_LABEL,
-    Mixture,
-    apportion,
-    domain_mixture,
-    finetune_mixture,
-    permuted,
-    resolve,
-    seed_mixture,
-)
+from btx.data.mixture import NO_LABEL, Mixture, apportion, permuted
 from btx.data.token_files import TokenFile
 from btx.errors import DataError
+from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
 
 SEPARATOR = 0

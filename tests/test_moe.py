@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from btx.choices.routers import RoutingSettings
 from btx.errors import CheckpointError
-from btx.model_files.models import checkpoint_activations, load_model
+from btx.models.loading import checkpoint_activations, load_model
 from btx.moe.balancing import total_load_balancing_loss
 from btx.moe.layer import moe_blocks, set_router
-from btx.moe.router_kinds import RoutingSettings
 
 
 @pytest.fixture

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from btx.data.mixture import Mixture, resolve
-from btx.data.prepare import check_budget, check_budgets, check_held_out, prepare, prepare_run, training_texts
+from btx.data.mixture import Mixture
+from btx.data.prepare import prepare, training_texts
 from btx.data.sources import read_documents
 from btx.data.token_files import TokenFile
 from btx.data.tokenizer import train_tokenizer
 from btx.errors import DataError
+from btx.recipe.mixtures import resolve
 from btx.recipe.schema import Recipe
-from btx.running.graph import build_graph
-from btx.running.rundir import RunFolder
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import build_graph
+from btx.stages.data import check_budget, check_budgets, check_held_out, prepare_run
 
 MATH = [f"{n} plus {n} is {2 * n}." for n in range(400)]
 CODE = [f"def f{n}(x):\n    return x + {n}" for n in range(300)]

@@ -17,17 +17,10 @@ from xml.etree import ElementTree
 import pytest
 
 from btx.errors import RunFolderError
+from btx.number_texts import count_text, duration_text, flops_text, signed_percent
 from btx.reporting.charts import CostPoint, bucket_means, cost_chart, spread
 from btx.reporting.report import write_report
-from btx.reporting.results import (
-    count_text,
-    duration_text,
-    flops_text,
-    headline,
-    report_table,
-    results_table,
-    signed_percent,
-)
+from btx.reporting.results import headline, report_table, results_table
 from btx.reporting.tokens import own_expert, shown_layers, token_view
 
 DOMAINS = ["math", "code", "knowledge", "general"]

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from btx.data.expert_text import TextRows, text_from_files, text_from_run
 from btx.errors import CheckpointError, DataError
+from btx.files import read_json
 from btx.mixing.mix import mix
-from btx.model_files.folders import read_json
-from btx.model_files.models import load_model, load_tokenizer
-from btx.moe.expert_text import TextRows, text_from_files, text_from_run
+from btx.mixing.router_fit import experts_in_equal_parts, router_sums
+from btx.mixing.router_init import RouterSettings, RouterSums, hidden_mean, initial_router, ridge
+from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import moe_blocks
-from btx.moe.router_fit import experts_in_equal_parts, router_sums
-from btx.moe.router_init import RouterSettings, RouterSums, hidden_mean, initial_router, ridge
 from btx.planning.plan import plan
-from btx.running.rundir import RunFolder
+from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe, run_here
 
 MakeLlama = Callable[..., Path]

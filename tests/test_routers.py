@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from btx.choices.routers import ROUTERS, RoutingSettings
 from btx.errors import CheckpointError
-from btx.moe.router_kinds import ROUTERS, RoutingSettings
 from btx.moe.routers import (
     Routing,
     Rule,

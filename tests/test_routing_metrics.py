@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from btx.moe.router_kinds import RoutingSettings
+from btx.choices.routers import RoutingSettings
 from btx.moe.routers import Routing, Rule, switch_gates, top_k_gates
 from btx.moe.routing_metrics import WATCHED_STEPS, DeadExpertWatch, RoutingMeter
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from btx.errors import CheckpointError, RunFolderError
-from btx.model_files.folders import read_json
+from btx.files import read_json
 from btx.planning.plan import plan
-from btx.running.graph import build_graph
-from btx.running.rundir import RunFolder, exclusive
-from btx.training.train import check_planned
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import build_graph
+from btx.stages.seed import check_planned
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from btx.errors import CheckpointError
-from btx.model_files.models import load_model
+from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
 from btx.running.preflight import preflight
 from tests.pico_run import pico_recipe, run_here

@@ -19,101 +19,37 @@ from btx import errors
 
 SOURCE = Path(btx.__file__).parent
 
-# Every module of src/btx by package, in the layers of docs/decisions.md; a package in a package (`domains`) stands for
-# all modules in it. A module imports from its own layer and from those its layer lists in MAY_IMPORT, never upwards.
-# A new module: add its name to the layer that fits. Without torch and without anything that needs it: plain.
-LAYERS = {
-    "": {
-        "cli": "__main__",
-        "plain": "errors recipes",
-    },
-    "cli": {
-        "cli": "evaluate main mix sweep tables terminal",
-        "pipeline": "catalogue",
-        "stages": "chat",
-    },
-    "running": {
-        "pipeline": "jobs models_of_run pipeline progress",
-        "launchers": "launchers",
-        "plain": "graph interrupts log_tail preflight rundir status threads",
-    },
-    "sweeps": {
-        "pipeline": "sharing sweep variants",
-        "pieces": "figure table",
-    },
-    "planning": {
-        "stages": "plan",
-        "pieces": "cost models speed",
-    },
-    "reporting": {
-        "stages": "report",
-        "pieces": "charts costs results token_texts tokens",
-    },
-    "evaluation": {
-        "stages": "analyze compare evaluate",
-        "pieces": "harness harness_model held_out mixed_set model_outputs tasks",
-        "plain": "aggregate code_execution code_jail harness_checks harness_files",
-    },
-    "baselines": {
-        "stages": "stage",
-        "pieces": "btm btm_calls btm_model matching text_similarity",
-        "plain": "kinds settings",
-    },
-    "training": {
-        "stages": "finetune train",
-        "pieces": "branch loop losses peak_memory schedule state trainable",
-    },
-    "mixing": {
-        "stages": "drop extend mix",
-        "pieces": "checks drift expert_parts extend_checks inputs merge merge_methods moe_folder moe_layout report",
-        "plain": "merge_kinds",
-    },
-    "moe": {
-        "pieces": "balancing dispatch expert_text layer router_fit router_init routers routing_metrics",
-        "plain": "btx_folder router_kinds router_notes",
-    },
-    "data": {
-        "stages": "prepare",
-        "pieces": "mixture switching token_files tokenizer",
-        "plain": "document_files domains json_lines sources",
-    },
-    "model_files": {
-        "pieces": (
-            "beside_weights checkpoints direct_file kv_cache lazy_tensors models output_types seed_config "
-            "shard_writer vocabularies"
-        ),
-        "plain": "families folders model_card model_folder provenance",
-    },
-    "recipe": {
-        "plain": (
-            "data docs evaluate extends loading mix overrides problems schema section sizes training "
-            "yaml_positions"
-        ),
-    },
-}
-LAYER_OF = {
-    f"{package}.{name}".removeprefix("."): layer
-    for package, layers in LAYERS.items() for layer, names in layers.items() for name in names.split()
-}  # fmt: skip
-MAY_IMPORT = {
-    "cli": {"cli", "pipeline", "launchers", "stages", "pieces", "plain"},
-    "pipeline": {"pipeline", "launchers", "stages", "pieces", "plain"},
-    "launchers": {"launchers", "pieces", "plain"},
-    "stages": {"pieces", "plain"},
-    "pieces": {"pieces", "plain"},
-    "plain": {"plain"},
-}
-# Stages do not import stages, but for these: one training path serves branches, the mixed model and the baselines.
-STAGES_THAT_USE_STAGES = {
-    ("training.finetune", "training.train"), ("baselines.stage", "training.train"), ("baselines.stage", "mixing.mix"),
-}  # fmt: skip
+# The floors of src/btx, from the ground up (docs/decisions.md): a package, or a module beside them, imports from the
+# floors below its own and from nowhere else. A new package: one name in one of these lines.
+FLOORS = """
+errors number_texts recipes
+files process
+choices
+recipe model_files reporting
+data moe
+models
+training
+mixing baselines
+run_folder
+evaluation planning serving
+running stages
+sweeps
+cli
+__main__
+""".strip().splitlines()
+FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor.split()}
+WITHOUT_TORCH = (
+    "errors number_texts recipes files process choices recipe reporting run_folder running "
+    "evaluation.aggregate evaluation.code_execution evaluation.code_jail evaluation.harness_checks "
+    "evaluation.harness_files"
+).split()
+"""Packages and modules that load neither torch nor transformers, not even through others."""
 HEAVY = ("torch", "transformers")
 
 
-def layer_of(module: str) -> str | None:
-    """Layer of a module by its dotted path, such as `data.domains.document`, or that of the package it is in."""
-    parts = module.split(".")
-    return next((layer for n in range(len(parts), 0, -1) if (layer := LAYER_OF.get(".".join(parts[:n])))), None)
+def package_of(module: str) -> str:
+    """First part of a module's dotted path below btx."""
+    return module.split(".")[0]
 
 
 @cache
@@ -209,43 +145,56 @@ def test_neither_importing_btx_nor_its_help_imports_torch_or_transformers(progra
 # The direction of imports
 
 
-def test_every_module_has_its_layer() -> None:
-    missing = [module for module in modules() if layer_of(module) is None]
-    assert not missing, (
-        f"new modules without a layer: {', '.join(missing)}. Add each to LAYERS in tests/test_surface.py: a stage (a "
-        f"verb that a run or a command does) to 'stages', something that needs torch to 'pieces', all else to 'plain'"
-    )
-    known = {module.rsplit(".", cut)[0] for module in modules() for cut in (0, 1)}
-    gone = [name for name in LAYER_OF if name not in known]
-    assert not gone, f"no longer there, remove from LAYERS in tests/test_surface.py: {', '.join(gone)}"
+def test_every_package_has_its_floor() -> None:
+    packages = {package_of(module) for module in modules()} | {"recipes"}
+    assert packages == FLOOR_OF.keys(), "each package stands in one line of FLOORS in tests/test_surface.py"
 
 
-def test_imports_point_downwards() -> None:
-    upward = [
-        f"{module} ({source}) imports {target} ({wanted})"
+def test_a_package_imports_only_from_floors_below_it() -> None:
+    wrong = [
+        f"{module} (floor {FLOOR_OF[source]}) imports {target} (floor {FLOOR_OF[wanted]})"
         for module, target in edges()
-        if (source := layer_of(module)) and (wanted := layer_of(target))
-        and wanted not in MAY_IMPORT[source]
-        and not (source == wanted == "stages" and (module, target) in STAGES_THAT_USE_STAGES)
-    ]  # fmt: skip
-    assert not upward, "\n".join(upward)
+        if (source := package_of(module)) != (wanted := package_of(target)) and FLOOR_OF[source] <= FLOOR_OF[wanted]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    needs: dict[str, set[str]] = {module: set() for module in modules()}
-    for module, target in edges():
-        if not module.startswith(f"{target}."):  # a module may import from its own package
-            needs[module].add(target)
+def in_circles(needs: dict[str, set[str]]) -> set[str]:
+    """What lies in a circle or behind one."""
     done: set[str] = set()
-    while ready := {module for module in needs.keys() - done if needs[module] <= done}:
+    while ready := {name for name in needs.keys() - done if needs[name] <= done}:
         done |= ready
-    circular = {module for module in needs.keys() - done if needs[module] - done}
-    assert not circular, f"in or behind a circle: {sorted(circular)}"
+    return needs.keys() - done
 
 
-def test_plain_modules_load_neither_torch_nor_transformers() -> None:
-    plain = [module for module in modules() if layer_of(module) == "plain"]
-    assert len(plain) > 20
+def test_a_circle_is_recognised() -> None:
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": set()}) == set()
+    assert in_circles({"a": {"b"}, "b": {"a"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}
+
+
+def test_there_is_no_circle_between_packages_or_modules() -> None:
+    between_packages: dict[str, set[str]] = {package_of(module): set() for module in modules()}
+    between_modules: dict[str, set[str]] = {module: set() for module in modules()}
+    for module, target in edges():
+        if package_of(module) != package_of(target):
+            between_packages[package_of(module)].add(package_of(target))
+        if not module.startswith(f"{target}."):  # a module may import from its own package
+            between_modules[module].add(target)
+    assert not in_circles(between_packages)
+    assert not in_circles(between_modules)
+
+
+def test_a_stage_imports_no_other_stage_but_the_training_they_share() -> None:
+    no_stages = {"__init__", "training", "work", "models_of_run", "one_task"}
+    stages = {f"stages.{file.stem}" for file in (SOURCE / "stages").glob("*.py") if file.stem not in no_stages}
+    assert {"stages.seed", "stages.train", "stages.mix", "stages.finetune"} < stages
+    between = [(module, target) for module, target in edges() if module in stages and target in stages]
+    assert not between, between
+
+
+def test_what_needs_no_torch_loads_neither_torch_nor_transformers() -> None:
+    plain = [module for module in modules() if any(f"{module}.".startswith(f"{name}.") for name in WITHOUT_TORCH)]
+    assert len(plain) > 40
     named = [f"{module} imports {name}" for module in plain
              for name in imports_of(tree_of(module))
              if name.split(".")[0] in HEAVY]  # fmt: skip

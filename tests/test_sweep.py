@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from btx.errors import StageFailed, UserError
-from btx.model_files.folders import read_json
+from btx.files import read_json
+from btx.process import Interrupted, Interrupts
 from btx.recipe.loading import load_recipe
-from btx.running.interrupts import Interrupted, Interrupts
+from btx.run_folder.folder import RunFolder
 from btx.running.launchers import start_run
-from btx.running.rundir import RunFolder
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep, sweep_state
 from btx.sweeps.table import paired, sweep_cells, sweep_rows
@@ -234,7 +234,7 @@ class Pretending:
 def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[str, ...]]:
     """Run the plan with runs that pretend; returns which were under way whenever one was started."""
     monkeypatch.setattr("btx.sweeps.sweep.POLL_S", 0.0)
-    monkeypatch.setattr("btx.data.prepare.check_budgets", lambda recipe, folder: None)
+    monkeypatch.setattr("btx.stages.data.check_budgets", lambda recipe, folder: None)
     jobs: list[Pretending] = []
     under_way: list[tuple[str, ...]] = []
 

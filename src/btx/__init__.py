@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from btx.mixing.drop import drop
     from btx.mixing.extend import extend
     from btx.mixing.mix import mix, soup
-    from btx.model_files.models import load_model, load_tokenizer
+    from btx.models.loading import load_model, load_tokenizer
     from btx.moe.balancing import load_balancing_loss
     from btx.moe.layer import MoE
     from btx.moe.routers import top_k_gates
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from btx.recipe.loading import load_recipe
     from btx.recipe.schema import Recipe
     from btx.reporting.report import write_report
+    from btx.run_folder.folder import RunFolder
     from btx.running.pipeline import run
-    from btx.running.rundir import RunFolder
 
 __version__ = "0.1.0"
 
@@ -37,14 +37,14 @@ _HOME = {
     "BtxError": "btx.errors",
     "MoE": "btx.moe.layer",
     "Recipe": "btx.recipe.schema",
-    "RunFolder": "btx.running.rundir",
+    "RunFolder": "btx.run_folder.folder",
     "UserError": "btx.errors",
     "drop": "btx.mixing.drop",
     "extend": "btx.mixing.extend",
     "load_balancing_loss": "btx.moe.balancing",
-    "load_model": "btx.model_files.models",
+    "load_model": "btx.models.loading",
     "load_recipe": "btx.recipe.loading",
-    "load_tokenizer": "btx.model_files.models",
+    "load_tokenizer": "btx.models.loading",
     "mix": "btx.mixing.mix",
     "plan": "btx.planning.plan",
     "run": "btx.running.pipeline",

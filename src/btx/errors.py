@@ -3,7 +3,7 @@
     BtxError                    exit code 1: something failed
     ├── StageFailed             a stage's process ended with a failure
     ├── NotFinite               the loss became NaN or infinite
-    ├── Interrupted             (btx.running.interrupts) a signal came and all is saved; exit code 128 + its number
+    ├── Interrupted             (btx.process) a signal came and all is saved; exit code 128 + its number
     └── UserError               exit code 2: the user can mend it
         ├── RecipeError         unknown key, wrong type, impossible value
         ├── DataError           missing, empty or broken data

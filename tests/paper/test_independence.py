@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file
 
 from btx.errors import NotFinite
-from btx.model_files.folders import file_sha256
-from btx.running.rundir import RunFolder
-from btx.running.status import last_metrics
+from btx.files import file_sha256
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.status import last_metrics
 from tests.pico_run import pico_recipe, run_here
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from btx.mixing.mix import mix, soup
-from btx.model_files.models import load_model
+from btx.models.loading import load_model
 
 MakeLlama = Callable[..., Path]
 

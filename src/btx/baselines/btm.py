@@ -17,8 +17,6 @@ Shape letters: B batch, S sequence, N member models, R scored tokens, T texts.
 from __future__ import annotations
 
 import os
-import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,22 +28,19 @@ from torch import nn
 
 from btx.baselines.btm_model import FILE, SIMILARITY, weights_of
 from btx.baselines.text_similarity import WINDOW, TextSimilarity
+from btx.data.expert_text import TextRows
+from btx.data.held_out import HeldOutDocument, Packed, pack
 from btx.data.tokenizer import save_tokenizer
 from btx.errors import UserError
-from btx.evaluation.held_out import HeldOutDocument, Packed, device_and_type, pack
-from btx.evaluation.model_outputs import token_nll
-from btx.model_files.folders import atomic_folder, write_json
-from btx.model_files.models import load_model, load_tokenizer
-from btx.moe.expert_text import TextRows, text_from_run
+from btx.files import atomic_folder, write_json
+from btx.models.loading import load_model, load_tokenizer
+from btx.models.outputs import token_nll
 
 if TYPE_CHECKING:
-    from btx.running.graph import Stage
-    from btx.running.rundir import RunFolder
+    pass
 
 Log = Callable[[str], None]
 
-TEXT_TOKENS = 500_000
-"""Tokens of each member's training text that are looked at, at most."""
 PIECE_TOKENS = 256
 """Its documents are cut into pieces of so many tokens at most: contexts are not much longer."""
 TEMPERATURES = tuple(float(f"{value:.3g}") for value in np.geomspace(0.005, 1.0, 24))
@@ -55,29 +50,6 @@ ASIDE_EVERY = 8
 MOST_ASIDE = 32
 """...up to so many pieces of each member."""
 TUNING_BATCH_TOKENS = 8192
-
-
-def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
-    """The stage `baselines/btm_top<K>`, from its beginning to done.json: a folder that names the run's experts.
-
-    Members are the experts of the mix, the untouched seed model among them if `mix.generalist`. Nothing is trained.
-
-    Raises:
-        UserError: the stage's name says no K, or one above the number of members.
-    """
-    found = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
-    if not found:
-        raise UserError(f"{stage.name}: Branch-Train-Merge is called btm_top<K>, for example btm_top2")
-    started, recipe, folder = time.perf_counter(), run.recipe, run.begin(stage)
-    models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
-    if recipe.mix.generalist:
-        models["generalist"] = run.model("seed")
-    texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens))
-    device, dtype = device_and_type(recipe)
-    temperature = write_btm_folder(folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype)
-    log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
-        f"{temperature:.3g})")  # fmt: skip
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 
 
 def write_btm_folder(

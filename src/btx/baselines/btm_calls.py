@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from btx.data.held_out import Packed
 from btx.errors import UserError
-from btx.evaluation.held_out import Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from btx.evaluation.model_outputs import Reader
+    from btx.models.outputs import Reader
 
 
 class CalledLikeTransformers:

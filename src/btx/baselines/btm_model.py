@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from btx.baselines.btm_calls import CalledLikeTransformers
 from btx.baselines.text_similarity import WINDOW, TextSimilarity, looks
+from btx.data.held_out import Packed
 from btx.errors import CheckpointError
-from btx.evaluation.held_out import Packed
-from btx.evaluation.model_outputs import ModelReader, SideBySide, token_nll
-from btx.model_files.models import load_model
-from btx.planning.cost import ModelCost, model_cost, side_by_side
+from btx.models.cost import ModelCost, model_cost, side_by_side
+from btx.models.loading import load_model
+from btx.models.outputs import ModelReader, SideBySide, token_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ SIMILARITY = "similarity.npz"
 
 
 class BtmModel(CalledLikeTransformers):
-    """The members of a Branch-Train-Merge folder, answering as one (`btx.evaluation.model_outputs.SideBySide`).
+    """The members of a Branch-Train-Merge folder, answering as one (`btx.models.outputs.SideBySide`).
 
     Args:
         members: name → dense model; all on one device, with one vocabulary.

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from btx.baselines.kinds import BASELINES, BaselineName
 from btx.baselines.settings import matched_by, phases_of, routing_of
-from btx.data.mixture import domain_mixture, finetune_mixture
-from btx.model_files.families import family_of
-from btx.moe.router_kinds import RoutingSettings
-from btx.planning.cost import ModelCost, config_cost
+from btx.choices.baselines import BASELINES, BaselineName
+from btx.choices.families import family_of
+from btx.choices.routers import RoutingSettings
+from btx.models.cost import ModelCost, config_cost
+from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from btx.baselines.kinds import BASELINES, BaselineName, MatchedBy, stage_names
-from btx.moe.router_kinds import RoutingSettings
+from btx.choices.baselines import BASELINES, BaselineName, MatchedBy, stage_names
+from btx.choices.routers import RoutingSettings
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune, LearningRateFactors, Training
 

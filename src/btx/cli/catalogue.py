@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from btx.baselines.kinds import BASELINES
-from btx.mixing.merge_kinds import MERGE_METHODS
-from btx.model_files.families import family_table
-from btx.moe.router_kinds import ROUTERS
+from btx.choices.baselines import BASELINES
+from btx.choices.families import family_table
+from btx.choices.merges import MERGE_METHODS
+from btx.choices.routers import ROUTERS
 from btx.recipe.loading import packaged_recipes
 from btx.running.launchers import LAUNCHERS
 

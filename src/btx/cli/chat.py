@@ -5,44 +5,30 @@ Shape letters: B batch, S sequence, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor, nn
 
-from btx.baselines.btm_model import BtmModel, BtmReader, load_model_or_btm
-from btx.data.token_files import DocumentEncoder
-from btx.errors import CheckpointError, UserError
-from btx.evaluation.model_outputs import SideBySide, open_reader
-from btx.model_files.models import load_tokenizer
-from btx.moe.balancing import sparse_gates
-from btx.moe.layer import moe_blocks
-from btx.reporting.token_texts import TokenTexts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from btx.errors import UserError
+from btx.models.loading import load_tokenizer
+from btx.serving.completing import (
+    complete_token_by_token,
+    count_experts,
+    expert_names,
+    load_to_chat,
+    pick,
+    prompt_ids,
+)
 
 PALETTE = (
     "bright_blue", "bright_green", "bright_magenta", "bright_yellow", "bright_cyan", "bright_red",
     "blue", "green", "magenta", "yellow", "cyan", "red",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ShownToken:
-    """A token of the prompt or the completion, ready to print."""
-
-    text: str
-    pair: tuple[int, ...]
-    """The two experts with the most gate weight over all layers, ascending; empty for a dense model."""
-    from_prompt: bool
 
 
 def chat(
@@ -69,109 +55,17 @@ def chat(
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
     console = console or Console(highlight=False)
-    model, tokenizer = _load(model_path), load_tokenizer(model_path)
+    model, tokenizer = load_to_chat(model_path), load_tokenizer(model_path)
     if show_experts:
-        _print_legend(console, _expert_names(model_path, model))
+        _print_legend(console, expert_names(model_path, model))
     random = torch.Generator().manual_seed(rng_seed)
     for text in _typed(console) if prompt is None else [prompt]:
         ids = prompt_ids(tokenizer, text)
         for token in complete_token_by_token(model, tokenizer, ids, max_new_tokens, pick(temperature, random)):
             if show_experts or not token.from_prompt:
-                style = pair_style(token.pair, _num_experts(model)) if show_experts else ""
+                style = pair_style(token.pair, count_experts(model)) if show_experts else ""
                 console.print(Text(token.text, style=style), end="", soft_wrap=True)
         console.print()
-
-
-def completion(
-    model_path: Path, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, rng_seed: int = 0
-) -> dict[str, Any]:
-    """A completion as a JSON value: {"prompt", "completion", "experts": names or null, "tokens"}.
-
-    Each of `tokens` is {"text", "experts": [names of the two with the most gate weight], "from_prompt"}, prompt's and
-    completion's in order.
-
-    Args and Raises: as `chat`.
-    """
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
-    model, tokenizer = _load(model_path), load_tokenizer(model_path)
-    names = _expert_names(model_path, model) if _num_experts(model) else None
-    choose = pick(temperature, torch.Generator().manual_seed(rng_seed))
-    shown = list(complete_token_by_token(model, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens, choose))
-    return {
-        "prompt": prompt,
-        "completion": "".join(token.text for token in shown if not token.from_prompt),
-        "experts": names,
-        "tokens": [
-            {"text": token.text, "experts": [names[i] for i in token.pair] if names else [],
-             "from_prompt": token.from_prompt}
-            for token in shown
-        ],
-    }  # fmt: skip
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens of a prompt: as the chat template says where there is one, else like a document's start.
-
-    The first token is never shown: it is the separator or what the template starts with.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        rendered = cast(str, tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        return cast(list[int], tokenizer.encode(rendered, add_special_tokens=False))
-    encoder = DocumentEncoder(tokenizer)
-    ids = encoder([prompt])[0]
-    return ids[:-1] if encoder.trailing_eos else ids
-
-
-def pick(temperature: float, random: torch.Generator) -> Callable[[Tensor], int]:
-    """How the next token is chosen from its logits (V,)."""
-    if temperature == 0:
-        return lambda logits_V: int(logits_V.argmax())
-    return lambda logits_V: int(
-        torch.multinomial((logits_V.float().cpu() / temperature).softmax(dim=-1), 1, generator=random)
-    )
-
-
-@torch.inference_mode()
-def complete_token_by_token(
-    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int],
-    max_new_tokens: int, choose: Callable[[Tensor], int],
-) -> Iterator[ShownToken]:  # fmt: skip
-    """The prompt's tokens after the first, then the completion's, each as soon as its experts are known.
-
-    Experts are those that read the token, so a new token comes with the forward pass after the one that chose it. Of
-    Branch-Train-Merge they are the two models with the most weight in what follows the token.
-    """
-    texts, reader = TokenTexts(tokenizer), open_reader(model)
-    new_ids, ids_1S = list(prompt), torch.empty(1, 0, dtype=torch.long, device=model.device)
-    shown = 0
-    for made in range(max_new_tokens + 1):
-        ids_1S = torch.cat([ids_1S, torch.tensor([new_ids], device=model.device)], dim=1)
-        scores_V = reader.scores(ids_1S, torch.ones_like(ids_1S))[0]
-        if isinstance(reader, BtmReader):
-            pairs = [tuple(sorted(reader.weights_BN[0].topk(2).indices.tolist()))] * len(new_ids)
-        else:
-            pairs = top_pairs(cast(Any, model), len(new_ids))
-        for token, pair in zip(new_ids, pairs, strict=True):
-            if shown:
-                yield ShownToken(texts(token), pair, from_prompt=shown < len(prompt))
-            shown += 1
-        token = choose(scores_V)
-        if made == max_new_tokens or token == tokenizer.eos_token_id:
-            break
-        new_ids = [token]
-    if rest := texts.rest():
-        yield ShownToken(rest, (), from_prompt=shown <= len(prompt))
-
-
-def top_pairs(model: PreTrainedModel, tokens: int) -> list[tuple[int, ...]]:
-    """For each token of the last forward pass the two experts with the most gate weight over all layers, ascending."""
-    routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
-    if not routings:
-        return [()] * tokens
-    gates_TE = torch.stack([sparse_gates(routing) for routing in routings]).sum(dim=0)
-    return [tuple(sorted(pair)) for pair in gates_TE.topk(min(2, gates_TE.shape[1]), dim=-1).indices.tolist()]
 
 
 def pair_style(pair: tuple[int, ...], num_experts: int) -> str:
@@ -180,34 +74,6 @@ def pair_style(pair: tuple[int, ...], num_experts: int) -> str:
         return ""
     number = list(combinations(range(num_experts), 2)).index(cast(tuple[int, int], pair))
     return PALETTE[number % len(PALETTE)] + (" underline" if number >= len(PALETTE) else "")
-
-
-def _load(model_path: Path) -> PreTrainedModel | SideBySide:
-    return load_model_or_btm(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _num_experts(model: PreTrainedModel | SideBySide) -> int:
-    """0 for a dense model."""
-    if isinstance(model, BtmModel):
-        return len(model.members)
-    blocks = moe_blocks(cast(nn.Module, model))
-    return blocks[0].gate.weight.shape[0] if blocks else 0
-
-
-def _expert_names(model_path: Path, model: PreTrainedModel | SideBySide) -> list[str]:
-    """Names of the experts from the mix's record where one lies beside the model or in its run, else their numbers."""
-    if isinstance(model, BtmModel):
-        return list(model.members)
-    if not _num_experts(model):
-        raise CheckpointError(f"{model_path}: a dense model has no experts to show; leave out --show-experts")
-    count = _num_experts(model)
-    folder = model_path.resolve()
-    for record in (folder / "mix.json", folder.parent / "mix.json", folder.parent.parent / "mix" / "mix.json"):
-        if record.is_file():
-            names = [str(name) for name in json.loads(record.read_text("utf-8")).get("experts", ())]
-            if len(names) == count:
-                return names
-    return [f"expert {i}" for i in range(count)]
 
 
 def _print_legend(console: Console, names: Sequence[str]) -> None:

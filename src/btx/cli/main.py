@@ -18,7 +18,7 @@ from btx.errors import BtxError, UserError
 if TYPE_CHECKING:
     from btx.planning.speed import Speed
     from btx.recipe.schema import Recipe
-    from btx.running.rundir import RunFolder
+    from btx.run_folder.folder import RunFolder
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -101,12 +101,12 @@ def plan(
 
 def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
     """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
-    from btx.model_files.seed_config import seed_config
+    from btx.models.device import choose_device
+    from btx.models.seed_config import seed_config
     from btx.planning.plan import measured_speed
     from btx.planning.speed import Speed, training_speed
-    from btx.running.rundir import RunFolder
-    from btx.running.threads import training_threads
-    from btx.training.train import choose_device
+    from btx.run_folder.folder import RunFolder
+    from btx.run_folder.threads import training_threads
 
     if flops_per_second is not None:
         return Speed(flops_per_second, "as given")
@@ -124,7 +124,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
 def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
     from btx.cli.tables import status_table, sweep_status_table
-    from btx.running.status import run_status
+    from btx.run_folder.status import run_status
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)
@@ -216,8 +216,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure every model of a run on held-out text and tasks, or any model on one task."""
     if task is not None:
-        from btx.cli.evaluate import evaluate_task
         from btx.evaluation.harness_files import TaskRequest
+        from btx.stages.one_task import evaluate_task
 
         request = TaskRequest(task, task, file, shots_file, shots, limit)
         found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
@@ -292,7 +292,7 @@ def chat(
 ) -> None:
     """Complete text with a run's model, or any model folder."""
     from btx.cli.chat import chat as start_chat
-    from btx.cli.chat import completion
+    from btx.serving.completing import completion
 
     path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
     if as_json:
@@ -308,15 +308,15 @@ def chat(
 @app.command(hidden=True)
 def work(run_folder: Path, stages: list[str]) -> None:
     """What a launcher starts: some stages of a run, in this process, ending with its parent."""
-    from btx.running.interrupts import end_with_parent
+    from btx.process import end_with_parent
 
     end_with_parent()
     _work(run_folder, stages)
 
 
 def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
-    from btx.running.interrupts import Interrupts
-    from btx.running.jobs import run_stages
+    from btx.process import Interrupts
+    from btx.stages.work import run_stages
 
     def log(line: str) -> None:
         if not quiet:
@@ -332,7 +332,7 @@ def _recipe(name: str, overrides: list[str] | None) -> Recipe:
 
 
 def _run(path: Path) -> RunFolder:
-    from btx.running.rundir import RunFolder
+    from btx.run_folder.folder import RunFolder
 
     return RunFolder.open(path)
 

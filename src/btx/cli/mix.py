@@ -64,10 +64,10 @@ def mix(
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
                         "for every expert or --copies N")  # fmt: skip
     _refuse_existing(output)
-    from btx.mixing.merge_kinds import MergeSettings
+    from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
-    from btx.moe.router_init import RouterSettings
-    from btx.running.interrupts import ending_at_once
+    from btx.mixing.router_init import RouterSettings
+    from btx.process import ending_at_once
 
     folders = named(expert or (), "--expert", "FOLDER")
     if copies is not None:
@@ -108,7 +108,7 @@ def extend(
         raise UserError("btx extend needs one --expert NAME=FOLDER and -o FOLDER; run it once for each expert")
     _refuse_existing(output)
     from btx.mixing.extend import extend as extend_model
-    from btx.moe.router_init import RouterSettings
+    from btx.mixing.router_init import RouterSettings
 
     ((name, folder),) = new.items()
     routers = RouterSettings(
@@ -172,9 +172,9 @@ def _refuse_existing(output: Path) -> None:
 
 
 def _mix_run(run_folder: Path) -> None:
-    from btx.running.interrupts import Interrupts
-    from btx.running.jobs import run_stages
-    from btx.running.rundir import RunFolder
+    from btx.process import Interrupts
+    from btx.run_folder.folder import RunFolder
+    from btx.stages.work import run_stages
 
     def log(line: str) -> None:
         print(f"· {line}", flush=True)

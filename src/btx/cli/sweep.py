@@ -61,8 +61,8 @@ def sweep(
 
 def run_of_sweep(run_folder: Path) -> None:
     """What a sweep starts: everything that is left of one run, ending with its parent."""
+    from btx.process import end_with_parent
     from btx.recipe.loading import load_recipe
-    from btx.running.interrupts import end_with_parent
     from btx.running.pipeline import run
 
     end_with_parent()
@@ -71,7 +71,7 @@ def run_of_sweep(run_folder: Path) -> None:
 
 def sweep_status(folder: Path) -> list[dict[str, Any]]:
     """State of every run of a sweep's folder, as its stages' files say now."""
-    from btx.running.rundir import RunFolder
+    from btx.run_folder.folder import RunFolder
 
     written = json.loads((folder / "sweep.json").read_text("utf-8"))
     rows = []
@@ -85,8 +85,8 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
 
 
 def _start(jobs: int) -> Any:
+    from btx.run_folder.threads import processors
     from btx.running.launchers import start_run
-    from btx.running.threads import processors
 
     threads = max(1, processors() // jobs) if jobs > 1 else None
     return lambda run, output: start_run(run.folder, output, threads=threads)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from btx.reporting.results import duration_text
+from btx.number_texts import duration_text
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:

@@ -6,68 +6,26 @@ A source whose token files are there and were made from the same files, by the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btx.baselines.kinds import BASELINES
-from btx.baselines.matching import matched_phases
 from btx.data.document_files import find_files
-from btx.data.mixture import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.data.sources import owns_held_out, read_documents, split_documents
 from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer
 from btx.errors import DataError
-from btx.model_files.folders import atomic_folder
-from btx.model_files.seed_config import seed_config
 from btx.recipe.data import Source
+from btx.recipe.mixtures import resolve, seed_mixture
 from btx.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from btx.running.graph import Stage
-    from btx.running.rundir import RunFolder
 
 Log = Callable[[str], None]
 
 MOST_EPOCHS = 50
 LEAST_HELD_OUT_TOKENS = 100
-
-
-def prepare_run(run: RunFolder, stage: Stage, log: Log) -> dict[str, dict[str, int]]:
-    """The run's tokenizer and token files, checked against the budget of every stage; returns `prepare`'s summary.
-
-    The tokenizer is the seed model's. For a seed model from scratch it is trained and written to `tokenizer/`.
-    """
-    from btx.data.tokenizer import save_tokenizer
-    from btx.model_files.models import load_tokenizer
-
-    folder, recipe = run.begin(stage), run.recipe
-    if "tokenizer" in recipe.data.domains:
-        raise DataError(
-            "a domain cannot be called 'tokenizer': the tokenizer lies beside the domains' folders; rename it"
-        )
-    seed_model = recipe.seed_model
-    if seed_model.path is not None:
-        tokenizer = load_tokenizer(seed_model.path, revision=seed_model.revision)
-    else:
-        if not (folder / "tokenizer").is_dir():
-            log(f"tokenizer: training {seed_model.tokenizer.vocab_size:,} entries")
-            with atomic_folder(folder / "tokenizer") as target:
-                save_tokenizer(new_tokenizer(recipe), target)
-        tokenizer = load_tokenizer(folder / "tokenizer")
-    summary = prepare(recipe, tokenizer, folder, log=log)
-    check_budgets(recipe, folder)
-    return summary
-
-
-def new_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of a seed model from scratch, trained on the text that the model will be trained on."""
-    from btx.data.tokenizer import as_loaded_beside, train_tokenizer
-
-    assert recipe.seed_model.config is not None
-    tokenizer = train_tokenizer(training_texts(recipe), recipe.seed_model.tokenizer.vocab_size)
-    return as_loaded_beside(tokenizer, recipe.seed_model.config["model_type"])
 
 
 def training_texts(recipe: Recipe) -> Iterator[str]:
@@ -114,71 +72,6 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path, *, lo
             if source.weight:
                 _prepare_source(recipe, domain, number, encoder, out, log)
     return {domain: _summary(recipe, domain, out) for domain in recipe.data.domains}
-
-
-def check_budgets(recipe: Recipe, folder: Path) -> None:
-    """Check every domain's held-out text, and every stage's training tokens, against the token files in `folder`.
-
-    Raises:
-        DataError: a domain or source has too few tokens.
-    """
-    for domain in recipe.data.domains:
-        check_held_out(recipe, folder, domain)
-    if recipe.seed_model.train is not None:
-        check_budget(recipe, folder, seed_mixture(recipe), recipe.seed_model.train.tokens, "seed_model.train.tokens")
-    for domain in recipe.train.domains:
-        tokens = recipe.branch_training(domain).tokens
-        check_budget(recipe, folder, domain_mixture(recipe, domain), tokens, "train.tokens")
-    check_budget(recipe, folder, finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens")
-    trained = [name for name in recipe.baselines if BASELINES[name].trains]
-    dense = seed_config(recipe) if trained else {}
-    for name in trained:
-        for phase in matched_phases(recipe, name, dense):
-            for weights in phase.mixtures:
-                tokens = phase.settings.tokens // len(phase.mixtures)
-                check_budget(recipe, folder, weights, tokens, f"baseline {name}")
-
-
-def check_held_out(recipe: Recipe, folder: Path, domain: str) -> None:
-    """Refuse a domain whose held-out documents are too few to measure anything.
-
-    Raises:
-        DataError: it has no held-out document, or fewer than 100 held-out tokens.
-    """
-    files = [TokenFile.open(folder / path / "val") for _, path, _ in resolve(recipe, {domain: 1.0})]
-    documents, tokens = sum(file.documents for file in files), sum(len(file) for file in files)
-    if not documents or tokens < LEAST_HELD_OUT_TOKENS:
-        raise DataError(
-            f"domain {domain!r}: {documents} held-out documents with {tokens} tokens; needed: at least 1 with "
-            f"{LEAST_HELD_OUT_TOKENS}. Give the domain `held_out` files, more text, or a larger data.held_out "
-            f"(now {recipe.data.held_out:g})"
-        )
-
-
-def check_budget(recipe: Recipe, folder: Path, weights: Mapping[str, float], tokens: int, where: str) -> None:
-    """Refuse a mixture in which a source would be repeated too often, or is shorter than one training sequence.
-
-    Args:
-        weights: domain → sampling weight.
-        tokens: training tokens of the stage.
-        where: key of the recipe that says how many, for the message.
-
-    Raises:
-        DataError: names the source, the tokens it has and the tokens it needs.
-    """
-    for name, path, weight in resolve(recipe, weights):
-        have, need = len(TokenFile.open(folder / path / "train")), round(tokens * weight)
-        domain, number = name.split("/")
-        source = f"domain {domain!r}, source {number}: {have:,} training tokens"
-        if have < recipe.data.sequence_length + 1:
-            raise DataError(f"{source}, fewer than one training sequence (data.sequence_length + 1 = "
-                            f"{recipe.data.sequence_length + 1:,}); add text or shorten the sequences")  # fmt: skip
-        if need > MOST_EPOCHS * have:
-            raise DataError(
-                f"{source}, but {where} = {tokens:,} takes {need:,} tokens from it: {need / have:.0f} epochs, at most "
-                f"{MOST_EPOCHS} are allowed. Add text or raise max_bytes, to at least {-(-need // MOST_EPOCHS):,} "
-                f"tokens, or lower {where} or the source's weight"
-            )
 
 
 def _prepare_source(recipe: Recipe, domain: str, number: int, encoder: DocumentEncoder, out: Path, log: Log) -> None:

@@ -7,12 +7,11 @@ from one domain to another, and its routers learn to stay with the expert they c
 from __future__ import annotations
 
 from copy import copy
-from typing import Protocol
 
 import numpy as np
 
 from btx.data.mixture import NO_LABEL, Batch, Mixture, mixed_bits
-from btx.model_files.folders import value_hash
+from btx.files import value_hash
 
 OTHERS = 1 << 40
 """Sample numbers from here on give the second halves: no job gets that far."""
@@ -54,19 +53,6 @@ class Switching:
             other = self.others.batch(OTHERS + start, count)
             _join(batch, other, rows, max(1, self.sequence_length // 2))
         return batch
-
-
-class Samples(Protocol):
-    """What a training stage reads: samples by number, the same ones whenever and wherever they are asked for."""
-
-    sequence_length: int
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides the samples."""
-
-    def batch(self, start: int, count: int) -> Batch:
-        """Samples start, ..., start + count - 1 as the rows of a batch."""
 
 
 def _join(batch: Batch, other: Batch, rows: np.ndarray, middle: int) -> None:

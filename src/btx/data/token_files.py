@@ -31,7 +31,7 @@ import numpy as np
 
 from btx.data.tokenizer import fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError
-from btx.model_files.folders import atomic_folder, file_sha256
+from btx.files import atomic_folder, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

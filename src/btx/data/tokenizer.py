@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from btx.errors import CheckpointError, DataError
-from btx.model_files.folders import value_hash, write_json
+from btx.files import value_hash, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
+from btx.data.token_texts import token_texts
 from btx.errors import CheckpointError
-from btx.evaluation.held_out import HeldOutDocument, Packed, held_out_documents, load_to_measure, pack
-from btx.model_files.folders import write_json
-from btx.model_files.models import load_tokenizer
+from btx.files import write_json
+from btx.models.device import load_to_measure
+from btx.models.loading import load_tokenizer
 from btx.moe.layer import Routing, moe_blocks
-from btx.reporting.token_texts import token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

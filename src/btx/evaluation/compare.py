@@ -18,8 +18,8 @@ import numpy as np
 
 from btx.errors import RunFolderError, UserError
 from btx.evaluation.harness_files import requests_of
-from btx.model_files.folders import read_json
-from btx.running.rundir import RunFolder
+from btx.files import read_json
+from btx.run_folder.folder import RunFolder
 
 RESAMPLES = 2000
 DRAWS_AT_ONCE = 2**22

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from btx.baselines.btm_model import load_model_or_btm
 from btx.data.domains import Question
+from btx.data.held_out import Packed, held_out_documents, pack
 from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import requests_of
-from btx.evaluation.held_out import Packed, device_and_type, held_out_documents, pack
 from btx.evaluation.mixed_set import mixed_documents
-from btx.evaluation.model_outputs import SideBySide, cost_of, token_nll
 from btx.evaluation.tasks import exact_match, read_questions
-from btx.model_files.folders import read_json, value_hash, write_json
-from btx.model_files.models import load_tokenizer
-from btx.reporting.results import score_text
+from btx.files import read_json, value_hash, write_json
+from btx.models.device import device_and_type
+from btx.models.loading import load_tokenizer
+from btx.models.outputs import SideBySide, cost_of, token_nll
+from btx.number_texts import score_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,7 @@ def bits_per_byte(
 
     Args:
         model: causal language model, on any device.
-        packed: held-out documents as `btx.evaluation.held_out.pack` lays them out.
+        packed: held-out documents as `btx.data.held_out.pack` lays them out.
         micro_batch_tokens: tokens a forward pass, at most (one row at least).
     """
     started = time.perf_counter()

@@ -21,12 +21,12 @@ from btx.errors import UserError
 from btx.evaluation.code_execution import check_code_execution, fences_text, run_programs
 from btx.evaluation.harness_checks import check_harness, config_file, shots_of, task_manager
 from btx.evaluation.harness_files import LocalTask, TaskDocuments, TaskRequest
-from btx.model_files.folders import value_hash
+from btx.files import value_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from btx.evaluation.model_outputs import SideBySide
+    from btx.models.outputs import SideBySide
 
 MEASURE_VERSION = 1
 """Goes into the key of kept results; raised whenever a number would come out differently."""

@@ -25,7 +25,7 @@ import yaml
 
 from btx.data.json_lines import json_objects
 from btx.errors import DataError
-from btx.model_files.folders import value_hash
+from btx.files import value_hash
 
 if TYPE_CHECKING:
     from btx.recipe.schema import Recipe

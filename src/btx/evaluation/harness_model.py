@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from btx.evaluation.model_outputs import SideBySide
+    from btx.models.outputs import SideBySide
 
 LOGITS_AT_ONCE = 2**27
 """Logits of one forward pass: 512 MiB in float32, which lm-eval holds twice."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from btx.data.held_out import HeldOutDocument, held_out_documents
 from btx.data.token_files import DocumentEncoder
 from btx.errors import DataError
-from btx.evaluation.held_out import HeldOutDocument, held_out_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from btx.data.domains import Question
 from btx.data.json_lines import json_objects
 from btx.data.token_files import DocumentEncoder
 from btx.errors import DataError
-from btx.evaluation.model_outputs import SideBySide, open_reader
+from btx.models.outputs import SideBySide, open_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 
+from btx.choices.families import Config, Family, family_of
 from btx.errors import CheckpointError
 from btx.mixing.inputs import GENERALIST, MixInputs, open_tensors
 from btx.model_files.checkpoints import TensorFolder
-from btx.model_files.families import Config, Family, family_of
-from btx.model_files.models import check_config, class_tensors, config_defaults, read_config
 from btx.model_files.vocabularies import broken_json, check_tokenizer, vocabulary_difference
+from btx.models.loading import check_config, class_tensors, config_defaults, read_config
 
 # What may differ between the seed model and an expert without changing what the tensors mean; the seed's are kept.
 HARMLESS_KEYS = {

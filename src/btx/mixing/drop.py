@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from btx.errors import CheckpointError
+from btx.files import atomic_folder, write_json
 from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import parameters
 from btx.model_files.beside_weights import copy_beside_weights
-from btx.model_files.folders import atomic_folder, write_json
 from btx.model_files.lazy_tensors import Computed, FileTensor
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import versions

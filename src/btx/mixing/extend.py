@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
+from btx.files import atomic_folder, write_json
 from btx.mixing.extend_checks import DenseExpert, open_expert
 from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import FINETUNE_NEXT, parameters
+from btx.mixing.router_fit import load_for_text, moe_routers, router_sums
+from btx.mixing.router_init import SCALE, RouterSettings, hidden_mean, random, ridge
 from btx.model_files.beside_weights import copy_beside_weights
-from btx.model_files.folders import atomic_folder, write_json
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.model_files.model_card import write_model_card
-from btx.model_files.models import load_tokenizer
 from btx.model_files.provenance import model_provenance, versions
 from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
-from btx.moe.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
-from btx.moe.router_fit import load_for_text, moe_routers, router_sums
-from btx.moe.router_init import SCALE, RouterSettings, hidden_mean, random, ridge
+from btx.models.loading import load_tokenizer
 from btx.recipe.sizes import bytes_of
 
 SHARED = ("left", "fold")

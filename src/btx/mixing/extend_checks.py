@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from btx.choices.families import FAMILIES, Config, Family
 from btx.errors import CheckpointError
 from btx.mixing.checks import HARMLESS_KEYS
 from btx.mixing.inputs import open_tensors
 from btx.mixing.moe_folder import MoeFolder, count_key
 from btx.model_files.checkpoints import TensorFolder
-from btx.model_files.families import FAMILIES, Config, Family
 from btx.model_files.lazy_tensors import FileTensor
-from btx.model_files.models import read_config
 from btx.model_files.vocabularies import vocabulary_difference
+from btx.models.loading import read_config
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from btx.choices.families import Config, Family
 from btx.model_files.checkpoints import TensorFolder
-from btx.model_files.families import Config, Family
 from btx.model_files.lazy_tensors import FileTensor
 
 GENERALIST = "generalist"

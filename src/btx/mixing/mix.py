@@ -13,13 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import Config
+from btx.choices.merges import MergeSettings
+from btx.choices.routers import RoutingSettings
+from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
+from btx.files import atomic_folder, write_json
 from btx.mixing.checks import open_checked
 from btx.mixing.drift import Drifts, group_of
 from btx.mixing.expert_parts import experts_transform
 from btx.mixing.inputs import MixInputs
 from btx.mixing.merge import Merge
-from btx.mixing.merge_kinds import MergeSettings
 from btx.mixing.merge_methods import bind
 from btx.mixing.moe_layout import (
     ExpertsTransform,
@@ -31,18 +35,14 @@ from btx.mixing.moe_layout import (
     shared_tensor,
 )
 from btx.mixing.report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings
+from btx.mixing.router_fit import check_texts, fit_routers
+from btx.mixing.router_init import RouterSettings, initial_router
 from btx.model_files.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
-from btx.model_files.families import Config
-from btx.model_files.folders import atomic_folder, write_json
+from btx.model_files.btx_folder import write_router
 from btx.model_files.model_card import write_model_card
-from btx.model_files.models import load_tokenizer
 from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
-from btx.moe.btx_folder import write_router
-from btx.moe.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
-from btx.moe.router_fit import check_texts, fit_routers
-from btx.moe.router_init import RouterSettings, initial_router
-from btx.moe.router_kinds import RoutingSettings
+from btx.models.loading import load_tokenizer
 from btx.recipe.sizes import bytes_of
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import Config, Family, moe_family_of
+from btx.choices.families.family import match
+from btx.choices.routers import RoutingSettings
 from btx.errors import CheckpointError
+from btx.files import read_json, write_json
+from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_router
 from btx.model_files.checkpoints import TensorFolder
-from btx.model_files.families import Config, Family, moe_family_of
-from btx.model_files.families.family import match
-from btx.model_files.folders import read_json, write_json
 from btx.model_files.model_folder import check_model_folder
-from btx.moe.btx_folder import is_btx_folder, open_btx_folder, write_router
-from btx.moe.router_kinds import RoutingSettings
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from btx.choices.families import Config, Family
 from btx.mixing.inputs import MixInputs
 from btx.mixing.merge import Merge
-from btx.model_files.families import Config, Family
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, LazyTensor, cast, filled
 from btx.model_files.shard_writer import OutputTensor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
-from btx.model_files.folders import write_json
+from btx.files import write_json
 from btx.model_files.vocabularies import check_tokenizer
 
 TOKENIZER = (

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx.model_files.folders import read_json, write_text
-from btx.moe.btx_folder import FILE
+from btx.files import read_json, write_text
+from btx.model_files.btx_folder import FILE
 
 
 def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:

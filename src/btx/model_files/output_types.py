@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
+from btx.choices.families.configs import Config, with_dtype
 from btx.errors import UserError
-from btx.model_files.families.configs import Config, with_dtype
 from btx.model_files.lazy_tensors import cast
 from btx.model_files.shard_writer import OutputTensor
 

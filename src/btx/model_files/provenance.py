@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from btx.model_files.folders import file_sha256
+from btx.files import file_sha256
 
 SAMPLES = 256
 SAMPLE_BYTES = 16 * 1024

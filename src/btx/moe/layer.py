@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from btx.choices.routers import RoutingSettings
 from btx.errors import CheckpointError
 from btx.moe.dispatch import feed_forward
-from btx.moe.router_kinds import RoutingSettings
 from btx.moe.routers import Routing, Rule, straight_through, top_k_gates
 
 __all__ = [

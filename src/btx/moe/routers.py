@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from btx.moe.router_kinds import RoutingSettings
+from btx.choices.routers import RoutingSettings
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from btx.baselines.kinds import BASELINES, BTM, BaselineName
 from btx.baselines.matching import moe_cost
 from btx.baselines.settings import routing_of
-from btx.planning.cost import ModelCost, config_cost, side_by_side
+from btx.choices.baselines import BASELINES, BTM, BaselineName
+from btx.models.cost import ModelCost, config_cost, side_by_side
 from btx.recipe.schema import Recipe
-from btx.running.graph import Graph, Stage
+from btx.run_folder.graph import Graph, Stage
 
 
 def model_stages(recipe: Recipe) -> dict[str, str]:

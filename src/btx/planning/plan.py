@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from btx.baselines.kinds import BASELINES, stage_names
 from btx.baselines.matching import matched_phases, moe_cost, router_flops
 from btx.baselines.settings import matched_by, same_as_the_run
-from btx.data.mixture import domain_mixture, finetune_mixture, seed_mixture
-from btx.model_files.families import family_of
-from btx.model_files.seed_config import seed_config
-from btx.moe.router_notes import router_notes, saved_as
-from btx.planning.cost import ModelCost, config_cost
+from btx.choices.baselines import BASELINES, stage_names
+from btx.choices.families import family_of
+from btx.models.cost import ModelCost, config_cost
+from btx.models.seed_config import seed_config
 from btx.planning.models import model_rows, training_cost
+from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed
+from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Training
-from btx.running.graph import Graph, build_graph
-from btx.running.rundir import RunFolder
-from btx.running.threads import threads_of
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Graph, build_graph
+from btx.run_folder.threads import threads_of
 
 FLOPS_FORMULA = (
     "training FLOPs = tokens x (4·N + 2·M + 12·L·H·Q·S); N active multiplied parameters, M of them trained: 6·N where "

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btx.data.mixture import Batch
-from btx.planning.cost import config_cost
+from btx.models.cost import config_cost
 from btx.recipe.schema import Recipe
 from btx.training.loop import TrainingJob, training_step
 from btx.training.schedule import adamw
@@ -33,7 +33,7 @@ class Speed:
     """What one training job reaches."""
 
     flops_per_s: float
-    """As FLOPs are counted in `btx.planning.cost`."""
+    """As FLOPs are counted in `btx.models.cost`."""
     source: str
     """Where the figure is from, in words."""
     threads: int | None = None

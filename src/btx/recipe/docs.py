@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from btx.errors import UserError
-from btx.model_files.folders import write_text
+from btx.files import write_text
 from btx.recipe.loading import recipe_schema
 from btx.recipe.schema import Recipe
 from btx.recipe.section import Section

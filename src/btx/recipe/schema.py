@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from btx.baselines.kinds import BASELINES, BaselineName
-from btx.mixing.merge_kinds import MergeSettings
-from btx.moe.router_kinds import RoutingSettings
+from btx.choices.baselines import BASELINES, BaselineName
+from btx.choices.merges import MergeSettings
+from btx.choices.routers import RoutingSettings
 from btx.recipe.data import GENERATORS, Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.mix import Mix

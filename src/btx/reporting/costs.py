@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from btx.reporting.results import MISSING, count_text, duration_text, flops_text, is_number
+from btx.number_texts import MISSING, count_text, duration_text, flops_text, is_number
 
 TITLES = ("tokens planned", "tokens", "FLOPs planned", "FLOPs", "memory planned", "peak memory", "machine time planned",
           "machine time", "FLOPs to btx's", "machine time to btx's", "inference FLOPs a token")  # fmt: skip

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from btx.errors import RunFolderError
-from btx.model_files.folders import read_json, write_text
+from btx.files import read_json, write_text
+from btx.number_texts import (
+    count_text,
+    decimal_text,
+    duration_text,
+    flops_text,
+    is_number,
+    percent_text,
+    signed_percent,
+)
 from btx.reporting.charts import (
     COLOURS,
     Bars,
@@ -29,19 +38,7 @@ from btx.reporting.charts import (
     stacked_svg,
 )
 from btx.reporting.costs import TITLES, cost_rows
-from btx.reporting.results import (
-    EXPERT,
-    count_text,
-    decimal_text,
-    duration_text,
-    flops_text,
-    headline,
-    is_number,
-    percent_text,
-    report_table,
-    results_table,
-    signed_percent,
-)
+from btx.reporting.results import EXPERT, headline, report_table, results_table
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:

@@ -9,17 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from btx.baselines.kinds import BASELINES
+from btx.choices.baselines import BASELINES
+from btx.number_texts import (
+    LONG,
+    MISSING,
+    SHORT,
+    count_text,
+    decimal_text,
+    duration_text,
+    flops_text,
+    is_number,
+    is_share,
+    metric_of,
+    percent_text,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MISSING = "–"
 EXPERT = "expert/"
-SHORT = {"exact_match": "EM"}
-LONG = {"exact_match": "exact match", "acc": "accuracy"}
 
 _DESCRIPTIONS = {
     "seed": "seed model, untouched",
@@ -95,57 +105,6 @@ class Headline:
     tasks: list[TaskGain] = field(default_factory=list)
 
 
-# --- numbers as text ------------------------------------------------------------------------------------------------
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def count_text(value: Any) -> str:
-    """Tokens or parameters: 1390000000 → "1.39B"."""
-    if not is_number(value):
-        return MISSING
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{suffix}" if abs(value) < 999.5 * size else f"{value / size:.0f}{suffix}"
-    return f"{value:g}"
-
-
-def flops_text(value: Any) -> str:
-    """FLOPs: 1234500000000 → "1.23e12"."""
-    if not is_number(value):
-        return MISSING
-    return "0" if value == 0 else f"{value:.2e}".replace("e+", "e").replace("e0", "e")
-
-
-def duration_text(seconds: Any) -> str:
-    """Seconds → "12 s", "7 min 05 s" or "3 h 20 min"."""
-    if not is_number(seconds):
-        return MISSING
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def percent_text(share: Any, digits: int = 1) -> str:
-    """A share of 1 as percent: 0.1234 → "12.3 %"."""
-    return f"{100 * share:.{digits}f} %" if is_number(share) else MISSING
-
-
-def signed_percent(share: float, digits: int = 1) -> str:
-    """A relative change as percent with a true minus sign: -0.079 → "−7.9 %"."""
-    return f"{100 * share:+.{digits}f} %".replace("-", "−")
-
-
-def decimal_text(value: Any, digits: int = 3) -> str:
-    """A number with fixed decimals, or a dash."""
-    return f"{value:.{digits}f}" if is_number(value) else MISSING
-
-
 # --- table ----------------------------------------------------------------------------------------------------------
 
 def describe(name: str) -> str:
@@ -189,7 +148,7 @@ def report_table(results: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     view = results_table(results)
-    metrics = {task: _metric(model["tasks"][task]) for model in results.get("models", {}).values()
+    metrics = {task: metric_of(model["tasks"][task]) for model in results.get("models", {}).values()
                for task in model.get("tasks", {})}  # fmt: skip
     title = "bits per byte (lower is better)" + ("; EM: exact match" if "exact_match" in metrics.values() else "")
     table = Table(title=title, title_style="bold")
@@ -213,24 +172,9 @@ def _bits(model: Mapping[str, Any], domain: str) -> Any:
     return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
 
 
-def _metric(found: Mapping[str, Any]) -> str:
-    """Under which key of a task's entry its score stands."""
-    return str(found.get("metric", "exact_match"))
-
-
 def _score(model: Mapping[str, Any], task: str) -> Any:
     found = model.get("tasks", {}).get(task, {})
-    return found.get(_metric(found))
-
-
-def score_text(found: Mapping[str, Any]) -> str:
-    """A task's score: percent where it is a share, else the number and what it is."""
-    value, metric = found.get(_metric(found)), _metric(found)
-    return percent_text(value) if _is_share(value) else f"{metric} {decimal_text(value)}"
-
-
-def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 1
+    return found.get(metric_of(found))
 
 
 def _best(values: Iterable[Any], choose: Any) -> Any:
@@ -253,7 +197,7 @@ def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
 
 def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
     value, error = _score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
-    if is_number(value) and not _is_share(value):  # a perplexity, say: nothing is known of what is better
+    if is_number(value) and not is_share(value):  # a perplexity, say: nothing is known of what is better
         return Cell(decimal_text(value), exact=str(value))
     return Cell(percent_text(value), f"± {100 * error:.1f}" if is_number(error) else "",
                 is_number(value) and value == best and value > 0, str(value))
@@ -285,10 +229,10 @@ def headline(results: Mapping[str, Any]) -> Headline | None:
     best_rival = sorted(rivals, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
     others = [name for name in ("seed", "soup", "mix", *best_expert, *best_rival) if name in measured]
     tasks = [TaskGain(task, _score(models.get("seed", {}), task), _score(btx, task),
-                      LONG.get(_metric(found), _metric(found))) for task, found in btx.get("tasks", {}).items()]
+                      LONG.get(metric_of(found), metric_of(found))) for task, found in btx.get("tasks", {}).items()]
     return Headline(btx["mean_bits_per_byte"], len(btx.get("domains", {})),
                     [_compare(name, measured[name], btx) for name in others],
-                    [gain for gain in tasks if _is_share(gain.seed) and _is_share(gain.btx)])
+                    [gain for gain in tasks if is_share(gain.seed) and is_share(gain.btx)])
 
 
 def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from btx.errors import BtxError, RunFolderError, StageFailed, UserError
+from btx.process import Interrupts
 from btx.recipe.schema import Recipe
-from btx.running.graph import Stage
-from btx.running.interrupts import Interrupts
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import Stage
+from btx.run_folder.status import is_running, stage_status
 from btx.running.launchers import LocalJob, start_local
 from btx.running.log_tail import LogTail
 from btx.running.preflight import preflight
 from btx.running.progress import Display
-from btx.running.rundir import RunFolder, exclusive
-from btx.running.status import is_running, stage_status
 
 POLL_S = 0.3
 

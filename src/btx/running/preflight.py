@@ -7,10 +7,10 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import FAMILIES, family_of
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
-from btx.model_files.families import FAMILIES, family_of
 from btx.model_files.model_folder import check_model_folder
 from btx.recipe.schema import Recipe
 

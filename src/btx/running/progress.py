@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from btx.running.status import StageStatus
+from btx.run_folder.status import StageStatus
 
 LINE_EVERY_S = 10.0
 

@@ -1,6 +1,6 @@
 """Take over finished stages of other run folders instead of computing them again.
 
-A stage's hash covers everything that decides its result (`btx.running.graph`), so a stage with the same hash that is
+A stage's hash covers everything that decides its result (`btx.run_folder.graph`), so a stage with the same hash that is
 done elsewhere is this run's stage. Its folder is made beside and renamed into place, whole or not at all. Weights and
 token files become hard links: btx writes such files beside and renames, it never alters one that is there, and removing
 one link leaves the other. All other files are copied, because some of them grow (metrics.jsonl) and people edit small
@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from btx.errors import RunFolderError
-from btx.model_files.folders import atomic_folder, read_json, write_json
-from btx.running.graph import Stage
-from btx.running.rundir import RunFolder, exclusive
+from btx.files import atomic_folder, read_json, write_json
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import Stage
 
 Log = Callable[[str], None]
 
@@ -118,7 +118,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
     """Copy what was measured on models that are the same here; evaluation checks their keys before it uses them."""
-    from btx.running.models_of_run import models_of_run
+    from btx.stages.models_of_run import models_of_run
 
     kept = run.folder("evaluate") / "models"
     for name, entry in models_of_run(run).items():

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from btx.errors import StageFailed, UserError
 from btx.evaluation.aggregate import aggregate, read_results
-from btx.model_files.folders import write_json, write_text
-from btx.running.graph import Stage
-from btx.running.interrupts import Interrupts
+from btx.files import write_json, write_text
+from btx.process import Interrupts
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import Stage
 from btx.running.log_tail import LogTail
-from btx.running.rundir import RunFolder, exclusive
 from btx.sweeps.sharing import donor_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
 from btx.sweeps.variants import SweepPlan, SweepRun
@@ -241,7 +241,7 @@ class _Sweep:
     def _check_data(self, made: RunFolder, data: Stage) -> None:
         """Token files of another run were checked against that run's budgets: check them against this one's."""
         if made.state(data) == "done":
-            from btx.data.prepare import check_budgets
+            from btx.stages.data import check_budgets
 
             check_budgets(made.recipe, made.folder("data"))
 

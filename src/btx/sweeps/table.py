@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from btx.evaluation.aggregate import NOT_COMPARED, mean_and_stderr
-from btx.reporting.results import MISSING, count_text, duration_text, flops_text
+from btx.number_texts import MISSING, count_text, duration_text, flops_text
 
 if TYPE_CHECKING:
     from rich.table import Table

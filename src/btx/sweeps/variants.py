@@ -19,8 +19,8 @@ from btx.errors import RecipeError, UserError
 from btx.recipe.loading import inline_yaml, load_recipe
 from btx.recipe.schema import Recipe, Sweep
 from btx.recipe.yaml_positions import YamlSyntaxError, read_yaml
-from btx.running.graph import Stage, build_graph
-from btx.running.threads import processors
+from btx.run_folder.graph import Stage, build_graph
+from btx.run_folder.threads import processors
 
 OWN_KEYS = {
     "rng_seed": "the rng seeds are given by --rng-seeds",

@@ -7,25 +7,25 @@ Shape letters: B batch, S sequence, T = B·S tokens, E experts, L layers.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from btx.data.switching import Samples
+from btx.data.samples import Samples
 from btx.errors import NotFinite
 from btx.moe.balancing import Balancing, RoutingLoss, move_selection_bias
 from btx.moe.layer import at_step, moe_blocks
 from btx.moe.routing_metrics import DeadExpertWatch, RoutingMeter
+from btx.process import Interrupts
 from btx.recipe.training import Training
-from btx.running.interrupts import Interrupts
 from btx.training.losses import IGNORE, next_token_loss
+from btx.training.metrics import Metrics
 from btx.training.schedule import adamw, learning_rate, set_learning_rate
 from btx.training.state import last_checkpoint, load_state, save_state
 
@@ -177,42 +177,3 @@ def clip_gradients(model: nn.Module, largest: float) -> float:
     return value
 
 
-class Metrics:
-    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        self.path = path
-        self.wall_s = 0.0
-        self.last_loss = math.nan
-        self.loads: list[list[list[float]]] = []
-        """The experts' load in the steps before, for a MoE model."""
-        kept = []
-        if path.is_file():
-            for line in path.read_text("utf-8").splitlines():
-                with_step = _parse(line)
-                if with_step is not None and with_step["step"] <= done:
-                    kept.append(line)
-                    self.wall_s, self.last_loss = with_step["wall_s"], with_step["loss"]
-                    self.loads += [with_step["load"]] if "load" in with_step else []
-        path.write_text("".join(line + "\n" for line in kept), "utf-8")
-
-    def open(self) -> IO[str]:
-        """The file, for appending."""
-        return open(self.path, "a", encoding="utf-8")
-
-    def write(self, file: IO[str], facts: dict[str, Any], tokens: int, seconds: float) -> None:
-        """Append one step's line; `wall_s` adds up over interruptions."""
-        self.wall_s += seconds
-        self.last_loss = facts["loss"]
-        line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A metrics line; None for the stump of a line that a kill cut off."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
-from btx.model_files.folders import atomic_folder, file_sha256, read_json, write_json
+from btx.files import atomic_folder, file_sha256, read_json, write_json
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -1,7 +1,7 @@
 """The mathematics of the merge methods: one file a method, pure functions of tensors; all are listed here.
 
 Each returns float32 or float64, and what uses it rounds once. What methods there are and what sets them is in
-`btx.mixing.merge_kinds`.
+`btx.choices.merges`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+from btx.choices.merges import MERGE_METHODS, MergeSettings
 from btx.errors import CheckpointError
 from btx.mixing.merge import Merge, MergeFunction, mean
-from btx.mixing.merge_kinds import MERGE_METHODS, MergeSettings
 from btx.mixing.merge_methods.dare import dare
 from btx.mixing.merge_methods.slerp import slerp
 from btx.mixing.merge_methods.ties import ties

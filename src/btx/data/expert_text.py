@@ -1,0 +1,125 @@
+"""Text of every expert's domain as rows of tokens: what routers that need text are computed from.
+
+Shape letters: B rows, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from btx.data.document_files import find_files, read
+from btx.data.mixture import Mixture
+from btx.data.token_files import DocumentEncoder, TokenFile
+from btx.errors import DataError
+from btx.recipe.data import Source
+from btx.recipe.mixtures import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from btx.recipe.schema import Recipe
+
+TOKENS = 50_000
+"""Tokens read of each expert's text, unless said otherwise."""
+SEQUENCE_LENGTH = 512
+"""Tokens a row of text from files."""
+ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Documents one after the other, cut into rows; attention stops where `position_ids` restart."""
+
+    source: str
+    """Where the text comes from."""
+    input_ids_BS: np.ndarray
+    position_ids_BS: np.ndarray
+    """Tokens since the document's start, or since the row's."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count: all but those at position 0, which are document separators for the most part."""
+        return int((self.position_ids_BS > 0).sum())
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Input ids and position ids of a few rows at a time."""
+        for start in range(0, len(self.input_ids_BS), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            yield self.input_ids_BS[part], self.position_ids_BS[part]
+
+
+def text_from_files(
+    paths: Mapping[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int = TOKENS,
+    sequence_length: int = SEQUENCE_LENGTH,
+) -> dict[str, TextRows]:
+    """Rows of the first documents of each expert's files.
+
+    Args:
+        paths: expert name → file, folder or glob in the formats that recipes read (`btx.data.document_files`).
+        tokenizer: the models'.
+        tokens: tokens of each expert, at most; reading stops there.
+        sequence_length: tokens a row.
+
+    Raises:
+        DataError: no such file, broken, or too short for two tokens.
+    """
+    encoder = DocumentEncoder(tokenizer)
+    rows = {}
+    for name, path in paths.items():
+        documents = read(find_files(str(path), None), Source(path=str(path)))
+        rows[name] = _packed(str(path), _encoded(documents, encoder), tokens, sequence_length)
+        if not rows[name].tokens:
+            raise DataError(f"text of expert {name}: {path}: fewer than two tokens")
+    return rows
+
+
+def text_from_run(run_folder: Path, recipe: Recipe, *, tokens: int) -> dict[str, TextRows]:
+    """Rows of each expert's own domain, without replay text, from the run's token files; the generalist's domain is
+    the general one.
+
+    Raises:
+        DataError: token files are missing or broken.
+    """
+    rows = {}
+    for name, domain in zip(recipe.member_names, [*recipe.train.domains, recipe.data.general], strict=False):
+        components = [
+            (component, TokenFile.open(run_folder / "data" / path / "train"), weight)
+            for component, path, weight in resolve(recipe, {domain: 1.0})
+        ]
+        length = recipe.data.sequence_length
+        batch = Mixture(components, length, recipe.rng_seed).batch(0, max(1, tokens // length))
+        rows[name] = TextRows(f"domain {domain}", batch.input_ids, batch.position_ids)
+    return rows
+
+
+def _encoded(documents: Iterable[str], encoder: DocumentEncoder) -> Iterator[list[int]]:
+    documents = iter(documents)
+    while some := list(islice(documents, 64)):
+        yield from encoder(some)
+
+
+def _packed(source: str, documents: Iterable[list[int]], tokens: int, sequence_length: int) -> TextRows:
+    """Documents laid one after the other until there are `tokens` tokens, cut into full rows (one shorter row if the
+    text is shorter)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    for document in documents:
+        ids += document
+        positions += range(len(document))
+        if len(ids) >= tokens:
+            break
+    width = max(1, min(sequence_length, len(ids), tokens))
+    rows = min(len(ids), tokens) // width
+    shape = (rows, width)
+    ids_BS = np.array(ids[: rows * width], np.int64).reshape(shape)
+    positions_BS = np.array(positions[: rows * width], np.int64).reshape(shape)
+    return TextRows(source, ids_BS, np.minimum(positions_BS, np.arange(width)))

@@ -1,0 +1,48 @@
+"""What a training stage reads: samples by number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from btx.data.mixture import Batch, Interleaved, Mixture
+from btx.data.switching import Switching
+from btx.data.token_files import TokenFile
+from btx.recipe.mixtures import resolve
+from btx.recipe.schema import Recipe
+
+
+class Samples(Protocol):
+    """What a training stage reads: samples by number, the same ones whenever and wherever they are asked for."""
+
+    sequence_length: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the samples."""
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Samples start, ..., start + count - 1 as the rows of a batch."""
+
+
+def open_mixtures(
+    data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]], *, switching: float = 0.0
+) -> Samples:
+    """Training samples of one mixture of domains, or of several in turn.
+
+    Args:
+        data: the run's data folder.
+        mixtures: domain → sampling weight.
+        switching: share of the sequences that switch domain in the middle; for a single mixture.
+    """
+    opened = [
+        Mixture(
+            [(name, TokenFile.open(data / path / "train"), weight) for name, path, weight in resolve(recipe, weights)],
+            recipe.data.sequence_length, recipe.rng_seed,
+        )
+        for weights in mixtures
+    ]  # fmt: skip
+    if len(opened) > 1:
+        return Interleaved(opened)
+    return Switching(opened[0], switching) if switching else opened[0]

@@ -1,0 +1,197 @@
+"""Routers from text: run the mixed model over every expert's text, sum up what its routers see, solve, write.
+
+Which hidden states? Those at the router's input of the mixed model itself, its shared weights merged, while all experts
+of every layer take equal parts: what a layer will see when the routers before it are undecided. On the demo this beat
+hidden states of the mixed model with random routers, and of one in which each text went to its own expert.
+
+One layer's sums are D x D numbers; text streams through in a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from btx.choices.families import Family
+from btx.choices.routers import RoutingSettings
+from btx.data.expert_text import TextRows
+from btx.errors import CheckpointError
+from btx.mixing import router_init
+from btx.mixing.router_init import RouterSettings, RouterSums
+from btx.model_files.checkpoints import TensorFolder
+from btx.model_files.lazy_tensors import rounded
+from btx.moe.layer import MoE
+from btx.moe.routers import Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Targets = Callable[[int, int, Tensor], Tensor]
+"""(layer, number of the text, router inputs (T, D)) → what the router should say of them, (T, E)."""
+
+
+def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method: str) -> None:
+    """Refuse missing and surplus texts.
+
+    Raises:
+        CheckpointError: an expert without text, or text of no expert.
+    """
+    given = list(texts or ())
+    missing = [name for name in experts if name not in given]
+    unknown = [name for name in given if name not in experts]
+    if missing or unknown:
+        parts = [f"no text for {', '.join(missing)}"] if missing else []
+        parts += [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
+        raise CheckpointError(
+            f"router_init {method} needs text of every expert's domain: {'; '.join(parts)}. Give --text NAME=FILE for "
+            f"each of: {', '.join(experts)} (the generalist's is general text)"
+        )
+
+
+def fit_routers(
+    folder: Path, family: Family, texts: Sequence[TextRows], owners: Sequence[int], settings: RouterSettings
+) -> None:
+    """Compute the routers of the MoE model in `folder` from text and write them into its files.
+
+    Args:
+        folder: a complete MoE folder that nobody else reads yet; the routers in it do not matter.
+        texts: one of each domain.
+        owners: for every expert of a layer the number of the text that is its own.
+        settings: method `hidden_mean` or `ridge`.
+    """
+    model = load_for_text(folder)
+    owner_E = torch.tensor(list(owners))
+
+    def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
+        return (owner_E == text).float().expand(len(x_TD), -1)
+
+    with experts_in_equal_parts(model):
+        sums = router_sums(model, texts, len(owners), labels)
+    write_routers(folder, family, [solve(layer, settings) for layer in sums])
+
+
+def load_for_text(folder: Path) -> PreTrainedModel:
+    """The mixed model, in float32 if that fits into two thirds of the free memory, else in its own type."""
+    from btx.models.loading import load_model
+
+    tensors = TensorFolder(folder)
+    elements = sum(tensors[name].numel for name in tensors.names)
+    fits = 4 * elements < psutil.virtual_memory().available * 2 / 3
+    return load_model(folder, dtype=torch.float32 if fits else tensors[tensors.names[0]].dtype)
+
+
+def solve(sums: RouterSums, settings: RouterSettings) -> Tensor:
+    """Router weights (E, D) of one layer."""
+    scale = settings.scale or router_init.SCALE[settings.method]
+    if settings.method == "hidden_mean":
+        return router_init.hidden_mean(sums, scale=scale)
+    return router_init.ridge(sums, ridge=settings.ridge, scale=scale)
+
+
+@torch.inference_mode()
+def router_sums(
+    model: PreTrainedModel, texts: Sequence[TextRows], num_targets: int, targets: Targets
+) -> list[RouterSums]:
+    """Sums over the router inputs of every MoE layer; each text counts the same, whatever its length.
+
+    Tokens at position 0 are left out: document separators, which are alike in every domain.
+    """
+    routers = moe_routers(model)
+    sums = [RouterSums.zeros(router.weight.shape[1], num_targets) for router in routers]
+    now: dict[str, Any] = {}
+
+    def hook(layer: int) -> Callable[[Any, tuple[Tensor]], None]:
+        def take(module: Any, inputs: tuple[Tensor]) -> None:
+            x_TD = inputs[0].flatten(0, -2)[now["counts_T"]]
+            sums[layer].add(x_TD, targets(layer, now["text"], x_TD), now["weight"])
+
+        return take
+
+    handles = [router.module.register_forward_pre_hook(hook(layer)) for layer, router in enumerate(routers)]
+    try:
+        for number, text in enumerate(texts):
+            now.update(text=number, weight=1.0 / text.tokens)
+            for input_ids, position_ids in text.batches():
+                now["counts_T"] = torch.from_numpy(position_ids).flatten() > 0
+                model.base_model(
+                    input_ids=torch.from_numpy(input_ids), position_ids=torch.from_numpy(position_ids), use_cache=False
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+@dataclass(frozen=True)
+class MoeRouter:
+    """A router of any MoE class: btx's blocks, and those that stay transformers' own."""
+
+    block: nn.Module
+    module: nn.Module
+    weight: nn.Parameter
+    """(E, D)"""
+
+    def choose(self, top_k: int) -> Callable[[], None]:
+        """Let a token use so many experts; returns what undoes it."""
+        if isinstance(self.block, MoE):
+            block, rule = self.block, self.block.rule
+            block.rule = Rule(RoutingSettings(top_k=top_k))
+            return partial(setattr, block, "rule", rule)
+        holders: list[Any] = [part for part in (self.block, self.module) if hasattr(part, "top_k")]
+        before = [part.top_k for part in holders]
+        for part in holders:
+            part.top_k = top_k
+
+        def undo() -> None:
+            for part, k in zip(holders, before, strict=True):
+                part.top_k = k
+
+        return undo
+
+
+def moe_routers(model: nn.Module) -> list[MoeRouter]:
+    """The routers of a MoE model in layer order: what is called `gate` or `router` beside `experts`."""
+    found = []
+    for block in model.modules():
+        parts = dict(block.named_children())
+        module = parts.get("gate") or parts.get("router")
+        if "experts" not in parts or module is None:
+            continue
+        weight = next(parameter for parameter in module.parameters() if parameter.dim() == 2)
+        found.append(MoeRouter(block, module, weight))
+    return found
+
+
+@contextlib.contextmanager
+def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
+    """All experts of every MoE layer with the same gate weight, 1/E."""
+    routers = moe_routers(model)
+    before = [router.weight.data for router in routers]
+    undo = [router.choose(router.weight.shape[0]) for router in routers]
+    for router in routers:
+        router.weight.data = torch.zeros_like(router.weight.data)
+    try:
+        yield
+    finally:
+        for router, weight, restore in zip(routers, before, undo, strict=True):
+            router.weight.data = weight
+            restore()
+
+
+def write_routers(folder: Path, family: Family, weights: Sequence[Tensor]) -> None:
+    """Overwrite the routers of a MoE folder in its files, a layer each: their places and sizes stay the same."""
+    tensors = TensorFolder(folder)
+    for layer, weight_ED in enumerate(weights):
+        router = tensors[family.router.format(layer=layer)]
+        assert router.shape == tuple(weight_ED.shape), f"{router.shape} in the file, {tuple(weight_ED.shape)} computed"
+        with open(router.file, "r+b") as file:
+            file.seek(router.offset)
+            file.write(rounded(weight_ED, router.dtype).contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,97 @@
+"""Model folders that only btx reads: where the router is one that the plain Hugging Face class cannot express.
+
+Weights lie in the plain class's published layout. What a plain reader must not miss is in its way: config.json has a
+`model_type` that transformers, vLLM and llama.cpp do not know, and a `num_experts_per_tok` that is no number, so that
+neither the Auto classes nor the class called by name load it with other results. btx.json beside it holds the router
+and the config's true values. Plain Python, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from btx.choices.families import moe_family_of
+from btx.choices.routers import RoutingSettings
+from btx.errors import CheckpointError
+from btx.files import write_json
+
+FILE = "btx.json"
+FORMAT = 1
+PREFIX = "btx_"
+REFUSED = "read btx.json"
+"""Stands in config.json for the number of experts a token: no reader can take it for one."""
+HIDDEN = ("model_type", "architectures", "num_experts_per_tok")
+
+Config = dict[str, Any]
+
+
+def is_btx_folder(config: Config) -> bool:
+    """Whether a config.json belongs to a folder that only btx reads."""
+    return str(config.get("model_type")).startswith(PREFIX)
+
+
+def write_router(folder: Path, settings: RoutingSettings) -> bool:
+    """Let a plain MoE folder route as `settings` say.
+
+    Returns:
+        True if it became a folder that only btx reads; False if the plain class expresses the router.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    family = moe_family_of(config, str(folder / "config.json"))
+    why = settings.why_not_plain(family.probability_gates)
+    if why is None:
+        if family.probability_gates:
+            write_json(folder / "config.json", config | {"norm_topk_prob": settings.kind != "switch"})
+        return False
+    true = {key: config[key] for key in HIDDEN if key in config}
+    hidden = {
+        "model_type": PREFIX + true["model_type"],
+        "architectures": [f"Btx{name}" for name in true.get("architectures", ())],
+        "num_experts_per_tok": REFUSED,
+    }
+    # First the file that explains the config, then the config: a folder is never without its router.
+    write_json(folder / FILE, {
+        "format": FORMAT, "router": settings.as_json(), "config": true,
+        "why": f"the plain class cannot express this router: {why}",
+    })  # fmt: skip
+    write_json(folder / "config.json", config | hidden)
+    return True
+
+
+def change_router(folder: Path, settings: RoutingSettings) -> None:
+    """Let a MoE folder route as `settings` say, whatever it says now. Not for a folder that somebody may be reading.
+
+    Raises:
+        CheckpointError: its btx.json is missing or broken.
+    """
+    found: Config = json.loads((folder / "config.json").read_text("utf-8"))
+    plain, now = open_btx_folder(folder, found) if is_btx_folder(found) else (found, None)
+    if "num_experts_per_tok" not in plain or now == settings:
+        return  # routers of the class's own kind, which go by another name; or nothing to do
+    num_experts = plain.get("num_local_experts") or plain["num_experts"]
+    wanted = plain | {"num_experts_per_tok": settings.plain_top_k(num_experts)}
+    if wanted != found:
+        (folder / FILE).unlink(missing_ok=True)
+        write_json(folder / "config.json", wanted)
+    write_router(folder, settings)
+
+
+def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingSettings]:
+    """The plain class's config and the router of a folder that only btx reads.
+
+    Args:
+        config: its config.json.
+
+    Raises:
+        CheckpointError: btx.json is missing, broken or of a later format.
+    """
+    file = folder / FILE
+    try:
+        facts = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: this folder's router is described there, but unreadable: {error}") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not isinstance(facts.get("config"), dict):
+        raise CheckpointError(f"{file}: expected format {FORMAT}; this folder was written by another version of btx")
+    return config | facts["config"], RoutingSettings.from_json(facts.get("router"), str(file))

@@ -1,7 +1,0 @@
-"""Which dense class becomes which MoE class. Plain Python, no torch; one entry a family, all in `table.py`."""
-
-from btx.model_files.families.family import Config, Family
-from btx.model_files.families.lookup import family_of, family_table, moe_family_of
-from btx.model_files.families.table import FAMILIES
-
-__all__ = ["FAMILIES", "Config", "Family", "family_of", "family_table", "moe_family_of"]

@@ -1,0 +1,1 @@
+"""Models in memory: loading and saving, what they cost, what trains, what they say."""

@@ -1,0 +1,50 @@
+"""Where models run, and in which arithmetic they are measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from btx.errors import UserError
+from btx.models.loading import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from btx.recipe.schema import Recipe
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_and_type(recipe: Recipe) -> tuple[str, torch.dtype]:
+    """Where and in which arithmetic models are measured: float32, except on a GPU in a run that finetunes in bfloat16.
+
+    Raises:
+        UserError: the recipe wants a GPU and there is none.
+    """
+    gpu = torch.cuda.is_available()
+    if recipe.device == "cuda" and not gpu:
+        raise UserError("device: cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    if recipe.device == "cpu" or not gpu:
+        return "cpu", torch.float32
+    return "cuda", torch.bfloat16 if recipe.finetune.precision == "bfloat16" else torch.float32
+
+
+def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
+    """A model where and in the type it is measured; raises CheckpointError if it cannot be loaded."""
+    device, dtype = device_and_type(recipe)
+    model = load_model(path, dtype=dtype)
+    cast(nn.Module, model).to(device)
+    return model

@@ -1,0 +1,116 @@
+"""What a model says: how likely given tokens are, and the scores of the next ones.
+
+Evaluation, tasks and chat ask these two questions only, so that several models side by side (`btx.baselines.btm_model`)
+are measured like a single one.
+
+Shape letters: B batch, S sequence, R scored tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from btx.models.cost import ModelCost, model_cost
+from btx.models.kv_cache import cache_arguments, new_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from btx.data.held_out import Packed
+
+LOGITS_AT_ONCE = 2**25
+"""Logits held in float32 at once: 128 MiB, whatever the vocabulary."""
+
+
+class Reader(Protocol):
+    """Reads a batch of texts that grow at the right, and scores what comes next."""
+
+    def scores(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Logits (B, V) of the token after the last column.
+
+        Args:
+            ids_BS: all tokens so far, padded at the left; the columns of the call before, and new ones.
+            mask_BS: 1 at tokens, 0 in padding.
+        """
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these rows only."""
+
+
+@runtime_checkable
+class SideBySide(Protocol):
+    """Several models that answer as one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are read."""
+
+    def token_nll(self, rows: Packed) -> Tensor:
+        """As the function `token_nll`."""
+
+    def reader(self) -> Reader:
+        """A new reader."""
+
+    def cost(self) -> ModelCost:
+        """Parameters in all, and those that a token uses."""
+
+
+
+
+@torch.inference_mode()
+def token_nll(model: PreTrainedModel | SideBySide, rows: Packed) -> Tensor:
+    """Negative log-likelihood in nats of every scored token, in row order: (R,), float32.
+
+    The head runs on slices of the scored positions, so that logits never exist for all tokens at once.
+    """
+    if isinstance(model, SideBySide):
+        return model.token_nll(rows)
+    device = model.device
+    hidden_BSD = model.base_model(
+        input_ids=rows.input_ids_BS.to(device), position_ids=rows.position_ids_BS.to(device), use_cache=False
+    ).last_hidden_state
+    hidden_RD = hidden_BSD[rows.scored_BS.to(device)]
+    labels_R = rows.labels_BS[rows.scored_BS].to(device)
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    slices = max(1, LOGITS_AT_ONCE // cast(int, model.config.vocab_size))
+    return torch.cat([
+        F.cross_entropy(head(hidden).float(), labels, reduction="none")
+        for hidden, labels in zip(hidden_RD.split(slices), labels_R.split(slices), strict=True)
+    ])  # fmt: skip
+
+
+def open_reader(model: PreTrainedModel | SideBySide) -> Reader:
+    """A new reader of any model."""
+    return model.reader() if isinstance(model, SideBySide) else ModelReader(model)
+
+
+def cost_of(model: PreTrainedModel | SideBySide) -> ModelCost:
+    """Parameters of any model."""
+    return model.cost() if isinstance(model, SideBySide) else model_cost(model)
+
+
+class ModelReader:
+    """Reader of one model. Columns it has read stay in its key-value cache; a call may bring any number of new ones."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._cache = model, new_cache(model)
+        self._arguments = cache_arguments(model, self._cache)
+        self._read = 0  # columns
+
+    @torch.inference_mode()
+    def scores(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
+        output = cast(Any, self._model)(
+            input_ids=ids_BS[:, self._read :], attention_mask=mask_BS, position_ids=position_ids_BS[:, self._read :],
+            logits_to_keep=1, **self._arguments,
+        )  # fmt: skip
+        self._read = ids_BS.shape[1]
+        return cast(Tensor, output.logits[:, -1])
+
+    def keep(self, rows_B: Tensor) -> None:
+        if self._read:
+            self._cache.batch_select_indices(rows_B)

@@ -1,0 +1,59 @@
+"""Which weights of a model train: the names behind `train.trainable` and `finetune.trainable`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from btx.choices.families import family_of
+from btx.errors import CheckpointError
+from btx.moe.layer import weight_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARTS: dict[str, set[str]] = {
+    "all": {"routers", "experts", "shared"},
+    "all_but_experts": {"routers", "shared"},
+    "routers": {"routers"},
+    "shared": {"shared"},
+}
+"""`trainable` of a MoE model → parts that train."""
+
+
+def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
+    """Names of the parameters that train.
+
+    Args:
+        model: with btx's MoE blocks in place; one on the meta device will do.
+        which: `all`; `feed_forward` (the FF sublayers of a dense model); `all_but_experts`; `routers`; `shared` (all
+            but experts and routers).
+
+    Raises:
+        CheckpointError: the model has no such weights.
+    """
+    if which == "feed_forward":
+        config = model.config.to_dict()
+        family = family_of(config, "seed model")
+        chosen = {name for name, _ in model.named_parameters() if family.is_feed_forward(name, config)}
+    else:
+        chosen = {name for name, part in weight_parts(model).items() if part in PARTS[which]}
+    if not chosen:
+        raise CheckpointError(f"trainable: {which} names no weights of {type(model).__name__}")
+    return chosen
+
+
+def set_trainable(model: PreTrainedModel, which: str) -> None:
+    """Choose what trains; everything else gets no gradient and no optimiser state.
+
+    Args and Raises: as `trainable_names`.
+    """
+    chosen = trainable_names(model, which)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of weights that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,82 @@
+"""How far each stage of a run is, read from its files. Plain Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One line of `btx status`."""
+
+    stage: str
+    state: str
+    """done, running, begun (started, but nobody is at it), stale, absent."""
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    wall_s: float | None = None
+    why: str | None = None
+    """For a stale stage: what changed."""
+
+
+def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
+    """Status of one stage."""
+    state: str = run.state(stage)
+    if state == "stale":
+        return StageStatus(stage.name, state, why=run.why_stale(stage))
+    if state == "done":
+        facts = run.done(stage) or {}
+        return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"),
+                           loss=facts.get("loss"), wall_s=facts.get("wall_s"))  # fmt: skip
+    if is_running(run, stage.name):
+        state = "running"
+    line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if state != "absent" else None
+    if line is None:
+        return StageStatus(stage.name, state)
+    remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
+    return StageStatus(
+        stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
+        remaining_tokens / line["tokens_per_s"], line["wall_s"],
+    )  # fmt: skip
+
+
+def run_status(run: RunFolder) -> list[dict[str, Any]]:
+    """Status of every stage, in the order they run."""
+    return [asdict(stage_status(run, stage)) for stage in run.graph]
+
+
+def is_running(run: RunFolder, work: str) -> bool:
+    """Whether a process of this machine is at work on a stage ("run" asks for `btx run` itself)."""
+    import psutil
+
+    owner = run.path / ".locks" / f"{work.replace('/', '-')}.pid"
+    try:
+        return psutil.pid_exists(int(owner.read_text().split()[0]))
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a metrics.jsonl, without reading all of it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 16_384))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None

@@ -1,0 +1,119 @@
+"""The baselines: the same training path as the BTX run, from other start weights or with other settings.
+
+A baseline's stage knows from the graph what it starts from (its last need), and from `btx.baselines.matching` on what
+and for how long it trains. Nothing else of it is its own.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+from btx.baselines.btm import write_btm_folder
+from btx.baselines.matching import matched_phases
+from btx.baselines.settings import matched_by, routing_of
+from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED, BaselineName
+from btx.data.expert_text import text_from_run
+from btx.errors import UserError
+from btx.mixing.mix import mix, soup
+from btx.mixing.router_init import RouterSettings
+from btx.models.device import device_and_type
+from btx.models.loading import load_model, read_config
+from btx.models.trainable import set_trainable
+from btx.process import Interrupts, Log
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+from btx.stages.training import train_moe, train_stage
+
+
+def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """Do a stage below baselines/."""
+    name = stage.name.removeprefix("baselines/")
+    if name in BTM:
+        write_btm(run, stage, log)
+    elif name == "soup":
+        _soup(run, stage)
+    elif name == UPCYCLED:
+        _upcycle(run, stage, interrupts, log)
+    else:
+        known: list[BaselineName] = [kind for kind in BASELINES if kind == name.removesuffix(DOMAINS)]
+        _train(run, stage, known[0], interrupts, log)
+
+
+def copies_of_the_seed(run: RunFolder) -> list[str]:
+    """Names of an upcycled model's experts, in order: as many as the run's mix has, none with a domain."""
+    split = run.recipe.mix.split
+    names = [f"copy{number}" for number in range(len(run.recipe.member_names))]
+    return names if split == 1 else [f"{name}/{part}" for name in names for part in range(split)]
+
+
+def _soup(run: RunFolder, stage: Stage) -> None:
+    folder, started = run.begin(stage), time.perf_counter()
+    experts = {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains}
+    soup(run.model("seed"), experts, folder / "model", generalist=run.recipe.mix.generalist)
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """Sparse upcycling's start (arXiv 2212.05055): every expert is the seed model's FF sublayer, routers are random.
+
+    Its shape is that of the run's mix. Blended copies of one FF sublayer are that sublayer, so `mix.blend` changes
+    nothing here.
+    """
+    folder, recipe, started = run.begin(stage), run.recipe, time.perf_counter()
+    seed, settings = run.model("seed"), recipe.mix
+    mix(
+        seed, {f"copy{number}": seed for number in range(len(recipe.member_names))}, folder / "model",
+        record=folder / "mix.json", generalist=False, top_k=recipe.routing.plain_top_k(len(recipe.expert_names)),
+        router_init=RouterSettings("random", std=settings.router_std), split=settings.split,
+        split_rescale=settings.split_rescale, rng_seed=recipe.rng_seed, dtype=settings.dtype,
+        max_shard_size=settings.max_shard_size,
+        progress=lambda written, total: interrupts.raise_if_pending("stopped; the same command starts it anew"),
+    )  # fmt: skip
+    log(f"{stage.name}: {len(copies_of_the_seed(run))} experts, all of them the seed model's FF sublayers")
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+
+
+def _train(run: RunFolder, stage: Stage, name: BaselineName, interrupts: Interrupts, log: Log) -> None:
+    """One phase of a trained baseline."""
+    run.begin(stage)
+    recipe, kind, start = run.recipe, BASELINES[name], run.model(stage.needs[-1].name)
+    phases = matched_phases(recipe, name, read_config(run.model("seed")))
+    phase = next(phase for phase in phases if phase.stage == stage.name)
+    log(f"{stage.name}: {phase.settings.tokens:,} tokens, matched by {matched_by(recipe, name)}")
+    if not kind.has_routers:
+        model = load_model(start)
+        set_trainable(model, "all")
+        train_stage(run, stage, model, phase.settings, phase.mixtures, interrupts, log, like=run.model("seed"))
+        return
+    train_moe(
+        run, stage, start, phase.settings, phase.mixtures, interrupts, log, routing=routing_of(recipe, name),
+        experts=recipe.expert_names if kind.start == "mix" else copies_of_the_seed(run),
+    )  # fmt: skip
+
+
+TEXT_TOKENS = 500_000
+"""Tokens of each member's training text that are looked at, at most."""
+
+
+def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
+    """The stage `baselines/btm_top<K>`, from its beginning to done.json: a folder that names the run's experts.
+
+    Members are the experts of the mix, the untouched seed model among them if `mix.generalist`. Nothing is trained.
+
+    Raises:
+        UserError: the stage's name says no K, or one above the number of members.
+    """
+    found = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
+    if not found:
+        raise UserError(f"{stage.name}: Branch-Train-Merge is called btm_top<K>, for example btm_top2")
+    started, recipe, folder = time.perf_counter(), run.recipe, run.begin(stage)
+    models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
+    if recipe.mix.generalist:
+        models["generalist"] = run.model("seed")
+    texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens))
+    device, dtype = device_and_type(recipe)
+    temperature = write_btm_folder(folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype)
+    log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
+        f"{temperature:.3g})")  # fmt: skip
+    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)

@@ -1,0 +1,70 @@
+"""The models of a run that are evaluated, and what each cost from the seed model on, predicted and measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from btx.baselines.settings import matched_by
+from btx.evaluation.evaluate import ModelEntry
+from btx.models.loading import read_config
+from btx.models.seed_config import seed_config
+from btx.planning.models import longest_way, model_stages, training_cost
+from btx.planning.plan import add_hours, measured_speed, stage_costs
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+
+
+def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
+    """seed, expert/<domain>, soup, the other baselines, mix and btx.
+
+    Tokens, FLOPs and hours add up all training a model needed. The seed model's own training is counted in `seed` only:
+    what is compared is what came after it.
+    """
+    graph, recipe = run.graph, run.recipe
+    predicted = _predicted(run)
+    entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in model_stages(recipe).items()}
+    for name in recipe.baselines:
+        entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(
+            entries[name], entries["btx"]
+        )
+    return entries
+
+
+def _entry(run: RunFolder, stage: Stage, predicted: dict[str, Any]) -> ModelEntry:
+    done = [run.done(behind) or {} for behind in stage.training_behind()]
+    peaks = [facts["peak_memory_bytes"] for facts in done if "peak_memory_bytes" in facts]
+    return ModelEntry(
+        path=run.model(stage.name),
+        tokens=sum(int(facts.get("tokens", 0)) for facts in done),
+        flops=sum(float(facts.get("flops", 0.0)) for facts in done),
+        hours=longest_way(stage, lambda needed: _wall_s(run, needed)) / 3600,
+        inputs=stage.inputs,
+        accounting={
+            "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind() if behind.trains) / 3600,
+            "peak_memory_bytes": max(peaks, default=None),
+            "predicted": predicted,
+        },
+    )
+
+
+def _wall_s(run: RunFolder, stage: Stage) -> float:
+    return float((run.done(stage) or {}).get("wall_s", 0.0))
+
+
+def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
+    """Training FLOPs and machine-hours as multiples of the run's; None where the run took none that were measured."""
+    hours, ours = btx.accounting["machine_hours"], entry.accounting["machine_hours"]
+    return {
+        "flops_ratio": entry.flops / btx.flops if btx.flops else None,
+        "hours_ratio": ours / hours if hours else None,
+    }
+
+
+def _predicted(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Stage → what `btx plan` says of the training behind its model: tokens, FLOPs, memory in bytes, hours at the speed
+    that the run's first training stage had."""
+    recipe = run.recipe
+    dense = seed_config(recipe) if recipe.seed_model.path is None else read_config(run.model("seed"))
+    rows = stage_costs(recipe, dense)
+    add_hours(rows, measured_speed(run), run)
+    return {stage.name: training_cost(run.graph, rows, stage.name) for stage in run.graph}

@@ -1,0 +1,91 @@
+"""`btx evaluate --task`: one task of lm-evaluation-harness, on any model folder or on every model of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from btx.errors import UserError
+from btx.evaluation.harness_files import TaskRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from btx.models.outputs import SideBySide
+
+
+def evaluate_task(
+    where: Path, request: TaskRequest, *, allow_code_execution: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure a model, or all finished models of a run, on one task; nothing is written.
+
+    Args:
+        where: run folder, model folder or hub name.
+        request: the task.
+        allow_code_execution: whether programs that the models write may run.
+        log: called with a line for every model.
+
+    Returns:
+        {"models": {NAME: {"tasks": {TASK: entry}}}}, as in results.json.
+
+    Raises:
+        UserError: no such task, model or file; what is wrong with each.
+    """
+    from btx.evaluation.harness import Harness
+    from btx.models.loading import load_tokenizer
+    from btx.number_texts import score_text
+
+    harness = Harness([request], allow_code_execution=allow_code_execution)
+    if harness.note:
+        log(harness.note)
+    results: dict[str, Any] = {"models": {}}
+    for name, path, load in _models(where):
+        score = harness.measure(load(), load_tokenizer(path))[request.label]
+        entry = results["models"].setdefault(name, {"tasks": {}})["tasks"][request.label] = score.as_json()
+        error = f" ± {100 * score.stderr:.1f}" if score.stderr is not None else ""
+        cut = f"; {score.truncated} prompts did not fit and lost their beginning" if score.truncated else ""
+        log(f"{name}: {request.label} {score.metric} {score_text(entry)}{error} ({score.n} documents, {score.shots} "
+            f"shots{cut})")  # fmt: skip
+    return results
+
+
+def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel | SideBySide]]]:
+    """Name, path and loader of each model."""
+    if not (where / "recipe.yaml").is_file():
+        path: str | Path = where if where.exists() else str(where)
+        yield where.name, path, partial(_load, path)
+        return
+    from btx.baselines.btm_model import FILE, load_model_or_btm
+    from btx.models.device import device_and_type
+    from btx.run_folder.folder import RunFolder
+    from btx.stages.models_of_run import models_of_run
+
+    run = RunFolder.open(where)
+    device, dtype = device_and_type(run.recipe)
+    finished = {name: entry.path for name, entry in models_of_run(run).items()
+                if any((entry.path / file).exists() for file in ("config.json", FILE))}  # fmt: skip
+    if not finished:
+        raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
+    for name, folder in finished.items():
+        yield name, folder, partial(load_model_or_btm, folder, dtype=dtype, device=device)
+
+
+def _load(path: str | Path) -> PreTrainedModel | SideBySide:
+    """A model on the GPU in its own type, where there is one; else on the CPU in float32."""
+    import torch
+
+    from btx.baselines.btm_model import FILE, load_model_or_btm
+    from btx.models.loading import load_model, read_config
+
+    gpu = torch.cuda.is_available()
+    if isinstance(path, Path) and (path / FILE).is_file():
+        return load_model_or_btm(path, device="cuda" if gpu else "cpu")
+    if not gpu:
+        return load_model(path)
+    config = read_config(path)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
+    model = load_model(path, dtype=dtype)
+    cast(torch.nn.Module, model).to("cuda")
+    return model

@@ -1,0 +1,61 @@
+"""The seed model (paper, section 2): trained from scratch, or an existing one linked into the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btx.errors import CheckpointError, UserError
+from btx.models.loading import load_tokenizer, new_model, read_config
+from btx.process import Interrupts, Log
+from btx.recipe.mixtures import seed_mixture
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+from btx.stages.training import train_stage
+
+
+def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """The seed model: trained from scratch, or an existing one linked into the run folder."""
+    seed = run.recipe.seed_model
+    folder = run.begin(stage)
+    if seed.path is not None:
+        link_seed_model(seed.path, seed.revision, folder / "model")
+        check_planned(seed.plan_config, read_config(folder / "model"))
+        run.finish(stage, tokens=0, flops=0.0, wall_s=0.0)
+        return
+    assert seed.config is not None  # the schema guarantees both
+    assert seed.train is not None
+    tokenizer = load_tokenizer(run.path / "data" / "tokenizer")
+    model = new_model(
+        seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, like=None)
+
+
+def link_seed_model(path: str, revision: str | None, target: Path) -> None:
+    """Make `target` a link to a model folder, or to the downloaded files of a hub name."""
+    source = Path(path)
+    if not source.exists():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        try:
+            source = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        except Exception as error:
+            raise UserError(f"seed_model.path: {path!r} is no folder, and as a hub name it failed: {error}") from error
+    target.unlink(missing_ok=True)
+    target.symlink_to(source.resolve(), target_is_directory=True)
+
+
+def check_planned(planned: Mapping[str, Any] | None, found: Mapping[str, Any]) -> None:
+    """Refuse a seed model that is not what `seed_model.plan_config` says: the plan was made for another model.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
+    differing = [f"{key}: {value} planned, {found[key]} found" for key, value in (planned or {}).items()
+                 if key in found and found[key] != value]  # fmt: skip
+    if differing:
+        raise CheckpointError(f"seed_model.plan_config is not the model at seed_model.path: {'; '.join(differing)}")

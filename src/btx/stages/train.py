@@ -1,0 +1,32 @@
+"""Branch (paper, section 2.1): copies of the seed model, each with its own domain and set of trained weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from btx.models.loading import load_model
+from btx.models.trainable import set_trainable
+from btx.process import Interrupts, Log
+from btx.recipe.mixtures import domain_mixture
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+from btx.stages.training import train_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def branch(run: RunFolder) -> PreTrainedModel:
+    """A copy of the run's seed model with the weights that a branch trains set to require gradients."""
+    model = load_model(run.model("seed"))
+    set_trainable(model, run.recipe.train.trainable)
+    return model
+
+
+def train_branch(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """One expert model: the seed model's copy, trained further on its domain with some general text."""
+    run.begin(stage)
+    domain = stage.name.removeprefix("train/")
+    mixture = domain_mixture(run.recipe, domain)
+    settings = run.recipe.branch_training(domain)
+    train_stage(run, stage, branch(run), settings, [mixture], interrupts, log, like=run.model("seed"))

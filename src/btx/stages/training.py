@@ -1,0 +1,138 @@
+"""Train (paper, section 2.1): the seed model from scratch, and each branch on its own domain.
+
+A branch reads the recipe, the token files and the seed folder, and writes only its own folder: it can be started by
+hand on any machine that sees the run folder, in any order, and fails alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from btx.choices.routers import RoutingSettings
+from btx.data.samples import open_mixtures
+from btx.files import atomic_folder
+from btx.model_files.btx_folder import change_router
+from btx.models.cost import model_cost
+from btx.models.device import choose_device
+from btx.models.loading import (
+    checkpoint_activations,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
+from btx.models.trainable import set_trainable, trainable_parameters
+from btx.moe.balancing import Balancing
+from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
+from btx.process import Interrupts, Log
+from btx.recipe.training import Finetune, Training
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+from btx.training.loop import Totals, TrainingJob, run_training
+from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
+from btx.training.state import keep_only_last
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def train_moe(
+    run: RunFolder,
+    stage: Stage,
+    start: Path,
+    settings: Finetune,
+    mixtures: Sequence[Mapping[str, float]],
+    interrupts: Interrupts,
+    log: Log,
+    *,
+    routing: RoutingSettings,
+    experts: Sequence[str],
+) -> Totals:
+    """Train a MoE folder with the losses on its routers: the finetuning, and every baseline that has routers.
+
+    Args:
+        start: the MoE folder.
+        mixtures: as for `train_stage`.
+        routing: how the model routes, in training and as it is saved; may be another router than the start's.
+        experts: names of its experts, for warnings.
+    """
+    model = load_model(start)
+    if not moe_blocks(model):
+        log(f"warning: {type(model).__name__} has routers of its own kind: no load balancing, no routing metrics")
+    set_router(model, routing)
+    for block in moe_blocks(model):
+        block.dense_router_gradient = settings.dense_router_gradient
+    if settings.load_balancing_bias and routing.kind == "top_k":  # recipe and plan say so
+        use_selection_bias(model)
+    set_trainable(model, settings.trainable)
+    return train_stage(
+        run, stage, model, settings, mixtures, interrupts, log,
+        like=start, balancing=Balancing.of(settings), routing=routing, experts=experts,
+    )  # fmt: skip
+
+
+def train_stage(
+    run: RunFolder,
+    stage: Stage,
+    model: PreTrainedModel,
+    settings: Training,
+    mixtures: Sequence[Mapping[str, float]],
+    interrupts: Interrupts,
+    log: Log,
+    *,
+    like: Path | None,
+    balancing: Balancing | None = None,
+    routing: RoutingSettings | None = None,
+    experts: Sequence[str] = (),
+) -> Totals:
+    """Run the training loop for a stage, write its model folder, then done.json.
+
+    Args:
+        mixtures: domain → sampling weight; of several mixtures samples are taken in turn.
+        like: model folder whose config and tokenizer the result keeps; None for a model from scratch.
+        balancing: losses on the routers of a MoE model; None: none.
+        routing: the router of a MoE model, written beside its weights; None: as in `like`.
+        experts: names of a MoE model's experts, for warnings.
+    """
+    folder, recipe = run.folder(stage.name), run.recipe
+    sequence_length = recipe.data.sequence_length
+    device = choose_device(recipe.device)
+    reset_peak_memory(device)
+    cost = model_cost(model)
+    in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    job = TrainingJob(
+        model=model,
+        mixture=open_mixtures(
+            run.path / "data", recipe, mixtures,
+            switching=settings.switching if isinstance(settings, Finetune) else 0.0,
+        ),
+        settings=settings,
+        folder=folder,
+        inputs=stage.inputs,
+        flops_per_token=in_training.training_flops_per_token(sequence_length),
+        rng_seed=recipe.rng_seed,
+        device=device,
+        balancing=balancing or Balancing(),
+        experts=experts,
+    )
+    log(f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train, {torch.get_num_threads()} threads")
+    totals = run_training(job, interrupts, log)
+    tokenizer = load_tokenizer(like or run.path / "data" / "tokenizer")
+    with atomic_folder(folder / "model") as target:
+        save_model(model, target, like=like, tokenizer=tokenizer)
+        if routing is not None:
+            change_router(target, routing)
+    keep_only_last(folder / "state")
+    run.finish(
+        stage, tokens=totals.tokens, flops=totals.flops, wall_s=round(totals.wall_s, 3), steps=totals.steps,
+        loss=totals.loss, total_params=cost.total_params, active_params=cost.active_params,
+        threads=torch.get_num_threads(), data=job.mixture.fingerprint, peak_memory_bytes=peak_memory_bytes(device),
+    )  # fmt: skip
+    return totals
+
+

@@ -1,0 +1,78 @@
+"""Stages in this process: what `btx work RUN STAGE...` does, wherever a launcher starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import cast
+
+from btx.errors import UserError
+from btx.process import Interrupts, Log
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import Stage
+from btx.run_folder.threads import processors, shares_processors, training_threads
+
+ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
+
+
+def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log: Log) -> None:
+    """Run stages one after the other in this process; finished ones are skipped, stale ones set aside.
+
+    Raises:
+        UserError: no such stage, or a stage it needs is not finished.
+    """
+    graph = run.graph
+    known = [stage.name for stage in graph]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{run.path}: the recipe has no stage {name!r}; there are: {', '.join(known)}")
+        stage = graph[name]
+        with exclusive(run.path, name, patience_s=ENDING_S):
+            if run.state(stage) == "stale":
+                log(f"{name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage)}")
+            if run.state(stage) == "done" and name != "report":
+                log(f"{name}: already done, skipped")
+                continue
+            # Training saves before it stops; what the other stages have not written yet is soon made again.
+            with contextlib.nullcontext() if stage.trains else interrupts.at_once():
+                if stage.trains and shares_processors(run, stage):
+                    _use_threads(training_threads(run))
+                elif stage.name not in ("data", "report"):
+                    use_all_processors()
+                _work_of(stage)(run, stage, interrupts, log)
+            interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
+
+
+def use_all_processors() -> None:
+    """A stage that runs alone takes every processor, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(processors())
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+WORK = {
+    "data": "btx.stages.data:prepare_data",
+    "seed": "btx.stages.seed:train_seed",
+    "train": "btx.stages.train:train_branch",
+    "mix": "btx.stages.mix:mix_experts",
+    "finetune": "btx.stages.finetune:finetune",
+    "baselines": "btx.stages.baselines:make_baseline",
+    "evaluate": "btx.stages.evaluate:evaluate_run",
+    "analyze": "btx.stages.analyze:analyze_run",
+    "report": "btx.stages.report:report_run",
+}
+"""First part of a stage's name → what does it; imported when its turn comes."""
+
+
+def _work_of(stage: Stage) -> Callable[[RunFolder, Stage, Interrupts, Log], None]:
+    module, _, function = WORK[stage.name.split("/")[0]].partition(":")
+    return cast(Callable[[RunFolder, Stage, Interrupts, Log], None], getattr(import_module(module), function))

@@ -1,6 +1,6 @@
 # make demo   the whole method on this machine, from nothing to a report
 # make test   the tests
-# make lint   ruff and mypy
+# make lint   ruff (rules and formatting) and mypy
 # make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
 # make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
 PYTHON ?= python3
@@ -29,6 +29,7 @@ test: $(VENV)/.stamp-test
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 # Needs 30 GB of disk and an hour; --mergekit names an environment with mergekit==0.1.5, left out if it is not there.

@@ -144,8 +144,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--transformers", action="append", default=[], help="Python of an environment; repeat")
     parser.add_argument("--vllm", action="append", default=[], help="Python of an environment with vLLM; repeat")
-    parser.add_argument("--llama-cpp", action="append", default=[],
-                        help="Python of an environment with xllamacpp, torch, transformers, sentencepiece; repeat")
+    parser.add_argument(
+        "--llama-cpp",
+        action="append",
+        default=[],
+        help="Python of an environment with xllamacpp, torch, transformers, sentencepiece; repeat",
+    )
     parser.add_argument("--converter", help="convert_hf_to_gguf.py of llama.cpp's repository")
     given = parser.parse_args()
     if given.llama_cpp and not given.converter:

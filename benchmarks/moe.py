@@ -258,8 +258,10 @@ def main() -> None:
     rows = [row for row in rows if line_up(row) not in again]
     rows = sorted(rows + measured, key=lambda row: (row["device"], row["hidden"]))
     arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    print(f"{table(measured)}\n\nlive routing metrics: "
-          f"{metrics_share(Shape(128, 384, 4, 2, 4096), 15):.2%} of a training step (hidden 128, 4096 tokens)")
+    print(
+        f"{table(measured)}\n\nlive routing metrics: "
+        f"{metrics_share(Shape(128, 384, 4, 2, 4096), 15):.2%} of a training step (hidden 128, 4096 tokens)"
+    )
 
 
 if __name__ == "__main__":

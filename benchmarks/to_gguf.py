@@ -28,8 +28,16 @@ def main() -> None:
     from conversion.base import TextModel  # type: ignore[import-not-found]
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: given.pre
-    sys.argv = [str(given.converter), str(given.folder), "--outfile", str(given.output), "--outtype", given.outtype,
-                "--model-name", "btx"]  # some names switch on what is for one vendor's vocabulary
+    sys.argv = [
+        str(given.converter),
+        str(given.folder),
+        "--outfile",
+        str(given.output),
+        "--outtype",
+        given.outtype,
+        "--model-name",
+        "btx",
+    ]  # some names switch on what is for one vendor's vocabulary
     converter.main()
 
 

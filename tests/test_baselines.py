@@ -59,9 +59,7 @@ def other(finished: RunFolder, name: str, *overrides: str) -> RunFolder:
 # What a run makes
 
 
-def test_every_baseline_is_a_stage_and_a_row_between_soup_and_mix(
-    finished: RunFolder, results: dict[str, Any]
-) -> None:
+def test_every_baseline_is_a_stage_and_a_row_between_soup_and_mix(finished: RunFolder, results: dict[str, Any]) -> None:
     assert list(results) == ["seed", "expert/birds", "expert/tools", *MADE, "mix", "btx"]
     for name in MADE:
         assert (finished.path / "baselines" / name / "done.json").is_file()
@@ -93,9 +91,7 @@ def test_rows_say_what_a_model_cost_predicted_and_measured(finished: RunFolder, 
     for name in MADE:
         matched = results[name]["matched"]
         assert matched["flops_ratio"] == pytest.approx(results[name]["flops"] / results["btx"]["flops"])
-        assert matched["hours_ratio"] == pytest.approx(
-            results[name]["machine_hours"] / results["btx"]["machine_hours"]
-        )
+        assert matched["hours_ratio"] == pytest.approx(results[name]["machine_hours"] / results["btx"]["machine_hours"])
     assert results["btx_soft"]["inference_flops_per_token"] > results["btx"]["inference_flops_per_token"]
     assert results["btx_switch"]["inference_flops_per_token"] < results["btx"]["inference_flops_per_token"]
 

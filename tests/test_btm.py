@@ -77,8 +77,12 @@ def btm(folder) -> BtmModel:
 
 def mixed_documents() -> list[HeldOutDocument]:
     """Texts that begin as one kind and end as another, one of them longer than a sequence of 48."""
-    texts = [f"{text_of(a, 9, i)} {text_of(b, 9, i)}" for i, (a, b) in enumerate([
-        ("math", "code"), ("code", "generalist"), ("generalist", "math"), ("math", "math"), ("code", "math")])]
+    texts = [
+        f"{text_of(a, 9, i)} {text_of(b, 9, i)}"
+        for i, (a, b) in enumerate(
+            [("math", "code"), ("code", "generalist"), ("generalist", "math"), ("math", "math"), ("code", "math")]
+        )
+    ]
     texts.append(" ".join(text_of(kind, 12, 9) for kind in WORDS))
     return [HeldOutDocument(ids, len(text.encode())) for ids, text in zip(encoded(texts), texts, strict=True)]
 
@@ -164,7 +168,7 @@ def test_what_comes_later_changes_no_weight_and_no_likelihood_before_it(btm):
     other[cut:] = encoded([text_of("generalist", 60, 5)])[0][1 : len(other) - cut + 1]
     assert (other[cut:] != document.tokens[cut:]).all() | (other[-1] != document.tokens[-1])
     rows, changed = (pack([HeldOutDocument(tokens, document.bytes)], 128) for tokens in (document.tokens, other))
-    torch.testing.assert_close(btm.weights(rows)[0, : cut], btm.weights(changed)[0, : cut], rtol=0, atol=0)
+    torch.testing.assert_close(btm.weights(rows)[0, :cut], btm.weights(changed)[0, :cut], rtol=0, atol=0)
     torch.testing.assert_close(btm.token_nll(rows)[: cut - 1], btm.token_nll(changed)[: cut - 1])
     assert not torch.equal(btm.weights(rows)[0, cut:], btm.weights(changed)[0, cut:])
 
@@ -300,8 +304,10 @@ def test_a_run_s_stage_names_its_experts_and_is_evaluated_like_any_model(tmp_pat
     for domain in ("math", "general"):
         texts = [text_of("math" if domain == "math" else "generalist", 30, i) for i in range(40)]
         write_token_file(run.path / "data" / domain / "0" / "train", texts, tokenizer(), rng_seed=0, source={})
-    entries = {name: llama(run.model(stage), rng_seed=number)
-               for number, (name, stage) in enumerate({"seed": "seed", "expert/math": "train/math"}.items())}
+    entries = {
+        name: llama(run.model(stage), rng_seed=number)
+        for number, (name, stage) in enumerate({"seed": "seed", "expert/math": "train/math"}.items())
+    }
     stage, lines = Stage("baselines/btm_top1", {}), []
     write_btm(run, stage, lines.append)
     assert run.state(stage) == "done"

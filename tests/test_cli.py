@@ -252,8 +252,10 @@ def test_a_sweep_says_before_it_starts_what_is_shared_and_what_it_costs_and_writ
     shown = btx(*arguments).out
     assert "mix.top_k=2" in shown
     assert "without sharing" in shown
-    for wrong, expected in (("mix.top_k=1,9", "error: variant mix.top_k=9: "),
-                            ("seed_model.config.hidden_size=32,33", "variant seed_model.config.hidden_size=33")):
+    for wrong, expected in (
+        ("mix.top_k=1,9", "error: variant mix.top_k=9: "),
+        ("seed_model.config.hidden_size=32,33", "variant seed_model.config.hidden_size=33"),
+    ):
         refused = btx("sweep", "pico.yaml", "data.root=.", wrong)
         assert (refused.code, expected in refused.err) == (2, True), refused.err
     refused = btx("sweep", "pico.yaml", "data.root=.", "--models", "btx,dense")

@@ -112,7 +112,9 @@ def h():
 '''
     file = read_source("x.py", source.encode())
     assert file.docstrings == ["Module.", "Do f.\n\nAt length.", "alone", "one line", "ätwo"]
-    assert "".join(file.pieces).rstrip() == '''import os  # kept
+    assert (
+        "".join(file.pieces).rstrip()
+        == '''import os  # kept
 
 # about f
 def f():
@@ -125,6 +127,7 @@ async def g(): pass; return 1
 def h():
       # comment
     return h'''
+    )
 
 
 def test_every_module_of_the_standard_library_still_parses_and_has_no_docstring_left():
@@ -170,8 +173,10 @@ class WittenBell:
     def _keys(tokens_N: np.ndarray, n: int) -> np.ndarray:
         """One integer for every n-gram; the last token varies fastest."""
         length = len(tokens_N) - n + 1
-        return sum((tokens_N[i : i + length].astype(np.int64) * VOCABULARY ** (n - 1 - i) for i in range(n)),
-                   np.zeros(length, np.int64))
+        return sum(
+            (tokens_N[i : i + length].astype(np.int64) * VOCABULARY ** (n - 1 - i) for i in range(n)),
+            np.zeros(length, np.int64),
+        )
 
     @staticmethod
     def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -195,20 +200,37 @@ def bits_per_byte() -> dict[str, dict[str, float]]:
     """Model's domain → text's domain → bits per byte of val; one byte-level BPE for all domains."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    texts = {split: {name: [f"{item.text}\n\n" for item in documents(name, split, 0, N_GRAM_BYTES[name], HELD_OUT)]
-                     for name in GENERATORS} for split in ("train", "val")}
+    texts = {
+        split: {
+            name: [f"{item.text}\n\n" for item in documents(name, split, 0, N_GRAM_BYTES[name], HELD_OUT)]
+            for name in GENERATORS
+        }
+        for split in ("train", "val")
+    }
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         chain.from_iterable("".join(items)[:200_000].split("\n") for items in texts["train"].values()),
-        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokens = {split: {name: np.concatenate([item.ids for item in tokenizer.encode_batch(items)])
-                      for name, items in by_name.items()} for split, by_name in texts.items()}
+        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokens = {
+        split: {
+            name: np.concatenate([item.ids for item in tokenizer.encode_batch(items)])
+            for name, items in by_name.items()
+        }
+        for split, by_name in texts.items()
+    }
     fitted = {name: WittenBell(tokens["train"][name]) for name in GENERATORS}
-    return {model: {name: fitted[model].bits(tokens["val"][name]) / len("".join(texts["val"][name]).encode())
-                    for name in GENERATORS} for model in GENERATORS}
+    return {
+        model: {
+            name: fitted[model].bits(tokens["val"][name]) / len("".join(texts["val"][name]).encode())
+            for name in GENERATORS
+        }
+        for model in GENERATORS
+    }
 
 
 def test_an_n_gram_model_of_a_domain_knows_it_and_no_other():

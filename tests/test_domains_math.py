@@ -14,11 +14,42 @@ from btx.data.domains.math_problems import HELD_OUT_PROBLEMS, is_held_out, probl
 from btx.data.domains.math_registry import KINDS
 
 SAMPLES = 40
-UNIT_IN_BASE = {"metres": 1, "centimetres": sympy.Rational(1, 100), "millimetres": sympy.Rational(1, 1000),
-                "kilometres": 1000, "seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800,
-                "months": 1, "years": 12, "kilograms": 1000, "grams": 1, "dozens": 12, "pieces": 1}
-WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-         "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+UNIT_IN_BASE = {
+    "metres": 1,
+    "centimetres": sympy.Rational(1, 100),
+    "millimetres": sympy.Rational(1, 1000),
+    "kilometres": 1000,
+    "seconds": 1,
+    "minutes": 60,
+    "hours": 3600,
+    "days": 86400,
+    "weeks": 604800,
+    "months": 1,
+    "years": 12,
+    "kilograms": 1000,
+    "grams": 1,
+    "dozens": 12,
+    "pieces": 1,
+}
+WORDS = {
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "twenty": 20,
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+}
 
 
 def in_words(words):
@@ -91,16 +122,18 @@ ANSWERS = {
     "perimeter": lambda a, b: sympy.Polygon((0, 0), (a, 0), (a, b), (0, b)).perimeter,
     "area": lambda a, b: sympy.Polygon((0, 0), (a, 0), (a, b), (0, b)).area,
     "triangle_area": lambda base, height: sympy.Triangle((0, 0), (base, 0), (1, height)).area,
-    "unit_conversion": lambda n, **units: f"{n * UNIT_IN_BASE[units['from']] / UNIT_IN_BASE[units['to']]:.0f} "
-                                          f"{units['to']}",
+    "unit_conversion": lambda n, **units: (
+        f"{n * UNIT_IN_BASE[units['from']] / UNIT_IN_BASE[units['to']]:.0f} {units['to']}"
+    ),
     "clock": clock_after,
     "weekday": weekday_after,
     "give_away": lambda have, got, gave: sympy.Integer(have) + got - gave,
     "shopping": lambda count, price: f"{sympy.Integer(count) * price} dollars",
     "change": lambda count, price, paid: f"{paid - sympy.Integer(count) * price} dollars",
     "sharing": lambda total, children: sympy.Rational(total, children),
-    "proportion": lambda first, cost, second: f"{sympy.solve(sympy.Eq(x / second, sympy.Rational(cost, first)))[0]} "
-                                              "dollars",
+    "proportion": lambda first, cost, second: (
+        f"{sympy.solve(sympy.Eq(x / second, sympy.Rational(cost, first)))[0]} dollars"
+    ),
     "travel": lambda hours, speed: f"{sympy.Integer(hours) * speed} km",
     "ages": lambda age, older, years: sympy.Integer(age) + older + years,
 }

@@ -191,9 +191,12 @@ def test_plan_says_what_a_plain_class_cannot_express(branched: Path) -> None:
     assert told["top_k"]["notes"] == []
     single = plan(pico_recipe(branched, "run", "mix.top_k=1"))["router"]
     assert "the next-token loss does not train the router" in single["notes"][0]
-    assert "from 1 to 0.90" in plan(pico_recipe(
-        branched, "run", "mix.router=sample_top1", "mix.temperature_rate=0.018"
-    ))["router"]["notes"][1]  # 7 steps, exp(-0.018 * 6)
+    assert (
+        "from 1 to 0.90"
+        in plan(pico_recipe(branched, "run", "mix.router=sample_top1", "mix.temperature_rate=0.018"))["router"][
+            "notes"
+        ][1]
+    )  # 7 steps, exp(-0.018 * 6)
     assert all("only btx reads" in told[name]["notes"][0] for name in ("switch", "sample_top1"))
     assert "k = 3" in told["soft"]["notes"][0]
 
@@ -202,8 +205,13 @@ def test_switch_is_saved_as_a_plain_class_where_one_fits(tmp_path: Path) -> None
     config = "{model_type: qwen3, hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48, " \
              "num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64}"  # fmt: skip
     recipe = pico_recipe(
-        tmp_path, "run", f"seed_model.config={config}", "mix.router=switch", f"seed_model.train.tokens={256 * 2}",
-        f"train.tokens={256 * 2}", f"finetune.tokens={256 * 2}",
+        tmp_path,
+        "run",
+        f"seed_model.config={config}",
+        "mix.router=switch",
+        f"seed_model.train.tokens={256 * 2}",
+        f"train.tokens={256 * 2}",
+        f"finetune.tokens={256 * 2}",
     )
     told = plan(recipe)["router"]
     assert told["saved_as"] == "qwen3_moe"
@@ -269,9 +277,7 @@ def test_bad_router_settings_are_refused(branched: Path, override: str) -> None:
     (("finetune.load_balancing_bias=0.001", "mix.top_k=3"), "fewer experts"),
     (("finetune.load_balancing_kind=pooled", "finetune.load_balancing_over=global_batch"), "goes with .*paper"),
 ])  # fmt: skip
-def test_settings_that_would_be_ignored_are_refused(
-    branched: Path, overrides: tuple[str, ...], problem: str
-) -> None:
+def test_settings_that_would_be_ignored_are_refused(branched: Path, overrides: tuple[str, ...], problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         pico_recipe(branched, "run", *overrides)
 

@@ -35,16 +35,32 @@ BITS = {
     "mix": (0.766, 1.972, 1.327, 2.090),
     "btx": (0.709, 1.938, 1.313, 2.072),
 }
-EXACT = {"seed": (0.035, 0.12), "expert/math": (0.42, 0.1), "expert/code": (0.03, 0.11),
-         "expert/knowledge": (0.035, 0.575), "soup": (0.11, 0.25), "mix": (0.31, 0.47), "btx": (0.455, 0.61)}
+EXACT = {
+    "seed": (0.035, 0.12),
+    "expert/math": (0.42, 0.1),
+    "expert/code": (0.03, 0.11),
+    "expert/knowledge": (0.035, 0.575),
+    "soup": (0.11, 0.25),
+    "mix": (0.31, 0.47),
+    "btx": (0.455, 0.61),
+}
 TEXTS = {
     "math": "Question: Tom has 14 apples and buys 5 more bags with 3 apples each.\nAnswer: 5 * 3 = 15, 14 + 15 = 29.\n",
     "code": "def area(width, height):\n    total = width * height\n    return total\n",
     "knowledge": "The river Alda rises in the hills of Morven and ends at Port Kell, a town of 4100 people.\n",
     "general": "On Monday it rained, so she stayed at home, read two letters and wrote one; then the sun came out.\n",
 }
-HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '" onmouseover="alert(1)', "</style>",
-           "<!--", "&lt;b&gt;", "{{ 7 * 7 }}", "\ud83d", "\u202eevil"]
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "</style>",
+    "<!--",
+    "&lt;b&gt;",
+    "{{ 7 * 7 }}",
+    "\ud83d",
+    "\u202eevil",
+]
 
 
 def results() -> dict[str, Any]:
@@ -52,11 +68,19 @@ def results() -> dict[str, Any]:
     for i, (name, bits) in enumerate(BITS.items()):
         sparse = name in ("mix", "btx")
         models[name] = {
-            "domains": {d: {"bits_per_byte": x, "stderr": 0.006, "tokens": 200_000, "bytes": 712_345}
-                        for d, x in zip(DOMAINS, bits, strict=True)},
-            "tasks": {t: {"exact_match": x, "stderr": math.sqrt(x * (1 - x) / 200), "questions": 200,
-                          "examples": answers(t, name)}
-                      for t, x in zip(("arithmetic", "facts"), EXACT[name], strict=True)},
+            "domains": {
+                d: {"bits_per_byte": x, "stderr": 0.006, "tokens": 200_000, "bytes": 712_345}
+                for d, x in zip(DOMAINS, bits, strict=True)
+            },
+            "tasks": {
+                t: {
+                    "exact_match": x,
+                    "stderr": math.sqrt(x * (1 - x) / 200),
+                    "questions": 200,
+                    "examples": answers(t, name),
+                }
+                for t, x in zip(("arithmetic", "facts"), EXACT[name], strict=True)
+            },
             "mean_bits_per_byte": sum(bits) / 4,
             "flops": (1.21e13, 2.4e12, 2.4e12, 2.4e12, 7.2e12, 7.2e12, 1.1e13)[i],
             "tokens": (2_400_000, 500_000, 500_000, 500_000, 1_500_000, 1_500_000, 1_900_000)[i],
@@ -65,7 +89,9 @@ def results() -> dict[str, Any]:
             "total_params": 2_910_000 if sparse else 1_140_000,
         }
     models["btx"] |= {
-        "machine_hours": 0.142, "peak_memory_bytes": 1_230_000_000, "inference_flops_per_token": 3.6e6,
+        "machine_hours": 0.142,
+        "peak_memory_bytes": 1_230_000_000,
+        "inference_flops_per_token": 3.6e6,
         "predicted": {"tokens": 1_950_000, "flops": 1.15e13, "memory_bytes": 640_000_000, "machine_hours": 0.125},
         "matched": {"flops_ratio": 1.004, "hours_ratio": None},
     }
@@ -74,11 +100,24 @@ def results() -> dict[str, Any]:
 
 def answers(task: str, model: str) -> list[dict[str, Any]]:
     good = model == "btx"
-    asked = [("What is 17 + 26?", "43"), ("What is 9 * 7?", "63"), ("What is 81 - 55?", "26"),
-             ("What is 64 / 4?", "16"), ("What is 13 * 12?", "156")]
+    asked = [
+        ("What is 17 + 26?", "43"),
+        ("What is 9 * 7?", "63"),
+        ("What is 81 - 55?", "26"),
+        ("What is 64 / 4?", "16"),
+        ("What is 13 * 12?", "156"),
+    ]
     if task == "facts":
-        asked = [(f"Where does the river {river} end?", town) for river, town in (
-            ("Alda", "Port Kell"), ("Brin", "Lowmouth"), ("Cessa", "Tarn Bay"), ("Dove", "Ostby"), ("Esk", "Marl"))]
+        asked = [
+            (f"Where does the river {river} end?", town)
+            for river, town in (
+                ("Alda", "Port Kell"),
+                ("Brin", "Lowmouth"),
+                ("Cessa", "Tarn Bay"),
+                ("Dove", "Ostby"),
+                ("Esk", "Marl"),
+            )
+        ]
     rows = []
     for i, (prompt, gold) in enumerate(asked):
         right = good and i % 2 == 0
@@ -91,16 +130,20 @@ def pair_shares(rng: random.Random, own: int) -> dict[str, list[float]]:
     """Share of tokens of each pair of experts in each layer; pairs with the domain's own expert are frequent."""
     pairs = list(itertools.combinations(range(4), 2))
     weights = [[rng.uniform(0.3, 1.0) * (2 + layer if own in pair else 1) for pair in pairs] for layer in range(LAYERS)]
-    return {f"{EXPERTS[a]}+{EXPERTS[b]}": [weights[layer][i] / sum(weights[layer]) for layer in range(LAYERS)]
-            for i, (a, b) in enumerate(pairs)}
+    return {
+        f"{EXPERTS[a]}+{EXPERTS[b]}": [weights[layer][i] / sum(weights[layer]) for layer in range(LAYERS)]
+        for i, (a, b) in enumerate(pairs)
+    }
 
 
 def routing(rng: random.Random) -> dict[str, Any]:
     domains = {}
     for own, domain in enumerate(DOMAINS):
         pairs = pair_shares(rng, own)
-        load = [[sum(shares[layer] for pair, shares in pairs.items() if name in pair.split("+")) / 2
-                 for name in EXPERTS] for layer in range(LAYERS)]
+        load = [
+            [sum(shares[layer] for pair, shares in pairs.items() if name in pair.split("+")) / 2 for name in EXPERTS]
+            for layer in range(LAYERS)
+        ]
         domains[domain] = {"load": load, "pairs": pairs}
     return {"layers": LAYERS, "experts": EXPERTS, "domains": domains, "dead": [[3, 1]]}
 
@@ -131,10 +174,15 @@ def metrics(rng: random.Random, steps: int, start: float, end: float, moe: bool 
     for step in range(1, steps + 1):
         share = step / steps
         row: dict[str, Any] = {
-            "step": step, "tokens": step * 4096,
+            "step": step,
+            "tokens": step * 4096,
             "loss": end + (start - end) * math.exp(-5 * share) + rng.gauss(0, 0.04),
-            "learning_rate": 1e-3 * (1 - 0.9 * share), "tokens_per_s": 8000 + rng.gauss(0, 200),
-            "flops": 2.6e10 * step, "grad_norm": 0.8, "wall_s": 0.5 * step}
+            "learning_rate": 1e-3 * (1 - 0.9 * share),
+            "tokens_per_s": 8000 + rng.gauss(0, 200),
+            "flops": 2.6e10 * step,
+            "grad_norm": 0.8,
+            "wall_s": 0.5 * step,
+        }
         if moe:
             row["load_balancing"] = 1.02 + 0.5 * math.exp(-6 * share) + rng.gauss(0, 0.01)
             shares = [0.25 + (0.1 - 0.05 * e) * math.exp(-4 * share) + rng.gauss(0, 0.01) for e in range(4)]
@@ -151,24 +199,42 @@ def write(path: Path, content: Any) -> None:
 def build_run(run: Path) -> Path:
     """A finished run folder with plausible numbers."""
     rng = random.Random(7)
-    write(run / "recipe.yaml", "name: demo\ndescription: 'Three domains, a small seed model: <minutes> on a laptop.'\n"
-          "data:\n  general: general\ntrain:\n  domains: [math, code, knowledge]\n  tokens: 500000\nmix:\n  top_k: 2\n")
-    write(run / "manifest.json", {"command": "btx run demo", "git": {"commit": "0f3c9a1", "dirty": False},
-                                  "versions": {"btx": "0.1.0", "torch": "2.13.0"}, "recipe_sha256": "9f2b" * 16})
+    write(
+        run / "recipe.yaml",
+        "name: demo\ndescription: 'Three domains, a small seed model: <minutes> on a laptop.'\n"
+        "data:\n  general: general\ntrain:\n  domains: [math, code, knowledge]\n  tokens: 500000\nmix:\n  top_k: 2\n",
+    )
+    write(
+        run / "manifest.json",
+        {
+            "command": "btx run demo",
+            "git": {"commit": "0f3c9a1", "dirty": False},
+            "versions": {"btx": "0.1.0", "torch": "2.13.0"},
+            "recipe_sha256": "9f2b" * 16,
+        },
+    )
     write(run / "seed" / "metrics.jsonl", metrics(rng, 580, 7.6, 3.1))
     for i, domain in enumerate(DOMAINS[:3]):
         write(run / "train" / domain / "metrics.jsonl", metrics(rng, 120, 3.0 + 0.2 * i, 2.2 + 0.3 * i))
-        write(run / "train" / domain / "done.json",
-              {"inputs": "ab", "tokens": 500_000, "flops": 2.4e12, "wall_s": 118.4})
+        write(
+            run / "train" / domain / "done.json", {"inputs": "ab", "tokens": 500_000, "flops": 2.4e12, "wall_s": 118.4}
+        )
     write(run / "finetune" / "metrics.jsonl", metrics(rng, 98, 2.75, 2.4, moe=True))
     (run / "finetune" / "model").mkdir()
     write(run / "seed" / "done.json", {"inputs": "aa", "tokens": 2_400_000, "flops": 1.21e13, "wall_s": 396.0})
     write(run / "mix" / "done.json", {"inputs": "ac", "tokens": 0, "flops": 0, "wall_s": 1.7})
     write(run / "finetune" / "done.json", {"inputs": "ad", "tokens": 400_000, "flops": 3.8e12, "wall_s": 155.2})
-    write(run / "mix" / "mix.json", {"experts": EXPERTS, "diagnostics": {
-        "embeddings": {"tensors": 1, "mean_cosine": 0.271, "mean_norm_ratio": 0.713},
-        "attention": {"tensors": 16, "mean_cosine": 0.187, "mean_norm_ratio": 0.679},
-        "norms": {"tensors": 9, "mean_cosine": None, "mean_norm_ratio": None}}})
+    write(
+        run / "mix" / "mix.json",
+        {
+            "experts": EXPERTS,
+            "diagnostics": {
+                "embeddings": {"tensors": 1, "mean_cosine": 0.271, "mean_norm_ratio": 0.713},
+                "attention": {"tensors": 16, "mean_cosine": 0.187, "mean_norm_ratio": 0.679},
+                "norms": {"tensors": 9, "mean_cosine": None, "mean_norm_ratio": None},
+            },
+        },
+    )
     for stage in ("data", "evaluate", "analyze"):
         write(run / stage / "done.json", {"inputs": "ae", "tokens": 0, "flops": 0.0, "wall_s": 12.5})
     write(run / "evaluate" / "results.json", results())
@@ -243,18 +309,30 @@ def test_a_failing_report_leaves_the_earlier_one_alone(tmp_path: Path) -> None:
 
 
 def test_the_page_forbids_everything_but_its_own_styles_and_inline_images(html: str) -> None:
-    policies = [attrs["content"] for tag, attrs in Page(html).elements
-                if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"]
+    policies = [
+        attrs["content"]
+        for tag, attrs in Page(html).elements
+        if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert len(policies) == 1
     rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
-    assert rules == {"default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:", "base-uri": "'none'",
-                     "form-action": "'none'"}
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
 
 
 def test_the_page_refers_to_nothing_outside_itself(html: str) -> None:
     page = Page(html)
-    references = [value for _, attrs in page.elements for key, value in attrs.items()
-                  if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+    references = [
+        value
+        for _, attrs in page.elements
+        for key, value in attrs.items()
+        if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
+    ]
     assert references
     assert all(value.startswith(("#", "data:")) for value in references)
     assert re.findall(r"url\((?!#)|@import|https?://", html) == []
@@ -289,8 +367,11 @@ def test_hostile_names_and_answers_are_harmless_too(tmp_path: Path) -> None:
 def test_every_token_of_the_examples_is_shown_with_its_pair_of_experts(run: Path, html: str) -> None:
     page = Page(html)
     examples = json.loads((run / "analyze" / "tokens.json").read_text())["examples"]
-    expected = [text.replace("\n", "↵\n").encode("utf-8", "replace").decode()
-                for example in examples for text in example["tokens"]]
+    expected = [
+        text.replace("\n", "↵\n").encode("utf-8", "replace").decode()
+        for example in examples
+        for text in example["tokens"]
+    ]
     assert page.tokens == expected
     shown = [attrs for tag, attrs in page.elements if tag == "i"]
     chosen = [row for example in examples for row in example["experts"]]
@@ -313,7 +394,12 @@ def test_the_numbers_in_the_table_are_those_of_the_results(html: str) -> None:
         assert numbers[5:7] == [f"{100 * model['tasks'][t]['exact_match']:.1f}" for t in ("arithmetic", "facts")]
         assert row[0].split()[1:] == ["±", "0.006"]
     assert next(cells for title, cells in rows.items() if title.startswith("btx"))[7:] == [
-        "1.9M", "1.10e13", "8 min 31 s", "1.73M", "2.91M"]
+        "1.9M",
+        "1.10e13",
+        "8 min 31 s",
+        "1.73M",
+        "2.91M",
+    ]
 
 
 def test_the_best_of_each_column_is_marked() -> None:
@@ -373,7 +459,8 @@ def test_a_worse_btx_is_reported_as_worse(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "gone", ["recipe.yaml", "manifest.json", "seed", "train", "mix", "finetune", "evaluate", "analyze"])
+    "gone", ["recipe.yaml", "manifest.json", "seed", "train", "mix", "finetune", "evaluate", "analyze"]
+)
 def test_a_run_without_one_of_its_parts_still_gets_a_report(tmp_path: Path, gone: str) -> None:
     run = build_run(tmp_path / "demo")
     path = run / gone
@@ -384,8 +471,13 @@ def test_a_run_without_one_of_its_parts_still_gets_a_report(tmp_path: Path, gone
 
 def test_an_empty_run_folder_gets_a_page_that_names_what_is_missing(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    for sentence in ("has not reached evaluation yet", "No stage of this run is finished yet",
-                     "has not reached the routing analysis yet", "no recipe.yaml", "no manifest.json"):
+    for sentence in (
+        "has not reached evaluation yet",
+        "No stage of this run is finished yet",
+        "has not reached the routing analysis yet",
+        "no recipe.yaml",
+        "no manifest.json",
+    ):
         assert sentence in page
     assert "<svg" not in page
 
@@ -411,8 +503,10 @@ def test_an_unfinished_last_line_of_metrics_is_left_out_and_any_other_broken_lin
 def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
     from btx.reporting.report import read_run
 
-    write(tmp_path / "seed" / "metrics.jsonl",
-          '{"step": 1, "loss": 9}\n{"step": 2, "loss": 8}\n{"step": 2, "loss": 7}\n{"step": 3, "loss": 6}\n')
+    write(
+        tmp_path / "seed" / "metrics.jsonl",
+        '{"step": 1, "loss": 9}\n{"step": 2, "loss": 8}\n{"step": 2, "loss": 7}\n{"step": 3, "loss": 6}\n',
+    )
     assert [row["loss"] for row in read_run(tmp_path).stage("seed").metrics] == [9, 7, 6]
 
 
@@ -456,8 +550,9 @@ def test_the_routing_tables_hold_the_shares_in_percent(run: Path, html: str) -> 
     expected = []
     for domain in DOMAINS:
         expected += [[f"{100 * share:.1f}" for share in layer] for layer in found[domain]["load"]]
-        expected += [[f"{100 * shares[layer]:.1f}" for shares in found[domain]["pairs"].values()]
-                     for layer in range(LAYERS)]
+        expected += [
+            [f"{100 * shares[layer]:.1f}" for shares in found[domain]["pairs"].values()] for layer in range(LAYERS)
+        ]
     assert shown == expected
     assert "code in layer 3" in html
 
@@ -465,8 +560,12 @@ def test_the_routing_tables_hold_the_shares_in_percent(run: Path, html: str) -> 
 def test_a_long_document_and_many_layers_are_cut_to_keep_the_page_small(tmp_path: Path) -> None:
     run = build_run(tmp_path / "demo")
     layers, count = 32, 340
-    example = {"domain": "math", "tokens": [" word"] * count, "experts": [[[0, 1]] * layers] * count,
-               "gates": [[[0.75, 0.25]] * layers] * count}
+    example = {
+        "domain": "math",
+        "tokens": [" word"] * count,
+        "experts": [[[0, 1]] * layers] * count,
+        "gates": [[[0.75, 0.25]] * layers] * count,
+    }
     write(run / "analyze" / "tokens.json", {"layers": layers, "experts": EXPERTS, "examples": [example] * 12})
     page = write_report(run).read_text(encoding="utf-8")
     assert len(page.encode()) < 2_000_000
@@ -480,8 +579,16 @@ def test_layers_shown_run_evenly_from_first_to_last() -> None:
 
 
 def test_top_1_routing_shows_single_experts() -> None:
-    view = token_view({"layers": 1, "experts": EXPERTS, "examples": [
-        {"domain": "math", "tokens": ["a", "b"], "experts": [[[0]], [[2]]], "gates": [[[0.9]], [[0.4]]]}]}, "general")
+    view = token_view(
+        {
+            "layers": 1,
+            "experts": EXPERTS,
+            "examples": [
+                {"domain": "math", "tokens": ["a", "b"], "experts": [[[0]], [[2]]], "gates": [[[0.9]], [[0.4]]]}
+            ],
+        },
+        "general",
+    )
     assert view is not None
     assert [token.classes for token in view.examples[0].tokens] == ["a0-0 b0-0", "a0-2 b0-2"]
     assert view.legend == []
@@ -523,9 +630,19 @@ def test_the_terminal_table_holds_every_model_with_mean_and_exact_match() -> Non
     assert all(name in text for name in BITS)
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (0, "0"), (950, "950"), (999_600, "1M"), (1_140_000, "1.14M"), (1_390_000_000, "1.39B"), (None, "–"),
-    (float("nan"), "–"), (123_456, "123k")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (999_600, "1M"),
+        (1_140_000, "1.14M"),
+        (1_390_000_000, "1.39B"),
+        (None, "–"),
+        (float("nan"), "–"),
+        (123_456, "123k"),
+    ],
+)
 def test_counts_are_short(value: Any, text: str) -> None:
     assert count_text(value) == text
 

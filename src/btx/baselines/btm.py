@@ -84,14 +84,24 @@ def write_btm_folder(
     highest = max(int(rows.input_ids_BS.max(initial=0)) for rows in texts.values())
     pieces = {name: pieces_of(texts[name]) for name in models}
     aside = {name: own[::ASIDE_EVERY][:MOST_ASIDE] if len(own) > 1 else [] for name, own in pieces.items()}
-    kept = {name: [piece for number, piece in enumerate(own)
-                   if number % ASIDE_EVERY or number >= ASIDE_EVERY * len(aside[name])] for name, own in pieces.items()}
+    kept = {
+        name: [
+            piece
+            for number, piece in enumerate(own)
+            if number % ASIDE_EVERY or number >= ASIDE_EVERY * len(aside[name])
+        ]
+        for name, own in pieces.items()
+    }
     similarity = TextSimilarity.fit(kept, max(len(tokenizer), highest + 1), special=tokenizer.all_special_ids)
     if top_k > 1 and all(aside.values()):
         rows = [pack([HeldOutDocument(piece, 1) for piece in own if len(piece) > 1], PIECE_TOKENS)
                 for own in aside.values()]  # fmt: skip
-        similarity = replace(similarity, temperature=best_temperature(
-            similarity, list(models.values()), rows, top_k=top_k, window=window, device=device, dtype=dtype))
+        similarity = replace(
+            similarity,
+            temperature=best_temperature(
+                similarity, list(models.values()), rows, top_k=top_k, window=window, device=device, dtype=dtype
+            ),
+        )
     with atomic_folder(folder) as beside:
         similarity.save(beside / SIMILARITY)
         save_tokenizer(tokenizer, beside)

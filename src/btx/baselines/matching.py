@@ -49,9 +49,7 @@ def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
     num_experts = len(recipe.expert_names)
     width = dense["intermediate_size"] // recipe.mix.split
     family = family_of(dense, "seed model")
-    return family.moe_config(
-        dense | {"intermediate_size": width}, num_experts, recipe.routing.plain_top_k(num_experts)
-    )
+    return family.moe_config(dense | {"intermediate_size": width}, num_experts, recipe.routing.plain_top_k(num_experts))
 
 
 def moe_cost(

@@ -76,10 +76,14 @@ def run(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    flops_per_second: Annotated[float | None, typer.Option(
-        min=1.0, help="Training FLOP/s of one job where it will run, for the hours. Default: what the run's first "
-        "training stage reached, or else a few training steps timed here.",
-    )] = None,
+    flops_per_second: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Training FLOP/s of one job where it will run, for the hours. Default: what the run's first "
+            "training stage reached, or else a few training steps timed here.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
@@ -249,9 +253,13 @@ def compare(
     run_folder: RunArgument,
     model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
     model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
-    other_run: Annotated[Path | None, typer.Option(
-        "--with", help="Run folder whose models it is compared with, another variant of a sweep for example.",
-    )] = None,
+    other_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--with",
+            help="Run folder whose models it is compared with, another variant of a sweep for example.",
+        ),
+    ] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
     rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
     as_json: AsJson = False,

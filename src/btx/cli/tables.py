@@ -125,7 +125,8 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     columns = list(dict.fromkeys(name for row in found["models"].values() for name in _differences(row)))
     table = Table(
         title=f"{found['model']} minus the other: difference [95 % interval] p",
-        caption="bits per byte: negative is better; tasks: share of right answers, positive is better", highlight=False,
+        caption="bits per byte: negative is better; tasks: share of right answers, positive is better",
+        highlight=False,
     )
     table.add_column("against", no_wrap=True)
     for column in columns:

@@ -147,9 +147,7 @@ def compare_documents(
     return result
 
 
-def resampled_ratios(
-    value_N: np.ndarray, size_N: np.ndarray, resamples: int, rng_seed: int | list[int]
-) -> np.ndarray:
+def resampled_ratios(value_N: np.ndarray, size_N: np.ndarray, resamples: int, rng_seed: int | list[int]) -> np.ndarray:
     """Σ value / Σ size over N documents, first as they are, then of each resample of N of them: (1 + resamples,).
 
     The draws depend on N, `resamples` and `rng_seed` only; sets that are averaged need different ones.

@@ -100,7 +100,10 @@ class Harness:
         return None
 
     def measure(
-        self, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, *,
+        self,
+        model: PreTrainedModel | SideBySide,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
         log: Callable[[str], None] | None = None,
     ) -> dict[str, TaskScore]:
         """Measure a model on every task; label → score.

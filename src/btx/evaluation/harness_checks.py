@@ -85,8 +85,10 @@ def _check_installed_task(request: TaskRequest) -> None:
                         f"{', '.join(local_tasks())}; `lm-eval ls tasks` lists lm-eval's own")  # fmt: skip
     unsafe = [name for name in _leaves(request.name) if installed_task(name).get("unsafe_code")]
     if unsafe:
-        raise UserError(f"{request.label}: in {', '.join(unsafe[:3])} lm-eval runs programs that the model writes, "
-                        f"without limits; btx does not start it. humaneval and mbpp from a file run behind a fence")
+        raise UserError(
+            f"{request.label}: in {', '.join(unsafe[:3])} lm-eval runs programs that the model writes, "
+            f"without limits; btx does not start it. humaneval and mbpp from a file run behind a fence"
+        )
     if request.file is not None and not isinstance(installed_task(request.name).get("task"), str):
         raise UserError(f"{request.label}: {request.name} is a group of tasks; a file goes with one task")
 

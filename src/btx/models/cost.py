@@ -104,9 +104,7 @@ def side_by_side(costs: Sequence[ModelCost], top_k: int) -> ModelCost:
     )
 
 
-def config_cost(
-    config: dict[str, Any], *, experts_per_token: float | None = None, trainable: str = "all"
-) -> ModelCost:
+def config_cost(config: dict[str, Any], *, experts_per_token: float | None = None, trainable: str = "all") -> ModelCost:
     """`model_cost` of a config, without allocating its weights.
 
     Args:

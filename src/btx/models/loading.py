@@ -25,6 +25,7 @@ from btx.moe.layer import set_router, swap_in_moe
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+
 def quiet_transformers() -> None:
     """Errors only, no progress bars: a stage reports on its own."""
     from transformers.utils import logging
@@ -52,8 +53,13 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     config, router = _own_config(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, revision=revision or "main", dtype=dtype, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True,
+            str(path),
+            config=config,
+            revision=revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error

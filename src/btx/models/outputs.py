@@ -59,8 +59,6 @@ class SideBySide(Protocol):
         """Parameters in all, and those that a token uses."""
 
 
-
-
 @torch.inference_mode()
 def token_nll(model: PreTrainedModel | SideBySide, rows: Packed) -> Tensor:
     """Negative log-likelihood in nats of every scored token, in row order: (R,), float32.

@@ -33,9 +33,7 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
     return read_config(seed.path, revision=seed.revision)
 
 
-def _config_from_scratch(
-    config: dict[str, Any], vocab_size: int, where: str = "seed_model.config"
-) -> dict[str, Any]:
+def _config_from_scratch(config: dict[str, Any], vocab_size: int, where: str = "seed_model.config") -> dict[str, Any]:
     """The config that `where` holds, as transformers completes it; a misspelt key, which it would keep, is refused."""
     from transformers import AutoConfig
 

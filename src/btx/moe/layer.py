@@ -50,9 +50,7 @@ class Experts(nn.Module):
         self.down_proj = down_proj
         self.act_fn = act_fn
 
-    def forward(
-        self, x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
         """Σ_k gates_TK[:, k] · FF_{expert_ids_TK[:, k]}(x_TD), (T, D), without the rows that `kept_TK` drops."""
         return feed_forward(x_TD, gates_TK, expert_ids_TK, self.gate_up_proj, self.down_proj, self.act_fn, kept_TK)
 

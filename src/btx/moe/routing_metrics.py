@@ -90,6 +90,8 @@ class DeadExpertWatch:
             if (layer, expert) not in self.told:
                 self.told.add((layer, expert))
                 name = self.experts[expert] if expert < len(self.experts) else f"number {expert}"
-                self.log(f"warning: expert {name} is dead in layer {layer}: under {DEAD_LOAD:.1%} of the rows over the "
-                         f"last {WATCHED_STEPS} steps; raise finetune.load_balancing")
+                self.log(
+                    f"warning: expert {name} is dead in layer {layer}: under {DEAD_LOAD:.1%} of the rows over the "
+                    f"last {WATCHED_STEPS} steps; raise finetune.load_balancing"
+                )
         return [list(pair) for pair in dead]

@@ -92,11 +92,14 @@ class Data(Section):
                 if source.domain is None:
                     continue
                 if source.domain not in self.domains or source.domain == name:
-                    raise ValueError(f"domain {name!r} takes from unknown domain {source.domain!r}; "
-                                     f"there are: {', '.join(self.domains)}")
+                    raise ValueError(
+                        f"domain {name!r} takes from unknown domain {source.domain!r}; "
+                        f"there are: {', '.join(self.domains)}"
+                    )
                 if any(inner.domain for inner in self.domains[source.domain].sources):
                     raise ValueError(f"domain {name!r} takes from {source.domain!r}, which itself takes from others")
         if self.general not in self.domains:
-            raise ValueError(f"data.general names {self.general!r}, which is not in data.domains: "
-                             f"{', '.join(self.domains)}")
+            raise ValueError(
+                f"data.general names {self.general!r}, which is not in data.domains: {', '.join(self.domains)}"
+            )
         return self

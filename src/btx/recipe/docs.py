@@ -1,6 +1,6 @@
 """The recipe's reference page and its JSON schema for editors, made from the schema itself. Plain Python.
 
-    python -m btx.recipe.docs docs        writes docs/recipe.md and docs/recipe.schema.json
+python -m btx.recipe.docs docs        writes docs/recipe.md and docs/recipe.schema.json
 """
 
 from __future__ import annotations

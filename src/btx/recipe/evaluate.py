@@ -104,11 +104,15 @@ class Harness(Section):
         for label, task in self.tasks.items():
             name = task.name or label
             if name in CODE_TASKS and not self.allow_code_execution:
-                raise ValueError(f"evaluate.harness.tasks.{label}: {name} runs programs that the models write; read "
-                                 f"docs/evaluation-tasks.md, then set evaluate.harness.allow_code_execution: true")
+                raise ValueError(
+                    f"evaluate.harness.tasks.{label}: {name} runs programs that the models write; read "
+                    f"docs/evaluation-tasks.md, then set evaluate.harness.allow_code_execution: true"
+                )
             if name in CODE_TASKS and task.file is None:
-                raise ValueError(f"evaluate.harness.tasks.{label}: {name} needs a file; lm-eval's own {name} would run "
-                                 f"programs without limits and load code from the hub")
+                raise ValueError(
+                    f"evaluate.harness.tasks.{label}: {name} needs a file; lm-eval's own {name} would run "
+                    f"programs without limits and load code from the hub"
+                )
         return self
 
 

@@ -97,9 +97,7 @@ class Recipe(Section):
         if not isinstance(given, dict) or given.get("paper") is not True:
             return given
         sections = {name: given.get(name, {} if name == "mix" else None) for name in PAPER}
-        return given | {
-            name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)
-        }
+        return given | {name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)}
 
     @model_validator(mode="after")
     def _domains_exist(self) -> Recipe:

@@ -91,11 +91,24 @@ def cost_chart(points: Sequence[CostPoint], *, name: str = "cost", wide: bool = 
     largest = max(point.active_params for point in points) or 1.0
     for point in points:
         colour = _PLACEHOLDER[point.colour]
-        axes.scatter([point.flops], [point.bits_per_byte], s=230 * point.active_params / largest,
-                     color=colour, alpha=0.75, linewidths=0)
+        axes.scatter(
+            [point.flops],
+            [point.bits_per_byte],
+            s=230 * point.active_params / largest,
+            color=colour,
+            alpha=0.75,
+            linewidths=0,
+        )
         if point.error:
-            axes.errorbar([point.flops], [point.bits_per_byte], yerr=[point.error], color=colour, elinewidth=1.0,
-                          capsize=2.0, fmt="none")
+            axes.errorbar(
+                [point.flops],
+                [point.bits_per_byte],
+                yerr=[point.error],
+                color=colour,
+                elinewidth=1.0,
+                capsize=2.0,
+                fmt="none",
+            )
     axes.margins(x=0.12, y=0.14)
     axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.2g}".replace("e+", "e"))
     axes.locator_params(axis="x", nbins=4)
@@ -127,8 +140,15 @@ def bars_chart(name: str, columns: Sequence[str], bars: Sequence[Bars], unit: st
                 continue
             axes.barh([line], [value], height=0.7, color=_PLACEHOLDER[bar.colour], alpha=0.8)
             if bar.errors[number]:
-                axes.errorbar([value], [line], xerr=[bar.errors[number]], color=_PLACEHOLDER["ink"], elinewidth=0.9,
-                              capsize=1.8, fmt="none")
+                axes.errorbar(
+                    [value],
+                    [line],
+                    xerr=[bar.errors[number]],
+                    color=_PLACEHOLDER["ink"],
+                    elinewidth=0.9,
+                    capsize=1.8,
+                    fmt="none",
+                )
     panels[0].set_yticks(range(len(bars)), [bar.label for bar in bars], parse_math=False)
     panels[0].set_ylim(len(bars) - 0.4, -0.6)  # the first model on top
     return _svg(figure, name)
@@ -162,8 +182,10 @@ def bucket_means(x: Sequence[float], y: Sequence[float], points: int) -> tuple[l
     if size <= 1:
         return list(x), list(y)
     starts = range(0, len(x), size)
-    return ([sum(x[i:i + size]) / len(x[i:i + size]) for i in starts],
-            [sum(y[i:i + size]) / len(y[i:i + size]) for i in starts])
+    return (
+        [sum(x[i : i + size]) / len(x[i : i + size]) for i in starts],
+        [sum(y[i : i + size]) / len(y[i : i + size]) for i in starts],
+    )
 
 
 def _clip_to_trend(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -181,10 +203,19 @@ def _label_column(axes: Axes, points: Sequence[CostPoint]) -> None:
     inches = axes.get_figure().get_figheight() * axes.get_position().height  # type: ignore[union-attr]
     heights = spread([(point.bits_per_byte - low) / (high - low) for point in ordered], gap=LABEL_GAP / inches)
     for point, height in zip(ordered, heights, strict=True):
-        axes.annotate(point.label, xy=(point.flops, point.bits_per_byte), xytext=(1.03, height),
-                      textcoords="axes fraction", va="center", ha="left", fontsize=FONT_SIZE, color=_PLACEHOLDER["ink"],
-                      annotation_clip=False, parse_math=False,
-                      arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": _PLACEHOLDER["quiet"]})
+        axes.annotate(
+            point.label,
+            xy=(point.flops, point.bits_per_byte),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=FONT_SIZE,
+            color=_PLACEHOLDER["ink"],
+            annotation_clip=False,
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": _PLACEHOLDER["quiet"]},
+        )
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -199,9 +230,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def _figure(
-    height: float = CHART_SIZE[1], right: float = 0.98, width: float = CHART_SIZE[0]
-) -> tuple[Figure, Axes]:
+def _figure(height: float = CHART_SIZE[1], right: float = 0.98, width: float = CHART_SIZE[0]) -> tuple[Figure, Axes]:
     """An empty chart without pyplot: nothing global is touched. `right` is where the axes end, as a share."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -238,7 +267,7 @@ def _svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = re.sub(r' id="[a-zA-Z0-9.]+_[0-9]+"', "", svg)  # the same in every chart, and nothing refers to them

@@ -118,6 +118,7 @@ def write_report(run: Path) -> Path:
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
+
 def read_run(folder: Path) -> Run:
     """Read what the report shows. Missing files are fine; broken ones raise RunFolderError."""
     if not folder.is_dir():
@@ -129,7 +130,9 @@ def read_run(folder: Path) -> Run:
     except yaml.YAMLError as error:
         raise RunFolderError(f"{recipe_file}: not valid YAML ({error}); `btx run` writes it again") from error
     return Run(
-        folder, recipe_text, recipe,
+        folder,
+        recipe_text,
+        recipe,
         manifest=_read_json(folder / "manifest.json"),
         results=_read_json(folder / "evaluate" / "results.json"),
         routing=_read_json(folder / "analyze" / "routing.json"),
@@ -141,13 +144,26 @@ def read_run(folder: Path) -> Run:
 
 def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
     """Stages in the order of the method; the branches in the recipe's order."""
-    branches = sorted((path.name for path in (folder / "train").glob("*/")),
-                      key=lambda name: (domains.index(name) if name in domains else len(domains), name))
+    branches = sorted(
+        (path.name for path in (folder / "train").glob("*/")),
+        key=lambda name: (domains.index(name) if name in domains else len(domains), name),
+    )
     baselines = sorted(path.name for path in (folder / "baselines").glob("*/"))
-    names = ["data", "seed", *(f"train/{name}" for name in branches), "mix", "finetune",
-             *(f"baselines/{name}" for name in baselines), "evaluate", "analyze"]
-    return [Stage(name, _read_json(folder / name / "done.json") or None, _read_metrics(folder / name / "metrics.jsonl"))
-            for name in names if (folder / name).is_dir()]
+    names = [
+        "data",
+        "seed",
+        *(f"train/{name}" for name in branches),
+        "mix",
+        "finetune",
+        *(f"baselines/{name}" for name in baselines),
+        "evaluate",
+        "analyze",
+    ]
+    return [
+        Stage(name, _read_json(folder / name / "done.json") or None, _read_metrics(folder / name / "metrics.jsonl"))
+        for name in names
+        if (folder / name).is_dir()
+    ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,12 +190,14 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise RunFolderError(f"{path}:{number}: not a JSON object with a step ({error}); mend or remove the line"
-                                 ) from error
+            raise RunFolderError(
+                f"{path}:{number}: not a JSON object with a step ({error}); mend or remove the line"
+            ) from error
     return [steps[step] for step in sorted(steps)]
 
 
 # --- views ----------------------------------------------------------------------------------------------------------
+
 
 def loss_charts(run: Run) -> list[dict[str, str]]:
     """Training curves as figures: losses, the load-balancing loss, the experts' load during finetuning."""
@@ -189,12 +207,24 @@ def loss_charts(run: Run) -> list[dict[str, str]]:
     loss, balance = "loss (nats per token)", "load-balancing loss"
     drawn: list[tuple[str, str, list[Curve], str]] = [
         ("seed", "Seed model: training loss.", [_curve(seed, "loss", "seed model", "ink")], loss),
-        ("experts", "Expert models: training loss, each on its own domain, so levels differ between domains.",
-         [_curve(stage, "loss", stage.name[6:], run.colour(stage.name[6:])) for stage in branches], loss),
-        ("finetune", "Finetuning of the mixed model: training loss on the mixture.",
-         [_curve(finetune, "loss", "btx", "accent")], loss),
-        ("balancing", "Finetuning: load-balancing loss, mean over layers; 1 is an even load.",
-         [_curve(finetune, "load_balancing", "btx", "accent")], balance),
+        (
+            "experts",
+            "Expert models: training loss, each on its own domain, so levels differ between domains.",
+            [_curve(stage, "loss", stage.name[6:], run.colour(stage.name[6:])) for stage in branches],
+            loss,
+        ),
+        (
+            "finetune",
+            "Finetuning of the mixed model: training loss on the mixture.",
+            [_curve(finetune, "loss", "btx", "accent")],
+            loss,
+        ),
+        (
+            "balancing",
+            "Finetuning: load-balancing loss, mean over layers; 1 is an even load.",
+            [_curve(finetune, "load_balancing", "btx", "accent")],
+            balance,
+        ),
         ("load", "Finetuning: expert load, mean over layers.", loads, "share of routed tokens"),
     ]
     charts = []
@@ -219,9 +249,14 @@ def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
 def cost_figure(run: Run) -> str:
     """The figure of quality against training FLOPs; empty before two models are evaluated."""
     points = [
-        CostPoint(name, _model_colour(run, name),
-                  # All others start from the seed model: what is compared is what came after it.
-                  0.0 if name == "seed" else model["flops"], model["mean_bits_per_byte"], model["active_params"])
+        CostPoint(
+            name,
+            _model_colour(run, name),
+            # All others start from the seed model: what is compared is what came after it.
+            0.0 if name == "seed" else model["flops"],
+            model["mean_bits_per_byte"],
+            model["active_params"],
+        )
         for name, model in run.results.get("models", {}).items()
         if all(is_number(model.get(key)) for key in ("flops", "mean_bits_per_byte", "active_params"))
     ]
@@ -261,10 +296,16 @@ def _saved(model: Mapping[str, Any], seed: Mapping[str, Any], domain: str) -> tu
 
 def stage_costs(run: Run) -> dict[str, Any]:
     """Finished stages with tokens, FLOPs and wall seconds, and their sums."""
-    rows = [{"name": stage.name, **{key: stage.done.get(key) for key in ("tokens", "flops", "wall_s")}}
-            for stage in run.stages if stage.done is not None]
-    sums = {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in rows[0] if key != "name"
-            } if rows else {}
+    rows = [
+        {"name": stage.name, **{key: stage.done.get(key) for key in ("tokens", "flops", "wall_s")}}
+        for stage in run.stages
+        if stage.done is not None
+    ]
+    sums = (
+        {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in rows[0] if key != "name"}
+        if rows
+        else {}
+    )
     return {"rows": rows, "sums": sums, "running": [stage.name for stage in run.stages if stage.done is None]}
 
 
@@ -278,14 +319,22 @@ def routing_view(run: Run) -> dict[str, Any] | None:
     for name, domain in domains.items():
         own = own_expert(name, experts, run.general)
         load, pairs = domain["load"], domain.get("pairs", {})
-        views.append({
-            "name": name, "own": own, "load": load,
-            "own_load": None if own is None else math.fsum(layer[own] for layer in load) / len(load),
-            "pairs": [(pair, [experts.index(expert) for expert in pair.split("+")], shares)
-                      for pair, shares in pairs.items()],
-        })
+        views.append(
+            {
+                "name": name,
+                "own": own,
+                "load": load,
+                "own_load": None if own is None else math.fsum(layer[own] for layer in load) / len(load),
+                "pairs": [
+                    (pair, [experts.index(expert) for expert in pair.split("+")], shares)
+                    for pair, shares in pairs.items()
+                ],
+            }
+        )
     return {
-        "experts": experts, "layers": run.routing["layers"], "domains": views,
+        "experts": experts,
+        "layers": run.routing["layers"],
+        "domains": views,
         "largest": max(share for view in views for layer in view["load"] for share in layer) or 1.0,
         "largest_pair": max((s for view in views for *_, shares in view["pairs"] for s in shares), default=0) or 1.0,
         "dead": [(layer, experts[expert]) for layer, expert in run.routing.get("dead", [])],
@@ -303,15 +352,23 @@ def task_examples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         right = [example for example in examples if example["correct"]][:EXAMPLES_SHOWN]
         wrong = [example for example in examples if not example["correct"]][:EXAMPLES_SHOWN]
         if examples:
-            views.append({"task": task, "examples": [{**e, "seed": before.get(e["prompt"])} for e in right + wrong],
-                          "exact_match": result.get("exact_match"), "questions": result.get("questions")})
+            views.append(
+                {
+                    "task": task,
+                    "examples": [{**e, "seed": before.get(e["prompt"])} for e in right + wrong],
+                    "exact_match": result.get("exact_match"),
+                    "questions": result.get("questions"),
+                }
+            )
     return views
 
 
 def mix_diagnostics(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per group of shared weights: mean cosine between the task vectors, and the norm ratio."""
-    return [{"name": name, "mean": group.get("mean_cosine"), "norm": group.get("mean_norm_ratio")}
-            for name, group in mix.get("diagnostics", {}).items()]
+    return [
+        {"name": name, "mean": group.get("mean_cosine"), "norm": group.get("mean_norm_ratio")}
+        for name, group in mix.get("diagnostics", {}).items()
+    ]
 
 
 def routing_text(mix: Mapping[str, Any]) -> str:
@@ -336,32 +393,37 @@ def facts(run: Run) -> dict[str, str]:
 
 # --- page -----------------------------------------------------------------------------------------------------------
 
+
 def render(run: Run, figures: Mapping[str, str]) -> str:
     """The page's HTML, with `models_figures`. Pure: the same run folder gives the same page."""
     model = run.folder / "finetune" / "model"
     table = results_table(run.results)
-    return _environment().get_template("report.html.j2").render(
-        run=run,
-        name=str(run.recipe.get("name") or run.folder.name),
-        description=run.recipe.get("description"),
-        facts=facts(run),
-        top_k=run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
-        headline=headline(run.results),
-        table=table,
-        gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
-        costs=stage_costs(run),
-        predicted=cost_rows(run.results),
-        cost_titles=TITLES,
-        cost_figure=figures.get("cost", ""),
-        domains_figure=figures.get("domains", ""),
-        losses=loss_charts(run),
-        routing=routing_view(run),
-        tokens=token_view(run.tokens, run.general) if run.tokens else None,
-        tasks=task_examples(run.results),
-        diagnostics=mix_diagnostics(run.mix),
-        model_path=json.dumps(model.as_posix(), ensure_ascii=False),
-        model_exists=model.is_dir(),
-        colours=COLOURS,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            name=str(run.recipe.get("name") or run.folder.name),
+            description=run.recipe.get("description"),
+            facts=facts(run),
+            top_k=run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
+            headline=headline(run.results),
+            table=table,
+            gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
+            costs=stage_costs(run),
+            predicted=cost_rows(run.results),
+            cost_titles=TITLES,
+            cost_figure=figures.get("cost", ""),
+            domains_figure=figures.get("domains", ""),
+            losses=loss_charts(run),
+            routing=routing_view(run),
+            tokens=token_view(run.tokens, run.general) if run.tokens else None,
+            tasks=task_examples(run.results),
+            diagnostics=mix_diagnostics(run.mix),
+            model_path=json.dumps(model.as_posix(), ensure_ascii=False),
+            model_exists=model.is_dir(),
+            colours=COLOURS,
+        )
     )
 
 
@@ -371,8 +433,13 @@ def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("btx.reporting", "templates"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     filters: dict[str, Callable[..., str]] = {
-        "count": count_text, "flops": flops_text, "duration": duration_text, "percent": percent_text,
-        "signed_percent": signed_percent, "pretty": _pretty, "decimal": decimal_text,
+        "count": count_text,
+        "flops": flops_text,
+        "duration": duration_text,
+        "percent": percent_text,
+        "signed_percent": signed_percent,
+        "pretty": _pretty,
+        "decimal": decimal_text,
     }
     environment.filters.update(filters)
     return environment

@@ -107,6 +107,7 @@ class Headline:
 
 # --- table ----------------------------------------------------------------------------------------------------------
 
+
 def describe(name: str) -> str:
     """What stands behind a model's name, in a few words."""
     if name.startswith(EXPERT):
@@ -159,8 +160,11 @@ def report_table(results: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
         cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
-        table.add_row(row.name, *(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells),
-                      end_section=row.name == "seed")
+        table.add_row(
+            row.name,
+            *(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells),
+            end_section=row.name == "seed",
+        )
     return table
 
 
@@ -187,8 +191,12 @@ def _gain(value: Any, seed: Any) -> float | None:
 
 
 def _cell(value: Any, error: Any, best: Any) -> Cell:
-    return Cell(decimal_text(value), f"± {error:.3f}" if is_number(error) else "", is_number(value) and value == best,
-                str(value))
+    return Cell(
+        decimal_text(value),
+        f"± {error:.3f}" if is_number(error) else "",
+        is_number(value) and value == best,
+        str(value),
+    )
 
 
 def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
@@ -199,19 +207,29 @@ def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
     value, error = _score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
     if is_number(value) and not is_share(value):  # a perplexity, say: nothing is known of what is better
         return Cell(decimal_text(value), exact=str(value))
-    return Cell(percent_text(value), f"± {100 * error:.1f}" if is_number(error) else "",
-                is_number(value) and value == best and value > 0, str(value))
+    return Cell(
+        percent_text(value),
+        f"± {100 * error:.1f}" if is_number(error) else "",
+        is_number(value) and value == best and value > 0,
+        str(value),
+    )
 
 
 def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
     hours = model.get("machine_hours", model.get("hours"))
     cells = [(count_text, "tokens"), (flops_text, "flops"), (count_text, "active_params"), (count_text, "total_params")]
     tokens, flops, active, total = (Cell(text(model.get(key)), exact=str(model.get(key))) for text, key in cells)
-    return [tokens, flops, Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),
-            active, total]
+    return [
+        tokens,
+        flops,
+        Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),
+        active,
+        total,
+    ]
 
 
 # --- headline -------------------------------------------------------------------------------------------------------
+
 
 def headline(results: Mapping[str, Any]) -> Headline | None:
     """btx against the seed model, the soup, the mix, the best expert model and the best other baseline.
@@ -228,11 +246,18 @@ def headline(results: Mapping[str, Any]) -> Headline | None:
     rivals = [name for name in measured if name in BASELINES and name != "soup"]
     best_rival = sorted(rivals, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
     others = [name for name in ("seed", "soup", "mix", *best_expert, *best_rival) if name in measured]
-    tasks = [TaskGain(task, _score(models.get("seed", {}), task), _score(btx, task),
-                      LONG.get(metric_of(found), metric_of(found))) for task, found in btx.get("tasks", {}).items()]
-    return Headline(btx["mean_bits_per_byte"], len(btx.get("domains", {})),
-                    [_compare(name, measured[name], btx) for name in others],
-                    [gain for gain in tasks if is_share(gain.seed) and is_share(gain.btx)])
+    tasks = [
+        TaskGain(
+            task, _score(models.get("seed", {}), task), _score(btx, task), LONG.get(metric_of(found), metric_of(found))
+        )
+        for task, found in btx.get("tasks", {}).items()
+    ]
+    return Headline(
+        btx["mean_bits_per_byte"],
+        len(btx.get("domains", {})),
+        [_compare(name, measured[name], btx) for name in others],
+        [gain for gain in tasks if is_share(gain.seed) and is_share(gain.btx)],
+    )
 
 
 def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:

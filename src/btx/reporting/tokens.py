@@ -75,16 +75,23 @@ def own_expert(domain: str, experts: Sequence[str], general: str | None) -> int 
     return list(experts).index(name) if name in experts else None
 
 
-def _example(example: Mapping[str, Any], experts: Sequence[str], layers: Sequence[int], budget: int,
-             general: str | None) -> Example:
+def _example(
+    example: Mapping[str, Any], experts: Sequence[str], layers: Sequence[int], budget: int, general: str | None
+) -> Example:
     rows = list(zip(example["tokens"], example["experts"], example["gates"], strict=True))
     tokens = [_token(text, chosen, gates, experts, layers) for text, chosen, gates in rows[:budget]]
-    return Example(example["domain"], own_expert(example["domain"], experts, general), tokens,
-                   max(0, len(rows) - budget))
+    return Example(
+        example["domain"], own_expert(example["domain"], experts, general), tokens, max(0, len(rows) - budget)
+    )
 
 
-def _token(text: str, chosen: Sequence[Sequence[int]], gates: Sequence[Sequence[float]], experts: Sequence[str],
-           layers: Sequence[int]) -> Token:
+def _token(
+    text: str,
+    chosen: Sequence[Sequence[int]],
+    gates: Sequence[Sequence[float]],
+    experts: Sequence[str],
+    layers: Sequence[int],
+) -> Token:
     classes, lines = [], []
     for layer in layers:
         ranked = sorted(zip(gates[layer], chosen[layer], strict=True), reverse=True)[:2]

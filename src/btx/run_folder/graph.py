@@ -54,8 +54,7 @@ class Stage:
         return self.trains or self.name == "mix"
 
     def training_behind(self) -> list[Stage]:
-        """The stages that compute, from the seed model (itself not counted) up to this one, in an order they can run.
-        """
+        """The stages that compute, from the seed model (itself not counted) up to this one, in an order that runs."""
         found: dict[str, Stage] = {}
         for needed in self.needs:
             found |= {stage.name: stage for stage in needed.training_behind() if stage.name != "seed"}
@@ -126,8 +125,7 @@ class Graph:
 
 
 def build_graph(recipe: Recipe) -> Graph:
-    """The stages of `recipe`: data → seed → train/<domain>... → mix → finetune, baselines → evaluate, analyze → report.
-    """
+    """The stages of `recipe`: data, seed → train/<domain>... → mix → finetune, baselines → evaluate → report."""
     rng = {"rng_seed": recipe.rng_seed}
     general = recipe.data.general
     data = Stage("data", {"data": recipe.data.model_dump(mode="json"), **rng, **_tokenizer(recipe),

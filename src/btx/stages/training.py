@@ -108,7 +108,9 @@ def train_stage(
     job = TrainingJob(
         model=model,
         mixture=open_mixtures(
-            run.path / "data", recipe, mixtures,
+            run.path / "data",
+            recipe,
+            mixtures,
             switching=settings.switching if isinstance(settings, Finetune) else 0.0,
         ),
         settings=settings,
@@ -134,5 +136,3 @@ def train_stage(
         threads=torch.get_num_threads(), data=job.mixture.fingerprint, peak_memory_bytes=peak_memory_bytes(device),
     )  # fmt: skip
     return totals
-
-

@@ -112,10 +112,10 @@ def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]
 def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figures: bool = False) -> dict[str, Any]:
     """Write what is known so far to the sweep's folder and return it, as sweep.json holds it:
 
-        {"name", "folder", "rng_seeds", "models", "variants": {LABEL: {"settings": {KEY: value}, "runs": [{"rng_seed",
-        "folder", "state": "done" | "begun" | "absent" | "failed", "failure"}], "aggregated": as
-        `btx.evaluation.aggregate`, over the runs that are done, with their "rng_seeds" in the order of all "values";
-        null before}}}
+    {"name", "folder", "rng_seeds", "models", "variants": {LABEL: {"settings": {KEY: value}, "runs": [{"rng_seed",
+    "folder", "state": "done" | "begun" | "absent" | "failed", "failure"}], "aggregated": as
+    `btx.evaluation.aggregate`, over the runs that are done, with their "rng_seeds" in the order of all "values";
+    null before}}}
     """
     variants: dict[str, Any] = {}
     for variant in plan.variants:

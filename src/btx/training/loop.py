@@ -175,5 +175,3 @@ def clip_gradients(model: nn.Module, largest: float) -> float:
     if not value + 1e-6 <= largest:  # torch's clip_grad_norm_ would multiply every gradient by 1 here
         nn.utils.clip_grads_with_norm_(trained, largest, norm)
     return value
-
-

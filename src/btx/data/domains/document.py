@@ -71,8 +71,9 @@ def held_out_groups(documents: list[Document], rng_seed: int, held_out: float) -
     return held
 
 
-def split_by_group(documents: list[Document], split: Split, rng_seed: int, max_bytes: int,
-                   held_out: float) -> Iterator[Document]:
+def split_by_group(
+    documents: list[Document], split: Split, rng_seed: int, max_bytes: int, held_out: float
+) -> Iterator[Document]:
     """One side of a finite corpus, shuffled; whole groups are held out, in the order of their `position`.
 
     The groups held out are the same whatever `max_bytes`, so a larger corpus never trains on text a smaller one

@@ -6,9 +6,18 @@ import random
 
 from btx.data.domains.math_registry import Worked, kind
 
-UNITS = [("metres", "centimetres", 100), ("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours", 24),
-         ("weeks", "days", 7), ("centimetres", "millimetres", 10), ("kilometres", "metres", 1000),
-         ("kilograms", "grams", 1000), ("years", "months", 12), ("dozens", "pieces", 12)]
+UNITS = [
+    ("metres", "centimetres", 100),
+    ("hours", "minutes", 60),
+    ("minutes", "seconds", 60),
+    ("days", "hours", 24),
+    ("weeks", "days", 7),
+    ("centimetres", "millimetres", 10),
+    ("kilometres", "metres", 1000),
+    ("kilograms", "grams", 1000),
+    ("years", "months", 12),
+    ("dozens", "pieces", 12),
+]
 WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
@@ -51,8 +60,12 @@ def perimeter(rng: random.Random) -> Worked:
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     return Worked(
         {"a": a, "b": b},
-        rng.choice([f"A rectangle has sides {a} and {b}. What is its perimeter?",
-                    f"What is the perimeter of a rectangle of {a} by {b}?"]),
+        rng.choice(
+            [
+                f"A rectangle has sides {a} and {b}. What is its perimeter?",
+                f"What is the perimeter of a rectangle of {a} by {b}?",
+            ]
+        ),
         [f"{a} + {b} = {a + b}", f"2 * {a + b} = {2 * (a + b)}"],
         str(2 * (a + b)),
     )
@@ -63,8 +76,9 @@ def area(rng: random.Random) -> Worked:
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     return Worked(
         {"a": a, "b": b},
-        rng.choice([f"A rectangle has sides {a} and {b}. What is its area?",
-                    f"What is the area of a rectangle of {a} by {b}?"]),
+        rng.choice(
+            [f"A rectangle has sides {a} and {b}. What is its area?", f"What is the area of a rectangle of {a} by {b}?"]
+        ),
         [f"{a} * {b} = {a * b}"],
         str(a * b),
     )
@@ -75,8 +89,12 @@ def triangle_area(rng: random.Random) -> Worked:
     base, height = 2 * rng.randint(1, 4), rng.randint(2, 9)
     return Worked(
         {"base": base, "height": height},
-        rng.choice([f"A triangle has base {base} and height {height}. What is its area?",
-                    f"What is the area of a triangle with base {base} and height {height}?"]),
+        rng.choice(
+            [
+                f"A triangle has base {base} and height {height}. What is its area?",
+                f"What is the area of a triangle with base {base} and height {height}?",
+            ]
+        ),
         [f"{base} * {height} = {base * height}", f"{base * height} / 2 = {base * height // 2}"],
         str(base * height // 2),
     )
@@ -103,8 +121,12 @@ def clock(rng: random.Random) -> Worked:
         steps += [f"{total} - 60 = {total - 60}", f"{hour} + 1 = {hour + 1}"]
     return Worked(
         {"hour": hour, "minute": start, "duration": duration},
-        rng.choice([f"It is {hour}:{start:02}. What time is it in {duration} minutes?",
-                    f"What time is {duration} minutes after {hour}:{start:02}?"]),
+        rng.choice(
+            [
+                f"It is {hour}:{start:02}. What time is it in {duration} minutes?",
+                f"What time is {duration} minutes after {hour}:{start:02}?",
+            ]
+        ),
         steps,
         f"{hour + total // 60}:{total % 60:02}",
     )
@@ -117,8 +139,12 @@ def weekday(rng: random.Random) -> Worked:
     passing = [WEEKDAYS[(today + i) % 7] for i in range(rest + 1)]
     return Worked(
         {"today": WEEKDAYS[today], "days": days},
-        rng.choice([f"Today is {passing[0]}. What day is it in {days} days?",
-                    f"What day comes {days} days after {passing[0]}?"]),
+        rng.choice(
+            [
+                f"Today is {passing[0]}. What day is it in {days} days?",
+                f"What day comes {days} days after {passing[0]}?",
+            ]
+        ),
         [f"{days} mod 7 = {rest}", ", ".join(passing)],
         passing[-1],
     )

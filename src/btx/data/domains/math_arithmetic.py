@@ -72,8 +72,11 @@ def order_of_operations(rng: random.Random) -> Worked:
 def compare(rng: random.Random) -> Worked:
     a, b = rng.sample(range(10, 100), 2)
     larger, smaller = max(a, b), min(a, b)
-    reason = (f"{larger // 10} tens are more than {smaller // 10} tens" if larger // 10 > smaller // 10
-              else f"{larger % 10} ones are more than {smaller % 10} ones")
+    reason = (
+        f"{larger // 10} tens are more than {smaller // 10} tens"
+        if larger // 10 > smaller // 10
+        else f"{larger % 10} ones are more than {smaller % 10} ones"
+    )
     return Worked(
         {"a": a, "b": b},
         rng.choice([f"Which number is larger, {a} or {b}?", f"Find the larger of {a} and {b}."]),

@@ -15,7 +15,6 @@ def smallest_prime_factor(n: int) -> int:
     return next((p for p in SMALL_PRIMES if n % p == 0), n)
 
 
-
 @kind("gcd")
 def greatest_common_divisor(rng: random.Random) -> Worked:
     factor = rng.randint(2, 5)
@@ -90,8 +89,12 @@ def choices(rng: random.Random) -> Worked:
     first, second = rng.choice([("shirts", "hats"), ("soups", "desserts"), ("roads", "bridges"), ("keys", "doors")])
     return Worked(
         {"a": a, "b": b},
-        rng.choice([f"How many pairs can be made of {a} {first} and {b} {second}?",
-                    f"There are {a} {first} and {b} {second}. In how many ways can one of each be chosen?"]),
+        rng.choice(
+            [
+                f"How many pairs can be made of {a} {first} and {b} {second}?",
+                f"There are {a} {first} and {b} {second}. In how many ways can one of each be chosen?",
+            ]
+        ),
         [f"{a} * {b} = {a * b}"],
         str(a * b),
     )

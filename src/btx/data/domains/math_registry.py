@@ -30,8 +30,28 @@ Maker = Callable[[random.Random], Worked]
 KINDS: dict[str, Maker] = {}
 """Kind of problem → function that draws one."""
 
-NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jonas", "Lena", "Mark", "Nora",
-         "Oscar", "Paula", "Robert", "Sara", "Tom", "Vera", "Will"]
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jonas",
+    "Lena",
+    "Mark",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Robert",
+    "Sara",
+    "Tom",
+    "Vera",
+    "Will",
+]
 THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "oranges", "pens", "stamps"]
 
 

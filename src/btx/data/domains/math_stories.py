@@ -14,8 +14,12 @@ def give_away(rng: random.Random) -> Worked:
     total = have + got
     return Worked(
         {"have": have, "got": got, "gave": gave},
-        rng.choice([f"{name} has {have} {thing}, gets {got} more and gives {gave} away. How many {thing} are left?",
-                    f"{name} had {have} {thing}, found {got} and lost {gave}. How many {thing} does {name} have now?"]),
+        rng.choice(
+            [
+                f"{name} has {have} {thing}, gets {got} more and gives {gave} away. How many {thing} are left?",
+                f"{name} had {have} {thing}, found {got} and lost {gave}. How many {thing} does {name} have now?",
+            ]
+        ),
         [f"{have} + {got} = {total}", f"{total} - {gave} = {total - gave}"],
         str(total - gave),
     )
@@ -27,8 +31,12 @@ def shopping(rng: random.Random) -> Worked:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     return Worked(
         {"count": count, "price": price},
-        rng.choice([f"{name} buys {count} {thing} at {price} dollars each. What is the cost?",
-                    f"{count} {thing} cost {price} dollars each. How much does {name} pay?"]),
+        rng.choice(
+            [
+                f"{name} buys {count} {thing} at {price} dollars each. What is the cost?",
+                f"{count} {thing} cost {price} dollars each. How much does {name} pay?",
+            ]
+        ),
         [f"{count} * {price} = {count * price}"],
         f"{count * price} dollars",
     )
@@ -42,10 +50,14 @@ def change(rng: random.Random) -> Worked:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     return Worked(
         {"count": count, "price": price, "paid": paid},
-        rng.choice([f"{name} buys {count} {thing} at {price} dollars each and pays with {paid} dollars. "
-                    "What is the change?",
-                    f"{count} {thing} cost {price} dollars each. {name} gives {paid} dollars. "
-                    f"How much does {name} get back?"]),
+        rng.choice(
+            [
+                f"{name} buys {count} {thing} at {price} dollars each and pays with {paid} dollars. "
+                "What is the change?",
+                f"{count} {thing} cost {price} dollars each. {name} gives {paid} dollars. "
+                f"How much does {name} get back?",
+            ]
+        ),
         [f"{count} * {price} = {cost}", f"{paid} - {cost} = {paid - cost}"],
         f"{paid - cost} dollars",
     )
@@ -57,8 +69,12 @@ def sharing(rng: random.Random) -> Worked:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     return Worked(
         {"total": children * each, "children": children},
-        rng.choice([f"{name} shares {children * each} {thing} among {children} children. How many does each get?",
-                    f"{name} puts {children * each} {thing} into {children} equal bags. How many are in each?"]),
+        rng.choice(
+            [
+                f"{name} shares {children * each} {thing} among {children} children. How many does each get?",
+                f"{name} puts {children * each} {thing} into {children} equal bags. How many are in each?",
+            ]
+        ),
         [f"{children * each} / {children} = {each}"],
         str(each),
     )
@@ -71,8 +87,12 @@ def proportion(rng: random.Random) -> Worked:
     thing = rng.choice(THINGS)
     return Worked(
         {"first": first, "cost": first * price, "second": second},
-        rng.choice([f"{first} {thing} cost {first * price} dollars. How much do {second} {thing} cost?",
-                    f"If {first} {thing} cost {first * price} dollars, what do {second} cost?"]),
+        rng.choice(
+            [
+                f"{first} {thing} cost {first * price} dollars. How much do {second} {thing} cost?",
+                f"If {first} {thing} cost {first * price} dollars, what do {second} cost?",
+            ]
+        ),
         [f"{first * price} / {first} = {price}", f"{second} * {price} = {second * price}"],
         f"{second * price} dollars",
     )
@@ -84,8 +104,12 @@ def travel(rng: random.Random) -> Worked:
     name = rng.choice(NAMES)
     return Worked(
         {"hours": hours, "speed": speed},
-        rng.choice([f"{name} travels {hours} hours at {speed} km per hour. How far does {name} get?",
-                    f"How far does {name} get in {hours} hours at {speed} km per hour?"]),
+        rng.choice(
+            [
+                f"{name} travels {hours} hours at {speed} km per hour. How far does {name} get?",
+                f"How far does {name} get in {hours} hours at {speed} km per hour?",
+            ]
+        ),
         [f"{hours} * {speed} = {hours * speed}"],
         f"{hours * speed} km",
     )
@@ -97,9 +121,13 @@ def ages(rng: random.Random) -> Worked:
     first, second = rng.sample(NAMES, 2)
     return Worked(
         {"age": age, "older": older, "years": years},
-        rng.choice([f"{first} is {age}. {second} is {older} years older. How old is {second} in {years} years?",
-                    f"{second} is {older} years older than {first}, who is {age}. "
-                    f"What is the age of {second} in {years} years?"]),
+        rng.choice(
+            [
+                f"{first} is {age}. {second} is {older} years older. How old is {second} in {years} years?",
+                f"{second} is {older} years older than {first}, who is {age}. "
+                f"What is the age of {second} in {years} years?",
+            ]
+        ),
         [f"{age} + {older} = {age + older}", f"{age + older} + {years} = {age + older + years}"],
         str(age + older + years),
     )

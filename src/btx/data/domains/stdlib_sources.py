@@ -16,8 +16,22 @@ from textwrap import dedent
 
 from btx.errors import DataError
 
-LEFT_OUT_FOLDERS = {"__pycache__", "dist-packages", "encodings", "idle_test", "idlelib", "lib-dynload", "pydoc_data",
-                    "site-packages", "test", "tests", "turtledemo", "distutils", "lib2to3", "tkinter"}
+LEFT_OUT_FOLDERS = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "idlelib",
+    "lib-dynload",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+    "distutils",
+    "lib2to3",
+    "tkinter",
+}
 """Tests, tables, installed packages, and (the last three) what not every Python has."""
 LEFT_OUT_FILES = {"html/entities.py", "locale.py", "stringprep.py"}
 """Files that are mostly tables."""
@@ -46,8 +60,10 @@ def standard_library() -> list[SourceFile]:
         warnings.simplefilter("ignore")  # about the library's own code
         files = [read_source(name, Path(root, name).read_bytes()) for name in _module_paths(root)]
     if not files:
-        raise DataError(f"no standard library sources in {root}: the generators 'code' and 'general' read them; "
-                        "use a Python that has its .py files, or other sources for these domains")
+        raise DataError(
+            f"no standard library sources in {root}: the generators 'code' and 'general' read them; "
+            "use a Python that has its .py files, or other sources for these domains"
+        )
     return files
 
 

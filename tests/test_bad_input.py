@@ -203,14 +203,14 @@ def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
     assert re.search(rf"run is in use by process {os.getpid()} ", errors)
     after = hashes(run.path)
     assert {path: after[path] for path in before} == before
-    assert json.loads((run.path / "data" / "done.json").read_text("utf-8"))
+    assert json.loads((run.path / "data" / "birds" / "done.json").read_text("utf-8"))
 
 
 def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path) -> None:
     hot = ["seed_model.train.learning_rate=1e30", "seed_model.train.warmup_steps=0"]
     recipe = pico_recipe(tmp_path, "run", *hot)
     run_here(recipe, ["data"])
-    with pytest.raises(StageFailed, match=r"(?s)seed failed \(exit code 1\); its log is .*data\.log:\n"
+    with pytest.raises(StageFailed, match=r"(?s)seed failed \(exit code 1\); its log is .*seed\.log:\n"
                        r"step \d+: the loss is .* Last good checkpoint: .*continues") as caught:  # fmt: skip
         run_pipeline(recipe)
     assert caught.value.exit_code == 1

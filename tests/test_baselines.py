@@ -23,7 +23,7 @@ from btx.planning.plan import plan
 from btx.process import Interrupted, Interrupts
 from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.graph import build_graph
+from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import jobs_at_once, training_threads
 from btx.stages.work import run_stages
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
@@ -299,7 +299,7 @@ def test_exactly_what_a_setting_decides_becomes_stale(tmp_path: Path) -> None:
 def test_without_the_soup_there_is_none(tmp_path: Path) -> None:
     graph = build_graph(pico_recipe(tmp_path, "run", "baselines=[]"))
     assert not graph.baselines
-    assert [stage.name for stage in graph.jobs()[3]] == ["mix", "finetune"]
+    assert [stage.name for stage in graph.jobs()[7]] == ["mix", "finetune"]
 
 
 def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monke
     monkeypatch.setattr(threads, "processors", lambda: 12)
     recipe = pico_recipe(tmp_path, "run", "baselines=[soup,upcycling_cm,dense_dm,upcycling_dm,btx_soft]")
     names = [[stage.name.removeprefix("baselines/") for stage in job] for job in build_graph(recipe).jobs()]
-    assert names[3:-1] == [
+    assert names[7:-1] == [
         ["mix", "soup", "finetune"],
         ["upcycled", "upcycling_cm_domains", "upcycling_cm"],
         ["dense_dm_domains", "dense_dm"],

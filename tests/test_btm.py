@@ -308,7 +308,7 @@ def test_a_run_s_stage_names_its_experts_and_is_evaluated_like_any_model(tmp_pat
         name: llama(run.model(stage), rng_seed=number)
         for number, (name, stage) in enumerate({"seed": "seed", "expert/math": "train/math"}.items())
     }
-    stage, lines = Stage("baselines/btm_top1", {}), []
+    stage, lines = Stage("baselines/btm_top1", dict), []
     write_btm(run, stage, lines.append)
     assert run.state(stage) == "done"
     assert "2 models side by side" in lines[0]
@@ -322,7 +322,7 @@ def test_a_run_s_stage_names_its_experts_and_is_evaluated_like_any_model(tmp_pat
     assert whole == 2 * results["btm_top1"]["active_params"] == 2 * results["seed"]["total_params"]
     assert "knowledge" in results["btm_top1"]["tasks"]
     with pytest.raises(UserError, match="btm_top<K>"):
-        write_btm(run, Stage("baselines/btm", {}), lines.append)
+        write_btm(run, Stage("baselines/btm", dict), lines.append)
 
 
 def test_documents_are_cut_at_their_starts_and_at_the_longest_piece(monkeypatch):

@@ -173,7 +173,9 @@ def test_every_packaged_recipe_opens_with_its_command_cost_and_result_and_can_be
     assert planned["totals"]["flops"] > 1e9
     assert planned["totals"]["machine_hours"] == pytest.approx(planned["totals"]["flops"] / 3.6e13)
     assert planned["models"]["btx"]["total_params"] > planned["models"]["seed"]["total_params"]
-    assert {"data", "seed", "mix", "finetune", "evaluate"} <= {stage["stage"] for stage in planned["stages"]}
+    assert {"data/tokenizer", "data/general", "seed", "mix", "finetune", "evaluate"} <= {
+        stage["stage"] for stage in planned["stages"]
+    }
 
 
 def test_the_papers_recipe_has_the_papers_numbers_and_is_planned_without_network_and_data(btx: Btx) -> None:
@@ -245,7 +247,12 @@ def test_a_sweep_says_before_it_starts_what_is_shared_and_what_it_costs_and_writ
     ]  # fmt: skip
     first, second = (run["stages"] for run in found["runs"][:2])
     assert set(first.values()) == {"absent"}
-    assert {name for name, state in second.items() if state == "shared"} >= {"data", "seed", "train/birds"}
+    assert {name for name, state in second.items() if state == "shared"} >= {
+        "data/tokenizer",
+        "data/birds",
+        "seed",
+        "train/birds",
+    }
     assert second["finetune"] == "absent"
     shared = sum(run["flops"] for run in found["runs"])
     assert found["flops"] == shared < found["flops_without_sharing"]

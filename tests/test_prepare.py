@@ -13,16 +13,16 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from btx.data.mixture import Mixture
-from btx.data.prepare import prepare, training_texts
+from btx.data.prepare import prepare_domain, training_texts
 from btx.data.sources import read_documents
 from btx.data.token_files import TokenFile
 from btx.data.tokenizer import train_tokenizer
 from btx.errors import DataError
+from btx.models.loading import load_tokenizer
+from btx.planning.budgets import check_budget, check_budgets, check_held_out
 from btx.recipe.mixtures import resolve
 from btx.recipe.schema import Recipe
-from btx.run_folder.folder import RunFolder
-from btx.run_folder.graph import build_graph
-from btx.stages.data import check_budget, check_budgets, check_held_out, prepare_run
+from tests.pico_run import run_here
 
 MATH = [f"{n} plus {n} is {2 * n}." for n in range(400)]
 CODE = [f"def f{n}(x):\n    return x + {n}" for n in range(300)]
@@ -59,6 +59,13 @@ def make(tmp_path: Path) -> Callable[..., Recipe]:
     return recipe
 
 
+def prepare(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path, *, log: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """All domains, one after the other; domain → its summary."""
+    return {domain: prepare_domain(recipe, domain, tokenizer, out, log=log) for domain in recipe.data.domains}
+
+
 def silent(line: str) -> None:
     """A log nobody reads."""
 
@@ -80,7 +87,7 @@ def test_each_own_source_has_its_token_files(
         decoded = [tokenizer.decode(file.tokens[a + 1 : b]) for a, b in pairwise(starts)]
         assert decoded == texts
     assert summary["math"]["documents"] == 400
-    assert summary["general"]["documents"] == 700
+    assert summary["general"]["documents"] == 300  # its own: those it takes from math are math's
     assert summary["math"]["bytes"] == sum(map(len, MATH))
     assert summary["code"]["train_tokens"] > 10 * summary["code"]["val_tokens"] > 0
 
@@ -117,8 +124,10 @@ def test_what_is_unchanged_is_not_read_again(
     assert made(make({"code": "code.jsonl"})) == ["code/0"]
     path = tmp_path / "math.jsonl"
     path.write_text(path.read_text().replace("399 plus", "398 plus"))
-    os.utime(path, ns=(0, 0))
     assert made(make()) == ["math/0"]
+    os.utime(path, ns=(0, 0))
+    (tmp_path / "moved.jsonl").write_bytes((tmp_path / "code.jsonl").read_bytes())
+    assert made(make()) == made(make({"code": "moved.jsonl"})) == []
     (out / "general" / "0" / "val" / "index.json").unlink()
     assert made(make()) == ["general/0"]
     with open(out / "general" / "0" / "train" / "tokens.bin", "ab") as tokens:
@@ -134,7 +143,7 @@ def test_preparing_again_gives_the_same_bytes(
     for name in ("a", "b"):
         prepare(recipe, tokenizer, tmp_path / name, log=silent)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
-    assert len(files) == 24
+    assert len(files) == 30
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -176,7 +185,7 @@ def test_too_few_held_out_documents_are_refused(
     prepare(recipe, tokenizer, tmp_path / "data", log=silent)
     check_held_out(recipe, tmp_path / "data", "math")
     with pytest.raises(DataError, match=r"domain 'code': 1 held-out documents with \d tokens; needed: at least 1 with"):
-        check_budgets(recipe, tmp_path / "data")
+        check_budgets(recipe, tmp_path / "data", list(recipe.data.domains))
 
 
 def test_held_out_text_for_a_domain_without_documents_of_its_own_is_refused(
@@ -199,24 +208,94 @@ def test_a_budget_of_more_than_fifty_epochs_is_refused_with_both_numbers(
     assert f"domain 'code', source 0: {have:,} training tokens, but train.tokens = {51 * have:,} takes" in message
     assert "51 epochs" in message
     check_budget(recipe, out, {"code": 0.1, "math": 0.9}, 60 * have, "train.tokens")
-    check_budgets(recipe, out)
+    check_budgets(recipe, out, list(recipe.data.domains))
     with pytest.raises(DataError, match=r"finetune\.tokens = 1,000,000,000"):
-        check_budgets(make(finetune={"tokens": 10**9}), out)
+        check_budgets(make(finetune={"tokens": 10**9}), out, list(recipe.data.domains))
     long = recipe.data.model_dump() | {"sequence_length": have}
     with pytest.raises(DataError, match=rf"fewer than one training sequence .* \+ 1 = {have + 1:,}"):
         check_budget(make(data=long), out, {"code": 1.0}, 100, "train.tokens")
 
 
-def test_a_runs_data_stage_leaves_a_tokenizer_and_token_files(make: Callable[..., Recipe]) -> None:
-    run = RunFolder.create(make())
-    stage = build_graph(run.recipe)["data"]
-    lines: list[str] = []
-    summary = prepare_run(run, stage, lines.append)
-    assert set(summary) == {"math", "code", "general"}
+def test_a_domain_is_checked_with_what_is_its_own(
+    make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe, out = make(train={"tokens": 10**9, "domains": ["math", "code"]}), tmp_path / "data"
+    prepare_domain(recipe, "general", tokenizer, out, log=silent)
+    with pytest.raises(DataError, match=r"domain 'general', source 0: .* train\.tokens = 1,000,000,000 takes"):
+        check_budgets(recipe, out, ["general"])  # the branches replay it; math and code are not there yet
+    check_budgets(make(), out, ["general"])
+
+
+def test_a_runs_data_stages_leave_a_tokenizer_and_token_files(make: Callable[..., Recipe]) -> None:
+    run, lines = run_here(make(), ["data"])
+    assert {stage.name for stage in run.graph.data} == {
+        f"data/{name}" for name in ("tokenizer", "math", "code", "general")
+    }
     assert (run.path / "data" / "tokenizer" / "tokenizer.json").is_file()
-    assert prepare_run(run, stage, lines.append) == summary
+    assert all(run.state(stage) == "done" for stage in run.graph.data)
     assert lines[0].startswith("tokenizer: training 300 entries")
-    assert lines[4:] == ["math/0: unchanged", "code/0: unchanged", "general/0: unchanged"]
+    _, again = run_here(make(), ["data"])
+    assert [line.split(": ")[1] for line in again] == ["already done, skipped"] * 4
+
+
+# What any domain holds out is in no domain's training text
+
+
+def texts_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """The documents of a token file, white space apart."""
+    file = TokenFile.open(folder, verify=True)
+    documents = (tokenizer.decode(file.tokens[a + 1 : b]) for a, b in pairwise(file.document_starts))
+    return {" ".join(text.split()) for text in documents}
+
+
+def test_held_out_text_is_in_no_domains_training_text(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    held_out = [f"Case {n} was heard on Monday." for n in range(50)]
+    for name, texts in {
+        "law/train.jsonl": [f"Statute {n} is in force." for n in range(200)],
+        "law/val.jsonl": held_out,
+        "web.jsonl": GENERAL + [f"  {text.replace(' ', chr(10), 1)}\t" for text in held_out[:40]],
+        "cases.jsonl": [f"Opinion {n} was joined." for n in range(100)] + held_out[10:],
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    recipe = make(
+        {"law": ["law", "cases.jsonl"], "general": "web.jsonl"}, train={"tokens": 1000, "domains": ["law", "math"]}
+    )
+    run, lines = run_here(recipe, ["data"])
+    tokenizer = load_tokenizer(run.path / "data" / "tokenizer")
+    data, domains = run.path / "data", recipe.data.domains
+    val, train = (
+        {f"{name}/{number}": texts_of(data / name / str(number) / split, tokenizer)
+         for name, domain in domains.items() for number, source in enumerate(domain.sources) if source.domain is None}
+        for split in ("val", "train")
+    )  # fmt: skip
+    assert val["law/0"] == set(held_out)
+    assert {name: texts & set().union(*val.values()) for name, texts in train.items()} == {
+        name: set() for name in train
+    }
+    taken_out = {name: run.done(f"data/{name}")["taken_out"]["training"] for name in domains}
+    assert taken_out["general"] == {"general/0": {"law": 40 - len(val["general/0"] & set(held_out))}}
+    assert taken_out["law"] == {"law/1": {"law": 40 - len(val["law/1"] & set(held_out))}}
+    assert any("law/1: " in line and "training documents were taken out: law holds them out" in line for line in lines)
+    assert len(train["general/0"]) > 250
+
+
+def test_what_a_later_domain_holds_out_was_in_no_models_training(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    run_here(make(), ["data"])
+    text = [json.dumps({"text": text}) for text in (*GENERAL[:30], *(f"A new text, number {n}." for n in range(60)))]
+    (tmp_path / "new-val.jsonl").write_text("\n".join(text))
+    (tmp_path / "new.jsonl").write_text("\n".join(json.dumps({"text": f"News {n}."}) for n in range(300)))
+    recipe = make({"new": {"path": "new.jsonl", "held_out": "new-val.jsonl"}})
+    run, lines = run_here(recipe, ["data"])
+    assert [line for line in lines if "already done" in line] == [
+        f"data/{name}: already done, skipped" for name in ("tokenizer", "math", "code", "general")
+    ]
+    tokenizer = load_tokenizer(run.path / "data" / "tokenizer")
+    held_out, read = (texts_of(run.path / "data" / name, tokenizer) for name in ("new/0/val", "general/0/train"))
+    assert len(held_out) >= 60
+    assert not held_out & read
+    assert run.done("data/new")["taken_out"]["held_out"] == {"new/0": {"general": 90 - len(held_out)}}
+    assert run.state(run.graph["data/new"]) == "done"
 
 
 def test_a_new_tokenizer_is_written_under_a_class_that_transformers_4_knows(tmp_path: Path) -> None:

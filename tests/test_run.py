@@ -14,7 +14,7 @@ from btx.errors import CheckpointError, RunFolderError
 from btx.files import read_json
 from btx.planning.plan import plan
 from btx.run_folder.folder import RunFolder, exclusive
-from btx.run_folder.graph import build_graph
+from btx.run_folder.stages_of_recipe import build_graph
 from btx.stages.seed import check_planned
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
@@ -36,7 +36,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_one_command_goes_from_nothing_to_a_report(finished: tuple[Path, str]) -> None:
     run, printed = finished
-    for stage in ("data", "seed", "train/birds", "train/tools", "mix", "finetune", "evaluate", "analyze", "report"):
+    for stage in (
+        "data/tokenizer",
+        "data/birds",
+        "data/general",
+        "seed",
+        "train/birds",
+        "train/tools",
+        "mix",
+        "finetune",
+        "evaluate",
+        "analyze",
+        "report",
+    ):
         assert (run / stage / "done.json").is_file(), stage
     assert (run / "report" / "index.html").stat().st_size > 10_000
     assert "bits per byte" in printed
@@ -102,11 +114,11 @@ def test_a_changed_recipe_names_the_stale_stages_and_why(tmp_path: Path) -> None
     run, _ = run_here(pico_recipe(tmp_path), ["data", "seed"])
     changed = pico_recipe(tmp_path, "run", "seed_model.train.learning_rate=1e-3")
     other = RunFolder(run.path, changed)
-    assert [other.state(stage) for stage in other.graph][:2] == ["done", "stale"]
+    assert [other.state(stage) for stage in other.graph][:5] == ["done"] * 4 + ["stale"]
     assert other.why_stale(other.graph["seed"]) == "seed_model.train.learning_rate: 0.003 → 0.001"
     old = (run.model("seed") / "model.safetensors").read_bytes()
     again, lines = run_here(changed, ["data", "seed"])
-    assert any("data: already done" in line for line in lines)
+    assert any("data/birds: already done" in line for line in lines)
     assert any("seed: stale (seed_model.train.learning_rate" in line for line in lines)
     assert (again.model("seed") / "model.safetensors").read_bytes() != old
     kept = list((run.path / "stale").glob("*/seed/model/model.safetensors"))
@@ -142,14 +154,14 @@ def test_a_plan_made_for_another_model_is_refused_when_the_model_is_there() -> N
 
 
 def test_changed_data_are_noticed(tmp_path: Path) -> None:
-    before = build_graph(pico_recipe(tmp_path))["data"].inputs
+    before = build_graph(pico_recipe(tmp_path))["data/birds"].inputs
     with open(tmp_path / "birds.jsonl", "a") as file:
         file.write(json.dumps({"text": "one more bird"}) + "\n")
-    assert build_graph(pico_recipe(tmp_path))["data"].inputs != before
+    assert build_graph(pico_recipe(tmp_path))["data/birds"].inputs != before
 
 
 def test_a_stage_whose_needs_are_missing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="train/birds needs data, which is absent"):
+    with pytest.raises(RunFolderError, match="train/birds needs data/birds, which is absent"):
         run_here(pico_recipe(tmp_path), ["train/birds"])
 
 

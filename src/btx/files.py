@@ -1,4 +1,5 @@
-"""Files and folders that are either complete or absent: write beside, flush to the disk, rename."""
+"""Files and folders that are either complete or absent: write beside, flush to the disk, rename. What a file holds,
+whatever it is called and whenever it was written: its SHA-256, kept until the file changes."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +48,7 @@ def read_json(path: Path) -> Any:
     """The JSON value in `path`, or None if there is no such file."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise RunFolderError(f"{path}: not readable as JSON ({error}); remove it and run the stage again") from error
@@ -87,6 +89,49 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, computed anew only if the file may have changed since it was last asked for.
+
+    Like git's index, it is kept beside the file's size, times, inode and device: nobody can set the time of a file's
+    last change (ctime), so a file that looks the same is the same. They lie in the user's cache folder, a small file
+    each; where that cannot be written, every process computes its own. A file that is younger than `YOUNG_S` might
+    still change within one tick of the clock and is not kept.
+    """
+    found = path.stat()
+    seen = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+    name = str(path.absolute())
+    if name in _hashed and _hashed[name][0] == seen:
+        return _hashed[name][1]
+    kept = _cache_file(name)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        record = json.loads(kept.read_text("utf-8")) if kept is not None else {}
+        if record["path"] == name and record["seen"] == seen:
+            _hashed[name] = (seen, str(record["sha256"]))
+            return _hashed[name][1]
+    young = time.time() - found.st_ctime < YOUNG_S
+    sha256 = file_sha256(path)
+    if not young:
+        _hashed[name] = (seen, sha256)
+        if kept is not None:
+            with contextlib.suppress(RunFolderError):
+                write_json(kept, {"path": name, "seen": seen, "sha256": sha256})
+    return sha256
+
+
+YOUNG_S = 2.0
+"""Seconds after its last change for which a file's hash is not kept."""
+_hashed: dict[str, tuple[list[int], str]] = {}
+"""Absolute path → what the file looked like, and its hash: those that this process has asked for."""
+
+
+def _cache_file(name: str) -> Path | None:
+    """Where the hash of the file with this absolute path is kept: in XDG_CACHE_HOME, else in ~/.cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    with contextlib.suppress(RuntimeError):  # nobody's home
+        return base.expanduser() / "btx" / "sha256" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+    return None
 
 
 def value_hash(value: Any) -> str:

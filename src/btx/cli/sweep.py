@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from btx.running.launchers import Job
+    from btx.sweeps.sweep import Start
+    from btx.sweeps.variants import SweepRun
 
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
@@ -84,12 +89,16 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _start(jobs: int) -> Any:
+def _start(jobs: int) -> Start:
     from btx.run_folder.threads import processors
-    from btx.running.launchers import start_run
+    from btx.running.launchers import launcher
 
     threads = max(1, processors() // jobs) if jobs > 1 else None
-    return lambda run, output: start_run(run.folder, output, threads=threads)
+
+    def start(run: SweepRun, output: Path) -> Job:
+        return launcher(run.recipe.launch.kind).start_run(run.folder, output, threads=threads)
+
+    return start
 
 
 def _plans(planned: Any) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,25 @@ from typing import Any
 from btx.errors import DataError, UserError
 from btx.recipe.data import Source
 
+ABOUT = ("readme", "license", "licence")
+"""What files about the others are called: in a folder they are no documents."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 BLOCK = 1 << 20
 ROWS = 1024
 
 
+def located(path: str, root: str | None) -> Path:
+    """Where a path of the recipe is: absolute, `~` filled in; relative ones start from `root`, else from the working
+    directory."""
+    return _absolute(root or ".") / Path(path).expanduser()
+
+
 def find_files(path: str, root: str | None) -> list[Path]:
     """The readable files that `path` (a file, a folder with all its subfolders, or a glob) names, absolute and sorted.
+
+    The one place that says so: what is checked, hashed and read is the same. A folder is read with all its subfolders,
+    those behind links too, but for hidden files and those called after `ABOUT`; a file that two links lead to comes
+    once. In a glob `**` stands for any folders, a name in brackets that exists is that file.
 
     Args:
         root: folder that a relative `path` starts from; None is the working directory.
@@ -33,19 +46,19 @@ def find_files(path: str, root: str | None) -> list[Path]:
     Raises:
         DataError: nothing there, or nothing there that can be read.
     """
-    base = _absolute(root or ".")
-    full = base / Path(path).expanduser()
+    base, full = _absolute(root or "."), located(path, root)
     if full.exists():
         matches = [full]
     elif has_magic(path):
         pattern = str(Path(path).expanduser())
-        matches = [base / match for match in glob(pattern, root_dir=base, recursive=True)]  # noqa: PTH207 (may be absolute)
+        named = (base / match for match in glob(pattern, root_dir=base, recursive=True))  # noqa: PTH207 (may be absolute)
+        matches = [match for match in named if match.is_dir() or not _is_aside(match.name)]
     else:
         matches = []
     if not matches:
         hint = "no file matches" if has_magic(path) else "no such file or folder"
         raise DataError(f"{full}: {hint}; relative paths start from {'data.root' if root else 'the working directory'}")
-    files = sorted({file for match in matches for file in _files_in(match)})
+    files = _each_once(sorted({file for match in matches for file in _files_in(match)}))
     readable = [file for file in files if file.name.lower().endswith(SUFFIXES)]
     if not readable:
         found = ", ".join(file.name for file in files[:10]) or "nothing"
@@ -56,7 +69,7 @@ def find_files(path: str, root: str | None) -> list[Path]:
 
 def fixed_part(path: str, root: str | None) -> Path:
     """The folder below which `find_files` finds its files."""
-    full = _absolute(root or ".") / Path(path).expanduser()
+    full = located(path, root)
     if full.is_dir():
         return full
     for parent in reversed(full.parents):
@@ -115,11 +128,29 @@ def _absolute(path: str) -> Path:
 
 
 def _files_in(path: Path) -> list[Path]:
-    """The file itself, or all files below a folder except hidden ones."""
+    """The file itself, or all files below a folder, behind links too, except hidden ones and those about others."""
     if path.is_file():
         return [path]
-    below = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    return [file for file in below if file.is_file()]
+    found, been = list[Path](), set[str]()
+    for folder, below, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = [] if real in been else sorted(name for name in below if not name.startswith("."))
+        files = [] if real in been else [Path(folder) / name for name in names if not _is_aside(name)]
+        found += [file for file in files if file.is_file()]
+        been.add(real)  # a link may lead back up
+    return found
+
+
+def _is_aside(name: str) -> bool:
+    return name.startswith(".") or name.lower().split(".")[0] in ABOUT
+
+
+def _each_once(files: Sequence[Path]) -> list[Path]:
+    """The first of all paths that lead to the same file."""
+    first: dict[str, Path] = {}
+    for file in files:
+        first.setdefault(os.path.realpath(file), file)
+    return list(first.values())
 
 
 def _documents(file: Path, source: Source) -> Iterator[str]:

@@ -1,20 +1,24 @@
-"""Prepare: the domains' documents → token files `<domain>/<number of the source>/{train,val}` in the data folder.
+"""Prepare: a domain's documents → token files `<number of the source>/{train,val}` in the domain's folder.
 
-A source whose token files are there and were made from the same files, by the same tokenizer, is not read again.
+A source whose token files are there and were made from the same text by the same tokenizer is not read again. What any
+domain holds out is in no domain's training text: such documents are taken out, white space apart, and counted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btx.data.document_files import find_files
-from btx.data.sources import owns_held_out, read_documents, split_documents
-from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer
+import numpy as np
+
+from btx.data.identity import domain_identity, own_sources
+from btx.data.sources import digest_of, held_out_texts, read_documents, split_documents
+from btx.data.token_files import DocumentEncoder, TokenFile, take_out, token_file_writer
 from btx.errors import DataError
-from btx.recipe.data import Source
+from btx.process import Log
 from btx.recipe.mixtures import resolve, seed_mixture
 from btx.recipe.schema import Recipe
 
@@ -22,10 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Log = Callable[[str], None]
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a domain's text is kept apart from."""
 
-MOST_EPOCHS = 50
-LEAST_HELD_OUT_TOKENS = 100
+    held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Other domain → digests (documents,) of what it holds out: taken out of this one's training text."""
+    trained_on: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Other domain → digests of its training text, where that was finished before this domain was known: taken out of
+    what this one holds out, because it cannot be taken out of models that have read it."""
 
 
 def training_texts(recipe: Recipe) -> Iterator[str]:
@@ -47,37 +56,93 @@ def training_texts(recipe: Recipe) -> Iterator[str]:
         yield text
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path, *, log: Log) -> dict[str, dict[str, int]]:
-    """Write the token files of all domains' own sources to `out`.
+def prepare_domain(
+    recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase, out: Path, *, elsewhere: Elsewhere = Elsewhere(),
+    log: Log,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the token files of a domain's own sources.
 
     Args:
         tokenizer: a fast tokenizer, with an eos or bos token to separate documents.
-        out: the data folder.
+        out: the data folder; the domain's folder in it is written.
+        elsewhere: what other domains hold out and have been trained on.
         log: takes a line of text for each source.
 
     Returns:
-        domain → train_tokens, val_tokens, documents, bytes (both sides together), each summed over the domain's
-        sources, those it takes from other domains included.
+        train_tokens, val_tokens, documents, bytes (both sides together), each summed over the domain's own sources, and
+        `taken_out`: {"training": {component: {domain that holds it out: documents}}, "held_out": {component: {domain
+        that was trained on it: documents}}}.
 
     Raises:
         DataError: data that are missing, empty or broken.
     """
     encoder = DocumentEncoder(tokenizer)
-    for domain, section in recipe.data.domains.items():
-        own = [(number, source) for number, source in enumerate(section.sources) if source.domain is None]
-        if section.held_out is not None and not any(source.weight for _, source in own):
-            raise DataError(f"domain {domain!r}: `held_out` needs a source of the domain's own beside it; "
-                            f"documents taken from other domains are held out there")  # fmt: skip
-        for number, source in own:
-            if source.weight:
-                _prepare_source(recipe, domain, number, encoder, out, log)
-    return {domain: _summary(recipe, domain, out) for domain in recipe.data.domains}
+    own, identity = own_sources(recipe.data, domain), domain_identity(recipe.data, domain, recipe.rng_seed)
+    if recipe.data.domains[domain].held_out is not None and not own:
+        raise DataError(f"domain {domain!r}: `held_out` needs a source of the domain's own beside it; "
+                        f"documents taken from other domains are held out there")  # fmt: skip
+    for number, _ in own:
+        _prepare_source(recipe, domain, number, identity[str(number)], encoder, out, log)
+    folders = [out / domain / str(number) for number, _ in own]
+    taken_out = _keep_apart(domain, folders, elsewhere, log)
+    train, val = ([TokenFile.open(folder / split) for folder in folders] for split in ("train", "val"))
+    return {
+        "train_tokens": sum(len(file) for file in train),
+        "val_tokens": sum(len(file) for file in val),
+        "documents": sum(file.documents for file in [*train, *val]),
+        "bytes": sum(file.bytes for file in [*train, *val]),
+        "taken_out": taken_out,
+    }
 
 
-def _prepare_source(recipe: Recipe, domain: str, number: int, encoder: DocumentEncoder, out: Path, log: Log) -> None:
-    source = recipe.data.domains[domain].sources[number]
-    folder = out / domain / str(number)
-    description = _description(recipe, domain, source)
+def held_out_digests(recipe: Recipe, domain: str, data: Path) -> np.ndarray:
+    """Digests (documents,) of what a domain's own sources hold out: from its token files where they are complete, else
+    from its documents.
+
+    Args:
+        data: the data folder.
+    """
+    own = own_sources(recipe.data, domain)
+    if (data / domain / "done.json").is_file():
+        files = [TokenFile.open(data / domain / str(number) / "val").digests for number, _ in own]
+        return np.concatenate([np.empty(0, np.uint64), *files])
+    texts = (text for _, source in own
+             for text in held_out_texts(source, domain=domain, data=recipe.data, rng_seed=recipe.rng_seed))  # fmt: skip
+    return np.fromiter((digest_of(text) for text in texts), np.uint64)
+
+
+def training_digests(recipe: Recipe, domain: str, data: Path) -> np.ndarray:
+    """Digests (documents,) of the training text of a domain that is prepared."""
+    own = own_sources(recipe.data, domain)
+    files = [TokenFile.open(data / domain / str(number) / "train").digests for number, _ in own]
+    return np.concatenate([np.empty(0, np.uint64), *files])
+
+
+def _keep_apart(
+    domain: str, folders: list[Path], elsewhere: Elsewhere, log: Log
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Take out of both sides what must not be there; returns how many documents, and because of which domain."""
+    held_out: dict[str, dict[str, int]] = {}
+    for folder in folders:
+        for other, digests in elsewhere.trained_on.items():
+            if count := take_out(folder / "val", digests):
+                held_out.setdefault(f"{domain}/{folder.name}", {})[other] = count
+                log(f"{domain}/{folder.name}: {count:,} held-out documents were taken out: this run's models have read "
+                    f"them in {other}")  # fmt: skip
+    own = np.concatenate([np.empty(0, np.uint64), *[TokenFile.open(folder / "val").digests for folder in folders]])
+    training: dict[str, dict[str, int]] = {}
+    for folder in folders:
+        for other, digests in ({domain: own} | dict(elsewhere.held_out)).items():
+            if count := take_out(folder / "train", digests):
+                training.setdefault(f"{domain}/{folder.name}", {})[other] = count
+                log(f"{domain}/{folder.name}: {count:,} training documents were taken out: {other} holds them out")
+    return {"training": training, "held_out": held_out}
+
+
+def _prepare_source(
+    recipe: Recipe, domain: str, number: int, description: dict[str, Any], encoder: DocumentEncoder, out: Path, log: Log
+) -> None:
+    folder, source = out / domain / str(number), recipe.data.domains[domain].sources[number]
     if all(_is_made_from(folder / split, description, encoder.sha256) for split in ("train", "val")):
         log(f"{domain}/{number}: unchanged")
         return
@@ -94,27 +159,6 @@ def _prepare_source(recipe: Recipe, domain: str, number: int, encoder: DocumentE
         f"{len(held_out):,} held-out tokens, {time.perf_counter() - started:.1f} s")  # fmt: skip
 
 
-def _description(recipe: Recipe, domain: str, source: Source) -> dict[str, Any]:
-    """Everything besides the tokenizer that decides the source's documents, as a JSON value."""
-    try:
-        return {
-            **source.model_dump(mode="json", exclude={"weight"}, exclude_none=True),
-            "held_out_share": recipe.data.held_out,
-            "held_out": _file_marks(recipe.data.domains[domain].held_out, recipe.data.root),
-            "owns_held_out": owns_held_out(source, domain, recipe.data),
-            "files": _file_marks(source.path, recipe.data.root),
-            "rng_seed": recipe.rng_seed if source.generate else None,
-        }
-    except DataError as error:
-        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
-
-
-def _file_marks(path: str | None, root: str | None) -> list[list[str | int]]:
-    """Name, size and modification time of each file, so that a changed file is noticed."""
-    files = [] if path is None else find_files(path, root)
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def _is_made_from(folder: Path, description: dict[str, Any], tokenizer: str) -> bool:
     """Whether a complete token file with this description is there."""
     try:
@@ -128,14 +172,3 @@ def _train_documents(recipe: Recipe, component: str) -> Iterator[str]:
     domain, number = component.split("/")
     source = recipe.data.domains[domain].sources[int(number)]
     return read_documents(source, "train", domain=domain, data=recipe.data, rng_seed=recipe.rng_seed)
-
-
-def _summary(recipe: Recipe, domain: str, out: Path) -> dict[str, int]:
-    paths = [path for _, path, _ in resolve(recipe, {domain: 1.0})]
-    train, val = ([TokenFile.open(out / path / split) for path in paths] for split in ("train", "val"))
-    return {
-        "train_tokens": sum(len(file) for file in train),
-        "val_tokens": sum(len(file) for file in val),
-        "documents": sum(file.documents for file in [*train, *val]),
-        "bytes": sum(file.bytes for file in [*train, *val]),
-    }

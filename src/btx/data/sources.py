@@ -10,7 +10,8 @@ Which documents are held out (`val`), in this order:
 
 Documents are Unicode strings, whole and unchanged, except: white-space-only ones are skipped, .txt documents lose the
 line ends around them, and exact duplicates within a source (or of its held-out documents) are dropped. Remembering
-them takes about 100 bytes of memory a document.
+them takes about 100 bytes of memory a document. What is held out in one source and for training in another, white space
+apart, is taken out of the training text when token files are made (`btx.data.prepare`).
 """
 
 from __future__ import annotations
@@ -64,22 +65,51 @@ def split_documents(source: Source, *, domain: str, data: Data, rng_seed: int) -
         raise DataError(f"domain {domain!r}: {error}") from error.__cause__
 
 
+def source_files(source: Source, domain: str, data: Data) -> tuple[list[Path], list[Path]]:
+    """The local files that a source's training documents and its held-out documents are read from, in order; empty
+    where they come from elsewhere, and held-out files also where documents are divided by hash.
+
+    Raises:
+        DataError: nothing is there, or nothing that can be read.
+    """
+    named = data.domains[domain].held_out
+    held_out = [] if named is None else find_files(named, data.root)
+    if source.path is None:
+        return [], held_out
+    files = find_files(source.path, data.root)
+    among = held_out_among(files, document_files.fixed_part(source.path, data.root))
+    return [file for file in files if file not in among], held_out or among
+
+
 def _sides(source: Source, domain: str, data: Data, rng_seed: int) -> tuple[Iterable[str] | None, Iterable[str]]:
     """Held-out documents (None: not divided yet) and the others, neither limited nor freed of duplicates."""
-    own = data.domains[domain].held_out
-    own_held_out = None if own is None else document_files.read(find_files(own, data.root), source)
+    files, held_out_files = source_files(source, domain, data)
+    held_out = document_files.read(held_out_files, source) if held_out_files else None
     if source.generate is not None:
         val, train = _generated(source, "val", data, rng_seed), _generated(source, "train", data, rng_seed)
-        return val if own_held_out is None else own_held_out, train
+        return val if held_out is None else held_out, train
     if source.hub is not None:
-        return own_held_out, document_files.read_hub(source, data.root)
-    assert source.path is not None
-    files = find_files(source.path, data.root)
-    held_out_files = held_out_among(files, document_files.fixed_part(source.path, data.root))
-    train = document_files.read([file for file in files if file not in held_out_files], source)
-    if own_held_out is None and held_out_files:
-        return document_files.read(held_out_files, source), train
-    return own_held_out, train
+        return held_out, document_files.read_hub(source, data.root)
+    return held_out, document_files.read(files, source)
+
+
+def held_out_texts(source: Source, *, domain: str, data: Data, rng_seed: int) -> Iterator[str]:
+    """The held-out documents of `source`; what is for training is read only if it has to be divided first.
+
+    Args and Raises: as `split_documents`.
+    """
+    if not owns_held_out(source, domain, data):
+        return
+    try:
+        held_out, _ = _sides(source, domain, data, rng_seed)
+        if held_out is not None:
+            val_bytes, _ = _budgets(source.max_bytes, data.held_out)
+            yield from _up_to(_distinct(held_out, set()), val_bytes)
+            return
+    except DataError as error:
+        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
+    documents = split_documents(source, domain=domain, data=data, rng_seed=rng_seed)
+    yield from (text for side, text in documents if side == "val")
 
 
 def held_out_among(files: list[Path], folder: Path) -> list[Path]:
@@ -147,6 +177,11 @@ def _distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
         if digest not in seen:
             seen.add(digest)
             yield text
+
+
+def digest_of(text: str) -> int:
+    """64 bits of what a document says, white space apart: texts that differ in white space alone have the same."""
+    return int.from_bytes(_digest(" ".join(text.split())), "little")
 
 
 def _digest(text: str) -> bytes:

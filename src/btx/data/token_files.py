@@ -3,6 +3,7 @@
     tokens.bin      uint16 if the vocabulary has at most 65536 entries, else uint32
     documents.npy   int64 (documents + 1,): offset of each document's first token, then the number of tokens
     bytes.npy       int64 (documents,): UTF-8 bytes of each document's text, for bits per byte
+    digests.npy     uint64 (documents,): what each document says, white space apart (`btx.data.sources.digest_of`)
     index.json      tokens, bytes, documents, dtype, trailing_eos, sha256 (of tokens.bin), tokenizer_sha256, rng_seed,
                     source (description of where the documents come from)
 
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from btx.data.sources import digest_of
 from btx.data.tokenizer import fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError
 from btx.files import atomic_folder, file_sha256
@@ -68,7 +70,7 @@ class TokenFileWriter:
 
     def __init__(self, folder: Path, encoder: DocumentEncoder, tokens: BinaryIO) -> None:
         self._folder, self._encoder, self._file = folder, encoder, tokens
-        self._starts, self._bytes = array("q", [0]), array("q")
+        self._starts, self._bytes, self._digests = array("q", [0]), array("q"), array("Q")
         self._sha256 = hashlib.sha256()
         self._waiting: list[str] = []
         self._characters = 0
@@ -86,6 +88,7 @@ class TokenFileWriter:
         self._file.flush()
         np.save(self._folder / "documents.npy", np.array(self._starts, dtype="<i8"))
         np.save(self._folder / "bytes.npy", np.array(self._bytes, dtype="<i8"))
+        np.save(self._folder / "digests.npy", np.array(self._digests, dtype="<u8"))
         index = {
             "tokens": self._starts[-1],
             "bytes": sum(self._bytes),
@@ -97,7 +100,7 @@ class TokenFileWriter:
             "rng_seed": rng_seed,
             "source": source,
         }
-        (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+        _write_index(self._folder, index)
 
     def _encode(self) -> None:
         if not self._waiting:
@@ -105,6 +108,7 @@ class TokenFileWriter:
         for text, ids in zip(self._waiting, self._encoder(self._waiting), strict=True):
             self._starts.append(self._starts[-1] + len(ids))
             self._bytes.append(len(text.encode()))
+            self._digests.append(digest_of(text))
             block = np.array(ids, dtype=self._encoder.dtype).tobytes()
             self._file.write(block)
             self._sha256.update(block)
@@ -199,6 +203,11 @@ class TokenFile:
         """UTF-8 bytes of each document's text: int64 (documents,)."""
         return self._array("bytes.npy")
 
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """64 bits of what each document says, white space apart: uint64 (documents,)."""
+        return self._array("digests.npy")
+
     def _array(self, name: str) -> np.ndarray:
         try:
             return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
@@ -217,6 +226,42 @@ class TokenFile:
             raise DataError(f"{self.folder / 'documents.npy'}: {_BROKEN.format('it does not fit the index')}")
         if counts.shape != (self.documents,):
             raise DataError(f"{self.folder / 'bytes.npy'}: {_BROKEN.format('it does not fit the index')}")
+
+
+def take_out(folder: Path, digests: np.ndarray) -> int:
+    """Write a token file anew without the documents whose digests are among `digests`; returns how many there were.
+
+    A file without any of them stays as it is.
+
+    Args:
+        digests: uint64 (any number,), as `digest_of` gives them.
+    """
+    file = TokenFile.open(folder)
+    goes_N = np.isin(file.digests, digests)
+    if not goes_N.any():
+        return 0
+    stays = np.flatnonzero(~goes_N)
+    lengths = np.diff(file.document_starts)[stays]
+    sha256 = hashlib.sha256()
+    with atomic_folder(folder) as beside:
+        with open(beside / "tokens.bin", "wb") as tokens:
+            for number in stays.tolist():
+                start, end = file.document_starts[number : number + 2].tolist()
+                block = file.tokens[start:end].tobytes()
+                tokens.write(block)
+                sha256.update(block)
+        np.save(beside / "documents.npy", np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
+        np.save(beside / "bytes.npy", file.document_bytes[stays])
+        np.save(beside / "digests.npy", file.digests[stays])
+        _write_index(beside, file.index | {
+            "tokens": int(lengths.sum()), "bytes": int(file.document_bytes[stays].sum()), "documents": len(stays),
+            "sha256": sha256.hexdigest(),
+        })  # fmt: skip
+    return int(goes_N.sum())
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
 _BROKEN = "this token file is broken: {}; remove its folder and prepare the data again"

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from btx.files import file_sha256
+from btx.files import file_sha256, value_hash
 
 SAMPLES = 256
 SAMPLE_BYTES = 16 * 1024
@@ -29,6 +29,11 @@ def model_provenance(folder: Path) -> dict[str, Any]:
     files = [file_provenance(file) for file in sorted(folder.glob("*.safetensors"))]
     whole = {name: file_sha256(folder / name) for name in HASHED_WHOLE if (folder / name).is_file()}
     return {"path": str(folder), "sha256": whole, "weights": files}
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """One hash for the weights of a model folder: of the fingerprints of all its files."""
+    return value_hash({file.name: sampled_sha256(file) for file in sorted(folder.glob("*.safetensors"))})
 
 
 def file_provenance(file: Path) -> dict[str, Any]:

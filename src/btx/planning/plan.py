@@ -21,7 +21,8 @@ from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Training
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.graph import Graph, build_graph
+from btx.run_folder.graph import Graph
+from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import threads_of
 
 FLOPS_FORMULA = (

@@ -2,7 +2,7 @@
 
 Every stage writes only its own folder. `started.json` says for which inputs the folder was begun; `done.json`, written
 last and by rename, says that it is complete. A stage without done.json is not done. A folder begun for other inputs is
-stale: it is moved aside into `stale/`, never mixed with new results and never deleted.
+stale: it is moved aside into `stale/` once its replacement can start, never mixed with new results and never deleted.
 """
 
 from __future__ import annotations
@@ -10,25 +10,44 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
 
-from btx.errors import RunFolderError
+from btx.errors import RunFolderError, UserError
 from btx.files import file_sha256, read_json, write_json, write_text
+from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
-from btx.run_folder.graph import Graph, Stage, build_graph, changed_settings
+from btx.run_folder.differences import changed_files, changed_settings
+from btx.run_folder.graph import Graph, Stage
+from btx.run_folder.stages_of_recipe import build_graph
 
 State = Literal["done", "begun", "stale", "absent"]
+
+FORMAT = 2
+"""Of started.json; 1, without a number, was of the time when all data were one stage."""
+
+
+class Making(dict[str, Any]):
+    """Facts of a stage being made, for its done.json: tokens, flops and whatever else is worth keeping."""
+
+    def __init__(self, folder: Path, aside: Path | None) -> None:
+        super().__init__()
+        self.folder = folder
+        """Where the stage writes."""
+        self.aside = aside
+        """Where a stale folder of the same stage went."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +80,16 @@ class RunFolder:
         write_json(run.path / "manifest.json", _manifest(run.path / "recipe.yaml"))
         return run
 
-    @property
+    @cached_property
     def graph(self) -> Graph:
-        """The stages of the run's recipe."""
-        return build_graph(self.recipe)
+        """The stages of the run's recipe, as things stand when it is first asked for."""
+        return build_graph(self.recipe, self.recorded)
+
+    def recorded(self, stage: str) -> dict[str, Any] | None:
+        """started.json of a stage that is finished, None if it is not."""
+        begun, done = read_json(self.folder(stage) / "started.json"), self.done(stage)
+        finished = begun and done and begun.get("format") == FORMAT and begun["inputs"] == done["inputs"]
+        return begun if finished else None
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
@@ -80,55 +105,101 @@ class RunFolder:
         return read_json(self.folder(name) / "done.json")
 
     def state(self, stage: Stage) -> State:
-        """Whether a stage is done, begun, stale (begun or done for other inputs) or absent."""
+        """Whether a stage is done, begun, stale (begun or done for other inputs) or absent.
+
+        What cannot be known here, because neither a stage nor what it is made from is in the folder, makes nothing
+        stale: an expert's folder may travel with its own needs alone.
+        """
         begun = read_json(self.folder(stage.name) / "started.json")
         if begun is None:
             return "absent"
-        if begun["inputs"] != stage.inputs:
+        if begun.get("format") != FORMAT or self._differs(stage, begun):
             return "stale"
         return "done" if self.done(stage) else "begun"
 
+    def _differs(self, stage: Stage, begun: Mapping[str, Any]) -> bool:
+        try:
+            return stage.inputs != begun["inputs"]
+        except UserError:
+            known = [needed.name for needed in stage.needs if _is_known(needed)]
+            upstream = {needed.name: needed.inputs for needed in stage.needs if needed.name in known}
+            if any(begun["upstream"].get(name) != inputs for name, inputs in upstream.items()):
+                return True
+            return _settings_known(stage) and stage.settings != begun["settings"]
+
     def why_stale(self, stage: Stage) -> str:
-        """The settings or earlier stages that changed since a stale stage was begun."""
+        """The settings, files or earlier stages that changed since a stale stage was begun."""
         begun = read_json(self.folder(stage.name) / "started.json")
-        reasons = changed_settings(begun["settings"], stage.settings)
+        if begun.get("format") != FORMAT:
+            return "made by an earlier version of btx, whose stages depended on more than they read"
+        reasons = changed_settings(begun["shown"], stage.shown) + changed_files(begun["files"], _names(stage))
         reasons += [
             f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
         ]
         return "; ".join(reasons) or "made by another version"
 
-    def set_aside(self, stage: Stage) -> Path:
-        """Move a stale stage's folder to stale/<time>/<stage>."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        target = self.path / "stale" / stamp / stage.name
+    def set_aside(self, stage: str) -> Path:
+        """Move a stage's folder to stale/<time>/<stage>."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        target = self.path / "stale" / stamp / stage
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.folder(stage.name).rename(target)
+        self.folder(stage).rename(target)
         return target
 
-    def begin(self, stage: Stage) -> Path:
-        """Open a stage's folder for writing and note for which inputs.
+    def check_needs(self, stage: Stage) -> None:
+        """Refuse a stage whose needs are not finished.
 
         Raises:
             RunFolderError: a stage it needs is not finished, or finished for other inputs.
         """
         for needed in stage.needs:
-            if self.state(needed) != "done":
+            if (state := self.state(needed)) != "done":
+                why = f" ({self.why_stale(needed)})" if state == "stale" else ""
                 raise RunFolderError(
-                    f"{stage.name} needs {needed.name}, which is {self.state(needed)}; run `btx run {self.path}` first"
+                    f"{stage.name} needs {needed.name}, which is {state}{why}; run `btx run {self.path}` first"
                 )
-        folder = self.folder(stage.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.state(stage) == "absent":
-            write_json(
-                folder / "started.json",
-                {"stage": stage.name, "inputs": stage.inputs, "settings": stage.settings, "upstream": stage.upstream},
-            )
-        return folder
 
-    def finish(self, stage: Stage, **facts: Any) -> None:
-        """Write done.json: the stage is complete."""
-        finished = {"stage": stage.name, "inputs": stage.inputs, **facts, "finished": _now()}
-        write_json(self.folder(stage.name) / "done.json", finished)
+    @contextlib.contextmanager
+    def making(self, stage: Stage, log: Log) -> Iterator[Making]:
+        """Make a stage: the block fills its folder and adds facts; without an error done.json is written at its end.
+
+        Whatever can be refused is refused before the block is entered, because here a stale folder gives way: that of a
+        stage that resumes is moved to stale/ now, that of any other when its replacement is complete.
+
+        Raises:
+            RunFolderError: a stage it needs is not finished, or finished for other inputs.
+        """
+        self.check_needs(stage)
+        started, folder = time.perf_counter(), self.folder(stage.name)
+        is_stale, aside = self.state(stage) == "stale", None
+        why = self.why_stale(stage) if is_stale else ""
+        if stage.resumes and is_stale:
+            aside = self._give_way(stage, why, log)
+        working = folder if stage.resumes else folder.with_name(f".{folder.name}.making")
+        if not stage.resumes and working.exists():
+            shutil.rmtree(working)
+        working.mkdir(parents=True, exist_ok=True)
+        if not (working / "started.json").exists():
+            write_json(working / "started.json", {
+                "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
+                "shown": stage.shown, "upstream": stage.upstream, "files": _names(stage),
+            })  # fmt: skip
+        facts = Making(working, aside)
+        yield facts
+        wall_s = round(time.perf_counter() - started, 3)
+        finished = {"stage": stage.name, "inputs": stage.inputs, "tokens": 0, "flops": 0.0, "wall_s": wall_s}
+        write_json(working / "done.json", finished | facts | {"node": platform.node(), "finished": _now()})
+        if working != folder:
+            if is_stale:
+                self._give_way(stage, why, log)
+            elif folder.exists():
+                shutil.rmtree(folder)  # begun by a process that was killed
+            working.rename(folder)
+
+    def _give_way(self, stage: Stage, why: str, log: Log) -> Path:
+        aside = self.set_aside(stage.name)
+        log(f"{stage.name}: stale ({why}); moved to {aside}")
+        return aside
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl (written by `btx run` alone)."""
@@ -168,6 +239,29 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error
+
+
+def _names(stage: Stage) -> dict[str, str]:
+    """Files of a stage → SHA-256; as recorded if they are not here."""
+    try:
+        return stage.files()
+    except UserError:
+        return dict(stage.recorded["files"]) if stage.recorded else {}
+
+
+def _is_known(stage: Stage) -> bool:
+    """Whether a stage's hash can be told here."""
+    try:
+        return bool(stage.inputs)
+    except UserError:
+        return False
+
+
+def _settings_known(stage: Stage) -> bool:
+    try:
+        return stage.settings is not None
+    except UserError:
+        return False
 
 
 def _now() -> str:

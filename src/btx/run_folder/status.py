@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class StageStatus:
     wall_s: float | None = None
     why: str | None = None
     """For a stale stage: what changed."""
+    node: str | None = None
+    """The machine that is at it, or that made it."""
 
 
 def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
@@ -36,17 +39,17 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
         return StageStatus(stage.name, state, why=run.why_stale(stage))
     if state == "done":
         facts = run.done(stage) or {}
-        return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"),
-                           loss=facts.get("loss"), wall_s=facts.get("wall_s"))  # fmt: skip
-    if is_running(run, stage.name):
+        return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"), loss=facts.get("loss"),
+                           wall_s=facts.get("wall_s"), node=facts.get("node"))  # fmt: skip
+    if (node := at_work(run, stage.name)) is not None:
         state = "running"
     line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if state != "absent" else None
     if line is None:
-        return StageStatus(stage.name, state)
+        return StageStatus(stage.name, state, node=node)
     remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
     return StageStatus(
         stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
-        remaining_tokens / line["tokens_per_s"], line["wall_s"],
+        remaining_tokens / line["tokens_per_s"], line["wall_s"], node=node,
     )  # fmt: skip
 
 
@@ -55,15 +58,20 @@ def run_status(run: RunFolder) -> list[dict[str, Any]]:
     return [asdict(stage_status(run, stage)) for stage in run.graph]
 
 
-def is_running(run: RunFolder, work: str) -> bool:
-    """Whether a process of this machine is at work on a stage ("run" asks for `btx run` itself)."""
+def at_work(run: RunFolder, work: str) -> str | None:
+    """The machine on which a process is at work on a stage ("run" asks for `btx run` itself); None if there is none.
+
+    A process of this machine is looked for; of one of another machine there is only its own word, which it takes back
+    when it ends.
+    """
     import psutil
 
     owner = run.path / ".locks" / f"{work.replace('/', '-')}.pid"
     try:
-        return psutil.pid_exists(int(owner.read_text().split()[0]))
-    except (OSError, ValueError, IndexError):
-        return False
+        pid, _, node = owner.read_text("utf-8").partition(" on ")
+        return node if node != platform.node() or psutil.pid_exists(int(pid)) else None
+    except (OSError, ValueError):
+        return None
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ from btx.process import Interrupts
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.status import is_running, stage_status
-from btx.running.launchers import LocalJob, start_local
+from btx.run_folder.status import at_work, stage_status
+from btx.run_folder.threads import processors
+from btx.running.launchers import Job, launcher
 from btx.running.log_tail import LogTail
 from btx.running.preflight import preflight
 from btx.running.progress import Display
@@ -68,7 +69,7 @@ def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
     if until is None:
         return jobs
     names = [stage.name for stage in run.graph]
-    groups = {"train": run.graph.branches, "baselines": run.graph.baselines}
+    groups = {"data": run.graph.data, "train": run.graph.branches, "baselines": run.graph.baselines}
     if groups.get(until):
         until = groups[until][-1].name
     if until not in names:
@@ -83,7 +84,7 @@ class _Running:
     """A job under way."""
 
     stages: tuple[Stage, ...]
-    job: LocalJob
+    job: Job
     log: LogTail
     finished: set[str] = field(default_factory=set)
 
@@ -147,12 +148,14 @@ class _Pipeline:
         recipe = self.run_folder.recipe
         limit = recipe.launch.jobs or len(recipe.train.domains)
         ready = []
-        for job in waiting:
+        preparing = [job for job in (*waiting, *(running.stages for running in self.running)) if _prepares(job)]
+        for job in preparing or waiting:  # all that is wrong with the data is said before anything is trained
             inside = {stage.name for stage in job}
             needs = [needed for stage in job for needed in stage.needs if needed.name not in inside]
             if all(self.run_folder.state(needed) == "done" for needed in needs):
                 ready.append(job)
-        return ready[: max(0, limit - len(self.running))]
+        ready = [job for job in ready if job in waiting]
+        return ready[: max(0, (processors() if preparing else limit) - len(self.running))]
 
     def _why_waiting(self, job: tuple[Stage, ...]) -> str:
         """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
@@ -173,12 +176,13 @@ class _Pipeline:
     def _start(self, stages: tuple[Stage, ...]) -> None:
         log = self.run_folder.path / "logs" / f"{stages[0].name.replace('/', '-')}.log"
         tail = LogTail.from_now(log)
-        if is_running(self.run_folder, stages[0].name):
-            self.display.say(f"{stages[0].name}: another process is at it; waiting for it to end")
-        job = start_local(self.run_folder.path, [stage.name for stage in stages], log)
+        if (node := at_work(self.run_folder, stages[0].name)) is not None:
+            self.display.say(f"{stages[0].name}: another process, on {node}, is at it; waiting for it to end")
+        start = launcher(self.run_folder.recipe.launch.kind).start_stages
+        job = start(self.run_folder.path, [stage.name for stage in stages], log)
         self.running.append(_Running(stages, job, tail))
         self.display.begin(stages[0].name)
-        self.run_folder.event("start", job=stages[0].name, pid=job.process.pid)
+        self.run_folder.event("start", job=stages[0].name, place=job.place)
 
     def _collect(self) -> None:
         """Show what running jobs report, and take note of those that ended."""
@@ -230,4 +234,9 @@ class _Pipeline:
         for running in self.running:
             running.job.terminate()
         for running in self.running:
-            running.job.process.wait()
+            running.job.wait()
+
+
+def _prepares(job: tuple[Stage, ...]) -> bool:
+    """Whether a job makes data."""
+    return job[0].name.startswith("data/")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from btx.choices.families import FAMILIES, family_of
+from btx.data.document_files import find_files
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
 from btx.model_files.model_folder import check_model_folder
 from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.stages_of_recipe import task_files
 
 
 def preflight(recipe: Recipe) -> None:
@@ -31,25 +33,28 @@ def preflight(recipe: Recipe) -> None:
 
 
 def _check_files(recipe: Recipe) -> None:
-    root = Path(recipe.data.root or ".")
-    wanted = [
-        (f"data.domains.{name}", path)
-        for name, domain in recipe.data.domains.items()
-        for path in [*(source.path for source in domain.sources), domain.held_out]
-        if path is not None
-    ] + [(f"evaluate.tasks.{name}", task.path) for name, task in recipe.evaluate.tasks.items() if task.path]
-    missing = [f"{where}: {(root / path).absolute()}: no such file or folder" for where, path in wanted
-               if not glob(str(root / path))]  # fmt: skip  # noqa: PTH207 - patterns may be absolute
+    """Every file the run will read; of domains that are prepared, nothing is needed any more."""
+    run = RunFolder(Path(recipe.run_folder), recipe)
+    missing = [f"{where}: {path}: no such file or folder" for where, path in task_files(recipe).items()
+               if not path.exists()]  # fmt: skip
+    for name, domain in recipe.data.domains.items():
+        if run.recorded(f"data/{name}"):
+            continue
+        for path in (*(source.path for source in domain.sources), domain.held_out):
+            try:
+                find_files(path, recipe.data.root) if path is not None else None
+            except DataError as error:
+                missing.append(f"data.domains.{name}: {error}")
     if missing:
-        raise DataError("\n".join(missing) + "\nRelative paths start from data.root, or from the working directory.")
+        raise DataError("\n".join(missing))
 
 
 def _check_seed_model(recipe: Recipe) -> None:
     seed = recipe.seed_model
     if seed.config is not None:
         _check_family(seed.config, "seed_model.config")
-    elif seed.path is not None and Path(seed.path).exists():
-        _check_family(check_model_folder(Path(seed.path)), seed.path)
+    elif seed.path is not None and Path(seed.path).expanduser().exists():
+        _check_family(check_model_folder(Path(seed.path).expanduser()), seed.path)
     elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
         raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
     if seed.plan_config is not None:

@@ -7,7 +7,6 @@ and for how long it trains. Nothing else of it is its own.
 from __future__ import annotations
 
 import re
-import time
 
 from btx.baselines.btm import write_btm_folder
 from btx.baselines.matching import matched_phases
@@ -32,7 +31,7 @@ def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log
     if name in BTM:
         write_btm(run, stage, log)
     elif name == "soup":
-        _soup(run, stage)
+        _soup(run, stage, log)
     elif name == UPCYCLED:
         _upcycle(run, stage, interrupts, log)
     else:
@@ -47,11 +46,10 @@ def copies_of_the_seed(run: RunFolder) -> list[str]:
     return names if split == 1 else [f"{name}/{part}" for name in names for part in range(split)]
 
 
-def _soup(run: RunFolder, stage: Stage) -> None:
-    folder, started = run.begin(stage), time.perf_counter()
+def _soup(run: RunFolder, stage: Stage, log: Log) -> None:
     experts = {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains}
-    soup(run.model("seed"), experts, folder / "model", generalist=run.recipe.mix.generalist)
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+    with run.making(stage, log) as facts:
+        soup(run.model("seed"), experts, facts.folder / "model", generalist=run.recipe.mix.generalist)
 
 
 def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -60,23 +58,23 @@ def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> 
     Its shape is that of the run's mix. Blended copies of one FF sublayer are that sublayer, so `mix.blend` changes
     nothing here.
     """
-    folder, recipe, started = run.begin(stage), run.recipe, time.perf_counter()
-    seed, settings = run.model("seed"), recipe.mix
-    mix(
-        seed, {f"copy{number}": seed for number in range(len(recipe.member_names))}, folder / "model",
-        record=folder / "mix.json", generalist=False, top_k=recipe.routing.plain_top_k(len(recipe.expert_names)),
-        router_init=RouterSettings("random", std=settings.router_std), split=settings.split,
-        split_rescale=settings.split_rescale, rng_seed=recipe.rng_seed, dtype=settings.dtype,
-        max_shard_size=settings.max_shard_size,
-        progress=lambda written, total: interrupts.raise_if_pending("stopped; the same command starts it anew"),
-    )  # fmt: skip
+    recipe, seed, settings = run.recipe, run.model("seed"), run.recipe.mix
+    with run.making(stage, log) as facts:
+        mix(
+            seed, {f"copy{number}": seed for number in range(len(recipe.member_names))}, facts.folder / "model",
+            record=facts.folder / "mix.json", generalist=False,
+            top_k=recipe.routing.plain_top_k(len(recipe.expert_names)),
+            router_init=RouterSettings("random", std=settings.router_std), split=settings.split,
+            split_rescale=settings.split_rescale, rng_seed=recipe.rng_seed, dtype=settings.dtype,
+            max_shard_size=settings.max_shard_size,
+            progress=lambda written, total: interrupts.raise_if_pending("stopped; the same command starts it anew"),
+        )  # fmt: skip
     log(f"{stage.name}: {len(copies_of_the_seed(run))} experts, all of them the seed model's FF sublayers")
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 
 
 def _train(run: RunFolder, stage: Stage, name: BaselineName, interrupts: Interrupts, log: Log) -> None:
     """One phase of a trained baseline."""
-    run.begin(stage)
+    run.check_needs(stage)
     recipe, kind, start = run.recipe, BASELINES[name], run.model(stage.needs[-1].name)
     phases = matched_phases(recipe, name, read_config(run.model("seed")))
     phase = next(phase for phase in phases if phase.stage == stage.name)
@@ -107,13 +105,16 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     found = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
     if not found:
         raise UserError(f"{stage.name}: Branch-Train-Merge is called btm_top<K>, for example btm_top2")
-    started, recipe, folder = time.perf_counter(), run.recipe, run.begin(stage)
+    run.check_needs(stage)
+    recipe = run.recipe
     models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
     if recipe.mix.generalist:
         models["generalist"] = run.model("seed")
     texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens))
     device, dtype = device_and_type(recipe)
-    temperature = write_btm_folder(folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype)
+    with run.making(stage, log) as facts:
+        temperature = write_btm_folder(
+            facts.folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype
+        )
     log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
         f"{temperature:.3g})")  # fmt: skip
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import shutil
 
 from btx.evaluation.evaluate import evaluate_models
 from btx.process import Interrupts, Log
@@ -12,8 +12,10 @@ from btx.stages.models_of_run import models_of_run
 
 
 def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    """Measure every model of the run."""
-    run.begin(stage)
-    started = time.perf_counter()
-    evaluate_models(run.path, run.recipe, models_of_run(run), log=log)
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+    """Measure every model of the run; what was measured of a model before is kept while nothing behind it changed."""
+    run.check_needs(stage)
+    models = models_of_run(run)
+    with run.making(stage, log) as facts:
+        if facts.aside is not None and (facts.aside / "models").is_dir():
+            shutil.copytree(facts.aside / "models", facts.folder / "models")
+        evaluate_models(run.path, run.recipe, models, log=log)

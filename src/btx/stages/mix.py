@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 from btx.baselines.matching import router_flops
 from btx.data.expert_text import text_from_run
+from btx.errors import CheckpointError
 from btx.mixing.mix import mix
 from btx.mixing.router_init import RouterSettings
+from btx.model_files.provenance import weights_fingerprint
 from btx.models.loading import read_config
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder
@@ -16,20 +16,39 @@ from btx.run_folder.graph import Stage
 
 def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """The run's expert models and its seed model become one MoE model."""
-    folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
+    run.check_needs(stage)
+    _check_common_start(run)
+    settings = run.recipe.mix
     routers = RouterSettings(
         settings.router_init, std=settings.router_std, scale=settings.router_scale, ridge=settings.router_ridge,
         tokens=settings.router_tokens,
     )  # fmt: skip
-    mix(
-        run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
-        folder / "model", record=folder / "mix.json", generalist=settings.generalist,
-        routing=run.recipe.routing, merge=run.recipe.merge_settings, router_init=routers,
-        texts=text_from_run(run.path, run.recipe, tokens=routers.tokens) if routers.needs_text else None,
-        split=settings.split, split_rescale=settings.split_rescale, blend=settings.blend,
-        rng_seed=run.recipe.rng_seed, dtype=settings.dtype, tokenizer_from=settings.tokenizer_from,
-        max_shard_size=settings.max_shard_size, log=log,
-        progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
-    )  # fmt: skip
-    flops = router_flops(run.recipe, read_config(run.model("seed")))
-    run.finish(stage, tokens=0, flops=flops, wall_s=time.perf_counter() - started)
+    with run.making(stage, log) as facts:
+        mix(
+            run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
+            facts.folder / "model", record=facts.folder / "mix.json", generalist=settings.generalist,
+            routing=run.recipe.routing, merge=run.recipe.merge_settings, router_init=routers,
+            texts=text_from_run(run.path, run.recipe, tokens=routers.tokens) if routers.needs_text else None,
+            split=settings.split, split_rescale=settings.split_rescale, blend=settings.blend,
+            rng_seed=run.recipe.rng_seed, dtype=settings.dtype, tokenizer_from=settings.tokenizer_from,
+            max_shard_size=settings.max_shard_size,
+            log=lambda line: log(line.replace(str(facts.folder), str(run.folder(stage.name)))),
+            progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
+        )  # fmt: skip
+        facts["flops"] = router_flops(run.recipe, read_config(run.model("seed")))
+
+
+def _check_common_start(run: RunFolder) -> None:
+    """Refuse branches that were trained from another seed model than the one that lies here, elsewhere perhaps.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    seed = weights_fingerprint(run.model("seed"))
+    others = [domain for domain in run.recipe.train.domains
+              if (run.done(f"train/{domain}") or {}).get("started_from", seed) != seed]  # fmt: skip
+    if others:
+        raise CheckpointError(
+            f"{run.path}: {', '.join(others)} started from another seed model than {run.model('seed')}: their weights "
+            f"differ. Copy the seed/ they started from here, or remove their folders in train/ and train them again"
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from btx.process import Interrupts, Log
 from btx.reporting.report import write_report
 from btx.run_folder.folder import RunFolder
@@ -12,8 +10,6 @@ from btx.run_folder.graph import Stage
 
 def report_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """Write the page."""
-    run.begin(stage)
-    started = time.perf_counter()
-    path = write_report(run.path)
-    run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
+    with run.making(stage, log):
+        path = write_report(run.path)
     log(f"report: {path}")

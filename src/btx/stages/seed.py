@@ -8,25 +8,30 @@ from typing import Any
 
 from btx.errors import CheckpointError, UserError
 from btx.models.loading import load_tokenizer, new_model, read_config
+from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
 from btx.recipe.mixtures import seed_mixture
+from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
+from btx.run_folder.stages_of_recipe import MODEL_FILES
 from btx.stages.training import train_stage
 
 
 def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """The seed model: trained from scratch, or an existing one linked into the run folder."""
-    seed = run.recipe.seed_model
-    folder = run.begin(stage)
+    seed, data = run.recipe.seed_model, run.folder("data")
+    prepared = [domain for domain in run.recipe.data.domains if run.recorded(f"data/{domain}")]
+    check_budgets(run.recipe, data, prepared)  # before anything is trained
     if seed.path is not None:
-        link_seed_model(seed.path, seed.revision, folder / "model")
-        check_planned(seed.plan_config, read_config(folder / "model"))
-        run.finish(stage, tokens=0, flops=0.0, wall_s=0.0)
+        with run.making(stage, log) as facts:
+            link_seed_model(seed.path, seed.revision, facts.folder / "model")
+            check_planned(seed.plan_config, read_config(facts.folder / "model"))
         return
+    run.check_needs(stage)
     assert seed.config is not None  # the schema guarantees both
     assert seed.train is not None
-    tokenizer = load_tokenizer(run.path / "data" / "tokenizer")
+    tokenizer = load_tokenizer(run.folder(TOKENIZER))
     model = new_model(
         seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -36,13 +41,12 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
 
 def link_seed_model(path: str, revision: str | None, target: Path) -> None:
     """Make `target` a link to a model folder, or to the downloaded files of a hub name."""
-    source = Path(path)
+    source = Path(path).expanduser()
     if not source.exists():
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         try:
-            source = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+            source = Path(snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES)))
         except Exception as error:
             raise UserError(f"seed_model.path: {path!r} is no folder, and as a hub name it failed: {error}") from error
     target.unlink(missing_ok=True)

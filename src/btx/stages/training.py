@@ -16,6 +16,7 @@ from btx.choices.routers import RoutingSettings
 from btx.data.samples import open_mixtures
 from btx.files import atomic_folder
 from btx.model_files.btx_folder import change_router
+from btx.model_files.provenance import weights_fingerprint
 from btx.models.cost import model_cost
 from btx.models.device import choose_device
 from btx.models.loading import (
@@ -29,6 +30,7 @@ from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.process import Interrupts, Log
 from btx.recipe.training import Finetune, Training
+from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.training.loop import Totals, TrainingJob, run_training
@@ -97,6 +99,7 @@ def train_stage(
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
     """
+    run.check_needs(stage)
     folder, recipe = run.folder(stage.name), run.recipe
     sequence_length = recipe.data.sequence_length
     device = choose_device(recipe.device)
@@ -108,7 +111,7 @@ def train_stage(
     job = TrainingJob(
         model=model,
         mixture=open_mixtures(
-            run.path / "data",
+            run.folder("data"),
             recipe,
             mixtures,
             switching=settings.switching if isinstance(settings, Finetune) else 0.0,
@@ -122,17 +125,21 @@ def train_stage(
         balancing=balancing or Balancing(),
         experts=experts,
     )
-    log(f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train, {torch.get_num_threads()} threads")
-    totals = run_training(job, interrupts, log)
-    tokenizer = load_tokenizer(like or run.path / "data" / "tokenizer")
-    with atomic_folder(folder / "model") as target:
-        save_model(model, target, like=like, tokenizer=tokenizer)
-        if routing is not None:
-            change_router(target, routing)
-    keep_only_last(folder / "state")
-    run.finish(
-        stage, tokens=totals.tokens, flops=totals.flops, wall_s=round(totals.wall_s, 3), steps=totals.steps,
-        loss=totals.loss, total_params=cost.total_params, active_params=cost.active_params,
-        threads=torch.get_num_threads(), data=job.mixture.fingerprint, peak_memory_bytes=peak_memory_bytes(device),
-    )  # fmt: skip
+    tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
+    with run.making(stage, log) as facts:
+        trained = f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train"
+        log(f"{trained}, {torch.get_num_threads()} threads")
+        totals = run_training(job, interrupts, log)
+        with atomic_folder(folder / "model") as target:
+            save_model(model, target, like=like, tokenizer=tokenizer)
+            if routing is not None:
+                change_router(target, routing)
+        keep_only_last(folder / "state")
+        facts |= {
+            "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
+            "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
+            "threads": torch.get_num_threads(), "device": str(device), "data": job.mixture.fingerprint,
+            "peak_memory_bytes": peak_memory_bytes(device),
+            **({"started_from": weights_fingerprint(like)} if like is not None else {}),
+        }  # fmt: skip
     return totals

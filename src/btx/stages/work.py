@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import cast
 
-from btx.errors import UserError
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
@@ -18,20 +17,17 @@ ENDING_S = 60.0  # how long a job waits for an earlier process of the same job t
 
 
 def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log: Log) -> None:
-    """Run stages one after the other in this process; finished ones are skipped, stale ones set aside.
+    """Run stages one after the other in this process; finished ones are skipped, stale ones made anew.
+
+    Args:
+        names: stages; a group's name (data, train, baselines) stands for all in it.
 
     Raises:
         UserError: no such stage, or a stage it needs is not finished.
     """
-    graph = run.graph
-    known = [stage.name for stage in graph]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{run.path}: the recipe has no stage {name!r}; there are: {', '.join(known)}")
-        stage = graph[name]
+    for stage in run.graph.named(names, where=str(run.path)):
+        name = stage.name
         with exclusive(run.path, name, patience_s=ENDING_S):
-            if run.state(stage) == "stale":
-                log(f"{name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage)}")
             if run.state(stage) == "done" and name != "report":
                 log(f"{name}: already done, skipped")
                 continue
@@ -39,7 +35,7 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
                 if stage.trains and shares_processors(run, stage):
                     _use_threads(training_threads(run))
-                elif stage.name not in ("data", "report"):
+                elif not stage.name.startswith("data/") and name != "report":
                     use_all_processors()
                 _work_of(stage)(run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")

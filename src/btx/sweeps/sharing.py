@@ -77,7 +77,7 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
                 continue
             with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
                 if run.state(stage) == "stale":
-                    log(f"{stage.name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage)}")
+                    log(f"{stage.name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage.name)}")
                 _copy_stage(donor / stage.name, run.folder(stage.name), donor)
             log(f"{stage.name}: taken over from {donor}")
             taken.append(stage.name)

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from btx.errors import StageFailed, UserError
 from btx.evaluation.aggregate import aggregate, read_results
 from btx.files import write_json, write_text
 from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder, exclusive
-from btx.run_folder.graph import Stage
+from btx.running.launchers import Job
 from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import donor_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
@@ -30,22 +30,7 @@ POLL_S = 0.3
 LINES_SHOWN = 15  # of a failed run's log
 
 
-class RunningRun(Protocol):
-    """A run that was started: `btx.running.launchers.LocalJob`, or what a test puts in its place."""
-
-    log: Path
-
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-
-    def terminate(self) -> None:
-        """Ask it to save and end."""
-
-    def wait(self) -> None:
-        """Wait until it has ended."""
-
-
-Start = Callable[[SweepRun, Path], RunningRun]
+Start = Callable[[SweepRun, Path], Job]
 """Starts the run whose folder is made; its output goes to the given file."""
 
 
@@ -151,7 +136,7 @@ class _Running:
 
     run: SweepRun
     folder: RunFolder
-    job: RunningRun
+    job: Job
     log: LogTail
     lines: list[str] = field(default_factory=list)
 
@@ -225,7 +210,7 @@ class _Sweep:
             with exclusive(run.folder, "run", patience_s=60.0):
                 made = RunFolder.create(run.recipe)
             take_over(made, [*runs_below(self.plan.folder), *self.donors], lambda line: self._say(run, line))
-            self._check_data(made, run.stages[0])
+            self._check_data(made)
             if self._is_done(run):
                 self.log(f"done: {run.name}: nothing was left to do")
                 return
@@ -238,12 +223,13 @@ class _Sweep:
             return
         self.running.append(_Running(run, made, job, tail))
 
-    def _check_data(self, made: RunFolder, data: Stage) -> None:
+    def _check_data(self, made: RunFolder) -> None:
         """Token files of another run were checked against that run's budgets: check them against this one's."""
-        if made.state(data) == "done":
-            from btx.stages.data import check_budgets
+        domains = [domain for domain in made.recipe.data.domains if made.recorded(f"data/{domain}")]
+        if domains:
+            from btx.planning.budgets import check_budgets
 
-            check_budgets(made.recipe, made.folder("data"))
+            check_budgets(made.recipe, made.folder("data"), domains)
 
     def _collect(self) -> None:
         for running in list(self.running):

@@ -19,7 +19,8 @@ from btx.errors import RecipeError, UserError
 from btx.recipe.loading import inline_yaml, load_recipe
 from btx.recipe.schema import Recipe, Sweep
 from btx.recipe.yaml_positions import YamlSyntaxError, read_yaml
-from btx.run_folder.graph import Stage, build_graph
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
 from btx.run_folder.threads import processors
 
 OWN_KEYS = {
@@ -69,7 +70,7 @@ class SweepRun:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The run's stages, with the hashes that say what can be shared."""
-        return build_graph(self.recipe).stages
+        return RunFolder(self.folder, self.recipe).graph.stages
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,16 @@
-"""How jobs are started: one file a launcher.
+"""How jobs are started: one file a launcher, one table that the pipeline and sweeps go by (`launch.kind`)."""
 
-A launcher starts `btx work RUN STAGE...` somewhere; the run folder's files say how it went.
-"""
-
-from btx.running.launchers.local import LocalJob, start_local, start_run
+from btx.running.launchers.job import Job, Launcher
+from btx.running.launchers.local import start_local, start_run
 
 LAUNCHERS = {"local": "processes of this machine"}
 
-__all__ = ["LAUNCHERS", "LocalJob", "start_local", "start_run"]
+_LAUNCHERS: dict[str, Launcher] = {"local": Launcher(start_local, start_run)}
+
+
+def launcher(kind: str) -> Launcher:
+    """The launcher that `launch.kind` names."""
+    return _LAUNCHERS[kind]
+
+
+__all__ = ["LAUNCHERS", "Job", "Launcher", "launcher"]

@@ -18,6 +18,11 @@ class LocalJob:
     process: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def place(self) -> str:
+        """The process's number."""
+        return f"process {self.process.pid}"
+
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self.process.poll()

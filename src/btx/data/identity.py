@@ -1,0 +1,81 @@
+"""What a domain's data are: its sources' settings and what its files hold. Where files lie, what they are called and
+when they were written is no part of it. Plain Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from btx.data.document_files import SUFFIXES
+from btx.data.sources import owns_held_out, source_files
+from btx.errors import DataError
+from btx.files import content_sha256, value_hash
+from btx.recipe.data import Data, Source
+
+NOT_OF_THE_TEXT = {"path", "weight", "domain", "streaming"}
+"""Keys of a source that say where it is, or how it is read or mixed, but not what it holds."""
+
+
+def own_sources(data: Data, domain: str) -> list[tuple[int, Source]]:
+    """The sources of a domain that have documents of their own and a weight, with their numbers."""
+    sources = enumerate(data.domains[domain].sources)
+    return [(number, source) for number, source in sources if source.domain is None and source.weight]
+
+
+def domain_identity(data: Data, domain: str, rng_seed: int) -> dict[str, Any]:
+    """Everything that decides a domain's own documents and their sides, but for the other domains, as a JSON value.
+
+    Files stand in the order in which they are read, each as [format, SHA-256].
+
+    Raises:
+        DataError: a file is missing; names the domain.
+    """
+    return {
+        str(number): _source_identity(data, domain, source, rng_seed) for number, source in own_sources(data, domain)
+    }
+
+
+def held_out_identity(identity: dict[str, Any]) -> str:
+    """Hash of everything that decides which documents a domain holds out, from its `domain_identity`."""
+    sources = []
+    for source in identity.values():
+        held_out = source["files"]["held_out"]
+        if source["owns_held_out"]:  # where there are held-out files, what is for training decides nothing
+            sources.append(source | {"files": {"held_out": held_out} if held_out else source["files"]})
+    return value_hash(sources)
+
+
+def domain_files(data: Data, domain: str) -> dict[str, str]:
+    """Path of every local file that a domain is read from → its SHA-256, to name the one that changed."""
+    return {str(file): content_sha256(file) for file in _files_of(data, domain)}
+
+
+def files_identity(files: Sequence[Path]) -> list[list[str]]:
+    """[format, SHA-256] of each file."""
+    return [[_format(file), content_sha256(file)] for file in files]
+
+
+def _source_identity(data: Data, domain: str, source: Source, rng_seed: int) -> dict[str, Any]:
+    try:
+        train, held_out = source_files(source, domain, data)
+    except DataError as error:
+        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
+    return {
+        **source.model_dump(mode="json", exclude=NOT_OF_THE_TEXT, exclude_none=True, exclude_defaults=True),
+        "files": {"train": files_identity(train), "held_out": files_identity(held_out)},
+        "held_out_share": data.held_out,
+        "owns_held_out": owns_held_out(source, domain, data),
+        **({"rng_seed": rng_seed} if source.generate is not None else {}),
+    }
+
+
+def _files_of(data: Data, domain: str) -> Iterator[Path]:
+    for _, source in own_sources(data, domain):
+        for files in source_files(source, domain, data):
+            yield from files
+
+
+def _format(file: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), file.suffix)

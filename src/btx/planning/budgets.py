@@ -1,0 +1,93 @@
+"""Whether prepared data are enough: held-out text to measure on, and training text for the tokens of every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from btx.baselines.matching import matched_phases
+from btx.choices.baselines import BASELINES
+from btx.data.token_files import TokenFile
+from btx.errors import DataError
+from btx.models.seed_config import seed_config
+from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
+from btx.recipe.schema import Recipe
+
+MOST_EPOCHS = 50
+LEAST_HELD_OUT_TOKENS = 100
+
+
+def check_budgets(recipe: Recipe, data: Path, domains: Collection[str]) -> None:
+    """Check the token files of some domains: enough held-out text, and enough training text for every stage.
+
+    Args:
+        data: the data folder.
+        domains: those that are looked at; a domain that takes text from others needs these too.
+
+    Raises:
+        DataError: a domain or source has too few tokens.
+    """
+    for domain in domains:
+        if {component.split("/")[0] for component, _, _ in resolve(recipe, {domain: 1.0})} <= set(domains):
+            check_held_out(recipe, data, domain)
+    seed = recipe.seed_model.train
+    uses = [] if seed is None else [(seed_mixture(recipe), seed.tokens, "seed_model.train.tokens")]
+    uses += [(domain_mixture(recipe, domain), recipe.branch_training(domain).tokens, "train.tokens")
+             for domain in recipe.train.domains]  # fmt: skip
+    uses.append((finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens"))
+    trained = [name for name in recipe.baselines if BASELINES[name].trains]
+    dense = seed_config(recipe) if trained else {}
+    for name in trained:
+        for phase in matched_phases(recipe, name, dense):
+            tokens = phase.settings.tokens // len(phase.mixtures)
+            uses += [(weights, tokens, f"baseline {name}") for weights in phase.mixtures]
+    for weights, tokens, where in uses:
+        check_budget(recipe, data, weights, tokens, where, domains)
+
+
+def check_held_out(recipe: Recipe, data: Path, domain: str) -> None:
+    """Refuse a domain whose held-out documents are too few to measure anything.
+
+    Raises:
+        DataError: it has no held-out document, or fewer than 100 held-out tokens.
+    """
+    files = [TokenFile.open(data / path / "val") for _, path, _ in resolve(recipe, {domain: 1.0})]
+    documents, tokens = sum(file.documents for file in files), sum(len(file) for file in files)
+    if not documents or tokens < LEAST_HELD_OUT_TOKENS:
+        raise DataError(
+            f"domain {domain!r}: {documents} held-out documents with {tokens} tokens; needed: at least 1 with "
+            f"{LEAST_HELD_OUT_TOKENS}. Give the domain `held_out` files, more text, or a larger data.held_out "
+            f"(now {recipe.data.held_out:g})"
+        )
+
+
+def check_budget(
+    recipe: Recipe, data: Path, weights: Mapping[str, float], tokens: int, where: str,
+    domains: Collection[str] | None = None,
+) -> None:  # fmt: skip
+    """Refuse a mixture in which a source would be repeated too often, or is shorter than one training sequence.
+
+    Args:
+        weights: domain → sampling weight.
+        tokens: training tokens of the stage.
+        where: key of the recipe that says how many, for the message.
+        domains: only their sources are looked at; None: all.
+
+    Raises:
+        DataError: names the source, the tokens it has and the tokens it needs.
+    """
+    for name, path, weight in resolve(recipe, weights):
+        domain, number = name.split("/")
+        if domains is not None and domain not in domains:
+            continue
+        have, need = len(TokenFile.open(data / path / "train")), round(tokens * weight)
+        source = f"domain {domain!r}, source {number}: {have:,} training tokens"
+        if have < recipe.data.sequence_length + 1:
+            raise DataError(f"{source}, fewer than one training sequence (data.sequence_length + 1 = "
+                            f"{recipe.data.sequence_length + 1:,}); add text or shorten the sequences")  # fmt: skip
+        if need > MOST_EPOCHS * have:
+            raise DataError(
+                f"{source}, but {where} = {tokens:,} takes {need:,} tokens from it: {need / have:.0f} epochs, at most "
+                f"{MOST_EPOCHS} are allowed. Add text or raise max_bytes, to at least {-(-need // MOST_EPOCHS):,} "
+                f"tokens, or lower {where} or the source's weight"
+            )

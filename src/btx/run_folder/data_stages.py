@@ -1,0 +1,112 @@
+"""The stages that prepare data: the tokenizer, then one for each domain, kept apart from the others. Plain Python.
+
+What any domain holds out is in no domain's training text, so what a domain is depends on what the others hold out. It
+must not depend on it for ever, or a domain more would make all others stale, and with them every model. So a finished
+domain stays as it is, kept apart from those that were known when it was made; a domain that comes later holds out
+nothing that the finished ones are trained on. Both are in the hash, as they are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from btx.data.identity import domain_files, domain_identity, held_out_identity
+from btx.errors import CheckpointError, UserError
+from btx.files import content_sha256
+from btx.recipe.mixtures import resolve, seed_mixture
+from btx.recipe.schema import Recipe
+from btx.run_folder.graph import Recorded, Settings, Stage, inputs_hash
+
+TOKENIZER = "data/tokenizer"
+TOKENIZER_FILES = ("*token*.json", "*.model", "vocab*", "merges.txt", "tekken.json")
+"""What is a tokenizer's in a model's folder."""
+
+
+class DataStages:
+    """The data stages of a recipe.
+
+    Args:
+        recorded: what is known of the run's finished stages.
+    """
+
+    def __init__(self, recipe: Recipe, recorded: Recorded) -> None:
+        self.recipe, self.recorded = recipe, recorded
+        self._identity = cache(self._identity_of)
+        self.tokenizer = Stage(TOKENIZER, self._tokenizer, files=self._tokenizer_text, recorded=recorded(TOKENIZER))
+        self._domains = {
+            domain: Stage(f"data/{domain}", partial(self._domain, domain), (self.tokenizer,),
+                          partial(domain_files, recipe.data, domain), recorded(f"data/{domain}"))
+            for domain in recipe.data.domains
+        }  # fmt: skip
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter((self.tokenizer, *self._domains.values()))
+
+    def of(self, domains: Iterable[str]) -> list[Stage]:
+        """The stages of some domains, each once."""
+        return [self._domains[domain] for domain in dict.fromkeys(domains)]
+
+    def _tokenizer(self) -> Settings:
+        """A tokenizer from scratch is what it is trained on, any other what its files hold."""
+        seed = self.recipe.seed_model
+        if seed.config is not None:
+            texts = [[weight, self._identity(name.split("/")[0])[name.split("/")[1]]]
+                     for name, _, weight in resolve(self.recipe, seed_mixture(self.recipe))]  # fmt: skip
+            return {"tokenizer": seed.tokenizer, "model_type": seed.config["model_type"], "texts": texts}
+        assert seed.path is not None  # the schema guarantees one of the two
+        folder, known = Path(seed.path).expanduser(), self.recorded(TOKENIZER)
+        if folder.is_dir():
+            files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+            return {"files": {file.name: content_sha256(file) for file in files}}
+        if known is not None and "files" in known["settings"]:
+            raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
+        return {"path": seed.path, "revision": seed.revision}
+
+    def _tokenizer_text(self) -> dict[str, str]:
+        if self.recipe.seed_model.config is None:
+            return {}
+        names = dict.fromkeys(name.split("/")[0] for name, _, _ in resolve(self.recipe, seed_mixture(self.recipe)))
+        return {file: sha256 for name in names for file, sha256 in domain_files(self.recipe.data, name).items()}
+
+    def _domain(self, domain: str) -> Settings:
+        if (kept := self._kept(domain)) is not None:
+            return kept
+        identity, held_out = self._identity(domain), self.held_out(domain)
+        others = [other for other in self.recipe.data.domains if other != domain]
+        finished = {other: kept for other in others if (kept := self._kept(other)) is not None}
+        return {
+            "sources": identity,
+            "apart_from": sorted(self.held_out(other) for other in others),
+            "trained_on_before": sorted(
+                self._domains[other].inputs for other, kept in finished.items() if held_out not in kept["apart_from"]
+            ),
+        }  # fmt: skip
+
+    def _kept(self, domain: str) -> Settings | None:
+        """The settings of a finished domain that is still what the recipe says, as they were when it was made."""
+        known = self.recorded(f"data/{domain}")
+        if known is None:
+            return None
+        try:
+            settings = {**known["settings"], "sources": self._identity(domain)}
+        except UserError:  # its files are not here
+            settings = dict(known["settings"])
+        same = inputs_hash(settings, {TOKENIZER: self.tokenizer.inputs}) == known["inputs"]
+        return settings if same else None
+
+    def held_out(self, domain: str) -> str:
+        """Hash of what decides which documents a domain holds out."""
+        return held_out_identity(self._identity(domain))
+
+    def _identity_of(self, domain: str) -> dict[str, Any]:
+        """What a domain's own documents are, from its files, or as recorded if they are not here."""
+        try:
+            return domain_identity(self.recipe.data, domain, self.recipe.rng_seed)
+        except UserError:
+            known = self.recorded(f"data/{domain}")
+            if known is None:
+                raise
+            return dict(known["settings"]["sources"])

@@ -1,0 +1,44 @@
+"""What of a recipe decides a result: the settings that go into a stage's hash. Plain Python.
+
+A field that has its neutral value is left out: so a field that a later version adds leaves the hashes of all runs that
+do not use it as they were. The neutral value is the field's default. Should a default change, its old value goes into
+`NEUTRAL`, or finished runs would silently count as made by the new one; `tests/test_golden_hashes.py` notices both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+SPEED_ONLY = {"checkpoint_every", "plan_config"}
+"""How a job runs decides speed, not results, and plan_config only the plan."""
+NEUTRAL: dict[tuple[str, str], Any] = {}
+"""(section's class, field) → the value that is left out, where it is no longer the default."""
+
+
+def decisive(value: Any) -> Any:
+    """Settings as a JSON value, recipe sections in them without fields that decide only speed or are neutral."""
+    return _json(value, without_neutral=True)
+
+
+def shown(value: Any) -> Any:
+    """Settings as a JSON value with all defaults filled in, for people: which one changed, and from what to what."""
+    return _json(value, without_neutral=False)
+
+
+def neutral_value(section: type[BaseModel], field: str) -> Any:
+    """The value with which a field changes nothing; pydantic's `PydanticUndefined` where one has to be given."""
+    default = section.model_fields[field].get_default(call_default_factory=True)
+    return NEUTRAL.get((section.__name__, field), default)
+
+
+def _json(value: Any, without_neutral: bool) -> Any:
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields if name not in SPEED_ONLY}
+        if without_neutral:
+            fields = {name: item for name, item in fields.items() if item != neutral_value(type(value), name)}
+        return _json(fields, without_neutral)
+    if isinstance(value, dict):
+        return {str(key): _json(item, without_neutral) for key, item in value.items()}
+    return [_json(item, without_neutral) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,48 @@
+"""What changed between a stage as it was begun and as the recipe and its files have it now. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+HASHES = {"files", "apart_from", "trained_on_before", "texts"}
+"""Keys of settings that hold hashes: files are named instead."""
+DERIVED = {"mixture", "mixtures", "domains"}
+"""Keys of settings that are made from other settings."""
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two settings, as `train.learning_rate: 0.001 → 0.002` lines.
+
+    What only follows from other settings is told only if none of those differ.
+    """
+    lines = _changed(old, new, prefix, HASHES | DERIVED)
+    return lines or _changed(old, new, prefix, HASHES)
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str, left_out: set[str]) -> list[str]:
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if key in left_out or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _changed(before, after, f"{prefix}{key}.", left_out)
+        else:
+            lines.append(f"{prefix}{key}: {before} → {after}")
+    return lines
+
+
+def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The files that differ, by what they hold: a file that only moved is the same.
+
+    Args:
+        old: path → SHA-256, as recorded.
+        new: the same now.
+    """
+    lines = [f"{path} changed" for path, sha256 in new.items() if path in old and old[path] != sha256]
+    here, before = set(new.values()), set(old.values())
+    lines += [f"{path} is new" for path, sha256 in new.items() if path not in old and sha256 not in before]
+    gone = [path for path, sha256 in old.items() if path not in new and sha256 not in here]
+    return lines + [f"{PurePath(path).name} is gone" for path in gone]

@@ -1,0 +1,209 @@
+"""Which stages a recipe has: what each reads, and which settings decide it. Plain Python.
+
+    data/tokenizer → data/<domain>... → seed → train/<domain>... → mix → finetune → evaluate, analyze → report
+                                                                     baselines/... ↗
+
+A stage needs what it reads and nothing else: the seed model the domains of its mixture, a branch its own domain and the
+general one, the finetuning those of its mixture. So a domain more, or less, leaves the others' stages as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from btx.baselines.settings import matching_inputs, phases_of, routing_of
+from btx.choices.baselines import BASELINES, BTM, UPCYCLED, BaselineName
+from btx.data.document_files import located
+from btx.errors import CheckpointError
+from btx.files import content_sha256
+from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
+from btx.recipe.schema import Recipe
+from btx.run_folder.data_stages import DataStages
+from btx.run_folder.graph import Graph, Recorded, Settings, Stage, nothing_recorded
+
+
+def build_graph(recipe: Recipe, recorded: Recorded = nothing_recorded) -> Graph:
+    """The stages of `recipe`, in an order in which they can run.
+
+    Args:
+        recorded: what is known of the run's finished stages, so that nothing of them has to be at hand.
+    """
+    return _Stages(recipe, recorded).graph()
+
+
+class _Stages:
+    """One recipe's stages while they are put together."""
+
+    def __init__(self, recipe: Recipe, recorded: Recorded) -> None:
+        self.recipe, self.recorded = recipe, recorded
+        self.data = DataStages(recipe, recorded)
+        self.rng = {"rng_seed": recipe.rng_seed}
+
+    def graph(self) -> Graph:
+        recipe, seed = self.recipe, self._seed()
+        branches = tuple(self._branch(domain, seed) for domain in recipe.train.domains)
+        mixed = self._mix(seed, branches)
+        finetune = self._stage("finetune", self._finetune, (*self._read([finetune_mixture(recipe)]), mixed))
+        baselines = self._baselines({"seed": seed, "mix": mixed}, branches)
+        # The soup is made beside the mix; what trains comes after the finetuning: `--until finetune` leaves it out.
+        soup = [stage for stage in baselines if stage.name == "baselines/soup"]
+        others = [stage for stage in baselines if stage not in soup]
+        results = [stage for stage in others if stage.name.removeprefix("baselines/") in recipe.baselines]
+        every_domain = self.data.of(recipe.data.domains)
+        models = (*every_domain, seed, *branches, mixed, *soup, finetune, *results)
+        evaluate = self._stage("evaluate", self._evaluate, models, files=self._task_files)
+        analyze = self._stage("analyze", self._analyze, (*every_domain, finetune))
+        report = self._stage("report", dict, (evaluate, analyze))
+        made = (seed, *branches, mixed, *soup, finetune, *others)
+        return Graph(recipe, (*self.data, *made, evaluate, analyze, report))
+
+    def _stage(self, name: str, describe: Any, needs: Iterable[Stage], **more: Any) -> Stage:
+        return Stage(name, describe, tuple(needs), recorded=self.recorded(name), **more)
+
+    def _read(self, mixtures: list[dict[str, float]]) -> list[Stage]:
+        """The data stages behind some mixtures of domains."""
+        components = [name for weights in mixtures for name, _, _ in resolve(self.recipe, weights)]
+        return self.data.of(component.split("/")[0] for component in components)
+
+    def _mixture(self, weights: Mapping[str, float]) -> Settings:
+        """What decides which samples a mixture of domains gives, besides what the domains hold."""
+        components = [[name, weight] for name, _, weight in resolve(self.recipe, weights)]
+        return {"mixture": components, "sequence_length": self.recipe.data.sequence_length}
+
+    def _seed(self) -> Stage:
+        seed = self.recipe.seed_model
+        if seed.path is not None:
+            return self._stage("seed", self._seed_folder, (), files=self._seed_files)
+        mixture = seed_mixture(self.recipe)
+
+        def trained() -> Settings:
+            return {"seed_model": seed, **self._mixture(mixture), **self.rng}
+
+        return self._stage("seed", trained, (self.data.tokenizer, *self._read([mixture])))
+
+    def _seed_folder(self) -> Settings:
+        """An existing seed model is its files, or what it is called on the hub."""
+        seed, known = self.recipe.seed_model, self.recorded("seed")
+        if files := self._seed_files():
+            return {"files": {Path(name).name: sha256 for name, sha256 in files.items()}}
+        if known is not None and "files" in known["settings"]:
+            raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
+        return {"path": seed.path, "revision": seed.revision}
+
+    def _seed_files(self) -> dict[str, str]:
+        return model_files(self.recipe.seed_model.path)
+
+    def _branch(self, domain: str, seed: Stage) -> Stage:
+        name, recipe = f"train/{domain}", self.recipe
+        known = self.recorded(name)
+        if known is not None and "adopted" in known["settings"]:  # trained elsewhere: nothing here decides it
+            return Stage(name, lambda: dict(known["settings"]), recorded=known)
+        mixture = domain_mixture(recipe, domain)
+
+        def trained() -> Settings:
+            own = recipe.branch_training(domain).model_copy(update={"domains": [domain]})  # others decide nothing
+            return {"train": own, **self._mixture(mixture), **self.rng}
+
+        return self._stage(name, trained, (*self._read([mixture]), seed))
+
+    def _mix(self, seed: Stage, branches: tuple[Stage, ...]) -> Stage:
+        recipe = self.recipe
+        texts = [{domain: 1.0} for domain in (*recipe.train.domains, recipe.data.general)]
+        texts = texts if recipe.mix.routers_from_text else []
+
+        def mixed() -> Settings:
+            read = {"texts": [self._mixture(weights) for weights in texts]} if texts else {}
+            return {"mix": recipe.mix, "experts": recipe.expert_names, **read, **self.rng}
+
+        return self._stage("mix", mixed, (*self._read(texts), seed, *branches))
+
+    def _finetune(self) -> Settings:
+        recipe = self.recipe
+        return {"finetune": recipe.finetune, **self._mixture(finetune_mixture(recipe)), **self.rng}
+
+    def _evaluate(self) -> Settings:
+        recipe = self.recipe
+        domains = {domain: self._mixture({domain: 1.0}) for domain in recipe.data.domains}
+        generated = {"held_out": recipe.data.held_out} if recipe.evaluate.mixed.kind == "generated" else {}
+        files = {where: content_sha256(path) for where, path in task_files(recipe).items()}
+        return {"evaluate": recipe.evaluate, "domains": domains, "files": files, **generated, **self.rng}
+
+    def _task_files(self) -> dict[str, str]:
+        return {str(path): content_sha256(path) for path in task_files(self.recipe).values()}
+
+    def _analyze(self) -> Settings:
+        domains = {domain: self._mixture({domain: 1.0}) for domain in self.recipe.data.domains}
+        return {"analyze": self.recipe.analyze, "domains": domains, **self.rng}
+
+    def _baselines(self, known: dict[str, Stage], branches: tuple[Stage, ...]) -> list[Stage]:
+        """The stages of the recipe's baselines, in its order. A trained stage's last need holds its start weights."""
+        recipe, seed, stages = self.recipe, known["seed"], list[Stage]()
+        for name in recipe.baselines:
+            kind = BASELINES[name]
+            if name == "soup":
+                settings: Settings = {"generalist": recipe.mix.generalist}
+                stages.append(self._stage("baselines/soup", partial(dict, settings), (seed, *branches)))
+            elif name in BTM:
+                texts = [{domain: 1.0} for domain in (*recipe.train.domains, recipe.data.general)]
+                settings = {"experts": BTM[name], "generalist": recipe.mix.generalist, "tokens": recipe.train.tokens,
+                            "texts": [self._mixture(weights) for weights in texts]}  # fmt: skip
+                needs = (*self._read(texts), seed, *branches)
+                stages.append(self._stage(f"baselines/{name}", partial(dict, settings), needs))
+            elif kind.start == "upcycled" and UPCYCLED not in known:
+                known[UPCYCLED] = self._stage(f"baselines/{UPCYCLED}", self._upcycled, (seed,))
+                stages.append(known[UPCYCLED])
+            if kind.trains:
+                stages += self._trained_baseline(name, known[kind.start])
+        return stages
+
+    def _upcycled(self) -> Settings:
+        """Copies of the seed model's FF sublayers as experts: the start of both upcycling baselines."""
+        recipe, mix = self.recipe, self.recipe.mix
+        return {
+            "members": len(recipe.member_names), "split": [mix.split, mix.split_rescale], "router_std": mix.router_std,
+            "router": recipe.routing.as_json(), "dtype": mix.dtype, "max_shard_size": mix.max_shard_size, **self.rng,
+        }  # fmt: skip
+
+    def _trained_baseline(self, name: BaselineName, start: Stage) -> list[Stage]:
+        """One stage a phase."""
+        recipe, stages = self.recipe, list[Stage]()
+        for phase in phases_of(recipe, name):
+            mixtures = [domain_mixture(recipe, domain) for domain in recipe.train.domains]
+            mixtures = mixtures if phase.data == "domains" else [finetune_mixture(recipe)]
+            settings = {
+                "training": phase.settings, "matched": matching_inputs(recipe, name),
+                "mixtures": [self._mixture(weights) for weights in mixtures], **self.rng,
+            }  # fmt: skip
+            if BASELINES[name].has_routers:
+                settings["router"] = routing_of(recipe, name).as_json()
+            start = self._stage(phase.stage, partial(dict, settings), (*self._read(mixtures), start))
+            stages.append(start)
+        return stages
+
+
+def model_files(path: str | None) -> dict[str, str]:
+    """Path of each file of a local model folder that decides the model → its SHA-256; empty if there is no such folder.
+
+    A model card, hidden files and folders in the folder decide nothing.
+    """
+    folder = Path(path or "").expanduser()
+    if path is None or not folder.is_dir():
+        return {}
+    files = sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern))
+    return {str(file): content_sha256(file) for file in files if not file.name.startswith(".")}
+
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What is read of a model's folder, and downloaded of one on the hub."""
+
+
+def task_files(recipe: Recipe) -> dict[str, Path]:
+    """Where the recipe names a local file of a task → the file."""
+    tasks = {f"evaluate.tasks.{name}.path": task.path for name, task in recipe.evaluate.tasks.items()}
+    for name, task in recipe.evaluate.harness.tasks.items():
+        tasks |= {f"evaluate.harness.tasks.{name}.file": task.file,
+                  f"evaluate.harness.tasks.{name}.shots_file": task.shots_file}  # fmt: skip
+    return {where: located(name, recipe.data.root) for where, name in tasks.items() if name is not None}

@@ -14,19 +14,19 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.data.held_out import Packed, held_out_documents, pack
 from btx.evaluation.evaluate import bits_per_byte
 from btx.mixing.mix import mix, soup
-from btx.mixing.router_init import RouterSettings
 from btx.models.device import load_to_measure
 from btx.run_folder.folder import RunFolder
 
 INITIALISATIONS = {
-    "random N(0, 0.02)": RouterSettings("random", std=0.02),
-    "zeros": RouterSettings("zeros"),
-    "hidden_mean": RouterSettings("hidden_mean"),
-    "ridge": RouterSettings("ridge"),
+    "random N(0, 0.02)": RouterInit("random", std=0.02),
+    "zeros": RouterInit("zeros"),
+    "hidden_mean": RouterInit("hidden_mean"),
+    "ridge": RouterInit("ridge"),
 }
 ROUTER_TOKENS = 50_000
 """Tokens of every domain that hidden_mean and ridge look at: the recipe's default."""

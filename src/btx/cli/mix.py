@@ -15,7 +15,7 @@ Text = Annotated[
     list[str] | None,
     typer.Option("--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat."),
 ]
-RouterInit = Annotated[str, typer.Option(help="How routers start: random, zeros, hidden_mean or ridge.")]
+RouterInitName = Annotated[str, typer.Option(help="How routers start: random, zeros, hidden_mean or ridge.")]
 RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
@@ -41,7 +41,7 @@ def mix(
     merge_density: Annotated[float | None, typer.Option(
         help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
     merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
-    router_init: RouterInit = "random",
+    router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
     router_ridge: RouterRidge = 1e-3,
@@ -65,8 +65,8 @@ def mix(
                         "for every expert or --copies N")  # fmt: skip
     _refuse_existing(output)
     from btx.choices.merges import MergeSettings
+    from btx.choices.router_inits import RouterInit
     from btx.mixing.mix import mix as mix_models
-    from btx.mixing.router_init import RouterSettings
     from btx.process import ending_at_once
 
     folders = named(expert or (), "--expert", "FOLDER")
@@ -75,7 +75,7 @@ def mix(
     settings = MergeSettings(
         merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale
     )  # fmt: skip
-    routers = RouterSettings(
+    routers = RouterInit(
         router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
     )  # fmt: skip
     with ending_at_once(f"stopped; nothing was written to {output}"):
@@ -94,7 +94,7 @@ def extend(
     output: Output = None,
     shared: Annotated[str, typer.Option(
         help="Shared weights: left, or fold the expert's in with weight 1/(n+1).")] = "left",
-    router_init: RouterInit = "random",
+    router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
     router_ridge: RouterRidge = 1e-3,
@@ -107,11 +107,11 @@ def extend(
     if len(new) != 1 or output is None:
         raise UserError("btx extend needs one --expert NAME=FOLDER and -o FOLDER; run it once for each expert")
     _refuse_existing(output)
+    from btx.choices.router_inits import RouterInit
     from btx.mixing.extend import extend as extend_model
-    from btx.mixing.router_init import RouterSettings
 
     ((name, folder),) = new.items()
-    routers = RouterSettings(
+    routers = RouterInit(
         router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
     )  # fmt: skip
     record = extend_model(

@@ -15,7 +15,8 @@ from typing import Any
 
 from btx.choices.families import Config
 from btx.choices.merges import MergeSettings
-from btx.choices.routers import RoutingSettings
+from btx.choices.router_inits import RouterInit
+from btx.choices.routers import RoutingRule
 from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
 from btx.files import atomic_folder, write_json
@@ -36,7 +37,7 @@ from btx.mixing.moe_layout import (
 )
 from btx.mixing.report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings
 from btx.mixing.router_fit import check_texts, fit_routers
-from btx.mixing.router_init import RouterSettings, initial_router
+from btx.mixing.router_init import initial_router
 from btx.model_files.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
 from btx.model_files.btx_folder import write_router
 from btx.model_files.model_card import write_model_card
@@ -54,9 +55,9 @@ def mix(
     record: Path | None = None,
     generalist: bool = True,
     top_k: int = 2,
-    routing: RoutingSettings | None = None,
+    routing: RoutingRule | None = None,
     merge: str | MergeSettings = "mean",
-    router_init: str | RouterSettings = "random",
+    router_init: str | RouterInit = "random",
     texts: Mapping[str, Path | TextRows] | None = None,
     split: int = 1,
     split_rescale: bool = True,
@@ -156,7 +157,7 @@ def mix(
     return report
 
 
-def route_by(folder: Path, routing: RoutingSettings, log: Callable[[str], None]) -> Config:
+def route_by(folder: Path, routing: RoutingRule, log: Callable[[str], None]) -> Config:
     """Let a new folder route as `routing` says, and tell the user if only btx can read it now.
 
     Returns:
@@ -191,19 +192,17 @@ def warning_to(log: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: log(f"mix: warning: {line}")
 
 
-def _settings(
-    merge: str | MergeSettings, router: str | RouterSettings, rng_seed: int
-) -> tuple[MergeSettings, RouterSettings]:
+def _settings(merge: str | MergeSettings, router: str | RouterInit, rng_seed: int) -> tuple[MergeSettings, RouterInit]:
     """Names as settings, with the random number seed; impossible router settings are refused."""
     merging = MergeSettings(merge) if isinstance(merge, str) else merge
-    routers = RouterSettings(router) if isinstance(router, str) else router
+    routers = RouterInit(router) if isinstance(router, str) else router
     if problems := routers.problems():
         raise CheckpointError("; ".join(problems))
     return replace(merging, rng_seed=rng_seed), replace(routers, rng_seed=rng_seed)
 
 
 def _texts(
-    inputs: MixInputs, texts: Mapping[str, Path | TextRows] | None, routers: RouterSettings, blend: bool
+    inputs: MixInputs, texts: Mapping[str, Path | TextRows] | None, routers: RouterInit, blend: bool
 ) -> dict[str, TextRows]:
     """Text of every member in their order, files read; empty if the routers need none."""
     if not routers.needs_text:
@@ -235,7 +234,7 @@ def _planned(
     config: Config,
     transform: ExpertsTransform,
     merge: Merge,
-    routers: RouterSettings,
+    routers: RouterInit,
     drifts: Drifts,
 ) -> Iterator[OutputTensor]:
     """All tensors of the MoE model, in the order they are written."""
@@ -264,7 +263,7 @@ def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
 
 
 def _record(
-    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: MergeSettings, router: RouterSettings
+    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: MergeSettings, router: RouterInit
 ) -> dict[str, Any]:
     """What the mix was told to do; what it did is added by the caller."""
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.baselines.settings import matching_inputs, phases_of, routing_of
-from btx.choices.baselines import BASELINES, BTM, UPCYCLED, BaselineName, is_trained, stage_names
+from btx.choices.baselines import BASELINES, BTM, UPCYCLED, is_trained, stage_names
 from btx.errors import UserError
 from btx.files import value_hash
 from btx.recipe.schema import Recipe
@@ -185,7 +185,7 @@ def _upcycled(recipe: Recipe, seed: Stage) -> Stage:
     return Stage(f"baselines/{UPCYCLED}", settings, (seed,))
 
 
-def _trained_baseline(recipe: Recipe, name: BaselineName, known: dict[str, Stage]) -> list[Stage]:
+def _trained_baseline(recipe: Recipe, name: str, known: dict[str, Stage]) -> list[Stage]:
     """One stage a phase."""
     start, found = known[BASELINES[name].start], []
     for phase in phases_of(recipe, name):

@@ -19,7 +19,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import is_running, stage_status
-from btx.running.launchers import LocalJob, start_local
+from btx.running.launchers import START, LocalJob
 from btx.running.log_tail import LogTail
 from btx.running.preflight import preflight
 from btx.running.progress import Display
@@ -175,7 +175,8 @@ class _Pipeline:
         tail = LogTail.from_now(log)
         if is_running(self.run_folder, stages[0].name):
             self.display.say(f"{stages[0].name}: another process is at it; waiting for it to end")
-        job = start_local(self.run_folder.path, [stage.name for stage in stages], log)
+        start = START[self.run_folder.recipe.launch.kind]
+        job = start(self.run_folder.path, [stage.name for stage in stages], log)
         self.running.append(_Running(stages, job, tail))
         self.display.begin(stages[0].name)
         self.run_folder.event("start", job=stages[0].name, pid=job.process.pid)

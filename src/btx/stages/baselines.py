@@ -12,11 +12,11 @@ import time
 from btx.baselines.btm import write_btm_folder
 from btx.baselines.matching import matched_phases
 from btx.baselines.settings import matched_by, routing_of
-from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED, BaselineName
+from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED
+from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.errors import UserError
 from btx.mixing.mix import mix, soup
-from btx.mixing.router_init import RouterSettings
 from btx.models.device import device_and_type
 from btx.models.loading import load_model, read_config
 from btx.models.trainable import set_trainable
@@ -36,8 +36,7 @@ def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log
     elif name == UPCYCLED:
         _upcycle(run, stage, interrupts, log)
     else:
-        known: list[BaselineName] = [kind for kind in BASELINES if kind == name.removesuffix(DOMAINS)]
-        _train(run, stage, known[0], interrupts, log)
+        _train(run, stage, name.removesuffix(DOMAINS), interrupts, log)
 
 
 def copies_of_the_seed(run: RunFolder) -> list[str]:
@@ -65,7 +64,7 @@ def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> 
     mix(
         seed, {f"copy{number}": seed for number in range(len(recipe.member_names))}, folder / "model",
         record=folder / "mix.json", generalist=False, top_k=recipe.routing.plain_top_k(len(recipe.expert_names)),
-        router_init=RouterSettings("random", std=settings.router_std), split=settings.split,
+        router_init=RouterInit("random", std=settings.router_std), split=settings.split,
         split_rescale=settings.split_rescale, rng_seed=recipe.rng_seed, dtype=settings.dtype,
         max_shard_size=settings.max_shard_size,
         progress=lambda written, total: interrupts.raise_if_pending("stopped; the same command starts it anew"),
@@ -74,7 +73,7 @@ def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> 
     run.finish(stage, tokens=0, flops=0.0, wall_s=time.perf_counter() - started)
 
 
-def _train(run: RunFolder, stage: Stage, name: BaselineName, interrupts: Interrupts, log: Log) -> None:
+def _train(run: RunFolder, stage: Stage, name: str, interrupts: Interrupts, log: Log) -> None:
     """One phase of a trained baseline."""
     run.begin(stage)
     recipe, kind, start = run.recipe, BASELINES[name], run.model(stage.needs[-1].name)

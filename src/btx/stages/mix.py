@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from btx.baselines.matching import router_flops
+from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.mixing.mix import mix
-from btx.mixing.router_init import RouterSettings
 from btx.models.loading import read_config
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder
@@ -17,7 +17,7 @@ from btx.run_folder.graph import Stage
 def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """The run's expert models and its seed model become one MoE model."""
     folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
-    routers = RouterSettings(
+    routers = RouterInit(
         settings.router_init, std=settings.router_std, scale=settings.router_scale, ridge=settings.router_ridge,
         tokens=settings.router_tokens,
     )  # fmt: skip

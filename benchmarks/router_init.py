@@ -64,10 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         soup(run.model("seed"), experts, Path(scratch) / "soup", generalist=generalist)
         print(line("soup", measure(Path(scratch) / "soup", run, packed), domains), flush=True)
-        for name, settings in INITIALISATIONS.items():
-            texts = text_from_run(run.path, recipe, tokens=ROUTER_TOKENS) if settings.needs_text else None
+        for name, init in INITIALISATIONS.items():
+            texts = text_from_run(run.path, recipe, tokens=ROUTER_TOKENS) if init.needs_text else None
             mix(run.model("seed"), experts, Path(scratch) / "moe", generalist=generalist, top_k=recipe.mix.top_k,
-                router_init=settings, texts=texts, rng_seed=recipe.rng_seed)  # fmt: skip
+                router_init=init, texts=texts, rng_seed=recipe.rng_seed)  # fmt: skip
             print(line(f"mix, {name}", measure(Path(scratch) / "moe", run, packed), domains), flush=True)
 
 

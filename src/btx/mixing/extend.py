@@ -13,7 +13,6 @@ it also suits routers that were finetuned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import FINETUNE_NEXT, parameters
 from btx.mixing.router_fit import load_for_text, moe_routers, router_sums
 from btx.mixing.router_init import hidden_mean, initial_router, ridge
+from btx.mixing.settings import seeded
 from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.model_files.model_card import write_model_card
@@ -76,7 +76,7 @@ def extend(
         CheckpointError: the expert does not fit; all problems in one message.
     """
     model = MoeFolder.open(moe)
-    init = RouterInit(router_init) if isinstance(router_init, str) else router_init
+    init = seeded(RouterInit(router_init) if isinstance(router_init, str) else router_init, rng_seed, "router_init")
     problems = init.problems()
     if shared not in SHARED:
         problems.append(f"shared weights {shared!r}: allowed: {', '.join(SHARED)}")
@@ -89,7 +89,7 @@ def extend(
     if problems:
         raise CheckpointError("; ".join(problems))
     dense = open_expert(model, name, expert)
-    rows_LD = _new_rows(model, name, init, texts or {}, rng_seed)
+    rows_LD = _new_rows(model, name, init, texts or {})
     n = len(model.names)
     config = model.config_with(n + 1)
     tensors = list(_planned(model, dense, name, rows_LD, 1 / (n + 1) if shared == "fold" else 0.0))
@@ -130,11 +130,11 @@ def _text_problems(texts: Mapping[str, Path], name: str, old: Sequence[str], met
     return found
 
 
-def _new_rows(model: MoeFolder, name: str, init: RouterInit, texts: Mapping[str, Path], rng_seed: int) -> list[Tensor]:
+def _new_rows(model: MoeFolder, name: str, init: RouterInit, texts: Mapping[str, Path]) -> list[Tensor]:
     """The new row (D,) of every layer's router."""
     hidden_size, n = int(model.config["hidden_size"]), len(model.names)
     if not init.needs_text:  # the last row of a router for n+1, so that it is no copy of an old one
-        router = initial_router(replace(init, rng_seed=rng_seed), n + 1, hidden_size)
+        router = initial_router(init, n + 1, hidden_size)
         return [router(layer)[-1] for layer in range(model.num_layers)]
     length = min(SEQUENCE_LENGTH, int(model.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
     ordered = {text: texts[text] for text in sorted(texts, key=lambda text: text == name)}  # the new one last

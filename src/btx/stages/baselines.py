@@ -13,10 +13,10 @@ from btx.baselines.btm import write_btm_folder
 from btx.baselines.matching import matched_phases
 from btx.baselines.settings import matched_by, routing_of
 from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED
-from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.errors import UserError
 from btx.mixing.mix import mix, soup
+from btx.mixing.settings import upcycling_settings
 from btx.models.device import device_and_type
 from btx.models.loading import load_model, read_config
 from btx.models.trainable import set_trainable
@@ -54,19 +54,12 @@ def _soup(run: RunFolder, stage: Stage) -> None:
 
 
 def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    """Sparse upcycling's start (arXiv 2212.05055): every expert is the seed model's FF sublayer, routers are random.
-
-    Its shape is that of the run's mix. Blended copies of one FF sublayer are that sublayer, so `mix.blend` changes
-    nothing here.
-    """
+    """Sparse upcycling's start (arXiv 2212.05055): every expert is the seed model's FF sublayer, routers are random."""
     folder, recipe, started = run.begin(stage), run.recipe, time.perf_counter()
-    seed, settings = run.model("seed"), recipe.mix
+    seed = run.model("seed")
     mix(
         seed, {f"copy{number}": seed for number in range(len(recipe.member_names))}, folder / "model",
-        record=folder / "mix.json", generalist=False, top_k=recipe.routing.plain_top_k(len(recipe.expert_names)),
-        router_init=RouterInit("random", std=settings.router_std), split=settings.split,
-        split_rescale=settings.split_rescale, rng_seed=recipe.rng_seed, dtype=settings.dtype,
-        max_shard_size=settings.max_shard_size,
+        upcycling_settings(recipe), record=folder / "mix.json",
         progress=lambda written, total: interrupts.raise_if_pending("stopped; the same command starts it anew"),
     )  # fmt: skip
     log(f"{stage.name}: {len(copies_of_the_seed(run))} experts, all of them the seed model's FF sublayers")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from btx.baselines.matching import router_flops
-from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.mixing.mix import mix
+from btx.mixing.settings import mix_settings
 from btx.models.loading import read_config
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder
@@ -16,19 +16,12 @@ from btx.run_folder.graph import Stage
 
 def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """The run's expert models and its seed model become one MoE model."""
-    folder, settings, started = run.begin(stage), run.recipe.mix, time.perf_counter()
-    routers = RouterInit(
-        settings.router_init, std=settings.router_std, scale=settings.router_scale, ridge=settings.router_ridge,
-        tokens=settings.router_tokens,
-    )  # fmt: skip
+    folder, settings, started = run.begin(stage), mix_settings(run.recipe), time.perf_counter()
+    init = settings.start
     mix(
         run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
-        folder / "model", record=folder / "mix.json", generalist=settings.generalist,
-        routing=run.recipe.routing, merge=run.recipe.merge_settings, router_init=routers,
-        texts=text_from_run(run.path, run.recipe, tokens=routers.tokens) if routers.needs_text else None,
-        split=settings.split, split_rescale=settings.split_rescale, blend=settings.blend,
-        rng_seed=run.recipe.rng_seed, dtype=settings.dtype, tokenizer_from=settings.tokenizer_from,
-        max_shard_size=settings.max_shard_size, log=log,
+        folder / "model", settings, record=folder / "mix.json", log=log,
+        texts=text_from_run(run.path, run.recipe, tokens=init.tokens) if init.needs_text else None,
         progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
     )  # fmt: skip
     flops = router_flops(run.recipe, read_config(run.model("seed")))

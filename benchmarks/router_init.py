@@ -14,19 +14,19 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.data.held_out import Packed, held_out_documents, pack
 from btx.evaluation.evaluate import bits_per_byte
 from btx.mixing.mix import mix, soup
-from btx.mixing.router_init import RouterSettings
 from btx.models.device import load_to_measure
 from btx.run_folder.folder import RunFolder
 
 INITIALISATIONS = {
-    "random N(0, 0.02)": RouterSettings("random", std=0.02),
-    "zeros": RouterSettings("zeros"),
-    "hidden_mean": RouterSettings("hidden_mean"),
-    "ridge": RouterSettings("ridge"),
+    "random N(0, 0.02)": RouterInit("random", std=0.02),
+    "zeros": RouterInit("zeros"),
+    "hidden_mean": RouterInit("hidden_mean"),
+    "ridge": RouterInit("ridge"),
 }
 ROUTER_TOKENS = 50_000
 """Tokens of every domain that hidden_mean and ridge look at: the recipe's default."""
@@ -64,10 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         soup(run.model("seed"), experts, Path(scratch) / "soup", generalist=generalist)
         print(line("soup", measure(Path(scratch) / "soup", run, packed), domains), flush=True)
-        for name, settings in INITIALISATIONS.items():
-            texts = text_from_run(run.path, recipe, tokens=ROUTER_TOKENS) if settings.needs_text else None
+        for name, init in INITIALISATIONS.items():
+            texts = text_from_run(run.path, recipe, tokens=ROUTER_TOKENS) if init.needs_text else None
             mix(run.model("seed"), experts, Path(scratch) / "moe", generalist=generalist, top_k=recipe.mix.top_k,
-                router_init=settings, texts=texts, rng_seed=recipe.rng_seed)  # fmt: skip
+                router_init=init, texts=texts, rng_seed=recipe.rng_seed)  # fmt: skip
             print(line(f"mix, {name}", measure(Path(scratch) / "moe", run, packed), domains), flush=True)
 
 

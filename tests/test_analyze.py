@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.data.held_out import HeldOutDocument, held_out_documents, pack
 from btx.data.token_texts import token_texts
 from btx.errors import CheckpointError
 from btx.evaluation.analyze import analyze, dead_experts, domain_routing, in_domain_layers
 from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
-from btx.moe.routers import Rule
+from btx.moe.routers import LayerRule
 from btx.recipe.schema import Recipe
 from btx.reporting.tokens import token_view
 from tests.pico_models import llama, mixtral, prepared_run, recipe, texts, tokenizer
@@ -91,7 +91,7 @@ def test_an_expert_no_token_uses_is_dead(tmp_path):
     with torch.no_grad():
         # The logits of experts 0 and 1 are each other's negative, so one of them beats the zero of expert 2.
         second.gate.weight[0], second.gate.weight[1], second.gate.weight[2] = 1.0, -1.0, 0.0
-    first.rule = second.rule = Rule(RoutingSettings(top_k=1))
+    first.rule = second.rule = LayerRule(RoutingRule(top_k=1))
     documents = held_out_documents(run, settings(), "math", 400)
     assert dead_experts([domain_routing(model, documents, 24)]) == [[1, 2]]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.model_files.btx_folder import write_router
 from btx.models.loading import load_model, load_tokenizer, read_config, save_model
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("switch", "sample_top1"):
         made[kind] = root / kind
         shutil.copytree(plain, made[kind])
-        assert write_router(made[kind], RoutingSettings(kind, capacity_factor=1.25, temperature_rate=0.01))
+        assert write_router(made[kind], RoutingRule(kind, capacity_factor=1.25, temperature_rate=0.01))
     return made
 
 
@@ -50,11 +50,11 @@ def test_our_loader_routes_as_the_folder_says(folders: dict[str, Path]) -> None:
     plain = logits(load_model(folders["plain"]))
     for kind in ("switch", "sample_top1"):
         model = load_model(folders[kind])
-        assert {block.rule.settings for block in moe_blocks(model)} == {
-            RoutingSettings(kind, capacity_factor=1.25, temperature_rate=0.01)
+        assert {block.rule.rule for block in moe_blocks(model)} == {
+            RoutingRule(kind, capacity_factor=1.25, temperature_rate=0.01)
         }
         other = load_model(folders["plain"])
-        set_router(other, RoutingSettings(kind))
+        set_router(other, RoutingRule(kind))
         assert torch.equal(logits(model), logits(other))
         assert (logits(model) - plain).abs().max() > 0.1
     assert load_tokenizer(folders["switch"]).eos_token_id is not None
@@ -72,7 +72,7 @@ def test_a_trained_model_keeps_the_router_of_the_one_it_started_from(folders: di
 
 
 def test_sample_top1_without_a_soft_first_layer_is_a_plain_model(folders: dict[str, Path], tmp_path: Path) -> None:
-    settings = RoutingSettings("sample_top1", soft_first_layer=False)
+    settings = RoutingRule("sample_top1", soft_first_layer=False)
     shutil.copytree(folders["plain"], tmp_path / "copy")
     assert not write_router(tmp_path / "copy", settings)
     ours = load_model(tmp_path / "copy")
@@ -89,19 +89,19 @@ def test_switch_is_a_plain_model_of_a_class_whose_gates_are_probabilities(tmp_pa
         num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=1, norm_topk_prob=True,
     ))  # fmt: skip
     model.save_pretrained(tmp_path)
-    assert not write_router(tmp_path, RoutingSettings("switch"))
+    assert not write_router(tmp_path, RoutingRule("switch"))
     ours, plain = load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {block.rule.settings.kind for block in moe_blocks(ours)} == {"switch"}
+    assert {block.rule.rule.kind for block in moe_blocks(ours)} == {"switch"}
     assert (logits(ours) - logits(plain)).abs().max() < 1e-5
     assert (logits(plain) - logits(model)).abs().max() > 1e-3  # the gate was 1 before
-    assert not write_router(tmp_path, RoutingSettings("top_k", top_k=1))
+    assert not write_router(tmp_path, RoutingRule("top_k", top_k=1))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_soft_is_a_plain_model_with_all_experts(tmp_path: Path) -> None:
     plain = mixtral(tmp_path / "soft", top_k=4)
     ours = load_model(plain)
-    set_router(ours, RoutingSettings("soft"))
+    set_router(ours, RoutingRule("soft"))
     assert torch.allclose(logits(ours), logits(MixtralForCausalLM.from_pretrained(plain)), atol=1e-4)
 
 

@@ -7,7 +7,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from btx.data.domains import GENERATORS, QUESTION_GENERATORS, Document, documents, questions
+from btx.choices.generators import GENERATORS
+from btx.data.domains import QUESTION_GENERATORS, Document, documents, questions
 from btx.data.domains.document import split_by_group
 from btx.data.domains.general_text import passages, prose
 from btx.data.domains.stdlib_sources import read_source, standard_library

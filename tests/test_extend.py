@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from btx.choices.router_inits import RouterInit
 from btx.cli.main import app
 from btx.data.expert_text import text_from_files
 from btx.errors import CheckpointError
@@ -20,7 +21,6 @@ from btx.files import read_json
 from btx.mixing.drop import drop
 from btx.mixing.extend import extend
 from btx.mixing.mix import mix
-from btx.mixing.router_init import RouterSettings
 from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import moe_blocks
 from tests.test_router_init import write_texts
@@ -193,7 +193,7 @@ def test_what_cannot_be_extended_or_dropped_says_why(make_llama: MakeLlama, moe:
     with pytest.raises(CheckpointError, match="needs text of law and of at least one of birds"):
         extend(moe, "law", law, out, router_init="ridge", texts={"law": tmp_path / "law.jsonl"})
     with pytest.raises(CheckpointError, match="takes no scale here"):
-        extend(moe, "law", law, out, router_init=RouterSettings("ridge", scale=2.0))
+        extend(moe, "law", law, out, router_init=RouterInit("ridge", scale=2.0))
     with pytest.raises(CheckpointError, match="'halved': allowed: left, fold"):
         extend(moe, "law", law, out, shared="halved")
     with pytest.raises(CheckpointError, match="is no MoE class"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from btx.choices.trainable import MOE_TRAINABLE
 from btx.data.samples import open_mixtures
 from btx.files import read_json
 from btx.models.loading import load_model
-from btx.models.trainable import PARTS
 from btx.moe import routing_metrics
 from btx.moe.layer import moe_blocks, weight_parts
 from btx.planning.plan import plan
@@ -59,7 +59,7 @@ def test_every_router_trains_evaluates_analyses_and_saves(branched: Path, router
     assert results["btx"]["mean_bits_per_byte"] < results["mix"]["mean_bits_per_byte"]
     routing = read_json(run.path / "analyze" / "routing.json")
     assert all(sum(load) == pytest.approx(1) for found in routing["domains"].values() for load in found["load"])
-    (start,), (end,) = ({block.rule.settings.kind for block in moe_blocks(load_model(run.model(stage)))}
+    (start,), (end,) = ({block.rule.rule.kind for block in moe_blocks(load_model(run.model(stage)))}
                         for stage in ("mix", "finetune"))  # fmt: skip
     assert start == end == ("top_k" if router == "soft" else router)
     config = read_json(run.model("finetune") / "config.json")
@@ -252,7 +252,7 @@ def test_plan_counts_no_gradient_and_no_optimiser_state_for_frozen_weights(branc
     sizes = dict.fromkeys(("routers", "experts"), 0)
     for name, part in weight_parts(model).items():
         sizes[part] = sizes.get(part, 0) + model.get_parameter(name).numel()
-    for trainable, parts in PARTS.items():
+    for trainable, parts in MOE_TRAINABLE.items():
         planned = plan(pico_recipe(branched, "run", f"finetune.trainable={trainable}"))
         row = next(row for row in planned["stages"] if row["stage"] == "finetune")
         total = planned["models"]["btx"]["total_params"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from btx.baselines.btm_model import load_model_or_btm
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.cli import main as cli
 from btx.errors import UserError
 from btx.evaluation import harness, harness_checks
@@ -150,7 +150,7 @@ def test_models_that_only_btx_reads_are_scored_by_their_own_probabilities(kind: 
     else:
         plain = mixtral(tmp_path / "plain", top_k=1)
         folder = Path(shutil.copytree(plain, tmp_path / "switch"))
-        assert write_router(folder, RoutingSettings("switch"))
+        assert write_router(folder, RoutingRule("switch"))
     model: Any = load_model_or_btm(folder)
     tokenizer = load_tokenizer(folder)
     found = all_tasks({"arc_easy": files["arc_easy"]}).measure(model, tokenizer)["arc_easy"]

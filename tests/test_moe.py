@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.models.loading import checkpoint_activations, load_model
 from btx.moe.balancing import total_load_balancing_loss
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing(mixtral: Path) -> None:
     for kind in ("top_k", "sample_top1"):
         for checkpointed in (False, True):
             model = load_model(mixtral).train()
-            set_router(model, RoutingSettings(kind))
+            set_router(model, RoutingRule(kind))
             if checkpointed:
                 checkpoint_activations(model)
             torch.manual_seed(5)
@@ -192,4 +192,4 @@ def test_other_classes_are_computed_exactly_or_left_alone(
     ).read_bytes()
     if not blocks:
         with pytest.raises(CheckpointError, match="route by top_k alone"):
-            set_router(ours, RoutingSettings("switch"))
+            set_router(ours, RoutingRule("switch"))

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import TextRows, text_from_files, text_from_run
 from btx.errors import CheckpointError, DataError
 from btx.files import read_json
 from btx.mixing.mix import mix
 from btx.mixing.router_fit import experts_in_equal_parts, router_sums
-from btx.mixing.router_init import RouterSettings, RouterSums, hidden_mean, initial_router, ridge
+from btx.mixing.router_init import RouterSums, hidden_mean, initial_router, ridge
 from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import moe_blocks
 from btx.planning.plan import plan
@@ -184,8 +185,8 @@ def test_a_run_takes_its_domains_token_files_as_text(tmp_path: Path) -> None:
 
 
 def test_zero_routers_are_zero_and_random_ones_are_not() -> None:
-    assert not initial_router(RouterSettings("zeros"), 4, 8)(0).any()
-    assert initial_router(RouterSettings("random"), 4, 8)(0).std() > 0.01
+    assert not initial_router(RouterInit("zeros"), 4, 8)(0).any()
+    assert initial_router(RouterInit("random"), 4, 8)(0).std() > 0.01
 
 
 def test_text_is_read_up_to_the_tokens_asked_for_and_positions_restart_at_documents(
@@ -208,8 +209,8 @@ def test_text_is_read_up_to_the_tokens_asked_for_and_positions_restart_at_docume
         ({"texts": {}}, CheckpointError, "no text for birds, tools, generalist"),
         ({"texts": {"x": Path("x.txt")}}, CheckpointError, "text for x, which is no expert"),
         ({"router_init": "wise"}, CheckpointError, "there are: random, zeros, hidden_mean, ridge"),
-        ({"router_init": RouterSettings("random", scale=2)}, CheckpointError, "random takes no scale"),
-        ({"router_init": RouterSettings("ridge", ridge=0)}, CheckpointError, "has to be above 0"),
+        ({"router_init": RouterInit("random", scale=2)}, CheckpointError, "random takes no scale"),
+        ({"router_init": RouterInit("ridge", ridge=0)}, CheckpointError, "has to be above 0"),
         ({"missing": True}, DataError, "no such file"),
     ],
 )

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from btx.choices.routers import ROUTERS, RoutingSettings
+from btx.choices.routers import ROUTERS, RoutingRule
 from btx.errors import CheckpointError
 from btx.moe.routers import (
+    LayerRule,
     Routing,
-    Rule,
     biased_top_k_gates,
     place_in_queue,
     sample_temperature,
@@ -54,7 +54,7 @@ def test_a_selection_bias_chooses_experts_and_is_in_no_gate() -> None:
         assert values == pytest.approx([row[e] / sum(row[b] for b in best) for e in chosen], abs=1e-12)
     assert not torch.equal(ids, top_k_gates(x, 2)[1])
     assert all(torch.equal(a, b) for a, b in zip(biased_top_k_gates(x, 2, 0 * bias), top_k_gates(x, 2), strict=True))
-    rule = Rule(RoutingSettings("top_k"))
+    rule = LayerRule(RoutingRule("top_k"))
     trained, used = (rule(x, training=training, step=0, selection_bias_E=bias) for training in (True, False))
     assert torch.equal(trained.expert_ids_TK, ids)
     assert torch.equal(used.expert_ids_TK, top_k_gates(x, 2)[1])
@@ -131,18 +131,18 @@ def test_sample_top1_is_hard_at_inference() -> None:
 def test_rules_route_as_their_settings_say(kind: str) -> None:
     torch.manual_seed(0)
     x = logits().float()
-    settings = RoutingSettings(kind, capacity_factor=0.5)
+    settings = RoutingRule(kind, capacity_factor=0.5)
     for layer in (0, 1):
         for training in (True, False):
-            routing = Rule(settings, layer)(x, training=training, step=10)
+            routing = LayerRule(settings, layer)(x, training=training, step=10)
             k = {"top_k": 2, "switch": 1, "soft": 5, "sample_top1": 5 if layer == 0 else 1}[kind]
             assert routing.expert_ids_TK.shape == routing.gates_TK.shape == (200, k)
             assert (routing.kept_TK is not None) == (kind == "switch" and training)
-            assert k == Rule(settings, layer).experts_per_token(5)
+            assert k == LayerRule(settings, layer).experts_per_token(5)
 
 
 def test_sampling_depends_on_the_random_state_alone() -> None:
-    rule, x = Rule(RoutingSettings("sample_top1"), layer=1), logits().float()
+    rule, x = LayerRule(RoutingRule("sample_top1"), layer=1), logits().float()
     runs = []
     for rng_seed in (7, 7, 8):
         torch.manual_seed(rng_seed)
@@ -165,17 +165,17 @@ def test_straight_through_has_sparse_values_and_the_full_softmax_gradient() -> N
 
 
 @pytest.mark.parametrize(("settings", "plain", "k", "mean"), [
-    (RoutingSettings("top_k", top_k=3), True, 3, 3),
-    (RoutingSettings("soft"), True, 4, 4),
-    (RoutingSettings("switch"), False, 1, 1),
-    (RoutingSettings("sample_top1"), False, 1, 2.5),
-    (RoutingSettings("sample_top1", soft_first_layer=False), True, 1, 1),
+    (RoutingRule("top_k", top_k=3), True, 3, 3),
+    (RoutingRule("soft"), True, 4, 4),
+    (RoutingRule("switch"), False, 1, 1),
+    (RoutingRule("sample_top1"), False, 1, 2.5),
+    (RoutingRule("sample_top1", soft_first_layer=False), True, 1, 1),
 ])  # fmt: skip
-def test_what_a_plain_class_expresses(settings: RoutingSettings, plain: bool, k: int, mean: float) -> None:
+def test_what_a_plain_class_expresses(settings: RoutingRule, plain: bool, k: int, mean: float) -> None:
     assert (settings.why_not_plain() is None) == plain
     assert settings.plain_top_k(4) == k
     assert settings.mean_experts_per_token(layers=2, num_experts=4) == mean
-    assert RoutingSettings.from_json(settings.as_json(), "btx.json") == settings
+    assert RoutingRule.from_json(settings.as_json(), "btx.json") == settings
 
 
 @pytest.mark.parametrize("broken", [
@@ -183,4 +183,4 @@ def test_what_a_plain_class_expresses(settings: RoutingSettings, plain: bool, k:
 ])  # fmt: skip
 def test_a_broken_router_description_is_refused(broken: object) -> None:
     with pytest.raises(CheckpointError, match=r"x/btx\.json: router"):
-        RoutingSettings.from_json(broken, "x/btx.json")
+        RoutingRule.from_json(broken, "x/btx.json")

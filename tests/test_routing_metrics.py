@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from btx.choices.routers import RoutingSettings
-from btx.moe.routers import Routing, Rule, switch_gates, top_k_gates
+from btx.choices.routers import RoutingRule
+from btx.moe.routers import LayerRule, Routing, switch_gates, top_k_gates
 from btx.moe.routing_metrics import WATCHED_STEPS, DeadExpertWatch, RoutingMeter
 
 
@@ -39,9 +39,9 @@ def test_dropped_rows_are_counted_and_are_no_load() -> None:
 
 
 def test_layers_may_use_different_numbers_of_experts() -> None:
-    settings, x = RoutingSettings("sample_top1"), logits()
+    settings, x = RoutingRule("sample_top1"), logits()
     meter = RoutingMeter()
-    meter.add([Rule(settings, layer)(x, training=True, step=0) for layer in range(2)])
+    meter.add([LayerRule(settings, layer)(x, training=True, step=0) for layer in range(2)])
     facts = meter.facts()
     assert facts["load"][0] == [0.25] * 4
     assert sum(facts["load"][1]) == pytest.approx(1, abs=1e-3)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from btx.baselines.settings import matched_by, phases_of, routing_of
-from btx.choices.baselines import BASELINES, BaselineName
+from btx.choices.baselines import BASELINES
 from btx.choices.families import family_of
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.models.cost import ModelCost, config_cost
 from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.recipe.schema import Recipe
@@ -53,7 +53,7 @@ def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
 
 
 def moe_cost(
-    recipe: Recipe, dense: dict[str, Any], routing: RoutingSettings, *, dense_router_gradient: bool = False,
+    recipe: Recipe, dense: dict[str, Any], routing: RoutingRule, *, dense_router_gradient: bool = False,
     trainable: str = "all",
 ) -> ModelCost:  # fmt: skip
     """Cost of the mixed model with a router.
@@ -71,13 +71,13 @@ def moe_cost(
 def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """FLOPs of computing the mix's routers from text: forward passes without the LM head of `mix.router_tokens` tokens
     of every mixed model's domain, through all experts. 0 where routers need no text."""
-    mix, num_experts = recipe.mix, len(recipe.expert_names)
-    if not mix.routers_from_text:
+    num_experts = len(recipe.expert_names)
+    if not recipe.router_init.needs_text:
         return 0.0
     everything = config_cost(moe_config(recipe, dense), experts_per_token=num_experts)
     head = 2.0 * dense["vocab_size"] * dense["hidden_size"]
     per_token = everything.inference_flops_per_token(recipe.data.sequence_length) - head
-    return len(recipe.member_names) * mix.router_tokens * per_token
+    return len(recipe.member_names) * recipe.mix.router_tokens * per_token
 
 
 def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
@@ -95,7 +95,7 @@ def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     )
 
 
-def matched_phases(recipe: Recipe, name: BaselineName, dense: dict[str, Any]) -> list[MatchedPhase]:
+def matched_phases(recipe: Recipe, name: str, dense: dict[str, Any]) -> list[MatchedPhase]:
     """The training stages of a baseline with their final tokens; empty if it is not trained.
 
     Args:
@@ -144,7 +144,7 @@ def scaled_steps(steps: Sequence[int], per_step: Sequence[float], budget: float)
     return [*first, max(1, round(left / per_step[-1]))]
 
 
-def _cost(recipe: Recipe, name: BaselineName, settings: Finetune, dense: dict[str, Any]) -> ModelCost:
+def _cost(recipe: Recipe, name: str, settings: Finetune, dense: dict[str, Any]) -> ModelCost:
     if not BASELINES[name].has_routers:
         return config_cost(dense)
     return moe_cost(

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from btx.choices.baselines import BASELINES, BaselineName, MatchedBy, stage_names
-from btx.choices.routers import RoutingSettings
+from btx.choices.baselines import BASELINES, MatchedBy, stage_names
+from btx.choices.routers import RoutingRule
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune, LearningRateFactors, Training
 
@@ -36,7 +36,7 @@ class Phase:
     """Tokens are those of the run's own stages on the same data; what the matching makes of them is trained."""
 
 
-def phases_of(recipe: Recipe, name: BaselineName) -> list[Phase]:
+def phases_of(recipe: Recipe, name: str) -> list[Phase]:
     """The training stages of a baseline in order; empty if it is not trained."""
     kind = BASELINES[name]
     if not kind.trains:
@@ -52,19 +52,19 @@ def phases_of(recipe: Recipe, name: BaselineName) -> list[Phase]:
     return [Phase(stages[0], "domains", _first_phase(recipe, name).model_copy(update=given)), last]
 
 
-def routing_of(recipe: Recipe, name: BaselineName) -> RoutingSettings:
+def routing_of(recipe: Recipe, name: str) -> RoutingRule:
     """The router of a MoE baseline: the recipe's, but for those that are about another one."""
     kind = BASELINES[name].router
     return replace(recipe.routing, kind=kind) if kind else recipe.routing
 
 
-def matched_by(recipe: Recipe, name: BaselineName) -> MatchedBy:
+def matched_by(recipe: Recipe, name: str) -> MatchedBy:
     """What decides a baseline's tokens; `recipe`: `baseline_training` names them."""
     own = recipe.baseline_training.get(name)
     return "recipe" if own and own.tokens is not None else BASELINES[name].matched_by
 
 
-def matching_inputs(recipe: Recipe, name: BaselineName) -> dict[str, Any]:
+def matching_inputs(recipe: Recipe, name: str) -> dict[str, Any]:
     """Everything that decides a baseline's tokens, as a JSON value; the seed model's shape comes on top."""
     by = matched_by(recipe, name)
     if by == "recipe":
@@ -77,14 +77,14 @@ def matching_inputs(recipe: Recipe, name: BaselineName) -> dict[str, Any]:
         "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens, recipe.train.trainable],
         "finetuning": [recipe.finetune.tokens, recipe.finetune.batch_tokens, recipe.finetune.dense_router_gradient,
                        recipe.finetune.trainable],
-        "routers": recipe.mix.router_tokens if recipe.mix.routers_from_text else 0,
+        "routers": recipe.mix.router_tokens if recipe.router_init.needs_text else 0,
         "experts": [len(recipe.expert_names), recipe.mix.split],
         "router": recipe.routing.as_json(),
         "counting": FLOPS_VERSION,
     }  # fmt: skip
 
 
-def same_as_the_run(recipe: Recipe) -> list[BaselineName]:
+def same_as_the_run(recipe: Recipe) -> list[str]:
     """Baselines that differ in nothing from the run itself, for example btx_soft beside `mix.router: soft`."""
     return [
         name for name in recipe.baselines
@@ -93,14 +93,14 @@ def same_as_the_run(recipe: Recipe) -> list[BaselineName]:
     ]  # fmt: skip
 
 
-def _first_phase(recipe: Recipe, name: BaselineName) -> Finetune:
+def _first_phase(recipe: Recipe, name: str) -> Finetune:
     """As long as all branches together, with their settings; all weights train, whatever a branch trains."""
     length, train = recipe.data.sequence_length, recipe.train
     tokens = len(train.domains) * train.steps(length) * train.step_tokens(length)
     return Finetune(**(_training(train) | {"tokens": tokens} | _routing(recipe, name)))
 
 
-def _last_phase(recipe: Recipe, name: BaselineName) -> Finetune:
+def _last_phase(recipe: Recipe, name: str) -> Finetune:
     """The finetuning's settings, with what the baseline changes; from the seed model all weights train."""
     kind, finetune = BASELINES[name], recipe.finetune
     if kind.two_phases:
@@ -114,7 +114,7 @@ def _training(section: Training) -> dict[str, Any]:
     return {name: getattr(section, name) for name in Training.model_fields}
 
 
-def _routing(recipe: Recipe, name: BaselineName) -> dict[str, Any]:
+def _routing(recipe: Recipe, name: str) -> dict[str, Any]:
     """The losses on routers of a MoE baseline; none for a dense one."""
     if not BASELINES[name].has_routers:
         return {"load_balancing": 0.0, "learning_rate_factors": LearningRateFactors()}

@@ -10,10 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BaselineName = Literal[
-    "soup", "dense_dm", "dense_cm", "upcycling_dm", "upcycling_cm", "btm_top1", "btm_top2", "btx_sample_top1",
-    "btx_soft", "btx_switch", "btx_no_balancing", "btx_frozen_experts", "btx_routers_only",
-]  # fmt: skip
 Start = Literal["experts", "seed", "upcycled", "mix"]
 MatchedBy = Literal["nothing", "tokens", "flops", "recipe"]
 
@@ -36,8 +32,8 @@ class BaselineKind:
     seed model with copies of its FF sublayers as experts (upcycled); the run's own mixed model (mix)."""
     matched_by: MatchedBy
     """What its training has in common with the BTX run's: tokens, FLOPs, or nothing because it is not trained."""
-    router: Literal["sample_top1", "soft", "switch"] | None = None
-    """Router instead of the recipe's."""
+    router: str | None = None
+    """Router instead of the recipe's, a name in `btx.choices.routers`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the finetuning that are replaced."""
 
@@ -57,7 +53,7 @@ class BaselineKind:
         return self.start in ("upcycled", "mix")
 
 
-BASELINES: dict[BaselineName, BaselineKind] = {
+BASELINES: dict[str, BaselineKind] = {
     "soup": BaselineKind(
         "All weights of the expert models (and the generalist) averaged into one dense model; not trained further.",
         "expert models and seed model averaged", "experts", "nothing",
@@ -117,11 +113,11 @@ BASELINES: dict[BaselineName, BaselineKind] = {
     ),
 }  # fmt: skip
 
-BTM: dict[BaselineName, int] = {"btm_top1": 1, "btm_top2": 2}
+BTM: dict[str, int] = {"btm_top1": 1, "btm_top2": 2}
 """Branch-Train-Merge baselines → expert models a context uses."""
 
 
-def stage_names(name: BaselineName) -> list[str]:
+def stage_names(name: str) -> list[str]:
     """The stages that a baseline's training goes through, the last being the one that leaves its model."""
     result = f"baselines/{name}"
     return [result + DOMAINS, result] if BASELINES[name].two_phases else [result]

@@ -21,6 +21,8 @@ class MergeMethod:
     summary: str
     parameters: tuple[str, ...] = ()
     """Fields of `MergeSettings` it takes."""
+    elementwise: bool = False
+    """Every element of the result depends on the same element of the inputs alone, so tensors are merged in blocks."""
 
     @property
     def described(self) -> str:
@@ -29,9 +31,15 @@ class MergeMethod:
 
 
 MERGE_METHODS: dict[str, MergeMethod] = {
-    "mean": MergeMethod("float32 mean over all experts, the generalist included (paper, section 2.2)"),
-    "seed": MergeMethod("the seed model's own weights; right for experts whose shared weights were frozen"),
-    "weighted": MergeMethod("mean with a weight an expert (model soups, arXiv 2203.05482)", ("weights",)),
+    "mean": MergeMethod(
+        "float32 mean over all experts, the generalist included (paper, section 2.2)", elementwise=True
+    ),
+    "seed": MergeMethod(
+        "the seed model's own weights; right for experts whose shared weights were frozen", elementwise=True
+    ),
+    "weighted": MergeMethod(
+        "mean with a weight an expert (model soups, arXiv 2203.05482)", ("weights",), elementwise=True
+    ),
     "slerp": MergeMethod("along the great circle between exactly two models (Shoemake 1985)", ("t",)),
     "ties": MergeMethod("trim, elect signs, mean of those that agree (arXiv 2306.01708)", ("density", "scale")),
     "dare": MergeMethod("drop task vector entries at random, rescale, mean (arXiv 2311.03099)", ("density", "scale")),

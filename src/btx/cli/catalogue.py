@@ -6,20 +6,16 @@ from collections.abc import Callable
 
 from btx.choices.baselines import BASELINES
 from btx.choices.families import family_table
+from btx.choices.generators import GENERATORS
+from btx.choices.launchers import LAUNCHERS
 from btx.choices.merges import MERGE_METHODS
 from btx.choices.routers import ROUTERS
 from btx.recipe.loading import packaged_recipes
-from btx.running.launchers import LAUNCHERS
 
 CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": packaged_recipes,
-    "domains": lambda: {
-        "math": "generated worked problems",
-        "code": "the Python standard library's sources",
-        "knowledge": "facts of a generated world, with closed-book questions",
-        "general": "docstrings, help topics and licence texts of this machine",
-    },
-    "routers": lambda: dict(ROUTERS),
+    "domains": lambda: {name: generator.summary for name, generator in GENERATORS.items()},
+    "routers": lambda: {name: kind.summary for name, kind in ROUTERS.items()},
     "merges": lambda: {name: method.described for name, method in MERGE_METHODS.items()},
     "baselines": lambda: {name: kind.summary for name, kind in BASELINES.items()},
     "families": family_table,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from btx.choices.router_inits import ROUTER_INITS, RouterInit
 from btx.errors import UserError
 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
@@ -15,7 +16,7 @@ Text = Annotated[
     list[str] | None,
     typer.Option("--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat."),
 ]
-RouterInit = Annotated[str, typer.Option(help="How routers start: random, zeros, hidden_mean or ridge.")]
+RouterInitName = Annotated[str, typer.Option(help=f"How routers start: {', '.join(ROUTER_INITS)}.")]
 RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
@@ -25,6 +26,7 @@ RngSeed = Annotated[int, typer.Option(help="Random number seed of routers and of
 
 
 def mix(
+    context: typer.Context,
     run_folder: Annotated[Path | None, typer.Argument(
         help="Run folder; or give --seed-model, --expert and -o.")] = None,
     seed_model: Annotated[Path | None, typer.Option(help="Folder of the dense model that was branched.")] = None,
@@ -41,7 +43,7 @@ def mix(
     merge_density: Annotated[float | None, typer.Option(
         help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
     merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
-    router_init: RouterInit = "random",
+    router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
     router_ridge: RouterRidge = 1e-3,
@@ -57,33 +59,40 @@ def mix(
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:  # fmt: skip
     """Mix expert models into one MoE model: of a run, or any folders."""
+    given = _given(context)
     if run_folder is not None:
+        if options := given - {"run_folder"}:
+            raise UserError(f"{_as_written(options)}: a run is mixed as its recipe says, under `mix:`; set it there")
         _mix_run(run_folder)
         return
     if seed_model is None or output is None or bool(expert) == (copies is not None):
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
                         "for every expert or --copies N")  # fmt: skip
+    if copies is not None and generalist and "generalist" in given:
+        raise UserError("--copies and --generalist exclude each other: all experts are copies of the seed model then")
     _refuse_existing(output)
     from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
-    from btx.mixing.router_init import RouterSettings
+    from btx.mixing.settings import MixSettings
     from btx.process import ending_at_once
 
     folders = named(expert or (), "--expert", "FOLDER")
     if copies is not None:
         generalist, folders = False, {f"copy{number}": seed_model for number in range(copies)}
-    settings = MergeSettings(
-        merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale
-    )  # fmt: skip
-    routers = RouterSettings(
-        router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
+    settings = MixSettings(
+        generalist=generalist, top_k=top_k,
+        merge=MergeSettings(
+            merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale
+        ),
+        router_init=RouterInit(
+            router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
+        ),
+        split=split, split_rescale=split_rescale, blend=blend, rng_seed=rng_seed, dtype=dtype,
+        tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
     )  # fmt: skip
     with ending_at_once(f"stopped; nothing was written to {output}"):
         record = mix_models(
-            seed_model, folders, output, top_k=top_k, generalist=generalist, merge=settings, router_init=routers,
-            texts=named(text or (), "--text", "FILE"), split=split, split_rescale=split_rescale, blend=blend,
-            rng_seed=rng_seed, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
-            log=typer.echo,
+            seed_model, folders, output, settings, texts=named(text or (), "--text", "FILE"), log=typer.echo
         )  # fmt: skip
     typer.echo(f"{output}: {len(record['experts'])} experts, top-{top_k}, {record['bytes'] / 1e6:.1f} MB")
 
@@ -94,7 +103,7 @@ def extend(
     output: Output = None,
     shared: Annotated[str, typer.Option(
         help="Shared weights: left, or fold the expert's in with weight 1/(n+1).")] = "left",
-    router_init: RouterInit = "random",
+    router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
     router_ridge: RouterRidge = 1e-3,
@@ -108,14 +117,13 @@ def extend(
         raise UserError("btx extend needs one --expert NAME=FOLDER and -o FOLDER; run it once for each expert")
     _refuse_existing(output)
     from btx.mixing.extend import extend as extend_model
-    from btx.mixing.router_init import RouterSettings
 
     ((name, folder),) = new.items()
-    routers = RouterSettings(
+    init = RouterInit(
         router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
     )  # fmt: skip
     record = extend_model(
-        moe, name, folder, output, shared=shared, router_init=routers, texts=named(text or (), "--text", "FILE"),
+        moe, name, folder, output, shared=shared, router_init=init, texts=named(text or (), "--text", "FILE"),
         rng_seed=rng_seed, log=typer.echo,
     )  # fmt: skip
     typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")
@@ -134,6 +142,16 @@ def drop(
 
     record = drop_expert(moe, expert, output, log=typer.echo)
     typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the arguments and options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _as_written(options: set[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
 
 
 def named(pairs: list[str] | tuple[str, ...], option: str, kind: str) -> dict[str, Path]:

@@ -91,12 +91,12 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
 
 def _start(jobs: int) -> Start:
     from btx.run_folder.threads import processors
-    from btx.running.launchers import launcher
+    from btx.running.launchers import START
 
     threads = max(1, processors() // jobs) if jobs > 1 else None
 
     def start(run: SweepRun, output: Path) -> Job:
-        return launcher(run.recipe.launch.kind).start_run(run.folder, output, threads=threads)
+        return START[run.recipe.launch.kind].start_run(run.folder, output, threads=threads)
 
     return start
 

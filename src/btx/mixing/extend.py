@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
 from btx.files import atomic_folder, write_json
@@ -27,7 +28,8 @@ from btx.mixing.extend_checks import DenseExpert, open_expert
 from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import FINETUNE_NEXT, parameters
 from btx.mixing.router_fit import load_for_text, moe_routers, router_sums
-from btx.mixing.router_init import SCALE, RouterSettings, hidden_mean, random, ridge
+from btx.mixing.router_init import hidden_mean, initial_router, ridge
+from btx.mixing.settings import seeded
 from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.model_files.model_card import write_model_card
@@ -46,7 +48,7 @@ def extend(
     output: Path,
     *,
     shared: str = "left",
-    router_init: str | RouterSettings = "random",
+    router_init: str | RouterInit = "random",
     texts: Mapping[str, Path] | None = None,
     rng_seed: int = 0,
     max_shard_size: int | str = "5GB",
@@ -74,20 +76,20 @@ def extend(
         CheckpointError: the expert does not fit; all problems in one message.
     """
     model = MoeFolder.open(moe)
-    settings = RouterSettings(router_init) if isinstance(router_init, str) else router_init
-    problems = settings.problems()
+    init = seeded(RouterInit(router_init) if isinstance(router_init, str) else router_init, rng_seed, "router_init")
+    problems = init.problems()
     if shared not in SHARED:
         problems.append(f"shared weights {shared!r}: allowed: {', '.join(SHARED)}")
     if name in model.names:
         problems.append(f"{moe}: has an expert {name!r} already; its experts: {', '.join(model.names)}")
-    if settings.method == "ridge" and settings.scale is not None:
+    if init.method == "ridge" and init.scale is not None:
         problems.append("router_init ridge takes no scale here: the old rows' logits set it")
-    if settings.needs_text:
-        problems += _text_problems(texts or {}, name, model.names, settings.method)
+    if init.needs_text:
+        problems += _text_problems(texts or {}, name, model.names, init.method)
     if problems:
         raise CheckpointError("; ".join(problems))
     dense = open_expert(model, name, expert)
-    rows_LD = _new_rows(model, name, settings, texts or {}, rng_seed)
+    rows_LD = _new_rows(model, name, init, texts or {})
     n = len(model.names)
     config = model.config_with(n + 1)
     tensors = list(_planned(model, dense, name, rows_LD, 1 / (n + 1) if shared == "fold" else 0.0))
@@ -96,7 +98,7 @@ def extend(
         copy_beside_weights(moe, folder)
         model.write_config(folder, config)
         written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
-        step = {"extend": name, "path": str(expert), "shared": shared, "router_init": settings.as_json()}
+        step = {"extend": name, "path": str(expert), "shared": shared, "router_init": init.as_json()}
         record = model.record | {
             "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
             "experts": [*model.names, name],
@@ -128,35 +130,38 @@ def _text_problems(texts: Mapping[str, Path], name: str, old: Sequence[str], met
     return found
 
 
-def _new_rows(
-    model: MoeFolder, name: str, settings: RouterSettings, texts: Mapping[str, Path], rng_seed: int
-) -> list[Tensor]:
+def _new_rows(model: MoeFolder, name: str, init: RouterInit, texts: Mapping[str, Path]) -> list[Tensor]:
     """The new row (D,) of every layer's router."""
     hidden_size, n = int(model.config["hidden_size"]), len(model.names)
-    if settings.method == "random":  # the last row of a router for n+1, so that it is no copy of an old one
-        return [
-            random(n + 1, hidden_size, std=settings.std, rng_seed=rng_seed, layer=layer)[-1]
-            for layer in range(model.num_layers)
-        ]
-    if settings.method == "zeros":
-        return [torch.zeros(hidden_size) for _ in range(model.num_layers)]
+    if not init.needs_text:  # the last row of a router for n+1, so that it is no copy of an old one
+        router = initial_router(init, n + 1, hidden_size)
+        return [router(layer)[-1] for layer in range(model.num_layers)]
     length = min(SEQUENCE_LENGTH, int(model.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
     ordered = {text: texts[text] for text in sorted(texts, key=lambda text: text == name)}  # the new one last
-    rows = text_from_files(ordered, load_tokenizer(model.path), tokens=settings.tokens, sequence_length=length)
-    return rows_from_text(model, list(rows.values()), settings)
+    rows = text_from_files(ordered, load_tokenizer(model.path), tokens=init.tokens, sequence_length=length)
+    return ROW_FROM_TEXT[init.method](model, list(rows.values()), init)
 
 
-def rows_from_text(model: MoeFolder, texts: Sequence[TextRows], settings: RouterSettings) -> list[Tensor]:
-    """The new row (D,) of every layer's router from text, the new expert's text last.
+def hidden_mean_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> list[Tensor]:
+    """The new row (D,) of every layer's router as in a new router, from text, the new expert's last.
 
     Hidden states are those of the model as it is, routed by its own routers.
     """
-    network = load_for_text(model.path)
-    new = len(texts) - 1
-    old_weights = [router.weight.data.float() for router in moe_routers(network)]
 
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
         return torch.eye(len(texts))[text].expand(len(x_TD), -1)
+
+    sums = router_sums(load_for_text(model.path), texts, len(texts), labels)
+    return [hidden_mean(layer, scale=init.factor)[-1] for layer in sums]
+
+
+def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> list[Tensor]:
+    """The new row (D,) of every layer's router beside the old ones, from text, the new expert's last.
+
+    Hidden states as in `hidden_mean_row`.
+    """
+    network, new = load_for_text(model.path), len(texts) - 1
+    old_weights = [router.weight.data.float() for router in moe_routers(network)]
 
     def beside_the_old_rows(layer: int, text: int, x_TD: Tensor) -> Tensor:
         logits_TE = x_TD.float() @ old_weights[layer].T
@@ -164,12 +169,15 @@ def rows_from_text(model: MoeFolder, texts: Sequence[TextRows], settings: Router
         wanted_T = largest_T + (largest_T - smallest_T) / 2 if text == new else smallest_T
         return wanted_T[:, None]
 
-    if settings.method == "hidden_mean":
-        scale = settings.scale or SCALE["hidden_mean"]
-        sums = router_sums(network, texts, len(texts), labels)
-        return [hidden_mean(layer, scale=scale)[new] for layer in sums]
     sums = router_sums(network, texts, 1, beside_the_old_rows)
-    return [ridge(layer, ridge=settings.ridge, scale=1.0)[0] for layer in sums]
+    return [ridge(layer, ridge=init.ridge, scale=1.0)[0] for layer in sums]
+
+
+ROW_FROM_TEXT: dict[str, Callable[[MoeFolder, Sequence[TextRows], RouterInit], list[Tensor]]] = {
+    "hidden_mean": hidden_mean_row,
+    "ridge": ridge_row,
+}
+"""Start that needs text → the new row of every layer's router."""
 
 
 def _with_zero(tensor: FileTensor, axis: int) -> Tensor:

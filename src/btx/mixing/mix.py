@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from btx.choices.families import Config
 from btx.choices.merges import MergeSettings
-from btx.choices.routers import RoutingSettings
+from btx.choices.router_inits import RouterInit
+from btx.choices.routers import RoutingRule
 from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
 from btx.files import atomic_folder, write_json
@@ -36,7 +36,8 @@ from btx.mixing.moe_layout import (
 )
 from btx.mixing.report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings
 from btx.mixing.router_fit import check_texts, fit_routers
-from btx.mixing.router_init import RouterSettings, initial_router
+from btx.mixing.router_init import initial_router
+from btx.mixing.settings import MixSettings
 from btx.model_files.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
 from btx.model_files.btx_folder import write_router
 from btx.model_files.model_card import write_model_card
@@ -50,23 +51,13 @@ def mix(
     seed_model: Path,
     experts: Mapping[str, Path],
     output: Path,
+    settings: MixSettings | None = None,
     *,
     record: Path | None = None,
-    generalist: bool = True,
-    top_k: int = 2,
-    routing: RoutingSettings | None = None,
-    merge: str | MergeSettings = "mean",
-    router_init: str | RouterSettings = "random",
     texts: Mapping[str, Path | TextRows] | None = None,
-    split: int = 1,
-    split_rescale: bool = True,
-    blend: bool = False,
-    rng_seed: int = 0,
-    dtype: str | None = None,
-    tokenizer_from: str | None = None,
-    max_shard_size: int | str = "5GB",
     progress: Progress = no_progress,
     log: Callable[[str], None] = lambda line: None,
+    **knobs: Any,
 ) -> dict[str, Any]:
     """Mix expert models into one MoE folder that transformers loads without btx.
 
@@ -74,23 +65,12 @@ def mix(
         seed_model: folder of the dense model all experts were branched from.
         experts: expert name → folder of a dense model of the same shape.
         output: folder to write; it appears when it is complete.
+        settings: how they are mixed; default: the paper's way.
         record: where to write what came from where; default: mix.json in `output`.
-        generalist: add the seed model as one more expert and into the mean.
-        top_k: experts a token uses.
-        routing: another router than top_k. A folder whose router the plain class cannot express is read by btx alone.
-        merge: how shared weights are merged, by name or with parameters.
-        router_init: how routers start, by name or with parameters.
         texts: expert name → file with text of its domain, for routers that need text; the generalist's is general text.
-        split: chunks every FF sublayer is cut into, each an expert of its own (paper, section 4.3).
-        split_rescale: keep the size of the layer's output when split.
-        blend: expert n gets the n-th chunk of every FF sublayer (paper, section 4.3).
-        rng_seed: random number seed of routers and of merge methods that draw.
-        dtype: type of all weights, `float32`, `bfloat16` or `float16`; default: the seed model's.
-        tokenizer_from: an expert's name, `seed` or a folder: whose tokenizer the output gets. Vocabularies that differ
-            are then allowed.
-        max_shard_size: size an output file has at most, in bytes or as `500MB`.
         progress: called with bytes written and bytes in all, many times; raising stops the mix and discards the output.
         log: called with lines for the user.
+        **knobs: instead of `settings`, any of the attributes that `MixSettings` lists: `top_k=1`, `merge="ties"`, ...
 
     Returns:
         The record, as written.
@@ -98,45 +78,44 @@ def mix(
     Raises:
         CheckpointError: the models do not fit each other or the family; all problems in one message.
         RunFolderError: the output does not fit on the disk.
+        TypeError: a keyword that is no setting, or keywords beside `settings`.
     """
+    settings = MixSettings.given(settings, knobs)
     seed_model, experts, output = Path(seed_model), {name: Path(path) for name, path in experts.items()}, Path(output)
-    shard_bytes, forced = bytes_of(max_shard_size), dtype_of(dtype)
-    tokenizer = tokenizer_folder(tokenizer_from, seed_model, experts)
-    merging, routers = _settings(merge, router_init, rng_seed)
-    transform = experts_transform(split=split, rescale=split_rescale, blend=blend)
+    shard_bytes, forced = bytes_of(settings.max_shard_size), dtype_of(settings.dtype)
+    tokenizer = tokenizer_folder(settings.tokenizer_from, seed_model, experts)
+    init = settings.start
+    if problems := init.problems():
+        raise CheckpointError("; ".join(problems))
+    transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
     upcycled = all(path == seed_model for path in experts.values())  # then the same folder again is what is wanted
     inputs = open_checked(
-        seed_model, experts, generalist, any_tokenizer=tokenizer is not None,
+        seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None,
         warn=(lambda line: None) if upcycled else warning_to(log),
     )  # fmt: skip
-    bound = bind(merging, list(inputs.members))
+    bound = bind(settings.merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]
-    if routing is not None:
-        top_k = routing.plain_top_k(len(names))
+    top_k = settings.rule.plain_top_k(len(names))
     if not 1 <= top_k <= len(names):
         raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
-    rows = _texts(inputs, texts, routers, blend)
+    rows = _texts(inputs, texts, init, settings.blend)
     width = first_layer[0].gate.shape[0]
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
     drifts = _measure(inputs)
-    tensors = list(_planned(inputs, config, transform, bound, routers, drifts))
-    tensors, config = in_one_type(tensors, config, forced)
+    tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init, drifts)), config, forced)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer)
         write_json(folder / "config.json", config)
         write_generation_config(folder, config)
-        if routing is not None:
-            config = route_by(folder, routing, log)
+        config = route_by(folder, settings.rule, log)
         written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
         if rows:
-            log(f"mix: routers from {sum(text.tokens for text in rows.values()):,} tokens of text ({routers.method})")
+            log(f"mix: routers from {sum(text.tokens for text in rows.values()):,} tokens of text ({init.method})")
             owners = [list(rows).index(expert.origin["of"]) for expert in first_layer]
-            fit_routers(folder, inputs.family, list(rows.values()), owners, routers)
-        report = _record(inputs, names, config, top_k, merging, routers) | {
-            "split": {"chunks": split, "rescale": split_rescale} if split > 1 else None,
-            "blend": blend,
+            fit_routers(folder, inputs.family, list(rows.values()), owners, init)
+        report = _record(inputs, names, config, top_k, settings) | {
             "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in rows.items()},
             "bytes": written,
             "parameters": parameters(tensors, len(names), top_k),
@@ -156,15 +135,15 @@ def mix(
     return report
 
 
-def route_by(folder: Path, routing: RoutingSettings, log: Callable[[str], None]) -> Config:
-    """Let a new folder route as `routing` says, and tell the user if only btx can read it now.
+def route_by(folder: Path, rule: RoutingRule, log: Callable[[str], None]) -> Config:
+    """Let a new folder route by `rule`, and tell the user if only btx can read it now.
 
     Returns:
         Its config; that of the plain class where the folder's own is for btx alone.
     """
     plain: Config = json.loads((folder / "config.json").read_text("utf-8"))
-    if write_router(folder, routing):
-        log(f"mix: router {routing.kind}: saved in a folder that only btx reads: {routing.why_not_plain()}")
+    if write_router(folder, rule):
+        log(f"mix: router {rule.kind}: saved in a folder that only btx reads: {rule.why_not_plain()}")
         return plain
     return dict(json.loads((folder / "config.json").read_text("utf-8")))
 
@@ -191,30 +170,19 @@ def warning_to(log: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: log(f"mix: warning: {line}")
 
 
-def _settings(
-    merge: str | MergeSettings, router: str | RouterSettings, rng_seed: int
-) -> tuple[MergeSettings, RouterSettings]:
-    """Names as settings, with the random number seed; impossible router settings are refused."""
-    merging = MergeSettings(merge) if isinstance(merge, str) else merge
-    routers = RouterSettings(router) if isinstance(router, str) else router
-    if problems := routers.problems():
-        raise CheckpointError("; ".join(problems))
-    return replace(merging, rng_seed=rng_seed), replace(routers, rng_seed=rng_seed)
-
-
 def _texts(
-    inputs: MixInputs, texts: Mapping[str, Path | TextRows] | None, routers: RouterSettings, blend: bool
+    inputs: MixInputs, texts: Mapping[str, Path | TextRows] | None, init: RouterInit, blend: bool
 ) -> dict[str, TextRows]:
     """Text of every member in their order, files read; empty if the routers need none."""
-    if not routers.needs_text:
+    if not init.needs_text:
         return {}
     if blend:
-        raise CheckpointError(f"router_init {routers.method} needs experts with domains; blended experts have none")
-    check_texts(texts, list(inputs.members), routers.method)
+        raise CheckpointError(f"router_init {init.method} needs experts with domains; blended experts have none")
+    check_texts(texts, list(inputs.members), init.method)
     files = {name: text for name, text in (texts or {}).items() if not isinstance(text, TextRows)}
     length = min(SEQUENCE_LENGTH, int(inputs.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
     read = text_from_files(
-        files, load_tokenizer(inputs.seed_model), tokens=routers.tokens, sequence_length=length
+        files, load_tokenizer(inputs.seed_model), tokens=init.tokens, sequence_length=length
     ) if files else {}  # fmt: skip
     given = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
     return {name: (read | given)[name] for name in inputs.members}
@@ -235,7 +203,7 @@ def _planned(
     config: Config,
     transform: ExpertsTransform,
     merge: Merge,
-    routers: RouterSettings,
+    init: RouterInit,
     drifts: Drifts,
 ) -> Iterator[OutputTensor]:
     """All tensors of the MoE model, in the order they are written."""
@@ -246,9 +214,9 @@ def _planned(
         dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
         experts = transform(experts_of_layer(inputs, layer))
         yield from expert_tensors(family, layer, experts, dtype, drifts.tensors)
-        init = initial_router(routers, len(experts), hidden_size)
-        origin = {"from": "router_init", "method": routers.method}
-        yield router_tensor(family, layer, (len(experts), hidden_size), init, dtype, origin)
+        router = initial_router(init, len(experts), hidden_size)
+        origin = {"from": "router_init", "method": init.method}
+        yield router_tensor(family, layer, (len(experts), hidden_size), router, dtype, origin)
         yield from inert_tensors(family, layer, config, dtype)
     for name in inputs.shared_names:
         start = inputs.seed_tensors[name]
@@ -264,7 +232,7 @@ def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
 
 
 def _record(
-    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, merge: MergeSettings, router: RouterSettings
+    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, settings: MixSettings
 ) -> dict[str, Any]:
     """What the mix was told to do; what it did is added by the caller."""
     return {
@@ -274,7 +242,9 @@ def _record(
         "paths": {name: str(path) for name, path in inputs.experts.items()},
         "generalist": inputs.generalist,
         "top_k": top_k,
-        "merge": merge.as_json(),
-        "router_init": router.as_json(),
+        "merge": settings.merging.as_json(),
+        "router_init": settings.start.as_json(),
         "config": config,
+        "split": {"chunks": settings.split, "rescale": settings.split_rescale} if settings.split > 1 else None,
+        "blend": settings.blend,
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from btx.choices.families import Config, Family, moe_family_of
 from btx.choices.families.family import match
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.files import read_json, write_json
 from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_router
@@ -37,7 +37,7 @@ class MoeFolder:
     tensors: TensorFolder
     names: list[str]
     """The experts' names: those in mix.json, else their numbers."""
-    routing: RoutingSettings | None
+    routing: RoutingRule | None
     """The router of a folder that only btx reads; None for a plain one."""
     record: dict[str, Any]
     """mix.json; what a folder without one cannot tell is unknown."""

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from btx.choices.families import Family
-from btx.choices.routers import RoutingSettings
+from btx.choices.router_inits import RouterInit
+from btx.choices.routers import RoutingRule
 from btx.data.expert_text import TextRows
 from btx.errors import CheckpointError
-from btx.mixing import router_init
-from btx.mixing.router_init import RouterSettings, RouterSums
+from btx.mixing.router_init import FROM_TEXT, RouterSums
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.lazy_tensors import rounded
 from btx.moe.layer import MoE
-from btx.moe.routers import Rule
+from btx.moe.routers import LayerRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method:
 
 
 def fit_routers(
-    folder: Path, family: Family, texts: Sequence[TextRows], owners: Sequence[int], settings: RouterSettings
+    folder: Path, family: Family, texts: Sequence[TextRows], owners: Sequence[int], init: RouterInit
 ) -> None:
     """Compute the routers of the MoE model in `folder` from text and write them into its files.
 
@@ -65,7 +65,7 @@ def fit_routers(
         folder: a complete MoE folder that nobody else reads yet; the routers in it do not matter.
         texts: one of each domain.
         owners: for every expert of a layer the number of the text that is its own.
-        settings: method `hidden_mean` or `ridge`.
+        init: a start that needs text.
     """
     model = load_for_text(folder)
     owner_E = torch.tensor(list(owners))
@@ -75,7 +75,7 @@ def fit_routers(
 
     with experts_in_equal_parts(model):
         sums = router_sums(model, texts, len(owners), labels)
-    write_routers(folder, family, [solve(layer, settings) for layer in sums])
+    write_routers(folder, family, [FROM_TEXT[init.method](layer, init) for layer in sums])
 
 
 def load_for_text(folder: Path) -> PreTrainedModel:
@@ -86,14 +86,6 @@ def load_for_text(folder: Path) -> PreTrainedModel:
     elements = sum(tensors[name].numel for name in tensors.names)
     fits = 4 * elements < psutil.virtual_memory().available * 2 / 3
     return load_model(folder, dtype=torch.float32 if fits else tensors[tensors.names[0]].dtype)
-
-
-def solve(sums: RouterSums, settings: RouterSettings) -> Tensor:
-    """Router weights (E, D) of one layer."""
-    scale = settings.scale or router_init.SCALE[settings.method]
-    if settings.method == "hidden_mean":
-        return router_init.hidden_mean(sums, scale=scale)
-    return router_init.ridge(sums, ridge=settings.ridge, scale=scale)
 
 
 @torch.inference_mode()
@@ -143,7 +135,7 @@ class MoeRouter:
         """Let a token use so many experts; returns what undoes it."""
         if isinstance(self.block, MoE):
             block, rule = self.block, self.block.rule
-            block.rule = Rule(RoutingSettings(top_k=top_k))
+            block.rule = LayerRule(RoutingRule(top_k=top_k))
             return partial(setattr, block, "rule", rule)
         holders: list[Any] = [part for part in (self.block, self.module) if hasattr(part, "top_k")]
         before = [part.top_k for part in holders]

@@ -1,4 +1,4 @@
-"""How a new router starts: pure functions of tensors.
+"""How a new router starts: pure functions of tensors. What starts there are is in `btx.choices.router_inits`.
 
 The paper does not say; N(0, 0.02) is what re-implementations use. `hidden_mean` and `ridge` are computed from sums over
 the router's inputs on text of every expert's domain, so that the mixed model routes sensibly before any finetuning.
@@ -15,60 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROUTER_INITS: dict[str, str] = {
-    "random": "normal with standard deviation `router_std`",
-    "zeros": "all logits 0: every token goes to the same experts until training tells them apart",
-    "hidden_mean": "direction of the domain's mean hidden state away from the mean of all domains; needs text",
-    "ridge": "ridge regression on domain labels (DUME, arXiv 2603.29765); needs text",
-}
-NEED_TEXT = ("hidden_mean", "ridge")
-SCALE = {"hidden_mean": 1.0, "ridge": 10.0}
-RIDGE = 1e-3
-
-
-@dataclass(frozen=True)
-class RouterSettings:
-    """A way to start routers and its parameters; None is the default."""
-
-    method: str = "random"
-    std: float = 0.02
-    """random: standard deviation."""
-    scale: float | None = None
-    """hidden_mean, ridge: factor on the weights; the larger, the nearer the first expert's gate is to 1."""
-    ridge: float = RIDGE
-    """ridge: λ as a multiple of the mean of XᵀX's diagonal."""
-    tokens: int = 50_000
-    """hidden_mean, ridge: tokens read of each text, at most."""
-    rng_seed: int = 0
-    """random: random number seed."""
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether text of every expert's domain decides the routers."""
-        return self.method in NEED_TEXT
-
-    def problems(self) -> list[str]:
-        """Why these settings are impossible; empty if they are not."""
-        if self.method not in ROUTER_INITS:
-            return [f"router_init {self.method!r}: no such method; there are: {', '.join(ROUTER_INITS)}"]
-        found = []
-        if self.scale is not None and not self.needs_text:
-            found.append(f"router_init {self.method} takes no scale; hidden_mean and ridge do")
-        if self.ridge <= 0:
-            found.append(f"router_init ridge: λ is {self.ridge}; it has to be above 0")
-        if self.tokens < 2:
-            found.append(f"router_init {self.method}: {self.tokens} tokens of text; it takes at least 2")
-        return found
-
-    def as_json(self) -> dict[str, object]:
-        """The method and the parameters it uses, defaults filled in."""
-        text: dict[str, object] = {"scale": self.scale or SCALE.get(self.method), "tokens": self.tokens}
-        used: dict[str, dict[str, object]] = {
-            "random": {"std": self.std, "rng_seed": self.rng_seed},
-            "hidden_mean": text,
-            "ridge": {"ridge": self.ridge, **text},
-        }
-        return {"method": self.method, **used.get(self.method, {})}
+from btx.choices.router_inits import RouterInit
 
 
 def random(num_experts: int, hidden_size: int, *, std: float, rng_seed: int, layer: int) -> Tensor:
@@ -80,13 +27,19 @@ def random(num_experts: int, hidden_size: int, *, std: float, rng_seed: int, lay
     return torch.randn(num_experts, hidden_size, generator=generator) * std
 
 
-def initial_router(settings: RouterSettings, num_experts: int, hidden_size: int) -> Callable[[int], Tensor]:
+WITHOUT_TEXT: dict[str, Callable[[RouterInit, int, int, int], Tensor]] = {
+    "random": lambda init, num_experts, hidden_size, layer: random(
+        num_experts, hidden_size, std=init.std, rng_seed=init.rng_seed, layer=layer
+    ),
+    "zeros": lambda init, num_experts, hidden_size, layer: torch.zeros(num_experts, hidden_size),
+}
+"""Start that needs no text → (settings, E, D, layer) → router weight (E, D), float32."""
+
+
+def initial_router(init: RouterInit, num_experts: int, hidden_size: int) -> Callable[[int], Tensor]:
     """Layer → router weight (E, D), float32; zeros where text will decide."""
-    if settings.method != "random":
-        return lambda layer: torch.zeros(num_experts, hidden_size)
-    return lambda layer: random(
-        num_experts, hidden_size, std=settings.std, rng_seed=settings.rng_seed, layer=layer
-    )  # fmt: skip
+    start = WITHOUT_TEXT["zeros" if init.needs_text else init.method]
+    return lambda layer: start(init, num_experts, hidden_size, layer)
 
 
 @dataclass
@@ -132,3 +85,10 @@ def hidden_mean(sums: RouterSums, *, scale: float) -> Tensor:
     means_ED = sums.cross_ED  # every domain's weights sum to the same, so these are the means up to one factor
     directions_ED = means_ED - means_ED.mean(dim=0)
     return scale * directions_ED / directions_ED.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+FROM_TEXT: dict[str, Callable[[RouterSums, RouterInit], Tensor]] = {
+    "hidden_mean": lambda sums, init: hidden_mean(sums, scale=init.factor),
+    "ridge": lambda sums, init: ridge(sums, ridge=init.ridge, scale=init.factor),
+}
+"""Start that needs text → (a layer's sums, settings) → router weight (E, D), float32."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.choices.families import moe_family_of
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.files import write_json
 
@@ -32,18 +32,18 @@ def is_btx_folder(config: Config) -> bool:
     return str(config.get("model_type")).startswith(PREFIX)
 
 
-def write_router(folder: Path, settings: RoutingSettings) -> bool:
-    """Let a plain MoE folder route as `settings` say.
+def write_router(folder: Path, rule: RoutingRule) -> bool:
+    """Let a plain MoE folder route by `rule`.
 
     Returns:
         True if it became a folder that only btx reads; False if the plain class expresses the router.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     family = moe_family_of(config, str(folder / "config.json"))
-    why = settings.why_not_plain(family.probability_gates)
+    why = rule.why_not_plain(family.probability_gates)
     if why is None:
         if family.probability_gates:
-            write_json(folder / "config.json", config | {"norm_topk_prob": settings.kind != "switch"})
+            write_json(folder / "config.json", config | {"norm_topk_prob": rule.kind != "switch"})
         return False
     true = {key: config[key] for key in HIDDEN if key in config}
     hidden = {
@@ -53,32 +53,32 @@ def write_router(folder: Path, settings: RoutingSettings) -> bool:
     }
     # First the file that explains the config, then the config: a folder is never without its router.
     write_json(folder / FILE, {
-        "format": FORMAT, "router": settings.as_json(), "config": true,
+        "format": FORMAT, "router": rule.as_json(), "config": true,
         "why": f"the plain class cannot express this router: {why}",
     })  # fmt: skip
     write_json(folder / "config.json", config | hidden)
     return True
 
 
-def change_router(folder: Path, settings: RoutingSettings) -> None:
-    """Let a MoE folder route as `settings` say, whatever it says now. Not for a folder that somebody may be reading.
+def change_router(folder: Path, rule: RoutingRule) -> None:
+    """Let a MoE folder route by `rule`, whatever it says now. Not for a folder that somebody may be reading.
 
     Raises:
         CheckpointError: its btx.json is missing or broken.
     """
     found: Config = json.loads((folder / "config.json").read_text("utf-8"))
     plain, now = open_btx_folder(folder, found) if is_btx_folder(found) else (found, None)
-    if "num_experts_per_tok" not in plain or now == settings:
+    if "num_experts_per_tok" not in plain or now == rule:
         return  # routers of the class's own kind, which go by another name; or nothing to do
     num_experts = plain.get("num_local_experts") or plain["num_experts"]
-    wanted = plain | {"num_experts_per_tok": settings.plain_top_k(num_experts)}
+    wanted = plain | {"num_experts_per_tok": rule.plain_top_k(num_experts)}
     if wanted != found:
         (folder / FILE).unlink(missing_ok=True)
         write_json(folder / "config.json", wanted)
-    write_router(folder, settings)
+    write_router(folder, rule)
 
 
-def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingSettings]:
+def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingRule]:
     """The plain class's config and the router of a folder that only btx reads.
 
     Args:
@@ -94,4 +94,4 @@ def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingSettin
         raise CheckpointError(f"{file}: this folder's router is described there, but unreadable: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{file}: expected format {FORMAT}; this folder was written by another version of btx")
-    return config | facts["config"], RoutingSettings.from_json(facts.get("router"), str(file))
+    return config | facts["config"], RoutingRule.from_json(facts.get("router"), str(file))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from btx.choices.families.configs import with_dtype, with_rope
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.data.tokenizer import save_tokenizer
 from btx.errors import CheckpointError
 from btx.files import write_json
@@ -184,7 +184,7 @@ def class_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingSettings | None]:
+def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingRule | None]:
     """Config and router of a folder that only btx reads; None for any other. Broken folders are refused."""
     from transformers import AutoConfig
 

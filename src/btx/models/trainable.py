@@ -1,4 +1,4 @@
-"""Which weights of a model train: the names behind `train.trainable` and `finetune.trainable`."""
+"""Which weights of a model train. The names that choose them are in `btx.choices.trainable`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from btx.choices.families import family_of
+from btx.choices.trainable import MOE_TRAINABLE
 from btx.errors import CheckpointError
 from btx.moe.layer import weight_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PARTS: dict[str, set[str]] = {
-    "all": {"routers", "experts", "shared"},
-    "all_but_experts": {"routers", "shared"},
-    "routers": {"routers"},
-    "shared": {"shared"},
-}
-"""`trainable` of a MoE model → parts that train."""
 
 
 def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
@@ -27,8 +20,7 @@ def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
 
     Args:
         model: with btx's MoE blocks in place; one on the meta device will do.
-        which: `all`; `feed_forward` (the FF sublayers of a dense model); `all_but_experts`; `routers`; `shared` (all
-            but experts and routers).
+        which: a name in `btx.choices.trainable`, of the model's kind.
 
     Raises:
         CheckpointError: the model has no such weights.
@@ -38,7 +30,7 @@ def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
         family = family_of(config, "seed model")
         chosen = {name for name, _ in model.named_parameters() if family.is_feed_forward(name, config)}
     else:
-        chosen = {name for name, part in weight_parts(model).items() if part in PARTS[which]}
+        chosen = {name for name, part in weight_parts(model).items() if part in MOE_TRAINABLE[which]}
     if not chosen:
         raise CheckpointError(f"trainable: {which} names no weights of {type(model).__name__}")
     return chosen

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.moe.dispatch import feed_forward
-from btx.moe.routers import Routing, Rule, straight_through, top_k_gates
+from btx.moe.routers import LayerRule, Routing, straight_through, top_k_gates
 
 __all__ = [
     "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
@@ -67,7 +67,7 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, router: Router, experts: Experts, rule: Rule | int, *, router_name: str = "gate",
+        self, router: Router, experts: Experts, rule: LayerRule | int, *, router_name: str = "gate",
         shared_expert: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -75,7 +75,7 @@ class MoE(nn.Module):
         self.experts = experts
         if shared_expert is not None:
             self.shared_expert, self.shared_expert_gate = shared_expert
-        self.rule = Rule(RoutingSettings(top_k=rule)) if isinstance(rule, int) else rule
+        self.rule = LayerRule(RoutingRule(top_k=rule)) if isinstance(rule, int) else rule
         self.step = 0
         """Finished optimiser steps; Sample Top-1's temperature depends on it."""
         self.dense_router_gradient = False
@@ -121,15 +121,15 @@ KNOWN_ROUTERS = {
 }  # fmt: skip
 
 
-def _rule_of(router: Any) -> Rule | None:
-    """How a router of the plain class decides; None where `Rule` has nothing that is exactly the same."""
+def _rule_of(router: Any) -> LayerRule | None:
+    """How a router of the plain class decides; None where `LayerRule` has nothing that is exactly the same."""
     if type(router).__name__ not in KNOWN_ROUTERS or list(router.state_dict()) != ["weight"]:
         return None
     if hasattr(router, "expert_selection_fn"):  # always normalised with softmax, whatever norm_topk_prob says
-        return Rule(RoutingSettings(top_k=router.top_k)) if router.expert_selection_fn == "softmax" else None
+        return LayerRule(RoutingRule(top_k=router.top_k)) if router.expert_selection_fn == "softmax" else None
     if getattr(router, "norm_topk_prob", True):
-        return Rule(RoutingSettings(top_k=router.top_k))
-    return Rule(RoutingSettings("switch")) if router.top_k == 1 else None
+        return LayerRule(RoutingRule(top_k=router.top_k))
+    return LayerRule(RoutingRule("switch")) if router.top_k == 1 else None
 
 
 def _router_of(block: nn.Module) -> nn.Module | None:
@@ -173,16 +173,16 @@ def moe_blocks(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def set_router(model: nn.Module, settings: RoutingSettings) -> None:
-    """Let every MoE layer of `model` route as `settings` say.
+def set_router(model: nn.Module, rule: RoutingRule) -> None:
+    """Let every MoE layer of `model` route by `rule`.
 
     Raises:
         CheckpointError: the model's class has MoE blocks of its own kind, which route by Top-K alone.
     """
-    if not moe_blocks(model) and settings.kind != "top_k":
-        raise CheckpointError(f"router {settings.kind}: the MoE blocks of {type(model).__name__} route by top_k alone")
+    if not moe_blocks(model) and rule.kind != "top_k":
+        raise CheckpointError(f"router {rule.kind}: the MoE blocks of {type(model).__name__} route by top_k alone")
     for layer, block in enumerate(moe_blocks(model)):
-        block.rule = Rule(settings, layer)
+        block.rule = LayerRule(rule, layer)
 
 
 def weight_parts(model: nn.Module) -> dict[str, str]:

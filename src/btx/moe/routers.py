@@ -5,7 +5,7 @@
     switch       one expert, g = its probability under SoftMax(W x); rows over the capacity are dropped
     sample_top1  one expert sampled by Gumbel-softmax; at inference the likeliest one, with gate 1
 
-Each is a function of tensors; `Rule` picks the one that a layer's settings name. Random numbers come from torch's
+Each is a function of tensors; `LayerRule` picks the one that the model's rule names. Random numbers come from torch's
 global generator, which training sets from (rng_seed, step) before every step: sampling resumes exactly.
 
 Shape letters: T tokens, E experts, K experts a token, R = T·K routed rows.
@@ -14,12 +14,13 @@ Shape letters: T tokens, E experts, K experts a token, R = T·K routed rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,48 @@ def sample_temperature(step: int, floor: float, rate: float) -> float:
     return max(floor, math.exp(-rate * step))
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How one layer routes."""
+def _route_top_k(
+    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
+) -> Routing:
+    if training and selection_bias_E is not None:
+        return Routing(logits_TE, *biased_top_k_gates(logits_TE, rule.top_k, selection_bias_E))
+    return Routing(logits_TE, *top_k_gates(logits_TE, rule.top_k))
 
-    settings: RoutingSettings
+
+def _route_switch(
+    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
+) -> Routing:
+    capacity = switch_capacity(logits_TE.shape[0], logits_TE.shape[1], rule.capacity_factor) if training else None
+    return Routing(logits_TE, *switch_gates(logits_TE, capacity))
+
+
+def _route_sample_top1(
+    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
+) -> Routing:
+    temperature = sample_temperature(step, rule.temperature_floor, rule.temperature_rate) if training else None
+    return Routing(logits_TE, *sample_top1_gates(logits_TE, temperature))
+
+
+def _route_soft(
+    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
+) -> Routing:
+    return Routing(logits_TE, *soft_gates(logits_TE))
+
+
+ROUTE: dict[str, Callable[[RoutingRule, Tensor, bool, int, Tensor | None], Routing]] = {
+    "top_k": _route_top_k,
+    "switch": _route_switch,
+    "sample_top1": _route_sample_top1,
+    "soft": _route_soft,
+}
+"""Router → what it does where a token does not use all experts; arguments as in `LayerRule`."""
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one layer routes: the model's rule, in its place in the model."""
+
+    rule: RoutingRule
     layer: int = 0
 
     def __call__(
@@ -145,25 +183,13 @@ class Rule:
             step: finished optimiser steps, for the temperature.
             selection_bias_E: steers which experts top_k chooses in training.
         """
-        (T, E), settings = logits_TE.shape, self.settings
-        kept_TK: Tensor | None = None
-        if self.experts_per_token(E) == E:
-            gates_TK, ids_TK = soft_gates(logits_TE)
-        elif settings.kind == "top_k" and training and selection_bias_E is not None:
-            gates_TK, ids_TK = biased_top_k_gates(logits_TE, settings.top_k, selection_bias_E)
-        elif settings.kind == "top_k":
-            gates_TK, ids_TK = top_k_gates(logits_TE, settings.top_k)
-        elif settings.kind == "switch":
-            capacity = switch_capacity(T, E, settings.capacity_factor) if training else None
-            gates_TK, ids_TK, kept_TK = switch_gates(logits_TE, capacity)
-        else:
-            temperature = sample_temperature(step, settings.temperature_floor, settings.temperature_rate)
-            gates_TK, ids_TK = sample_top1_gates(logits_TE, temperature if training else None)
-        return Routing(logits_TE, gates_TK, ids_TK, kept_TK)
+        num_experts = logits_TE.shape[1]
+        route = _route_soft if self.experts_per_token(num_experts) == num_experts else ROUTE[self.rule.kind]
+        return route(self.rule, logits_TE, training, step, selection_bias_E)
 
     def experts_per_token(self, num_experts: int) -> int:
         """K in this layer."""
-        return self.settings.experts_per_token(self.layer, num_experts)
+        return self.rule.experts_per_token(self.layer, num_experts)
 
 
 def straight_through(routing: Routing) -> tuple[Tensor, Tensor]:

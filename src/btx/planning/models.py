@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from btx.baselines.matching import moe_cost
 from btx.baselines.settings import routing_of
-from btx.choices.baselines import BASELINES, BTM, BaselineName
+from btx.choices.baselines import BASELINES, BTM
 from btx.models.cost import ModelCost, config_cost, side_by_side
 from btx.recipe.schema import Recipe
 from btx.run_folder.graph import Graph, Stage
@@ -82,9 +82,8 @@ def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:
     seed = config_cost(dense)
     if name in ("mix", "btx"):
         return moe_cost(recipe, dense, recipe.routing)
-    baseline = cast(BaselineName, name)
-    if baseline in BTM:
-        return side_by_side([seed] * len(recipe.member_names), BTM[baseline])
-    if baseline in BASELINES and BASELINES[baseline].has_routers:
-        return moe_cost(recipe, dense, routing_of(recipe, baseline))
+    if name in BTM:
+        return side_by_side([seed] * len(recipe.member_names), BTM[name])
+    if name in BASELINES and BASELINES[name].has_routers:
+        return moe_cost(recipe, dense, routing_of(recipe, name))
     return seed

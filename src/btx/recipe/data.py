@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from btx.recipe.section import Name, PositiveInt, Section, Weight
-
-GENERATORS = ("math", "code", "knowledge", "general")
+from btx.recipe.section import GeneratorName, Name, PositiveInt, Section, Weight
 
 
 class Source(Section):
@@ -19,7 +17,7 @@ class Source(Section):
     `document_separator`); relative to `data.root`, else to the working directory."""
     hub: str | None = None
     """Dataset name on the Hugging Face hub, or a local dataset folder that `datasets.load_dataset` reads."""
-    generate: Literal["math", "code", "knowledge", "general"] | None = None
+    generate: GeneratorName | None = None
     """Text made on the spot, without network: the demo's domains."""
     domain: str | None = None
     """Another domain of this recipe, whose token files are shared, not copied."""

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from btx.recipe.section import Name, PositiveInt, Section
+from btx.recipe.section import Name, PositiveInt, QuestionsName, Section
 
 
 class Task(Section):
     """Questions answered greedily and scored by exact match."""
 
-    generate: Literal["math", "knowledge"] | None = None
+    generate: QuestionsName | None = None
     """Held-out questions of a generated domain."""
     path: str | None = None
     """JSONL file (.jsonl, .jsonl.gz) with one question a line; relative to `data.root`."""

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from btx.recipe.section import Name, PositiveFloat, PositiveInt, Section, Share, Weight
+from btx.recipe.section import (
+    MergeName,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    RouterInitName,
+    RouterName,
+    Section,
+    Share,
+    Weight,
+)
 
 
 class Mix(Section):
@@ -14,7 +24,7 @@ class Mix(Section):
 
     generalist: bool = True
     """Add the untouched seed model as one more expert."""
-    router: Literal["top_k", "switch", "sample_top1", "soft"] = "top_k"
+    router: RouterName = "top_k"
     """How tokens are routed (paper: top_k; the others are its ablations); `btx ls routers` explains them."""
     top_k: PositiveInt = 2
     """Experts a token uses with the top_k router."""
@@ -26,7 +36,7 @@ class Mix(Section):
     """sample_top1: r of the temperature exp(-r·t) after t optimiser steps."""
     soft_first_layer: bool = True
     """sample_top1: the first layer uses all experts (paper); false makes the result a plain model with k = 1."""
-    merge: Literal["mean", "seed", "weighted", "slerp", "ties", "dare"] = "mean"
+    merge: MergeName = "mean"
     """How shared weights are merged; the paper: mean over experts and generalist. `btx ls merges` explains them."""
     merge_weights: dict[Name, Weight] | None = None
     """merge weighted: expert → weight, the generalist's too; normalised."""
@@ -36,7 +46,7 @@ class Mix(Section):
     """merge ties, dare: share of every task vector's entries that is kept; default 0.2 and 0.5."""
     merge_scale: PositiveFloat | None = None
     """merge ties, dare: factor on the merged task vector (λ in the papers); default 1."""
-    router_init: Literal["random", "zeros", "hidden_mean", "ridge"] = "ridge"
+    router_init: RouterInitName = "ridge"
     """How the routers start; hidden_mean and ridge are computed from the domains' text. The paper: random,
     which is also the default with blend."""
     router_std: PositiveFloat = 0.02
@@ -59,11 +69,6 @@ class Mix(Section):
     """Expert (or `seed`) whose tokenizer the mixed model gets; vocabularies that differ are then allowed."""
     max_shard_size: str = "5GB"
     """Size a weights file has at most."""
-
-    @property
-    def routers_from_text(self) -> bool:
-        """Whether the routers are computed from the domains' text."""
-        return self.router_init in ("hidden_mean", "ridge")
 
     @model_validator(mode="before")
     @classmethod

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from btx.choices.baselines import BASELINES, BaselineName
+from btx.choices.baselines import BASELINES
+from btx.choices.generators import GENERATORS
 from btx.choices.merges import MergeSettings
-from btx.choices.routers import RoutingSettings
-from btx.recipe.data import GENERATORS, Data
+from btx.choices.router_inits import RouterInit
+from btx.choices.routers import RoutingRule
+from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.mix import Mix
-from btx.recipe.section import Name, PositiveInt, Section
+from btx.recipe.section import BaselineName, LauncherName, Name, PositiveInt, Section
 from btx.recipe.training import BaselineTraining, Finetune, SeedModel, Train
 
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
@@ -34,7 +36,7 @@ def _each_once(names: list[BaselineName]) -> list[BaselineName]:
 class Launch(Section):
     """How jobs are started."""
 
-    kind: Literal["local"] = "local"
+    kind: LauncherName = "local"
     """Launcher: processes of this machine."""
     jobs: PositiveInt | None = None
     """Jobs (branches, finetuning, baselines) trained at the same time; default: as many as there are branches."""
@@ -126,7 +128,7 @@ class Recipe(Section):
         self._check_finetuning()
         if self.mix.blend and self.mix.split > 1:
             raise ValueError("mix.split and mix.blend exclude each other")
-        if self.mix.blend and self.mix.routers_from_text:
+        if self.mix.blend and self.router_init.needs_text:
             raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
         self._mixed_set_exists()
         for problem in self.merge_settings.problems(self.member_names):
@@ -178,9 +180,10 @@ class Recipe(Section):
         if mixed.kind == "halves" and len(self.data.domains) < 2:
             raise ValueError("evaluate.mixed: halves needs at least two domains in data.domains")
         used = {source.generate for domain in self.data.domains.values() for source in domain.sources}
-        if mixed.kind == "generated" and (missing := set(GENERATORS) - used):
+        needed = [name for name, generator in GENERATORS.items() if generator.in_mixed_text]
+        if mixed.kind == "generated" and (missing := set(needed) - used):
             raise ValueError(
-                f"evaluate.mixed: generated documents need domains from the generators {', '.join(GENERATORS)}; there "
+                f"evaluate.mixed: generated documents need domains from the generators {', '.join(needed)}; there "
                 f"is none of {', '.join(sorted(missing))}; use kind: halves"
             )
 
@@ -191,6 +194,15 @@ class Recipe(Section):
         return MergeSettings(
             mix.merge, weights=mix.merge_weights, t=mix.slerp_t, density=mix.merge_density, scale=mix.merge_scale,
             rng_seed=self.rng_seed,
+        )  # fmt: skip
+
+    @property
+    def router_init(self) -> RouterInit:
+        """How the mixed model's routers start."""
+        mix = self.mix
+        return RouterInit(
+            mix.router_init, std=mix.router_std, scale=mix.router_scale, ridge=mix.router_ridge,
+            tokens=mix.router_tokens, rng_seed=self.rng_seed,
         )  # fmt: skip
 
     def branch_training(self, domain: str) -> Train:
@@ -213,10 +225,10 @@ class Recipe(Section):
         return self.member_names
 
     @property
-    def routing(self) -> RoutingSettings:
-        """The router of the mixed model."""
+    def routing(self) -> RoutingRule:
+        """The rule by which the mixed model routes."""
         mix = self.mix
-        return RoutingSettings(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
+        return RoutingRule(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
                               mix.soft_first_layer)  # fmt: skip
 
     @property

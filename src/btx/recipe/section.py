@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from btx.choices.baselines import BASELINES
+from btx.choices.generators import GENERATORS
+from btx.choices.launchers import LAUNCHERS
+from btx.choices.merges import MERGE_METHODS
+from btx.choices.router_inits import ROUTER_INITS
+from btx.choices.routers import ROUTERS
+from btx.choices.trainable import DENSE_TRAINABLE, MOE_TRAINABLE
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+# The names a recipe may use: each list stands in btx.choices alone, and type checkers cannot read a list.
+if TYPE_CHECKING:
+    BaselineName = str
+    GeneratorName = str
+    QuestionsName = str
+    LauncherName = str
+    RouterName = str
+    MergeName = str
+    RouterInitName = str
+    DenseTrainable = str
+    MoeTrainable = str
+else:
+    BaselineName = Literal[tuple(BASELINES)]
+    GeneratorName = Literal[tuple(GENERATORS)]
+    QuestionsName = Literal[tuple(name for name, generator in GENERATORS.items() if generator.questions)]
+    LauncherName = Literal[tuple(LAUNCHERS)]
+    RouterName = Literal[tuple(ROUTERS)]
+    MergeName = Literal[tuple(MERGE_METHODS)]
+    RouterInitName = Literal[tuple(ROUTER_INITS)]
+    DenseTrainable = Literal[tuple(DENSE_TRAINABLE)]
+    MoeTrainable = Literal[tuple(MOE_TRAINABLE)]
 
 
 class Section(BaseModel):

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from btx.recipe.section import Name, PositiveFloat, PositiveInt, Section, Share, Weight
+from btx.recipe.section import (
+    DenseTrainable,
+    MoeTrainable,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    Weight,
+)
 
 
 class Training(Section):
@@ -110,7 +119,7 @@ class Train(Training):
     """Domain → training tokens, for branches that train on another number than `tokens`."""
     replay: Share = 0.1
     """Share of general text mixed into every domain (paper: 5-9 %)."""
-    trainable: Literal["all", "feed_forward"] = "feed_forward"
+    trainable: DenseTrainable = "feed_forward"
     """Which weights train. feed_forward: the shared weights stay the seed's, so the mix loses nothing, and a learning
     rate of two to four times that of all weights is right; the paper: all."""
 
@@ -135,7 +144,7 @@ class Finetune(Training):
     """Share of the training sequences that go on, from their middle, with the second half of another sequence of the
     mixture (by chance at times of the same domain); attention goes on across. For texts that mix domains; baselines
     get the same (docs/results.md)."""
-    trainable: Literal["all", "all_but_experts", "routers", "shared"] = "all"
+    trainable: MoeTrainable = "all"
     """Which weights train; shared are all but experts and routers."""
     learning_rate_factors: LearningRateFactors = LearningRateFactors()
     """Learning rate of each part, as a multiple of learning_rate."""

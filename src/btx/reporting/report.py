@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from btx.choices.routers import ROUTERS
 from btx.errors import RunFolderError
 from btx.files import read_json, write_text
 from btx.number_texts import (
@@ -373,8 +374,8 @@ def mix_diagnostics(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def routing_text(mix: Mapping[str, Any]) -> str:
     """The router of a recipe's `mix` section in a word or two; nothing if it is not there."""
-    names = {"top_k": f"Top-{mix.get('top_k')}", "switch": "Switch", "sample_top1": "Sample Top-1", "soft": "soft"}
-    return names.get(mix.get("router", ""), "")
+    kind = ROUTERS.get(mix.get("router", ""))
+    return kind.label.format(top_k=mix.get("top_k")) if kind else ""
 
 
 def facts(run: Run) -> dict[str, str]:

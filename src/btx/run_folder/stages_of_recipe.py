@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.baselines.settings import matching_inputs, phases_of, routing_of
-from btx.choices.baselines import BASELINES, BTM, UPCYCLED, BaselineName
+from btx.choices.baselines import BASELINES, BTM, UPCYCLED
 from btx.data.document_files import located
 from btx.errors import CheckpointError
 from btx.files import content_sha256
@@ -112,7 +112,7 @@ class _Stages:
     def _mix(self, seed: Stage, branches: tuple[Stage, ...]) -> Stage:
         recipe = self.recipe
         texts = [{domain: 1.0} for domain in (*recipe.train.domains, recipe.data.general)]
-        texts = texts if recipe.mix.routers_from_text else []
+        texts = texts if recipe.router_init.needs_text else []
 
         def mixed() -> Settings:
             read = {"texts": [self._mixture(weights) for weights in texts]} if texts else {}
@@ -167,7 +167,7 @@ class _Stages:
             "router": recipe.routing.as_json(), "dtype": mix.dtype, "max_shard_size": mix.max_shard_size, **self.rng,
         }  # fmt: skip
 
-    def _trained_baseline(self, name: BaselineName, start: Stage) -> list[Stage]:
+    def _trained_baseline(self, name: str, start: Stage) -> list[Stage]:
         """One stage a phase."""
         recipe, stages = self.recipe, list[Stage]()
         for phase in phases_of(recipe, name):

@@ -20,7 +20,7 @@ from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import at_work, stage_status
 from btx.run_folder.threads import processors
-from btx.running.launchers import Job, launcher
+from btx.running.launchers import START, Job
 from btx.running.log_tail import LogTail
 from btx.running.preflight import preflight
 from btx.running.progress import Display
@@ -178,7 +178,7 @@ class _Pipeline:
         tail = LogTail.from_now(log)
         if (node := at_work(self.run_folder, stages[0].name)) is not None:
             self.display.say(f"{stages[0].name}: another process, on {node}, is at it; waiting for it to end")
-        start = launcher(self.run_folder.recipe.launch.kind).start_stages
+        start = START[self.run_folder.recipe.launch.kind].start_stages
         job = start(self.run_folder.path, [stage.name for stage in stages], log)
         self.running.append(_Running(stages, job, tail))
         self.display.begin(stages[0].name)

@@ -11,11 +11,11 @@ import re
 from btx.baselines.btm import write_btm_folder
 from btx.baselines.matching import matched_phases
 from btx.baselines.settings import matched_by, routing_of
-from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED, BaselineName
+from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED
 from btx.data.expert_text import text_from_run
 from btx.errors import UserError
 from btx.mixing.mix import mix, soup
-from btx.mixing.router_init import RouterSettings
+from btx.mixing.settings import upcycling_settings
 from btx.models.device import device_and_type
 from btx.models.loading import load_model, read_config
 from btx.models.trainable import set_trainable
@@ -35,8 +35,7 @@ def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log
     elif name == UPCYCLED:
         _upcycle(run, stage, interrupts, log)
     else:
-        known: list[BaselineName] = [kind for kind in BASELINES if kind == name.removesuffix(DOMAINS)]
-        _train(run, stage, known[0], interrupts, log)
+        _train(run, stage, name.removesuffix(DOMAINS), interrupts, log)
 
 
 def copies_of_the_seed(run: RunFolder) -> list[str]:
@@ -53,26 +52,18 @@ def _soup(run: RunFolder, stage: Stage, log: Log) -> None:
 
 
 def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    """Sparse upcycling's start (arXiv 2212.05055): every expert is the seed model's FF sublayer, routers are random.
-
-    Its shape is that of the run's mix. Blended copies of one FF sublayer are that sublayer, so `mix.blend` changes
-    nothing here.
-    """
-    recipe, seed, settings = run.recipe, run.model("seed"), run.recipe.mix
+    """Sparse upcycling's start (arXiv 2212.05055): every expert is the seed model's FF sublayer, routers are random."""
+    recipe, seed = run.recipe, run.model("seed")
     with run.making(stage, log) as facts:
         mix(
             seed, {f"copy{number}": seed for number in range(len(recipe.member_names))}, facts.folder / "model",
-            record=facts.folder / "mix.json", generalist=False,
-            top_k=recipe.routing.plain_top_k(len(recipe.expert_names)),
-            router_init=RouterSettings("random", std=settings.router_std), split=settings.split,
-            split_rescale=settings.split_rescale, rng_seed=recipe.rng_seed, dtype=settings.dtype,
-            max_shard_size=settings.max_shard_size,
+            upcycling_settings(recipe), record=facts.folder / "mix.json",
             progress=lambda written, total: interrupts.raise_if_pending("stopped; the same command starts it anew"),
         )  # fmt: skip
     log(f"{stage.name}: {len(copies_of_the_seed(run))} experts, all of them the seed model's FF sublayers")
 
 
-def _train(run: RunFolder, stage: Stage, name: BaselineName, interrupts: Interrupts, log: Log) -> None:
+def _train(run: RunFolder, stage: Stage, name: str, interrupts: Interrupts, log: Log) -> None:
     """One phase of a trained baseline."""
     run.check_needs(stage)
     recipe, kind, start = run.recipe, BASELINES[name], run.model(stage.needs[-1].name)

@@ -6,7 +6,7 @@ from btx.baselines.matching import router_flops
 from btx.data.expert_text import text_from_run
 from btx.errors import CheckpointError
 from btx.mixing.mix import mix
-from btx.mixing.router_init import RouterSettings
+from btx.mixing.settings import mix_settings
 from btx.model_files.provenance import weights_fingerprint
 from btx.models.loading import read_config
 from btx.process import Interrupts, Log
@@ -18,20 +18,13 @@ def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) 
     """The run's expert models and its seed model become one MoE model."""
     run.check_needs(stage)
     _check_common_start(run)
-    settings = run.recipe.mix
-    routers = RouterSettings(
-        settings.router_init, std=settings.router_std, scale=settings.router_scale, ridge=settings.router_ridge,
-        tokens=settings.router_tokens,
-    )  # fmt: skip
+    settings = mix_settings(run.recipe)
+    init = settings.start
     with run.making(stage, log) as facts:
         mix(
             run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
-            facts.folder / "model", record=facts.folder / "mix.json", generalist=settings.generalist,
-            routing=run.recipe.routing, merge=run.recipe.merge_settings, router_init=routers,
-            texts=text_from_run(run.path, run.recipe, tokens=routers.tokens) if routers.needs_text else None,
-            split=settings.split, split_rescale=settings.split_rescale, blend=settings.blend,
-            rng_seed=run.recipe.rng_seed, dtype=settings.dtype, tokenizer_from=settings.tokenizer_from,
-            max_shard_size=settings.max_shard_size,
+            facts.folder / "model", settings, record=facts.folder / "mix.json",
+            texts=text_from_run(run.path, run.recipe, tokens=init.tokens) if init.needs_text else None,
             log=lambda line: log(line.replace(str(facts.folder), str(run.folder(stage.name)))),
             progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
         )  # fmt: skip

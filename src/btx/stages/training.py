@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from btx.choices.routers import RoutingSettings
+from btx.choices.routers import RoutingRule
 from btx.data.samples import open_mixtures
 from btx.files import atomic_folder
 from btx.model_files.btx_folder import change_router
@@ -50,7 +50,7 @@ def train_moe(
     interrupts: Interrupts,
     log: Log,
     *,
-    routing: RoutingSettings,
+    routing: RoutingRule,
     experts: Sequence[str],
 ) -> Totals:
     """Train a MoE folder with the losses on its routers: the finetuning, and every baseline that has routers.
@@ -87,7 +87,7 @@ def train_stage(
     *,
     like: Path | None,
     balancing: Balancing | None = None,
-    routing: RoutingSettings | None = None,
+    routing: RoutingRule | None = None,
     experts: Sequence[str] = (),
 ) -> Totals:
     """Run the training loop for a stage, write its model folder, then done.json.

@@ -1,5 +1,6 @@
 """Text made on the spot, without network: the demo's domains.
 
+What generators there are is in `btx.choices.generators`; their functions are listed here.
 `documents` yields the train or held-out documents of a generator, `questions` its held-out questions. Both depend on
 their arguments only (code and general also on the installed Python and packages they read).
 """
@@ -12,7 +13,7 @@ from btx.data.domains import general_text, math_problems, stdlib_code, world_tex
 from btx.data.domains.document import Document, DocumentGenerator, Question, QuestionGenerator, Split
 from btx.errors import DataError
 
-GENERATORS: dict[str, DocumentGenerator] = {
+DOCUMENT_GENERATORS: dict[str, DocumentGenerator] = {
     "math": math_problems.documents,
     "code": stdlib_code.documents,
     "knowledge": world_text.documents,
@@ -23,7 +24,7 @@ QUESTION_GENERATORS: dict[str, QuestionGenerator] = {
     "knowledge": world_text.questions,
 }
 
-__all__ = ["GENERATORS", "QUESTION_GENERATORS", "Document", "Question", "documents", "questions"]
+__all__ = ["DOCUMENT_GENERATORS", "QUESTION_GENERATORS", "Document", "Question", "documents", "questions"]
 
 
 def documents(generator: str, split: Split, rng_seed: int, max_bytes: int, held_out: float) -> Iterator[Document]:
@@ -33,9 +34,9 @@ def documents(generator: str, split: Split, rng_seed: int, max_bytes: int, held_
     document each. No document of val, nor any problem, fact rendering or paragraph it is made of, is in train.
     Raises DataError for an unknown generator.
     """
-    if generator not in GENERATORS:
-        raise DataError(f"unknown generator {generator!r}; there are: {', '.join(GENERATORS)}")
-    return GENERATORS[generator](split, rng_seed, max_bytes, held_out)
+    if generator not in DOCUMENT_GENERATORS:
+        raise DataError(f"unknown generator {generator!r}; there are: {', '.join(DOCUMENT_GENERATORS)}")
+    return DOCUMENT_GENERATORS[generator](split, rng_seed, max_bytes, held_out)
 
 
 def questions(generator: str, rng_seed: int, count: int) -> list[Question]:

@@ -43,6 +43,5 @@ def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
             start, values, density=density, scale=scale, key=f"{settings.rng_seed}/{name}"
         ),
     }
-    elementwise = settings.method in ("mean", "seed", "weighted")
-    summary = MERGE_METHODS[settings.method].summary
-    return Merge(settings.method, functions[settings.method], elementwise, summary)
+    method = MERGE_METHODS[settings.method]
+    return Merge(settings.method, functions[settings.method], method.elementwise, method.summary)

@@ -1,16 +1,11 @@
-"""How jobs are started: one file a launcher, one table that the pipeline and sweeps go by (`launch.kind`)."""
+"""How jobs are started: one file a launcher, one table that pipeline and sweeps go by (`launch.kind`). What launchers
+there are, for a recipe and `btx ls`, is in `btx.choices.launchers`.
+"""
 
 from btx.running.launchers.job import Job, Launcher
 from btx.running.launchers.local import start_local, start_run
 
-LAUNCHERS = {"local": "processes of this machine"}
+START: dict[str, Launcher] = {"local": Launcher(start_local, start_run)}
+"""`launch.kind` → how stages and whole runs are started."""
 
-_LAUNCHERS: dict[str, Launcher] = {"local": Launcher(start_local, start_run)}
-
-
-def launcher(kind: str) -> Launcher:
-    """The launcher that `launch.kind` names."""
-    return _LAUNCHERS[kind]
-
-
-__all__ = ["LAUNCHERS", "Job", "Launcher", "launcher"]
+__all__ = ["START", "Job", "Launcher"]

@@ -1,0 +1,3 @@
+"""The ways to start jobs: name → one line for `btx ls launchers`. What starts them is in `btx.running.launchers`."""
+
+LAUNCHERS: dict[str, str] = {"local": "processes of this machine"}

@@ -1,0 +1,15 @@
+"""Which weights may be told to train: the names behind `train.trainable` and `finetune.trainable`. No torch.
+
+Which parameters of a model these are is in `btx.models.trainable`.
+"""
+
+DENSE_TRAINABLE = ("all", "feed_forward")
+"""`trainable` of a dense model; feed_forward are its FF sublayers."""
+
+MOE_TRAINABLE: dict[str, set[str]] = {
+    "all": {"routers", "experts", "shared"},
+    "all_but_experts": {"routers", "shared"},
+    "routers": {"routers"},
+    "shared": {"shared"},
+}
+"""`trainable` of a MoE model → parts that train; shared are all but experts and routers."""

@@ -64,11 +64,13 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage: seed, train, mix, finetune, ...")] = None,
-) -> None:
+    without: Annotated[list[str] | None, typer.Option(
+        help="Leave this branch out of the mix, because it failed for example; repeat.")] = None,
+) -> None:  # fmt: skip
     """Everything, from nothing to a report. Run it again and it continues."""
     from btx.running.pipeline import run as run_recipe
 
-    finished = run_recipe(_recipe(recipe, overrides), until=until)
+    finished = run_recipe(_recipe(recipe, overrides), until=until, without=without or ())
     _print_results(finished)
 
 
@@ -180,8 +182,26 @@ def train(
     run_folder: RunArgument,
     domain: Annotated[str, typer.Argument(help="A domain of the recipe, or `seed` for the seed model.")],
 ) -> None:
-    """Train one expert alone, on any machine that sees the run folder."""
-    _work(run_folder, ["seed" if domain == "seed" else f"train/{domain}"])
+    """Train one expert alone, on any machine that sees the run folder or a copy of what the expert needs of it.
+
+    What it needs and is not there, data and seed model, is made first.
+    """
+    run = _run(run_folder)
+    (stage,) = run.graph.named(["seed" if domain == "seed" else f"train/{domain}"], where=str(run_folder))
+    needs = [] if run.state(stage) == "done" else run.unfinished_needs(stage)
+    _work(run_folder, [needed.name for needed in (*needs, stage)])
+
+
+@app.command()
+def adopt(
+    run_folder: RunArgument,
+    domain: Annotated[str, typer.Argument(help="A branch of the recipe.")],
+    model: Annotated[Path, typer.Argument(help="Folder of its expert model, trained by whatever you like.")],
+) -> None:
+    """Take an expert model that was trained elsewhere for a branch's; it is checked, copied and never trained here."""
+    from btx.stages.adopt import adopt as adopt_model
+
+    adopt_model(_run(run_folder), domain, model, typer.echo)
 
 
 for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):

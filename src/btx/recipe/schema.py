@@ -6,15 +6,17 @@ small machine overrides them. Reading YAML, dotted overrides and error positions
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from btx.choices.baselines import BASELINES
 from btx.choices.generators import GENERATORS
 from btx.choices.merges import MergeSettings
 from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
+from btx.errors import RecipeError, UserError
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.mix import Mix
@@ -186,6 +188,26 @@ class Recipe(Section):
                 f"evaluate.mixed: generated documents need domains from the generators {', '.join(needed)}; there "
                 f"is none of {', '.join(sorted(missing))}; use kind: halves"
             )
+
+    def without(self, domains: Collection[str]) -> Recipe:
+        """The recipe with some branches fewer; their domains' text is still measured on.
+
+        Raises:
+            UserError: no branch is called so, or none would be left.
+        """
+        unknown = [domain for domain in domains if domain not in self.train.domains]
+        if unknown:
+            raise UserError(f"--without: no branch {', '.join(unknown)}; there are: {', '.join(self.train.domains)}")
+        values = self.model_dump()
+        train, weights = values["train"], values["mix"]["merge_weights"]
+        train["domains"] = [domain for domain in self.train.domains if domain not in domains]
+        train["domain_tokens"] = {name: n for name, n in self.train.domain_tokens.items() if name not in domains}
+        if weights is not None:
+            values["mix"]["merge_weights"] = {name: n for name, n in weights.items() if name not in domains}
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("; ".join(f"--without: {problem['msg']}" for problem in error.errors())) from None
 
     @property
     def merge_settings(self) -> MergeSettings:

@@ -131,12 +131,24 @@ class RunFolder:
         """The settings, files or earlier stages that changed since a stale stage was begun."""
         begun = read_json(self.folder(stage.name) / "started.json")
         if begun.get("format") != FORMAT:
-            return "made by an earlier version of btx, whose stages depended on more than they read"
+            return f"an earlier version of btx made it; `btx run {self.path}` sees whether it can stay"
         reasons = changed_settings(begun["shown"], stage.shown) + changed_files(begun["files"], _names(stage))
         reasons += [
             f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
         ]
         return "; ".join(reasons) or "made by another version"
+
+    def unfinished_needs(self, stage: Stage) -> list[Stage]:
+        """What has to be made before a stage, in an order that runs. Nothing stale: `btx run` does that, and says so
+        first."""
+        behind = {name for needed in stage.needs for name in self._behind(needed)}
+        return [needed for needed in self.graph if needed.name in behind and self.state(needed) in ("absent", "begun")]
+
+    def _behind(self, stage: Stage) -> set[str]:
+        """A stage's name and those of all it needs, as far as they are not finished."""
+        if self.state(stage) == "done":
+            return set()
+        return {stage.name}.union(*(self._behind(needed) for needed in stage.needs))
 
     def set_aside(self, stage: str) -> Path:
         """Move a stage's folder to stale/<time>/<stage>."""
@@ -180,15 +192,11 @@ class RunFolder:
             shutil.rmtree(working)
         working.mkdir(parents=True, exist_ok=True)
         if not (working / "started.json").exists():
-            write_json(working / "started.json", {
-                "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
-                "shown": stage.shown, "upstream": stage.upstream, "files": _names(stage),
-            })  # fmt: skip
+            write_json(working / "started.json", started_json(stage))
         facts = Making(working, aside)
         yield facts
         wall_s = round(time.perf_counter() - started, 3)
-        finished = {"stage": stage.name, "inputs": stage.inputs, "tokens": 0, "flops": 0.0, "wall_s": wall_s}
-        write_json(working / "done.json", finished | facts | {"node": platform.node(), "finished": _now()})
+        write_json(working / "done.json", done_json(stage, {"wall_s": wall_s} | facts))
         if working != folder:
             if is_stale:
                 self._give_way(stage, why, log)
@@ -239,6 +247,21 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error
+
+
+def started_json(stage: Stage) -> dict[str, Any]:
+    """What is noted of a stage when it is begun."""
+    return {
+        "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
+        "shown": stage.shown, "upstream": stage.upstream, "files": _names(stage),
+    }  # fmt: skip
+
+
+def done_json(stage: Stage, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is noted of a stage when it is finished; tokens, FLOPs and seconds are 0 unless `facts` have them."""
+    nothing = {"tokens": 0, "flops": 0.0, "wall_s": 0.0}
+    named = {"stage": stage.name, "inputs": stage.inputs}
+    return named | nothing | dict(facts) | {"node": platform.node(), "finished": _now()}
 
 
 def _names(stage: Stage) -> dict[str, str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from btx.errors import BtxError, RunFolderError, StageFailed, UserError
 from btx.process import Interrupts
 from btx.recipe.schema import Recipe
+from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import at_work, stage_status
@@ -28,12 +29,15 @@ from btx.running.progress import Display
 POLL_S = 0.3
 
 
-def run(recipe: Recipe, *, until: str | None = None, display: Display | None = None) -> RunFolder:
+def run(
+    recipe: Recipe, *, until: str | None = None, without: Collection[str] = (), display: Display | None = None
+) -> RunFolder:  # fmt: skip
     """Everything from nothing to the report; run again, it continues where it stopped.
 
     Args:
         recipe: what to run.
         until: name of the last stage wanted, for example `seed`; None for all.
+        without: branches to leave out of the mix, because they failed for example; what they have stays.
         display: where progress is shown.
 
     Raises:
@@ -41,6 +45,7 @@ def run(recipe: Recipe, *, until: str | None = None, display: Display | None = N
         StageFailed: a job failed; the message holds the end of its log.
         Interrupted: SIGINT or SIGTERM; all jobs have saved.
     """
+    recipe = recipe.without(without) if without else recipe
     preflight(recipe)
     path = Path(recipe.run_folder)
     _wanted(RunFolder(path, recipe), until)  # refused before anything is written
@@ -103,6 +108,8 @@ class _Pipeline:
         self.running: list[_Running] = []
         self.failures: list[BtxError] = []
         self.error_lines: dict[str, list[str]] = {}
+        self.compared = False
+        """Whether stages of an earlier version have been looked at."""
 
     def run(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         self._announce(jobs)
@@ -112,6 +119,8 @@ class _Pipeline:
                 self._collect()
                 if self.interrupts.pending is not None:
                     break
+                if not self._preparing(waiting) and not self.compared:
+                    self._compare_with_earlier(waiting)
                 for job in self._ready(waiting):
                     waiting.remove(job)
                     self._start(job)
@@ -128,9 +137,14 @@ class _Pipeline:
 
     def _announce(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         """Say what is finished and what is stale, and why."""
+        earlier = is_of_earlier_version(self.run_folder)
+        if earlier:
+            self.display.say("an earlier version of btx made this run: its data are prepared anew and compared")
         for job in jobs:
             for stage in job:
                 state = self.run_folder.state(stage)
+                if earlier and state == "stale":
+                    continue
                 if state == "done" and stage.name != "report":
                     self.display.say(f"{stage.name}: already done, skipped")
                 elif state == "stale":
@@ -148,7 +162,7 @@ class _Pipeline:
         recipe = self.run_folder.recipe
         limit = recipe.launch.jobs or len(recipe.train.domains)
         ready = []
-        preparing = [job for job in (*waiting, *(running.stages for running in self.running)) if _prepares(job)]
+        preparing = self._preparing(waiting)
         for job in preparing or waiting:  # all that is wrong with the data is said before anything is trained
             inside = {stage.name for stage in job}
             needs = [needed for stage in job for needed in stage.needs if needed.name not in inside]
@@ -156,6 +170,17 @@ class _Pipeline:
                 ready.append(job)
         ready = [job for job in ready if job in waiting]
         return ready[: max(0, (processors() if preparing else limit) - len(self.running))]
+
+    def _preparing(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
+        """Jobs that make data and are not finished."""
+        return [job for job in (*waiting, *(running.stages for running in self.running)) if _prepares(job)]
+
+    def _compare_with_earlier(self, waiting: list[tuple[Stage, ...]]) -> None:
+        """Let what an earlier version has trained on the same tokens stay, and wait for it no longer."""
+        self.compared = True
+        if is_of_earlier_version(self.run_folder) and not self.failures:
+            carry_over(self.run_folder, self.display.say)
+            waiting[:] = [job for job in waiting if not self._is_done(job)]
 
     def _why_waiting(self, job: tuple[Stage, ...]) -> str:
         """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
@@ -223,9 +248,11 @@ class _Pipeline:
             self.failures.append(UserError(told))
         else:
             how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+            domain = name.removeprefix("train/")
+            without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
             self.failures.append(
                 StageFailed(f"{name} failed ({how}); its log is {running.job.log}:\n{told}\n"
-                            f"`btx run {self.run_folder.path}` continues from its last checkpoint")
+                            f"`btx run {self.run_folder.path}` continues from its last checkpoint{without}")
             )  # fmt: skip
         self.display.say(f"{name}: failed")
 

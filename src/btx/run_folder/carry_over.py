@@ -1,0 +1,131 @@
+"""A run folder of an earlier btx, in which all data were one stage that every other one needed, goes on untrained.
+
+Its token files are made anew, which takes minutes, and compared: a stage that was trained with the same settings on the
+same tokens from the same start stays, under the hash it has now. Plain Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btx.data.mixture import Interleaved, Mixture
+from btx.data.switching import Switching
+from btx.data.token_files import TokenFile
+from btx.files import read_json, write_json
+from btx.process import Log
+from btx.run_folder.folder import FORMAT, RunFolder, started_json
+from btx.run_folder.graph import Stage
+
+NOT_COMPARED = {"device", "domain", "domains", "general", "data", "files", "members", "domain_tokens"}
+"""Keys of old settings that said where something is, or what the stages before and the tokens say now."""
+
+
+def is_of_earlier_version(run: RunFolder) -> bool:
+    """Whether a run folder was begun when all data were one stage."""
+    return (run.path / "data" / "started.json").is_file()
+
+
+def carry_over(run: RunFolder, log: Log) -> None:
+    """Let stages of an earlier version stay whose settings, tokens and start are the same; say which, and which not.
+
+    The data stages have to be done. Nobody may be at work in the run folder.
+    """
+    verified: set[str] = set()  # domains whose tokens some stage was trained on
+    for stage in run.graph:
+        begun = read_json(run.folder(stage.name) / "started.json")
+        if begun is None or begun.get("format") == FORMAT:
+            continue
+        if reason := _why_not(run, stage, begun, verified):
+            log(f"{stage.name}: has to be made anew: {reason}")
+            continue
+        if stage.trains and (domains := _domains(stage)):
+            verified |= domains
+        _adapt(run.folder(stage.name), stage, str(begun["inputs"]))
+        log(f"{stage.name}: stays, though an earlier version made it: same settings, same tokens, same start")
+
+
+def _why_not(run: RunFolder, stage: Stage, begun: Mapping[str, Any], verified: set[str]) -> str:
+    """Why a stage cannot stay; empty if it can."""
+    for needed in stage.needs:
+        if run.state(needed) != "done":
+            return f"{needed.name} is {run.state(needed)}"
+    if differing := _differing(begun["settings"], stage):
+        return f"other settings: {', '.join(differing)}"
+    if stage.name in ("evaluate", "analyze", "report"):
+        return "what is measured depends on the held-out tokens, which an earlier version did not note"
+    domains = _domains(stage)
+    if not stage.trains:
+        return "" if domains <= verified else f"the tokens of {', '.join(sorted(domains - verified))} were not noted"
+    if not domains:
+        return ""
+    if trained_on(run, stage) == fingerprint(run, stage):
+        return ""
+    return "the tokens are others: held-out documents of one domain are no longer trained on through another"
+
+
+def _differing(old: Mapping[str, Any], stage: Stage) -> list[str]:
+    """Settings that differ, but for those that other comparisons replace."""
+    differing = []
+    for key, before in old.items():
+        after = stage.shown.get(key)
+        if key in NOT_COMPARED or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            younger = after.keys() - before.keys() - NOT_COMPARED
+            same = all(before[name] == after.get(name) for name in before)
+            if same and not younger & stage.settings[key].keys():  # younger fields have their neutral value
+                continue
+        differing.append(key)
+    return differing
+
+
+def _mixtures(stage: Stage) -> list[dict[str, Any]]:
+    """What a stage reads: {"mixture": [[component, weight]...], "sequence_length"} each."""
+    settings = stage.settings
+    if "mixture" in settings:
+        return [settings]
+    read: list[dict[str, Any]] = settings.get("mixtures") or settings.get("texts") or []
+    return read
+
+
+def _domains(stage: Stage) -> set[str]:
+    return {name.split("/")[0] for mixture in _mixtures(stage) for name, _ in mixture["mixture"]}
+
+
+def fingerprint(run: RunFolder, stage: Stage) -> str:
+    """The fingerprint of the samples that a training stage would read now."""
+    opened = [
+        Mixture(
+            [(name, TokenFile.open(run.folder("data") / name / "train"), weight) for name, weight in read["mixture"]],
+            read["sequence_length"],
+            stage.settings["rng_seed"],
+        )
+        for read in _mixtures(stage)
+    ]
+    if len(opened) > 1:
+        return Interleaved(opened).fingerprint
+    section = stage.shown.get("finetune") or stage.shown.get("training") or {}
+    switching = section.get("switching", 0.0)
+    return Switching(opened[0], switching).fingerprint if switching else opened[0].fingerprint
+
+
+def trained_on(run: RunFolder, stage: Stage) -> str | None:
+    """The fingerprint of the samples that a stage has read, from done.json or its newest checkpoint."""
+    done = run.done(stage)
+    if done is not None:
+        return done.get("data")
+    states = sorted(run.folder(stage.name).glob("state/step-*/state.json"))
+    return read_json(states[-1])["marks"]["data"] if states else fingerprint(run, stage)
+
+
+def _adapt(folder: Path, stage: Stage, old: str) -> None:
+    """Put the hash that a stage has now in place of the old one."""
+    for file in folder.glob("state/step-*/state.json"):
+        state = read_json(file)
+        write_json(file, state | {"marks": state["marks"] | {"inputs": stage.inputs}})
+    done = read_json(folder / "done.json")
+    if done is not None:
+        write_json(folder / "done.json", done | {"inputs": stage.inputs})
+    write_json(folder / "started.json", started_json(stage) | {"before": old})

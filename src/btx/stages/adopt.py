@@ -1,0 +1,64 @@
+"""Adopt: an expert model that anything else has trained takes a branch's place in the run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from btx.errors import UserError
+from btx.files import write_json
+from btx.mixing.checks import open_checked
+from btx.process import Log
+from btx.run_folder.folder import RunFolder, done_json, exclusive, started_json
+from btx.run_folder.graph import Stage
+from btx.run_folder.stages_of_recipe import model_files
+
+
+def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
+    """Copy an expert model into `train/<domain>/` as finished: the run never trains this branch, whatever it says.
+
+    It has to fit the run's seed model as `btx mix` wants it. A branch that was trained or begun before is moved to
+    stale/ once the copy is complete; removing `train/<domain>` takes the adoption back.
+
+    Args:
+        domain: one of the recipe's branches.
+        model: folder of a dense model.
+
+    Returns:
+        The branch's folder.
+
+    Raises:
+        UserError: the recipe has no such branch, the seed model is not there, or the model does not fit it.
+    """
+    branches = run.recipe.train.domains
+    if domain not in branches:
+        raise UserError(
+            f"{run.path}: the run has no branch {domain!r}; its train.domains are: {', '.join(branches)}. Add {domain} "
+            f"to train.domains and data.domains of its recipe, prepare it (btx run RECIPE --until data), then adopt"
+        )
+    seed = run.graph["seed"]
+    if run.state(seed) != "done":
+        raise UserError(f"{run.path}: the seed model is {run.state(seed)}: what is adopted has to fit it. "
+                        f"Make it first: btx train {run.path} seed")  # fmt: skip
+    files = model_files(str(model))
+    open_checked(run.model("seed"), {domain: model}, True, any_tokenizer=run.recipe.mix.tokenizer_from is not None)
+    stage = Stage(f"train/{domain}", lambda: {"adopted": {Path(file).name: sha for file, sha in files.items()}})
+    with exclusive(run.path, stage.name):
+        return _take_in(run, stage, list(map(Path, files)), model, log)
+
+
+def _take_in(run: RunFolder, stage: Stage, files: list[Path], model: Path, log: Log) -> Path:
+    folder = run.folder(stage.name)
+    beside = folder.with_name(f".{folder.name}.adopting")
+    if beside.exists():
+        shutil.rmtree(beside)
+    (beside / "model").mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(file, beside / "model" / file.name)
+    write_json(beside / "started.json", started_json(stage))
+    write_json(beside / "done.json", done_json(stage, {"adopted": {"from": str(model.absolute())}}))
+    if folder.exists():
+        log(f"{stage.name}: what was there before is in {run.set_aside(stage.name)}")
+    beside.rename(folder)
+    log(f"{stage.name}: adopted from {model}; it is never trained here")
+    return folder

@@ -1,0 +1,273 @@
+"""The method lets an expert be added, dropped, moved and trained anywhere at any time: so does the program.
+
+One finished run; every test works on a copy of it and says which stages were made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from btx.errors import CheckpointError, RunFolderError, UserError
+from btx.files import read_json
+from btx.process import Interrupts
+from btx.recipe.loading import load_recipe
+from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+from btx.stages.adopt import adopt
+from btx.stages.work import run_stages
+from tests.pico_run import WORDS, pico_recipe, run_here, write_pico_recipe
+
+LATER = {"mix", "baselines/soup", "finetune", "evaluate", "analyze", "report"}
+LAW = ("data.domains.law=law.jsonl", "train.domains=[birds,tools,law]")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, recipe and a finished run of it."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_here(pico_recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def here(template: Path, tmp_path: Path) -> Path:
+    """A copy of them at another place, all files touched, with a domain `law` beside that the run does not know."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    words = [word[::-1] for word in WORDS["tools"]]
+    lines = [
+        json.dumps({"text": " ".join(words[i * k * k % len(words)] for k in range(40)) + f" {i}"}) for i in range(240)
+    ]
+    (tmp_path / "law.jsonl").write_text("\n".join(lines), "utf-8")
+    return tmp_path
+
+
+def made(recipe: Recipe) -> set[str]:
+    """Run everything; the stages that were made."""
+    run = RunFolder.create(recipe)
+    before = {stage.name: stamp(run, stage.name) for stage in run.graph}
+    run_here(recipe)
+    return {name for name, when in before.items() if stamp(run, name) != when}
+
+
+def stamp(run: RunFolder, stage: str) -> Any:
+    """When a stage was finished, to the nanosecond."""
+    done = run.folder(stage) / "done.json"
+    return done.stat().st_mtime_ns if done.is_file() else None
+
+
+def btx_train(run: Path, domain: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "btx", "train", str(run), domain]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def states(recipe: Recipe) -> dict[str, str]:
+    run = RunFolder(Path(recipe.run_folder), recipe)
+    return {stage.name: run.state(stage) for stage in run.graph}
+
+
+def stale(recipe: Recipe) -> set[str]:
+    return {name for name, state in states(recipe).items() if state != "done"}
+
+
+# Adding, dropping, renaming, reordering
+
+
+def test_a_domain_more_prepares_it_trains_its_expert_and_goes_on_from_the_mix(here: Path) -> None:
+    assert made(pico_recipe(here, "run", *LAW)) == {"data/law", "train/law", *LATER}
+    routing = read_json(here / "run" / "analyze" / "routing.json")
+    assert routing["experts"] == ["birds", "tools", "law", "generalist"]
+
+
+def test_a_domain_fewer_makes_the_mix_and_what_follows_anew(here: Path) -> None:
+    fewer = pico_recipe(here, "run", "train.domains=[birds]")
+    assert stale(fewer) == LATER
+    gone = pico_recipe(
+        here, "run", "train.domains=[birds]", "data.domains={birds: birds.jsonl, general: general.jsonl}"
+    )
+    assert stale(gone) == LATER
+
+
+def test_order_names_and_budgets_of_other_domains_leave_a_branch_as_it_is(here: Path) -> None:
+    assert stale(pico_recipe(here, "run", "train.domains=[tools,birds]")) == LATER - {"baselines/soup"}
+    renamed = "{birds: birds.jsonl, hardware: tools.jsonl, general: general.jsonl}"
+    assert stale(pico_recipe(here, "run", f"data.domains={renamed}", "train.domains=[birds,hardware]")) == {
+        "data/hardware", "train/hardware", *LATER
+    }  # fmt: skip
+    assert stale(pico_recipe(here, "run", "data.domains.tools={path: tools.jsonl, max_bytes: 20000}")) == {
+        "data/tools", "train/tools", *LATER
+    }  # fmt: skip
+    assert stale(pico_recipe(here, "run", "train.domain_tokens.tools=2304")) == {"train/tools", *LATER}
+
+
+# Identity by content
+
+
+def test_time_place_and_what_lies_beside_change_nothing(here: Path) -> None:
+    (here / "data").mkdir()
+    for name in ("birds", "tools", "general"):
+        os.utime(here / f"{name}.jsonl", ns=(0, 0))
+        (here / f"{name}.jsonl").rename(here / "data" / f"{name}.jsonl")
+    shutil.copy(here / "quiz.jsonl", here / "data")
+    (here / "data" / "README.md").write_text("about these files")
+    (here / "data" / ".hidden.jsonl").write_text("{")
+    assert stale(pico_recipe(here, "run", f"data.root={here / 'data'}")) == set()
+
+
+def test_a_folder_is_what_its_files_hold_behind_links_too(here: Path) -> None:
+    (here / "elsewhere").mkdir()
+    (here / "folder").mkdir()
+    lines = (here / "birds.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (here / "folder" / "a.jsonl").write_text("".join(lines[:100]), "utf-8")
+    (here / "elsewhere" / "b.jsonl").write_text("".join(lines[100:]), "utf-8")
+    (here / "folder" / "z").symlink_to("../elsewhere")
+    recipe = pico_recipe(here, "run", "data.domains.birds=folder")
+    assert stale(recipe) >= {"data/birds", "train/birds"}
+    run, _ = run_here(recipe, ["data"])
+    assert run.done("data/birds")["documents"] == 240
+    (here / "folder" / "README.txt").write_text("not a document")
+    assert states(pico_recipe(here, "run", "data.domains.birds=folder/**/*.jsonl"))["data/birds"] == "done"
+    (here / "elsewhere" / "b.jsonl").write_text("".join(lines[100:]).replace("wren", "tern"), "utf-8")
+    opened = RunFolder.open(run.path)
+    assert opened.state(opened.graph["data/birds"]) == "stale"
+    assert opened.why_stale(opened.graph["data/birds"]) == f"{here / 'folder' / 'z' / 'b.jsonl'} changed"
+
+
+def test_one_changed_byte_is_noticed_even_if_size_and_time_are_kept(here: Path) -> None:
+    file = here / "tools.jsonl"
+    before = file.stat()
+    assert stale(pico_recipe(here)) == set()
+    changed = bytearray(file.read_bytes())
+    changed[40] ^= 1
+    file.write_bytes(changed)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stale(pico_recipe(here)) == {"data/tools", "train/tools", *LATER}
+
+
+# The run folder travels
+
+
+def test_a_finished_run_without_its_data_files_is_finished(here: Path) -> None:
+    for name in ("birds", "tools", "general", "quiz"):
+        (here / f"{name}.jsonl").unlink()
+    (here / "run").rename(here / "moved")
+    opened = RunFolder.open(here / "moved")
+    assert {opened.state(stage) for stage in opened.graph} == {"done"}
+
+
+def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_finished(here: Path) -> None:
+    away = here / "away" / "run"
+    run = RunFolder.create(pico_recipe(here, "run", *LAW))
+    run_here(run.recipe, ["data"])
+    for own in ("recipe.yaml", "seed", "data/tokenizer", "data/law", "data/general"):  # the rsync of docs/data.md
+        (away / own).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (run.path / own).is_dir() else shutil.copy
+        copy(run.path / own, away / own)
+    for name in ("birds", "tools", "general", "law"):
+        (here / f"{name}.jsonl").rename(here / "away" / f"{name}.jsonl.away")
+    done = btx_train(away, "law", cwd=here / "away")
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(away / "train" / "law", run.path / "train" / "law")
+    opened = RunFolder.open(run.path)
+    assert opened.state(opened.graph["train/law"]) == "done"
+    assert opened.done("train/law")["device"] == "cpu"
+
+
+def test_what_a_branch_needs_and_lacks_is_made_first(here: Path) -> None:
+    for name in ("data", "seed", "train"):
+        shutil.rmtree(here / "run" / name)
+    done = btx_train(here / "run", "birds", cwd=here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    opened = RunFolder.open(here / "run")
+    finished = {stage.name for stage in opened.graph if opened.state(stage) == "done"}
+    assert finished >= {"data/tokenizer", "data/birds", "data/general", "seed", "train/birds"}
+    assert not {"data/tools", "train/tools"} & finished
+
+
+def test_branches_of_another_seed_model_are_not_mixed(here: Path) -> None:
+    run = RunFolder.open(here / "run")
+    facts = read_json(run.path / "train" / "birds" / "done.json")
+    (run.path / "train" / "birds" / "done.json").write_text(json.dumps(facts | {"started_from": "0" * 64}))
+    shutil.rmtree(run.path / "mix")
+    with pytest.raises(CheckpointError, match="birds started from another seed model"):
+        run_stages(RunFolder.open(run.path), ["mix"], Interrupts(), lambda line: None)
+
+
+# Adoption
+
+
+def test_an_expert_trained_by_anything_else_can_be_adopted(here: Path) -> None:
+    run = RunFolder.create(pico_recipe(here, "run", *LAW))
+    mine = here / "mine"
+    shutil.copytree(run.model("train/birds"), mine)
+    lines: list[str] = []
+    adopt(run, "law", mine, lines.append)
+    shutil.rmtree(mine)
+    done = made(run.recipe)
+    assert done == {"data/law", *LATER}
+    opened = RunFolder.open(run.path)
+    assert opened.done("train/law")["adopted"]["from"] == str(mine)
+    weights = load_file(opened.model("mix") / "model.safetensors")
+    assert weights["model.layers.0.block_sparse_moe.experts.2.w1.weight"].equal(
+        weights["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    )
+    harder = pico_recipe(here, "run", *LAW, "train.learning_rate=5e-3")
+    assert states(harder)["train/law"] == "done"  # never silently retrained
+    assert states(harder)["train/birds"] == "stale"
+
+
+def test_what_does_not_fit_is_not_adopted_and_nothing_is_lost(here: Path, make_llama: Any) -> None:
+    run = RunFolder.open(here / "run")
+    before = (run.model("train/birds") / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="cannot be mixed"):
+        adopt(run, "birds", make_llama("other", hidden_size=64), print)
+    with pytest.raises(UserError, match=r"no branch 'law'; its train\.domains are: birds, tools"):
+        adopt(run, "law", run.model("train/birds"), print)
+    assert run.state(run.graph["train/birds"]) == "done"
+    assert (run.model("train/birds") / "model.safetensors").read_bytes() == before
+
+
+# Nothing finished is set aside before its replacement can start
+
+
+def test_from_another_folder_a_finished_expert_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pico_recipe(here)
+    monkeypatch.chdir(here)
+    run_here(load_recipe("pico.yaml", ["run=relative"]), ["data", "seed", "train/birds"])
+    (here / "empty").mkdir()
+    done = btx_train(here / "relative", "birds", cwd=here / "empty")
+    assert (done.returncode, done.stdout) == (0, "· train/birds: already done, skipped\n")
+    assert not (here / "relative" / "stale").exists()
+
+
+@pytest.mark.parametrize(("stage", "override", "broken"), [
+    ("train/birds", "train.learning_rate=1e-4", "seed/model/model.safetensors"),
+    ("mix", "mix.top_k=1", "train/tools/model/model.safetensors"),
+    ("finetune", "finetune.learning_rate=1e-4", "mix/model/model.safetensors"),
+])  # fmt: skip
+def test_a_stale_stage_that_cannot_start_stays_where_it_is(here: Path, stage: str, override: str, broken: str) -> None:
+    (here / "run" / broken).unlink()
+    run = RunFolder.create(pico_recipe(here, "run", override))
+    before = stamp(run, stage)
+    with pytest.raises((CheckpointError, RunFolderError)):
+        run_stages(run, [stage], Interrupts(), lambda line: None)
+    assert stamp(run, stage) == before
+    assert not (run.path / "stale").exists()
+
+
+def test_a_run_goes_on_without_an_expert_that_failed(here: Path) -> None:
+    shutil.rmtree(here / "run" / "train" / "tools")
+    recipe = pico_recipe(here).without(["tools"])
+    assert made(recipe) == LATER
+    assert read_json(here / "run" / "analyze" / "routing.json")["experts"] == ["birds", "generalist"]
+    assert "tools" in read_json(here / "run" / "evaluate" / "results.json")["models"]["btx"]["domains"]
+    with pytest.raises(UserError, match="no branch law; there are: birds, tools"):
+        pico_recipe(here).without(["law"])

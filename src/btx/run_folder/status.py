@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from btx.metrics_file import last_metrics
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 
@@ -64,19 +62,3 @@ def is_running(run: RunFolder, work: str) -> bool:
         return psutil.pid_exists(int(owner.read_text().split()[0]))
     except (OSError, ValueError, IndexError):
         return False
-
-
-def last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics.jsonl, without reading all of it."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 16_384))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
-    return None

@@ -34,7 +34,7 @@ from btx.data.tokenizer import save_tokenizer
 from btx.errors import UserError
 from btx.files import atomic_folder, write_json
 from btx.models.loading import load_model, load_tokenizer
-from btx.models.outputs import token_nll
+from btx.models.outputs import MICRO_BATCH_TOKENS, token_nll
 
 if TYPE_CHECKING:
     pass
@@ -49,7 +49,6 @@ ASIDE_EVERY = 8
 """One piece in so many decides T instead of what the members are compared by..."""
 MOST_ASIDE = 32
 """...up to so many pieces of each member."""
-TUNING_BATCH_TOKENS = 8192
 
 
 def write_btm_folder(
@@ -126,7 +125,7 @@ def best_temperature(
         model = load_model(path, dtype=dtype)
         cast(nn.Module, model).to(device)
         for nll_NR, rows in zip(nll_TNR, texts, strict=True):
-            nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(TUNING_BATCH_TOKENS)])
+            nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(MICRO_BATCH_TOKENS)])
     totals = []
     for temperature in TEMPERATURES:
         tried = replace(similarity, temperature=temperature)

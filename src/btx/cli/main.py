@@ -323,14 +323,10 @@ def work(run_folder: Path, stages: list[str]) -> None:
 
 
 def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
-    from btx.process import Interrupts
+    from btx.process import Interrupts, tell
     from btx.stages.work import run_stages
 
-    def log(line: str) -> None:
-        if not quiet:
-            print(f"· {line}", flush=True)
-
-    run_stages(_run(run_folder), stages, Interrupts().listen(), log)
+    run_stages(_run(run_folder), stages, Interrupts().listen(), (lambda line: None) if quiet else tell)
 
 
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:

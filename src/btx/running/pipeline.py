@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from btx.errors import BtxError, RunFolderError, StageFailed, UserError
-from btx.process import Interrupts
+from btx.process import TOLD, Interrupts
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
@@ -197,8 +197,8 @@ class _Pipeline:
 
     def _show_line(self, running: _Running, line: str) -> None:
         self.error_lines.setdefault(running.name, []).append(line)
-        if line.startswith("· "):
-            self.display.say(line.removeprefix("· "))
+        if line.startswith(TOLD):
+            self.display.say(line.removeprefix(TOLD))
 
     def _show_stage(self, running: _Running, stage: Stage) -> None:
         status = stage_status(self.run_folder, stage)
@@ -210,7 +210,7 @@ class _Pipeline:
 
     def _note_failure(self, running: _Running, exit_code: int) -> None:
         """A job failed: the others go on to their end, nothing new is started."""
-        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith("· ")]
+        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith(TOLD)]
         told = "\n".join(lines[-30:]).removeprefix("error: ") or "it left no message"
         # A process may do several stages: the one that failed is the first that is not done.
         unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]

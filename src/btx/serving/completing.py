@@ -18,6 +18,7 @@ from btx.baselines.btm_model import BtmModel, BtmReader, load_model_or_btm
 from btx.data.token_files import DocumentEncoder
 from btx.data.token_texts import TokenTexts
 from btx.errors import CheckpointError, UserError
+from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, open_reader
 from btx.moe.balancing import sparse_gates
@@ -131,7 +132,7 @@ def top_pairs(model: PreTrainedModel, tokens: int) -> list[tuple[int, ...]]:
 
 def load_to_chat(model_path: Path) -> PreTrainedModel | SideBySide:
     """A model, or several side by side, where it answers: on the GPU if there is one."""
-    return load_model_or_btm(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_model_or_btm(model_path, device=choose_device("auto").type)
 
 
 def count_experts(model: PreTrainedModel | SideBySide) -> int:

@@ -77,15 +77,16 @@ def _load(path: str | Path) -> PreTrainedModel | SideBySide:
     import torch
 
     from btx.baselines.btm_model import FILE, load_model_or_btm
+    from btx.models.device import choose_device
     from btx.models.loading import load_model, read_config
 
-    gpu = torch.cuda.is_available()
+    device = choose_device("auto").type
     if isinstance(path, Path) and (path / FILE).is_file():
-        return load_model_or_btm(path, device="cuda" if gpu else "cpu")
-    if not gpu:
+        return load_model_or_btm(path, device=device)
+    if device == "cpu":
         return load_model(path)
     config = read_config(path)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
     model = load_model(path, dtype=dtype)
-    cast(torch.nn.Module, model).to("cuda")
+    cast(torch.nn.Module, model).to(device)
     return model

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from btx.data.mixture import NO_LABEL
 from btx.data.samples import Samples
 from btx.errors import NotFinite
 from btx.moe.balancing import Balancing, RoutingLoss, move_selection_bias
@@ -24,7 +25,7 @@ from btx.moe.layer import at_step, moe_blocks
 from btx.moe.routing_metrics import DeadExpertWatch, RoutingMeter
 from btx.process import Interrupts
 from btx.recipe.training import Training
-from btx.training.losses import IGNORE, next_token_loss
+from btx.training.losses import next_token_loss
 from btx.training.metrics import Metrics
 from btx.training.schedule import adamw, learning_rate, set_learning_rate
 from btx.training.state import last_checkpoint, load_state, save_state
@@ -123,7 +124,7 @@ def training_step(
     micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
     first = step * samples_per_step
     batch = job.mixture.batch(first, samples_per_step)
-    scored = int((batch.labels != IGNORE).sum())
+    scored = int((batch.labels != NO_LABEL).sum())
     loss = torch.zeros((), device=job.device)
     routing_loss, meter = RoutingLoss(job.balancing), RoutingMeter()
     for start in range(0, samples_per_step, micro):

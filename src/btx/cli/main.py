@@ -107,8 +107,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
     """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
     from btx.models.device import choose_device
     from btx.models.seed_config import seed_config
-    from btx.planning.plan import measured_speed
-    from btx.planning.speed import Speed, training_speed
+    from btx.planning.speed import Speed, measured_speed, training_speed
     from btx.run_folder.folder import RunFolder
     from btx.run_folder.threads import training_threads
 

@@ -120,7 +120,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
         device = choose_device(recipe.device)
     except UserError:  # a recipe for another machine
         return None
-    return training_speed(recipe, seed_config(recipe), device, training_threads(run))
+    return training_speed(recipe, seed_config(recipe), device, training_threads(run.graph))
 
 
 @app.command()

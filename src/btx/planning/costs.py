@@ -129,14 +129,14 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             flops=flops,
             memory_bytes=training.memory_bytes if training else 0,
             disk_bytes=disk + (training.checkpoint_bytes if training else 0),
-            hours=None if speed is None else _hours(run, stage, flops, speed),
+            hours=None if speed is None else _hours(graph, stage, flops, speed),
             trained=training.trained if training else None,
         )
     return Costs(graph, found)
 
 
-def _hours(run: RunFolder, stage: Stage, flops: float, speed: Speed) -> float:
-    share = threads_of(run, stage) / speed.threads if speed.threads and stage.trains else 1.0
+def _hours(graph: Graph, stage: Stage, flops: float, speed: Speed) -> float:
+    share = threads_of(graph, stage) / speed.threads if speed.threads and stage.trains else 1.0
     return flops / (share * speed.flops_per_s) / 3600
 
 

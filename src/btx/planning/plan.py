@@ -16,6 +16,7 @@ from btx.planning.speed import Speed, measured_speed
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
+from btx.run_folder.threads import jobs_at_once, jobs_side_by_side
 
 FLOPS_FORMULA = (
     "training FLOPs = tokens x (4·N + 2·M + 12·L·H·Q·S); N active multiplied parameters, M of them trained: 6·N where "
@@ -72,7 +73,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         "totals": {
             "tokens": sum(cost.tokens for cost in costs),
             "flops": sum(cost.flops for cost in costs),
-            "memory_bytes": max(_memory_at_once(recipe, costs), *(cost.memory_bytes for cost in costs)),
+            "memory_bytes": max(_memory_at_once(costs), *(cost.memory_bytes for cost in costs)),
             "disk_bytes": sum(cost.disk_bytes for cost in costs),
             "machine_hours": None if speed is None else sum(cost.hours or 0.0 for cost in costs),
         },
@@ -98,17 +99,14 @@ def _disk(costs: Costs, name: BaselineName) -> int:
     return sum(costs[stage].disk_bytes for stage in own)
 
 
-def _memory_at_once(recipe: Recipe, costs: Costs) -> int:
-    """Memory of the jobs that train at the same time on this machine: the branches, with the baselines that need none
-    of them beside; or the finetuning, with all baselines beside it."""
-    limit = recipe.launch.jobs or len(recipe.train.domains)
-    memory = {cost.stage.name: cost.memory_bytes for cost in costs}
-    baselines = {name: max(memory[stage] for stage in stage_names(name)) for name in recipe.baselines
-                 if BASELINES[name].trains}  # fmt: skip
-    first = [memory[f"train/{domain}"] for domain in recipe.train.domains]
-    first += [needed for name, needed in baselines.items() if BASELINES[name].two_phases]
-    later = [memory["finetune"], *baselines.values()]
-    return max(sum(sorted(jobs, reverse=True)[:limit]) for jobs in (first, later))
+def _memory_at_once(costs: Costs) -> int:
+    """Memory of the jobs that train at the same time on this machine, where the largest come together."""
+    limit = jobs_at_once(costs.graph)
+    together = [
+        sorted((max(costs[stage.name].memory_bytes for stage in job) for job in jobs), reverse=True)
+        for jobs in jobs_side_by_side(costs.graph)
+    ]
+    return max(sum(memory[:limit]) for memory in together)
 
 
 def _baseline_notes(recipe: Recipe) -> list[str]:

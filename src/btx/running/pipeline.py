@@ -19,6 +19,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import is_running, stage_status
+from btx.run_folder.threads import jobs_at_once
 from btx.running.launchers import LocalJob, start_local
 from btx.running.log_tail import LogTail
 from btx.running.preflight import preflight
@@ -99,6 +100,7 @@ class _Pipeline:
         self.run_folder = run
         self.display = display
         self.interrupts = interrupts
+        self.at_once = jobs_at_once(run.graph)
         self.running: list[_Running] = []
         self.failures: list[BtxError] = []
         self.error_lines: dict[str, list[str]] = {}
@@ -141,18 +143,16 @@ class _Pipeline:
         return all(self.run_folder.state(stage) == "done" for stage in job)
 
     def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
-        """Jobs whose needs are met, up to `launch.jobs` at a time, or as many as there are branches."""
+        """Jobs whose needs are met, as many as may still be started."""
         if self.failures:
             return []
-        recipe = self.run_folder.recipe
-        limit = recipe.launch.jobs or len(recipe.train.domains)
         ready = []
         for job in waiting:
             inside = {stage.name for stage in job}
             needs = [needed for stage in job for needed in stage.needs if needed.name not in inside]
             if all(self.run_folder.state(needed) == "done" for needed in needs):
                 ready.append(job)
-        return ready[: max(0, limit - len(self.running))]
+        return ready[: max(0, self.at_once - len(self.running))]
 
     def _why_waiting(self, job: tuple[Stage, ...]) -> str:
         """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""

@@ -37,8 +37,8 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                 continue
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
-                if stage.trains and shares_processors(run, stage):
-                    _use_threads(training_threads(run))
+                if stage.trains and shares_processors(graph, stage):
+                    _use_threads(training_threads(graph))
                 elif stage.name not in ("data", "report"):
                     use_all_processors()
                 _work_of(stage)(run, stage, interrupts, log)

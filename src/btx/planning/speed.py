@@ -20,6 +20,7 @@ from btx.data.mixture import Batch
 from btx.models.cost import config_cost
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
+from btx.training.checkpoints import NoCheckpoints
 from btx.training.loop import TrainingJob, training_step
 from btx.training.schedule import adamw
 
@@ -134,7 +135,7 @@ def _step_seconds(recipe: Recipe, config: dict[str, Any], device: torch.device, 
     length = recipe.data.sequence_length
     job = TrainingJob(
         model=model, mixture=RandomSamples(int(config["vocab_size"]), length), settings=recipe.train, folder=Path(),
-        inputs="", flops_per_token=0.0, rng_seed=0, device=device,
+        checkpoints=NoCheckpoints(), flops_per_token=0.0, rng_seed=0, device=device,
     )  # fmt: skip
     optimizer, seconds = adamw(model, recipe.train), list[float]()
     while len(seconds) < 4 or sum(seconds) < SECONDS:

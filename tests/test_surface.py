@@ -41,7 +41,7 @@ FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package i
 WITHOUT_TORCH = (
     "errors number_texts recipes files process metrics_file choices recipe reporting run_folder running "
     "evaluation.aggregate evaluation.code_execution evaluation.code_jail evaluation.harness_checks "
-    "evaluation.harness_files"
+    "evaluation.harness_files evaluation.compare serving.refusals sweeps"
 ).split()
 """Packages and modules that load neither torch nor transformers, not even through others."""
 HEAVY = ("torch", "transformers")

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from btx.baselines.btm_model import FILE, SIMILARITY, weights_of
+from btx.baselines.btm_model import SIMILARITY, weights_of
 from btx.baselines.text_similarity import WINDOW, TextSimilarity
 from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
 from btx.data.tokenizer import save_tokenizer
 from btx.errors import UserError
 from btx.files import atomic_folder, write_json
+from btx.model_files.model_folder import BTM_FILE
 from btx.models.loading import load_model, load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS, token_nll
 
@@ -104,7 +105,7 @@ def write_btm_folder(
     with atomic_folder(folder) as beside:
         similarity.save(beside / SIMILARITY)
         save_tokenizer(tokenizer, beside)
-        write_json(beside / FILE, {
+        write_json(beside / BTM_FILE, {
             "members": {name: os.path.relpath(path, folder) for name, path in models.items()},
             "top_k": top_k, "window": window, "temperature": similarity.temperature,
             "text_tokens": {name: texts[name].tokens for name in models},

@@ -87,12 +87,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
-    from btx.planning.plan import plan as make_plan
-    from btx.recipe.loading import dump_recipe
     from btx.running.preflight import preflight
 
     resolved = _recipe(recipe, overrides)
     preflight(resolved)
+    from btx.planning.plan import plan as make_plan  # and torch with it, after all that is refused without
+    from btx.recipe.loading import dump_recipe
+
     planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
     if as_json:
         _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
@@ -298,13 +299,16 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Complete text with a run's model, or any model folder."""
+    from btx.serving.refusals import check_completion
+
+    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    if as_json and prompt is None:
+        raise UserError("btx chat --json needs --prompt TEXT")
+    check_completion(path, temperature)
     from btx.cli.chat import chat as start_chat
     from btx.serving.completing import completion
 
-    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
-    if as_json:
-        if prompt is None:
-            raise UserError("btx chat --json needs --prompt TEXT")
+    if as_json and prompt is not None:
         _print_json(completion(path, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
                                rng_seed=rng_seed))  # fmt: skip
         return

@@ -105,17 +105,17 @@ class RunFolder:
         self.folder(stage.name).rename(target)
         return target
 
-    def begin(self, stage: Stage) -> Path:
-        """Open a stage's folder for writing and note for which inputs.
-
-        Raises:
-            RunFolderError: a stage it needs is not finished, or finished for other inputs.
-        """
+    def check_needs(self, stage: Stage) -> None:
+        """Raise RunFolderError if a stage it needs is not finished, or finished for other inputs."""
         for needed in stage.needs:
             if self.state(needed) != "done":
                 raise RunFolderError(
                     f"{stage.name} needs {needed.name}, which is {self.state(needed)}; run `btx run {self.path}` first"
                 )
+
+    def begin(self, stage: Stage) -> Path:
+        """Open a stage's folder for writing and note for which inputs; raises as `check_needs`."""
+        self.check_needs(stage)
         folder = self.folder(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         if self.state(stage) == "absent":

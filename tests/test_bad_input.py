@@ -18,11 +18,11 @@ import pytest
 
 from btx.errors import DataError, RunFolderError, StageFailed
 from btx.files import file_sha256
+from btx.metrics_file import last_metrics
 from btx.planning.plan import plan
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.status import last_metrics
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display

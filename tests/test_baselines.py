@@ -314,9 +314,9 @@ def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monke
         ["upcycling_dm_domains", "upcycling_dm"],
         ["btx_soft"],
     ]
-    run = RunFolder(tmp_path / "run", recipe)
-    assert (jobs_at_once(run), training_threads(run)) == (2, 6)  # two branches
-    wide = RunFolder(tmp_path / "run", pico_recipe(tmp_path, "run", "launch.jobs=9", "baselines=[dense_dm,btx_soft]"))
+    graph = build_graph(recipe)
+    assert (jobs_at_once(graph), training_threads(graph)) == (2, 6)  # two branches
+    wide = build_graph(pico_recipe(tmp_path, "run", "launch.jobs=9", "baselines=[dense_dm,btx_soft]"))
     assert (jobs_at_once(wide), training_threads(wide)) == (3, 4)
 
 

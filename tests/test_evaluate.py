@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from btx.data.domains import Question
-from btx.data.held_out import NOT_SCORED, HeldOutDocument, held_out_documents, pack
+from btx.data.held_out import HeldOutDocument, held_out_documents, pack
+from btx.data.mixture import NO_LABEL
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import DataError
 from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
@@ -102,7 +103,7 @@ def test_packed_rows_hold_every_text_token_as_a_label_exactly_once():
         assert sorted(text.tolist()) == sorted(document.tokens[1:].tolist())
     assert packed.input_ids_BS.shape[1] <= 24
     padding = packed.document_ids_BS < 0
-    assert (packed.labels_BS[padding] == NOT_SCORED).all()
+    assert (packed.labels_BS[padding] == NO_LABEL).all()
     assert padding.float().mean() < 0.1
 
 

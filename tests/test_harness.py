@@ -18,8 +18,9 @@ from btx.choices.routers import RoutingRule
 from btx.cli import main as cli
 from btx.errors import UserError
 from btx.evaluation import harness, harness_checks
+from btx.evaluation.aggregate import mean_and_stderr
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
-from btx.evaluation.harness import Harness, mean_and_stderr
+from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import TaskRequest
 from btx.model_files.btx_folder import write_router
 from btx.models.loading import load_model, load_tokenizer

@@ -30,10 +30,10 @@ def test_branches_share_the_processors(
 ) -> None:
     monkeypatch.setattr(threads_module, "processors", lambda: processors)
     run = RunFolder(tmp_path / "run", pico_recipe(tmp_path, "run", *overrides))
-    assert threads_module.training_threads(run) == threads
+    assert threads_module.training_threads(run.graph) == threads
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert threads_module.threads_of(run, run.graph["train/birds"]) == threads
-    assert threads_module.threads_of(run, run.graph["seed"]) == processors
+    assert threads_module.threads_of(run.graph, run.graph["train/birds"]) == threads
+    assert threads_module.threads_of(run.graph, run.graph["seed"]) == processors
     hours = [next(row["hours"] for row in plan(run.recipe, speed=Speed(1e9, "", threads=count))["stages"]
                   if row["stage"] == "train/birds") for count in (threads, 2 * threads)]  # fmt: skip
     assert hours[1] == pytest.approx(2 * hours[0])  # the same speed from twice the threads: half of it for a branch

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from btx.data.mixture import NO_LABEL
 from btx.models.loading import load_model
 from btx.training import losses
 
@@ -20,8 +21,8 @@ def test_loss_and_gradients_equal_the_unchunked_ones(monkeypatch: pytest.MonkeyP
     hidden = torch.randn(40, 16, generator=generator).requires_grad_()
     weight = torch.randn(50, 16, generator=generator).requires_grad_()
     labels = torch.randint(0, 50, (40,), generator=generator)
-    labels[::5] = losses.IGNORE
-    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum", ignore_index=losses.IGNORE)
+    labels[::5] = NO_LABEL
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum", ignore_index=NO_LABEL)
     wanted = torch.autograd.grad(expected * 3, (hidden, weight))
     found = losses.linear_cross_entropy(hidden, weight, labels)
     got = torch.autograd.grad(found * 3, (hidden, weight))

@@ -48,6 +48,13 @@ def duration_text(seconds: Any) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def clock_text(seconds: float) -> str:
+    """What is left of something, as a clock shows it: 59.6 → "1:00", 3725 → "1:02:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def percent_text(share: Any, digits: int = 1) -> str:
     """A share of 1 as percent: 0.1234 → "12.3 %"."""
     return f"{100 * share:.{digits}f} %" if is_number(share) else MISSING

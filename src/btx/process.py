@@ -15,6 +15,13 @@ from btx.errors import BtxError
 
 Log = Callable[[str], None]
 """Takes a line for the user."""
+TOLD = "· "
+"""How such a line begins in a job's output: what else stands there is libraries' and errors'."""
+
+
+def tell(line: str) -> None:
+    """Print a line for the user; `btx run` shows what its jobs tell."""
+    print(f"{TOLD}{line}", flush=True)
 
 
 class Interrupted(BtxError):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from btx.errors import NotFinite
 from btx.files import file_sha256
+from btx.metrics_file import last_metrics
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.status import last_metrics
 from tests.pico_run import pico_recipe, run_here
 
 

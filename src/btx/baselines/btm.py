@@ -26,15 +26,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from btx.baselines.btm_model import FILE, SIMILARITY, weights_of
+from btx.baselines.btm_model import SIMILARITY, weights_of
 from btx.baselines.text_similarity import WINDOW, TextSimilarity
 from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
 from btx.data.tokenizer import save_tokenizer
 from btx.errors import UserError
 from btx.files import atomic_folder, write_json
+from btx.model_files.model_folder import BTM_FILE
 from btx.models.loading import load_model, load_tokenizer
-from btx.models.outputs import token_nll
+from btx.models.outputs import MICRO_BATCH_TOKENS, token_nll
 
 if TYPE_CHECKING:
     pass
@@ -49,7 +50,6 @@ ASIDE_EVERY = 8
 """One piece in so many decides T instead of what the members are compared by..."""
 MOST_ASIDE = 32
 """...up to so many pieces of each member."""
-TUNING_BATCH_TOKENS = 8192
 
 
 def write_btm_folder(
@@ -105,7 +105,7 @@ def write_btm_folder(
     with atomic_folder(folder) as beside:
         similarity.save(beside / SIMILARITY)
         save_tokenizer(tokenizer, beside)
-        write_json(beside / FILE, {
+        write_json(beside / BTM_FILE, {
             "members": {name: os.path.relpath(path, folder) for name, path in models.items()},
             "top_k": top_k, "window": window, "temperature": similarity.temperature,
             "text_tokens": {name: texts[name].tokens for name in models},
@@ -126,7 +126,7 @@ def best_temperature(
         model = load_model(path, dtype=dtype)
         cast(nn.Module, model).to(device)
         for nll_NR, rows in zip(nll_TNR, texts, strict=True):
-            nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(TUNING_BATCH_TOKENS)])
+            nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(MICRO_BATCH_TOKENS)])
     totals = []
     for temperature in TEMPERATURES:
         tried = replace(similarity, temperature=temperature)

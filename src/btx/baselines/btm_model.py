@@ -18,6 +18,7 @@ from btx.baselines.btm_calls import CalledLikeTransformers
 from btx.baselines.text_similarity import WINDOW, TextSimilarity, looks
 from btx.data.held_out import Packed
 from btx.errors import CheckpointError
+from btx.model_files.model_folder import BTM_FILE
 from btx.models.cost import ModelCost, model_cost, side_by_side
 from btx.models.loading import load_model
 from btx.models.outputs import ModelReader, SideBySide, token_nll
@@ -25,7 +26,6 @@ from btx.models.outputs import ModelReader, SideBySide, token_nll
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FILE = "btm.json"
 SIMILARITY = "similarity.npz"
 
 
@@ -53,11 +53,11 @@ class BtmModel(CalledLikeTransformers):
             CheckpointError: no such folder, broken, or a member that is gone or does not fit the others.
         """
         try:
-            facts = json.loads((folder / FILE).read_text("utf-8"))
+            facts = json.loads((folder / BTM_FILE).read_text("utf-8"))
             paths = {str(name): folder / path for name, path in facts["members"].items()}
             top_k, window, temperature = int(facts["top_k"]), int(facts["window"]), float(facts["temperature"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / FILE}: cannot be read ({error!r}); run its stage again") from error
+            raise CheckpointError(f"{folder / BTM_FILE}: cannot be read ({error!r}); run its stage again") from error
         similarity = TextSimilarity.load(folder / SIMILARITY, list(paths), temperature)
         members = {}
         for name, path in paths.items():
@@ -173,7 +173,7 @@ def load_model_or_btm(
     path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> PreTrainedModel | SideBySide:
     """What a model folder or a Branch-Train-Merge folder holds; raises CheckpointError if it cannot be loaded."""
-    if (path / FILE).is_file():
+    if (path / BTM_FILE).is_file():
         return BtmModel.load(path, dtype=dtype, device=device)
     model = load_model(path, dtype=dtype)
     cast(nn.Module, model).to(device)

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from btx.errors import UserError
 from btx.models.loading import load_tokenizer
 from btx.serving.completing import (
     complete_token_by_token,
@@ -24,6 +23,7 @@ from btx.serving.completing import (
     pick,
     prompt_ids,
 )
+from btx.serving.refusals import check_completion
 
 PALETTE = (
     "bright_blue", "bright_green", "bright_magenta", "bright_yellow", "bright_cyan", "bright_red",
@@ -52,8 +52,7 @@ def chat(
         CheckpointError: no such model, or a dense one with `show_experts`.
         UserError: a negative temperature.
     """
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
+    check_completion(model_path, temperature)
     console = console or Console(highlight=False)
     model, tokenizer = load_to_chat(model_path), load_tokenizer(model_path)
     if show_experts:

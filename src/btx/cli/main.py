@@ -89,12 +89,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
-    from btx.planning.plan import plan as make_plan
-    from btx.recipe.loading import dump_recipe
     from btx.running.preflight import preflight
 
     resolved = _recipe(recipe, overrides)
     preflight(resolved)
+    from btx.planning.plan import plan as make_plan  # and torch with it, after all that is refused without
+    from btx.recipe.loading import dump_recipe
+
     planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
     if as_json:
         _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
@@ -109,8 +110,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
     """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
     from btx.models.device import choose_device
     from btx.models.seed_config import seed_config
-    from btx.planning.plan import measured_speed
-    from btx.planning.speed import Speed, training_speed
+    from btx.planning.speed import Speed, measured_speed, training_speed
     from btx.run_folder.folder import RunFolder
     from btx.run_folder.threads import training_threads
 
@@ -123,7 +123,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
         device = choose_device(recipe.device)
     except UserError:  # a recipe for another machine
         return None
-    return training_speed(recipe, seed_config(recipe), device, training_threads(run))
+    return training_speed(recipe, seed_config(recipe), device, training_threads(run.graph))
 
 
 @app.command()
@@ -319,13 +319,16 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Complete text with a run's model, or any model folder."""
+    from btx.serving.refusals import check_completion
+
+    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    if as_json and prompt is None:
+        raise UserError("btx chat --json needs --prompt TEXT")
+    check_completion(path, temperature)
     from btx.cli.chat import chat as start_chat
     from btx.serving.completing import completion
 
-    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
-    if as_json:
-        if prompt is None:
-            raise UserError("btx chat --json needs --prompt TEXT")
+    if as_json and prompt is not None:
         _print_json(completion(path, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
                                rng_seed=rng_seed))  # fmt: skip
         return
@@ -343,14 +346,10 @@ def work(run_folder: Path, stages: list[str]) -> None:
 
 
 def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
-    from btx.process import Interrupts
+    from btx.process import Interrupts, tell
     from btx.stages.work import run_stages
 
-    def log(line: str) -> None:
-        if not quiet:
-            print(f"· {line}", flush=True)
-
-    run_stages(_run(run_folder), stages, Interrupts().listen(), log)
+    run_stages(_run(run_folder), stages, Interrupts().listen(), (lambda line: None) if quiet else tell)
 
 
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:

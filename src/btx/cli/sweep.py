@@ -35,12 +35,14 @@ def sweep(
 ) -> None:  # fmt: skip
     """Variants of a recipe times rng seeds, sharing what they have in common; one table with error bars."""
     from btx.running.preflight import preflight
+    from btx.sweeps.sharing import find_donors
     from btx.sweeps.sweep import sweep as run_sweep
     from btx.sweeps.table import notes, sweep_table
     from btx.sweeps.variants import plan_sweep
 
     chosen = [name.strip() for name in models.split(",") if name.strip()] if models is not None else None
     planned = plan_sweep(recipe, settings or (), rng_seeds=rng_seeds, models=chosen, jobs=jobs, check=preflight)
+    find_donors(share or ())  # refused before torch is imported to plan
     cost = _plans(planned)
     if dry_run:
         overview = _overview(planned, cost, share or [])

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from btx.number_texts import duration_text
+from btx.number_texts import clock_text, duration_text
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
@@ -71,12 +71,11 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=column == "stage")
     for row in rows:
         step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
-        eta = row["eta_s"]
         table.add_row(
             row["stage"], row["state"] + (f": {row['why']}" if row["why"] else ""), step,
             f"{row['loss']:.3f}" if row["loss"] is not None else "",
             f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "",
-            f"{eta // 60:.0f}:{eta % 60:02.0f}" if eta is not None else "",
+            clock_text(row["eta_s"]) if row["eta_s"] is not None else "",
         )  # fmt: skip
     return table
 

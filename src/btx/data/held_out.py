@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from btx.data.mixture import NO_LABEL
 from btx.data.token_files import TokenFile
 from btx.errors import DataError
 from btx.recipe.mixtures import resolve
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from btx.recipe.schema import Recipe
 
 
-NOT_SCORED = -100
 PADDING = -1
 
 
@@ -45,7 +45,7 @@ class Packed:
 
     input_ids_BS: Tensor
     labels_BS: Tensor
-    """Token that follows each position, already shifted; NOT_SCORED at the end of a piece and in padding."""
+    """Token that follows each position, already shifted; NO_LABEL at the end of a piece and in padding."""
     position_ids_BS: Tensor
     """Position in the piece; 0 in padding."""
     document_ids_BS: Tensor
@@ -56,7 +56,7 @@ class Packed:
     @property
     def scored_BS(self) -> Tensor:
         """True where a token is predicted that counts."""
-        return self.labels_BS != NOT_SCORED
+        return self.labels_BS != NO_LABEL
 
     @property
     def text_BS(self) -> Tensor:
@@ -163,7 +163,7 @@ def pack(documents: Sequence[HeldOutDocument], sequence_length: int) -> Packed:
     width = max(sum(len(pieces[i][1]) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, document_ids = torch.full(shape, NOT_SCORED), torch.full(shape, PADDING)
+    labels, document_ids = torch.full(shape, NO_LABEL), torch.full(shape, PADDING)
     for r, row in enumerate(rows):
         start = 0
         for number, piece in (pieces[i] for i in row):

@@ -25,6 +25,7 @@ from btx.errors import DataError
 from btx.files import value_hash
 
 NO_LABEL = -100
+"""In the place of a label: nothing is learnt or scored here (PyTorch's and transformers' own mark)."""
 QUOTA_BLOCK = 1000
 SMALLEST_WEIGHT = 1e-6
 ROUNDS = 6

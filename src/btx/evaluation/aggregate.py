@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError
+from btx.number_texts import is_number
 
 QUALITY = ("domains", "mixed", "tasks", "mean_bits_per_byte")
 """Parts of a model's entry of which differences are taken."""
@@ -69,12 +70,18 @@ def aggregate(results: Sequence[Mapping[str, Any]], *, reference: str = "btx") -
     return {"runs": len(results), "models": models}
 
 
-def mean_and_stderr(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "stderr", "n", "values"}; stderr: sample standard deviation / sqrt(n), None for n = 1."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    spread = math.fsum((value - mean) ** 2 for value in values)
-    return {"mean": mean, "stderr": math.sqrt(spread / (n - 1) / n) if n > 1 else None, "n": n, "values": list(values)}
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error, sample standard deviation / √n; None for a single value."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def over_runs(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "stderr", "n", "values"} of one number in n runs."""
+    mean, stderr = mean_and_stderr(values)
+    return {"mean": mean, "stderr": stderr, "n": len(values), "values": list(values)}
 
 
 def _numbers(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,8 +92,8 @@ def _numbers(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if all(isinstance(value, Mapping) for value in values):
             if below := _numbers(values):
                 tree[key] = below
-        elif all(_is_number(value) for value in values):
-            tree[key] = mean_and_stderr(values)
+        elif all(is_number(value) for value in values):
+            tree[key] = over_runs(values)
     return tree
 
 
@@ -99,8 +106,4 @@ def _minus(left: Any, right: Any) -> Any:
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         found = {key: _minus(left[key], right[key]) for key in left if key in right and key not in NOT_COMPARED}
         return {key: value for key, value in found.items() if value not in (None, {})}
-    return left - right if _is_number(left) and _is_number(right) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return left - right if is_number(left) and is_number(right) else None

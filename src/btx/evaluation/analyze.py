@@ -20,17 +20,16 @@ from btx.errors import CheckpointError
 from btx.files import write_json
 from btx.models.device import load_to_measure
 from btx.models.loading import load_tokenizer
+from btx.models.outputs import MICRO_BATCH_TOKENS
 from btx.moe.layer import Routing, moe_blocks
+from btx.moe.routing_metrics import DEAD_LOAD
+from btx.reporting.tokens import own_expert
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from btx.recipe.schema import Recipe
 
-MICRO_BATCH_TOKENS = 8192
-"""Tokens a forward pass."""
-DEAD_LOAD = 0.001
-"""An expert with less than this share of a layer's load, over all domains, is dead."""
 EXAMPLE_TOKENS = 200
 """Tokens shown of a document."""
 
@@ -152,10 +151,8 @@ def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> 
     experts: list[str] = routing["experts"]
     layers = {}
     for domain, found in routing["domains"].items():
-        own = "generalist" if domain == general and domain not in experts else domain
-        if own in experts:
-            e = experts.index(own)
-            layers[domain] = [layer for layer, load_E in enumerate(found["load"]) if load_E[e] == max(load_E)]
+        if (own := own_expert(domain, experts, general)) is not None:
+            layers[domain] = [layer for layer, load_E in enumerate(found["load"]) if load_E[own] == max(load_E)]
     return layers
 
 

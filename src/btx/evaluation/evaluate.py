@@ -28,7 +28,7 @@ from btx.evaluation.tasks import exact_match, read_questions
 from btx.files import read_json, value_hash, write_json
 from btx.models.device import device_and_type
 from btx.models.loading import load_tokenizer
-from btx.models.outputs import SideBySide, cost_of, token_nll
+from btx.models.outputs import MICRO_BATCH_TOKENS, SideBySide, cost_of, token_nll
 from btx.number_texts import score_text
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 
-MICRO_BATCH_TOKENS = 8192
-"""Tokens a forward pass."""
 MEASURE_VERSION = 2
 """Goes into the key of kept results; raised whenever a number would come out differently, or is new."""
 
@@ -181,7 +179,7 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
     results: dict[str, Any] = {"models": {}}
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
     for name, entry in models.items():
-        kept, key = folder / "models" / f"{name.replace('/', '__')}.json", measures.key(entry, recipe)
+        kept, key = folder / "models" / kept_file(name), measures.key(entry, recipe)
         record = read_json(kept)
         if record is None or record["key"] != key:
             record = {"key": key, **_measure(entry, recipe, measures)}
@@ -195,6 +193,11 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
     write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
+
+
+def kept_file(name: str) -> str:
+    """File, in evaluate/models/, that keeps what was measured of a model."""
+    return f"{name.replace('/', '__')}.json"
 
 
 def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry]) -> _Measures:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from btx.errors import UserError
+from btx.evaluation.aggregate import mean_and_stderr
 from btx.evaluation.code_execution import check_code_execution, fences_text, run_programs
 from btx.evaluation.harness_checks import check_harness, config_file, shots_of, task_manager
 from btx.evaluation.harness_files import LocalTask, TaskDocuments, TaskRequest
@@ -301,11 +302,3 @@ def _is_scalar(value: Any) -> bool:
         return math.isfinite(value)
     except TypeError:
         return False
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, sample deviation over √n as in lm-eval; None for a single value."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n == 1:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)

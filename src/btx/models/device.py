@@ -34,12 +34,9 @@ def device_and_type(recipe: Recipe) -> tuple[str, torch.dtype]:
     Raises:
         UserError: the recipe wants a GPU and there is none.
     """
-    gpu = torch.cuda.is_available()
-    if recipe.device == "cuda" and not gpu:
-        raise UserError("device: cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
-    if recipe.device == "cpu" or not gpu:
-        return "cpu", torch.float32
-    return "cuda", torch.bfloat16 if recipe.finetune.precision == "bfloat16" else torch.float32
+    device = choose_device(recipe.device).type
+    in_bfloat16 = device == "cuda" and recipe.finetune.precision == "bfloat16"
+    return device, torch.bfloat16 if in_bfloat16 else torch.float32
 
 
 def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:

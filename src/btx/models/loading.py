@@ -19,7 +19,7 @@ from btx.errors import CheckpointError
 from btx.files import write_json
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import FILE, is_btx_folder, open_btx_folder
-from btx.model_files.model_folder import check_model_folder
+from btx.model_files.model_folder import check_model
 from btx.moe.layer import set_router, swap_in_moe
 
 if TYPE_CHECKING:
@@ -188,15 +188,11 @@ def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingRule 
     """Config and router of a folder that only btx reads; None for any other. Broken folders are refused."""
     from transformers import AutoConfig
 
-    folder = Path(path)
-    if folder.exists():
-        found = check_model_folder(folder)
-        if is_btx_folder(found):
-            plain, router = open_btx_folder(folder, found)
-            values = {key: value for key, value in plain.items() if key != "model_type"}
-            return AutoConfig.for_model(plain["model_type"], **values), router
-    elif isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise CheckpointError(f"{path}: there is no such folder")
+    found = check_model(path)
+    if found is not None and is_btx_folder(found):
+        plain, router = open_btx_folder(Path(path), found)
+        values = {key: value for key, value in plain.items() if key != "model_type"}
+        return AutoConfig.for_model(plain["model_type"], **values), router
     return None, None
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from btx.data.held_out import Packed
 
+MICRO_BATCH_TOKENS = 8192
+"""Tokens of a forward pass that measures, at most."""
 LOGITS_AT_ONCE = 2**25
 """Logits held in float32 at once: 128 MiB, whatever the vocabulary."""
 

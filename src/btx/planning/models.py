@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from btx.baselines.matching import moe_cost
 from btx.baselines.settings import routing_of
 from btx.choices.baselines import BASELINES, BTM
 from btx.models.cost import ModelCost, config_cost, side_by_side
+from btx.planning.costs import Costs
 from btx.recipe.schema import Recipe
-from btx.run_folder.graph import Graph, Stage
 
 
 def model_stages(recipe: Recipe) -> dict[str, str]:
@@ -25,12 +24,11 @@ def model_stages(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def model_rows(recipe: Recipe, dense: dict[str, Any], graph: Graph, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Name → {"total_params", "active_params", "inference_flops_per_token", and what `training_cost` says}.
+def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str, Any]:
+    """Name → {"total_params", "active_params", "inference_flops_per_token", and the training behind it}.
 
     Args:
         dense: the seed model's config, completed with its class's defaults.
-        rows: `stage_costs`, with hours where they can be told.
     """
     found = {}
     for name, stage in model_stages(recipe).items():
@@ -39,42 +37,9 @@ def model_rows(recipe: Recipe, dense: dict[str, Any], graph: Graph, rows: list[d
             "total_params": cost.total_params,
             "active_params": cost.active_params,
             "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
-            **training_cost(graph, rows, stage),
+            **costs.behind(stage).as_json(),
         }
     return found
-
-
-def training_cost(graph: Graph, rows: list[dict[str, Any]], stage: str) -> dict[str, Any]:
-    """All training behind a stage's model from the seed model on; of the seed model, its own.
-
-    Args:
-        rows: `stage_costs`.
-
-    Returns:
-        {"tokens", "flops", "memory_bytes" (the largest), "hours" (of the longest way to the model), "machine_hours" (of
-        all jobs)}; hours are None where no speed is known.
-    """
-    by_name = {row["stage"]: row for row in rows}
-    behind = [by_name[needed.name] for needed in graph[stage].training_behind()]
-    timed = all(row.get("hours") is not None for row in rows)
-    return {
-        "tokens": sum(row["tokens"] for row in behind),
-        "flops": sum(row["flops"] for row in behind),
-        "memory_bytes": max((row["memory_bytes"] for row in behind), default=0),
-        "hours": longest_way(graph[stage], lambda needed: by_name[needed.name]["hours"]) if timed else None,
-        "machine_hours": sum(row["hours"] for row in behind if graph[row["stage"]].trains) if timed else None,
-    }
-
-
-def longest_way(stage: Stage, length: Callable[[Stage], float]) -> float:
-    """Training one after the other on the longest way from the seed model to this stage: what passes where every job
-    has a machine of its own.
-
-    Args:
-        length: of a stage that trains, in the unit that is returned.
-    """
-    before = max((longest_way(needed, length) for needed in stage.needs if needed.name != "seed"), default=0.0)
-    return before + (length(stage) if stage.trains else 0.0)
 
 
 def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from btx.data.mixture import Batch
 from btx.models.cost import config_cost
 from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+from btx.training.checkpoints import NoCheckpoints
 from btx.training.loop import TrainingJob, training_step
 from btx.training.schedule import adamw
 
@@ -38,6 +40,17 @@ class Speed:
     """Where the figure is from, in words."""
     threads: int | None = None
     """CPU threads it was reached with; None: a stage's threads do not matter."""
+
+
+def measured_speed(run: RunFolder) -> Speed | None:
+    """That of the run's first training stage, once it is done; None before."""
+    for stage in run.graph:
+        done = run.done(stage) if stage.trains else None
+        if done and done.get("wall_s"):
+            on_gpu = run.recipe.device != "cpu" and torch.cuda.is_available()  # where threads do not matter
+            threads = None if on_gpu else done.get("threads")
+            return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}", threads)
+    return None
 
 
 class RandomSamples:
@@ -122,7 +135,7 @@ def _step_seconds(recipe: Recipe, config: dict[str, Any], device: torch.device, 
     length = recipe.data.sequence_length
     job = TrainingJob(
         model=model, mixture=RandomSamples(int(config["vocab_size"]), length), settings=recipe.train, folder=Path(),
-        inputs="", flops_per_token=0.0, rng_seed=0, device=device,
+        checkpoints=NoCheckpoints(), flops_per_token=0.0, rng_seed=0, device=device,
     )  # fmt: skip
     optimizer, seconds = adamw(model, recipe.train), list[float]()
     while len(seconds) < 4 or sum(seconds) < SECONDS:

@@ -1,12 +1,13 @@
 """The recipe: everything a run is made from, typed, with a sentence and a unit under each field.
 
 Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number, except for `PAPER`; a recipe for a
-small machine overrides them. Reading YAML, dotted overrides and error positions live in `btx.recipe.loading`.
+small machine overrides them. What sections have to agree on is in the rules at the end. Reading YAML, dotted overrides
+and error positions live in `btx.recipe.loading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -104,90 +105,11 @@ class Recipe(Section):
         return given | {name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)}
 
     @model_validator(mode="after")
-    def _domains_exist(self) -> Recipe:
-        known = set(self.data.domains)
-        for where, names in (
-            ("train.domains", self.train.domains),
-            ("finetune.mixture", self.finetune.mixture or ()),
-            ("seed_model.train.mixture", (self.seed_model.train and self.seed_model.train.mixture) or ()),
-        ):
-            for name in names:
-                if name not in known:
-                    there = ", ".join(sorted(known))
-                    raise ValueError(f"{where} names {name!r}, which is not in data.domains: {there}")
-        if len(set(self.train.domains)) != len(self.train.domains):
-            raise ValueError(f"train.domains names a domain twice: {self.train.domains}")
-        for name in self.train.domain_tokens.keys() - set(self.train.domains):
-            raise ValueError(f"train.domain_tokens names {name!r}, which is not in train.domains")
-        if "seed" in known:
-            raise ValueError("a domain cannot be called 'seed': the word names the seed model's job")
-        if len(self.member_names) < 2:
-            raise ValueError("a mixture needs at least two experts: add a domain to train.domains or mix.generalist")
-        if self.mix.router == "top_k" and self.mix.top_k > len(self.expert_names):
-            raise ValueError(f"mix.top_k is {self.mix.top_k}, but there are only {len(self.expert_names)} experts")
-        if self.finetune.dense_router_gradient and self.mix.router != "top_k":
-            raise ValueError(f"finetune.dense_router_gradient goes with mix.router: top_k, not {self.mix.router}")
-        self._check_finetuning()
-        if self.mix.blend and self.mix.split > 1:
-            raise ValueError("mix.split and mix.blend exclude each other")
-        if self.mix.blend and self.router_init.needs_text:
-            raise ValueError("mix.router_init needs experts with domains; with mix.blend they have none")
-        self._mixed_set_exists()
-        for problem in self.merge_settings.problems(self.member_names):
-            raise ValueError(f"mix.merge: {problem}")
+    def _keeps_the_rules(self) -> Recipe:
+        for rule in RULES:
+            if problem := rule(self):
+                raise ValueError(problem)
         return self
-
-    def _check_finetuning(self) -> None:
-        """Refuse settings of the finetuning that would be ignored."""
-        settings = self.finetune
-        if settings.load_balancing_bias and (self.mix.router != "top_k" or self.mix.top_k == len(self.expert_names)):
-            raise ValueError("finetune.load_balancing_bias goes with mix.router: top_k and fewer experts a token than "
-                             "there are")  # fmt: skip
-        if settings.dense_router_gradient and settings.trainable == "shared":
-            raise ValueError("finetune.dense_router_gradient: with finetune.trainable: shared no router trains")
-        if settings.load_balancing_kind == "pooled" and settings.load_balancing_over == "global_batch":
-            raise ValueError("finetune.load_balancing_over: global_batch goes with load_balancing_kind: paper; the "
-                             "pooled loss is transformers', which sees one micro-batch")  # fmt: skip
-
-    @model_validator(mode="after")
-    def _branches_are_equal_where_baselines_need_it(self) -> Recipe:
-        two_phases = [name for name in self.baselines if BASELINES[name].two_phases]
-        tokens = {self.branch_training(domain).tokens for domain in self.train.domains}
-        if two_phases and tokens != {self.train.tokens}:
-            raise ValueError(
-                f"train.domain_tokens: {', '.join(two_phases)} read the branches' sequences in turn, which needs "
-                f"branches of equal tokens; leave these baselines or domain_tokens out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _baselines_take_their_settings(self) -> Recipe:
-        trained = ", ".join(name for name, kind in BASELINES.items() if kind.trains)
-        for name, given in self.baseline_training.items():
-            kind, where = BASELINES[name], f"baseline_training.{name}"
-            if not kind.trains:
-                raise ValueError(f"{where}: {name} is made without training; these are trained: {trained}")
-            if given.domains_learning_rate is not None and not kind.two_phases:
-                raise ValueError(f"{where}.domains_learning_rate: {name} has one phase; set learning_rate")
-            if given.load_balancing is not None and not kind.has_routers:
-                raise ValueError(f"{where}.load_balancing: {name} is dense, it has no routers to balance")
-            if given.load_balancing is not None and "load_balancing" in kind.changes:
-                raise ValueError(f"{where}.load_balancing: {name} is the baseline without it")
-        return self
-
-    def _mixed_set_exists(self) -> None:
-        mixed = self.evaluate.mixed
-        if not mixed.documents:
-            return
-        if mixed.kind == "halves" and len(self.data.domains) < 2:
-            raise ValueError("evaluate.mixed: halves needs at least two domains in data.domains")
-        used = {source.generate for domain in self.data.domains.values() for source in domain.sources}
-        needed = [name for name, generator in GENERATORS.items() if generator.in_mixed_text]
-        if mixed.kind == "generated" and (missing := set(needed) - used):
-            raise ValueError(
-                f"evaluate.mixed: generated documents need domains from the generators {', '.join(needed)}; there "
-                f"is none of {', '.join(sorted(missing))}; use kind: halves"
-            )
 
     def without(self, domains: Collection[str]) -> Recipe:
         """The recipe with some branches fewer; their domains' text is still measured on.
@@ -257,3 +179,160 @@ class Recipe(Section):
     def run_folder(self) -> str:
         """The run's folder, as written by the user."""
         return self.run or f"runs/{self.name}"
+
+
+# --- rules across sections: what is wrong with a recipe, or None ------------------------------------------------------
+
+
+def _named_domains_exist(recipe: Recipe) -> str | None:
+    named = {
+        "train.domains": recipe.train.domains,
+        "finetune.mixture": recipe.finetune.mixture or (),
+        "seed_model.train.mixture": (recipe.seed_model.train and recipe.seed_model.train.mixture) or (),
+    }
+    for where, names in named.items():
+        for name in names:
+            if name not in recipe.data.domains:
+                there = ", ".join(sorted(recipe.data.domains))
+                return f"{where} names {name!r}, which is not in data.domains: {there}"
+    return None
+
+
+def _branches_are_named_once(recipe: Recipe) -> str | None:
+    domains = recipe.train.domains
+    return f"train.domains names a domain twice: {domains}" if len(set(domains)) != len(domains) else None
+
+
+def _own_tokens_are_a_branchs(recipe: Recipe) -> str | None:
+    for name in recipe.train.domain_tokens.keys() - set(recipe.train.domains):
+        return f"train.domain_tokens names {name!r}, which is not in train.domains"
+    return None
+
+
+def _no_domain_is_called_seed(recipe: Recipe) -> str | None:
+    if "seed" in recipe.data.domains:
+        return "a domain cannot be called 'seed': the word names the seed model's job"
+    return None
+
+
+def _there_are_two_experts(recipe: Recipe) -> str | None:
+    if len(recipe.member_names) < 2:
+        return "a mixture needs at least two experts: add a domain to train.domains or mix.generalist"
+    return None
+
+
+def _a_token_uses_no_more_experts_than_there_are(recipe: Recipe) -> str | None:
+    mix, there = recipe.mix, len(recipe.expert_names)
+    if mix.router == "top_k" and mix.top_k > there:
+        return f"mix.top_k is {mix.top_k}, but there are only {there} experts"
+    return None
+
+
+def _a_dense_router_gradient_is_top_ks(recipe: Recipe) -> str | None:
+    if recipe.finetune.dense_router_gradient and recipe.mix.router != "top_k":
+        return f"finetune.dense_router_gradient goes with mix.router: top_k, not {recipe.mix.router}"
+    return None
+
+
+def _biases_have_something_to_choose(recipe: Recipe) -> str | None:
+    mix = recipe.mix
+    chooses = mix.router == "top_k" and mix.top_k != len(recipe.expert_names)
+    if recipe.finetune.load_balancing_bias and not chooses:
+        return "finetune.load_balancing_bias goes with mix.router: top_k and fewer experts a token than there are"
+    return None
+
+
+def _a_dense_router_gradient_has_a_router_to_train(recipe: Recipe) -> str | None:
+    if recipe.finetune.dense_router_gradient and recipe.finetune.trainable == "shared":
+        return "finetune.dense_router_gradient: with finetune.trainable: shared no router trains"
+    return None
+
+
+def _the_pooled_loss_is_of_a_micro_batch(recipe: Recipe) -> str | None:
+    if recipe.finetune.load_balancing_kind == "pooled" and recipe.finetune.load_balancing_over == "global_batch":
+        return ("finetune.load_balancing_over: global_batch goes with load_balancing_kind: paper; the pooled loss is "
+                "transformers', which sees one micro-batch")  # fmt: skip
+    return None
+
+
+def _experts_are_split_or_blended(recipe: Recipe) -> str | None:
+    return "mix.split and mix.blend exclude each other" if recipe.mix.blend and recipe.mix.split > 1 else None
+
+
+def _routers_from_text_need_experts_with_domains(recipe: Recipe) -> str | None:
+    if recipe.mix.blend and recipe.router_init.needs_text:
+        return "mix.router_init needs experts with domains; with mix.blend they have none"
+    return None
+
+
+def _halves_are_of_two_domains(recipe: Recipe) -> str | None:
+    mixed = recipe.evaluate.mixed
+    if mixed.documents and mixed.kind == "halves" and len(recipe.data.domains) < 2:
+        return "evaluate.mixed: halves needs at least two domains in data.domains"
+    return None
+
+
+def _generated_mixed_documents_have_their_generators(recipe: Recipe) -> str | None:
+    mixed = recipe.evaluate.mixed
+    used = {source.generate for domain in recipe.data.domains.values() for source in domain.sources}
+    needed = [name for name, generator in GENERATORS.items() if generator.in_mixed_text]
+    if mixed.documents and mixed.kind == "generated" and (missing := set(needed) - used):
+        return (
+            f"evaluate.mixed: generated documents need domains from the generators {', '.join(needed)}; there "
+            f"is none of {', '.join(sorted(missing))}; use kind: halves"
+        )
+    return None
+
+
+def _the_merge_fits_its_members(recipe: Recipe) -> str | None:
+    for problem in recipe.merge_settings.problems(recipe.member_names):
+        return f"mix.merge: {problem}"
+    return None
+
+
+def _branches_are_equal_where_baselines_need_it(recipe: Recipe) -> str | None:
+    two_phases = [name for name in recipe.baselines if BASELINES[name].two_phases]
+    tokens = {recipe.branch_training(domain).tokens for domain in recipe.train.domains}
+    if two_phases and tokens != {recipe.train.tokens}:
+        return (
+            f"train.domain_tokens: {', '.join(two_phases)} read the branches' sequences in turn, which needs "
+            f"branches of equal tokens; leave these baselines or domain_tokens out"
+        )
+    return None
+
+
+def _baselines_take_their_settings(recipe: Recipe) -> str | None:
+    trained = ", ".join(name for name, kind in BASELINES.items() if kind.trains)
+    for name, given in recipe.baseline_training.items():
+        kind, where = BASELINES[name], f"baseline_training.{name}"
+        if not kind.trains:
+            return f"{where}: {name} is made without training; these are trained: {trained}"
+        if given.domains_learning_rate is not None and not kind.two_phases:
+            return f"{where}.domains_learning_rate: {name} has one phase; set learning_rate"
+        if given.load_balancing is not None and not kind.has_routers:
+            return f"{where}.load_balancing: {name} is dense, it has no routers to balance"
+        if given.load_balancing is not None and "load_balancing" in kind.changes:
+            return f"{where}.load_balancing: {name} is the baseline without it"
+    return None
+
+
+RULES: tuple[Callable[[Recipe], str | None], ...] = (
+    _named_domains_exist,
+    _branches_are_named_once,
+    _own_tokens_are_a_branchs,
+    _no_domain_is_called_seed,
+    _there_are_two_experts,
+    _a_token_uses_no_more_experts_than_there_are,
+    _a_dense_router_gradient_is_top_ks,
+    _biases_have_something_to_choose,
+    _a_dense_router_gradient_has_a_router_to_train,
+    _the_pooled_loss_is_of_a_micro_batch,
+    _experts_are_split_or_blended,
+    _routers_from_text_need_experts_with_domains,
+    _halves_are_of_two_domains,
+    _generated_mixed_documents_have_their_generators,
+    _the_merge_fits_its_members,
+    _branches_are_equal_where_baselines_need_it,
+    _baselines_take_their_settings,
+)
+"""In the order in which they are asked: the first problem is the one that is told."""

@@ -19,6 +19,7 @@ import yaml
 from btx.choices.routers import ROUTERS
 from btx.errors import RunFolderError
 from btx.files import read_json, write_text
+from btx.metrics_file import read_metrics
 from btx.number_texts import (
     count_text,
     decimal_text,
@@ -161,7 +162,7 @@ def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
         "analyze",
     ]
     return [
-        Stage(name, _read_json(folder / name / "done.json") or None, _read_metrics(folder / name / "metrics.jsonl"))
+        Stage(name, _read_json(folder / name / "done.json") or None, read_metrics(folder / name / "metrics.jsonl"))
         for name in names
         if (folder / name).is_dir()
     ]
@@ -174,27 +175,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RunFolderError(f"{path}: a JSON object is needed, found {type(value).__name__}; run its stage again")
     return value
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One object a step; a resumed run repeats steps, of which the last counts; an unfinished last line is left out."""
-    if not path.exists():
-        return []
-    steps: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            steps[row["step"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise RunFolderError(
-                f"{path}:{number}: not a JSON object with a step ({error}); mend or remove the line"
-            ) from error
-    return [steps[step] for step in sorted(steps)]
 
 
 # --- views ----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from btx.metrics_file import last_metrics
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 
@@ -72,19 +70,3 @@ def at_work(run: RunFolder, work: str) -> str | None:
         return node if node != platform.node() or psutil.pid_exists(int(pid)) else None
     except (OSError, ValueError):
         return None
-
-
-def last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics.jsonl, without reading all of it."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 16_384))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
-    return None

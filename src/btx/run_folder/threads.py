@@ -1,43 +1,52 @@
-"""How many CPU threads each stage trains with. Plain Python."""
+"""How many jobs of a run are under way at once, and the CPU threads each stage trains with. Plain Python."""
 
 from __future__ import annotations
 
 import os
 
-from btx.run_folder.folder import RunFolder
-from btx.run_folder.graph import Stage
+from btx.run_folder.graph import Graph, Stage
 
 
-def threads_of(run: RunFolder, stage: Stage) -> int:
+def threads_of(graph: Graph, stage: Stage) -> int:
     """CPU threads that a stage which trains will have."""
-    if shares_processors(run, stage):
-        return training_threads(run)
+    if shares_processors(graph, stage):
+        return training_threads(graph)
     return int(os.environ.get("OMP_NUM_THREADS") or processors())
 
 
-def shares_processors(run: RunFolder, stage: Stage) -> bool:
+def shares_processors(graph: Graph, stage: Stage) -> bool:
     """Whether other jobs may train beside this stage: the seed model trains alone, as does the finetuning in a run
     without trained baselines."""
-    return stage.name != "seed" and (stage.name != "finetune" or any(job.trains for job in run.graph.baselines))
+    return stage.name != "seed" and (stage.name != "finetune" or any(job.trains for job in graph.baselines))
 
 
-def training_threads(run: RunFolder) -> int:
+def training_threads(graph: Graph) -> int:
     """CPU threads of a job: the recipe's, or the processors shared among the jobs that may train at once.
 
     It depends on the recipe alone, not on what is running, so that a job that is resumed has the same number again.
     """
-    launch = run.recipe.launch
-    return launch.threads or max(1, processors() // jobs_at_once(run))
+    return graph.recipe.launch.threads or max(1, processors() // jobs_at_once(graph))
 
 
-def jobs_at_once(run: RunFolder) -> int:
-    """Training jobs that may run side by side: `launch.jobs`, or as many as there are branches; never more than there
-    are."""
-    branches, baselines = run.graph.branches, run.graph.baseline_jobs()
-    trained = [job for job in baselines if job[-1].trains]
-    beside_branches = [job for job in trained if not any(stage.name == "mix" for stage in job[0].needs)]
-    most = max(len(branches) + len(beside_branches), 1 + len(trained))
-    return min(run.recipe.launch.jobs or len(branches), most)
+def jobs_at_once(graph: Graph) -> int:
+    """Jobs under way at the same time, at most: `launch.jobs`, or as many as there are branches, which is what the
+    method itself can use; never more than can be side by side at all.
+
+    The one answer for all who ask: the pipeline starts no more, their processors are shared among so many, `btx plan`
+    adds up the memory of so many. So a job that can never run takes no processors from those that do, and a job that
+    is started has its share of processors and memory, a baseline like a branch.
+    """
+    most = max(len(jobs) for jobs in jobs_side_by_side(graph))
+    return min(graph.recipe.launch.jobs or len(graph.branches), most)
+
+
+def jobs_side_by_side(graph: Graph) -> tuple[list[tuple[Stage, ...]], list[tuple[Stage, ...]]]:
+    """The jobs that may be under way together: the branches, with the baselines that wait for none of them; later the
+    finetuning, with all baselines."""
+    baselines, after = graph.baseline_jobs(), {"mix", *(branch.name for branch in graph.branches)}
+    early = [job for job in baselines if not after & {stage.name for stage in job[0].needs}]
+    finetuning = next(job for job in graph.jobs() if graph["finetune"] in job)
+    return [*((branch,) for branch in graph.branches), *early], [finetuning, *baselines]
 
 
 def processors() -> int:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from btx.errors import BtxError, RunFolderError, StageFailed, UserError
-from btx.process import Interrupts
+from btx.process import TOLD, Interrupts
 from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import at_work, stage_status
-from btx.run_folder.threads import processors
+from btx.run_folder.threads import jobs_at_once, processors
 from btx.running.launchers import START, Job
 from btx.running.log_tail import LogTail
 from btx.running.preflight import preflight
@@ -105,6 +105,7 @@ class _Pipeline:
         self.run_folder = run
         self.display = display
         self.interrupts = interrupts
+        self.at_once = jobs_at_once(run.graph)
         self.running: list[_Running] = []
         self.failures: list[BtxError] = []
         self.error_lines: dict[str, list[str]] = {}
@@ -156,20 +157,21 @@ class _Pipeline:
         return all(self.run_folder.state(stage) == "done" for stage in job)
 
     def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
-        """Jobs whose needs are met, up to `launch.jobs` at a time, or as many as there are branches."""
+        """Jobs whose needs are met, up to `jobs_at_once` at a time.
+
+        Data come first, as many jobs as there are processors: so all that is wrong with them is said before anything is
+        trained.
+        """
         if self.failures:
             return []
-        recipe = self.run_folder.recipe
-        limit = recipe.launch.jobs or len(recipe.train.domains)
-        ready = []
         preparing = self._preparing(waiting)
-        for job in preparing or waiting:  # all that is wrong with the data is said before anything is trained
+        ready = []
+        for job in waiting:
             inside = {stage.name for stage in job}
             needs = [needed for stage in job for needed in stage.needs if needed.name not in inside]
-            if all(self.run_folder.state(needed) == "done" for needed in needs):
+            if (not preparing or job in preparing) and all(self.run_folder.state(need) == "done" for need in needs):
                 ready.append(job)
-        ready = [job for job in ready if job in waiting]
-        return ready[: max(0, (processors() if preparing else limit) - len(self.running))]
+        return ready[: max(0, (processors() if preparing else self.at_once) - len(self.running))]
 
     def _preparing(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
         """Jobs that make data and are not finished."""
@@ -226,8 +228,8 @@ class _Pipeline:
 
     def _show_line(self, running: _Running, line: str) -> None:
         self.error_lines.setdefault(running.name, []).append(line)
-        if line.startswith("· "):
-            self.display.say(line.removeprefix("· "))
+        if line.startswith(TOLD):
+            self.display.say(line.removeprefix(TOLD))
 
     def _show_stage(self, running: _Running, stage: Stage) -> None:
         status = stage_status(self.run_folder, stage)
@@ -239,7 +241,7 @@ class _Pipeline:
 
     def _note_failure(self, running: _Running, exit_code: int) -> None:
         """A job failed: the others go on to their end, nothing new is started."""
-        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith("· ")]
+        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith(TOLD)]
         told = "\n".join(lines[-30:]).removeprefix("error: ") or "it left no message"
         # A process may do several stages: the one that failed is the first that is not done.
         unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]

@@ -77,5 +77,7 @@ def _check_run_folder(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / "recipe.yaml").exists() and not (path / ".locks").exists():
         raise RunFolderError(f"{path}: this folder holds something else than a run; choose another with run=FOLDER")
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise RunFolderError(f"{path}: {parent} is a file, no folder can be in it; choose another with run=FOLDER")
     if shutil.disk_usage(parent).free < 50_000_000:
         raise RunFolderError(f"{parent}: the disk is full (less than 50 MB free)")

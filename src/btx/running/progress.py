@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from btx.number_texts import clock_text
 from btx.run_folder.status import StageStatus
 
 LINE_EVERY_S = 10.0
@@ -76,5 +77,5 @@ class Display:
 
 
 def _facts(status: StageStatus) -> str:
-    eta = f"{status.eta_s // 60:.0f}:{status.eta_s % 60:02.0f}" if status.eta_s is not None else "?"
+    eta = clock_text(status.eta_s) if status.eta_s is not None else "?"
     return f"loss {status.loss:.3f}, {status.tokens_per_s:,.0f} tokens/s, ETA {eta}"

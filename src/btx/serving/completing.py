@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from btx.baselines.btm_model import BtmModel, BtmReader, load_model_or_btm
 from btx.data.token_files import DocumentEncoder
 from btx.data.token_texts import TokenTexts
-from btx.errors import CheckpointError, UserError
+from btx.errors import CheckpointError
+from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, open_reader
 from btx.moe.balancing import sparse_gates
 from btx.moe.layer import moe_blocks
+from btx.serving.refusals import check_completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,8 +49,7 @@ def completion(
 
     Args and Raises: as `chat`.
     """
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
+    check_completion(model_path, temperature)
     model, tokenizer = load_to_chat(model_path), load_tokenizer(model_path)
     names = expert_names(model_path, model) if count_experts(model) else None
     choose = pick(temperature, torch.Generator().manual_seed(rng_seed))
@@ -131,7 +132,7 @@ def top_pairs(model: PreTrainedModel, tokens: int) -> list[tuple[int, ...]]:
 
 def load_to_chat(model_path: Path) -> PreTrainedModel | SideBySide:
     """A model, or several side by side, where it answers: on the GPU if there is one."""
-    return load_model_or_btm(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_model_or_btm(model_path, device=choose_device("auto").type)
 
 
 def count_experts(model: PreTrainedModel | SideBySide) -> int:

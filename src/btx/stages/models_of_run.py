@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from btx.baselines.settings import matched_by
 from btx.evaluation.evaluate import ModelEntry
 from btx.models.loading import read_config
 from btx.models.seed_config import seed_config
-from btx.planning.models import longest_way, model_stages, training_cost
-from btx.planning.plan import add_hours, measured_speed, stage_costs
+from btx.planning.costs import TrainingCost, longest_way, run_costs
+from btx.planning.models import model_stages
+from btx.planning.speed import measured_speed
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 
@@ -30,7 +29,7 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
     return entries
 
 
-def _entry(run: RunFolder, stage: Stage, predicted: dict[str, Any]) -> ModelEntry:
+def _entry(run: RunFolder, stage: Stage, predicted: TrainingCost) -> ModelEntry:
     done = [run.done(behind) or {} for behind in stage.training_behind()]
     peaks = [facts["peak_memory_bytes"] for facts in done if "peak_memory_bytes" in facts]
     return ModelEntry(
@@ -42,7 +41,7 @@ def _entry(run: RunFolder, stage: Stage, predicted: dict[str, Any]) -> ModelEntr
         accounting={
             "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind() if behind.trains) / 3600,
             "peak_memory_bytes": max(peaks, default=None),
-            "predicted": predicted,
+            "predicted": predicted.as_json(),
         },
     )
 
@@ -60,11 +59,10 @@ def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
     }
 
 
-def _predicted(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Stage → what `btx plan` says of the training behind its model: tokens, FLOPs, memory in bytes, hours at the speed
-    that the run's first training stage had."""
+def _predicted(run: RunFolder) -> dict[str, TrainingCost]:
+    """Stage → what `btx plan` says of the training behind its model, at the speed that the run's first training stage
+    had."""
     recipe = run.recipe
     dense = seed_config(recipe) if recipe.seed_model.path is None else read_config(run.model("seed"))
-    rows = stage_costs(recipe, dense)
-    add_hours(rows, measured_speed(run), run)
-    return {stage.name: training_cost(run.graph, rows, stage.name) for stage in run.graph}
+    costs = run_costs(run, dense, measured_speed(run))
+    return {stage.name: costs.behind(stage.name) for stage in costs.graph}

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from btx.errors import UserError
+from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import TaskRequest
+from btx.model_files.model_folder import BTM_FILE, check_model_or_btm
+from btx.number_texts import score_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +36,11 @@ def evaluate_task(
     Raises:
         UserError: no such task, model or file; what is wrong with each.
     """
-    from btx.evaluation.harness import Harness
-    from btx.models.loading import load_tokenizer
-    from btx.number_texts import score_text
-
+    if not (where / "recipe.yaml").is_file():
+        check_model_or_btm(_name_or_folder(where))
     harness = Harness([request], allow_code_execution=allow_code_execution)
+    from btx.models.loading import load_tokenizer  # here, so that what is refused before is refused at once
+
     if harness.note:
         log(harness.note)
     results: dict[str, Any] = {"models": {}}
@@ -54,10 +57,10 @@ def evaluate_task(
 def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel | SideBySide]]]:
     """Name, path and loader of each model."""
     if not (where / "recipe.yaml").is_file():
-        path: str | Path = where if where.exists() else str(where)
+        path = _name_or_folder(where)
         yield where.name, path, partial(_load, path)
         return
-    from btx.baselines.btm_model import FILE, load_model_or_btm
+    from btx.baselines.btm_model import load_model_or_btm
     from btx.models.device import device_and_type
     from btx.run_folder.folder import RunFolder
     from btx.stages.models_of_run import models_of_run
@@ -65,27 +68,33 @@ def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrai
     run = RunFolder.open(where)
     device, dtype = device_and_type(run.recipe)
     finished = {name: entry.path for name, entry in models_of_run(run).items()
-                if any((entry.path / file).exists() for file in ("config.json", FILE))}  # fmt: skip
+                if any((entry.path / file).exists() for file in ("config.json", BTM_FILE))}  # fmt: skip
     if not finished:
         raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
     for name, folder in finished.items():
         yield name, folder, partial(load_model_or_btm, folder, dtype=dtype, device=device)
 
 
+def _name_or_folder(where: Path) -> str | Path:
+    """What is no folder here may be a hub name."""
+    return where if where.exists() else str(where)
+
+
 def _load(path: str | Path) -> PreTrainedModel | SideBySide:
     """A model on the GPU in its own type, where there is one; else on the CPU in float32."""
     import torch
 
-    from btx.baselines.btm_model import FILE, load_model_or_btm
+    from btx.baselines.btm_model import load_model_or_btm
+    from btx.models.device import choose_device
     from btx.models.loading import load_model, read_config
 
-    gpu = torch.cuda.is_available()
-    if isinstance(path, Path) and (path / FILE).is_file():
-        return load_model_or_btm(path, device="cuda" if gpu else "cpu")
-    if not gpu:
+    device = choose_device("auto").type
+    if isinstance(path, Path) and (path / BTM_FILE).is_file():
+        return load_model_or_btm(path, device=device)
+    if device == "cpu":
         return load_model(path)
     config = read_config(path)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
     model = load_model(path, dtype=dtype)
-    cast(torch.nn.Module, model).to("cuda")
+    cast(torch.nn.Module, model).to(device)
     return model

@@ -35,7 +35,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.training.loop import Totals, TrainingJob, run_training
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
-from btx.training.state import keep_only_last
+from btx.training.state import StateFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,17 +108,14 @@ def train_stage(
     in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
+    switching = settings.switching if isinstance(settings, Finetune) else 0.0
+    mixture = open_mixtures(run.path / "data", recipe, mixtures, switching=switching)
     job = TrainingJob(
         model=model,
-        mixture=open_mixtures(
-            run.folder("data"),
-            recipe,
-            mixtures,
-            switching=settings.switching if isinstance(settings, Finetune) else 0.0,
-        ),
+        mixture=mixture,
         settings=settings,
         folder=folder,
-        inputs=stage.inputs,
+        checkpoints=StateFolder(folder / "state", {"inputs": stage.inputs, "data": mixture.fingerprint}),
         flops_per_token=in_training.training_flops_per_token(sequence_length),
         rng_seed=recipe.rng_seed,
         device=device,
@@ -134,7 +131,7 @@ def train_stage(
             save_model(model, target, like=like, tokenizer=tokenizer)
             if routing is not None:
                 change_router(target, routing)
-        keep_only_last(folder / "state")
+        job.checkpoints.keep_only_last()
         facts |= {
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,

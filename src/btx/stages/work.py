@@ -31,10 +31,11 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
             if run.state(stage) == "done" and name != "report":
                 log(f"{name}: already done, skipped")
                 continue
+            run.check_needs(stage)  # before the stage's module imports torch
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
-                if stage.trains and shares_processors(run, stage):
-                    _use_threads(training_threads(run))
+                if stage.trains and shares_processors(run.graph, stage):
+                    _use_threads(training_threads(run.graph))
                 elif not stage.name.startswith("data/") and name != "report":
                     use_all_processors()
                 _work_of(stage)(run, stage, interrupts, log)

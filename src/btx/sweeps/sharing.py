@@ -118,11 +118,12 @@ def _copy(source: Path, target: Path) -> None:
 
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
     """Copy what was measured on models that are the same here; evaluation checks their keys before it uses them."""
+    from btx.evaluation.evaluate import kept_file
     from btx.stages.models_of_run import models_of_run
 
     kept = run.folder("evaluate") / "models"
     for name, entry in models_of_run(run).items():
-        record = f"{name.replace('/', '__')}.json"
+        record = kept_file(name)
         if (kept / record).exists() or run.path not in entry.path.parents:
             continue
         stage = entry.path.relative_to(run.path).parent

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from btx.evaluation.aggregate import NOT_COMPARED, mean_and_stderr
+from btx.evaluation.aggregate import NOT_COMPARED, over_runs
 from btx.number_texts import MISSING, count_text, duration_text, flops_text
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def paired(
         return None
     theirs = dict(zip(others_seeds, other["values"], strict=True))
     pairs = [(value, theirs[seed]) for seed, value in zip(seeds, stat["values"], strict=True) if seed in theirs]
-    return mean_and_stderr([compare(*pair) for pair in pairs]) if pairs else None
+    return over_runs([compare(*pair) for pair in pairs]) if pairs else None
 
 
 def _score(task: Mapping[str, Any]) -> Stat | None:

@@ -21,7 +21,8 @@ from btx.recipe.schema import Recipe, Sweep
 from btx.recipe.yaml_positions import YamlSyntaxError, read_yaml
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.run_folder.threads import processors
+from btx.run_folder.stages_of_recipe import build_graph
+from btx.run_folder.threads import jobs_at_once, processors
 
 OWN_KEYS = {
     "rng_seed": "the rng seeds are given by --rng-seeds",
@@ -126,8 +127,7 @@ def plan_sweep(
     )  # fmt: skip
     always = ["sweep=null"]
     if jobs > 1 and recipe.launch.threads is None:
-        branches = min(recipe.launch.jobs or len(recipe.train.domains), len(recipe.train.domains))
-        always.append(f"launch.threads={max(1, processors() // (jobs * branches))}")
+        always.append(f"launch.threads={max(1, processors() // (jobs * jobs_at_once(build_graph(recipe))))}")
     problems: list[tuple[str, str]] = []
     for rng_seed in plan.rng_seeds:
         for variant in variants:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from btx.data.mixture import NO_LABEL
 from btx.data.samples import Samples
 from btx.errors import NotFinite
 from btx.moe.balancing import Balancing, RoutingLoss, move_selection_bias
@@ -24,10 +25,10 @@ from btx.moe.layer import at_step, moe_blocks
 from btx.moe.routing_metrics import DeadExpertWatch, RoutingMeter
 from btx.process import Interrupts
 from btx.recipe.training import Training
-from btx.training.losses import IGNORE, next_token_loss
+from btx.training.checkpoints import Checkpoints
+from btx.training.losses import next_token_loss
 from btx.training.metrics import Metrics
 from btx.training.schedule import adamw, learning_rate, set_learning_rate
-from btx.training.state import last_checkpoint, load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ class TrainingJob:
     """Training samples by number."""
     settings: Training
     folder: Path
-    """The stage's folder: metrics.jsonl and state/ are written into it."""
-    inputs: str
-    """Hash of everything that decides the result; a checkpoint with another hash is refused."""
+    """The stage's folder: metrics.jsonl is written into it."""
+    checkpoints: Checkpoints
     flops_per_token: float
     """Training FLOPs, forward and backward."""
     rng_seed: int
@@ -76,8 +76,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     samples_per_step = tokens_per_step // job.mixture.sequence_length
     total_steps = settings.steps(job.mixture.sequence_length)
     optimizer = adamw(model, settings)
-    marks = {"inputs": job.inputs, "data": job.mixture.fingerprint}
-    done = load_state(job.folder / "state", model, optimizer, marks)
+    done = job.checkpoints.load(model, optimizer)
     if done:
         log(f"resumed after step {done} of {total_steps}")
     if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
@@ -100,7 +99,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
             }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
             finished = step + 1
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
-                save_state(job.folder / "state", finished, model, optimizer, marks)
+                job.checkpoints.save(finished, model, optimizer)
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
@@ -123,7 +122,7 @@ def training_step(
     micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
     first = step * samples_per_step
     batch = job.mixture.batch(first, samples_per_step)
-    scored = int((batch.labels != IGNORE).sum())
+    scored = int((batch.labels != NO_LABEL).sum())
     loss = torch.zeros((), device=job.device)
     routing_loss, meter = RoutingLoss(job.balancing), RoutingMeter()
     for start in range(0, samples_per_step, micro):
@@ -145,7 +144,7 @@ def training_step(
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(
             f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
-            f"were not updated. Last good checkpoint: {last_checkpoint(job.folder / 'state')}. Lower "
+            f"were not updated. Last good checkpoint: {job.checkpoints.last()}. Lower "
             f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
         )
     optimizer.step()

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-IGNORE = -100
+from btx.data.mixture import NO_LABEL
+
 CHUNK = 512  # rows of logits alive at a time: at 512 x 2048 float32 they stay in a processor's cache
 
 
@@ -29,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_TD), CHUNK):
             rows = slice(start, start + CHUNK)
             hidden, labels = hidden_TD[rows], labels_T[rows]
-            scored = (labels != IGNORE).float()[:, None]
+            scored = (labels != NO_LABEL).float()[:, None]
             target = labels.clamp(min=0)[:, None]
             logits = (hidden @ weight_VD.T).float()
             log_normaliser = logits.logsumexp(dim=1, keepdim=True)

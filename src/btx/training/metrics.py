@@ -7,25 +7,23 @@ import math
 from pathlib import Path
 from typing import IO, Any
 
+from btx.metrics_file import read_metrics
+
 
 class Metrics:
     """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first."""
 
     def __init__(self, path: Path, done: int) -> None:
+        kept = [line for line in read_metrics(path, skip_broken=True) if line["step"] <= done]
         self.path = path
         self.wall_s = 0.0
         self.last_loss = math.nan
         self.loads: list[list[list[float]]] = []
         """The experts' load in the steps before, for a MoE model."""
-        kept = []
-        if path.is_file():
-            for line in path.read_text("utf-8").splitlines():
-                with_step = _parse(line)
-                if with_step is not None and with_step["step"] <= done:
-                    kept.append(line)
-                    self.wall_s, self.last_loss = with_step["wall_s"], with_step["loss"]
-                    self.loads += [with_step["load"]] if "load" in with_step else []
-        path.write_text("".join(line + "\n" for line in kept), "utf-8")
+        for line in kept:
+            self.wall_s, self.last_loss = line["wall_s"], line["loss"]
+            self.loads += [line["load"]] if "load" in line else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
     def open(self) -> IO[str]:
         """The file, for appending."""
@@ -38,12 +36,3 @@ class Metrics:
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
         file.write(json.dumps(line) + "\n")
         file.flush()
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A metrics line; None for the stump of a line that a kill cut off."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,70 +23,68 @@ KEPT = 2  # the last checkpoint, and the one before it in case a file of the las
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_state(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, marks: Mapping[str, Any]
-) -> None:
-    """Write the checkpoint of `step` finished optimiser steps and remove all but the last two.
+class StateFolder:
+    """A stage's checkpoints in its folder state/; one of `btx.training.checkpoints.Checkpoints`.
 
     Args:
-        folder: the stage's state/ folder.
-        marks: what a resume must find unchanged, for example the data's fingerprint.
-
-    Raises:
-        RunFolderError: it could not be written; the previous checkpoint is untouched.
+        folder: the state/ folder.
+        marks: what a resume must find unchanged, for example the data's fingerprint: name → value.
     """
-    trainable = _trainable(model)
-    moments = {
-        f"{moment}/{name}": optimizer.state[parameter][moment]
-        for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
-    }  # fmt: skip
-    with atomic_folder(folder / f"step-{step:08d}") as target:
-        _save(trainable | _selection_biases(model), target / "weights.safetensors")
-        _save(moments, target / "optimizer.safetensors")
-        sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
-        write_json(target / "state.json", {"step": step, "marks": dict(marks), "sha256": sha256})
-    for old in _checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
 
+    def __init__(self, folder: Path, marks: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.marks = dict(marks)
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, marks: Mapping[str, Any]) -> int:
-    """Restore the newest whole checkpoint into `model` and `optimizer`.
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Restore the newest whole checkpoint; 0 if there is none. Raises RunFolderError on one with other marks."""
+        for checkpoint in reversed(self._all()):
+            state = read_json(checkpoint / "state.json")
+            if state is None or any(_damaged(checkpoint / file, sha) for file, sha in state["sha256"].items()):
+                continue
+            if state["marks"] != self.marks:
+                differing = [key for key in self.marks if state["marks"].get(key) != self.marks[key]]
+                raise RunFolderError(
+                    f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
+                    f"Restore them, or remove {self.folder.parent} to train anew"
+                )
+            _restore(checkpoint, model, optimizer)
+            return int(state["step"])
+        return 0
 
-    Returns:
-        Finished optimiser steps; 0 if there is no checkpoint.
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint of `step` finished optimiser steps and remove all but the last two.
 
-    Raises:
-        RunFolderError: the checkpoint was made for other data or settings.
-    """
-    for checkpoint in reversed(_checkpoints(folder)):
-        state = read_json(checkpoint / "state.json")
-        if state is None or any(_damaged(checkpoint / file, sha) for file, sha in state["sha256"].items()):
-            continue
-        if state["marks"] != dict(marks):
-            differing = [key for key in marks if state["marks"].get(key) != marks[key]]
-            raise RunFolderError(
-                f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
-                f"Restore them, or remove {folder.parent} to train anew"
-            )
-        _restore(checkpoint, model, optimizer)
-        return int(state["step"])
-    return 0
+        Raises:
+            RunFolderError: it could not be written; the previous checkpoint is untouched.
+        """
+        trainable = _trainable(model)
+        moments = {
+            f"{moment}/{name}": optimizer.state[parameter][moment]
+            for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
+        }  # fmt: skip
+        with atomic_folder(self.folder / f"step-{step:08d}") as target:
+            _save(trainable | _selection_biases(model), target / "weights.safetensors")
+            _save(moments, target / "optimizer.safetensors")
+            sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
+            write_json(target / "state.json", {"step": step, "marks": self.marks, "sha256": sha256})
+        self._remove_all_but(KEPT)
 
+    def last(self) -> str:
+        """Path of the newest checkpoint."""
+        found = self._all()
+        return str(found[-1]) if found else "none yet"
 
-def last_checkpoint(folder: Path) -> str:
-    """Name of the newest checkpoint, for messages."""
-    found = _checkpoints(folder)
-    return str(found[-1]) if found else "none yet"
+    def keep_only_last(self) -> None:
+        """Remove all checkpoints but the newest."""
+        self._remove_all_but(1)
 
+    def _all(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*"))
 
-def keep_only_last(folder: Path) -> None:
-    """Remove all checkpoints but the newest, once the stage's model is written."""
-    for old in _checkpoints(folder)[:-1]:
-        shutil.rmtree(old)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    def _remove_all_but(self, newest: int) -> None:
+        for old in self._all()[:-newest]:
+            shutil.rmtree(old)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

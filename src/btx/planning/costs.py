@@ -1,0 +1,216 @@
+"""What every stage of a run costs, and the training behind every model: tokens, FLOPs, memory, disk, hours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from btx.baselines.matching import matched_phases, moe_cost, router_flops
+from btx.choices.baselines import BASELINES
+from btx.models.cost import ModelCost, config_cost
+from btx.planning.speed import Speed
+from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
+from btx.recipe.schema import Recipe
+from btx.recipe.training import Training
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Graph, Stage
+from btx.run_folder.threads import threads_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a stage trains."""
+
+    steps: int
+    mixture: dict[str, float]
+    """Domain → its share of all tokens."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage trains, keeps in memory and writes."""
+
+    stage: Stage
+    tokens: int
+    flops: float
+    memory_bytes: int
+    disk_bytes: int
+    hours: float | None
+    """None where no speed is known."""
+    trained: Trained | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Its row of `btx plan --json`."""
+        return {
+            "stage": self.stage.name, "tokens": self.tokens, "flops": self.flops, "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes, **(asdict(self.trained) if self.trained else {}), "hours": self.hours,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """All training behind a model from the seed model on; of the seed model, its own."""
+
+    tokens: int
+    flops: float
+    memory_bytes: int
+    """The largest."""
+    hours: float | None
+    """Of the longest way to the model; None where no speed is known."""
+    machine_hours: float | None
+    """Of all jobs; None where no speed is known."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As `btx plan --json` has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of all stages of a run."""
+
+    graph: Graph
+    by_stage: Mapping[str, StageCost]
+    """In the graph's order."""
+
+    def __getitem__(self, stage: str) -> StageCost:
+        return self.by_stage[stage]
+
+    def __iter__(self) -> Iterator[StageCost]:
+        return iter(self.by_stage.values())
+
+    def behind(self, name: str) -> TrainingCost:
+        """The training behind the model that a stage makes."""
+        stage = self.graph[name]
+        behind = [self[needed.name] for needed in stage.training_behind()]
+        timed = all(cost.hours is not None for cost in self)
+        return TrainingCost(
+            tokens=sum(cost.tokens for cost in behind),
+            flops=sum(cost.flops for cost in behind),
+            memory_bytes=max((cost.memory_bytes for cost in behind), default=0),
+            hours=longest_way(stage, lambda needed: self[needed.name].hours or 0.0) if timed else None,
+            machine_hours=sum(cost.hours or 0.0 for cost in behind if cost.stage.trains) if timed else None,
+        )
+
+
+def longest_way(stage: Stage, length: Callable[[Stage], float]) -> float:
+    """Training one after the other on the longest way from the seed model to this stage: what passes where every job
+    has a machine of its own.
+
+    Args:
+        length: of a stage that trains, in the unit that is returned.
+    """
+    before = max((longest_way(needed, length) for needed in stage.needs if needed.name != "seed"), default=0.0)
+    return before + (length(stage) if stage.trains else 0.0)
+
+
+def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Costs:
+    """What every stage trains, keeps in memory and writes.
+
+    Args:
+        dense: the seed model's config, completed with its class's defaults.
+        speed: of one training job; a stage with half the CPU threads is taken to be half as fast. None: no hours.
+    """
+    recipe, graph = run.recipe, run.graph
+    seed, btx = config_cost(dense), moe_cost(recipe, dense, recipe.routing)
+    trainings = _trainings(recipe, dense, seed)
+    written = {"baselines/soup": seed, "baselines/upcycled": btx, "mix": btx}
+    found = {}
+    for stage in graph:
+        training = trainings.get(stage.name)
+        weights = training.cost if training else written.get(stage.name)
+        flops = training.flops if training else router_flops(recipe, dense) if stage.name == "mix" else 0.0
+        disk = _number_bytes(recipe, dense, stage.name) * weights.total_params if weights else 0
+        found[stage.name] = StageCost(
+            stage,
+            tokens=training.tokens if training else 0,
+            flops=flops,
+            memory_bytes=training.memory_bytes if training else 0,
+            disk_bytes=disk + (training.checkpoint_bytes if training else 0),
+            hours=None if speed is None else _hours(graph, stage, flops, speed),
+            trained=training.trained if training else None,
+        )
+    return Costs(graph, found)
+
+
+def _hours(graph: Graph, stage: Stage, flops: float, speed: Speed) -> float:
+    share = threads_of(graph, stage) / speed.threads if speed.threads and stage.trains else 1.0
+    return flops / (share * speed.flops_per_s) / 3600
+
+
+def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
+    """Bytes of a number in the weights that a stage writes: the seed model's type, or `mix.dtype` from the mix on."""
+    mixed = {"mix", "finetune", *(f"baselines/{name}" for name in recipe.baselines if BASELINES[name].start == "mix")}
+    own = recipe.mix.dtype if stage in mixed else None
+    return 2 if (own or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The training of a stage."""
+
+    settings: Training
+    cost: ModelCost
+    """What is computed for a token."""
+    mixtures: list[dict[str, float]]
+    """Domain → sampling weight; several are read in turn."""
+    sequence_length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.settings.steps(self.sequence_length) * self.settings.step_tokens(self.sequence_length)
+
+    @property
+    def flops(self) -> float:
+        return self.tokens * self.cost.training_flops_per_token(self.sequence_length)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, gradients, optimiser, and a rough upper bound of the activations: about 34 numbers a token and unit
+        of width, and layer (Korthikanti et al., arXiv 2205.05198, section 4.1, counted in 4-byte numbers), or the layer
+        inputs alone with gradient checkpointing."""
+        tokens = max(self.settings.micro_batch_tokens, self.sequence_length)
+        per_unit = 2 if self.settings.gradient_checkpointing else 34
+        return self.cost.training_bytes() + 4 * tokens * self.cost.attention_width * per_unit
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the last two, while it trains; the model comes on top."""
+        return 2 * self.cost.checkpoint_bytes()
+
+    @property
+    def trained(self) -> Trained:
+        settings = self.settings
+        return Trained(settings.steps(self.sequence_length), _shares(self.mixtures), settings.learning_rate)
+
+
+def _trainings(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> dict[str, _Training]:
+    """Stage name → its training."""
+    found: dict[str, tuple[Training, ModelCost, list[dict[str, float]]]] = {}
+    if recipe.seed_model.train is not None:
+        found["seed"] = recipe.seed_model.train, seed, [seed_mixture(recipe)]
+    branch = config_cost(dense, trainable=recipe.train.trainable)
+    for domain in recipe.train.domains:
+        found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
+    # What is computed for a token in finetuning, which is more with a dense router gradient.
+    cost = moe_cost(
+        recipe, dense, recipe.routing, dense_router_gradient=recipe.finetune.dense_router_gradient,
+        trainable=recipe.finetune.trainable,
+    )  # fmt: skip
+    found["finetune"] = recipe.finetune, cost, [finetune_mixture(recipe)]
+    for name in recipe.baselines:
+        for phase in matched_phases(recipe, name, dense):
+            found[phase.stage] = phase.settings, phase.cost, phase.mixtures
+    return {stage: _Training(*training, recipe.data.sequence_length) for stage, training in found.items()}
+
+
+def _shares(mixtures: list[dict[str, float]]) -> dict[str, float]:
+    """Domain → its share of all tokens."""
+    shares: dict[str, float] = {}
+    for mixture in mixtures:
+        total = sum(mixture.values()) * len(mixtures)
+        for domain, weight in mixture.items():
+            shares[domain] = shares.get(domain, 0.0) + weight / total
+    return shares

@@ -1,0 +1,131 @@
+"""How many jobs a run has under way at once: the pipeline, the threads and the plan go by the same number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btx.files import write_json
+from btx.planning.plan import plan
+from btx.process import Interrupts
+from btx.run_folder import threads
+from btx.run_folder.folder import RunFolder, done_json, started_json
+from btx.run_folder.graph import Graph, Stage
+from btx.run_folder.stages_of_recipe import build_graph
+from btx.run_folder.threads import jobs_at_once, jobs_side_by_side, training_threads
+from btx.running import pipeline
+from btx.running.launchers import Launcher
+from btx.running.progress import Display
+from btx.sweeps import variants
+from btx.sweeps.variants import plan_sweep
+from tests.pico_run import pico_recipe, write_pico_recipe
+
+BASELINES = "baselines=[soup,dense_dm,btm_top1,btx_soft]"
+AT_ONCE = {"launch.jobs=null": 2, "launch.jobs=1": 1, "launch.jobs=3": 3, "launch.jobs=99": 4}
+"""Two branches with dense_dm beside them; later the finetuning with dense_dm, btm_top1 and btx_soft beside it."""
+
+
+@pytest.fixture
+def graph(tmp_path: Path, request: pytest.FixtureRequest) -> Graph:
+    return build_graph(pico_recipe(tmp_path, "run", BASELINES, request.param))
+
+
+class PretendedJob:
+    """A job that leaves its stages done, one after the other, each after some looks at it."""
+
+    def __init__(self, run: RunFolder, stages: Sequence[Stage], working: set[str]) -> None:
+        self.run, self.left, self.working, self.name = run, list(stages), working, stages[0].name
+        self.looks = 0
+        self.place = "nowhere"
+        working.add(self.name)
+
+    def exit_code(self) -> int | None:
+        stage = self.left[0]
+        self.looks += 1
+        # Long enough for all that may be side by side to meet.
+        if self.looks == (20 if stage.name == "finetune" or stage.name.startswith("baselines/") else 2):
+            write_json(self.run.folder(stage.name) / "started.json", started_json(stage))
+            write_json(self.run.folder(stage.name) / "done.json", done_json(stage, {}))
+            self.left, self.looks = self.left[1:], 0
+        if self.left:
+            return None
+        self.working.discard(self.name)
+        return 0
+
+    def terminate(self) -> None:
+        """It saves nothing."""
+
+    def wait(self) -> None:
+        """It ends with the test."""
+
+
+def under_way(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Run the real pipeline with jobs that only pretend; returns which jobs were under way, start by start."""
+    graph, working, seen = run.graph, set[str](), list[set[str]]()
+
+    def start(path: Path, names: Sequence[str], log: Path) -> Any:
+        log.parent.mkdir(exist_ok=True)
+        log.touch()
+        job = PretendedJob(run, [graph[name] for name in names], working)
+        if not job.name.startswith("data/"):
+            seen.append(set(working))
+        return job
+
+    monkeypatch.setitem(pipeline.START, "local", Launcher(start, start))
+    monkeypatch.setattr(pipeline, "POLL_S", 0.0)
+    run.path.mkdir()
+    with Display() as display:
+        pipeline._Pipeline(run, display, Interrupts()).run(graph.jobs())
+    assert all(run.state(stage) == "done" for stage in graph)
+    return seen
+
+
+@pytest.mark.parametrize(("graph", "at_once"), AT_ONCE.items(), indirect=["graph"])
+def test_the_pipeline_the_threads_the_plan_and_the_sweep_agree(
+    graph: Graph, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert jobs_at_once(graph) == at_once
+    for module in (threads, variants):
+        monkeypatch.setattr(module, "processors", lambda: 24)
+    assert training_threads(graph) == 24 // at_once
+    given = f"launch.jobs={graph.recipe.launch.jobs or 'null'}"
+    sweep = plan_sweep(str(write_pico_recipe(tmp_path)), [f"data.root={tmp_path}", BASELINES, given], jobs=2)
+    assert sweep.runs[0].recipe.launch.threads == 12 // at_once
+    memory = {row["stage"]: row["memory_bytes"] for row in plan(graph.recipe)["stages"]}
+    together = [sorted((max(memory[stage.name] for stage in job) for job in jobs), reverse=True)[:at_once]
+                for jobs in jobs_side_by_side(graph)]  # fmt: skip
+    assert plan(graph.recipe)["totals"]["memory_bytes"] == max(map(sum, together))
+    seen = under_way(RunFolder(tmp_path / "run", graph.recipe), monkeypatch)
+    assert max(map(len, seen)) == at_once
+
+
+@pytest.mark.parametrize("graph", ["launch.jobs=99"], indirect=True)
+def test_jobs_side_by_side_are_those_that_wait_for_none_of_each_other(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, later = ({job[0].name for job in jobs} for jobs in jobs_side_by_side(graph))
+    assert first == {"train/birds", "train/tools", "baselines/dense_dm_domains"}
+    assert later == {"mix", "baselines/dense_dm_domains", "baselines/btm_top1", "baselines/btx_soft"}
+    seen = under_way(RunFolder(tmp_path / "run", graph.recipe), monkeypatch)
+    assert first in seen  # nothing of this is only on paper
+    assert all(working <= first or working <= later or len(working) == 1 for working in seen)
+
+
+@pytest.mark.parametrize(("overrides", "together"), [
+    (["baselines=[]", "launch.jobs=2"], ["train/birds", "train/tools"]),
+    (["baselines=[]", "launch.jobs=1"], ["finetune"]),
+    (["baselines=[dense_dm]", "launch.jobs=3"], ["train/birds", "train/tools", "baselines/dense_dm_domains"]),
+    (["baselines=[dense_dm]", "launch.jobs=2"], ["finetune", "baselines/dense_dm_domains"]),
+    (["baselines=[dense_dm,btx_soft]", "launch.jobs=2"], ["finetune", "baselines/btx_soft"]),
+    (["baselines=[btx_soft,btx_switch]", "launch.jobs=9"], ["finetune", "baselines/btx_soft", "baselines/btx_switch"]),
+    (["baselines=[btx_soft,btx_switch]"], ["baselines/btx_soft", "baselines/btx_switch"]),
+])  # fmt: skip
+def test_the_memory_planned_is_that_of_the_jobs_that_train_at_once(
+    tmp_path: Path, overrides: list[str], together: list[str]
+) -> None:
+    planned = plan(pico_recipe(tmp_path, "run", *overrides))
+    memory = {row["stage"]: row["memory_bytes"] for row in planned["stages"]}
+    assert planned["totals"]["memory_bytes"] == sum(memory[stage] for stage in together)

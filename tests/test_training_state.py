@@ -1,0 +1,86 @@
+"""Which checkpoints a training goes on from, and which it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from btx.errors import RunFolderError
+from btx.files import read_json, write_json
+from btx.recipe.training import Training
+from btx.training.schedule import adamw
+from btx.training.state import StateFolder
+from tests.pico_run import pico_recipe, run_here
+
+MARKS = {"inputs": "i", "data": "d"}
+
+
+def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A matrix after some steps on its own sum of squares."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = adamw(model, Training(tokens=1, learning_rate=0.1))
+    for _ in range(steps):
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_a_checkpoint_restores_weights_and_moments(tmp_path: Path) -> None:
+    whole, optimizer = trained(4)
+    StateFolder(tmp_path / "state", MARKS).save(4, whole, optimizer)
+    fresh, its_optimizer = trained(0)
+    assert StateFolder(tmp_path / "state", MARKS).load(fresh, its_optimizer) == 4
+    for parameter, restored in zip(whole.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(parameter, restored)
+        kept, found = optimizer.state[parameter], its_optimizer.state[restored]
+        assert kept.keys() == found.keys()
+        assert all(torch.equal(kept[moment], found[moment]) for moment in kept)
+
+
+def test_without_a_checkpoint_nothing_is_done_yet(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "state", MARKS)
+    assert (folder.load(*trained(0)), folder.last()) == (0, "none yet")
+
+
+@pytest.mark.parametrize(("other", "named"), [
+    ({"inputs": "i", "data": "e"}, "other data;"),
+    ({"inputs": "j", "data": "d"}, "other inputs;"),
+    ({"inputs": "j", "data": "e"}, "other inputs, data;"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_data_or_inputs_is_refused(tmp_path: Path, other: dict[str, str], named: str) -> None:
+    StateFolder(tmp_path / "state", MARKS).save(4, *trained(4))
+    fresh, optimizer = trained(0)
+    before = [parameter.detach().clone() for parameter in fresh.parameters()]
+    with pytest.raises(RunFolderError, match=f"step-00000004: made with {named} resuming would mix old and new"):
+        StateFolder(tmp_path / "state", other).load(fresh, optimizer)
+    assert all(map(torch.equal, before, fresh.parameters()))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("mark", ["inputs", "data"])
+def test_a_stage_refuses_a_checkpoint_of_its_own_folder_that_another_training_left(tmp_path: Path, mark: str) -> None:
+    recipe = pico_recipe(tmp_path)
+    run, _ = run_here(recipe, ["data", "seed"])
+    done = run.folder("seed") / "done.json"
+    (state,) = run.folder("seed").glob("state/*/state.json")
+    written = read_json(state)
+    assert written["marks"] == {"inputs": run.graph["seed"].inputs, "data": read_json(done)["data"]}
+    done.unlink()
+    write_json(state, written | {"marks": written["marks"] | {mark: "another"}})
+    with pytest.raises(RunFolderError, match=f"made with other {mark}; .* remove .*seed to train anew"):
+        run_here(recipe, ["seed"])
+
+
+def test_the_last_two_checkpoints_are_kept_and_one_in_the_end(tmp_path: Path) -> None:
+    folder, parts = StateFolder(tmp_path / "state", MARKS), trained(1)
+    for step in (1, 2, 3):
+        folder.save(step, *parts)
+    assert [path.name for path in sorted(folder.folder.iterdir())] == ["step-00000002", "step-00000003"]
+    folder.keep_only_last()
+    assert folder.last() == str(tmp_path / "state" / "step-00000003")
+    assert [path.name for path in folder.folder.iterdir()] == ["step-00000003"]

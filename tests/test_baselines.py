@@ -344,10 +344,11 @@ def test_a_refusal_names_the_place_in_the_file(tmp_path: Path) -> None:
         pico_recipe(tmp_path)
 
 
-def test_more_tokens_than_the_data_bear_are_refused_when_they_are_prepared(tmp_path: Path) -> None:
+def test_more_tokens_than_the_data_bear_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     recipe = pico_recipe(tmp_path, "run", "baselines=[dense_dm]", "baseline_training.dense_dm.tokens=20_000_000")
     with pytest.raises(UserError, match=r"baseline dense_dm = .* epochs, at most"):
-        run_here(recipe, ["data"])
+        run_here(recipe, ["data", "seed"])
+    assert not (tmp_path / "run" / "seed").exists()
 
 
 def test_only_a_runs_own_baselines_can_be_made(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from btx.cli.main import train
 from btx.errors import CheckpointError, RunFolderError, UserError
 from btx.files import read_json
 from btx.process import Interrupts
@@ -163,7 +164,9 @@ def test_a_finished_run_without_its_data_files_is_finished(here: Path) -> None:
     assert {opened.state(stage) for stage in opened.graph} == {"done"}
 
 
-def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_finished(here: Path) -> None:
+def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_finished(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     away = here / "away" / "run"
     run = RunFolder.create(pico_recipe(here, "run", *LAW))
     run_here(run.recipe, ["data"])
@@ -173,8 +176,8 @@ def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_fin
         copy(run.path / own, away / own)
     for name in ("birds", "tools", "general", "law"):
         (here / f"{name}.jsonl").rename(here / "away" / f"{name}.jsonl.away")
-    done = btx_train(away, "law", cwd=here / "away")
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(here / "away")
+    train(away, "law")
     shutil.copytree(away / "train" / "law", run.path / "train" / "law")
     opened = RunFolder.open(run.path)
     assert opened.state(opened.graph["train/law"]) == "done"
@@ -184,8 +187,7 @@ def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_fin
 def test_what_a_branch_needs_and_lacks_is_made_first(here: Path) -> None:
     for name in ("data", "seed", "train"):
         shutil.rmtree(here / "run" / name)
-    done = btx_train(here / "run", "birds", cwd=here)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train(here / "run", "birds")
     opened = RunFolder.open(here / "run")
     finished = {stage.name for stage in opened.graph if opened.state(stage) == "done"}
     assert finished >= {"data/tokenizer", "data/birds", "data/general", "seed", "train/birds"}

@@ -17,6 +17,7 @@ import numpy as np
 from btx.data.identity import domain_identity, own_sources
 from btx.data.sources import digest_of, held_out_texts, read_documents, split_documents
 from btx.data.token_files import DocumentEncoder, TokenFile, take_out, token_file_writer
+from btx.data.tokenizer import TokenizerFile
 from btx.errors import DataError
 from btx.process import Log
 from btx.recipe.mixtures import resolve, seed_mixture
@@ -57,8 +58,8 @@ def training_texts(recipe: Recipe) -> Iterator[str]:
 
 
 def prepare_domain(
-    recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase, out: Path, *, elsewhere: Elsewhere = Elsewhere(),
-    log: Log,
+    recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase | TokenizerFile, out: Path, *,
+    elsewhere: Elsewhere = Elsewhere(), log: Log,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the token files of a domain's own sources.
 

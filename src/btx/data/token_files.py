@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from btx.data.sources import digest_of
-from btx.data.tokenizer import fast_tokenizer, tokenizer_sha256
+from btx.data.tokenizer import TokenizerFile, fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError
 from btx.files import atomic_folder, file_sha256
 
@@ -46,16 +46,17 @@ BATCH_CHARACTERS = 1 << 20
 class DocumentEncoder:
     """Texts → token ids with their separators, as token files have them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | TokenizerFile) -> None:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is None and eos is None:
             raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has neither a bos nor an eos token; "
                                   f"one has to separate documents")  # fmt: skip
         self._fast = fast_tokenizer(tokenizer)
         self.sha256 = tokenizer_sha256(tokenizer)
-        self.separator = int(eos if bos is None else bos)
-        self.trailing_eos = bos is not None and eos is not None and bos != eos
-        self._tail = [int(eos)] if self.trailing_eos else []
+        ids = [int(token) for token in (bos, eos) if token is not None]
+        self.separator = ids[0]
+        self.trailing_eos = len(ids) == 2 and ids[0] != ids[1]
+        self._tail = ids[1:] if self.trailing_eos else []
         entries = 1 + max(max(tokenizer.get_vocab().values()), self.separator, *self._tail)
         self.dtype = np.dtype("<u2" if entries <= 1 << 16 else "<u4")
 

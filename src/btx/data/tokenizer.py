@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,35 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer.json without the rest of transformers: all that token files take, in a fraction of the time."""
+
+    backend_tokenizer: Any
+    """Of the library `tokenizers`."""
+    bos_token_id: int | None
+    eos_token_id: int | None
+    name_or_path: str
+
+    @classmethod
+    def open(cls, folder: Path, *, bos: int | None, eos: int | None) -> TokenizerFile:
+        """The tokenizer in `folder`, as transformers wrote it.
+
+        Args:
+            bos: id of the begin-of-text token, which tokenizer.json does not tell.
+            eos: id of the end-of-text token.
+        """
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), bos, eos, str(folder))
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token → id, added tokens included."""
+        vocab: dict[str, int] = self.backend_tokenizer.get_vocab(with_added_tokens=True)
+        return vocab
+
+
+def fast_tokenizer(tokenizer: PreTrainedTokenizerBase | TokenizerFile) -> Any:
     """A copy of the `tokenizers.Tokenizer` behind `tokenizer`, without its truncation and padding.
 
     Raises:
@@ -117,7 +146,7 @@ def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
     return copy
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase | TokenizerFile) -> str:
     """SHA-256 of everything that decides a document's tokens; the same after saving and loading.
 
     The post-processor is left out: it only places special tokens, which token files place themselves.

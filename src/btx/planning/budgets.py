@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from btx.baselines.matching import matched_phases
 from btx.choices.baselines import BASELINES
 from btx.data.token_files import TokenFile
 from btx.errors import DataError
-from btx.models.seed_config import seed_config
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
 
@@ -17,12 +15,13 @@ MOST_EPOCHS = 50
 LEAST_HELD_OUT_TOKENS = 100
 
 
-def check_budgets(recipe: Recipe, data: Path, domains: Collection[str]) -> None:
+def check_budgets(recipe: Recipe, data: Path, domains: Collection[str], *, baselines: bool = True) -> None:
     """Check the token files of some domains: enough held-out text, and enough training text for every stage.
 
     Args:
         data: the data folder.
         domains: those that are looked at; a domain that takes text from others needs these too.
+        baselines: look at what trained baselines need too, for which models' sizes are counted (with torch).
 
     Raises:
         DataError: a domain or source has too few tokens.
@@ -35,8 +34,12 @@ def check_budgets(recipe: Recipe, data: Path, domains: Collection[str]) -> None:
     uses += [(domain_mixture(recipe, domain), recipe.branch_training(domain).tokens, "train.tokens")
              for domain in recipe.train.domains]  # fmt: skip
     uses.append((finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens"))
-    trained = [name for name in recipe.baselines if BASELINES[name].trains]
-    dense = seed_config(recipe) if trained else {}
+    trained = [name for name in recipe.baselines if BASELINES[name].trains and baselines]
+    if trained:
+        from btx.baselines.matching import matched_phases
+        from btx.models.seed_config import seed_config
+
+        dense = seed_config(recipe)
     for name in trained:
         for phase in matched_phases(recipe, name, dense):
             tokens = phase.settings.tokens // len(phase.mixtures)

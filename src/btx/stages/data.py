@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from btx.data.prepare import Elsewhere, held_out_digests, prepare_domain, training_digests, training_texts
-from btx.data.tokenizer import as_loaded_beside, save_tokenizer, tokenizer_sha256, train_tokenizer
+from btx.data.tokenizer import TokenizerFile, as_loaded_beside, save_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError, DataError
-from btx.models.loading import load_tokenizer
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
 from btx.recipe.schema import Recipe
@@ -32,6 +31,8 @@ def prepare_data(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log)
 
 def _write_tokenizer(run: RunFolder, stage: Stage, log: Log) -> None:
     """The seed model's tokenizer, so that the data folder says all there is to say of its tokens; or a new one."""
+    from btx.models.loading import load_tokenizer  # transformers, which the domains' stages do without
+
     recipe, seed = run.recipe, run.recipe.seed_model
     if "tokenizer" in recipe.data.domains:
         raise DataError(
@@ -44,10 +45,12 @@ def _write_tokenizer(run: RunFolder, stage: Stage, log: Log) -> None:
         tokenizer = new_tokenizer(recipe)
     with run.making(stage, log) as facts:
         save_tokenizer(tokenizer, facts.folder)
-        facts["entries"] = len(tokenizer)
-        if tokenizer_sha256(load_tokenizer(facts.folder)) != tokenizer_sha256(tokenizer):
-            raise CheckpointError(f"{seed.path}: this tokenizer is another one after it was saved and loaded again; "
-                                  f"btx needs one that transformers' save_pretrained keeps")  # fmt: skip
+        facts |= {"entries": len(tokenizer), "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+        written = TokenizerFile.open(facts.folder, bos=facts["bos"], eos=facts["eos"])
+        for again in (written, load_tokenizer(facts.folder)):
+            if tokenizer_sha256(again) != tokenizer_sha256(tokenizer):
+                raise CheckpointError(f"{seed.path}: this tokenizer is another one once it is saved and loaded again; "
+                                      f"btx needs one that transformers' save_pretrained keeps")  # fmt: skip
 
 
 def new_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -60,7 +63,8 @@ def new_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def _write_domain(run: RunFolder, stage: Stage, log: Log) -> None:
     run.check_needs(stage)
     recipe, domain, data = run.recipe, stage.name.removeprefix("data/"), run.folder("data")
-    tokenizer = load_tokenizer(run.folder(TOKENIZER))
+    ids = run.done(TOKENIZER) or {}
+    tokenizer = TokenizerFile.open(run.folder(TOKENIZER), bos=ids["bos"], eos=ids["eos"])
     others = [other for other in recipe.data.domains if other != domain]
     before = [other for other in others if run.graph[f"data/{other}"].inputs in stage.settings["trained_on_before"]]
     elsewhere = Elsewhere(
@@ -69,4 +73,4 @@ def _write_domain(run: RunFolder, stage: Stage, log: Log) -> None:
     )
     with run.making(stage, log) as facts:
         facts |= prepare_domain(recipe, domain, tokenizer, data, elsewhere=elsewhere, log=log)
-        check_budgets(recipe, data, [domain])
+        check_budgets(recipe, data, [domain], baselines=False)  # the seed model's stage does

@@ -175,10 +175,9 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> None:
-    write_pico_recipe(tmp_path)
     long = "seed_model.train.tokens=400000"
+    run, _ = run_here(pico_recipe(tmp_path, "runs/pico", long), ["data"])
     running = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", long, cwd=tmp_path)
-    run = RunFolder(tmp_path / "runs" / "pico", pico_recipe(tmp_path, "runs/pico", long))
     wait_for_step(run, "seed", 3, running)
     jobs = psutil.Process(running.pid).children()
     assert jobs

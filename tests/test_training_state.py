@@ -84,3 +84,14 @@ def test_the_last_two_checkpoints_are_kept_and_one_in_the_end(tmp_path: Path) ->
     folder.keep_only_last()
     assert folder.last() == str(tmp_path / "state" / "step-00000003")
     assert [path.name for path in folder.folder.iterdir()] == ["step-00000003"]
+
+
+def test_a_resume_on_another_device_says_that_it_is_no_longer_bit_exact(tmp_path: Path) -> None:
+    lines: list[str] = []
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    StateFolder(tmp_path, {"data": "a"}, device="cuda", log=lines.append).save(1, model, optimizer)
+    assert StateFolder(tmp_path, {"data": "a"}, device="cuda", log=lines.append).load(model, optimizer) == 1
+    assert lines == []
+    assert StateFolder(tmp_path, {"data": "a"}, device="cpu", log=lines.append).load(model, optimizer) == 1
+    assert "resumed on cpu what was trained on cuda" in lines[0]

@@ -129,7 +129,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
 @app.command()
 def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
-    from btx.cli.tables import status_table, sweep_status_table
+    from btx.cli.tables import status_table, sweep_status_table, work_text
     from btx.run_folder.status import run_status
 
     if (run_folder / "sweep.json").is_file():
@@ -137,7 +137,11 @@ def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
         _print_json(runs) if as_json else _print(sweep_status_table(runs))
         return
     rows = run_status(_run(run_folder))
-    _print_json(rows) if as_json else _print(status_table(rows))
+    if as_json:
+        _print_json(rows)
+        return
+    stays = [row["stage"] for row in rows if row["state"] == "done"]
+    _print(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
 
 
 @app.command()

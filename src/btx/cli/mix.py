@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
-from btx.errors import UserError
+from btx.errors import CheckpointError, UserError
 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
 Experts = Annotated[list[str] | None, typer.Option("--expert", help="NAME=FOLDER of an expert model; repeat.")]
@@ -71,6 +71,7 @@ def mix(
     if copies is not None and generalist and "generalist" in given:
         raise UserError("--copies and --generalist exclude each other: all experts are copies of the seed model then")
     _refuse_existing(output)
+    _refuse_missing(seed_model, *named(expert or (), "--expert", "FOLDER").values())
     from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
     from btx.mixing.settings import MixSettings
@@ -116,9 +117,10 @@ def extend(
     if len(new) != 1 or output is None:
         raise UserError("btx extend needs one --expert NAME=FOLDER and -o FOLDER; run it once for each expert")
     _refuse_existing(output)
+    ((name, folder),) = new.items()
+    _refuse_missing(moe, folder)
     from btx.mixing.extend import extend as extend_model
 
-    ((name, folder),) = new.items()
     init = RouterInit(
         router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
     )  # fmt: skip
@@ -138,6 +140,7 @@ def drop(
     if expert is None or output is None:
         raise UserError("btx drop needs --expert NAME and -o FOLDER")
     _refuse_existing(output)
+    _refuse_missing(moe)
     from btx.mixing.drop import drop as drop_expert
 
     record = drop_expert(moe, expert, output, log=typer.echo)
@@ -187,6 +190,24 @@ def _weights(text: str | None) -> dict[str, float] | None:
 def _refuse_existing(output: Path) -> None:
     if output.exists():
         raise UserError(f"{output}: exists already; choose another folder or remove it")
+
+
+def _refuse_missing(*folders: Path) -> None:
+    """Refuse what holds no model, all in one message, before torch is imported.
+
+    Raises:
+        CheckpointError: names every such folder and why.
+    """
+    from btx.model_files.model_folder import check_model_folder
+
+    problems = []
+    for folder in folders:
+        try:
+            check_model_folder(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join([*problems, "Nothing was written."]))
 
 
 def _mix_run(run_folder: Path) -> None:

@@ -28,7 +28,14 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     stages.add_row("all", "", f"{totals['tokens']:,}", f"{totals['flops']:.2e}", _time(totals["machine_hours"]),
                    _size(totals["memory_bytes"]), _size(totals["disk_bytes"]), "")  # fmt: skip
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
-    return [_models_table(planned), stages, *baselines, _speed_text(planned["speed"]), *planned["router"]["notes"]]
+    speed = _speed_text(planned["speed"])
+    work = work_text(planned["to_do"], planned["stays"])
+    return [_models_table(planned), stages, *baselines, speed, work, *planned["router"]["notes"]]
+
+
+def work_text(to_do: list[str], stays: list[str]) -> str:
+    """What a run would make, and what stays as it is."""
+    return f"to do: {', '.join(to_do) or 'nothing'}; stays: {', '.join(stays) or 'nothing'}"
 
 
 def _models_table(planned: dict[str, Any]) -> Table:

@@ -8,6 +8,7 @@ from typing import Any
 from btx.baselines.settings import matched_by, same_as_the_run
 from btx.choices.baselines import BASELINES, stage_names
 from btx.choices.families import family_of
+from btx.models.loading import read_config
 from btx.models.seed_config import seed_config
 from btx.planning.costs import Costs, run_costs
 from btx.planning.models import model_rows
@@ -34,7 +35,8 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
     Returns:
         {"name", "run", "formula", "router", "speed", "models": {name in the results: {"total_params", "active_params",
         "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}}, "stages": [...],
-        "baselines", "totals"}. A model's training is counted from the seed model on (`TrainingCost`).
+        "stays": stages that are done, "to_do": stages that a run would make, "baselines", "totals"}. A model's training
+        is counted from the seed model on (`TrainingCost`).
         `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
         "experts_per_token", "saved_as", "notes"}. `baselines`: name → what its training costs from the seed model on,
         and how that is matched (`matching`). The total memory is that of the jobs that train at the same time, or of
@@ -44,13 +46,14 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         RecipeError: `seed_model.config` has a key that its class does not know.
         CheckpointError: no such seed model, or one that cannot be built or mixed.
     """
-    dense = seed_config(recipe)
+    run = RunFolder(Path(recipe.run_folder), recipe)
+    dense = read_config(run.model("seed")) if run.recorded("seed") else seed_config(recipe)
     family = family_of(dense, "seed model")
     num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
     used = recipe.routing.mean_experts_per_token(layers, num_experts)
-    run = RunFolder(Path(recipe.run_folder), recipe)
     speed = speed or measured_speed(run)
     costs = run_costs(run, dense, speed)
+    states = [_state(run, cost.stage) for cost in costs]
     return {
         "name": recipe.name,
         "run": recipe.run_folder,
@@ -64,7 +67,9 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         },
         "speed": speed and {"flops_per_s": speed.flops_per_s, "source": speed.source},
         "models": model_rows(recipe, dense, costs),
-        "stages": [cost.as_json() | _state(run, cost.stage) for cost in costs],
+        "stages": [cost.as_json() | state for cost, state in zip(costs, states, strict=True)],
+        "stays": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] == "done"],
+        "to_do": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] != "done"],
         "baselines": {
             name: costs.behind(f"baselines/{name}").as_json()
             | {"disk_bytes": _disk(costs, name), "matched": matching(recipe, costs, name)}

@@ -51,6 +51,8 @@ def _check_files(recipe: Recipe) -> None:
 
 def _check_seed_model(recipe: Recipe) -> None:
     seed = recipe.seed_model
+    if RunFolder(Path(recipe.run_folder), recipe).recorded("seed"):
+        return  # it is in the run folder and was checked when it came there
     if seed.config is not None:
         _check_family(seed.config, "seed_model.config")
     elif seed.path is not None and Path(seed.path).expanduser().exists():

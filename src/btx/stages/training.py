@@ -115,7 +115,9 @@ def train_stage(
         mixture=mixture,
         settings=settings,
         folder=folder,
-        checkpoints=StateFolder(folder / "state", {"inputs": stage.inputs, "data": mixture.fingerprint}),
+        checkpoints=StateFolder(
+            folder / "state", {"inputs": stage.inputs, "data": mixture.fingerprint}, device=device.type, log=log
+        ),
         flops_per_token=in_training.training_flops_per_token(sequence_length),
         rng_seed=recipe.rng_seed,
         device=device,

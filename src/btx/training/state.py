@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from btx.errors import RunFolderError
 from btx.files import atomic_folder, file_sha256, read_json, write_json
+from btx.process import Log
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -29,11 +30,16 @@ class StateFolder:
     Args:
         folder: the state/ folder.
         marks: what a resume must find unchanged, for example the data's fingerprint: name → value.
+        device: where the job runs. On another one it may go on, but not bit for bit as it would have.
+        log: told so.
     """
 
-    def __init__(self, folder: Path, marks: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, marks: Mapping[str, str], *, device: str = "cpu", log: Log = lambda line: None
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.marks = dict(marks)
+        self.device, self.log = device, log
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore the newest whole checkpoint; 0 if there is none. Raises RunFolderError on one with other marks."""
@@ -47,6 +53,9 @@ class StateFolder:
                     f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
                     f"Restore them, or remove {self.folder.parent} to train anew"
                 )
+            if (before := state.get("device", self.device)) != self.device:
+                self.log(f"resumed on {self.device} what was trained on {before}: from here on the result is not bit for "
+                         f"bit that of one device")  # fmt: skip
             _restore(checkpoint, model, optimizer)
             return int(state["step"])
         return 0
@@ -66,7 +75,8 @@ class StateFolder:
             _save(trainable | _selection_biases(model), target / "weights.safetensors")
             _save(moments, target / "optimizer.safetensors")
             sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
-            write_json(target / "state.json", {"step": step, "marks": self.marks, "sha256": sha256})
+            facts = {"step": step, "marks": self.marks, "device": self.device, "sha256": sha256}
+            write_json(target / "state.json", facts)
         self._remove_all_but(KEPT)
 
     def last(self) -> str:

@@ -203,9 +203,13 @@ def adopt(
     model: Annotated[Path, typer.Argument(help="Folder of its expert model, trained by whatever you like.")],
 ) -> None:
     """Take an expert model that was trained elsewhere for a branch's; it is checked, copied and never trained here."""
+    from btx.model_files.model_folder import check_model_folder
+
+    run = _run(run_folder)
+    check_model_folder(model)
     from btx.stages.adopt import adopt as adopt_model
 
-    adopt_model(_run(run_folder), domain, model, typer.echo)
+    adopt_model(run, domain, model, typer.echo)
 
 
 for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):

@@ -54,8 +54,8 @@ class StateFolder:
                     f"Restore them, or remove {self.folder.parent} to train anew"
                 )
             if (before := state.get("device", self.device)) != self.device:
-                self.log(f"resumed on {self.device} what was trained on {before}: from here on the result is not bit for "
-                         f"bit that of one device")  # fmt: skip
+                self.log(f"resumed on {self.device} what was trained on {before}: from here on the result is not bit "
+                         f"for bit that of one device")  # fmt: skip
             _restore(checkpoint, model, optimizer)
             return int(state["step"])
         return 0

@@ -39,7 +39,7 @@ class PretendedJob:
     def __init__(self, run: RunFolder, stages: Sequence[Stage], working: set[str]) -> None:
         self.run, self.left, self.working, self.name = run, list(stages), working, stages[0].name
         self.looks = 0
-        self.place = "nowhere"
+        self.handle: dict[str, int] = {}
         working.add(self.name)
 
     def exit_code(self) -> int | None:

@@ -145,22 +145,14 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
-    """Stages in the order of the method; the branches in the recipe's order."""
-    branches = sorted(
-        (path.name for path in (folder / "train").glob("*/")),
-        key=lambda name: (domains.index(name) if name in domains else len(domains), name),
-    )
-    baselines = sorted(path.name for path in (folder / "baselines").glob("*/"))
-    names = [
-        "data",
-        "seed",
-        *(f"train/{name}" for name in branches),
-        "mix",
-        "finetune",
-        *(f"baselines/{name}" for name in baselines),
-        "evaluate",
-        "analyze",
-    ]
+    """Stages in the order of the method; data and branches in the recipe's order."""
+
+    def below(group: str) -> list[str]:
+        names = [path.name for path in (folder / group).glob("*/") if not path.name.startswith(".")]
+        known = {name: number for number, name in enumerate(["tokenizer", *domains])}
+        return [f"{group}/{name}" for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))]
+
+    names = [*below("data"), "seed", *below("train"), "mix", "finetune", *below("baselines"), "evaluate", "analyze"]
     return [
         Stage(name, _read_json(folder / name / "done.json") or None, read_metrics(folder / name / "metrics.jsonl"))
         for name in names

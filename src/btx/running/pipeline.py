@@ -209,7 +209,7 @@ class _Pipeline:
         job = start(self.run_folder.path, [stage.name for stage in stages], log)
         self.running.append(_Running(stages, job, tail))
         self.display.begin(stages[0].name)
-        self.run_folder.event("start", job=stages[0].name, place=job.place)
+        self.run_folder.event("start", job=stages[0].name, **job.handle)
 
     def _collect(self) -> None:
         """Show what running jobs report, and take note of those that ended."""

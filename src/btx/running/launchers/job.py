@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Job(Protocol):
@@ -16,8 +16,8 @@ class Job(Protocol):
         """File its output goes to."""
 
     @property
-    def place(self) -> str:
-        """Where it runs, in words: a process, a job of a cluster."""
+    def handle(self) -> Mapping[str, Any]:
+        """By what the launcher knows it again, as a JSON value: goes into the run's events."""
 
     def exit_code(self) -> int | None:
         """None while it runs."""

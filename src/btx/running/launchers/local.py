@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class LocalJob:
     log: Path
 
     @property
-    def place(self) -> str:
+    def handle(self) -> dict[str, Any]:
         """The process's number."""
-        return f"process {self.process.pid}"
+        return {"pid": self.process.pid}
 
     def exit_code(self) -> int | None:
         """None while it runs."""

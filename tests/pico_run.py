@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from btx.process import Interrupts
+from btx.process import Interrupted, Interrupts
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
@@ -72,3 +73,23 @@ def run_here(recipe: Recipe, stages: Sequence[str] | None = None) -> tuple[RunFo
     run, lines = RunFolder.create(recipe), []
     run_stages(run, stages or [stage.name for stage in run.graph], Interrupts(), lines.append)
     return run, lines
+
+
+class StopAfter(Interrupts):
+    """Ends training after a step, wherever the last checkpoint is: what `kill -9` leaves, in this process."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.left = step
+
+    def raise_if_pending(self, message: str) -> None:
+        """Called after every step."""
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted(message, 9)
+
+
+def stopped_after(run: RunFolder, stage: str, step: int) -> None:
+    """Train a stage up to a step and no further."""
+    with contextlib.suppress(Interrupted):
+        run_stages(run, [stage], StopAfter(step), lambda line: None)

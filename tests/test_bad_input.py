@@ -26,7 +26,7 @@ from btx.run_folder.folder import RunFolder
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
-from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -106,13 +106,10 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A run whose seed model was stopped by kill -9 between two checkpoints."""
+    """A run whose seed model was stopped between two checkpoints, as by kill -9."""
     recipe = pico_recipe(tmp_path_factory.mktemp("interrupted"), "run", "seed_model.train.tokens=15360")
     run, _ = run_here(recipe, ["data"])
-    job = start("train", run.path, "seed")
-    wait_for_step(run, "seed", 4, job)
-    job.kill()
-    job.communicate()
+    stopped_after(run, "seed", 4)
     return recipe
 
 

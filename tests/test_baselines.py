@@ -20,13 +20,13 @@ from btx.files import read_json
 from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
 from btx.planning.plan import plan
-from btx.process import Interrupted, Interrupts
+from btx.process import Interrupts
 from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import jobs_at_once, training_threads
 from btx.stages.work import run_stages
-from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 MADE = list(BASELINES)
 ALL = f"baselines=[{','.join(MADE)}]"
@@ -169,22 +169,10 @@ def test_what_a_baseline_changes_is_all_that_changes(finished: RunFolder) -> Non
 def test_a_baseline_stopped_in_either_phase_goes_on_bit_for_bit(finished: RunFolder) -> None:
     run = other(finished, "stopped")
     lines: list[str] = []
-
-    class StopAfter(Interrupts):
-        def __init__(self, steps: int) -> None:
-            super().__init__()
-            self.left = steps
-
-        def raise_if_pending(self, message: str) -> None:
-            self.left -= 1
-            if not self.left:
-                raise Interrupted(message, 15)
-
     shared, *phases = [stage.name for stage in run.graph.baseline_stages(["upcycling_cm"])]
     run_stages(run, [shared], Interrupts(), lines.append)
     for stage, steps in zip(phases, (4, 3), strict=True):
-        with pytest.raises(Interrupted):
-            run_stages(run, [stage], StopAfter(steps), lines.append)
+        stopped_after(run, stage, steps)
         assert not run.done(stage)
         run_stages(run, [stage], Interrupts(), lines.append)
         one, two = (load_file(made.model(stage) / "model.safetensors") for made in (finished, run))

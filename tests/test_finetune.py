@@ -23,7 +23,7 @@ from btx.recipe.mixtures import finetune_mixture
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
 from btx.training.schedule import adamw, set_learning_rate
-from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 BRANCHED = ["data", "seed", "train/birds", "train/tools"]
 
@@ -101,21 +101,9 @@ def test_an_interrupted_finetuning_goes_on_bit_for_bit(
 
 def _checkpoint_of(run: RunFolder, step: int) -> Path:
     """The checkpoint after `step` steps: the run is done anew from its mix and stopped there."""
-    from btx.process import Interrupted, Interrupts
-    from btx.stages.work import run_stages
-
     shutil.rmtree(run.path / "finetune")
 
-    class StopAfter(Interrupts):
-        steps = 0
-
-        def raise_if_pending(self, message: str) -> None:
-            StopAfter.steps += 1
-            if StopAfter.steps == step:
-                raise Interrupted(message, 15)
-
-    with pytest.raises(Interrupted):
-        run_stages(run, ["finetune"], StopAfter(), lambda line: None)
+    stopped_after(run, "finetune", step)
     return run.path / "finetune" / "state" / f"step-{step:08d}"
 
 

@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 from btx.errors import NotFinite
 from btx.files import file_sha256
 from btx.metrics_file import last_metrics
-from btx.process import Interrupted, Interrupts
 from btx.run_folder.folder import RunFolder
-from btx.stages.work import run_stages
-from tests.pico_run import pico_recipe, run_here
+from tests.pico_run import pico_recipe, run_here, stopped_after
 
 
 def files_of(run: RunFolder) -> dict[str, str]:
@@ -71,29 +69,27 @@ def kill_while_training(run: RunFolder, stage: str, at_step: int) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize(("stage", "needs"), [
-    ("seed", ["data"]),
-    ("finetune", ["data", "seed", "train/birds", "train/tools", "mix"]),
-])  # fmt: skip
-def test_a_resumed_run_is_bit_identical(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, needs: list[str]
-) -> None:
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the number of threads decides the last bits
-    whole, _ = run_here(pico_recipe(tmp_path, "whole"), [*needs, stage])
-    killed, _ = run_here(pico_recipe(tmp_path, "killed"), needs)
-    for step in (2, 5) if stage == "finetune" else (5,):
-        kill_while_training(killed, stage, step)
-    assert not (killed.folder(stage) / "done.json").exists()
-    _, lines = run_here(killed.recipe, [stage])
+    needs = ["data", "seed", "train/birds", "train/tools", "mix"]
+    whole, _ = run_here(pico_recipe(tmp_path, "whole"), [*needs, "finetune"])
+    killed, _ = run_here(pico_recipe(tmp_path, "killed"), needs[:2])
+    stopped_after(killed, "train/birds", 5)
+    run_here(killed.recipe, needs)
+    kill_while_training(killed, "finetune", 2)
+    kill_while_training(killed, "finetune", 5)
+    assert not (killed.folder("finetune") / "done.json").exists()
+    _, lines = run_here(killed.recipe, ["finetune"])
     assert any("resumed after step" in line for line in lines), lines
-    one, two = (load_file(run.model(stage) / "model.safetensors") for run in (whole, killed))
-    assert one.keys() == two.keys()
-    assert all(one[name].equal(two[name]) for name in one)
-    losses = [
-        [json.loads(line)["loss"] for line in (run.folder(stage) / "metrics.jsonl").read_text("utf-8").splitlines()]
-        for run in (whole, killed)
-    ]
-    assert losses[0] == losses[1]
+    for stage in ("train/birds", "finetune"):
+        one, two = (load_file(run.model(stage) / "model.safetensors") for run in (whole, killed))
+        assert one.keys() == two.keys()
+        assert all(one[name].equal(two[name]) for name in one)
+        losses = [
+            [json.loads(line)["loss"] for line in (run.folder(stage) / "metrics.jsonl").read_text("utf-8").splitlines()]
+            for run in (whole, killed)
+        ]
+        assert losses[0] == losses[1]
 
 
 def test_sigterm_saves_and_the_next_call_continues(tmp_path: Path) -> None:
@@ -114,17 +110,7 @@ def test_sigterm_saves_and_the_next_call_continues(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     recipe = pico_recipe(tmp_path)
     run, _ = run_here(recipe, ["data"])
-
-    class StopAfterSix(Interrupts):
-        steps = 0
-
-        def raise_if_pending(self, message: str) -> None:
-            self.steps += 1
-            if self.steps == 6:
-                raise Interrupted(message, signal.SIGTERM)
-
-    with pytest.raises(Interrupted):
-        run_stages(run, ["seed"], StopAfterSix(), lambda line: None)
+    stopped_after(run, "seed", 6)
     checkpoints = sorted((run.folder("seed") / "state").glob("step-*"))
     assert [path.name for path in checkpoints] == ["step-00000003", "step-00000006"]
     weights = checkpoints[-1] / "weights.safetensors"

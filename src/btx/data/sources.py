@@ -41,7 +41,7 @@ def split_documents(source: Source, *, domain: str, data: Data, rng_seed: int) -
     """Both sides of `source` in one pass, each document with its side.
 
     Args:
-        source: anything but a `domain:` source, which has no documents of its own (see `mixture.resolve`).
+        source: anything but a `domain:` source, which has no documents of its own (see `btx.recipe.mixtures.resolve`).
         domain: the domain `source` belongs to, a key of `data.domains`.
         data: gives the root of relative paths, the held-out share and the domain's held-out files.
         rng_seed: what generators depend on.

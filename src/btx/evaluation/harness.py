@@ -110,7 +110,7 @@ class Harness:
         """Measure a model on every task; label → score.
 
         Args:
-            model: causal language model, loaded by `btx.baselines.btm.load_model_or_btm`, on any device.
+            model: causal language model, loaded by `btx.baselines.btm_model.load_model_or_btm`, on any device.
             tokenizer: its tokenizer.
             log: called after each task with a line for the user.
 

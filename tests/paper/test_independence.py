@@ -1,4 +1,4 @@
-"""Branches are independent and everything resumes exactly (paper, section 2.1; the project's first promise)."""
+"""Branches are independent and everything resumes exactly (paper, section 3.1; the project's first promise)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the paper says about mixing (section 2.2), as tests."""
+"""What the paper says about mixing (section 3.2), as tests."""
 
 from __future__ import annotations
 

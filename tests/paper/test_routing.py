@@ -1,4 +1,4 @@
-"""What the paper says about the router and load balancing (section 2.2), as tests."""
+"""What the paper says about the router and load balancing (section 3.2), as tests."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class MergeMethod:
 
 MERGE_METHODS: dict[str, MergeMethod] = {
     "mean": MergeMethod(
-        "float32 mean over all experts, the generalist included (paper, section 2.2)", elementwise=True
+        "float32 mean over all experts, the generalist included (paper, section 3.2)", elementwise=True
     ),
     "seed": MergeMethod(
         "the seed model's own weights; right for experts whose shared weights were frozen", elementwise=True

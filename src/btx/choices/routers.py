@@ -51,7 +51,7 @@ def _why_switch_is_not_plain(rule: RoutingRule, probability_gates: bool) -> str 
 
 ROUTERS: dict[str, RouterKind] = {
     "top_k": RouterKind(
-        "softmax over the k largest logits, any k (paper, section 2.2); saved as the plain class",
+        "softmax over the k largest logits, any k (paper, section 3.2); saved as the plain class",
         "Top-{top_k}", lambda rule, layer, num_experts: rule.top_k, _plain,
     ),
     "switch": RouterKind(
@@ -61,11 +61,11 @@ ROUTERS: dict[str, RouterKind] = {
     ),
     "sample_top1": RouterKind(
         "Gumbel-softmax sample of one expert in training, hard choice at inference, first layer soft "
-        "(paper, section 2.2); saved for btx only, as the plain class with mix.soft_first_layer=false",
+        "(paper, section 3.2); saved for btx only, as the plain class with mix.soft_first_layer=false",
         "Sample Top-1", _sampled_experts, _why_sampling_is_not_plain,
     ),
     "soft": RouterKind(
-        "all experts, full softmax (paper, section 2.2); saved as the plain class with k = N",
+        "all experts, full softmax (paper, section 3.2); saved as the plain class with k = N",
         "soft", lambda rule, layer, num_experts: num_experts, _plain,
     ),
 }  # fmt: skip

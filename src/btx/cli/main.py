@@ -193,6 +193,8 @@ def train(
     run = _run(run_folder)
     (stage,) = run.graph.named(["seed" if domain == "seed" else f"train/{domain}"], where=str(run_folder))
     needs = [] if run.state(stage) == "done" else run.unfinished_needs(stage)
+    for needed in needs:
+        typer.echo(f"· {needed.name}: not there, made first")
     _work(run_folder, [needed.name for needed in (*needs, stage)])
 
 

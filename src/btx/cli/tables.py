@@ -78,8 +78,9 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=column == "stage")
     for row in rows:
         step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
+        where = f" on {row['node']}" if row["state"] == "running" else ""
         table.add_row(
-            row["stage"], row["state"] + (f": {row['why']}" if row["why"] else ""), step,
+            row["stage"], row["state"] + where + (f": {row['why']}" if row["why"] else ""), step,
             f"{row['loss']:.3f}" if row["loss"] is not None else "",
             f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "",
             clock_text(row["eta_s"]) if row["eta_s"] is not None else "",

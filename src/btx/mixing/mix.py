@@ -1,4 +1,4 @@
-"""Mix expert models into one MoE model (paper, section 2.2).
+"""Mix expert models into one MoE model (paper, section 3.2).
 
 In every layer the experts' FF sublayers become the experts of one MoE layer, copied bit for bit; every other weight is
 the mean over the experts (the generalist included); the routers are new. Tensors are streamed one at a time.

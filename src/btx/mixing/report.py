@@ -10,7 +10,7 @@ from btx.model_files.provenance import model_provenance, versions
 from btx.model_files.shard_writer import OutputTensor
 
 FINETUNE_NEXT = (
-    "finetune {output} on text of all experts' domains and of the seed model's kind (paper, section 2.2): "
+    "finetune {output} on text of all experts' domains and of the seed model's kind (paper, section 3.2): "
     "`btx finetune RUN` in a run, else any trainer that takes transformers models"
 )
 RISKY_DRIFT = 0.35

@@ -1,4 +1,4 @@
-"""Losses on the routers: load balancing (paper, section 2.2, equation of L_LB; after Switch Transformer, arXiv
+"""Losses on the routers: load balancing (paper, section 3.2, equation of L_LB; after Switch Transformer, arXiv
 2101.03961, eq. 4-6), the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), and balancing without a loss (arXiv
 2408.15664).
 

@@ -1,4 +1,4 @@
-"""The MoE layer of the paper (section 2.2): a router and E feed-forward experts.
+"""The MoE layer of the paper (section 3.2): a router and E feed-forward experts.
 
     FF_MoE(x) = Σ_i g_i(W x) FF_i(x),    g = SoftMax(TopK(W x)) or one of the other routers
 

@@ -1,4 +1,4 @@
-"""The routers of the paper side by side (section 2.2 and its ablation): router logits → gate weights and expert ids.
+"""The routers of the paper side by side (section 3.2 and its ablation): router logits → gate weights and expert ids.
 
     top_k        g = SoftMax(TopK(W x))
     soft         g = SoftMax(W x), all experts
@@ -38,7 +38,7 @@ class Routing:
 
 
 def top_k_gates(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """g = SoftMax(TopK(W x)): select first, then softmax over the selected logits only (paper, section 2.2).
+    """g = SoftMax(TopK(W x)): select first, then softmax over the selected logits only (paper, section 3.2).
 
     Args:
         logits_TE: router logits (T, E).
@@ -65,7 +65,7 @@ def biased_top_k_gates(logits_TE: Tensor, top_k: int, bias_E: Tensor) -> tuple[T
 
 
 def soft_gates(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """g = SoftMax(W x): every token uses all experts (paper, section 2.2). Equal to `top_k_gates` with K = E.
+    """g = SoftMax(W x): every token uses all experts (paper, section 3.2). Equal to `top_k_gates` with K = E.
 
     Returns:
         gates_TE (T, E), largest first, and expert_ids_TE (T, E).
@@ -104,7 +104,7 @@ def switch_capacity(tokens: int, num_experts: int, capacity_factor: float) -> in
 
 
 def sample_top1_gates(logits_TE: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
-    """Sample Top-1 (paper, section 2.2): y = SoftMax((W x + G) / τ), G Gumbel noise, all but its largest value zeroed.
+    """Sample Top-1 (paper, section 3.2): y = SoftMax((W x + G) / τ), G Gumbel noise, all but its largest value zeroed.
 
     Args:
         logits_TE: router logits (T, E).

@@ -9,6 +9,8 @@ from typing import Any
 from btx.baselines.matching import matched_phases, moe_cost, router_flops
 from btx.choices.baselines import BASELINES
 from btx.models.cost import ModelCost, config_cost
+from btx.models.loading import read_config
+from btx.models.seed_config import seed_config
 from btx.planning.speed import Speed
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe.schema import Recipe
@@ -16,6 +18,19 @@ from btx.recipe.training import Training
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.threads import threads_of
+
+
+def dense_config(run: RunFolder) -> dict[str, Any]:
+    """Config of a run's seed model, completed with its class's defaults; of an existing model from the run folder once
+    it is there, so that nothing depends on where it came from.
+
+    Raises:
+        RecipeError: `seed_model.config` has a key that its class does not know.
+        CheckpointError: no such model, or one that transformers cannot build.
+    """
+    if run.recipe.seed_model.path is not None and run.recorded("seed"):
+        return read_config(run.model("seed"))
+    return seed_config(run.recipe)
 
 
 @dataclass(frozen=True)

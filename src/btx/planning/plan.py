@@ -8,9 +8,7 @@ from typing import Any
 from btx.baselines.settings import matched_by, same_as_the_run
 from btx.choices.baselines import BASELINES, stage_names
 from btx.choices.families import family_of
-from btx.models.loading import read_config
-from btx.models.seed_config import seed_config
-from btx.planning.costs import Costs, run_costs
+from btx.planning.costs import Costs, dense_config, run_costs
 from btx.planning.models import model_rows
 from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed, measured_speed
@@ -47,7 +45,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         CheckpointError: no such seed model, or one that cannot be built or mixed.
     """
     run = RunFolder(Path(recipe.run_folder), recipe)
-    dense = read_config(run.model("seed")) if run.recorded("seed") else seed_config(recipe)
+    dense = dense_config(run)
     family = family_of(dense, "seed model")
     num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
     used = recipe.routing.mean_experts_per_token(layers, num_experts)

@@ -117,7 +117,7 @@ class Recipe(Section):
         Raises:
             UserError: no branch is called so, or none would be left.
         """
-        unknown = [domain for domain in domains if domain not in self.train.domains]
+        unknown = [domain for domain in domains if domain not in self.data.domains]  # a branch may be left out already
         if unknown:
             raise UserError(f"--without: no branch {', '.join(unknown)}; there are: {', '.join(self.train.domains)}")
         values = self.model_dump()
@@ -212,6 +212,18 @@ def _own_tokens_are_a_branchs(recipe: Recipe) -> str | None:
 def _no_domain_is_called_seed(recipe: Recipe) -> str | None:
     if "seed" in recipe.data.domains:
         return "a domain cannot be called 'seed': the word names the seed model's job"
+    return None
+
+
+def _no_domain_is_called_tokenizer(recipe: Recipe) -> str | None:
+    if "tokenizer" in recipe.data.domains:
+        return "a domain cannot be called 'tokenizer': the tokenizer lies beside the domains' folders; rename it"
+    return None
+
+
+def _no_branch_is_called_generalist(recipe: Recipe) -> str | None:
+    if "generalist" in recipe.train.domains:
+        return "train.domains: a branch cannot be called 'generalist': the word names the seed model as an expert"
     return None
 
 
@@ -321,6 +333,8 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (
     _branches_are_named_once,
     _own_tokens_are_a_branchs,
     _no_domain_is_called_seed,
+    _no_domain_is_called_tokenizer,
+    _no_branch_is_called_generalist,
     _there_are_two_experts,
     _a_token_uses_no_more_experts_than_there_are,
     _a_dense_router_gradient_is_top_ks,

@@ -44,6 +44,8 @@ def carry_over(run: RunFolder, log: Log) -> None:
             verified |= domains
         _adapt(run.folder(stage.name), stage, str(begun["inputs"]))
         log(f"{stage.name}: stays, though an earlier version made it: same settings, same tokens, same start")
+    for name in ("started.json", "done.json"):  # of the one data stage: all it said is compared
+        (run.path / "data" / name).unlink(missing_ok=True)
 
 
 def _why_not(run: RunFolder, stage: Stage, begun: Mapping[str, Any], verified: set[str]) -> str:

@@ -30,7 +30,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str, left_o
         if isinstance(before, dict) and isinstance(after, dict):
             lines += _changed(before, after, f"{prefix}{key}.", left_out)
         else:
-            lines.append(f"{prefix}{key}: {before} → {after}")
+            lines.append(f"{prefix}{key}: {_shown(before, after)}")
     return lines
 
 
@@ -46,3 +46,9 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     lines += [f"{path} is new" for path, sha256 in new.items() if path not in old and sha256 not in before]
     gone = [path for path, sha256 in old.items() if path not in new and sha256 not in here]
     return lines + [f"{PurePath(path).name} is gone" for path in gone]
+
+
+def _shown(before: Any, after: Any) -> str:
+    if isinstance(before, dict) or isinstance(after, dict):
+        return "added" if before is None else "left out" if after is None else "changed"
+    return f"{before} → {after}"

@@ -131,11 +131,14 @@ class RunFolder:
         """The settings, files or earlier stages that changed since a stale stage was begun."""
         begun = read_json(self.folder(stage.name) / "started.json")
         if begun.get("format") != FORMAT:
-            return f"an earlier version of btx made it; `btx run {self.path}` sees whether it can stay"
+            may_stay = f"; `btx run {self.path}` sees whether it can stay" * (self.path / "data/started.json").is_file()
+            return f"an earlier version of btx made it{may_stay}"
         reasons = changed_settings(begun["shown"], stage.shown) + changed_files(begun["files"], _names(stage))
         reasons += [
             f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
         ]
+        if not reasons and begun["settings"] != stage.settings:
+            reasons = ["its files are read in another order"]
         return "; ".join(reasons) or "made by another version"
 
     def unfinished_needs(self, stage: Stage) -> list[Stage]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from btx.data.prepare import Elsewhere, held_out_digests, prepare_domain, training_digests, training_texts
 from btx.data.tokenizer import TokenizerFile, as_loaded_beside, save_tokenizer, tokenizer_sha256, train_tokenizer
-from btx.errors import CheckpointError, DataError
+from btx.errors import CheckpointError
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
 from btx.recipe.schema import Recipe
@@ -34,10 +34,6 @@ def _write_tokenizer(run: RunFolder, stage: Stage, log: Log) -> None:
     from btx.models.loading import load_tokenizer  # transformers, which the domains' stages do without
 
     recipe, seed = run.recipe, run.recipe.seed_model
-    if "tokenizer" in recipe.data.domains:
-        raise DataError(
-            "a domain cannot be called 'tokenizer': the tokenizer lies beside the domains' folders; rename it"
-        )
     if seed.path is not None:
         tokenizer = load_tokenizer(seed.path, revision=seed.revision)
     else:

@@ -1,4 +1,4 @@
-"""Finetune the mixed model (paper, section 2.2): next-token loss plus load balancing, on all domains' data."""
+"""Finetune the mixed model (paper, section 3.2): next-token loss plus load balancing, on all domains' data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mix (paper, section 2.2): the run's expert models become one MoE model."""
+"""Mix (paper, section 3.2): the run's expert models become one MoE model."""
 
 from __future__ import annotations
 

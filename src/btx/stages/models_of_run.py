@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from btx.baselines.settings import matched_by
 from btx.evaluation.evaluate import ModelEntry
-from btx.models.loading import read_config
-from btx.models.seed_config import seed_config
-from btx.planning.costs import TrainingCost, longest_way, run_costs
+from btx.planning.costs import TrainingCost, dense_config, longest_way, run_costs
 from btx.planning.models import model_stages
 from btx.planning.speed import measured_speed
 from btx.run_folder.folder import RunFolder
@@ -62,7 +60,5 @@ def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
 def _predicted(run: RunFolder) -> dict[str, TrainingCost]:
     """Stage → what `btx plan` says of the training behind its model, at the speed that the run's first training stage
     had."""
-    recipe = run.recipe
-    dense = seed_config(recipe) if recipe.seed_model.path is None else read_config(run.model("seed"))
-    costs = run_costs(run, dense, measured_speed(run))
+    costs = run_costs(run, dense_config(run), measured_speed(run))
     return {stage.name: costs.behind(stage.name) for stage in costs.graph}

@@ -1,4 +1,4 @@
-"""Branch (paper, section 2.1): copies of the seed model, each with its own domain and set of trained weights."""
+"""Branch (paper, section 3.1): copies of the seed model, each with its own domain and set of trained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train (paper, section 2.1): the seed model from scratch, and each branch on its own domain.
+"""Train (paper, section 3.1): the seed model from scratch, and each branch on its own domain.
 
 A branch reads the recipe, the token files and the seed folder, and writes only its own folder: it can be started by
 hand on any machine that sees the run folder, in any order, and fails alone.

@@ -22,6 +22,7 @@ from btx.models.loading import load_tokenizer
 from btx.planning.budgets import check_budget, check_budgets, check_held_out
 from btx.recipe.mixtures import resolve
 from btx.recipe.schema import Recipe
+from btx.run_folder.stages_of_recipe import build_graph
 from tests.pico_run import run_here
 
 MATH = [f"{n} plus {n} is {2 * n}." for n in range(400)]
@@ -63,7 +64,12 @@ def prepare(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path, *, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """All domains, one after the other; domain → its summary."""
-    return {domain: prepare_domain(recipe, domain, tokenizer, out, log=log) for domain in recipe.data.domains}
+    return {name: prepare_domain(recipe, name, tokenizer, out / name, log=log) for name in recipe.data.domains}
+
+
+def folders(out: Path, *domains: str) -> dict[str, Path]:
+    """Domain → its prepared folder."""
+    return {domain: out / domain for domain in domains or ("math", "code", "general")}
 
 
 def silent(line: str) -> None:
@@ -183,9 +189,9 @@ def test_too_few_held_out_documents_are_refused(
     (tmp_path / "val.jsonl").write_text('{"text": "short"}')
     recipe = make({"code": {"path": "code.jsonl", "held_out": "val.jsonl"}})
     prepare(recipe, tokenizer, tmp_path / "data", log=silent)
-    check_held_out(recipe, tmp_path / "data", "math")
+    check_held_out(recipe, folders(tmp_path / "data"), "math")
     with pytest.raises(DataError, match=r"domain 'code': 1 held-out documents with \d tokens; needed: at least 1 with"):
-        check_budgets(recipe, tmp_path / "data", list(recipe.data.domains))
+        check_budgets(recipe, folders(tmp_path / "data"))
 
 
 def test_held_out_text_for_a_domain_without_documents_of_its_own_is_refused(
@@ -201,29 +207,29 @@ def test_a_budget_of_more_than_fifty_epochs_is_refused_with_both_numbers(
 ) -> None:
     recipe, out = make(), tmp_path / "data"
     have = prepare(recipe, tokenizer, out, log=silent)["code"]["train_tokens"]
-    check_budget(recipe, out, {"code": 1.0}, 50 * have, "train.tokens")
+    check_budget(recipe, folders(out), {"code": 1.0}, 50 * have, "train.tokens")
     with pytest.raises(DataError) as caught:
-        check_budget(recipe, out, {"code": 1.0}, 51 * have, "train.tokens")
+        check_budget(recipe, folders(out), {"code": 1.0}, 51 * have, "train.tokens")
     message = str(caught.value)
     assert f"domain 'code', source 0: {have:,} training tokens, but train.tokens = {51 * have:,} takes" in message
     assert "51 epochs" in message
-    check_budget(recipe, out, {"code": 0.1, "math": 0.9}, 60 * have, "train.tokens")
-    check_budgets(recipe, out, list(recipe.data.domains))
+    check_budget(recipe, folders(out), {"code": 0.1, "math": 0.9}, 60 * have, "train.tokens")
+    check_budgets(recipe, folders(out))
     with pytest.raises(DataError, match=r"finetune\.tokens = 1,000,000,000"):
-        check_budgets(make(finetune={"tokens": 10**9}), out, list(recipe.data.domains))
+        check_budgets(make(finetune={"tokens": 10**9}), folders(out))
     long = recipe.data.model_dump() | {"sequence_length": have}
     with pytest.raises(DataError, match=rf"fewer than one training sequence .* \+ 1 = {have + 1:,}"):
-        check_budget(make(data=long), out, {"code": 1.0}, 100, "train.tokens")
+        check_budget(make(data=long), folders(out), {"code": 1.0}, 100, "train.tokens")
 
 
 def test_a_domain_is_checked_with_what_is_its_own(
     make: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     recipe, out = make(train={"tokens": 10**9, "domains": ["math", "code"]}), tmp_path / "data"
-    prepare_domain(recipe, "general", tokenizer, out, log=silent)
+    prepare_domain(recipe, "general", tokenizer, out / "general", log=silent)
     with pytest.raises(DataError, match=r"domain 'general', source 0: .* train\.tokens = 1,000,000,000 takes"):
-        check_budgets(recipe, out, ["general"])  # the branches replay it; math and code are not there yet
-    check_budgets(make(), out, ["general"])
+        check_budgets(recipe, folders(out, "general"))  # the branches replay it; math and code are not there yet
+    check_budgets(make(), folders(out, "general"))
 
 
 def test_a_runs_data_stages_leave_a_tokenizer_and_token_files(make: Callable[..., Recipe]) -> None:
@@ -310,3 +316,35 @@ def test_a_new_tokenizer_is_written_under_a_class_that_transformers_4_knows(tmp_
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("one 42 trois")["input_ids"] == tokenizer("one 42 trois")["input_ids"]
     assert loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_domains_that_are_made_anew_together_are_kept_apart_from_what_each_holds_out_now(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    shared = [f"Shared text, number {n}." for n in range(300)]
+    for name in ("math", "code", "general"):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(
+                "".join("\n" + json.dumps({"text": text.replace(" ", "  " * (1 + len(name)))}) for text in shared)
+            )
+    recipe = make({"general": "general.jsonl"})
+    run_here(recipe, ["data"])
+    more = recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": 0.3})})
+    run, _ = run_here(more, ["data"])
+    data = run.path / "data"
+    tokenizer = load_tokenizer(data / "tokenizer")
+    held_out = set().union(*(texts_of(data / name / "0" / "val", tokenizer) for name in ("math", "code", "general")))
+    for name in ("math", "code", "general"):
+        assert not held_out & texts_of(data / name / "0" / "train", tokenizer), name
+        assert run.done(f"data/{name}")["taken_out"]["training"][f"{name}/0"]
+
+
+def test_a_dataset_in_a_folder_is_what_its_files_hold(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in CODE))
+    before = build_graph(make({"code": {"hub": "set"}}))["data/code"].inputs
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert build_graph(make({"code": {"hub": "moved"}}))["data/code"].inputs == before
+    (tmp_path / "moved" / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in CODE[1:]))
+    assert build_graph(make({"code": {"hub": "moved"}}))["data/code"].inputs != before

@@ -236,7 +236,7 @@ class Pretending:
 def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[str, ...]]:
     """Run the plan with runs that pretend; returns which were under way whenever one was started."""
     monkeypatch.setattr("btx.sweeps.sweep.POLL_S", 0.0)
-    monkeypatch.setattr("btx.planning.budgets.check_budgets", lambda recipe, folder, domains: None)
+    monkeypatch.setattr("btx.planning.budgets.check_budgets", lambda recipe, folders: None)
     jobs: list[Pretending] = []
     under_way: list[tuple[str, ...]] = []
 

@@ -43,6 +43,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(template: Path, tmp_path: Path) -> Path:
     """A copy of them at another place, all files touched, with a domain `law` beside that the run does not know."""
     shutil.copytree(template, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text("utf-8").replace(str(template), str(tmp_path)), "utf-8")
     words = [word[::-1] for word in WORDS["tools"]]
     lines = [
         json.dumps({"text": " ".join(words[i * k * k % len(words)] for k in range(40)) + f" {i}"}) for i in range(240)
@@ -164,6 +166,41 @@ def test_a_finished_run_without_its_data_files_is_finished(here: Path) -> None:
     assert {opened.state(stage) for stage in opened.graph} == {"done"}
 
 
+def test_without_its_data_folder_a_run_with_a_later_domain_is_finished_and_prepares_the_same_again(here: Path) -> None:
+    recipe = pico_recipe(here, "run", *LAW)
+    run_here(recipe)
+    tokens = {file: file.read_bytes() for file in (here / "run" / "data").rglob("tokens.bin")}
+    shutil.rmtree(here / "run" / "data")
+    run = RunFolder.open(here / "run")
+    assert stale(recipe) == {stage.name for stage in run.graph.data}
+    assert not any(run.is_needed(stage) for stage in run.graph.data)
+    run_here(recipe, ["data/tokenizer", "data/law", "data/general", "data/birds", "data/tools"])
+    assert {file: file.read_bytes() for file in (here / "run" / "data").rglob("tokens.bin")} == tokens
+    assert stale(recipe) == set()
+
+
+def test_settings_that_can_be_compared_are_compared_where_the_files_are_missing(here: Path) -> None:
+    (here / "birds.jsonl").unlink()
+    assert stale(pico_recipe(here)) == set()
+    for other in ("{path: birds.jsonl, max_bytes: 5000}", "brids.jsonl", "[birds.jsonl, tools.jsonl]"):
+        assert "data/birds" in stale(pico_recipe(here, "run", f"data.domains.birds={other}")), other
+    assert {"data/birds", "data/tools", "data/general"} <= stale(pico_recipe(here, "run", "data.held_out=0.2"))
+
+
+def test_an_existing_seed_model_that_moved_is_found_again_by_content(here: Path, template: Path) -> None:
+    shutil.copytree(template / "run" / "seed" / "model", here / "mine")
+    existing = ("seed_model={path: " + str(here / "mine") + "}",)
+    run_here(pico_recipe(here, "other", *existing), ["data", "seed", "train/birds"])
+    (here / "mine" / "README.txt").write_text("about it")
+    (here / "mine").rename(here / "elsewhere")
+    recipe = pico_recipe(here, "other", *existing)
+    assert states(recipe)["train/birds"] == "done"
+    assert states(recipe)["seed"] == "begun"  # its link leads nowhere
+    moved = pico_recipe(here, "other", "seed_model={path: " + str(here / "elsewhere") + "}")
+    run, _ = run_here(moved, ["seed", "train/tools"])
+    assert {run.state(run.graph[name]) for name in ("seed", "train/birds", "train/tools")} == {"done"}
+
+
 def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_finished(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +299,23 @@ def test_a_stale_stage_that_cannot_start_stays_where_it_is(here: Path, stage: st
     with pytest.raises((CheckpointError, RunFolderError)):
         run_stages(run, [stage], Interrupts(), lambda line: None)
     assert stamp(run, stage) == before
+    assert not (run.path / "stale").exists()
+
+
+@pytest.mark.parametrize(("file", "text", "stage", "expected"), [
+    ("birds.jsonl", '{"text": 3}', "data/birds", "is a int, not a string"),
+    ("quiz.jsonl", "broken", "evaluate", "not a line of JSON"),
+])  # fmt: skip
+def test_what_cannot_be_read_sets_nothing_aside(here: Path, file: str, text: str, stage: str, expected: str) -> None:
+    with (here / file).open("a") as opened:
+        opened.write(text + "\n" if stage == "data/birds" else "")
+    if stage == "evaluate":
+        (here / file).write_text(text)
+    recipe = pico_recipe(here)
+    with pytest.raises(UserError, match=expected):
+        run_here(recipe, [stage])
+    run = RunFolder.open(here / "run")
+    assert run.done(stage)
     assert not (run.path / "stale").exists()
 
 

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob, has_magic
@@ -50,9 +52,7 @@ def find_files(path: str, root: str | None) -> list[Path]:
     if full.exists():
         matches = [full]
     elif has_magic(path):
-        pattern = str(Path(path).expanduser())
-        named = (base / match for match in glob(pattern, root_dir=base, recursive=True))  # noqa: PTH207 (may be absolute)
-        matches = [match for match in named if match.is_dir() or not _is_aside(match.name)]
+        matches = [match for match in _expanded(base, path) if match.is_dir() or not _is_aside(match.name)]
     else:
         matches = []
     if not matches:
@@ -65,6 +65,11 @@ def find_files(path: str, root: str | None) -> list[Path]:
         more = f" and {len(files) - 10} more" if len(files) > 10 else ""
         raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {found}{more}")
     return readable
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Every file of a dataset's folder but for hidden ones and those about others, sorted."""
+    return _each_once(sorted(_files_in(folder)))
 
 
 def fixed_part(path: str, root: str | None) -> Path:
@@ -125,6 +130,29 @@ def read_hub(source: Source, root: str | None) -> Iterator[str]:
 
 def _absolute(path: str) -> Path:
     return Path(path).expanduser().absolute()
+
+
+def _expanded(base: Path, pattern: str) -> Iterator[Path]:
+    """What a glob names below `base`; `**` goes through links as a folder does, each real folder once."""
+    pattern = str(Path(pattern).expanduser())
+    before, anywhere, after = pattern.partition("**")
+    if not anywhere:
+        yield from (base / match for match in glob(pattern, root_dir=base))  # noqa: PTH207 (may be absolute)
+        return
+    wanted = re.compile("(?:.*/)?" + "/".join(map(_part, after.strip("/").split("/"))) if after.strip("/") else ".*")
+    for top in glob(before or ".", root_dir=base):  # noqa: PTH207 (may be absolute)
+        folder = base / top
+        for file in _files_in(folder) if folder.is_dir() else ():
+            if wanted.fullmatch(file.relative_to(folder).as_posix()):
+                yield file
+
+
+def _part(pattern: str) -> str:
+    """One part of a glob as a regular expression that matches no slash."""
+    if pattern == "**":
+        return "(?:.*/)?[^/]*"
+    body = fnmatch.translate(pattern).removeprefix("(?s:")[: -len(r")\Z")]
+    return re.sub(r"(?<!\\)\.", "[^/]", body)
 
 
 def _files_in(path: Path) -> list[Path]:

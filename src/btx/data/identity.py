@@ -4,11 +4,12 @@ when they were written is no part of it. Plain Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import has_magic
+from pathlib import Path, PurePath
 from typing import Any
 
-from btx.data.document_files import SUFFIXES
+from btx.data.document_files import SUFFIXES, located
 from btx.data.sources import owns_held_out, source_files
 from btx.errors import DataError
 from btx.files import content_sha256, value_hash
@@ -24,14 +25,26 @@ def own_sources(data: Data, domain: str) -> list[tuple[int, Source]]:
     return [(number, source) for number, source in sources if source.domain is None and source.weight]
 
 
-def domain_identity(data: Data, domain: str, rng_seed: int) -> dict[str, Any]:
+def domain_identity(
+    data: Data, domain: str, rng_seed: int, *, recorded: Mapping[str, Any] | None = None, names: Iterable[str] = ()
+) -> dict[str, Any]:
     """Everything that decides a domain's own documents and their sides, but for the other domains, as a JSON value.
 
     Files stand in the order in which they are read, each as [format, SHA-256].
 
+    Args:
+        recorded: what the files of each source held, for a machine where they are not.
+        names: paths of those files, as they were: a path of the recipe that names none of them is another one.
+
     Raises:
         DataError: a file is missing; names the domain.
     """
+    if recorded is not None:
+        _refuse_other_paths(data, domain, {part for name in names for part in PurePath(name).parts}, recorded)
+        return {
+            str(number): _settings(data, domain, source, rng_seed, recorded[str(number)])
+            for number, source in own_sources(data, domain)
+        }
     return {
         str(number): _source_identity(data, domain, source, rng_seed) for number, source in own_sources(data, domain)
     }
@@ -62,13 +75,38 @@ def _source_identity(data: Data, domain: str, source: Source, rng_seed: int) -> 
         train, held_out = source_files(source, domain, data)
     except DataError as error:
         raise DataError(f"domain {domain!r}: {error}") from error.__cause__
+    files = {"train": files_identity(train), "held_out": files_identity(held_out)}
+    return _settings(data, domain, source, rng_seed, files)
+
+
+def _settings(data: Data, domain: str, source: Source, rng_seed: int, files: Mapping[str, Any]) -> dict[str, Any]:
+    # A dataset in a folder is what its files hold.
+    left_out = NOT_OF_THE_TEXT | ({"hub"} if source.hub is not None and files["train"] else set())
     return {
-        **source.model_dump(mode="json", exclude=NOT_OF_THE_TEXT, exclude_none=True, exclude_defaults=True),
-        "files": {"train": files_identity(train), "held_out": files_identity(held_out)},
+        **source.model_dump(mode="json", exclude=left_out, exclude_none=True, exclude_defaults=True),
+        "files": dict(files),
         "held_out_share": data.held_out,
         "owns_held_out": owns_held_out(source, domain, data),
         **({"rng_seed": rng_seed} if source.generate is not None else {}),
     }
+
+
+def _refuse_other_paths(data: Data, domain: str, known: set[str], recorded: Mapping[str, Any]) -> None:
+    """Refuse sources that are not those whose files are recorded, as far as their paths tell.
+
+    Raises:
+        DataError: names the path.
+    """
+    own = own_sources(data, domain)
+    named = [path for _, source in own for path in (source.path, data.domains[domain].held_out) if path is not None]
+    for path in named:
+        if not has_magic(path) and PurePath(path).name not in known:
+            raise DataError(f"domain {domain!r}: {located(path, data.root)}: no such file or folder, and not what the "
+                            f"domain was prepared from")  # fmt: skip
+    if {str(number) for number, _ in own} != recorded.keys():
+        raise DataError(
+            f"domain {domain!r}: its sources are not those it was prepared from, and files of it are missing"
+        )
 
 
 def _files_of(data: Data, domain: str) -> Iterator[Path]:

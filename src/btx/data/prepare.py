@@ -16,7 +16,7 @@ import numpy as np
 
 from btx.data.identity import domain_identity, own_sources
 from btx.data.sources import digest_of, held_out_texts, read_documents, split_documents
-from btx.data.token_files import DocumentEncoder, TokenFile, take_out, token_file_writer
+from btx.data.token_files import INDEX, DocumentEncoder, TokenFile, take_out, token_file_writer
 from btx.data.tokenizer import TokenizerFile
 from btx.errors import DataError
 from btx.process import Log
@@ -58,14 +58,14 @@ def training_texts(recipe: Recipe) -> Iterator[str]:
 
 
 def prepare_domain(
-    recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase | TokenizerFile, out: Path, *,
+    recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase | TokenizerFile, folder: Path, *,
     elsewhere: Elsewhere = Elsewhere(), log: Log,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the token files of a domain's own sources.
 
     Args:
         tokenizer: a fast tokenizer, with an eos or bos token to separate documents.
-        out: the data folder; the domain's folder in it is written.
+        folder: the domain's folder, which is written.
         elsewhere: what other domains hold out and have been trained on.
         log: takes a line of text for each source.
 
@@ -83,67 +83,72 @@ def prepare_domain(
         raise DataError(f"domain {domain!r}: `held_out` needs a source of the domain's own beside it; "
                         f"documents taken from other domains are held out there")  # fmt: skip
     for number, _ in own:
-        _prepare_source(recipe, domain, number, identity[str(number)], encoder, out, log)
-    folders = [out / domain / str(number) for number, _ in own]
-    taken_out = _keep_apart(domain, folders, elsewhere, log)
+        _prepare_source(recipe, domain, number, identity[str(number)], encoder, folder, log)
+    folders = [folder / str(number) for number, _ in own]
+    _keep_apart(domain, folders, elsewhere, log)
     train, val = ([TokenFile.open(folder / split) for folder in folders] for split in ("train", "val"))
     return {
         "train_tokens": sum(len(file) for file in train),
         "val_tokens": sum(len(file) for file in val),
         "documents": sum(file.documents for file in [*train, *val]),
         "bytes": sum(file.bytes for file in [*train, *val]),
-        "taken_out": taken_out,
+        "taken_out": {
+            kind: {
+                f"{domain}/{folder.name}": counts
+                for folder in folders
+                if (counts := TokenFile.open(folder / split).index.get("taken_out"))
+            }
+            for kind, split in (("training", "train"), ("held_out", "val"))
+        },
     }
 
 
-def held_out_digests(recipe: Recipe, domain: str, data: Path) -> np.ndarray:
-    """Digests (documents,) of what a domain's own sources hold out: from its token files where they are complete, else
-    from its documents.
-
-    Args:
-        data: the data folder.
-    """
-    own = own_sources(recipe.data, domain)
-    if (data / domain / "done.json").is_file():
-        files = [TokenFile.open(data / domain / str(number) / "val").digests for number, _ in own]
-        return np.concatenate([np.empty(0, np.uint64), *files])
-    texts = (text for _, source in own
+def held_out_digests(recipe: Recipe, domain: str) -> np.ndarray:
+    """Digests (documents,) of what a domain's own sources hold out, from its documents."""
+    texts = (text for _, source in own_sources(recipe.data, domain)
              for text in held_out_texts(source, domain=domain, data=recipe.data, rng_seed=recipe.rng_seed))  # fmt: skip
     return np.fromiter((digest_of(text) for text in texts), np.uint64)
 
 
-def training_digests(recipe: Recipe, domain: str, data: Path) -> np.ndarray:
-    """Digests (documents,) of the training text of a domain that is prepared."""
-    own = own_sources(recipe.data, domain)
-    files = [TokenFile.open(data / domain / str(number) / "train").digests for number, _ in own]
+def training_digests(recipe: Recipe, domain: str, held_out: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Digests (documents,) of a domain's training text, from its documents.
+
+    Args:
+        held_out: other domain → what it holds out and this one is kept apart from.
+    """
+    digests: dict[str, list[int]] = {"train": [], "val": []}
+    for _, source in own_sources(recipe.data, domain):
+        for side, text in split_documents(source, domain=domain, data=recipe.data, rng_seed=recipe.rng_seed):
+            digests[side].append(digest_of(text))
+    train, val = (np.array(digests[side], np.uint64) for side in ("train", "val"))
+    return np.setdiff1d(train, np.concatenate([val, *held_out.values()]))
+
+
+def digests_of_files(folder: Path, split: str) -> np.ndarray:
+    """Digests (documents,) of one side of a domain that is prepared."""
+    files = [TokenFile.open(path.parent).digests for path in sorted(folder.glob(f"*/{split}/{INDEX}"))]
     return np.concatenate([np.empty(0, np.uint64), *files])
 
 
-def _keep_apart(
-    domain: str, folders: list[Path], elsewhere: Elsewhere, log: Log
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Take out of both sides what must not be there; returns how many documents, and because of which domain."""
-    held_out: dict[str, dict[str, int]] = {}
+def _keep_apart(domain: str, folders: list[Path], elsewhere: Elsewhere, log: Log) -> None:
+    """Take out of both sides what must not be there; how many documents and because of which domain is told, and noted
+    in the token files."""
     for folder in folders:
         for other, digests in elsewhere.trained_on.items():
-            if count := take_out(folder / "val", digests):
-                held_out.setdefault(f"{domain}/{folder.name}", {})[other] = count
+            if count := take_out(folder / "val", digests, because=other):
                 log(f"{domain}/{folder.name}: {count:,} held-out documents were taken out: this run's models have read "
                     f"them in {other}")  # fmt: skip
     own = np.concatenate([np.empty(0, np.uint64), *[TokenFile.open(folder / "val").digests for folder in folders]])
-    training: dict[str, dict[str, int]] = {}
     for folder in folders:
         for other, digests in ({domain: own} | dict(elsewhere.held_out)).items():
-            if count := take_out(folder / "train", digests):
-                training.setdefault(f"{domain}/{folder.name}", {})[other] = count
+            if count := take_out(folder / "train", digests, because=other):
                 log(f"{domain}/{folder.name}: {count:,} training documents were taken out: {other} holds them out")
-    return {"training": training, "held_out": held_out}
 
 
 def _prepare_source(
     recipe: Recipe, domain: str, number: int, description: dict[str, Any], encoder: DocumentEncoder, out: Path, log: Log
 ) -> None:
-    folder, source = out / domain / str(number), recipe.data.domains[domain].sources[number]
+    folder, source = out / str(number), recipe.data.domains[domain].sources[number]
     if all(_is_made_from(folder / split, description, encoder.sha256) for split in ("train", "val")):
         log(f"{domain}/{number}: unchanged")
         return

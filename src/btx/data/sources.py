@@ -74,6 +74,8 @@ def source_files(source: Source, domain: str, data: Data) -> tuple[list[Path], l
     """
     named = data.domains[domain].held_out
     held_out = [] if named is None else find_files(named, data.root)
+    if source.hub is not None and (folder := document_files.located(source.hub, data.root)).is_dir():
+        return document_files.all_files(folder), held_out
     if source.path is None:
         return [], held_out
     files = find_files(source.path, data.root)

@@ -229,13 +229,14 @@ class TokenFile:
             raise DataError(f"{self.folder / 'bytes.npy'}: {_BROKEN.format('it does not fit the index')}")
 
 
-def take_out(folder: Path, digests: np.ndarray) -> int:
+def take_out(folder: Path, digests: np.ndarray, *, because: str) -> int:
     """Write a token file anew without the documents whose digests are among `digests`; returns how many there were.
 
-    A file without any of them stays as it is.
+    A file without any of them stays as it is. The index counts them: "taken_out": {because: documents}.
 
     Args:
         digests: uint64 (any number,), as `digest_of` gives them.
+        because: the domain on whose account they go.
     """
     file = TokenFile.open(folder)
     goes_N = np.isin(file.digests, digests)
@@ -257,6 +258,7 @@ def take_out(folder: Path, digests: np.ndarray) -> int:
         _write_index(beside, file.index | {
             "tokens": int(lengths.sum()), "bytes": int(file.document_bytes[stays].sum()), "documents": len(stays),
             "sha256": sha256.hexdigest(),
+            "taken_out": file.index.get("taken_out", {}) | {because: int(goes_N.sum())},
         })  # fmt: skip
     return int(goes_N.sum())
 

@@ -89,14 +89,17 @@ def domain_routing(model: PreTrainedModel, documents: Sequence[HeldOutDocument],
     return totals
 
 
-def analyze(run_folder: Path, recipe: Recipe, model_path: Path, *, log: Callable[[str], None]) -> dict[str, Any]:
-    """Route held-out text of every domain; write analyze/routing.json and analyze/tokens.json.
+def analyze(
+    run_folder: Path, recipe: Recipe, model_path: Path, *, log: Callable[[str], None], folder: Path | None = None
+) -> dict[str, Any]:
+    """Route held-out text of every domain; write routing.json and tokens.json.
 
     Args:
-        run_folder: holds the prepared data; results go into its `analyze` folder.
+        run_folder: holds the prepared data.
         recipe: the run's recipe; `analyze.tokens` a domain at most, `analyze.examples` documents shown of each.
         model_path: folder of the MoE model.
         log: called with lines for the user.
+        folder: results go here; default: `analyze` in the run folder.
 
     Returns:
         routing.json, as written. A domain's entropy is that of the router's probabilities in nats, its confidence the
@@ -106,6 +109,7 @@ def analyze(run_folder: Path, recipe: Recipe, model_path: Path, *, log: Callable
         CheckpointError: a dense model, or one with another number of experts than the recipe.
         DataError: held-out data are missing.
     """
+    folder = folder or run_folder / "analyze"
     model, tokenizer = load_to_measure(model_path, recipe), load_tokenizer(model_path)
     experts = recipe.expert_names
     blocks = moe_blocks(model)
@@ -125,8 +129,8 @@ def analyze(run_folder: Path, recipe: Recipe, model_path: Path, *, log: Callable
         "domains": {domain: total.summary(experts) for domain, total in totals.items()},
         "dead": dead_experts(list(totals.values())),
     }
-    write_json(run_folder / "analyze" / "routing.json", routing)
-    write_json(run_folder / "analyze" / "tokens.json",
+    write_json(folder / "routing.json", routing)
+    write_json(folder / "tokens.json",
                {"layers": len(blocks), "experts": experts, "examples": examples})  # fmt: skip
     for domain, layers in in_domain_layers(routing, recipe.data.general).items():
         log(f"{domain}: its expert has the largest load in {len(layers)} of {len(blocks)} layers")

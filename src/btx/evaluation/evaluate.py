@@ -148,21 +148,24 @@ class _Measures:
         return sizes if self.mixed is None else sizes | {"mixed": self.mixed.bytes_N.tolist()}
 
 
-def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry], *, log: Log) -> dict[str, Any]:
-    """Measure every model on every domain, the mixed set and every task; write evaluate/results.json.
+def evaluate_models(
+    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry], *, log: Log, folder: Path | None = None
+) -> dict[str, Any]:
+    """Measure every model on every domain, the mixed set and every task; write results.json.
 
     Beside it, documents.json holds the bits of every document and whether each answer was right, for every model:
     {"bytes": {"domains": {D: [...]}, "mixed": [...]}, "models": {NAME: {"domains": {D: [...]}, "mixed": [...],
     "tasks": {T: [0 or 1, ...]}}}}.
 
-    A finished model is kept in evaluate/models/ and not measured again while nothing behind its numbers changed, so a
+    A finished model is kept in models/ and not measured again while nothing behind its numbers changed, so a
     kill loses one model at most.
 
     Args:
-        run_folder: holds the prepared data; results go into its `evaluate` folder.
+        run_folder: holds the prepared data.
         recipe: the run's recipe.
         models: name, as it stands in the results → model.
         log: called with lines for the user.
+        folder: results go here; default: `evaluate` in the run folder.
 
     Returns:
         The results, as written.
@@ -175,7 +178,7 @@ def evaluate_models(run_folder: Path, recipe: Recipe, models: Mapping[str, Model
     measures = _what_to_measure(run_folder, recipe, models)
     if measures.harness.note:
         log(measures.harness.note)
-    folder = run_folder / "evaluate"
+    folder = folder or run_folder / "evaluate"
     results: dict[str, Any] = {"models": {}}
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
     for name, entry in models.items():

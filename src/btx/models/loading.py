@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from btx.choices.families.configs import with_dtype, with_rope
 from btx.choices.routers import RoutingRule
@@ -61,7 +62,7 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")

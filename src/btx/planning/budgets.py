@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from btx.choices.baselines import BASELINES
@@ -15,20 +15,20 @@ MOST_EPOCHS = 50
 LEAST_HELD_OUT_TOKENS = 100
 
 
-def check_budgets(recipe: Recipe, data: Path, domains: Collection[str], *, baselines: bool = True) -> None:
+def check_budgets(recipe: Recipe, folders: Mapping[str, Path], *, baselines: bool = True) -> None:
     """Check the token files of some domains: enough held-out text, and enough training text for every stage.
 
     Args:
-        data: the data folder.
-        domains: those that are looked at; a domain that takes text from others needs these too.
+        folders: domain → its prepared folder, of those that are looked at; one that takes text from others together
+            with these.
         baselines: look at what trained baselines need too, for which models' sizes are counted (with torch).
 
     Raises:
         DataError: a domain or source has too few tokens.
     """
-    for domain in domains:
-        if {component.split("/")[0] for component, _, _ in resolve(recipe, {domain: 1.0})} <= set(domains):
-            check_held_out(recipe, data, domain)
+    for domain in folders:
+        if {component.split("/")[0] for component, _, _ in resolve(recipe, {domain: 1.0})} <= folders.keys():
+            check_held_out(recipe, folders, domain)
     seed = recipe.seed_model.train
     uses = [] if seed is None else [(seed_mixture(recipe), seed.tokens, "seed_model.train.tokens")]
     uses += [(domain_mixture(recipe, domain), recipe.branch_training(domain).tokens, "train.tokens")
@@ -45,16 +45,17 @@ def check_budgets(recipe: Recipe, data: Path, domains: Collection[str], *, basel
             tokens = phase.settings.tokens // len(phase.mixtures)
             uses += [(weights, tokens, f"baseline {name}") for weights in phase.mixtures]
     for weights, tokens, where in uses:
-        check_budget(recipe, data, weights, tokens, where, domains)
+        check_budget(recipe, folders, weights, tokens, where)
 
 
-def check_held_out(recipe: Recipe, data: Path, domain: str) -> None:
+def check_held_out(recipe: Recipe, folders: Mapping[str, Path], domain: str) -> None:
     """Refuse a domain whose held-out documents are too few to measure anything.
 
     Raises:
         DataError: it has no held-out document, or fewer than 100 held-out tokens.
     """
-    files = [TokenFile.open(data / path / "val") for _, path, _ in resolve(recipe, {domain: 1.0})]
+    components = [name.split("/") for name, _, _ in resolve(recipe, {domain: 1.0})]
+    files = [TokenFile.open(folders[name] / number / "val") for name, number in components]
     documents, tokens = sum(file.documents for file in files), sum(len(file) for file in files)
     if not documents or tokens < LEAST_HELD_OUT_TOKENS:
         raise DataError(
@@ -65,25 +66,24 @@ def check_held_out(recipe: Recipe, data: Path, domain: str) -> None:
 
 
 def check_budget(
-    recipe: Recipe, data: Path, weights: Mapping[str, float], tokens: int, where: str,
-    domains: Collection[str] | None = None,
-) -> None:  # fmt: skip
+    recipe: Recipe, folders: Mapping[str, Path], weights: Mapping[str, float], tokens: int, where: str
+) -> None:
     """Refuse a mixture in which a source would be repeated too often, or is shorter than one training sequence.
 
     Args:
+        folders: domain → its prepared folder; sources of other domains are not looked at.
         weights: domain → sampling weight.
         tokens: training tokens of the stage.
         where: key of the recipe that says how many, for the message.
-        domains: only their sources are looked at; None: all.
 
     Raises:
         DataError: names the source, the tokens it has and the tokens it needs.
     """
-    for name, path, weight in resolve(recipe, weights):
+    for name, _, weight in resolve(recipe, weights):
         domain, number = name.split("/")
-        if domains is not None and domain not in domains:
+        if domain not in folders:
             continue
-        have, need = len(TokenFile.open(data / path / "train")), round(tokens * weight)
+        have, need = len(TokenFile.open(folders[domain] / number / "train")), round(tokens * weight)
         source = f"domain {domain!r}, source {number}: {have:,} training tokens"
         if have < recipe.data.sequence_length + 1:
             raise DataError(f"{source}, fewer than one training sequence (data.sequence_length + 1 = "

@@ -67,7 +67,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         "models": model_rows(recipe, dense, costs),
         "stages": [cost.as_json() | state for cost, state in zip(costs, states, strict=True)],
         "stays": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] == "done"],
-        "to_do": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] != "done"],
+        "to_do": [stage.name for stage in costs.graph if run.state(stage) != "done" and run.is_needed(stage)],
         "baselines": {
             name: costs.behind(f"baselines/{name}").as_json()
             | {"disk_bytes": _disk(costs, name), "matched": matching(recipe, costs, name)}

@@ -46,7 +46,7 @@ def measured_speed(run: RunFolder) -> Speed | None:
     """That of the run's first training stage, once it is done; None before."""
     for stage in run.graph:
         done = run.done(stage) if stage.trains else None
-        if done and done.get("wall_s"):
+        if done and done.get("wall_s") and done["flops"]:
             on_gpu = run.recipe.device != "cpu" and torch.cuda.is_available()  # where threads do not matter
             threads = None if on_gpu else done.get("threads")
             return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}", threads)

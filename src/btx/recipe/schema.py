@@ -120,6 +120,8 @@ class Recipe(Section):
         unknown = [domain for domain in domains if domain not in self.data.domains]  # a branch may be left out already
         if unknown:
             raise UserError(f"--without: no branch {', '.join(unknown)}; there are: {', '.join(self.train.domains)}")
+        if not set(self.train.domains) - set(domains):
+            raise UserError("--without: a mixture needs at least one branch, and all would be left out")
         values = self.model_dump()
         train, weights = values["train"], values["mix"]["merge_weights"]
         train["domains"] = [domain for domain in self.train.domains if domain not in domains]
@@ -129,7 +131,8 @@ class Recipe(Section):
         try:
             return Recipe.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("; ".join(f"--without: {problem['msg']}" for problem in error.errors())) from None
+            problems = (problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+            raise RecipeError("; ".join(f"--without: {problem}" for problem in problems)) from None
 
     @property
     def merge_settings(self) -> MergeSettings:

@@ -99,8 +99,9 @@ class Run:
         return "quiet" if own is None else f"c{own % COLOURS}"
 
 
-def write_report(run: Path) -> Path:
-    """Write `report/index.html` of the run folder `run`, whole or not at all, and return its path.
+def write_report(run: Path, folder: Path | None = None) -> Path:
+    """Write the page of the run folder `run`, whole or not at all, and return its path: `index.html` in `folder`, or in
+    the run's `report/`.
 
     Beside it, `models.svg` holds the figures of all models, for use elsewhere; it is written once two are evaluated.
 
@@ -109,7 +110,7 @@ def write_report(run: Path) -> Path:
     read = read_run(run)
     figures = models_figures(read)
     html = render(read, figures)
-    target = run / "report" / "index.html"
+    target = (folder or run / "report") / "index.html"
     if figures:
         titled = [(FIGURE_TITLES[name], svg) for name, svg in figures.items()]
         write_text(target.with_name("models.svg"), stacked_svg(titled).encode("utf-8", "replace").decode("utf-8"))

@@ -64,7 +64,8 @@ def _why_not(run: RunFolder, stage: Stage, begun: Mapping[str, Any], verified: s
         return ""
     if trained_on(run, stage) == fingerprint(run, stage):
         return ""
-    return "the tokens are others: held-out documents of one domain are no longer trained on through another"
+    return ("the tokens are others: its text has changed, or held documents that another domain holds out, which is "
+            "no longer trained on")  # fmt: skip
 
 
 def _differing(old: Mapping[str, Any], stage: Stage) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from btx.data.identity import domain_files, domain_identity, held_out_identity
@@ -21,7 +21,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.graph import Recorded, Settings, Stage, inputs_hash
 
 TOKENIZER = "data/tokenizer"
-TOKENIZER_FILES = ("*token*.json", "*.model", "vocab*", "merges.txt", "tekken.json")
+TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "tekken.json", "chat_template*")
 """What is a tokenizer's in a model's folder."""
 
 
@@ -38,7 +38,7 @@ class DataStages:
         self.tokenizer = Stage(TOKENIZER, self._tokenizer, files=self._tokenizer_text, recorded=recorded(TOKENIZER))
         self._domains = {
             domain: Stage(f"data/{domain}", partial(self._domain, domain), (self.tokenizer,),
-                          partial(domain_files, recipe.data, domain), recorded(f"data/{domain}"))
+                          partial(self._files, domain))
             for domain in recipe.data.domains
         }  # fmt: skip
 
@@ -61,9 +61,14 @@ class DataStages:
         if folder.is_dir():
             files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
             return {"files": {file.name: content_sha256(file) for file in files}}
-        if known is not None and "files" in known["settings"]:
+        if known is not None and "files" in known["settings"] and self.seed_folder_was(seed.path):
             raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
         return {"path": seed.path, "revision": seed.revision}
+
+    def seed_folder_was(self, path: str) -> bool:
+        """Whether an existing seed model, whose folder is not here, was in a folder of that name when it was taken."""
+        known = self.recorded("seed")
+        return known is not None and any(PurePath(path).name in PurePath(file).parts for file in known["files"])
 
     def _tokenizer_text(self) -> dict[str, str]:
         if self.recipe.seed_model.config is None:
@@ -90,23 +95,27 @@ class DataStages:
         known = self.recorded(f"data/{domain}")
         if known is None:
             return None
-        try:
-            settings = {**known["settings"], "sources": self._identity(domain)}
-        except UserError:  # its files are not here
-            settings = dict(known["settings"])
+        settings = {**known["settings"], "sources": self._identity(domain)}
         same = inputs_hash(settings, {TOKENIZER: self.tokenizer.inputs}) == known["inputs"]
         return settings if same else None
+
+    def _files(self, domain: str) -> dict[str, str]:
+        try:
+            return domain_files(self.recipe.data, domain)
+        except UserError:
+            return dict((self.recorded(f"data/{domain}") or {"files": {}})["files"])
 
     def held_out(self, domain: str) -> str:
         """Hash of what decides which documents a domain holds out."""
         return held_out_identity(self._identity(domain))
 
     def _identity_of(self, domain: str) -> dict[str, Any]:
-        """What a domain's own documents are, from its files, or as recorded if they are not here."""
+        """What a domain's own documents are, from its files; where these are not here, what they held as recorded."""
         try:
             return domain_identity(self.recipe.data, domain, self.recipe.rng_seed)
         except UserError:
             known = self.recorded(f"data/{domain}")
             if known is None:
                 raise
-            return dict(known["settings"]["sources"])
+            files = {number: source["files"] for number, source in known["settings"]["sources"].items()}
+            return domain_identity(self.recipe.data, domain, self.recipe.rng_seed, recorded=files, names=known["files"])

@@ -41,11 +41,11 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
         old: path → SHA-256, as recorded.
         new: the same now.
     """
-    lines = [f"{path} changed" for path, sha256 in new.items() if path in old and old[path] != sha256]
     here, before = set(new.values()), set(old.values())
-    lines += [f"{path} is new" for path, sha256 in new.items() if path not in old and sha256 not in before]
-    gone = [path for path, sha256 in old.items() if path not in new and sha256 not in here]
-    return lines + [f"{PurePath(path).name} is gone" for path in gone]
+    gone = {PurePath(path).name for path, sha256 in old.items() if sha256 not in here}
+    added = {path: PurePath(path).name for path, sha256 in new.items() if sha256 not in before}
+    lines = [f"{path} changed" if name in gone else f"{path} is new" for path, name in added.items()]
+    return lines + [f"{name} is gone" for name in sorted(gone - set(added.values()))]
 
 
 def _shown(before: Any, after: Any) -> str:

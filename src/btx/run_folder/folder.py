@@ -42,12 +42,10 @@ FORMAT = 2
 class Making(dict[str, Any]):
     """Facts of a stage being made, for its done.json: tokens, flops and whatever else is worth keeping."""
 
-    def __init__(self, folder: Path, aside: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
         """Where the stage writes."""
-        self.aside = aside
-        """Where a stale folder of the same stage went."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,28 @@ class RunFolder:
         return build_graph(self.recipe, self.recorded)
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
-        """started.json of a stage that is finished, None if it is not."""
+        """started.json of a stage that is finished, None if it is not. What a domain was when models were trained on it
+        is known from these too, where its own folder was left behind."""
         begun, done = read_json(self.folder(stage) / "started.json"), self.done(stage)
         finished = begun and done and begun.get("format") == FORMAT and begun["inputs"] == done["inputs"]
-        return begun if finished else None
+        if finished:
+            return begun
+        return self._read_by_others.get(stage) if stage.startswith("data/") else None
+
+    @cached_property
+    def _read_by_others(self) -> dict[str, dict[str, Any]]:
+        """Data stage → its started.json as noted by the finished stages that have read it."""
+        noted: dict[str, dict[str, Any]] = {}
+        for stage in ("finetune", *(f"train/{domain}" for domain in self.recipe.train.domains), "seed"):
+            begun = read_json(self.folder(stage) / "started.json")
+            if begun is not None and begun.get("format") == FORMAT and self.done(stage):
+                noted |= begun["read"]
+        return noted
+
+    def prepared(self) -> dict[str, Path]:
+        """Domain → its folder, of those whose data are done."""
+        done = [domain for domain in self.recipe.data.domains if self.state(self.graph[f"data/{domain}"]) == "done"]
+        return {domain: self.folder(f"data/{domain}") for domain in done}
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
@@ -115,17 +131,20 @@ class RunFolder:
             return "absent"
         if begun.get("format") != FORMAT or self._differs(stage, begun):
             return "stale"
-        return "done" if self.done(stage) else "begun"
+        gone = stage.name == "seed" and self.model("seed").is_symlink() and not self.model("seed").exists()
+        return "done" if self.done(stage) and not gone else "begun"  # a link to an existing model may lead nowhere now
 
     def _differs(self, stage: Stage, begun: Mapping[str, Any]) -> bool:
         try:
             return stage.inputs != begun["inputs"]
         except UserError:
+            if not _settings_known(stage):
+                return self.done(stage) is not None  # made from other files than those that are missing now
             known = [needed.name for needed in stage.needs if _is_known(needed)]
             upstream = {needed.name: needed.inputs for needed in stage.needs if needed.name in known}
             if any(begun["upstream"].get(name) != inputs for name, inputs in upstream.items()):
                 return True
-            return _settings_known(stage) and stage.settings != begun["settings"]
+            return stage.settings != begun["settings"]
 
     def why_stale(self, stage: Stage) -> str:
         """The settings, files or earlier stages that changed since a stale stage was begun."""
@@ -133,6 +152,10 @@ class RunFolder:
         if begun.get("format") != FORMAT:
             may_stay = f"; `btx run {self.path}` sees whether it can stay" * (self.path / "data/started.json").is_file()
             return f"an earlier version of btx made it{may_stay}"
+        try:
+            stage.inputs  # noqa: B018 - raises where files are missing
+        except UserError as error:
+            return str(error)
         reasons = changed_settings(begun["shown"], stage.shown) + changed_files(begun["files"], _names(stage))
         reasons += [
             f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
@@ -140,6 +163,14 @@ class RunFolder:
         if not reasons and begun["settings"] != stage.settings:
             reasons = ["its files are read in another order"]
         return "; ".join(reasons) or "made by another version"
+
+    def is_needed(self, stage: Stage) -> bool:
+        """Whether a run has to make a stage that is not done: data and seed model only if something unfinished needs
+        them, so that a run whose data/ or seed/ stayed elsewhere is as finished as it is."""
+        if stage.name != "seed" and not stage.name.startswith("data/"):
+            return True
+        after = [other for other in self.graph if stage in other.needs]
+        return any(self.state(other) != "done" and self.is_needed(other) for other in after)
 
     def unfinished_needs(self, stage: Stage) -> list[Stage]:
         """What has to be made before a stage, in an order that runs. Nothing stale: `btx run` does that, and says so
@@ -178,39 +209,41 @@ class RunFolder:
     def making(self, stage: Stage, log: Log) -> Iterator[Making]:
         """Make a stage: the block fills its folder and adds facts; without an error done.json is written at its end.
 
-        Whatever can be refused is refused before the block is entered, because here a stale folder gives way: that of a
-        stage that resumes is moved to stale/ now, that of any other when its replacement is complete.
+        A stale folder gives way when it is sure that its replacement can start: before training, so whatever can be
+        refused is refused before the block is entered; for all else, made beside, when the replacement is complete.
 
         Raises:
             RunFolderError: a stage it needs is not finished, or finished for other inputs.
         """
         self.check_needs(stage)
         started, folder = time.perf_counter(), self.folder(stage.name)
-        is_stale, aside = self.state(stage) == "stale", None
-        why = self.why_stale(stage) if is_stale else ""
-        if stage.resumes and is_stale:
-            aside = self._give_way(stage, why, log)
-        working = folder if stage.resumes else folder.with_name(f".{folder.name}.making")
-        if not stage.resumes and working.exists():
-            shutil.rmtree(working)
+        state = self.state(stage)
+        why = self.why_stale(stage) if state == "stale" else ""
+        if stage.trains and state == "stale":
+            self._give_way(stage, why, log)
+        working = folder if stage.trains else folder.with_name(f".{folder.name}.making")
+        begun = read_json(working / "started.json")
+        if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
+            shutil.rmtree(working)  # left by a process that was killed and that made something else
         working.mkdir(parents=True, exist_ok=True)
         if not (working / "started.json").exists():
             write_json(working / "started.json", started_json(stage))
-        facts = Making(working, aside)
+        facts = Making(working)
         yield facts
         wall_s = round(time.perf_counter() - started, 3)
         write_json(working / "done.json", done_json(stage, {"wall_s": wall_s} | facts))
         if working != folder:
-            if is_stale:
+            if state == "stale":
                 self._give_way(stage, why, log)
-            elif folder.exists():
-                shutil.rmtree(folder)  # begun by a process that was killed
+            replaced = folder.with_name(f".{folder.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if folder.exists():
+                folder.rename(replaced)
             working.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
 
-    def _give_way(self, stage: Stage, why: str, log: Log) -> Path:
-        aside = self.set_aside(stage.name)
-        log(f"{stage.name}: stale ({why}); moved to {aside}")
-        return aside
+    def _give_way(self, stage: Stage, why: str, log: Log) -> None:
+        log(f"{stage.name}: stale ({why}); moved to {self.set_aside(stage.name)}")
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl (written by `btx run` alone)."""
@@ -233,23 +266,26 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
     locks = run / ".locks"
     name = work.replace("/", "-")
     owner = locks / f"{name}.pid"
+    lock = filelock.FileLock(locks / f"{name}.lock", timeout=patience_s)
     try:
         locks.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(locks / f"{name}.lock", timeout=patience_s):
-            owner.write_text(f"{os.getpid()} on {platform.node()}")
-            try:
-                yield
-            finally:
-                owner.unlink(missing_ok=True)
+        lock.acquire()
+        owner.write_text(f"{os.getpid()} on {platform.node()}")
     except filelock.Timeout:
         holder = owner.read_text() if owner.exists() else "unknown"
         raise RunFolderError(
             f"{run}: {work} is in use by process {holder}; wait for it, end it, or choose another with run=FOLDER"
         ) from None
     except OSError as error:
+        lock.release()
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 def started_json(stage: Stage) -> dict[str, Any]:
@@ -257,7 +293,14 @@ def started_json(stage: Stage) -> dict[str, Any]:
     return {
         "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
         "shown": stage.shown, "upstream": stage.upstream, "files": _names(stage),
+        "read": {needed.name: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
     }  # fmt: skip
+
+
+def _noted(stage: Stage) -> dict[str, Any]:
+    """What a stage notes of the data it reads, for the day when their folder is not there."""
+    files = _names(stage)
+    return {"format": FORMAT, "inputs": stage.inputs, "settings": stage.settings, "shown": stage.shown, "files": files}
 
 
 def done_json(stage: Stage, facts: Mapping[str, Any]) -> dict[str, Any]:

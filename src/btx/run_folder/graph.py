@@ -81,12 +81,6 @@ class Stage:
         return self.name in ("seed", "finetune") or self.name.startswith("train/") or is_trained(self.name)
 
     @property
-    def resumes(self) -> bool:
-        """False for the stages that are made in one go: their folder appears when it is complete. The others go on
-        where they stopped."""
-        return self.trains or (self.name != "mix" and not self.name.startswith("baselines/"))
-
-    @property
     def computes(self) -> bool:
         """True for the stages whose FLOPs count: those that train, and the mix, which may compute routers from text."""
         return self.trains or self.name == "mix"
@@ -126,6 +120,7 @@ class Graph:
         known = {stage.name: [stage] for stage in self}
         for group in ("data", "train", "baselines"):
             known[group] = [stage for stage in self if stage.name.startswith(f"{group}/")]
+        known["tokenizer"] = known["data/tokenizer"]
         for name in names:
             if name not in known:
                 raise UserError(f"{where}: the recipe has no stage {name!r}; there are: {', '.join(known)}")

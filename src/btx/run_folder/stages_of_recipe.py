@@ -17,11 +17,11 @@ from typing import Any
 from btx.baselines.settings import matching_inputs, phases_of, routing_of
 from btx.choices.baselines import BASELINES, BTM, UPCYCLED
 from btx.data.document_files import located
-from btx.errors import CheckpointError
+from btx.errors import CheckpointError, DataError
 from btx.files import content_sha256
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
-from btx.run_folder.data_stages import DataStages
+from btx.run_folder.data_stages import TOKENIZER_FILES, DataStages
 from btx.run_folder.graph import Graph, Recorded, Settings, Stage, nothing_recorded
 
 
@@ -89,7 +89,7 @@ class _Stages:
         seed, known = self.recipe.seed_model, self.recorded("seed")
         if files := self._seed_files():
             return {"files": {Path(name).name: sha256 for name, sha256 in files.items()}}
-        if known is not None and "files" in known["settings"]:
+        if known is not None and "files" in known["settings"] and self.data.seed_folder_was(str(seed.path)):
             raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
         return {"path": seed.path, "revision": seed.revision}
 
@@ -128,11 +128,11 @@ class _Stages:
         recipe = self.recipe
         domains = {domain: self._mixture({domain: 1.0}) for domain in recipe.data.domains}
         generated = {"held_out": recipe.data.held_out} if recipe.evaluate.mixed.kind == "generated" else {}
-        files = {where: content_sha256(path) for where, path in task_files(recipe).items()}
+        files = {where: _content(path, where) for where, path in task_files(recipe).items()}
         return {"evaluate": recipe.evaluate, "domains": domains, "files": files, **generated, **self.rng}
 
     def _task_files(self) -> dict[str, str]:
-        return {str(path): content_sha256(path) for path in task_files(self.recipe).values()}
+        return {str(path): _content(path, where) for where, path in task_files(self.recipe).items()}
 
     def _analyze(self) -> Settings:
         domains = {domain: self._mixture({domain: 1.0}) for domain in self.recipe.data.domains}
@@ -184,6 +184,14 @@ class _Stages:
         return stages
 
 
+def _content(path: Path, where: str) -> str:
+    """SHA-256 of a file that the recipe names at `where`; raises DataError if it is not there."""
+    try:
+        return content_sha256(path)
+    except OSError as error:
+        raise DataError(f"{where}: {path}: {error.strerror or error}") from error
+
+
 def model_files(path: str | None) -> dict[str, str]:
     """Path of each file of a local model folder that decides the model → its SHA-256; empty if there is no such folder.
 
@@ -192,12 +200,14 @@ def model_files(path: str | None) -> dict[str, str]:
     folder = Path(path or "").expanduser()
     if path is None or not folder.is_dir():
         return {}
-    files = sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern))
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
     return {str(file): content_sha256(file) for file in files if not file.name.startswith(".")}
 
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What is read of a model's folder, and downloaded of one on the hub."""
+MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.jinja", *TOKENIZER_FILES
+)  # fmt: skip
+"""What is read of a model's folder, and downloaded of one on the hub; whatever else lies there decides nothing."""
 
 
 def task_files(recipe: Recipe) -> dict[str, Path]:

@@ -74,7 +74,12 @@ def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
     if until is None:
         return jobs
     names = [stage.name for stage in run.graph]
-    groups = {"data": run.graph.data, "train": run.graph.branches, "baselines": run.graph.baselines}
+    groups = {
+        "tokenizer": run.graph.data[:1],
+        "data": run.graph.data,
+        "train": run.graph.branches,
+        "baselines": run.graph.baselines,
+    }
     if groups.get(until):
         until = groups[until][-1].name
     if until not in names:
@@ -154,7 +159,7 @@ class _Pipeline:
                     self.display.say(f"{stage.name}: begun, will be continued")
 
     def _is_done(self, job: tuple[Stage, ...]) -> bool:
-        return all(self.run_folder.state(stage) == "done" for stage in job)
+        return all(self.run_folder.state(stage) == "done" or not self.run_folder.is_needed(stage) for stage in job)
 
     def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
         """Jobs whose needs are met, up to `jobs_at_once` at a time.

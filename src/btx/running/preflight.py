@@ -35,10 +35,10 @@ def preflight(recipe: Recipe) -> None:
 def _check_files(recipe: Recipe) -> None:
     """Every file the run will read; of domains that are prepared, nothing is needed any more."""
     run = RunFolder(Path(recipe.run_folder), recipe)
-    missing = [f"{where}: {path}: no such file or folder" for where, path in task_files(recipe).items()
-               if not path.exists()]  # fmt: skip
+    needed = {} if run.state(run.graph["evaluate"]) == "done" else task_files(recipe)
+    missing = [f"{where}: {path}: no such file or folder" for where, path in needed.items() if not path.exists()]
     for name, domain in recipe.data.domains.items():
-        if run.recorded(f"data/{name}"):
+        if run.state(run.graph[f"data/{name}"]) == "done" or not run.is_needed(run.graph[f"data/{name}"]):
             continue
         for path in (*(source.path for source in domain.sources), domain.held_out):
             try:

@@ -10,5 +10,5 @@ from btx.run_folder.graph import Stage
 
 def analyze_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """Route held-out text through the finetuned model."""
-    with run.making(stage, log):
-        analyze(run.path, run.recipe, run.model("finetune"), log=log)
+    with run.making(stage, log) as facts:
+        analyze(run.path, run.recipe, run.model("finetune"), log=log, folder=facts.folder)

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from btx.data.prepare import Elsewhere, held_out_digests, prepare_domain, training_digests, training_texts
+from btx.data.identity import held_out_identity
+from btx.data.prepare import (
+    Elsewhere,
+    digests_of_files,
+    held_out_digests,
+    prepare_domain,
+    training_digests,
+    training_texts,
+)
 from btx.data.tokenizer import TokenizerFile, as_loaded_beside, save_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError
 from btx.planning.budgets import check_budgets
@@ -58,15 +66,33 @@ def new_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def _write_domain(run: RunFolder, stage: Stage, log: Log) -> None:
     run.check_needs(stage)
-    recipe, domain, data = run.recipe, stage.name.removeprefix("data/"), run.folder("data")
+    recipe, domain = run.recipe, stage.name.removeprefix("data/")
     ids = run.done(TOKENIZER) or {}
     tokenizer = TokenizerFile.open(run.folder(TOKENIZER), bos=ids["bos"], eos=ids["eos"])
-    others = [other for other in recipe.data.domains if other != domain]
-    before = [other for other in others if run.graph[f"data/{other}"].inputs in stage.settings["trained_on_before"]]
-    elsewhere = Elsewhere(
-        {other: held_out_digests(recipe, other, data) for other in others},
-        {other: training_digests(recipe, other, data) for other in before},
-    )
+    elsewhere = _elsewhere(run, domain, stage)
     with run.making(stage, log) as facts:
-        facts |= prepare_domain(recipe, domain, tokenizer, data, elsewhere=elsewhere, log=log)
-        check_budgets(recipe, data, [domain], baselines=False)  # the seed model's stage does
+        facts |= prepare_domain(recipe, domain, tokenizer, facts.folder, elsewhere=elsewhere, log=log)
+        made = {domain: facts.folder}  # the seed model's stage looks at what the baselines need
+        check_budgets(recipe, made, baselines=False)
+
+
+def _elsewhere(run: RunFolder, domain: str, stage: Stage) -> Elsewhere:
+    """What the other domains hold out, and what those are trained on that were finished before this one was known.
+
+    From the token files of domains that are prepared, else from their documents: never from files that are stale.
+    """
+    recipe = run.recipe
+    others = {other: run.graph[f"data/{other}"] for other in recipe.data.domains if other != domain}
+    there = {other for other, needed in others.items() if run.state(needed) == "done"}
+    held_out = {other: digests_of_files(run.folder(f"data/{other}"), "val") if other in there
+                else held_out_digests(recipe, other) for other in others}  # fmt: skip
+    trained_on = {}
+    for other, needed in others.items():
+        if needed.inputs not in stage.settings["trained_on_before"]:
+            continue
+        apart = {name: digests for name, digests in held_out.items()
+                 if name != other and held_out_identity(others[name].settings["sources"])
+                 in needed.settings["apart_from"]}  # fmt: skip
+        trained_on[other] = (digests_of_files(run.folder(needed.name), "train") if other in there
+                             else training_digests(recipe, other, apart))  # fmt: skip
+    return Elsewhere(held_out, trained_on)

@@ -16,6 +16,7 @@ def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log)
     run.check_needs(stage)
     models = models_of_run(run)
     with run.making(stage, log) as facts:
-        if facts.aside is not None and (facts.aside / "models").is_dir():
-            shutil.copytree(facts.aside / "models", facts.folder / "models")
-        evaluate_models(run.path, run.recipe, models, log=log)
+        kept, before = facts.folder / "models", run.folder(stage.name) / "models"
+        if before.is_dir() and not kept.exists():
+            shutil.copytree(before, kept)
+        evaluate_models(run.path, run.recipe, models, log=log, folder=facts.folder)

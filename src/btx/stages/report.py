@@ -10,6 +10,6 @@ from btx.run_folder.graph import Stage
 
 def report_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """Write the page."""
-    with run.making(stage, log):
-        path = write_report(run.path)
-    log(f"report: {path}")
+    with run.making(stage, log) as facts:
+        path = write_report(run.path, facts.folder)
+    log(f"report: {run.folder(stage.name) / path.name}")

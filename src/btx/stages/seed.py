@@ -20,9 +20,8 @@ from btx.stages.training import train_stage
 
 def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """The seed model: trained from scratch, or an existing one linked into the run folder."""
-    seed, data = run.recipe.seed_model, run.folder("data")
-    prepared = [domain for domain in run.recipe.data.domains if run.recorded(f"data/{domain}")]
-    check_budgets(run.recipe, data, prepared)  # before anything is trained
+    seed = run.recipe.seed_model
+    check_budgets(run.recipe, run.prepared())  # before anything is trained
     if seed.path is not None:
         with run.making(stage, log) as facts:
             link_seed_model(seed.path, seed.revision, facts.folder / "model")
@@ -42,6 +41,9 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
 def link_seed_model(path: str, revision: str | None, target: Path) -> None:
     """Make `target` a link to a model folder, or to the downloaded files of a hub name."""
     source = Path(path).expanduser()
+    if not source.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise CheckpointError(f"seed_model.path: {path}: there is no such folder; if the model is elsewhere now, say "
+                              f"where: btx run RECIPE seed_model.path=FOLDER")  # fmt: skip
     if not source.exists():
         from huggingface_hub import snapshot_download
 

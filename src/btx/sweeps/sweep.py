@@ -225,11 +225,10 @@ class _Sweep:
 
     def _check_data(self, made: RunFolder) -> None:
         """Token files of another run were checked against that run's budgets: check them against this one's."""
-        domains = [domain for domain in made.recipe.data.domains if made.recorded(f"data/{domain}")]
-        if domains:
+        if prepared := made.prepared():
             from btx.planning.budgets import check_budgets
 
-            check_budgets(made.recipe, made.folder("data"), domains)
+            check_budgets(made.recipe, prepared)
 
     def _collect(self) -> None:
         for running in list(self.running):

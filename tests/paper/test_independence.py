@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from btx.errors import NotFinite
 from btx.files import file_sha256
 from btx.metrics_file import last_metrics
+from btx.process import Interrupted, Interrupts
 from btx.run_folder.folder import RunFolder
+from btx.stages.work import run_stages
 from tests.pico_run import pico_recipe, run_here, stopped_after
 
 
@@ -95,15 +98,21 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.Monk
 def test_sigterm_saves_and_the_next_call_continues(tmp_path: Path) -> None:
     overrides = ["seed_model.train.tokens=256000", "seed_model.train.checkpoint_every=10000"]
     run, _ = run_here(pico_recipe(tmp_path, "run", *overrides), ["data"])
-    command = [sys.executable, "-m", "btx", "train", str(run.path), "seed"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while (last_metrics(run.folder("seed") / "metrics.jsonl") or {"step": 0})["step"] < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "run it again to continue" in errors
+
+    def end_it() -> None:
+        while (last_metrics(run.folder("seed") / "metrics.jsonl") or {"step": 0})["step"] < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watching, interrupts = threading.Thread(target=end_it), Interrupts().listen()
+    watching.start()
+    try:
+        with pytest.raises(Interrupted, match="run it again to continue") as stopped:
+            run_stages(run, ["seed"], interrupts, lambda line: None)
+    finally:
+        interrupts.unlisten()
+        watching.join()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert len(list((run.folder("seed") / "state").glob("step-*"))) == 1
 
 

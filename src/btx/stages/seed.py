@@ -24,7 +24,9 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
     check_budgets(run.recipe, run.prepared())  # before anything is trained
     if seed.path is not None:
         with run.making(stage, log) as facts:
-            link_seed_model(seed.path, seed.revision, facts.folder / "model")
+            known = run.recorded("seed")
+            was_here = known is not None and "files" in known["settings"]
+            link_seed_model(seed.path, seed.revision, facts.folder / "model", was_here=was_here)
             check_planned(seed.plan_config, read_config(facts.folder / "model"))
         return
     run.check_needs(stage)
@@ -38,10 +40,14 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
     train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, like=None)
 
 
-def link_seed_model(path: str, revision: str | None, target: Path) -> None:
-    """Make `target` a link to a model folder, or to the downloaded files of a hub name."""
+def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: bool = False) -> None:
+    """Make `target` a link to a model folder, or to the downloaded files of a hub name.
+
+    Args:
+        was_here: the run has had a folder of that name as its seed model, so it is no hub name.
+    """
     source = Path(path).expanduser()
-    if not source.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not source.exists() and (was_here or path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise CheckpointError(f"seed_model.path: {path}: there is no such folder; if the model is elsewhere now, say "
                               f"where: btx run RECIPE seed_model.path=FOLDER")  # fmt: skip
     if not source.exists():

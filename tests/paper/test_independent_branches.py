@@ -199,6 +199,11 @@ def test_an_existing_seed_model_that_moved_is_found_again_by_content(here: Path,
     moved = pico_recipe(here, "other", "seed_model={path: " + str(here / "elsewhere") + "}")
     run, _ = run_here(moved, ["seed", "train/tools"])
     assert {run.state(run.graph[name]) for name in ("seed", "train/birds", "train/tools")} == {"done"}
+    (here / "elsewhere").rename(here / "mine")
+    assert {name for name, state in states(moved).items() if state == "stale"} == set()
+    shutil.rmtree(run.folder("train/tools"))
+    with pytest.raises(CheckpointError, match=r"elsewhere: there is no such folder; if the model is elsewhere now"):
+        train(run.path, "tools")
 
 
 def test_an_experts_own_needs_are_enough_elsewhere_and_its_folder_comes_back_finished(

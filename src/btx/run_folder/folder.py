@@ -226,8 +226,7 @@ class RunFolder:
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
             shutil.rmtree(working)  # left by a process that was killed and that made something else
         working.mkdir(parents=True, exist_ok=True)
-        if not (working / "started.json").exists():
-            write_json(working / "started.json", started_json(stage))
+        write_json(working / "started.json", started_json(stage))  # anew: files may be elsewhere than when it was begun
         facts = Making(working)
         yield facts
         wall_s = round(time.perf_counter() - started, 3)

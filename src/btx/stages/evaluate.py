@@ -13,7 +13,6 @@ from btx.stages.models_of_run import models_of_run
 
 def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """Measure every model of the run; what was measured of a model before is kept while nothing behind it changed."""
-    run.check_needs(stage)
     models = models_of_run(run)
     with run.making(stage, log) as facts:
         kept, before = facts.folder / "models", run.folder(stage.name) / "models"

@@ -11,7 +11,6 @@ from btx.stages.training import train_moe
 
 def finetune(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """Finetune the run's mixed model; same training path as the branches."""
-    run.check_needs(stage)
     recipe = run.recipe
     train_moe(
         run, stage, run.model("mix"), recipe.finetune, [finetune_mixture(recipe)], interrupts, log,

@@ -16,7 +16,6 @@ from btx.run_folder.graph import Stage
 
 def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """The run's expert models and its seed model become one MoE model."""
-    run.check_needs(stage)
     _check_common_start(run)
     settings = mix_settings(run.recipe)
     init = settings.start

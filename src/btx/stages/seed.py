@@ -29,7 +29,6 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
             link_seed_model(seed.path, seed.revision, facts.folder / "model", was_here=was_here)
             check_planned(seed.plan_config, read_config(facts.folder / "model"))
         return
-    run.check_needs(stage)
     assert seed.config is not None  # the schema guarantees both
     assert seed.train is not None
     tokenizer = load_tokenizer(run.folder(TOKENIZER))

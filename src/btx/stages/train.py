@@ -25,7 +25,6 @@ def branch(run: RunFolder) -> PreTrainedModel:
 
 def train_branch(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """One expert model: the seed model's copy, trained further on its domain with some general text."""
-    run.check_needs(stage)
     domain = stage.name.removeprefix("train/")
     mixture = domain_mixture(run.recipe, domain)
     settings = run.recipe.branch_training(domain)

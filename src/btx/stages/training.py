@@ -99,7 +99,6 @@ def train_stage(
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
     """
-    run.check_needs(stage)
     folder, recipe = run.folder(stage.name), run.recipe
     sequence_length = recipe.data.sequence_length
     device = choose_device(recipe.device)

@@ -31,7 +31,7 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
             if run.state(stage) == "done" and name != "report":
                 log(f"{name}: already done, skipped")
                 continue
-            run.check_needs(stage)  # before the stage's module imports torch
+            run.check_needs(stage)  # for all stages, and before their modules import torch
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
                 if stage.trains and shares_processors(run.graph, stage):

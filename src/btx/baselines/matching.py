@@ -68,6 +68,15 @@ def moe_cost(
     return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable)
 
 
+def finetuning_cost(recipe: Recipe, dense: dict[str, Any]) -> ModelCost:
+    """Cost of the mixed model as it is finetuned: more is computed for a token with a dense router gradient."""
+    finetune = recipe.finetune
+    return moe_cost(
+        recipe, dense, recipe.routing, dense_router_gradient=finetune.dense_router_gradient,
+        trainable=finetune.trainable,
+    )  # fmt: skip
+
+
 def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """FLOPs of computing the mix's routers from text: forward passes without the LM head of `mix.router_tokens` tokens
     of every mixed model's domain, through all experts. 0 where routers need no text."""
@@ -84,10 +93,7 @@ def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """Training FLOPs of the run after its seed model: all branches, the routers and the finetuning."""
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
     branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
-    finetuning = moe_cost(
-        recipe, dense, recipe.routing, dense_router_gradient=finetune.dense_router_gradient,
-        trainable=finetune.trainable,
-    )  # fmt: skip
+    finetuning = finetuning_cost(recipe, dense)
     return (
         branches * config_cost(dense, trainable=train.trainable).training_flops_per_token(length)
         + router_flops(recipe, dense)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from btx.baselines.matching import matched_phases, moe_cost, router_flops
+from btx.baselines.matching import finetuning_cost, matched_phases, moe_cost, router_flops
 from btx.choices.baselines import BASELINES
 from btx.models.cost import ModelCost, config_cost
 from btx.models.loading import read_config
@@ -209,12 +209,7 @@ def _trainings(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> dict[s
     branch = config_cost(dense, trainable=recipe.train.trainable)
     for domain in recipe.train.domains:
         found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
-    # What is computed for a token in finetuning, which is more with a dense router gradient.
-    cost = moe_cost(
-        recipe, dense, recipe.routing, dense_router_gradient=recipe.finetune.dense_router_gradient,
-        trainable=recipe.finetune.trainable,
-    )  # fmt: skip
-    found["finetune"] = recipe.finetune, cost, [finetune_mixture(recipe)]
+    found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):
             found[phase.stage] = phase.settings, phase.cost, phase.mixtures

@@ -140,9 +140,8 @@ class RunFolder:
         except UserError:
             if not _settings_known(stage):
                 return self.done(stage) is not None  # made from other files than those that are missing now
-            known = [needed.name for needed in stage.needs if _is_known(needed)]
-            upstream = {needed.name: needed.inputs for needed in stage.needs if needed.name in known}
-            if any(begun["upstream"].get(name) != inputs for name, inputs in upstream.items()):
+            known = [needed for needed in stage.needs if _is_known(needed)]
+            if any(begun["upstream"].get(needed.name) != needed.inputs for needed in known):
                 return True
             return stage.settings != begun["settings"]
 

@@ -98,24 +98,26 @@ def _phi3_fused(dense: Config) -> dict[str, dict[str, int]]:
     }  # fmt: skip
 
 
-def _shared_expert(moe: Config) -> dict[str, Filled]:
-    width, hidden_size = moe["shared_expert_intermediate_size"], moe["hidden_size"]
+def _zero_mlp(name: str, width: int, hidden_size: int) -> dict[str, Filled]:
+    """A gated feed-forward layer that adds nothing, beside the experts."""
     return {
-        f"{LAYER}mlp.shared_expert.gate_proj.weight": Filled((width, hidden_size)),
-        f"{LAYER}mlp.shared_expert.up_proj.weight": Filled((width, hidden_size)),
-        f"{LAYER}mlp.shared_expert.down_proj.weight": Filled((hidden_size, width)),
+        f"{LAYER}mlp.{name}.gate_proj.weight": Filled((width, hidden_size)),
+        f"{LAYER}mlp.{name}.up_proj.weight": Filled((width, hidden_size)),
+        f"{LAYER}mlp.{name}.down_proj.weight": Filled((hidden_size, width)),
+    }
+
+
+def _shared_expert(moe: Config) -> dict[str, Filled]:
+    hidden_size = moe["hidden_size"]
+    return {
+        **_zero_mlp("shared_expert", moe["shared_expert_intermediate_size"], hidden_size),
         # Any number does, as what it weights is zero; but llama.cpp computes sigmoid(x) as silu(x) / x: 0 gives NaN.
         f"{LAYER}mlp.shared_expert_gate.weight": Filled((1, hidden_size), 1 / hidden_size),
     }
 
 
 def _hunyuan_shared(moe: Config) -> dict[str, Filled]:
-    width, hidden_size = moe["intermediate_size"], moe["hidden_size"]
-    return {
-        f"{LAYER}mlp.shared_mlp.gate_proj.weight": Filled((width, hidden_size)),
-        f"{LAYER}mlp.shared_mlp.up_proj.weight": Filled((width, hidden_size)),
-        f"{LAYER}mlp.shared_mlp.down_proj.weight": Filled((hidden_size, width)),
-    }
+    return _zero_mlp("shared_mlp", moe["intermediate_size"], moe["hidden_size"])
 
 
 def _ernie_bias(moe: Config) -> dict[str, Filled]:

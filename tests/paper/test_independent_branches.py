@@ -111,6 +111,31 @@ def test_order_names_and_budgets_of_other_domains_leave_a_branch_as_it_is(here: 
     assert stale(pico_recipe(here, "run", "train.domain_tokens.tools=2304")) == {"train/tools", *LATER}
 
 
+def test_a_renamed_general_domain_leaves_all_models_as_they_are(here: Path) -> None:
+    renamed = "{birds: birds.jsonl, tools: tools.jsonl, plain: general.jsonl}"
+    other_names = (f"data.domains={renamed}", "data.general=plain")
+    assert stale(pico_recipe(here, "run", *other_names)) == {"data/plain", "evaluate", "analyze", "report"}
+    assert made(pico_recipe(here, "run", *other_names)) == {"data/plain", "evaluate", "analyze", "report"}
+    law = ("data.domains.law=law.jsonl", "train.domains=[birds,tools,law]")
+    assert made(pico_recipe(here, "run", *other_names, *law)) == {"data/law", "train/law", *LATER}
+    assert stale(pico_recipe(here, "run", *LAW)) == {"evaluate", "analyze", "report"}  # and back
+
+
+@pytest.mark.parametrize("names", [{"tools": "hardware"}, {"birds": "tools", "tools": "birds"}])
+def test_a_seed_model_of_many_domains_survives_their_new_names(here: Path, names: dict[str, str]) -> None:
+    seed = "seed_model.train.mixture={general: 1, birds: 0.5, tools: 0.25}"
+    run_here(pico_recipe(here, "mixed", seed), ["data", "seed", "train/birds", "train/tools"])
+    files = {names.get(name, name): f"{name}.jsonl" for name in ("birds", "tools", "general")}
+    mixture = {names.get(name, name): share for name, share in (("general", 1), ("birds", 0.5), ("tools", 0.25))}
+    renamed = pico_recipe(
+        here, "mixed", f"seed_model.train.mixture={json.dumps(mixture)}", f"data.domains={json.dumps(files)}",
+        f"train.domains={json.dumps([name for name in files if name != 'general'])}",
+    )  # fmt: skip
+    found = states(renamed)
+    assert (found["seed"], found["data/general"]) == ("done", "done")
+    assert found.get("train/birds", "done") == ("stale" if "birds" in names else "done")
+
+
 # Identity by content
 
 

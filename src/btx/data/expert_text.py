@@ -82,9 +82,14 @@ def text_from_files(
     return rows
 
 
-def text_from_run(run_folder: Path, recipe: Recipe, *, tokens: int) -> dict[str, TextRows]:
+def text_from_run(
+    run_folder: Path, recipe: Recipe, *, tokens: int, known_as: Mapping[str, str] | None = None
+) -> dict[str, TextRows]:
     """Rows of each expert's own domain, without replay text, from the run's token files; the generalist's domain is
     the general one.
+
+    Args:
+        known_as: domain → the name it had when the run's models read it, which decides the order of the rows.
 
     Raises:
         DataError: token files are missing or broken.
@@ -93,7 +98,7 @@ def text_from_run(run_folder: Path, recipe: Recipe, *, tokens: int) -> dict[str,
     for name, domain in zip(recipe.member_names, [*recipe.train.domains, recipe.data.general], strict=False):
         components = [
             (component, TokenFile.open(run_folder / "data" / path / "train"), weight)
-            for component, path, weight in resolve(recipe, {domain: 1.0})
+            for component, path, weight in resolve(recipe, {domain: 1.0}, known_as=known_as)
         ]
         length = recipe.data.sequence_length
         batch = Mixture(components, length, recipe.rng_seed).batch(0, max(1, tokens // length))

@@ -27,18 +27,25 @@ class Samples(Protocol):
 
 
 def open_mixtures(
-    data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]], *, switching: float = 0.0
+    data: Path,
+    recipe: Recipe,
+    mixtures: Sequence[Mapping[str, float]],
+    *,
+    known_as: Mapping[str, str] | None = None,
+    switching: float = 0.0,
 ) -> Samples:
     """Training samples of one mixture of domains, or of several in turn.
 
     Args:
         data: the run's data folder.
         mixtures: domain → sampling weight.
+        known_as: domain → the name it had when the run's models read it, which decides the order of the samples.
         switching: share of the sequences that switch domain in the middle; for a single mixture.
     """
     opened = [
         Mixture(
-            [(name, TokenFile.open(data / path / "train"), weight) for name, path, weight in resolve(recipe, weights)],
+            [(name, TokenFile.open(data / path / "train"), weight)
+             for name, path, weight in resolve(recipe, weights, known_as=known_as)],
             recipe.data.sequence_length, recipe.rng_seed,
         )
         for weights in mixtures

@@ -8,7 +8,9 @@ from btx.errors import DataError
 from btx.recipe.schema import Recipe
 
 
-def resolve(recipe: Recipe, weights: Mapping[str, float]) -> list[tuple[str, str, float]]:
+def resolve(
+    recipe: Recipe, weights: Mapping[str, float], *, known_as: Mapping[str, str] | None = None
+) -> list[tuple[str, str, float]]:
     """The components of a mixture of domains, with weights that sum to 1.
 
     A source of a domain is the component `<domain>/<number of the source>`; a source that takes from another domain
@@ -16,6 +18,7 @@ def resolve(recipe: Recipe, weights: Mapping[str, float]) -> list[tuple[str, str
 
     Args:
         weights: domain → sampling weight.
+        known_as: domain → the name that its components bear, for a domain that has been renamed.
 
     Returns:
         (component name, folder of its token files `train` and `val` relative to the data folder, weight); weights of 0
@@ -24,7 +27,7 @@ def resolve(recipe: Recipe, weights: Mapping[str, float]) -> list[tuple[str, str
     Raises:
         DataError: no weight is positive.
     """
-    found: dict[str, float] = {}
+    found: dict[tuple[str, int], float] = {}
 
     def add(domain: str, weight: float) -> None:
         sources = recipe.data.domains[domain].sources
@@ -34,15 +37,18 @@ def resolve(recipe: Recipe, weights: Mapping[str, float]) -> list[tuple[str, str
             if source.domain is not None:
                 add(source.domain, share)
             elif share > 0:
-                name = f"{domain}/{number}"
-                found[name] = found.get(name, 0.0) + share
+                found[domain, number] = found.get((domain, number), 0.0) + share
 
     for domain, weight in weights.items():
         add(domain, weight)
     total = sum(found.values())
     if not total:
         raise DataError(f"no weight above 0 in the mixture of {', '.join(weights) or 'no domain'}")
-    return [(name, name, weight / total) for name, weight in found.items()]
+    names = known_as or {}
+    return [
+        (f"{names.get(domain, domain)}/{number}", f"{domain}/{number}", weight / total)
+        for (domain, number), weight in found.items()
+    ]
 
 
 def seed_mixture(recipe: Recipe) -> dict[str, float]:

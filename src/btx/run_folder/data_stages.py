@@ -8,8 +8,9 @@ nothing that the finished ones are trained on. Both are in the hash, as they are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, cached_property, partial
+from itertools import count
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,15 +31,16 @@ class DataStages:
 
     Args:
         recorded: what is known of the run's finished stages.
+        read: label of a data stage → its started.json, as noted by the finished models that have read it.
     """
 
-    def __init__(self, recipe: Recipe, recorded: Recorded) -> None:
-        self.recipe, self.recorded = recipe, recorded
+    def __init__(self, recipe: Recipe, recorded: Recorded, read: Mapping[str, Mapping[str, Any]]) -> None:
+        self.recipe, self.recorded, self.read = recipe, recorded, read
         self._identity = cache(self._identity_of)
         self.tokenizer = Stage(TOKENIZER, self._tokenizer, files=self._tokenizer_text, recorded=recorded(TOKENIZER))
         self._domains = {
             domain: Stage(f"data/{domain}", partial(self._domain, domain), (self.tokenizer,),
-                          partial(self._files, domain))
+                          partial(self._files, domain), partial(self._label, domain))
             for domain in recipe.data.domains
         }  # fmt: skip
 
@@ -48,6 +50,34 @@ class DataStages:
     def of(self, domains: Iterable[str]) -> list[Stage]:
         """The stages of some domains, each once."""
         return [self._domains[domain] for domain in dict.fromkeys(domains)]
+
+    @cached_property
+    def known_as(self) -> dict[str, str]:
+        """Domain → the name under which the run's models have read it: its own, unless it has been renamed since.
+
+        Names are in the hashes of what reads a domain, and in the order of its samples; they must not be a reason to
+        train again.
+        """
+        held = {name.removeprefix("data/"): noted["settings"]["sources"]
+                for name, noted in self.read.items() if name != TOKENIZER}  # fmt: skip
+        sources = {domain: self._sources_if_known(domain) for domain in self.recipe.data.domains}
+        names = {domain: domain for domain, own in sources.items() if own is None or held.get(domain) == own}
+        for domain in sorted(sources.keys() - names.keys()):
+            free = held.keys() - names.values()
+            if same := sorted(name for name in free if held[name] == sources[domain]):
+                names[domain] = same[0]
+        for domain in sorted(sources.keys() - names.keys()):  # not read yet: of any name that no other one bears
+            names[domain] = next(name for name in (domain + "'" * i for i in count()) if name not in names.values())
+        return names
+
+    def _label(self, domain: str) -> str:
+        return f"data/{self.known_as[domain]}"
+
+    def _sources_if_known(self, domain: str) -> dict[str, Any] | None:
+        try:
+            return self._identity(domain)
+        except UserError:
+            return None
 
     def _tokenizer(self) -> Settings:
         """A tokenizer from scratch is what it is trained on, any other what its files hold."""
@@ -92,12 +122,12 @@ class DataStages:
 
     def _kept(self, domain: str) -> Settings | None:
         """The settings of a finished domain that is still what the recipe says, as they were when it was made."""
-        known = self.recorded(f"data/{domain}")
-        if known is None:
-            return None
-        settings = {**known["settings"], "sources": self._identity(domain)}
-        same = inputs_hash(settings, {TOKENIZER: self.tokenizer.inputs}) == known["inputs"]
-        return settings if same else None
+        for known in (self.recorded(f"data/{domain}"), self.read.get(self._label(domain))):
+            if known is not None:
+                settings = {**known["settings"], "sources": self._identity(domain)}
+                if inputs_hash(settings, {TOKENIZER: self.tokenizer.inputs}) == known["inputs"]:
+                    return settings
+        return None
 
     def _files(self, domain: str) -> dict[str, str]:
         try:

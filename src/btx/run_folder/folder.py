@@ -81,7 +81,7 @@ class RunFolder:
     @cached_property
     def graph(self) -> Graph:
         """The stages of the run's recipe, as things stand when it is first asked for."""
-        return build_graph(self.recipe, self.recorded)
+        return build_graph(self.recipe, self.recorded, self._read_by_others)
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """started.json of a stage that is finished, None if it is not. What a domain was when models were trained on it
@@ -141,7 +141,7 @@ class RunFolder:
             if not _settings_known(stage):
                 return self.done(stage) is not None  # made from other files than those that are missing now
             known = [needed for needed in stage.needs if _is_known(needed)]
-            if any(begun["upstream"].get(needed.name) != needed.inputs for needed in known):
+            if any(begun["upstream"].get(needed.label) != needed.inputs for needed in known):
                 return True
             return stage.settings != begun["settings"]
 
@@ -291,7 +291,7 @@ def started_json(stage: Stage) -> dict[str, Any]:
     return {
         "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
         "shown": stage.shown, "upstream": stage.upstream, "files": _names(stage),
-        "read": {needed.name: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
+        "read": {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
     }  # fmt: skip
 
 

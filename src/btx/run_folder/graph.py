@@ -38,6 +38,8 @@ class Stage:
     needs: tuple[Stage, ...] = ()
     files: Callable[[], dict[str, str]] = dict
     """Path of each file the stage reads → its SHA-256: to name the one that changed, no part of the hash."""
+    known_as: Callable[[], str] | None = None
+    """Makes the name under which the stages that need it know it, where that is another one."""
     recorded: Mapping[str, Any] | None = None
     """started.json of the finished stage: what its files held if they cannot be seen from here."""
 
@@ -70,10 +72,15 @@ class Stage:
         """Hash of the settings and of everything upstream; raises as `settings`."""
         return inputs_hash(self.settings, self.upstream)
 
+    @cached_property
+    def label(self) -> str:
+        """The stage's name in the hashes of those that need it: a domain that was renamed keeps its first one."""
+        return self.known_as() if self.known_as is not None else self.name
+
     @property
     def upstream(self) -> dict[str, str]:
-        """Hashes of the stages this one needs."""
-        return {stage.name: stage.inputs for stage in self.needs}
+        """Hashes of the stages this one needs, by their labels."""
+        return {stage.label: stage.inputs for stage in self.needs}
 
     @property
     def trains(self) -> bool:
@@ -132,6 +139,12 @@ class Graph:
         return [stage for stage in self.stages if stage.name.startswith("data/")]
 
     @property
+    def known_as(self) -> dict[str, str]:
+        """Domain → the name under which the run's models have read it."""
+        prefix = "data/"
+        return {stage.name.removeprefix(prefix): stage.label.removeprefix(prefix) for stage in self.data[1:]}
+
+    @property
     def branches(self) -> list[Stage]:
         """The experts' training stages."""
         return [stage for stage in self.stages if stage.name.startswith("train/")]
@@ -184,6 +197,6 @@ def inputs_hash(settings: Settings, upstream: Mapping[str, str]) -> str:
     """The hash by which a stage is known.
 
     Args:
-        upstream: name of every stage it needs → that stage's hash.
+        upstream: label of every stage it needs → that stage's hash.
     """
     return value_hash({"settings": settings, "upstream": dict(upstream)})

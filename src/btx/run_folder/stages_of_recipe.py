@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from btx.baselines.settings import matching_inputs, phases_of, routing_of
 from btx.choices.baselines import BASELINES, BTM, UPCYCLED
@@ -21,25 +21,31 @@ from btx.errors import CheckpointError, DataError
 from btx.files import content_sha256
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
+from btx.recipe.training import Finetune, SeedTraining
 from btx.run_folder.data_stages import TOKENIZER_FILES, DataStages
 from btx.run_folder.graph import Graph, Recorded, Settings, Stage, nothing_recorded
 
+Mixed = TypeVar("Mixed", SeedTraining, Finetune)
 
-def build_graph(recipe: Recipe, recorded: Recorded = nothing_recorded) -> Graph:
+
+def build_graph(
+    recipe: Recipe, recorded: Recorded = nothing_recorded, read: Mapping[str, Mapping[str, Any]] | None = None
+) -> Graph:
     """The stages of `recipe`, in an order in which they can run.
 
     Args:
         recorded: what is known of the run's finished stages, so that nothing of them has to be at hand.
+        read: label of a data stage → its started.json, as noted by the finished models that have read it.
     """
-    return _Stages(recipe, recorded).graph()
+    return _Stages(recipe, recorded, read or {}).graph()
 
 
 class _Stages:
     """One recipe's stages while they are put together."""
 
-    def __init__(self, recipe: Recipe, recorded: Recorded) -> None:
+    def __init__(self, recipe: Recipe, recorded: Recorded, read: Mapping[str, Mapping[str, Any]]) -> None:
         self.recipe, self.recorded = recipe, recorded
-        self.data = DataStages(recipe, recorded)
+        self.data = DataStages(recipe, recorded, read)
         self.rng = {"rng_seed": recipe.rng_seed}
 
     def graph(self) -> Graph:
@@ -70,8 +76,13 @@ class _Stages:
 
     def _mixture(self, weights: Mapping[str, float]) -> Settings:
         """What decides which samples a mixture of domains gives, besides what the domains hold."""
-        components = [[name, weight] for name, _, weight in resolve(self.recipe, weights)]
+        components = [[name, weight] for name, _, weight in resolve(self.recipe, weights, known_as=self.data.known_as)]
         return {"mixture": components, "sequence_length": self.recipe.data.sequence_length}
+
+    def _known(self, training: Mixed) -> Mixed:
+        """A section with the domains of its mixture under the names by which they are known."""
+        mixture = training.mixture and {self.data.known_as[name]: weight for name, weight in training.mixture.items()}
+        return training.model_copy(update={"mixture": mixture})
 
     def _seed(self) -> Stage:
         seed = self.recipe.seed_model
@@ -80,7 +91,8 @@ class _Stages:
         mixture = seed_mixture(self.recipe)
 
         def trained() -> Settings:
-            return {"seed_model": seed, **self._mixture(mixture), **self.rng}
+            training = {"train": self._known(seed.train)} if seed.train else {}
+            return {"seed_model": seed.model_copy(update=training), **self._mixture(mixture), **self.rng}
 
         return self._stage("seed", trained, (self.data.tokenizer, *self._read([mixture])))
 
@@ -122,7 +134,7 @@ class _Stages:
 
     def _finetune(self) -> Settings:
         recipe = self.recipe
-        return {"finetune": recipe.finetune, **self._mixture(finetune_mixture(recipe)), **self.rng}
+        return {"finetune": self._known(recipe.finetune), **self._mixture(finetune_mixture(recipe)), **self.rng}
 
     def _evaluate(self) -> Settings:
         recipe = self.recipe
@@ -174,7 +186,7 @@ class _Stages:
             mixtures = [domain_mixture(recipe, domain) for domain in recipe.train.domains]
             mixtures = mixtures if phase.data == "domains" else [finetune_mixture(recipe)]
             settings = {
-                "training": phase.settings, "matched": matching_inputs(recipe, name),
+                "training": self._known(phase.settings), "matched": matching_inputs(recipe, name),
                 "mixtures": [self._mixture(weights) for weights in mixtures], **self.rng,
             }  # fmt: skip
             if BASELINES[name].has_routers:

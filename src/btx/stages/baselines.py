@@ -100,7 +100,7 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
     if recipe.mix.generalist:
         models["generalist"] = run.model("seed")
-    texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens))
+    texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens), known_as=run.graph.known_as)
     device, dtype = device_and_type(recipe)
     with run.making(stage, log) as facts:
         temperature = write_btm_folder(

@@ -20,10 +20,13 @@ def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) 
     settings = mix_settings(run.recipe)
     init = settings.start
     with run.making(stage, log) as facts:
+        texts = None
+        if init.needs_text:
+            texts = text_from_run(run.path, run.recipe, tokens=init.tokens, known_as=run.graph.known_as)
         mix(
             run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
             facts.folder / "model", settings, record=facts.folder / "mix.json",
-            texts=text_from_run(run.path, run.recipe, tokens=init.tokens) if init.needs_text else None,
+            texts=texts,
             log=lambda line: log(line.replace(str(facts.folder), str(run.folder(stage.name)))),
             progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
         )  # fmt: skip

@@ -108,7 +108,7 @@ def train_stage(
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     switching = settings.switching if isinstance(settings, Finetune) else 0.0
-    mixture = open_mixtures(run.path / "data", recipe, mixtures, switching=switching)
+    mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
     job = TrainingJob(
         model=model,
         mixture=mixture,

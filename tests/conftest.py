@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,9 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="btx-test-cache-")  # nothing of a test stays with the user
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+gc.disable()  # until all test modules are imported: what they make stays
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but not among what the imports have made."""
+    gc.freeze()
+    gc.enable()
+
 
 PICO_LLAMA: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 320, "num_attention_heads": 4,
@@ -46,6 +53,7 @@ def make_llama(tmp_path: Path, pico_tokenizer_folder: Path) -> Callable[..., Pat
 
     Norms are randomised too: at their default of 1 wrong mappings look right.
     """
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from btx.models.loading import quiet_transformers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,13 @@ from btx.planning.plan import plan
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
+from btx.running.launchers import START, Launcher
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
+from tests.processes import btx, start_forked
+from tests.processes import start as start_process
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -124,12 +128,10 @@ def wait_for_step(run: RunFolder, stage: str, step: int, job: subprocess.Popen[s
         time.sleep(0.005)
 
 
-FULL_DISK = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-from btx.cli.main import main
-main()
-"""
+def with_small_files(*arguments: str) -> None:
+    """A command that cannot write files of more than 60 kB, which fails like a full disk: in the middle of one."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    btx(*arguments)
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_whole(interrupted: Recipe, tmp_path: Path) -> None:
@@ -137,13 +139,13 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_whole(interrupted: Reci
     state = tmp_path / "run" / "seed" / "state"
     before = hashes(state)
     assert before
-    # The limit on a file's size fails like a full disk: in the middle of writing the weights.
-    command = [sys.executable, "-c", FULL_DISK, "train", str(tmp_path / "run"), "seed"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
+    job = start_process(with_small_files, "train", str(tmp_path / "run"), "seed", log=tmp_path / "log")
+    job.join()
+    printed = (tmp_path / "log").read_text()
+    assert job.exitcode == 2, printed
     assert re.search(r"error: .*state/step-\d+: cannot be written \(.*File too large.*\); what was there before is "
-                     r"untouched", done.stderr)  # fmt: skip
-    assert "Traceback" not in done.stderr
+                     r"untouched", printed)  # fmt: skip
+    assert "Traceback" not in printed
     assert hashes(state) == before
     _, lines = run_here(load_recipe(str(tmp_path / "run")), ["seed"])
     assert any(f"resumed after step {int(max(before)[5:13])} of 60" in line for line in lines), lines
@@ -202,7 +204,13 @@ def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
     assert json.loads((run.path / "data" / "birds" / "done.json").read_text("utf-8"))
 
 
-def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path) -> None:
+@pytest.fixture
+def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of this process's runs start without importing everything first."""
+    monkeypatch.setitem(START, "local", Launcher(start_forked, START["local"].start_run))
+
+
+def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path, quick_jobs: None) -> None:
     hot = ["seed_model.train.learning_rate=1e30", "seed_model.train.warmup_steps=0"]
     recipe = pico_recipe(tmp_path, "run", *hot)
     run_here(recipe, ["data"])
@@ -221,12 +229,14 @@ class Editor(Display):
 
     def say(self, line: str) -> None:
         text = self.path.read_text("utf-8")
-        self.path.write_text(text.replace("top_k: 2", "top_k: 1"), "utf-8")
+        self.path.write_text(text.replace("vocab_size: 320", "vocab_size: 300"), "utf-8")
 
 
-def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Path) -> None:
-    recipe = pico_recipe(tmp_path, "run", "finetune.tokens=256")
-    run, _ = run_here(recipe, ["data", "seed", "train/birds", "train/tools"])
-    with pytest.raises(RunFolderError, match=r"evaluate cannot start: mix is stale \(mix\.top_k: 1 → 2\)"):
+def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Path, quick_jobs: None) -> None:
+    recipe = pico_recipe(tmp_path, "run", "launch.jobs=1")
+    run, _ = run_here(recipe, ["data/tokenizer"])
+    shutil.rmtree(run.path / "data")
+    expected = r"data/birds cannot start: data/tokenizer is stale \(tokenizer\.vocab_size: 300 → 320\)"
+    with pytest.raises(RunFolderError, match=expected):
         run_pipeline(recipe, display=Editor(run.path / "recipe.yaml"))
-    assert not (run.path / "evaluate").exists()
+    assert not (run.path / "data" / "birds").exists()

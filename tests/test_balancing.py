@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from btx.moe.balancing import (
     Balancing,
@@ -20,6 +20,7 @@ from btx.moe.balancing import (
     total_load_balancing_loss,
 )
 from btx.moe.routers import Routing, biased_top_k_gates, switch_gates, top_k_gates
+from tests.processes import run_ranks
 
 T, E = 60, 4
 
@@ -151,7 +152,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_see_the_loss_and_gradient_of_their_common_batch(tmp_path) -> None:
-    multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(_rank, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     parts = [routing(rank) for rank in range(2)]
     together = Routing(*(torch.cat([getattr(part, name) for part in parts])

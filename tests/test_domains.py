@@ -2,7 +2,7 @@
 
 import ast
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from btx.data.domains.general_text import passages, prose
 from btx.data.domains.stdlib_sources import read_source, standard_library
 from btx.errors import DataError
 
-MAX_BYTES = 500_000
+MAX_BYTES = 300_000
 HELD_OUT = 0.1
 
 
@@ -30,8 +30,9 @@ def size(items: list[Document]) -> int:
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_the_same_arguments_give_the_same_documents_and_another_rng_seed_gives_others(generator):
     for split in ("train", "val"):
+        first = list(islice(documents(generator, split, 1, MAX_BYTES, HELD_OUT), 20))
         assert list(documents(generator, split, 0, MAX_BYTES, HELD_OUT)) == side(generator, split)
-        assert list(documents(generator, split, 1, MAX_BYTES, HELD_OUT)) != side(generator, split)
+        assert first != side(generator, split)[:20]
 
 
 @pytest.mark.parametrize("generator", GENERATORS)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from btx.model_files.checkpoints import INDEX, TensorFolder
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast, is_finite, rounded
 from btx.model_files.shard_writer import OutputTensor, write_shards
 from btx.recipe.sizes import bytes_of
+from tests.processes import btx, start
 
 MakeLlama = Callable[..., Path]
 
@@ -194,35 +194,32 @@ def test_an_interrupted_mix_leaves_nothing_and_the_old_output_whole(make_llama: 
     assert (output / "model.safetensors").read_bytes() == old
 
 
-SENDS_ITSELF_A_SIGNAL = """
-import os
-from btx.cli.main import main
-from btx.mixing import mix as module
+def signalled_in_the_middle(number: int, *arguments: str) -> None:
+    """`btx mix` that sends itself a signal when half is written."""
+    from btx.mixing import mix as module
 
-plain = module.mix
-def mix(*args, **options):
-    end = lambda written, total: written * 2 > total and os.kill(os.getpid(), {number})
-    return plain(*args, **options, progress=end)
-module.mix = mix
-main()
-"""
+    def end(written: int, total: int) -> None:
+        if written * 2 > total:
+            os.kill(os.getpid(), number)
+
+    module.mix = partial(module.mix, progress=end)
+    btx("mix", *arguments)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_nothing_that_looks_finished(make_llama: MakeLlama, tmp_path: Path, number: int) -> None:
     seed = make_llama("seed")
-    arguments = ["mix", "--seed-model", str(seed), "--expert", f"a={seed}", "-o", str(tmp_path / "moe")]
-    done = subprocess.run(
-        [sys.executable, "-c", SENDS_ITSELF_A_SIGNAL.format(number=int(number)), *arguments],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "src"},
-    )  # fmt: skip
+    arguments = ("--seed-model", str(seed), "--expert", f"a={seed}", "-o", str(tmp_path / "moe"))
+    log = tmp_path / "log"
+    done = start(signalled_in_the_middle, int(number), *arguments, log=log)
+    done.join()
     assert not (tmp_path / "moe").exists()
     if number == signal.SIGKILL:
-        assert done.returncode == -number
+        assert done.exitcode == -number
         assert list(tmp_path.glob(".moe.*.tmp"))
     else:
-        assert done.returncode == 128 + number
-        assert done.stderr.strip() == f"error: stopped; nothing was written to {tmp_path / 'moe'}"
+        assert done.exitcode == 128 + number
+        assert log.read_text().strip() == f"error: stopped; nothing was written to {tmp_path / 'moe'}"
         assert not list(tmp_path.glob(".moe.*"))
 
 

@@ -13,6 +13,7 @@ from btx.errors import CheckpointError
 from btx.models.loading import checkpoint_activations, load_model
 from btx.moe.balancing import total_load_balancing_loss
 from btx.moe.layer import moe_blocks, set_router
+from tests.processes import run_ranks
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def _empty_expert_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_experts_without_tokens_work_under_ddp_and_fsdp(mixtral: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_empty_expert_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(_empty_expert_rank, tmp_path)
     alone = {}
     for rank in range(2):
         model, ids = _steered(str(tmp_path), rank), torch.arange(40)[None] + 40 * rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -22,6 +23,19 @@ TOLD = "· "
 def tell(line: str) -> None:
     """Print a line for the user; `btx run` shows what its jobs tell."""
     print(f"{TOLD}{line}", flush=True)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import without looking for garbage: torch and transformers make millions of objects, and all of them stay. Takes
+    a sixth off the time (LOG.md)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Interrupted(BtxError):

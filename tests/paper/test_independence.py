@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from btx.process import Interrupted, Interrupts
 from btx.run_folder.folder import RunFolder
 from btx.stages.work import run_stages
 from tests.pico_run import pico_recipe, run_here, stopped_after
+from tests.processes import btx, start, start_btx
 
 
 def files_of(run: RunFolder) -> dict[str, str]:
@@ -60,16 +59,15 @@ def test_a_feed_forward_branch_leaves_shared_weights_bit_for_bit(tmp_path: Path)
 
 def kill_while_training(run: RunFolder, stage: str, at_step: int) -> None:
     """Start a stage in its own process and kill -9 it once it has done `at_step` steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "btx", "work", str(run.path), stage], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = run.path.with_suffix(".log")
+    process = start_btx("work", run.path, stage, log=log)
     deadline = time.monotonic() + 60
     while (last_metrics(run.folder(stage) / "metrics.jsonl") or {"step": 0})["step"] < at_step:
-        assert process.poll() is None, process.communicate()[0].decode()
+        assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
 
 
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,22 +160,27 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkey
     assert any("resumed after step 3" in line for line in lines)
 
 
+def job_of_its_own(run: str) -> None:
+    """Start the seed model's job in another session, as a launcher does, say its process number and wait."""
+    job = os.fork()
+    if not job:
+        os.setsid()
+        btx("work", run, "seed")
+    print(job, flush=True)
+    os.waitpid(job, 0)
+
+
 def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     import psutil
 
     run, _ = run_here(pico_recipe(tmp_path, "run", "seed_model.train.tokens=400000"), ["data"])
-    program = (
-        "import subprocess, sys, time\n"
-        f"command = [sys.executable, '-m', 'btx', 'work', {str(run.path)!r}, 'seed']\n"
-        "job = subprocess.Popen(command, start_new_session=True)\n"
-        "print(job.pid, flush=True)\ntime.sleep(60)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    job = int(parent.stdout.readline())
+    parent = start(job_of_its_own, str(run.path), log=tmp_path / "log")
     while (last_metrics(run.folder("seed") / "metrics.jsonl") or {"step": 0})["step"] < 2:
+        assert parent.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.05)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.communicate()
+    job = int((tmp_path / "log").read_text().split()[0])
+    parent.kill()
+    parent.join()
     deadline = time.monotonic() + 30
     while psutil.pid_exists(job) and psutil.Process(job).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline

@@ -22,6 +22,7 @@ from btx.model_files.beside_weights import copy_beside_weights, write_generation
 from btx.model_files.btx_folder import FILE, is_btx_folder, open_btx_folder
 from btx.model_files.model_folder import check_model
 from btx.moe.layer import set_router, swap_in_moe
+from btx.process import quick_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+@quick_imports()
 def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model with btx's MoE blocks in place, on CPU, in evaluation mode.
 
@@ -85,6 +87,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+@quick_imports()
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model.
 
@@ -108,6 +111,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     return tokenizer
 
 
+@quick_imports()
 def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> PreTrainedModel:
     """A model from scratch, float32, initialised from `rng_seed` alone.
 
@@ -129,6 +133,7 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
     return model
 
 
+@quick_imports()
 def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """config.json of a folder or hub name as plain values, completed with the class's defaults."""
     from transformers import AutoConfig

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import cast
 
-from btx.process import Interrupts, Log
+from btx.process import Interrupts, Log, quick_imports
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.threads import processors, shares_processors, training_threads
@@ -34,11 +34,13 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
             run.check_needs(stage)  # for all stages, and before their modules import torch
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with contextlib.nullcontext() if stage.trains else interrupts.at_once():
-                if stage.trains and shares_processors(run.graph, stage):
-                    _use_threads(training_threads(run.graph))
-                elif not stage.name.startswith("data/") and name != "report":
-                    use_all_processors()
-                _work_of(stage)(run, stage, interrupts, log)
+                with quick_imports():
+                    if stage.trains and shares_processors(run.graph, stage):
+                        _use_threads(training_threads(run.graph))
+                    elif not stage.name.startswith("data/") and name != "report":
+                        use_all_processors()
+                    work = _work_of(stage)
+                work(run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
 
 

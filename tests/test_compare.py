@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from btx.cli.main import app
 from btx.errors import RunFolderError, UserError
-from btx.evaluation.compare import compare_documents, compare_models, resampled_ratios
+from btx.evaluation.compare import compare_models
+from btx.reporting.paired_bootstrap import compare_documents, resampled_ratios
 from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe
 
@@ -96,7 +97,7 @@ def test_the_same_seed_draws_the_same_and_few_draws_at_once_change_nothing(monke
     drawn = resampled_ratios(values, sizes, 200, 5)
     np.testing.assert_array_equal(drawn, resampled_ratios(values, sizes, 200, 5))
     assert not np.array_equal(drawn, resampled_ratios(values, sizes, 200, 6))
-    monkeypatch.setattr("btx.evaluation.compare.DRAWS_AT_ONCE", 70)
+    monkeypatch.setattr("btx.reporting.paired_bootstrap.DRAWS_AT_ONCE", 70)
     np.testing.assert_allclose(drawn, resampled_ratios(values, sizes, 200, 5))
 
 

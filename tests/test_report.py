@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from btx.errors import RunFolderError
 from btx.number_texts import count_text, duration_text, flops_text, signed_percent
 from btx.reporting.charts import CostPoint, bucket_means, cost_chart, spread
+from btx.reporting.headline import headline
+from btx.reporting.paired_bootstrap import compare_documents
 from btx.reporting.report import write_report
-from btx.reporting.results import headline, report_table, results_table
+from btx.reporting.results import report_table, results_table
 from btx.reporting.tokens import own_expert, shown_layers, token_view
 
 DOMAINS = ["math", "code", "knowledge", "general"]
@@ -428,12 +431,38 @@ def test_the_headline_compares_btx_with_seed_soup_mix_and_the_best_expert(html: 
     assert "Exact match on arithmetic rises from 3.5 % to 45.5 %." in text
 
 
-def test_a_difference_within_the_measuring_error_is_called_so() -> None:
-    close = results()
-    close["models"]["mix"]["mean_bits_per_byte"] = close["models"]["btx"]["mean_bits_per_byte"] + 0.002
-    line = headline(close)
+def paired_documents() -> dict[str, Any]:
+    """300 documents, apart by far more than the models: the mix is a little worse than btx in each of them, the soup
+    in about half, and better by as much in the other half."""
+    drawn = np.random.default_rng(0)
+    bits = drawn.normal(1000, 300, 300)
+    worse = {"btx": 0.0, "seed": 80.0, "mix": 2.0 + drawn.normal(0, 1, 300), "soup": drawn.normal(0, 40, 300),
+             "expert/math": 50.0}  # fmt: skip
+    right = {"seed": [0.0, 1.0] * 20, "btx": [0.0, 1.0] * 19 + [1.0, 1.0]}
+    models = {name: {"domains": {"math": (bits + more).tolist()}, "tasks": {"facts": right.get(name, right["seed"])}}
+              for name, more in worse.items()}  # fmt: skip
+    return {"bytes": {"domains": {"math": [800] * 300}}, "models": models}
+
+
+def test_differences_are_judged_in_pairs_as_btx_compare_does(run: Path, tmp_path: Path) -> None:
+    documents = paired_documents()
+    line = headline(results(), documents)
     assert line is not None
-    assert [c.clear for c in line.comparisons] == [True, True, False, True]
+    assert {c.name: c.may_be_chance for c in line.comparisons} == {
+        "seed": False, "soup": True, "mix": False, "expert/math": False
+    }  # fmt: skip
+    assert {t.task: t.may_be_chance for t in line.tasks} == {"arithmetic": False, "facts": True}
+    for comparison in line.comparisons:
+        told = compare_documents(documents["models"]["btx"], documents["models"][comparison.name], documents["bytes"])
+        assert comparison.p == told["mean"]["p"]
+    unknown = headline(results())
+    assert unknown is not None
+    assert {c.p for c in unknown.comparisons} == {None}
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "evaluate" / "documents.json").write_text(json.dumps(documents), "utf-8")
+    text = re.sub(r"\s+", " ", write_report(copy).read_text("utf-8"))
+    assert re.search(r"the soup \(which may be chance: p = 0\.\d\d\)", text)
+    assert "mix before finetuning (which" not in text
 
 
 def test_the_headline_does_not_hide_the_baseline_that_wins() -> None:

@@ -60,12 +60,13 @@ class CostPoint:
 
 @dataclass(frozen=True)
 class Bars:
-    """One model in the bar chart: a value and its standard error per column; None leaves the bar out."""
+    """One model in the bar chart: per column a value and how far its error reaches left and right; None leaves the bar
+    out."""
 
     label: str
     colour: str
     values: Sequence[float | None]
-    errors: Sequence[float]
+    errors: Sequence[tuple[float, float]]
 
 
 def curves_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str) -> str:
@@ -139,11 +140,11 @@ def bars_chart(name: str, columns: Sequence[str], bars: Sequence[Bars], unit: st
             if value is None:
                 continue
             axes.barh([line], [value], height=0.7, color=_PLACEHOLDER[bar.colour], alpha=0.8)
-            if bar.errors[number]:
+            if any(bar.errors[number]):
                 axes.errorbar(
                     [value],
                     [line],
-                    xerr=[bar.errors[number]],
+                    xerr=[[reach] for reach in bar.errors[number]],
                     color=_PLACEHOLDER["ink"],
                     elinewidth=0.9,
                     capsize=1.8,

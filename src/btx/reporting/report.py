@@ -40,7 +40,8 @@ from btx.reporting.charts import (
     stacked_svg,
 )
 from btx.reporting.costs import TITLES, cost_rows
-from btx.reporting.results import EXPERT, headline, report_table, results_table
+from btx.reporting.headline import headline, paired_differences
+from btx.reporting.results import EXPERT, report_table, results_table
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Run:
     recipe: dict[str, Any]
     manifest: dict[str, Any]
     results: dict[str, Any]
+    documents: dict[str, Any]
     routing: dict[str, Any]
     tokens: dict[str, Any]
     mix: dict[str, Any]
@@ -138,6 +140,7 @@ def read_run(folder: Path) -> Run:
         recipe,
         manifest=_read_json(folder / "manifest.json"),
         results=_read_json(folder / "evaluate" / "results.json"),
+        documents=_read_json(folder / "evaluate" / "documents.json"),
         routing=_read_json(folder / "analyze" / "routing.json"),
         tokens=_read_json(folder / "analyze" / "tokens.json"),
         mix=_read_json(folder / "mix" / "mix.json"),
@@ -241,10 +244,12 @@ def domains_figure(run: Run) -> str:
     """Bars of what each model saves against the seed model, per domain; empty before two models are evaluated."""
     models = run.results.get("models", {})
     seed = models.get("seed", {}).get("domains", {})
-    bars = [
-        Bars(name, _model_colour(run, name), *zip(*(_saved(model, seed, domain) for domain in seed), strict=True))
-        for name, model in models.items() if name != "seed" and seed
-    ]  # fmt: skip
+    bars = []
+    for name, model in models.items():
+        if name != "seed" and seed:
+            paired = paired_differences(run.documents, name, "seed").get("domains", {})
+            saved = (_saved(model, seed[domain], domain, paired.get(domain)) for domain in seed)
+            bars.append(Bars(name, _model_colour(run, name), *zip(*saved, strict=True)))
     return bars_chart("domains", list(seed), bars) if bars else ""
 
 
@@ -259,13 +264,17 @@ def _model_colour(run: Run, name: str) -> str:
     return named.get(name) or run.colour(name.removeprefix(EXPERT))
 
 
-def _saved(model: Mapping[str, Any], seed: Mapping[str, Any], domain: str) -> tuple[float | None, float]:
-    """Percent of the seed model's bits per byte a model saves in a domain, and its standard error over documents."""
-    found = model.get("domains", {}).get(domain, {})
-    bits, before, error = found.get("bits_per_byte"), seed[domain].get("bits_per_byte"), found.get("stderr")
+def _saved(
+    model: Mapping[str, Any], seed: Mapping[str, Any], domain: str, paired: Mapping[str, float] | None
+) -> tuple[float | None, tuple[float, float]]:
+    """Percent of the seed model's bits per byte that a model saves in a domain, and how far the interval reaches to the
+    left and right of it."""
+    bits, before = model.get("domains", {}).get(domain, {}).get("bits_per_byte"), seed.get("bits_per_byte")
     if not is_number(bits) or not is_number(before) or not before:
-        return None, 0.0
-    return 100 * (1 - bits / before), 100 * error / before if is_number(error) else 0.0
+        return None, (0.0, 0.0)
+    around = paired or {"low": 0.0, "difference": 0.0, "high": 0.0}
+    reach = (around["high"] - around["difference"], around["difference"] - around["low"])  # fewer bits are more saved
+    return 100 * (1 - bits / before), (100 * max(reach[0], 0.0) / before, 100 * max(reach[1], 0.0) / before)
 
 
 def stage_costs(run: Run) -> dict[str, Any]:
@@ -381,7 +390,7 @@ def render(run: Run, figures: Mapping[str, str]) -> str:
             description=run.recipe.get("description"),
             facts=facts(run),
             top_k=run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
-            headline=headline(run.results),
+            headline=headline(run.results, run.documents),
             table=table,
             gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
             costs=stage_costs(run),

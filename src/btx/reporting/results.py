@@ -1,4 +1,4 @@
-"""The report's numbers: formatting, the results table, gains and the headline, from `evaluate/results.json`.
+"""The report's numbers: formatting, the results table and gains, from `evaluate/results.json`.
 
 Pure functions of the parsed JSON. Bits per byte: lower is better. A task's score (exact match, accuracy, pass@1): a
 share of 1, higher is better.
@@ -6,14 +6,12 @@ share of 1, higher is better.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from btx.choices.baselines import BASELINES
 from btx.number_texts import (
-    LONG,
     MISSING,
     SHORT,
     count_text,
@@ -74,37 +72,6 @@ class Results:
     """Whether documents that switch domain were measured."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """btx beside another model: relative change of the mean bits per byte (negative is better)."""
-
-    name: str
-    label: str
-    mean: float
-    change: float
-    clear: bool
-
-
-@dataclass(frozen=True)
-class TaskGain:
-    """Score of btx on a task beside the seed model's."""
-
-    task: str
-    seed: float
-    btx: float
-    metric: str = "exact match"
-
-
-@dataclass(frozen=True)
-class Headline:
-    """What the run came to, in numbers."""
-
-    mean: float
-    domains: int
-    comparisons: list[Comparison] = field(default_factory=list)
-    tasks: list[TaskGain] = field(default_factory=list)
-
-
 # --- table ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +89,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
     domains = _in_order(name for model in models.values() for name in model.get("domains", {}))
     tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
     best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
-    best_task = {t: _best((_score(m, t) for m in models.values()), max) for t in tasks}
+    best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
     best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
     mixed = [model["mixed"] for model in models.values() if "mixed" in model]
     best_mixed = _best((found.get("bits_per_byte") for found in mixed), min)
@@ -176,7 +143,8 @@ def _bits(model: Mapping[str, Any], domain: str) -> Any:
     return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
 
 
-def _score(model: Mapping[str, Any], task: str) -> Any:
+def task_score(model: Mapping[str, Any], task: str) -> Any:
+    """A model's score on a task; None if it has none."""
     found = model.get("tasks", {}).get(task, {})
     return found.get(metric_of(found))
 
@@ -204,7 +172,7 @@ def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
 
 
 def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
-    value, error = _score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
+    value, error = task_score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
     if is_number(value) and not is_share(value):  # a perplexity, say: nothing is known of what is better
         return Cell(decimal_text(value), exact=str(value))
     return Cell(
@@ -226,52 +194,3 @@ def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
         active,
         total,
     ]
-
-
-# --- headline -------------------------------------------------------------------------------------------------------
-
-
-def headline(results: Mapping[str, Any]) -> Headline | None:
-    """btx against the seed model, the soup, the mix, the best expert model and the best other baseline.
-
-    None before btx is evaluated.
-    """
-    models: dict[str, Any] = results.get("models", {})
-    btx = models.get("btx", {})
-    if not is_number(btx.get("mean_bits_per_byte")):
-        return None
-    measured = {name: model for name, model in models.items() if is_number(model.get("mean_bits_per_byte"))}
-    experts = [name for name in measured if name.startswith(EXPERT)]
-    best_expert = sorted(experts, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
-    rivals = [name for name in measured if name in BASELINES and name != "soup"]
-    best_rival = sorted(rivals, key=lambda name: measured[name]["mean_bits_per_byte"])[:1]
-    others = [name for name in ("seed", "soup", "mix", *best_expert, *best_rival) if name in measured]
-    tasks = [
-        TaskGain(
-            task, _score(models.get("seed", {}), task), _score(btx, task), LONG.get(metric_of(found), metric_of(found))
-        )
-        for task, found in btx.get("tasks", {}).items()
-    ]
-    return Headline(
-        btx["mean_bits_per_byte"],
-        len(btx.get("domains", {})),
-        [_compare(name, measured[name], btx) for name in others],
-        [gain for gain in tasks if is_share(gain.seed) and is_share(gain.btx)],
-    )
-
-
-def _compare(name: str, model: Mapping[str, Any], btx: Mapping[str, Any]) -> Comparison:
-    kind = "baseline" if name in BASELINES else "expert model"
-    best = f"the best {kind} ({name.removeprefix(EXPERT)})"
-    label = {"seed": "the seed model", "soup": "the soup", "mix": "the mix before finetuning"}.get(name, best)
-    mean, ours = model["mean_bits_per_byte"], btx["mean_bits_per_byte"]
-    # Both models read the same documents, so treating the errors as independent is on the careful side.
-    noise = math.hypot(_mean_error(model), _mean_error(btx))
-    return Comparison(name, label, mean, (ours - mean) / mean, abs(ours - mean) > 2 * noise)
-
-
-def _mean_error(model: Mapping[str, Any]) -> float:
-    """Standard error of the mean over domains, from the domains' standard errors."""
-    errors = [domain.get("stderr") for domain in model.get("domains", {}).values()]
-    known = [error for error in errors if is_number(error)]
-    return math.hypot(*known) / len(known) if known else 0.0

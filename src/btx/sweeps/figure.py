@@ -32,13 +32,14 @@ def sweep_figure(written: Mapping[str, Any]) -> str:
     return stacked_svg(charts)
 
 
-def _gains(row: SweepRow, seed: SweepRow) -> tuple[list[float | None], list[float]]:
+def _gains(row: SweepRow, seed: SweepRow) -> tuple[list[float | None], list[tuple[float, float]]]:
     """Percent of the seed model's bits per byte that are saved per domain and in the mean, and standard errors."""
     pairs = [(row.domains.get(domain), seed.domains[domain]) for domain in seed.domains] + [(row.mean, seed.mean)]
     gains = [paired(stat, row.rng_seeds, of_seed, seed.rng_seeds, lambda a, b: 100 * (1 - a / b))
              for stat, of_seed in pairs]  # fmt: skip
     means = [None if gain is None else float(gain["mean"]) for gain in gains]
-    return means, [0.0 if gain is None else gain["stderr"] or 0.0 for gain in gains]
+    errors = [0.0 if gain is None else gain["stderr"] or 0.0 for gain in gains]
+    return means, [(error, error) for error in errors]
 
 
 def _label(row: SweepRow, rows: Sequence[SweepRow]) -> str:

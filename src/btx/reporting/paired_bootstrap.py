@@ -1,0 +1,96 @@
+"""How sure is it that one model is better than another? Paired bootstrap over documents and questions.
+
+Both models read the same documents, and a hard document is hard for both: standard errors of each model's mean say
+little about their difference. So documents are drawn with replacement, both models are scored on the same draw, and
+the spread of the difference over many draws is its uncertainty (Efron and Tibshirani 1993, chapter 13; Koehn 2004 for
+texts). This is the uncertainty over held-out text for the models of one run; what another rng seed would have trained
+is in `btx.evaluation.aggregate`. Plain Python and numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+DRAWS_AT_ONCE = 2**22
+"""Documents drawn at once: 64 MiB of indices and values."""
+SIGNIFICANT = 0.05
+"""A difference with a larger p is told as one that may be chance."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two models on one set."""
+
+    difference: float
+    """First minus second model, on all documents."""
+    low: float
+    """2.5th percentile of the resampled differences."""
+    high: float
+    """97.5th percentile."""
+    p: float
+    """Two-sided: twice the share of resamples on the other side of 0, never below 2 / (resamples + 1)."""
+
+    def as_json(self) -> dict[str, float]:
+        """As `btx compare --json` has it."""
+        return {"difference": self.difference, "low": self.low, "high": self.high, "p": self.p}
+
+
+def compare_documents(
+    first: Mapping[str, Any], second: Mapping[str, Any], document_bytes: Mapping[str, Any], *,
+    resamples: int = RESAMPLES, rng_seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Differences of two models' entries in documents.json, set by set; sets that one of them lacks are left out.
+
+    Returns:
+        As an entry of `compare_models`' "models".
+    """
+
+    def drawn(name: str, values: Sequence[float], others: Sequence[float], sizes: Sequence[float]) -> np.ndarray:
+        gap_N = np.asarray(values, float) - np.asarray(others, float)
+        return resampled_ratios(gap_N, np.asarray(sizes, float), resamples, [rng_seed, *name.encode()])
+
+    sizes = document_bytes["domains"]
+    domains = {
+        name: drawn(name, bits, second["domains"][name], sizes[name])
+        for name, bits in first["domains"].items()
+        if name in second["domains"]
+    }
+    result: dict[str, Any] = {
+        "mean": _summary(np.mean(list(domains.values()), axis=0)).as_json(),
+        "domains": {name: _summary(values).as_json() for name, values in domains.items()},
+        "tasks": {
+            name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right))).as_json()
+            for name, right in first["tasks"].items()
+            if name in second["tasks"]
+        },
+    }
+    if "mixed" in first and "mixed" in second:
+        result["mixed"] = _summary(drawn("mixed", first["mixed"], second["mixed"], document_bytes["mixed"])).as_json()
+    return result
+
+
+def resampled_ratios(value_N: np.ndarray, size_N: np.ndarray, resamples: int, rng_seed: int | list[int]) -> np.ndarray:
+    """Σ value / Σ size over N documents, first as they are, then of each resample of N of them: (1 + resamples,).
+
+    The draws depend on N, `resamples` and `rng_seed` only; sets that are averaged need different ones.
+    """
+    n, random = len(size_N), np.random.default_rng(rng_seed)
+    ratios = [np.array([value_N.sum() / size_N.sum()])]
+    at_once = max(1, DRAWS_AT_ONCE // n)
+    for start in range(0, resamples, at_once):
+        drawn_RN = random.integers(0, n, (min(at_once, resamples - start), n))
+        ratios.append(value_N[drawn_RN].sum(axis=1) / size_N[drawn_RN].sum(axis=1))
+    return np.concatenate(ratios)
+
+
+def _summary(ratios: np.ndarray) -> Difference:
+    """Of the difference and its resamples, as `resampled_ratios` returns them."""
+    difference, resampled = float(ratios[0]), ratios[1:]
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    one_sided = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return Difference(difference, float(low), float(high), min(1.0, 2 * float(one_sided + 1) / (len(resampled) + 1)))

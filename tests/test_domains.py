@@ -1,12 +1,16 @@
 """The generated domains: deterministic, split without leaks, and clearly apart from each other."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import btx
 from btx.choices.generators import GENERATORS
 from btx.data.domains import QUESTION_GENERATORS, Document, documents, questions
 from btx.data.domains.document import split_by_group
@@ -244,3 +248,14 @@ def test_an_n_gram_model_of_a_domain_knows_it_and_no_other():
             apart = 1.2 if {own, other} == {"code", "general"} else 1.5
             assert table[own][other] > apart * table[own][own], table
             assert table[other][own] > apart * table[own][own], table
+
+
+def test_general_text_is_the_pythons_own_whatever_is_installed_beside_it():
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(btx.__file__).parents[1])!r})\n"
+        "from btx.data.domains.general_text import passages\n"
+        "print('\\n'.join(repr(passage.text) for passage in passages()))"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, encoding="utf-8",
+                          env={"PYTHONIOENCODING": "utf-8"})  # fmt: skip
+    assert done.stdout.splitlines() == [repr(passage.text) for passage in passages()], done.stderr

@@ -1,7 +1,6 @@
-"""The general domain: prose that every Python installation has.
+"""The general domain: prose that every Python of one version has, whatever is installed beside it.
 
-Docstrings of the standard library, the language reference behind `help()`, licence texts, and the descriptions and
-licences of the installed packages. Whole modules, topics and packages are held out.
+Docstrings of the standard library and the language reference behind `help()`. Whole modules and topics are held out.
 """
 
 from __future__ import annotations
@@ -9,29 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.metadata import Distribution, distributions
-from pathlib import Path
 
 from btx.data.domains.document import Document, Split, split_by_group
 from btx.data.domains.stdlib_sources import standard_library
 
-LICENCES = Path("/usr/share/common-licenses")
-"""Where Debian keeps licence texts; other systems do without."""
 LEAST_LETTERS = 0.85
 """Share of letters and spaces below which a paragraph is no prose but a table, links or code."""
 SHORTEST_PARAGRAPH = 40
 """Characters; shorter ones are mostly headings."""
-PACKAGE_PARAGRAPHS = 60
-"""Paragraphs taken from one package at most: some descriptions are endless change logs."""
 DOCUMENT_BYTES = 2_000
 """Paragraphs of one source are joined to documents of about so many bytes."""
 CODE_LINE = re.compile(r"^\s*(>>> |\.\.\. |\$ |def .*\(|class .*:$|@\w|import \w+$|from \S+ import )", re.MULTILINE)
 """Begins a line of code: paragraphs with one are left out."""
-LICENCE_FILE = re.compile(r"LICEN[CS]E|COPYING|NOTICE|AUTHORS", re.IGNORECASE)
 
 
 def documents(split: Split, rng_seed: int, max_bytes: int, held_out: float) -> Iterator[Document]:
-    """Passages of prose of about 2 kB in random order. The corpus is finite: about 2 MB, more with more packages."""
+    """Passages of prose of about 2 kB in random order. The corpus is finite: about 1.5 MB."""
     return split_by_group(passages(), split, rng_seed, max_bytes, held_out)
 
 
@@ -56,10 +48,6 @@ def sources() -> Iterator[tuple[str, Iterable[str]]]:
     yield from reference()
     for file in standard_library():
         yield file.path, file.docstrings
-    yield from licences()
-    for distribution in sorted(distributions(), key=lambda distribution: distribution.name.lower()):
-        paragraphs = [paragraph for text in package_texts(distribution) for paragraph in prose(text)]
-        yield f"package {distribution.name}", paragraphs[:PACKAGE_PARAGRAPHS]
 
 
 def reference() -> Iterator[tuple[str, list[str]]]:
@@ -70,20 +58,6 @@ def reference() -> Iterator[tuple[str, list[str]]]:
         return
     for name, text in sorted(topics.items()):
         yield f"topic {name}", [text]
-
-
-def licences() -> Iterator[tuple[str, list[str]]]:
-    """The system's licence texts, each once: several names may lead to one file."""
-    for path in sorted({path.resolve() for path in LICENCES.glob("*")}):
-        yield f"licence {path.name}", [path.read_text(encoding="utf-8", errors="replace")]
-
-
-def package_texts(distribution: Distribution) -> list[str]:
-    """A package's description and licence files, as far as they can be read."""
-    _, _, description = (distribution.read_text("METADATA") or "").replace("\r\n", "\n").partition("\n\n")
-    files = sorted(str(file) for file in distribution.files or () if LICENCE_FILE.search(file.name))
-    texts = [Path(str(distribution.locate_file(file))) for file in files]
-    return [description, *(path.read_text(encoding="utf-8", errors="replace") for path in texts if path.is_file())]
 
 
 def prose(text: str) -> list[str]:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 EXAMPLE_TOKENS = 200
 """Tokens shown of a document."""
+PAIRS = 66
+"""Pairs of experts kept of a domain: all of 12 experts, of more the most used; every pair would be the cube of the
+experts in numbers."""
 
 
 class RoutingTotals:
@@ -60,7 +63,10 @@ class RoutingTotals:
     def summary(self, experts: Sequence[str]) -> dict[str, Any]:
         """A domain's entry in routing.json: shares of the load, of the two largest gates' pairs, means."""
         top_k = round(float(self.load_LE[0].sum()) / self.tokens)
-        pairs = combinations(range(len(experts)), 2) if top_k > 1 else ()
+        pairs = list(combinations(range(len(experts)), 2)) if top_k > 1 else []
+        if len(pairs) > PAIRS:
+            share_EE = self.pairs_LEE.sum(dim=0)
+            pairs = sorted(sorted(pairs, key=lambda pair: -float(share_EE[pair]))[:PAIRS])
         return {
             "tokens": self.tokens,
             "load": (self.load_LE / self.load_LE.sum(dim=1, keepdim=True)).tolist(),

@@ -3,8 +3,8 @@
     python benchmarks/growth.py            # all, about ten minutes
     python benchmarks/growth.py experts    # one of: experts, layers, documents, document, shards, sweep
 
-Prints a table for LOG.md: seconds and kilobytes of JSON of each stage at 1x and 10x, and the exponent of the growth (1 is
-linear, 2 quadratic; what takes less than 0.2 s at 10x is left out).
+Prints a table for LOG.md: seconds and kilobytes of JSON of each stage at 1x and 10x, and the exponents of the growth (1
+is linear, 2 quadratic; what takes less than 0.2 s at 10x is left out).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_what_a_living_process_writes_beside_is_left_alone(tmp_path: Path, other
 
 
 def test_left_overs_of_the_same_name_alone_are_removed(tmp_path: Path) -> None:
-    others = [".moe.v2.0123abcd.tmp", ".moe.0123abcd.tmp.tmp", ".moe.notahex.tmp", ".amoe.0123abcd.tmp", "moe.0123abcd.tmp"]
+    others = [".moe.v2.0123abcd.tmp", ".moe.0123abcd.tmp.tmp", ".moe.not.tmp", ".amoe.0123abcd.tmp", "moe.0123abcd.tmp"]
     for name in (".moe.0123abcd.tmp", *others):
         (tmp_path / name / "inside").mkdir(parents=True)
     with atomic_folder(tmp_path / "moe"):
@@ -59,17 +59,20 @@ def test_left_overs_of_the_same_name_alone_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recreated", [False, True])
 def test_a_writer_whose_folder_is_gone_fails(tmp_path: Path, recreated: bool) -> None:
-    with pytest.raises(RunFolderError, match="moe: somebody removed"), atomic_folder(tmp_path / "moe") as beside:
-        (beside / "weights").write_text("w")
-        shutil.rmtree(beside)
-        if recreated:
-            beside.mkdir()
+    def write() -> None:
+        with atomic_folder(tmp_path / "moe") as beside:
+            shutil.rmtree(beside)
+            if recreated:
+                beside.mkdir()
+
+    with pytest.raises(RunFolderError, match="moe: somebody removed"):
+        write()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_not_written_into_a_folder_that_is_gone(tmp_path: Path) -> None:
     for write in (lambda: write_text(tmp_path / "gone" / "a.txt", "a"), lambda: write_json(tmp_path / "gone" / "a", 1)):
-        with pytest.raises(RunFolderError, match=r"gone.*somebody has removed it meanwhile"):
+        with pytest.raises(RunFolderError, match=r"somebody has removed .*gone.* meanwhile"):
             write()
     assert not list(tmp_path.iterdir())
 
@@ -77,7 +80,6 @@ def test_a_file_is_not_written_into_a_folder_that_is_gone(tmp_path: Path) -> Non
 def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path) -> None:
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "old").touch()
-    with pytest.raises(ValueError, match="stop"), atomic_folder(tmp_path / "moe") as beside:
-        (beside / "new").touch()
-        raise ValueError("stop")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "moe") as beside:
+        (beside / str(1 // 0)).touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]

@@ -66,8 +66,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     A folder that was at `target` stays whole until then. Left-overs of killed writers of the same target are removed.
 
     Raises:
-        RunFolderError: the disk is full, the parent cannot be written, or somebody has removed the new folder or written
-            `target` meanwhile.
+        RunFolderError: the disk is full, the parent cannot be written, or somebody has removed the new folder or
+            written `target` meanwhile.
     """
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 raise RunFolderError(f"{target}: somebody removed {beside.name} while it was written; nothing is "
                                      f"there now. Run the same command again")  # fmt: skip
             if _inode(target) != before:
-                raise RunFolderError(f"{target}: another process has written it meanwhile; its folder stays, this one's "
-                                     f"is discarded")  # fmt: skip
+                raise RunFolderError(f"{target}: another process has written it meanwhile; its folder stays, this "
+                                     f"one's is discarded")  # fmt: skip
             for file in beside.rglob("*"):
                 _sync_file(file)
             old = _beside(target)
@@ -102,9 +102,8 @@ def remove_left_overs(folder: Path, names: str) -> None:
         names: regular expression of the names they were to get; those of others are left alone.
     """
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
-    for name in os.listdir(folder):
-        left_over = folder / name
-        if not pattern.fullmatch(name) or not left_over.is_dir():
+    for left_over in folder.iterdir():
+        if not pattern.fullmatch(left_over.name) or not left_over.is_dir():
             continue
         with contextlib.suppress(OSError):  # somebody writes there, or removes it too, or the system has no such locks
             handle = os.open(left_over, os.O_RDONLY)
@@ -204,8 +203,8 @@ def _writing(target: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise  # not about writing
         if isinstance(error, FileNotFoundError):
-            raise RunFolderError(f"{target}: cannot be written: {error.filename or target.parent}: somebody has removed "
-                                 f"it meanwhile. Run the same command again") from error  # fmt: skip
+            raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
+                                 f"meanwhile. Run the same command again") from error  # fmt: skip
         raise RunFolderError(
             f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
             f"untouched. Free space or mend the permissions, then run the same command again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,13 +42,18 @@ def copy_beside_weights(
     check_links(tokenizer_from, TOKENIZER)
     for folder, patterns in ((source, (*SETTINGS, *LEGAL)), (tokenizer_from, TOKENIZER)):
         for file in files_of(folder, patterns):
-            if leads_out(file, folder):
-                warn(f"{file}: a link to {file.resolve()}, which lies outside the model's folder; not copied")
+            if (why := _leads_astray(file, folder)) is not None:
+                warn(f"{why}; not copied")
                 continue
             copied = target / file.relative_to(folder)
             if copied.parent != target:
                 copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copied)
+            try:
+                shutil.copyfile(file, copied)
+            except OSError as error:
+                if error.filename != str(file):
+                    raise
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def check_links(folder: Path, patterns: tuple[str, ...] = (*SETTINGS, *TOKENIZER)) -> None:
@@ -56,13 +62,12 @@ def check_links(folder: Path, patterns: tuple[str, ...] = (*SETTINGS, *TOKENIZER
     The links of the Hugging Face cache lead to its own `blobs`, and are fine.
 
     Raises:
-        CheckpointError: names the first such link.
+        CheckpointError: names the first such link, or one that leads nowhere.
     """
     for file in files_of(folder, patterns):
-        if leads_out(file, folder):
+        if (why := _leads_astray(file, folder)) is not None:
             raise CheckpointError(
-                f"{file}: a link to {file.resolve()}, which lies outside the model's folder and is not copied into "
-                f"others; if it is meant to be there, put the file itself in its place (cp --remove-destination)"
+                f"{why}; put the file itself in its place (cp --remove-destination), if it is a good one"
             )
 
 
@@ -73,12 +78,14 @@ def files_of(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
         yield from sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else (path,)
 
 
-def leads_out(file: Path, folder: Path) -> bool:
-    """Whether a file of a model folder lies elsewhere; of a folder of the hub's cache, outside its cache entry."""
-    home = folder.resolve()
+def _leads_astray(file: Path, folder: Path) -> str | None:
+    """What is wrong with a link in a model folder; None for a file or a link to one inside the folder."""
+    home, end = (Path(os.path.realpath(path)) for path in (folder, file))  # which, unlike resolve(), stands loops
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         home = home.parent.parent
-    return not file.resolve().is_relative_to(home)
+    if not end.is_relative_to(home):
+        return f"{file}: a link to {end}, which lies outside the model's folder and is not copied into others"
+    return None if end.exists() else f"{file}: a link to {end}, where nothing is"
 
 
 def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:

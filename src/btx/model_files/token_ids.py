@@ -52,7 +52,8 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     for pattern, read in READERS:
         for file in sorted(folder.glob(pattern)):
             try:
-                found = read(file)
+                if not (found := read(file)).ids:
+                    raise ValueError("it has no entries")
                 _add_tokens(found, folder)
             except CheckpointError:
                 raise
@@ -113,7 +114,9 @@ def _of_tekken(file: Path) -> Vocabulary:
     config = value["config"]
     first, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
     entries = value["vocab"][: size - first]
-    ids = {_spelt(base64.b64decode(entry["token_bytes"])): first + int(entry["rank"]) for entry in entries}
+    ids = {
+        _spelt(base64.b64decode(entry["token_bytes"], validate=True)): first + int(entry["rank"]) for entry in entries
+    }
     special = {str(entry["token_str"]): int(entry["rank"]) for entry in value.get("special_tokens") or ()}
     rules = {"pattern": config.get("pattern")}
     return Vocabulary("tekken", file, ids | special, rules=rules, lists_special=bool(special))
@@ -121,7 +124,7 @@ def _of_tekken(file: Path) -> Vocabulary:
 
 def _of_tiktoken(file: Path) -> Vocabulary:
     pairs = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
-    ids = {_spelt(base64.b64decode(pair[0])): int(pair[1]) for pair in pairs}
+    ids = {_spelt(base64.b64decode(pair[0], validate=True)): int(pair[1]) for pair in pairs}
     return Vocabulary("tiktoken", file, ids, lists_special=False)
 
 

@@ -49,7 +49,7 @@ def missing_packages(folder: Path) -> str | None:
     if (folder / "tokenizer.json").is_file():
         return None
     needed: dict[Path, tuple[str, ...]] = {}
-    for file in sorted(folder.glob("*.model")):
+    for file in sorted(file for file in folder.glob("*.model") if file.is_file()):
         needed[file] = ("sentencepiece", "protobuf") if is_sentencepiece(file) else ("tiktoken",)
     if not needed and (folder / "tekken.json").is_file():
         needed[folder / "tekken.json"] = ("mistral-common",)

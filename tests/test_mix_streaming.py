@@ -183,7 +183,7 @@ def test_an_interrupted_mix_leaves_nothing_and_the_old_output_whole(make_llama: 
     with pytest.raises(Stop):
         mix(seed, {"a": seed}, output, progress=stop)
     assert sorted(tmp_path.iterdir()) == before
-    (tmp_path / ".moe.killed.tmp").mkdir()  # what kill -9 leaves
+    (tmp_path / ".moe.0123abcd.tmp").mkdir()  # what kill -9 leaves
     mix(seed, {"a": seed}, output, progress=lambda written, total: seen.append((written, total)))
     assert seen[-1][0] == seen[-1][1] == sum(tensor.nbytes for tensor in all_tensors(output).values())
     assert sorted(tmp_path.iterdir()) == sorted([*before, output])

@@ -73,6 +73,19 @@ COMMANDS = [
     (["evaluate", "../no-such", "--task", "gsm8k"], "../no-such: there is no such folder"),
     (["evaluate", "gpt"], "gpt is a model, not a run"),
     (["mix", "--seed-model", "gpt", "-o", "out"], "btx mix needs a run folder"),
+    *(
+        (command, "lora: an adapter (LORA, adapter_config.json) of org/base")
+        for command in (
+            ["mix", "--seed-model", "gpt", "--expert", "a=lora", "-o", "out"],
+            ["extend", "lora", "--expert", "a=gpt", "-o", "o"],
+            ["extend", "gpt", "--expert", "a=lora", "-o", "out"],
+            ["drop", "lora", "--expert", "a", "-o", "out"],
+            ["adopt", "begun", "birds", "lora"],
+            ["chat", "lora"],
+            ["evaluate", "lora", "--task", "gsm8k", "--file", "quiz.jsonl"],
+            ["plan", *HERE, *FROM_A_FOLDER, "seed_model.path=lora"],
+        )
+    ),
     (["ls", "nothing"], "nothing to list"),
     (["cp", "dmo", "x.yaml"], "no packaged recipe 'dmo'"),
 ]
@@ -84,10 +97,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("refusals")
     write_pico_recipe(folder)
     (folder / "broken.yaml").write_text("data: [", "utf-8")
-    for name in ("notes", "gpt", "begun"):
+    for name in ("notes", "gpt", "begun", "lora"):
         (folder / name).mkdir()
     (folder / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}), "utf-8")
     (folder / "gpt" / "model.safetensors").touch()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(adapter), "utf-8")
     (folder / "begun" / "recipe.yaml").write_text(dump_recipe(pico_recipe(folder, "begun")), "utf-8")
     return folder
 

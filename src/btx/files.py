@@ -1,12 +1,18 @@
 """Files and folders that are either complete or absent: write beside, flush to the disk, rename. What a file holds,
-whatever it is called and whenever it was written: its SHA-256, kept until the file changes."""
+whatever it is called and whenever it was written: its SHA-256, kept until the file changes.
+
+What is written beside `NAME` is called `.NAME.<8 hex digits>.tmp`. A folder is locked by its writer for as long as that
+lives, so the next writer of the same name tells a left-over from work that is under way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -29,11 +35,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 by rename; raises as `write_json`."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Write `text` in UTF-8 by rename, into a folder that is there; raises as `write_json`."""
+    beside = _beside(path)
     with _writing(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(beside, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
@@ -58,31 +63,81 @@ def read_json(path: Path) -> Any:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill; it takes the place of `target` when the block ends without an error.
 
-    A folder that was at `target` stays whole until then. Left-overs of killed writers are removed.
+    A folder that was at `target` stays whole until then. Left-overs of killed writers of the same target are removed.
 
     Raises:
-        RunFolderError: the disk is full or the parent cannot be written.
+        RunFolderError: the disk is full, the parent cannot be written, or somebody has removed the new folder or
+            written `target` meanwhile.
     """
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in target.parent.glob(f".{target.name}.*.tmp"):
-            shutil.rmtree(left_over)
-        beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-        beside.mkdir()
+        remove_left_overs(target.parent, re.escape(target.name))
+        before = _inode(target)
+        beside, handle = _locked_folder(target)
         try:
             yield beside
+            if _inode(beside) != os.fstat(handle).st_ino:
+                raise RunFolderError(f"{target}: somebody removed {beside.name} while it was written; nothing is "
+                                     f"there now. Run the same command again")  # fmt: skip
+            if _inode(target) != before:
+                raise RunFolderError(f"{target}: another process has written it meanwhile; its folder stays, this "
+                                     f"one's is discarded")  # fmt: skip
             for file in beside.rglob("*"):
                 _sync_file(file)
-            old = target.parent / f".{target.name}.old.tmp"
-            if target.exists():
+            old = _beside(target)
+            if before is not None:
                 target.rename(old)
             beside.rename(target)
             _sync_folder(target.parent)
-            if old.exists():
-                shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
-            if beside.exists():
-                shutil.rmtree(beside)
+            shutil.rmtree(beside, ignore_errors=True)
+            os.close(handle)
+
+
+def remove_left_overs(folder: Path, names: str) -> None:
+    """Remove the folders that killed writers have left in `folder`, and that no living process writes.
+
+    Args:
+        names: regular expression of the names they were to get; those of others are left alone.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+    for left_over in folder.iterdir():
+        if not pattern.fullmatch(left_over.name) or not left_over.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # somebody writes there, or removes it too, or the system has no such locks
+            handle = os.open(left_over, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left_over)
+            finally:
+                os.close(handle)
+
+
+def _beside(target: Path) -> Path:
+    """A new name for what shall take the place of `target`."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target`, and what holds its lock until it is closed or the process ends."""
+    while True:
+        beside = _beside(target)
+        beside.mkdir()
+        handle = os.open(beside, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: left-overs stay there
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if _inode(beside) == os.fstat(handle).st_ino:
+            return beside, handle
+        os.close(handle)  # taken for a left-over before it was locked
+
+
+def _inode(path: Path) -> int | None:
+    """What tells whether a folder is still the same one; None if there is nothing."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def file_sha256(path: Path) -> str:
@@ -115,7 +170,8 @@ def content_sha256(path: Path) -> str:
     if not young:
         _hashed[name] = (seen, sha256)
         if kept is not None:
-            with contextlib.suppress(RunFolderError):
+            with contextlib.suppress(RunFolderError, OSError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
                 write_json(kept, {"path": name, "seen": seen, "sha256": sha256})
     return sha256
 
@@ -146,6 +202,9 @@ def _writing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise  # not about writing
+        if isinstance(error, FileNotFoundError):
+            raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
+                                 f"meanwhile. Run the same command again") from error  # fmt: skip
         raise RunFolderError(
             f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
             f"untouched. Free space or mend the permissions, then run the same command again"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 from btx.choices.families import Config, Family, family_of
 from btx.errors import CheckpointError
 from btx.mixing.inputs import GENERALIST, MixInputs, open_tensors
+from btx.model_files.beside_weights import SETTINGS, TOKENIZER, check_links
 from btx.model_files.checkpoints import TensorFolder
-from btx.model_files.vocabularies import broken_json, check_tokenizer, vocabulary_difference
+from btx.model_files.vocabularies import broken_json, usable_tokenizer, vocabulary_difference
 from btx.models.loading import check_config, class_tensors, config_defaults, read_config
 
 # What may differ between the seed model and an expert without changing what the tensors mean; the seed's are kept.
@@ -45,7 +47,7 @@ def open_checked(
     problems = _names_and_number(experts, generalist)
     seed = _Opened.open("seed model", seed_model, problems)
     if seed is not None and seed.whole:
-        problems += seed.unfit_for_mixing(any_tokenizer)
+        problems += seed.unfit_for_mixing(any_tokenizer, warn)
     opened = {name: _Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
     if seed is not None and seed.whole:
         for name, expert in opened.items():
@@ -111,10 +113,12 @@ class _Opened:
             wanted |= {part: (rows, *shape[1:]) for part, rows in parts.items()}
         return self._compare(wanted, "config.json asks for")
 
-    def unfit_for_mixing(self, any_tokenizer: bool) -> list[str]:
+    def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
         found = []
-        for check in (self._check_config, *([] if any_tokenizer else [lambda: check_tokenizer(self.folder)])):
+        tokenizer = partial(usable_tokenizer, self.folder, int(self.config["vocab_size"]), warn)
+        links = partial(check_links, self.folder, SETTINGS if any_tokenizer else (*SETTINGS, *TOKENIZER))
+        for check in (self._check_config, links, *([] if any_tokenizer else [tokenizer])):
             try:
                 check()
             except CheckpointError as error:

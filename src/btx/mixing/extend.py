@@ -35,6 +35,7 @@ from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import model_provenance, versions
 from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
+from btx.model_files.vocabularies import check_ids
 from btx.models.loading import load_tokenizer
 from btx.recipe.sizes import bytes_of
 
@@ -88,6 +89,7 @@ def extend(
         problems += _text_problems(texts or {}, name, model.names, init.method)
     if problems:
         raise CheckpointError("; ".join(problems))
+    check_ids(moe, int(model.config["vocab_size"]))
     dense = open_expert(model, name, expert)
     rows_LD = _new_rows(model, name, init, texts or {})
     n = len(model.names)

@@ -20,6 +20,7 @@ from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
 from btx.files import atomic_folder, write_json
 from btx.mixing.checks import open_checked
+from btx.mixing.chosen_tokenizer import ChosenTokenizer, tokenizer_folder
 from btx.mixing.drift import Drifts, group_of
 from btx.mixing.expert_parts import experts_transform
 from btx.mixing.inputs import MixInputs
@@ -38,7 +39,7 @@ from btx.mixing.report import FINETUNE_NEXT, inputs_provenance, parameters, scre
 from btx.mixing.router_fit import check_texts, fit_routers
 from btx.mixing.router_init import initial_router
 from btx.mixing.settings import MixSettings
-from btx.model_files.beside_weights import copy_beside_weights, tokenizer_folder, write_generation_config
+from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import write_router
 from btx.model_files.model_card import write_model_card
 from btx.model_files.output_types import dtype_of, in_one_type
@@ -93,30 +94,34 @@ def mix(
         seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None,
         warn=(lambda line: None) if upcycled else warning_to(log),
     )  # fmt: skip
+    rows = int(inputs.config["vocab_size"])
+    chosen = tokenizer and ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log))
     bound = bind(settings.merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]
     top_k = settings.rule.plain_top_k(len(names))
     if not 1 <= top_k <= len(names):
         raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
-    rows = _texts(inputs, texts, init, settings.blend)
+    text_rows = _texts(inputs, texts, init, settings.blend)
     width = first_layer[0].gate.shape[0]
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
     drifts = _measure(inputs)
     tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init, drifts)), config, forced)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
-        copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer)
-        write_json(folder / "config.json", config)
+        copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer, warn=warning_to(log))
         write_generation_config(folder, config)
+        if chosen is not None:
+            config = chosen.config_with_its_ids(folder, config)
+        write_json(folder / "config.json", config)
         config = route_by(folder, settings.rule, log)
         written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
-        if rows:
-            log(f"mix: routers from {sum(text.tokens for text in rows.values()):,} tokens of text ({init.method})")
-            owners = [list(rows).index(expert.origin["of"]) for expert in first_layer]
-            fit_routers(folder, inputs.family, list(rows.values()), owners, init)
+        if text_rows:
+            log(f"mix: routers from {sum(text.tokens for text in text_rows.values()):,} tokens of text ({init.method})")
+            owners = [list(text_rows).index(expert.origin["of"]) for expert in first_layer]
+            fit_routers(folder, inputs.family, list(text_rows.values()), owners, init)
         report = _record(inputs, names, config, top_k, settings) | {
-            "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in rows.items()},
+            "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in text_rows.items()},
             "bytes": written,
             "parameters": parameters(tensors, len(names), top_k),
             "diagnostics": drifts.summary(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -35,26 +36,29 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     """The config of a model folder, refused early if the folder cannot be a model that is safe to read.
 
     Raises:
-        CheckpointError: no such folder, no or broken config.json, weights missing or pickled.
+        CheckpointError: no such folder, no or broken config.json, weights missing or pickled, or something else that
+            people give for a model (`btx.model_files.mistaken`).
     """
     if not folder.exists():
-        raise CheckpointError(f"{folder}: there is no such folder")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: a model is a folder, as save_pretrained writes it; this is a file")
+        where = f" (a link to {folder.readlink()})" if folder.is_symlink() else ""
+        raise CheckpointError(f"{folder}: there is no such folder{where}")
+    try:
+        mistake = mistaken_folder(folder) if folder.is_dir() else mistaken_file(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    if mistake is not None:
+        raise CheckpointError(f"{folder}: {mistake}")
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: this folder holds no model: config.json is missing")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file}: no model_type: this is no transformers model")
+    if (mistake := several_models(config)) is not None:
+        raise CheckpointError(f"{file}: {mistake}")
     if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.bin")):
-            raise CheckpointError(
-                f"{folder}: only pickled weights (.bin), which can run code when read; convert them once with "
-                f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) in an environment you trust"
-            )
         raise CheckpointError(f"{folder}: no weights: there is no .safetensors file")
     return config

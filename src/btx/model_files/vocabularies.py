@@ -1,21 +1,29 @@
-"""Are the tokenizers of two model folders the same? Token ids must mean the same in all experts. No torch."""
+"""Are the tokenizers of two model folders the same, and does one fit its model? Token ids must mean the same in all
+experts, and every id needs a row of the embedding. No torch."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from btx.errors import CheckpointError
+from btx.model_files.token_ids import Vocabulary, is_sentencepiece, read_object, read_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 JSON_BESIDE_WEIGHTS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "generation_config.json",
 )  # fmt: skip
-# Files that hold a vocabulary, the most telling first.
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
+PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken",
+            "mistral-common": "mistral_common"}  # fmt: skip
+"""Package that a tokenizer may need beside transformers → its module."""
+MOST_NAMED = 5
 
 
 def broken_json(folder: Path) -> list[str]:
@@ -24,7 +32,7 @@ def broken_json(folder: Path) -> list[str]:
     for name in JSON_BESIDE_WEIGHTS:
         try:
             if (folder / name).is_file():
-                _read(folder / name)
+                read_object(folder / name)
         except CheckpointError as error:
             problems.append(str(error))
     tokenizer = folder / "tokenizer.json"
@@ -36,85 +44,127 @@ def broken_json(folder: Path) -> list[str]:
     return problems
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a folder with a tokenizer that transformers cannot load; a folder without is fine.
+def missing_packages(folder: Path) -> str | None:
+    """What has to be installed before the tokenizer in a folder can be loaded; None if nothing, or there is none."""
+    if (folder / "tokenizer.json").is_file():
+        return None
+    needed: dict[Path, tuple[str, ...]] = {}
+    for file in sorted(file for file in folder.glob("*.model") if file.is_file()):
+        needed[file] = ("sentencepiece", "protobuf") if is_sentencepiece(file) else ("tiktoken",)
+    if not needed and (folder / "tekken.json").is_file():
+        needed[folder / "tekken.json"] = ("mistral-common",)
+    for file, packages in needed.items():
+        missing = [package for package in packages if not _is_installed(PACKAGES[package])]
+        if missing:
+            extra = " (or `pip install 'branchtrainmix[sentencepiece]'`)" if "sentencepiece" in packages else ""
+            return (
+                f"{file}: to load this tokenizer transformers needs {' and '.join(missing)}: "
+                f"`pip install {' '.join(missing)}`{extra}; or save it once as tokenizer.json where they are installed"
+            )
+    return None
+
+
+def usable_tokenizer(folder: Path, rows: int, warn: Callable[[str], None]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, if it fits an embedding of so many rows; None if there is none.
+
+    Args:
+        warn: told if packages are missing that would load it; then it is not loaded either.
 
     Raises:
-        CheckpointError: with the folder's tokenizer files and what transformers says.
+        CheckpointError: transformers cannot load it, or an id has no row; with its files.
     """
     from transformers import AutoTokenizer
 
-    files = [name for name in (*_VOCABULARIES, *JSON_BESIDE_WEIGHTS[1:4]) if (folder / name).is_file()]
-    if not any(name in _VOCABULARIES for name in files):
-        return
+    check_ids(folder, rows)
+    found = read_vocabulary(folder)
+    if found is None:
+        return None
+    if (missing := missing_packages(folder)) is not None:
+        warn(f"{missing}. The tokenizer is copied unread")
+        return None
     try:
-        AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers fail with errors of many types
-        raise CheckpointError(f"{folder}: the tokenizer ({', '.join(files)}) cannot be loaded: {error}") from error
+        beside = [name for name in JSON_BESIDE_WEIGHTS[1:5] if (folder / name).is_file() and name != found.file.name]
+        names = ", ".join([found.file.name, *beside])
+        raise CheckpointError(f"{folder}: the tokenizer ({names}) cannot be loaded: {error}") from error
+    check_ids(folder, rows, tokenizer.get_vocab())
+    return tokenizer
+
+
+def check_ids(folder: Path, rows: int, ids: Mapping[str, int] | None = None) -> None:
+    """Refuse a tokenizer with ids that have no row in the embedding; a folder without a tokenizer is fine.
+
+    Args:
+        folder: where the tokenizer is.
+        rows: of the embedding.
+        ids: token → id as loaded; default: as its files say.
+
+    Raises:
+        CheckpointError: names the file, the tokens and the number of rows.
+    """
+    found = read_vocabulary(folder)
+    ids = ids if ids is not None else found.ids if found else {}
+    beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
+    if not beyond:
+        return
+    file = (found.added_by.get(beyond[0][1], found.file) if found else None) or folder
+    named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:MOST_NAMED])
+    more = f" and {len(beyond) - MOST_NAMED} more" if len(beyond) > MOST_NAMED else ""
+    raise CheckpointError(
+        f"{file}: {len(beyond)} token{'s' * (len(beyond) > 1)} without a row in the embedding, which has {rows:,} (ids "
+        f"0 to {rows - 1:,}): {named}{more}. Give the tokenizer the model was trained with, take these tokens out of "
+        f"it, or give the model rows for them (resize_token_embeddings) and train those"
+    )
 
 
 def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     """How the tokenizer of `folder` differs from that of `seed`: file and first difference; None if it does not.
 
-    Sizes alone prove nothing: entries, their ids, merges and added tokens are compared.
+    Sizes alone prove nothing: entries, their ids, merges and added tokens are compared, whatever files hold them.
 
     Raises:
         CheckpointError: a tokenizer file that cannot be read.
     """
-    own = [name for name in _VOCABULARIES if (folder / name).is_file()]
-    theirs = [name for name in _VOCABULARIES if (seed / name).is_file()]
-    both = [name for name in own if name in theirs]
-    if not own:
+    own, theirs = read_vocabulary(folder), read_vocabulary(seed)
+    if own is None:
         return "no tokenizer" if theirs else None
-    if not theirs:
-        return f"{folder / own[0]}: a tokenizer, which the seed model's folder lacks"
-    if not both:
-        return f"{folder / own[0]}: the seed model has its vocabulary in {theirs[0]}; they cannot be compared"
-    if both[0] != "tokenizer.json":
-        for name in both:
-            if (folder / name).read_bytes() != (seed / name).read_bytes():
-                return f"{folder / name}: another vocabulary than the seed model's"
+    if theirs is None:
+        return f"{own.file}: a tokenizer, which the seed model's folder lacks"
+    return _ids_difference(own, theirs) or _rules_difference(own, theirs)
+
+
+def _ids_difference(own: Vocabulary, seed: Vocabulary) -> str | None:
+    """The first token, in the order of the alphabet, that has not the same id."""
+    listed = own.lists_special and seed.lists_special  # else what one file lacks may be in code
+    tokens = own.ids.keys() | seed.ids.keys() if listed else own.ids.keys() & seed.ids.keys()
+    differing = [token for token in tokens if own.ids.get(token) != seed.ids.get(token)]
+    if not differing and (listed or tokens):
         return None
-    return _json_difference(folder / "tokenizer.json", _read(folder / "tokenizer.json"), _read(seed / "tokenizer.json"))
+    if not differing:
+        return f"{own.file}: no token in common with {seed.file}"
+    token = min(differing)
+    said = [f"id {x.ids[token]}" if token in x.ids else "no entry" for x in (own, seed)]
+    file = own.added_by.get(token, own.file)
+    return f"{file}: another vocabulary than the seed model's: {token!r} has {said[0]}, there {said[1]}"
 
 
-def _json_difference(file: Path, own: dict[str, Any], seed: dict[str, Any]) -> str | None:
-    """The first difference of two tokenizer.json."""
-    ids, seed_ids = _ids(own), _ids(seed)
-    for token in sorted(ids.keys() | seed_ids.keys()):
-        if ids.get(token) != seed_ids.get(token):
-            what = [f"id {x[token]}" if token in x else "no entry" for x in (ids, seed_ids)]
-            return f"{file}: another vocabulary than the seed model's: {token!r} has {what[0]}, there {what[1]}"
-    merges = [[tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in x["model"].get("merges") or ()]
-              for x in (own, seed)]  # fmt: skip
-    if merges[0] != merges[1]:
-        return f"{file}: other merges than the seed model's"
-    for part in ("normalizer", "pre_tokenizer"):
-        if own.get(part) != seed.get(part):
-            return f"{file}: another {part} than the seed model's"
-    for key in sorted((own["model"].keys() | seed["model"].keys()) - {"vocab", "merges"}):
-        value, seed_value = own["model"].get(key) or None, seed["model"].get(key) or None  # absent means false
+def _rules_difference(own: Vocabulary, seed: Vocabulary) -> str | None:
+    if own.merges is not None and seed.merges is not None and own.merges != seed.merges:
+        return f"{own.file}: other merges than the seed model's"
+    if own.kind != seed.kind:
+        return None  # they say the same in ways that cannot be compared
+    for key in sorted(own.rules.keys() | seed.rules.keys()):
+        value, seed_value = own.rules.get(key), seed.rules.get(key)
         if value != seed_value:
-            return f"{file}: {key} is {value!r}, the seed model's tokenizer has {seed_value!r}"
+            if key in ("normalizer", "pre_tokenizer", "scores"):
+                return f"{own.file}: another {key} than the seed model's"
+            return f"{own.file}: {key} is {value!r}, the seed model's tokenizer has {seed_value!r}"
     return None
 
 
-def _ids(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Token → id, added tokens included."""
+def _is_installed(module: str) -> bool:
     try:
-        vocabulary = tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-            vocabulary = {str(entry[0]): (number, entry[1]) for number, entry in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}}
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"tokenizer.json: not a tokenizer: {error!r}") from error
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
-    return value
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package it would be in
+        return False

@@ -21,6 +21,8 @@ from btx.files import write_json
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import FILE, is_btx_folder, open_btx_folder
 from btx.model_files.model_folder import check_model
+from btx.model_files.token_ids import read_object
+from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.moe.layer import set_router, swap_in_moe
 from btx.process import quick_imports
 
@@ -92,13 +94,16 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     """The tokenizer beside a model.
 
     Raises:
-        CheckpointError: there is none, or it has no end-of-text token.
+        CheckpointError: there is none, a package that would load it is missing, it has no end-of-text token, or ids
+            beyond the embedding of the model beside it.
     """
     from transformers import AutoTokenizer
 
     quiet_transformers()
     if isinstance(path, Path) and not path.exists():
         raise CheckpointError(f"{path}: there is no such folder")
+    if (missing := missing_packages(Path(path))) is not None:
+        raise CheckpointError(missing)
     own = _own_config(path)[0] if (Path(path) / FILE).exists() else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -108,6 +113,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
         raise CheckpointError(f"{path}: this folder has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one before branching")
+    if (config := Path(path) / "config.json").is_file() and (rows := read_object(config).get("vocab_size")):
+        check_ids(Path(path), int(rows), tokenizer.get_vocab())
     return tokenizer
 
 

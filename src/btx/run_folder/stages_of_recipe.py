@@ -219,7 +219,7 @@ def model_files(path: str | None) -> dict[str, str]:
 MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.jinja", *TOKENIZER_FILES
 )  # fmt: skip
-"""What is read of a model's folder, and downloaded of one on the hub; whatever else lies there decides nothing."""
+"""What decides a model, of all that lies in its folder."""
 
 
 def task_files(recipe: Recipe) -> dict[str, Path]:

@@ -11,7 +11,11 @@ from btx.data.document_files import find_files
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
+from btx.mixing.chosen_tokenizer import tokenizer_folder
+from btx.model_files.beside_weights import check_links
 from btx.model_files.model_folder import check_model_folder
+from btx.model_files.token_ids import read_vocabulary
+from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.stages_of_recipe import task_files
@@ -22,13 +26,15 @@ def preflight(recipe: Recipe) -> None:
 
     Raises:
         DataError: a domain's or task's file is missing.
-        CheckpointError: the seed model's folder is no model, or of a family that cannot be mixed.
+        CheckpointError: the seed model's folder is no model, of a family that cannot be mixed, or its tokenizer does
+            not fit it.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
         UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     _check_files(recipe)
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
     _check_seed_model(recipe)
+    _check_chosen_tokenizer(recipe)
     _check_run_folder(Path(recipe.run_folder))
 
 
@@ -56,7 +62,10 @@ def _check_seed_model(recipe: Recipe) -> None:
     if seed.config is not None:
         _check_family(seed.config, "seed_model.config")
     elif seed.path is not None and Path(seed.path).expanduser().exists():
-        _check_family(check_model_folder(Path(seed.path).expanduser()), seed.path)
+        folder = Path(seed.path).expanduser()
+        config = check_model_folder(folder)
+        _check_family(config, seed.path)
+        _check_tokenizer(folder, config.get("vocab_size"))
     elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
         raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
     if seed.plan_config is not None:
@@ -71,6 +80,29 @@ def _check_family(config: dict[str, Any], where: str) -> None:
             f"{where}: {family.dense} mixes into {family.moe}, which btx cannot finetune yet; mix it with `btx mix` "
             f"and finetune it elsewhere, or start from one of: {known}"
         )
+
+
+def _check_tokenizer(folder: Path, rows: Any) -> None:
+    """What makes a tokenizer useless for training a model with so many rows in its embedding."""
+    check_links(folder)
+    if read_vocabulary(folder) is None:
+        raise CheckpointError(
+            f"{folder}: no tokenizer: text cannot become tokens; copy the model's tokenizer files there"
+        )
+    if (missing := missing_packages(folder)) is not None:
+        raise CheckpointError(missing)
+    if isinstance(rows, int):
+        check_ids(folder, rows)
+
+
+def _check_chosen_tokenizer(recipe: Recipe) -> None:
+    """`mix.tokenizer_from` is needed when all experts are trained; what it names is looked at before."""
+    chosen, seed = recipe.mix.tokenizer_from, Path(recipe.seed_model.path or "").expanduser()
+    if chosen is not None and chosen != "seed" and chosen not in recipe.train.domains:
+        try:
+            tokenizer_folder(chosen, seed, dict.fromkeys(recipe.train.domains, seed))
+        except CheckpointError as error:
+            raise CheckpointError(f"mix.tokenizer_from: {error}") from error
 
 
 def _check_run_folder(path: Path) -> None:

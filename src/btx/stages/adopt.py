@@ -8,6 +8,8 @@ from pathlib import Path
 from btx.errors import UserError
 from btx.files import write_json
 from btx.mixing.checks import open_checked
+from btx.model_files.beside_weights import check_links, copy_beside_weights
+from btx.model_files.vocabularies import check_ids
 from btx.process import Log
 from btx.run_folder.folder import RunFolder, done_json, exclusive, started_json
 from btx.run_folder.graph import Stage
@@ -30,7 +32,7 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
     Raises:
         UserError: the recipe has no such branch, the seed model is not there, or the model does not fit it.
     """
-    branches = run.recipe.train.domains
+    branches, model = run.recipe.train.domains, model.expanduser()
     if domain not in branches:
         raise UserError(
             f"{run.path}: the run has no branch {domain!r}; its train.domains are: {', '.join(branches)}. Add {domain} "
@@ -41,7 +43,11 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
         raise UserError(f"{run.path}: the seed model is {run.state(seed)}: what is adopted has to fit it. "
                         f"Make it first: btx train {run.path} seed")  # fmt: skip
     files = model_files(str(model))
-    open_checked(run.model("seed"), {domain: model}, True, any_tokenizer=run.recipe.mix.tokenizer_from is not None)
+    check_links(model)
+    chosen = run.recipe.mix.tokenizer_from
+    inputs = open_checked(run.model("seed"), {domain: model}, True, any_tokenizer=chosen is not None)
+    if chosen == domain:
+        check_ids(model, int(inputs.config["vocab_size"]))
     stage = Stage(f"train/{domain}", lambda: {"adopted": {Path(file).name: sha for file, sha in files.items()}})
     with exclusive(run.path, stage.name):
         return _take_in(run, stage, list(map(Path, files)), model, log)
@@ -53,8 +59,10 @@ def _take_in(run: RunFolder, stage: Stage, files: list[Path], model: Path, log: 
     if beside.exists():
         shutil.rmtree(beside)
     (beside / "model").mkdir(parents=True)
+    copy_beside_weights(model, beside / "model", warn=log)
     for file in files:
-        shutil.copyfile(file, beside / "model" / file.name)
+        if ".safetensors" in file.suffixes:
+            shutil.copyfile(file, beside / "model" / file.name)
     write_json(beside / "started.json", started_json(stage))
     write_json(beside / "done.json", done_json(stage, {"adopted": {"from": str(model.absolute())}}))
     if folder.exists():

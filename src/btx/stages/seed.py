@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError, UserError
+from btx.model_files.beside_weights import LEGAL, check_links
+from btx.model_files.beside_weights import TOKENIZER as TOKENIZER_BESIDE
 from btx.models.loading import load_tokenizer, new_model, read_config
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
@@ -52,10 +54,12 @@ def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: 
     if not source.exists():
         from huggingface_hub import snapshot_download
 
+        wanted = [*MODEL_FILES, *TOKENIZER_BESIDE, *LEGAL]
         try:
-            source = Path(snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES)))
+            source = Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
         except Exception as error:
             raise UserError(f"seed_model.path: {path!r} is no folder, and as a hub name it failed: {error}") from error
+    check_links(source)
     target.unlink(missing_ok=True)
     target.symlink_to(source.resolve(), target_is_directory=True)
 

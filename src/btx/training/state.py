@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, file_sha256, read_json, write_json
+from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_json
 from btx.process import Log
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
@@ -95,6 +95,7 @@ class StateFolder:
     def _remove_all_but(self, newest: int) -> None:
         for old in self._all()[:-newest]:
             shutil.rmtree(old)
+        remove_left_overs(self.folder, r"step-\d+")
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

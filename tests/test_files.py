@@ -1,0 +1,85 @@
+"""Folders and files that are complete or absent: who may remove what, and what a writer does when its place is gone."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from btx.errors import RunFolderError
+from btx.files import atomic_folder, remove_left_overs, write_json, write_text
+from tests.processes import start
+
+
+def write_and_wait(target: str, started: str, go: str) -> None:
+    """Write a folder in a process of its own; the file `go` lets it end."""
+    with atomic_folder(Path(target)) as beside:
+        (beside / "content").write_text("whole")
+        Path(started).touch()
+        while not Path(go).exists():
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("other", ["moe", "moe.v2"])
+def test_what_a_living_process_writes_beside_is_left_alone(tmp_path: Path, other: str) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    started, go = tmp_path / "started", tmp_path / "go"
+    writer = start(write_and_wait, str(work / other), str(started), str(go), log=tmp_path / "log")
+    while not started.exists():
+        assert writer.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    with atomic_folder(work / "moe") as beside:
+        (beside / "content").write_text("other")
+    go.touch()
+    writer.join()
+    if other == "moe":  # the same output twice: the first to end has it, the second is told so
+        assert writer.exitcode == 1
+        assert "another process has written it meanwhile" in (tmp_path / "log").read_text()
+        assert sorted(path.name for path in work.iterdir()) == ["moe"]
+    else:
+        assert writer.exitcode == 0, (tmp_path / "log").read_text()
+        assert (work / other / "content").read_text() == "whole"
+    assert (work / "moe" / "content").read_text() == "other"
+
+
+def test_left_overs_of_the_same_name_alone_are_removed(tmp_path: Path) -> None:
+    others = [".moe.v2.0123abcd.tmp", ".moe.0123abcd.tmp.tmp", ".moe.not.tmp", ".amoe.0123abcd.tmp", "moe.0123abcd.tmp"]
+    for name in (".moe.0123abcd.tmp", *others):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    with atomic_folder(tmp_path / "moe"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["moe", *others])
+    (tmp_path / ".step-12.0123abcd.tmp").mkdir()
+    remove_left_overs(tmp_path, r"step-\d+")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["moe", *others])
+
+
+@pytest.mark.parametrize("recreated", [False, True])
+def test_a_writer_whose_folder_is_gone_fails(tmp_path: Path, recreated: bool) -> None:
+    def write() -> None:
+        with atomic_folder(tmp_path / "moe") as beside:
+            shutil.rmtree(beside)
+            if recreated:
+                beside.mkdir()
+
+    with pytest.raises(RunFolderError, match="moe: somebody removed"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_not_written_into_a_folder_that_is_gone(tmp_path: Path) -> None:
+    for write in (lambda: write_text(tmp_path / "gone" / "a.txt", "a"), lambda: write_json(tmp_path / "gone" / "a", 1)):
+        with pytest.raises(RunFolderError, match=r"somebody has removed .*gone.* meanwhile"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path) -> None:
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "old").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "moe") as beside:
+        (beside / str(1 // 0)).touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]

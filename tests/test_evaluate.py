@@ -18,7 +18,8 @@ from btx.data.mixture import NO_LABEL
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import DataError
 from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
-from btx.evaluation.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line, read_questions
+from btx.evaluation.questions import read_questions
+from btx.evaluation.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line
 from btx.models import outputs
 from btx.models.loading import load_model
 from btx.recipe.evaluate import Task
@@ -230,12 +231,12 @@ def write(path: Path, text: str) -> Path:
 @pytest.mark.parametrize("name", ["tasks.jsonl", "tasks.jsonl.gz"])
 def test_questions_are_read_from_jsonl_with_other_keys_and_numbers_as_answers(name, tmp_path):
     write(tmp_path / name, '{"q": "1 + 1\u2028=", "a": 2}\n\n{"q": "2 + 2 =", "a": "4"}\n{"q": "x", "a": "y"}\n')
-    asked = read_questions(Task(path=name, prompt="q", answer="a", questions=2), rng_seed=0, root=tmp_path)
+    asked = read_questions(Task(path=name, prompt="q", answer="a", questions=2), rng_seed=0, root=str(tmp_path))
     assert [(question.prompt, question.answer) for question in asked] == [("1 + 1\u2028=", "2"), ("2 + 2 =", "4")]
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"prompt": "a", "answer": "b"}\n{broken\n', r"tasks.jsonl:2: not a line of JSON"),
+    ('{"prompt": "a", "answer": "b"}\n{broken\n', r"tasks.jsonl:2: not JSON .*a question"),
     ('\n["a"]\n', r"tasks.jsonl:2: .*JSON object, not list"),
     ('{"question": "a", "answer": "b"}\n', r"tasks.jsonl:1: 'prompt' .* keys are: question, answer"),
     ('{"prompt": "a", "answer": " "}\n', r"tasks.jsonl:1: 'answer'"),
@@ -244,16 +245,16 @@ def test_questions_are_read_from_jsonl_with_other_keys_and_numbers_as_answers(na
 def test_a_broken_line_is_named_with_file_and_number(text, message, tmp_path):
     write(tmp_path / "tasks.jsonl", text)
     with pytest.raises(DataError, match=message):
-        read_questions(Task(path="tasks.jsonl"), rng_seed=0, root=tmp_path)
+        read_questions(Task(path="tasks.jsonl"), rng_seed=0, root=str(tmp_path))
 
 
 def test_missing_and_cut_off_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"absent.jsonl: cannot be read"):
-        read_questions(Task(path="absent.jsonl"), rng_seed=0, root=tmp_path)
+        read_questions(Task(path="absent.jsonl"), rng_seed=0, root=str(tmp_path))
     whole = gzip.compress(b'{"prompt": "a", "answer": "b"}\n' * 100)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cut.jsonl.gz: cannot be read"):
-        read_questions(Task(path="cut.jsonl.gz"), rng_seed=0, root=tmp_path)
+        read_questions(Task(path="cut.jsonl.gz"), rng_seed=0, root=str(tmp_path))
 
 
 # --- a run's models -------------------------------------------------------------------------------------------------

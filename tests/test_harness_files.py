@@ -68,7 +68,7 @@ def test_a_limit_is_spread_evenly_over_the_file(files) -> None:
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("arc_easy", '{"query": "a", "choices": ["x"], "gold": 0}\n{"query": "a"', ":2: not a line of JSON"),
+    ("arc_easy", '{"query": "a", "choices": ["x"], "gold": 0}\n{"query": "a"', ":2: not JSON"),
     ("arc_easy", "[]", "a document is a JSON object, not list"),
     ("arc_easy", '{"question": "a"}', "'query' should be there and be 'text'.*this line has: question"),
     ("arc_easy", '{"query": "a", "choices": ["x", "y"], "gold": 2}', "'gold' should .* 'index of choices'"),

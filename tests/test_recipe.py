@@ -224,6 +224,8 @@ def test_a_contradiction_between_fields_is_placed_at_the_field_or_its_section(
         ("a: &x [*x]", "my.yaml:1:4: cannot be read: anchors"),
         ("[" * 3000, "my.yaml:1:65: cannot be read: nested deeper than 64 levels"),
         ("a: " + "{a: " * 3000 + "}" * 3000, "my.yaml:1:253: cannot be read: nested deeper than 64 levels"),
+        ("a: [" + "1," * 400_000 + "1]", "my.yaml:1:19999: cannot be read: more than 10,000 keys and values"),
+        ("a: 1\n" * 150_000, "my.yaml:5000:4: cannot be read: more than 10,000 keys and values"),
     ],
 )
 def test_a_text_that_is_no_recipe_at_all_is_refused_at_its_place(text: str, expected: str) -> None:
@@ -235,6 +237,17 @@ def test_no_more_than_fifty_problems_are_listed() -> None:
     lines = problems(SMALL + "".join(f"x{i}: 1\n" for i in range(53)))
     assert len(lines) == 51
     assert lines[-1] == "... and 3 more"
+
+
+def test_what_grew_with_the_square_of_a_recipe_is_refused_at_once(tmp_path: Path) -> None:
+    """Each of these took minutes, so a return of it shows."""
+    (line,) = problems(SMALL.replace("./a.jsonl", "{domain: " + "x" * 900_000 + "}"))
+    assert line.startswith("my.yaml:1:1: data: domain 'general' takes from unknown domain 'xxxx")
+    base = tmp_path / "base.yaml"
+    base.write_text(SMALL + "".join(f"x{i}: 1\n" for i in range(4900)), "utf-8")
+    lines = problems(f"extends: {base}\n" + "".join(f"y{i}: 1\n" for i in range(4900)))
+    assert lines[0].startswith("my.yaml:2:1: y0: unknown key 'y0'")
+    assert lines[-1] == "... and 9750 more"
 
 
 def test_an_alias_bomb_is_refused_before_it_expands() -> None:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from btx.data import sources, token_files
+from btx.data import tokenizer as tokenizer_module
 from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer, write_token_file
 from btx.data.tokenizer import as_loaded_beside, fast_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError, DataError
@@ -230,3 +233,76 @@ def test_a_changed_byte_is_noticed_on_verification(tokenizer: PreTrainedTokenize
     TokenFile.open(tmp_path / "f")
     with pytest.raises(DataError, match=r"tokens\.bin: .*bytes changed"):
         TokenFile.open(tmp_path / "f", verify=True)
+
+
+# Long documents and long words
+
+
+def with_words_of(kind: str) -> PreTrainedTokenizerFast:
+    """Tokenizers that split text into words in their own ways."""
+    bpe = Tokenizer(models.BPE(unk_token=None))
+    if kind == "groups of digits":  # as Llama 3's
+        pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        split = pre_tokenizers.Split(pattern, "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        bpe.post_processor = processors.ByteLevel(trim_offsets=True)
+    elif kind == "metaspace":  # as Mistral's
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:  # as Llama 2's: a text is one word
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<s>", "<unk>", *map(chr, range(32, 127))]
+    alphabet = special[2:]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special[:2], initial_alphabet=alphabet)
+    trainer.show_progress = False
+    bpe.train_from_iterator(TEXTS * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
+
+
+@pytest.mark.parametrize("kind", ["btx", "groups of digits", "metaspace", "none"])
+def test_a_long_document_in_parts_has_the_tokens_of_the_whole(
+    kind: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_files, "PART_CHARACTERS", 400)
+    monkeypatch.setattr(token_files, "WINDOW", 60)
+    encoder = DocumentEncoder(tokenizer if kind == "btx" else with_words_of(kind))
+    rng = random.Random(kind)
+    words = [*" ".join(TEXTS).split(), "1234567", "<s>", "\n\n", "   ", "é", "日本語", "x" * 90, "7" * 130, "'s", "..."]
+    parts = []
+    for _ in range(30):
+        text = "".join(rng.choice(words) + rng.choice(["", " ", " ", "\n", "  "]) for _ in range(400))
+        found = list(encoder.in_parts(text))
+        parts.append(len(found))
+        assert [token for part in found for token in part] == encoder([text])[0]
+    assert min(parts) > 3 or kind in ("metaspace", "none")
+    (one_word,) = encoder(["y" * 3000])
+    assert [token for part in encoder.in_parts("y" * 3000) for token in part] == one_word
+
+
+def test_a_long_document_is_written_as_a_short_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["first", " ".join(TEXTS) * 4 + "\u3000\n ", "last"]
+    whole = write_token_file(tmp_path / "a", texts, tokenizer, rng_seed=0, source={})
+    monkeypatch.setattr(token_files, "LONG_DOCUMENT", 1000)
+    monkeypatch.setattr(token_files, "PART_CHARACTERS", 500)
+    monkeypatch.setattr(token_files, "WINDOW", 60)
+    monkeypatch.setattr(sources, "LONG_TEXT", 100)
+    parts = write_token_file(tmp_path / "b", texts, tokenizer, rng_seed=0, source={})
+    assert parts.index == whole.index
+    for name in ("document_starts", "document_bytes", "digests"):
+        assert np.array_equal(getattr(parts, name), getattr(whole, name))
+
+
+def test_long_words_train_a_tokenizer_in_slices_and_ordinary_text_the_same_one_as_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ordinary = [" ".join(TEXTS[i % len(TEXTS)] for i in range(k, k + 30)) + "\n\tcan't 12.5%" for k in range(20)]
+    whole = train_tokenizer(ordinary, 400)
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizer_module, "LONGEST_TEXT", 50)
+        assert tokenizer_sha256(train_tokenizer(ordinary, 400)) == tokenizer_sha256(whole)
+    longest = tokenizer_module.LONGEST_WORD
+    for letter in ("x", "+", " "):  # a word of each kind; whole, each would take minutes
+        slices = train_tokenizer([letter * 1_000_000 + "a"], 300)
+        same = train_tokenizer([*[letter * longest] * 499, letter * longest + "a"], 300)
+        assert tokenizer_sha256(slices) == tokenizer_sha256(same)

@@ -52,7 +52,7 @@ def chat(
         CheckpointError: no such model, or a dense one with `show_experts`.
         UserError: a negative temperature.
     """
-    check_completion(model_path, temperature)
+    check_completion(model_path, temperature, prompt)
     console = console or Console(highlight=False)
     model, tokenizer = load_to_chat(model_path), load_tokenizer(model_path)
     if show_experts:

@@ -30,7 +30,15 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
     speed = _speed_text(planned["speed"])
     work = work_text(planned["to_do"], planned["stays"])
-    return [_models_table(planned), stages, *baselines, speed, work, *planned["router"]["notes"]]
+    return [_models_table(planned), stages, *baselines, speed, work, *_disk_note(totals), *planned["router"]["notes"]]
+
+
+def _disk_note(totals: Mapping[str, Any]) -> list[str]:
+    """Only said of this machine, not refused: the run may be planned for another."""
+    if totals["to_write_bytes"] <= totals["free_bytes"]:
+        return []
+    return [f"here the run would be refused: what it still has to write takes about {_size(totals['to_write_bytes'])}, "
+            f"and {_size(totals['free_bytes'])} are free in its folder"]  # fmt: skip
 
 
 def work_text(to_do: list[str], stays: list[str]) -> str:

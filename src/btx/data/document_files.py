@@ -9,23 +9,23 @@
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import json
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from btx.errors import DataError, UserError
+from btx.data.json_lines import BLOCK, json_value, numbered_lines, optional, pieces, refuse_half_characters
+from btx.errors import DataError
 from btx.recipe.data import Source
 
 ABOUT = ("readme", "license", "licence")
 """What files about the others are called: in a folder they are no documents."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-BLOCK = 1 << 20
 ROWS = 1024
 
 
@@ -111,7 +111,7 @@ def read_hub(source: Source, root: str | None) -> Iterator[str]:
         DataError: no such dataset, configuration, split or column; not reachable; broken rows.
         UserError: the package datasets is not installed.
     """
-    datasets = _optional("datasets")
+    datasets = optional("datasets")
     assert source.hub is not None
     folder = _absolute(root or ".") / source.hub
     name = str(folder) if folder.is_dir() else source.hub
@@ -193,30 +193,16 @@ def _documents(file: Path, source: Source) -> Iterator[str]:
 
 
 def _plain_text(file: Path, separator: str) -> Iterator[str]:
-    rest = ""
     with open(file, encoding="utf-8-sig") as opened:
-        while block := opened.read(16 * BLOCK):
-            rest += block
-            if separator:
-                *complete, rest = rest.split(separator)
-                yield from (text.strip("\n") for text in complete)
-    yield rest.strip("\n")
+        blocks = iter(partial(opened.read, 16 * BLOCK), "")
+        texts = pieces(blocks, separator) if separator else ["".join(blocks)]
+        yield from (text.strip("\n") for text in texts)
 
 
 def _json_lines(file: Path, key: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(_blocks(file)), 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(file):
         where = f"{file}, line {number}"
-        try:
-            value = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line)") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); each line has to be one JSON object") from error
-        yield _text(value, key, where)
+        yield _text(json_value(line, where, "document"), key, where)
 
 
 def _text(value: Any, key: str, where: str) -> str:
@@ -230,10 +216,7 @@ def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{where}: {key!r} is {_kind(text)}, not a string")
     if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair: "\ud83d"
-            raise DataError(f"{where}: {key!r} is not valid Unicode ({error.reason})") from error
+        refuse_half_characters(text, where, key)
     return text
 
 
@@ -241,48 +224,8 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *complete, rest = (rest + block).split(b"\n")
-        yield from complete
-    if rest:
-        yield rest
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    """The decompressed bytes of a file, in blocks."""
-    name = file.name.lower()
-    if name.endswith(".zst"):
-        yield from _zstd_blocks(file)
-        return
-    with gzip.open(file, "rb") if name.endswith(".gz") else open(file, "rb") as opened:
-        while block := opened.read(BLOCK):
-            yield block
-
-
-def _zstd_blocks(file: Path) -> Iterator[bytes]:
-    """All frames of a zstd file; zstandard's own stream reader takes a cut-off file for a complete one."""
-    zstandard = _optional("zstandard")
-    frame = None
-    try:
-        with open(file, "rb") as opened:
-            while block := opened.read(BLOCK):
-                while block:
-                    if frame is None:
-                        frame = zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(block)
-                    block = frame.unused_data if frame.eof else b""
-                    if frame.eof:
-                        frame = None
-    except zstandard.ZstdError as error:
-        raise DataError(f"{file}: cannot be read: broken zstd ({error})") from error
-    if frame is not None:
-        raise DataError(f"{file}: cut off: the last zstd frame is incomplete")
-
-
 def _parquet(file: Path, column: str) -> Iterator[str]:
-    _optional("pyarrow")
+    optional("pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -300,13 +243,3 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
                     yield _text({column: value}, column, f"{file}, row {row}")
     except pyarrow.ArrowException as error:
         raise DataError(f"{file}: cannot be read: broken parquet ({error})") from error
-
-
-def _optional(package: str) -> Any:
-    """A package of the extra `data`."""
-    from importlib import import_module
-
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise UserError(f"this source needs the package {package}: pip install 'branchtrainmix[data]'") from error

@@ -16,6 +16,7 @@ apart, is taken out of the training text when token files are made (`btx.data.pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +29,8 @@ from btx.recipe.data import Data, Source
 
 Split = Literal["train", "val"]
 GENERATED_BYTES = 3_000_000
+LONG_TEXT = 1 << 20
+WHITE_SPACE = re.compile(r"\s")
 HELD_OUT_NAMES = ("val", "test", "heldout")
 
 
@@ -183,7 +186,16 @@ def _distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
 
 def digest_of(text: str) -> int:
     """64 bits of what a document says, white space apart: texts that differ in white space alone have the same."""
-    return int.from_bytes(_digest(" ".join(text.split())), "little")
+    if len(text) <= LONG_TEXT:
+        return int.from_bytes(_digest(" ".join(text.split())), "little")
+    hashed, between, start = blake2b(digest_size=8), "", 0
+    while start < len(text):  # in parts that end before white space: a list of all words takes ten times the text
+        end = found.start() if (found := WHITE_SPACE.search(text, start + LONG_TEXT)) else len(text)
+        if words := text[start:end].split():
+            hashed.update((between + " ".join(words)).encode())
+            between = " "
+        start = end
+    return int.from_bytes(hashed.digest(), "little")
 
 
 def _digest(text: str) -> bytes:

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
 INDEX = "index.json"
 FIELDS = {"tokens", "bytes", "documents", "dtype", "trailing_eos", "sha256", "tokenizer_sha256", "rng_seed", "source"}
 BATCH_CHARACTERS = 1 << 20
+LONG_DOCUMENT = 1 << 20
+PART_CHARACTERS = 1 << 19
+"""A document longer than `LONG_DOCUMENT` characters is encoded in parts of this many."""
+WINDOW = 1 << 13
+"""Characters on either side of a place to cut that are looked at."""
+CUTS_TRIED = 8
 
 
 class DocumentEncoder:
@@ -52,6 +59,7 @@ class DocumentEncoder:
             raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has neither a bos nor an eos token; "
                                   f"one has to separate documents")  # fmt: skip
         self._fast = fast_tokenizer(tokenizer)
+        self._fast.post_processor = None  # it places special tokens, which are placed here, and trims offsets
         self.sha256 = tokenizer_sha256(tokenizer)
         ids = [int(token) for token in (bos, eos) if token is not None]
         self.separator = ids[0]
@@ -64,6 +72,44 @@ class DocumentEncoder:
         """Token ids of each document; uses all cores."""
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         return [[self.separator, *document.ids, *self._tail] for document in encoded]
+
+    def in_parts(self, text: str) -> Iterator[list[int]]:
+        """The token ids of a long document, part by part: tokenizers take 150 bytes of memory a character.
+
+        The ids are those of the whole text. Where no place to cut it is found, because a tokenizer has no words or one
+        of them is very long, a part goes on to the next one.
+        """
+        yield [self.separator]
+        start = 0
+        for near in range(PART_CHARACTERS, len(text) - WINDOW, PART_CHARACTERS):
+            if (cut := self._safe_cut(text, near)) is not None:
+                yield self._ids(text[start:cut])
+                start = cut
+        yield [*self._ids(text[start:]), *self._tail]
+
+    def _safe_cut(self, text: str, near: int) -> int | None:
+        """A place near `near` on whose two sides a text can be encoded apart, or None.
+
+        It is the start of a word, from wherever the reading begins: two readings that begin one character apart agree
+        on it. And the tokens around it are the same with the cut and without.
+        """
+        first, last = near - WINDOW, near + WINDOW
+        one, other = ({start + begin for begin in self._word_starts(text[start:last])} for start in (first, first + 1))
+        for cut in sorted(begin for begin in one & other if abs(begin - near) < WINDOW // 2)[:CUTS_TRIED]:
+            if self._ids(text[first:cut]) + self._ids(text[cut:last]) == self._ids(text[first:last]):
+                return cut
+        return None
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return found
+
+    def _word_starts(self, text: str) -> Iterator[int]:
+        """The characters at which words start, but for the first."""
+        encoded = self._fast.encode(text, add_special_tokens=False)
+        for (before, word), (begin, _) in zip(pairwise(encoded.word_ids), encoded.offsets[1:], strict=True):
+            if word != before:
+                yield begin
 
 
 class TokenFileWriter:
@@ -78,6 +124,10 @@ class TokenFileWriter:
 
     def add(self, text: str) -> None:
         """Append a document."""
+        if len(text) > LONG_DOCUMENT:
+            self._encode()
+            self._write(text, self._encoder.in_parts(text))
+            return
         self._waiting.append(text)
         self._characters += len(text)
         if self._characters >= BATCH_CHARACTERS:
@@ -107,13 +157,19 @@ class TokenFileWriter:
         if not self._waiting:
             return
         for text, ids in zip(self._waiting, self._encoder(self._waiting), strict=True):
-            self._starts.append(self._starts[-1] + len(ids))
-            self._bytes.append(len(text.encode()))
-            self._digests.append(digest_of(text))
+            self._write(text, [ids])
+        self._waiting, self._characters = [], 0
+
+    def _write(self, text: str, parts: Iterable[list[int]]) -> None:
+        end = self._starts[-1]
+        for ids in parts:
             block = np.array(ids, dtype=self._encoder.dtype).tobytes()
             self._file.write(block)
             self._sha256.update(block)
-        self._waiting, self._characters = [], 0
+            end += len(ids)
+        self._starts.append(end)
+        self._bytes.append(len(text.encode()))
+        self._digests.append(digest_of(text))
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 2000
+LONG_RUN = re.compile(
+    r"(?<![^\W\d_])[^\W\d_]{N,}|(?<![^\w\s])(?<!_)(?:[^\w\s]|_){N,}|(?<!\s)\s{N,}".replace("N", str(LONGEST_WORD + 1))
+)
+LONGEST_TEXT = 1 << 20
+END_OF_WORD = re.compile(r"[^\W\d_](?=[\W\d_])")
+"""Between a letter and what is none there is the end of a word, whatever comes after."""
 
 
 def train_tokenizer(
@@ -54,7 +63,7 @@ def train_tokenizer(
         nonlocal characters
         for text in texts:
             characters += len(text)
-            yield text
+            yield from _in_parts(text)
 
     bpe.train_from_iterator(counted(), trainer)
     if not characters:
@@ -67,6 +76,23 @@ def train_tokenizer(
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _in_parts(text: str) -> Iterator[str]:
+    """A text for the training of a tokenizer: ordinary ones whole.
+
+    The work of learning merges grows with the square of the longest word, that is of a run of letters, of signs or of
+    white space: such runs come in slices of `LONGEST_WORD`, which nothing but words that long ever feels. Words are
+    looked for in a whole text at once, at 100 times its memory: long texts come in parts that end where a word ends.
+    """
+    runs = (range(run.start(), run.end(), LONGEST_WORD) for run in LONG_RUN.finditer(text))
+    cuts = [cut for run in runs for cut in run[1:]]
+    end = LONGEST_TEXT
+    while end < len(text) and (word := END_OF_WORD.search(text, end)):
+        cuts.append(word.end())
+        end = word.end() + LONGEST_TEXT
+    for start, cut in pairwise([0, *sorted(set(cuts)), len(text)]):
+        yield text[start:cut]
 
 
 def as_loaded_beside(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTrainedTokenizerBase:

@@ -24,7 +24,8 @@ from btx.data.held_out import Packed, held_out_documents, pack
 from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.mixed_set import mixed_documents
-from btx.evaluation.tasks import exact_match, read_questions
+from btx.evaluation.questions import read_questions
+from btx.evaluation.tasks import exact_match
 from btx.files import read_json, value_hash, write_json
 from btx.models.device import device_and_type
 from btx.models.loading import load_tokenizer
@@ -205,7 +206,7 @@ def kept_file(name: str) -> str:
 
 
 def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry]) -> _Measures:
-    settings, root, length = recipe.evaluate, Path(recipe.data.root or "."), recipe.data.sequence_length
+    settings, length = recipe.evaluate, recipe.data.sequence_length
     packed = {
         domain: pack(held_out_documents(run_folder, recipe, domain, settings.tokens), length)
         for domain in recipe.data.domains
@@ -215,7 +216,8 @@ def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, Mode
         tokenizer = load_tokenizer(next(iter(models.values())).path)  # the seed model's: it made the token files
         mixed = pack(mixed_documents(run_folder, recipe, tokenizer), length)
     questions = {
-        name: read_questions(task, rng_seed=recipe.rng_seed, root=root) for name, task in settings.tasks.items()
+        name: read_questions(task, rng_seed=recipe.rng_seed, root=recipe.data.root)
+        for name, task in settings.tasks.items()
     }
     harness = Harness(requests_of(recipe), allow_code_execution=settings.harness.allow_code_execution)
     return _Measures(packed, mixed, questions, harness)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from btx.data.json_lines import json_objects
+from btx.data.document_files import located
+from btx.data.json_lines import json_objects, refuse_half_characters
 from btx.errors import DataError
 from btx.files import value_hash
 
@@ -122,11 +123,12 @@ class TaskDocuments:
 
 def requests_of(recipe: Recipe) -> list[TaskRequest]:
     """What a recipe's `evaluate.harness` asks for; files relative to `data.root`."""
-    root = Path(recipe.data.root or ".")
+    root = recipe.data.root
     return [
         TaskRequest(
-            label, task.name or label, file=None if task.file is None else root / task.file,
-            shots_file=None if task.shots_file is None else root / task.shots_file, shots=task.shots, limit=task.limit,
+            label, task.name or label, file=None if task.file is None else located(task.file, root),
+            shots_file=None if task.shots_file is None else located(task.shots_file, root), shots=task.shots,
+            limit=task.limit,
         )
         for label, task in recipe.evaluate.harness.tasks.items()
     ]  # fmt: skip
@@ -179,7 +181,10 @@ def _document(document: Document, task: LocalTask, where: str) -> Document:
                 f"{', '.join(document) or 'nothing'}"
             )
     # Only what the task uses: other keys may differ from line to line.
-    return {key: document[key] for key in task.fields} if task.fields else document
+    used = {key: document[key] for key in task.fields} if task.fields else document
+    for key, value in used.items():
+        refuse_half_characters(value, where, key)
+    return used
 
 
 def _is_of_kind(value: Any, kind: str, document: Mapping[str, Any]) -> bool:

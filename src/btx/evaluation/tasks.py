@@ -8,16 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from btx.data import domains
 from btx.data.domains import Question
-from btx.data.json_lines import json_objects
 from btx.data.token_files import DocumentEncoder
-from btx.errors import DataError
 from btx.models.outputs import SideBySide, open_reader
 
 if TYPE_CHECKING:
@@ -64,41 +60,6 @@ class ExactMatch:
             "exact_match": self.exact_match, "stderr": self.stderr, "questions": len(self.answers),
             "examples": [asdict(answer) for answer in self.answers[::step][:EXAMPLES]],
         }  # fmt: skip
-
-
-def read_questions(task: Task, *, rng_seed: int, root: Path) -> list[Question]:
-    """The questions of a task.
-
-    Args:
-        task: generator or file; at most `task.questions` are taken.
-        rng_seed: the recipe's, for generated questions.
-        root: folder a relative `task.path` starts from.
-
-    Raises:
-        DataError: no such file, a broken line (named with file and number), no question at all.
-    """
-    if task.path is None:
-        return domains.questions(cast(str, task.generate), rng_seed, task.questions)
-    path = root / task.path
-    questions: list[Question] = []
-    for where, item in json_objects(path, "question"):
-        if len(questions) == task.questions:
-            break
-        questions.append(_question(item, task, where))
-    if not questions:
-        raise DataError(f"{path}: no questions; a task file has one JSON object a line")
-    return questions
-
-
-def _question(item: dict[str, Any], task: Task, where: str) -> Question:
-    for key in (task.prompt, task.answer):
-        if not isinstance(item.get(key), str | int | float) or not str(item[key]).strip():
-            raise DataError(
-                f"{where}: {key!r} should hold the text of a question or an answer; the line's keys are: "
-                f"{', '.join(item) or 'none'}; choose others with the task's `prompt` and `answer`"
-            )
-    prompt, answer = str(item[task.prompt]), str(item[task.answer])
-    return Question(prompt, answer, prompt + answer)
 
 
 def exact_match(

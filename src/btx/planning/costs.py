@@ -52,6 +52,9 @@ class StageCost:
     flops: float
     memory_bytes: int
     disk_bytes: int
+    """The model, and the last two checkpoints while it trains."""
+    checkpoint_bytes: int
+    """Of one of them; the last one stays."""
     hours: float | None
     """None where no speed is known."""
     trained: Trained | None
@@ -143,7 +146,8 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             tokens=training.tokens if training else 0,
             flops=flops,
             memory_bytes=training.memory_bytes if training else 0,
-            disk_bytes=disk + (training.checkpoint_bytes if training else 0),
+            disk_bytes=disk + (2 * training.cost.checkpoint_bytes() if training else 0),
+            checkpoint_bytes=training.cost.checkpoint_bytes() if training else 0,
             hours=None if speed is None else _hours(graph, stage, flops, speed),
             trained=training.trained if training else None,
         )
@@ -189,11 +193,6 @@ class _Training:
         tokens = max(self.settings.micro_batch_tokens, self.sequence_length)
         per_unit = 2 if self.settings.gradient_checkpointing else 34
         return self.cost.training_bytes() + 4 * tokens * self.cost.attention_width * per_unit
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of the last two, while it trains; the model comes on top."""
-        return 2 * self.cost.checkpoint_bytes()
 
     @property
     def trained(self) -> Trained:

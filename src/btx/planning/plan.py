@@ -9,6 +9,7 @@ from btx.baselines.settings import matched_by, same_as_the_run
 from btx.choices.baselines import BASELINES, stage_names
 from btx.choices.families import family_of
 from btx.planning.costs import Costs, dense_config, run_costs
+from btx.planning.disk import bytes_to_write, free_bytes
 from btx.planning.models import model_rows
 from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed, measured_speed
@@ -78,6 +79,8 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
             "flops": sum(cost.flops for cost in costs),
             "memory_bytes": max(_memory_at_once(costs), *(cost.memory_bytes for cost in costs)),
             "disk_bytes": sum(cost.disk_bytes for cost in costs),
+            "to_write_bytes": bytes_to_write(run, costs),
+            "free_bytes": free_bytes(run.path),
             "machine_hours": None if speed is None else sum(cost.hours or 0.0 for cost in costs),
         },
     }

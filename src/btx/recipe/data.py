@@ -85,6 +85,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _references(self) -> Data:
+        takes_from_others = {
+            name for name, domain in self.domains.items() if any(source.domain for source in domain.sources)
+        }
         for name, domain in self.domains.items():
             for source in domain.sources:
                 if source.domain is None:
@@ -94,7 +97,7 @@ class Data(Section):
                         f"domain {name!r} takes from unknown domain {source.domain!r}; "
                         f"there are: {', '.join(self.domains)}"
                     )
-                if any(inner.domain for inner in self.domains[source.domain].sources):
+                if source.domain in takes_from_others:
                     raise ValueError(f"domain {name!r} takes from {source.domain!r}, which itself takes from others")
         if self.general not in self.domains:
             raise ValueError(

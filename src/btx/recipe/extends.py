@@ -7,6 +7,7 @@ of which half came from elsewhere would be nobody's recipe. So is `sweep`: anoth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from btx.recipe.problems import section_at
@@ -23,25 +24,27 @@ WHOLE = (("sweep",),)
 def fill_in(document: Document, extended: Document) -> None:
     """Put what `document` leaves out into it from `extended`, with the places where it was written."""
     given = {key: value for key, value in extended.value.items() if key not in OWN}
-    document.problems += [problem for problem in extended.problems if problem not in document.problems]
-    _fill(document, extended, document.value, given, ())
+    known = set(document.problems)
+    document.problems += [problem for problem in extended.problems if problem not in known]
+    taken = set(_fill(document.value, given, ()))
+    for places, theirs in ((document.keys, extended.keys), (document.values, extended.values)):
+        for path in [path for path in places if _is_below(path, taken)]:
+            del places[path]
+        places.update({path: place for path, place in theirs.items() if _is_below(path, taken)})
 
 
-def _fill(document: Document, extended: Document, mine: dict[str, Any], given: dict[str, Any], path: KeyPath) -> None:
+def _fill(mine: dict[str, Any], given: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
+    """Put what `mine` leaves out into it; yields the path of everything that is taken as a whole."""
     for key, value in given.items():
         here = (*path, key)
         if key not in mine:
             mine[key] = value
-            _take_places(document, extended, here)
+            yield here
         elif here in WHOLE:
             continue
         elif isinstance(mine[key], dict) and isinstance(value, dict) and section_at(here) is not None:
-            _fill(document, extended, mine[key], value, here)
+            yield from _fill(mine[key], value, here)
 
 
-def _take_places(document: Document, extended: Document, path: KeyPath) -> None:
-    """Everything at and below `path` was written in the extended recipe."""
-    for places, theirs in ((document.keys, extended.keys), (document.values, extended.values)):
-        for below in [below for below in places if below[: len(path)] == path]:
-            del places[below]
-        places.update({below: place for below, place in theirs.items() if below[: len(path)] == path})
+def _is_below(path: KeyPath, tops: set[KeyPath]) -> bool:
+    return any(path[:length] in tops for length in range(1, len(path) + 1))

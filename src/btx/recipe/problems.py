@@ -60,9 +60,9 @@ def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Itera
 
 def _named_in(text: str, document: Document) -> KeyPath | None:
     """The written path that a cross-field message names first, such as `mix.top_k is 3, but ...`."""
-    for word in re.findall(r"[a-z_][a-z_0-9]*(?:\.[a-z_][a-z_0-9]*)+", text):
-        path = tuple(word.split("."))
-        if path in document.values:
+    for word in re.findall(r"[a-z_0-9.]+", text):
+        path = tuple(word.strip(".").split("."))
+        if len(path) > 1 and path in document.values:
             return path
     return None
 

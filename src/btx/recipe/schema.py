@@ -7,6 +7,7 @@ and error positions live in `btx.recipe.loading`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"rout
 
 def _each_once(names: list[BaselineName]) -> list[BaselineName]:
     """Refuse a baseline that is named twice."""
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{', '.join(twice)} is named twice")
     return names

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 MAX_DEPTH = 64
+MAX_VALUES = 10_000
+"""Keys and values a text may have: PyYAML reads so many in a third of a second, the longest recipe of ours has 194."""
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of a document to one of its values."""
@@ -87,10 +89,10 @@ class YamlSyntaxError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only: no anchors, no aliases, bounded depth, numbers as in YAML 1.2."""
+    """Composes nodes only: no anchors, no aliases, bounded depth and number, numbers as in YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
-    depth = 0
+    depth = values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -102,6 +104,10 @@ class _Loader(yaml.SafeLoader):
             )
         if self.depth == MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES:,} keys and values, so it is no recipe",
+                                       problem_mark=event.start_mark)  # fmt: skip
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

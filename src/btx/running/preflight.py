@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx.choices.families import FAMILIES, family_of
+from btx.choices.families import FAMILIES, family_of, refuse_longer_sequences
 from btx.data.document_files import find_files
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
+from btx.evaluation.questions import read_questions
+from btx.files import read_json
 from btx.mixing.chosen_tokenizer import tokenizer_folder
 from btx.model_files.beside_weights import check_links
 from btx.model_files.model_folder import check_model_folder
@@ -25,23 +28,27 @@ def preflight(recipe: Recipe) -> None:
     """Refuse a recipe that cannot work here.
 
     Raises:
-        DataError: a domain's or task's file is missing.
+        DataError: a domain's or task's file is missing, or a line of a task's file is broken.
+        RecipeError: sequences are longer than what the seed model reads at once.
         CheckpointError: the seed model's folder is no model, of a family that cannot be mixed, or its tokenizer does
             not fit it.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
         UserError: a task of lm-evaluation-harness cannot be measured here.
     """
-    _check_files(recipe)
-    check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
-    _check_seed_model(recipe)
-    _check_chosen_tokenizer(recipe)
-    _check_run_folder(Path(recipe.run_folder))
-
-
-def _check_files(recipe: Recipe) -> None:
-    """Every file the run will read; of domains that are prepared, nothing is needed any more."""
     run = RunFolder(Path(recipe.run_folder), recipe)
-    needed = {} if run.state(run.graph["evaluate"]) == "done" else task_files(recipe)
+    measures = run.state(run.graph["evaluate"]) != "done"
+    _check_files(run, task_files(recipe) if measures else {})
+    if measures:
+        _check_tasks(recipe)
+    check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
+    _check_seed_model(run)
+    _check_chosen_tokenizer(recipe)
+    _check_run_folder(run.path)
+
+
+def _check_files(run: RunFolder, needed: Mapping[str, Path]) -> None:
+    """Every file the run will read; of domains that are prepared, nothing is needed any more."""
+    recipe = run.recipe
     missing = [f"{where}: {path}: no such file or folder" for where, path in needed.items() if not path.exists()]
     for name, domain in recipe.data.domains.items():
         if run.state(run.graph[f"data/{name}"]) == "done" or not run.is_needed(run.graph[f"data/{name}"]):
@@ -55,10 +62,25 @@ def _check_files(recipe: Recipe) -> None:
         raise DataError("\n".join(missing))
 
 
-def _check_seed_model(recipe: Recipe) -> None:
-    seed = recipe.seed_model
-    if RunFolder(Path(recipe.run_folder), recipe).recorded("seed"):
-        return  # it is in the run folder and was checked when it came there
+def _check_tasks(recipe: Recipe) -> None:
+    """Every line of the tasks' files that will be asked."""
+    for name, task in recipe.evaluate.tasks.items():
+        try:
+            if task.path is not None:
+                read_questions(task, rng_seed=recipe.rng_seed, root=recipe.data.root)
+        except DataError as error:
+            raise DataError(f"evaluate.tasks.{name}: {error}") from error
+
+
+def _check_seed_model(run: RunFolder) -> None:
+    seed, length = run.recipe.seed_model, run.recipe.data.sequence_length
+    if seed.config is not None:
+        refuse_longer_sequences(seed.config, length, "seed_model.config")
+    if run.recorded("seed"):  # it is in the run folder and its family was checked when it came there
+        file = run.model("seed") / "config.json"
+        if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
+            refuse_longer_sequences(read_json(file) or {}, length, str(file))
+        return
     if seed.config is not None:
         _check_family(seed.config, "seed_model.config")
     elif seed.path is not None and Path(seed.path).expanduser().exists():
@@ -66,10 +88,12 @@ def _check_seed_model(recipe: Recipe) -> None:
         config = check_model_folder(folder)
         _check_family(config, seed.path)
         _check_tokenizer(folder, config.get("vocab_size"))
+        refuse_longer_sequences(config, length, f"{seed.path}/config.json")
     elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
         raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
     if seed.plan_config is not None:
         _check_family(seed.plan_config, "seed_model.plan_config")
+        refuse_longer_sequences(seed.plan_config, length, "seed_model.plan_config")
 
 
 def _check_family(config: dict[str, Any], where: str) -> None:

@@ -23,7 +23,7 @@ from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, open_reader
 from btx.moe.balancing import sparse_gates
 from btx.moe.layer import moe_blocks
-from btx.serving.refusals import check_completion
+from btx.serving.refusals import check_completion, check_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def completion(
 
     Args and Raises: as `chat`.
     """
-    check_completion(model_path, temperature)
+    check_completion(model_path, temperature, prompt)
     model, tokenizer = load_to_chat(model_path), load_tokenizer(model_path)
     names = expert_names(model_path, model) if count_experts(model) else None
     choose = pick(temperature, torch.Generator().manual_seed(rng_seed))
@@ -70,7 +70,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokens of a prompt: as the chat template says where there is one, else like a document's start.
 
     The first token is never shown: it is the separator or what the template starts with.
+
+    Raises:
+        UserError: the prompt is no text.
     """
+    check_prompt(prompt)
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
         rendered = cast(str, tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))

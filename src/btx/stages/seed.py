@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import refuse_longer_sequences
 from btx.errors import CheckpointError, UserError
 from btx.model_files.beside_weights import LEGAL, check_links
 from btx.model_files.beside_weights import TOKENIZER as TOKENIZER_BESIDE
 from btx.models.loading import load_tokenizer, new_model, read_config
 from btx.planning.budgets import check_budgets
+from btx.planning.disk import check_disk
 from btx.process import Interrupts, Log
 from btx.recipe.mixtures import seed_mixture
 from btx.run_folder.data_stages import TOKENIZER
@@ -28,8 +30,11 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
         with run.making(stage, log) as facts:
             known = run.recorded("seed")
             was_here = known is not None and "files" in known["settings"]
-            link_seed_model(seed.path, seed.revision, facts.folder / "model", was_here=was_here)
-            check_planned(seed.plan_config, read_config(facts.folder / "model"))
+            source = link_seed_model(seed.path, seed.revision, facts.folder / "model", was_here=was_here)
+            config = read_config(facts.folder / "model")
+            check_planned(seed.plan_config, config)
+            refuse_longer_sequences(config, run.recipe.data.sequence_length, str(source / "config.json"))
+            check_disk(run, config)
         return
     assert seed.config is not None  # the schema guarantees both
     assert seed.train is not None
@@ -38,11 +43,12 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
         seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    check_disk(run, model.config.to_dict())
     train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, like=None)
 
 
-def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: bool = False) -> None:
-    """Make `target` a link to a model folder, or to the downloaded files of a hub name.
+def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: bool = False) -> Path:
+    """Make `target` a link to a model folder, or to the downloaded files of a hub name; returns that folder.
 
     Args:
         was_here: the run has had a folder of that name as its seed model, so it is no hub name.
@@ -62,6 +68,7 @@ def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: 
     check_links(source)
     target.unlink(missing_ok=True)
     target.symlink_to(source.resolve(), target_is_directory=True)
+    return source
 
 
 def check_planned(planned: Mapping[str, Any] | None, found: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ SEAL = "seal"
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with a hash of itself, so that `read_json` notices a changed digit; raises as `write_json`."""
+    """Write a JSON object with a hash of itself: `read_json` notices a changed digit. Raises as `write_json`."""
     plain = json.loads(json.dumps(dict(value), allow_nan=False))
     write_json(path, plain | {SEAL: value_hash(plain)})
 

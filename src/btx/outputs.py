@@ -54,6 +54,13 @@ class Done(TypedDict):
     outputs: NotRequired[dict[str, Output]]
 
 
+class TokenizerDone(Done):
+    """done.json of the tokenizer."""
+
+    bos: int | None
+    eos: int | None
+
+
 class Noted(TypedDict):
     """What a stage notes of the data it reads."""
 
@@ -146,6 +153,12 @@ def damage(folder: Path, depth: Depth, *, suffixes: set[str] | None = None) -> s
     if recorded and not (folder / "model").is_symlink() and (younger := sorted(weights - recorded.keys())):
         return f"{folder / younger[0]}: was not there when the stage was finished, and would be read; remove it"
     return None
+
+
+def check_model_of_stage(model: Path) -> None:
+    """Refuse a model folder that a finished stage has left otherwise; any other folder says nothing of itself."""
+    if model.name == "model":
+        check_outputs(model.parent)
 
 
 def read_output(path: Path, shape: Any = None) -> Any:

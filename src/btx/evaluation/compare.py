@@ -12,18 +12,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.errors import RunFolderError, UserError
 from btx.evaluation.harness_files import requests_of
-from btx.files import read_json
+from btx.files import MEND
+from btx.outputs import read_output
 from btx.run_folder.folder import RunFolder
 
 RESAMPLES = 2000
 DRAWS_AT_ONCE = 2**22
 """Documents drawn at once: 64 MiB of indices and values."""
+
+
+class Sizes(TypedDict):
+    """UTF-8 bytes of every document."""
+
+    domains: dict[str, list[float]]
+    mixed: NotRequired[list[float]]
+
+
+class Scores(Sizes):
+    """Bits of every document, and whether each answer was right."""
+
+    tasks: dict[str, list[float]]
+
+
+class Documents(TypedDict):
+    """evaluate/documents.json."""
+
+    bytes: Sizes
+    models: dict[str, Scores]
 
 
 @dataclass(frozen=True)
@@ -85,10 +107,16 @@ def compare_models(
 def _documents(run_folder: Path) -> dict[str, Any]:
     """What evaluate/documents.json of a run says."""
     path = run_folder / "evaluate" / "documents.json"
-    found = read_json(path)
+    found = read_output(path, Documents)
     if found is None:
         raise RunFolderError(f"{path}: there are no scores of single documents; `btx evaluate {run_folder}` first, and "
                              f"remove {run_folder / 'evaluate'} before if it was made by an older version")  # fmt: skip
+    sizes = {"mixed": found["bytes"].get("mixed", []), **found["bytes"]["domains"]}
+    for name, scores in found["models"].items():
+        for key, bits in ({"mixed": scores.get("mixed", sizes["mixed"])} | scores["domains"]).items():
+            if len(bits) != len(sizes.get(key, ())):
+                raise RunFolderError(f"{path}: models.{name}: {key} has {len(bits)} documents, bytes has "
+                                     f"{len(sizes.get(key, ()))}; {MEND}")  # fmt: skip
     return dict(found)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.outputs import check_model_of_stage
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -27,7 +28,9 @@ def check_model(path: str | Path) -> dict[str, Any] | None:
 
 def check_model_or_btm(path: str | Path) -> None:
     """Refuse a folder that holds neither a model nor Branch-Train-Merge's; hub names are left for the hub."""
-    if not (Path(path) / BTM_FILE).is_file():
+    if (Path(path) / BTM_FILE).is_file():
+        check_model_of_stage(Path(path))
+    else:
         check_model(path)
 
 
@@ -36,11 +39,13 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no such folder, no or broken config.json, weights missing or pickled.
+        RunFolderError: the model is a finished stage's, and a file of it was damaged or replaced.
     """
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: a model is a folder, as save_pretrained writes it; this is a file")
+    check_model_of_stage(folder)
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: this folder holds no model: config.json is missing")

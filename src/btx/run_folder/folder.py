@@ -145,7 +145,7 @@ class RunFolder:
 
     def why_stale(self, stage: Stage) -> str:
         """The settings, files or earlier stages that changed since a stale stage was begun."""
-        begun = read_started(self.folder(stage.name))
+        begun = read_started(self.folder(stage.name)) or {}
         if begun.get("format") != FORMAT:
             may_stay = f"; `btx run {self.path}` sees whether it can stay" * (self.path / "data/started.json").is_file()
             return f"an earlier version of btx made it{may_stay}"

@@ -101,7 +101,7 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
 def _done_there(folder: Path, stage: Stage) -> bool:
     """Whether the stage in `folder` is finished and was made from the same inputs."""
     begun, done = read_started(folder), read_done(folder)
-    return bool(begun and done) and begun["inputs"] == done["inputs"] == stage.inputs
+    return begun is not None and done is not None and begun["inputs"] == done["inputs"] == stage.inputs
 
 
 def _copy_stage(source: Path, target: Path, donor: Path) -> None:

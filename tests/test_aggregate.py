@@ -15,7 +15,7 @@ def entry(math: float, score: float, hours: float) -> dict[str, Any]:
     return {
         "domains": {"math": {"bits_per_byte": math, "stderr": 0.01, "tokens": 100, "bytes": 300}},
         "mixed": {"bits_per_byte": math + 1, "stderr": None, "tokens": 10, "bytes": 30},
-        "tasks": {"quiz": {"exact_match": score, "stderr": 0.1, "questions": 9, "examples": [{"correct": True}]}},
+        "tasks": {"quiz": {"exact_match": score, "stderr": 0.1, "questions": 9, "examples": [{"prompt": "1", "output": "2", "gold": "2", "correct": True}]}},
         "mean_bits_per_byte": math, "flops": 1e9, "hours": hours,
     }  # fmt: skip
 
@@ -69,5 +69,5 @@ def test_results_are_read_from_run_folders_and_an_unfinished_run_is_named(tmp_pa
         (tmp_path / str(number) / "evaluate").mkdir(parents=True)
         (tmp_path / str(number) / "evaluate" / "results.json").write_text(json.dumps(result), "utf-8")
     assert read_results([tmp_path / "2", tmp_path / "0"]) == [runs()[2], runs()[0]]
-    with pytest.raises(RunFolderError, match=r"3/evaluate/results.json: no results .*btx evaluate"):
+    with pytest.raises(RunFolderError, match=r"3/evaluate/results.json: no results; .*btx evaluate"):
         read_results([tmp_path / "3"])

@@ -1,5 +1,6 @@
 """Files and folders that are either complete or absent: write beside, flush to the disk, rename. What a file holds,
-whatever it is called and whenever it was written: its SHA-256, kept until the file changes.
+whatever it is called and whenever it was written: its SHA-256, kept until the file changes. JSON files that say
+themselves whether they are still as they were written.
 
 What is written beside `NAME` is called `.NAME.<8 hex digits>.tmp`. A folder is locked by its writer for as long as that
 lives, so the next writer of the same name tells a left-over from work that is under way.
@@ -16,13 +17,17 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from btx.errors import RunFolderError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,14 +54,65 @@ def write_text(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`, or None if there is no such file."""
+SEAL = "seal"
+"""Key of a sealed JSON file that holds the hash of all its other keys."""
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with a hash of itself: `read_json` notices a changed digit. Raises as `write_json`."""
+    plain = json.loads(json.dumps(dict(value), allow_nan=False))
+    write_json(path, plain | {SEAL: value_hash(plain)})
+
+
+def read_json(path: Path, shape: Any = None) -> Any:
+    """The JSON value in `path`, without its seal, or None if there is no such file.
+
+    The one reader of what a run folder, a sweep or a mix keeps in JSON.
+
+    Args:
+        shape: a TypedDict, or another type: what the value must be. Keys that it does not name may be there.
+
+    Raises:
+        RunFolderError: the file is unreadable, no JSON, not of this shape (the message names the key), or sealed and
+            changed since.
+    """
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise RunFolderError(f"{path}: not readable as JSON ({error}); remove it and run the stage again") from error
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path}: not readable as JSON ({error}); {MEND}") from error
+    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != value_hash(value):
+        raise RunFolderError(f"{path}: changed since btx wrote it: its {SEAL} does not fit; {MEND}")
+    if shape is not None and (problem := _misfit(value, shape)):
+        raise RunFolderError(f"{path}: {problem}; {MEND}")
+    return value
+
+
+MEND = "restore it from a copy, or remove it and run the stage again"
+
+
+def _misfit(value: Any, shape: Any) -> str:
+    """What of a JSON value is not of a shape: the key and what it should be; empty if all is."""
+    from pydantic import ValidationError  # no part of `btx --help`
+
+    try:
+        _validator(shape).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found = "" if first["type"] == "missing" else f", found {json.dumps(first['input'])[:60]}"
+        return f"{key + ': ' if key else ''}{first['msg'][0].lower()}{first['msg'][1:]}{found}"
+    return ""
+
+
+@cache
+def _validator(shape: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
 
 
 @contextlib.contextmanager
@@ -149,44 +205,43 @@ def file_sha256(path: Path) -> str:
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, computed anew only if the file may have changed since it was last asked for.
 
-    Like git's index, it is kept beside the file's size, times, inode and device: nobody can set the time of a file's
-    last change (ctime), so a file that looks the same is the same. They lie in the user's cache folder, a small file
-    each; where that cannot be written, every process computes its own. A file that is younger than `YOUNG_S` might
-    still change within one tick of the clock and is not kept.
+    Like git's index, it is kept for the file's inode with its size and times: nobody can set the time of a file's last
+    change (ctime), so a file that looks the same is the same, wherever its folder was moved to. They lie in the user's
+    cache folder, a small file each; where that cannot be written, every process computes its own. A file that is
+    younger than `YOUNG_S` might still change within one tick of the clock and is not kept.
     """
     found = path.stat()
-    seen = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
-    name = str(path.absolute())
-    if name in _hashed and _hashed[name][0] == seen:
-        return _hashed[name][1]
-    kept = _cache_file(name)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        record = json.loads(kept.read_text("utf-8")) if kept is not None else {}
-        if record["path"] == name and record["seen"] == seen:
-            _hashed[name] = (seen, str(record["sha256"]))
-            return _hashed[name][1]
+    seen, inode = [found.st_size, found.st_mtime_ns, found.st_ctime_ns], f"{found.st_dev}-{found.st_ino}"
+    if inode in _hashed and _hashed[inode][0] == seen:
+        return _hashed[inode][1]
+    kept = _cache_file(inode)
+    with contextlib.suppress(RunFolderError, TypeError, KeyError):
+        record = read_json(kept) if kept is not None else None
+        if record is not None and record["inode"] == inode and record["seen"] == seen:
+            _hashed[inode] = (seen, str(record["sha256"]))
+            return _hashed[inode][1]
     young = time.time() - found.st_ctime < YOUNG_S
     sha256 = file_sha256(path)
     if not young:
-        _hashed[name] = (seen, sha256)
+        _hashed[inode] = (seen, sha256)
         if kept is not None:
             with contextlib.suppress(RunFolderError, OSError):
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                write_json(kept, {"path": name, "seen": seen, "sha256": sha256})
+                write_sealed(kept, {"inode": inode, "seen": seen, "sha256": sha256})
     return sha256
 
 
 YOUNG_S = 2.0
 """Seconds after its last change for which a file's hash is not kept."""
 _hashed: dict[str, tuple[list[int], str]] = {}
-"""Absolute path → what the file looked like, and its hash: those that this process has asked for."""
+"""Device and inode → what the file looked like, and its hash: those that this process has asked for."""
 
 
-def _cache_file(name: str) -> Path | None:
-    """Where the hash of the file with this absolute path is kept: in XDG_CACHE_HOME, else in ~/.cache."""
+def _cache_file(inode: str) -> Path | None:
+    """Where the hash of the file of this inode is kept: in XDG_CACHE_HOME, else in ~/.cache."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     with contextlib.suppress(RuntimeError):  # nobody's home
-        return base.expanduser() / "btx" / "sha256" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+        return base.expanduser() / "btx" / "sha256" / f"{inode}.json"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from btx.cli import sweep as cli_sweep
 from btx.cli.terminal import show as _print
 from btx.cli.terminal import show_json as _print_json
 from btx.errors import BtxError, UserError
+from btx.outputs import read_output
 
 if TYPE_CHECKING:
     from btx.planning.speed import Speed
@@ -265,7 +265,7 @@ def evaluate(
         raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE")
     _work(run_folder, ["evaluate"], quiet=as_json)
     if as_json:
-        _print_json(json.loads((run_folder / "evaluate" / "results.json").read_text("utf-8")))
+        _print_json(read_output(run_folder / "evaluate" / "results.json"))
     else:
         _print_results(_run(run_folder))
 
@@ -275,7 +275,7 @@ def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """Find out which expert each token of a run's model uses."""
     _work(run_folder, ["analyze"], quiet=as_json)
     if as_json:
-        _print_json(json.loads((run_folder / "analyze" / "routing.json").read_text("utf-8")))
+        _print_json(read_output(run_folder / "analyze" / "routing.json"))
 
 
 @app.command()
@@ -375,11 +375,12 @@ def _run(path: Path) -> RunFolder:
 
 
 def _print_results(finished: RunFolder) -> None:
-    results = finished.path / "evaluate" / "results.json"
-    if results.is_file():
+    from btx.reporting.shapes import Results
+
+    if (results := read_output(finished.path / "evaluate" / "results.json", Results)) is not None:
         from btx.reporting.results import report_table
 
-        _print(report_table(json.loads(results.read_text("utf-8"))))
+        _print(report_table(results))
     page = finished.path / "report" / "index.html"
     if page.is_file():
         typer.echo(f"report: {page}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
+from btx.files import read_json
 
 Values = Annotated[list[str] | None, typer.Argument(
     help="key=a,b,c varies a setting; key=value sets it for all variants.")]  # fmt: skip
@@ -79,8 +79,9 @@ def run_of_sweep(run_folder: Path) -> None:
 def sweep_status(folder: Path) -> list[dict[str, Any]]:
     """State of every run of a sweep's folder, as its stages' files say now."""
     from btx.run_folder.folder import RunFolder
+    from btx.sweeps.sweep import SweepFile
 
-    written = json.loads((folder / "sweep.json").read_text("utf-8"))
+    written = read_json(folder / "sweep.json", SweepFile)
     rows = []
     for label, variant in written["variants"].items():
         for run in variant["runs"]:

@@ -27,20 +27,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.data.sources import digest_of
 from btx.data.tokenizer import TokenizerFile, fast_tokenizer, tokenizer_sha256
-from btx.errors import CheckpointError, DataError
-from btx.files import atomic_folder, file_sha256
+from btx.errors import CheckpointError, DataError, RunFolderError
+from btx.files import atomic_folder, file_sha256, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INDEX = "index.json"
-FIELDS = {"tokens", "bytes", "documents", "dtype", "trailing_eos", "sha256", "tokenizer_sha256", "rng_seed", "source"}
 BATCH_CHARACTERS = 1 << 20
 LONG_DOCUMENT = 1 << 20
 PART_CHARACTERS = 1 << 19
@@ -48,6 +48,21 @@ PART_CHARACTERS = 1 << 19
 WINDOW = 1 << 13
 """Characters on either side of a place to cut that are looked at."""
 CUTS_TRIED = 8
+
+
+class Index(TypedDict):
+    """index.json."""
+
+    tokens: int
+    bytes: int
+    documents: int
+    dtype: Literal["uint16", "uint32"]
+    trailing_eos: bool
+    sha256: str
+    tokenizer_sha256: str
+    rng_seed: int
+    source: dict[str, Any]
+    taken_out: NotRequired[dict[str, int]]
 
 
 class DocumentEncoder:
@@ -329,12 +344,10 @@ _BROKEN = "this token file is broken: {}; remove its folder and prepare the data
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
+        index: dict[str, Any] | None = read_json(path, Index)
+    except RunFolderError as error:
+        raise DataError(_BROKEN.format(error)) from error
+    if index is None:
         raise DataError(f"{path}: no such file: {folder} is no token file, or was not completed; "
-                        f"prepare the data first") from error  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {_BROKEN.format(error)}") from error
-    if not isinstance(index, dict) or not index.keys() >= FIELDS or index["dtype"] not in ("uint16", "uint32"):
-        raise DataError(f"{path}: {_BROKEN.format(f'it needs {sorted(FIELDS)}, dtype uint16 or uint32')}")
+                        f"prepare the data first")  # fmt: skip
     return index

@@ -7,7 +7,6 @@ because what a run's models share (seed model, data, held-out text) cancels in t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from btx.errors import RunFolderError
 from btx.number_texts import is_number
+from btx.outputs import read_output
+from btx.reporting.shapes import Results
 
 QUALITY = ("domains", "mixed", "tasks", "mean_bits_per_byte")
 """Parts of a model's entry of which differences are taken."""
@@ -31,10 +32,9 @@ def read_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
     results = []
     for run in runs:
         path = run / "evaluate" / "results.json"
-        try:
-            found = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{path}: no results ({error}); finish the run, or `btx evaluate {run}`") from error
+        found = read_output(path, Results)
+        if found is None:
+            raise RunFolderError(f"{path}: no results; finish the run, or `btx evaluate {run}`")
         results.append(found)
     return results
 

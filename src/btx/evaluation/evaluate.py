@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.baselines.btm_model import load_model_or_btm
 from btx.data.domains import Question
@@ -26,11 +27,12 @@ from btx.evaluation.harness_files import requests_of
 from btx.evaluation.mixed_set import mixed_documents
 from btx.evaluation.questions import read_questions
 from btx.evaluation.tasks import exact_match
-from btx.files import read_json, value_hash, write_json
+from btx.files import read_json, value_hash, write_json, write_sealed
 from btx.models.device import device_and_type
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS, SideBySide, cost_of, token_nll
 from btx.number_texts import score_text
+from btx.reporting.shapes import ModelResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,10 +187,10 @@ def evaluate_models(
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
     for name, entry in models.items():
         kept, key = folder / "models" / kept_file(name), measures.key(entry, recipe)
-        record = read_json(kept)
+        record = read_json(kept, Kept)
         if record is None or record["key"] != key:
             record = {"key": key, **_measure(entry, recipe, measures)}
-            write_json(kept, record)
+            write_sealed(kept, record)
             log(_summary(name, record["measured"]))
         else:
             log(f"{name}: measured before, kept")
@@ -198,6 +200,14 @@ def evaluate_models(
     write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
+
+
+class Kept(TypedDict):
+    """A file in evaluate/models/."""
+
+    key: str
+    measured: ModelResult
+    documents: dict[str, Any]
 
 
 def kept_file(name: str) -> str:

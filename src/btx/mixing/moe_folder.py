@@ -15,6 +15,7 @@ from btx.files import read_json, write_json
 from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_router
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.model_folder import check_model_folder
+from btx.reporting.shapes import MixRecord
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
@@ -54,7 +55,7 @@ class MoeFolder:
             config, routing = open_btx_folder(path, config)
         family = moe_family_of(config, str(path))
         count = int(config[count_key(config, path)])
-        record = UNKNOWN | (read_json(path / RECORD) or {})
+        record = UNKNOWN | (read_json(path / RECORD, MixRecord) or {})
         names = list(record.get("experts") or map(str, range(count)))
         if len(names) != count:
             raise CheckpointError(f"{path / RECORD}: names {len(names)} experts, but config.json says {count}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from btx.errors import CheckpointError
 from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
+from btx.outputs import check_model_of_stage
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -28,7 +29,9 @@ def check_model(path: str | Path) -> dict[str, Any] | None:
 
 def check_model_or_btm(path: str | Path) -> None:
     """Refuse a folder that holds neither a model nor Branch-Train-Merge's; hub names are left for the hub."""
-    if not (Path(path) / BTM_FILE).is_file():
+    if (Path(path) / BTM_FILE).is_file():
+        check_model_of_stage(Path(path))
+    else:
         check_model(path)
 
 
@@ -38,6 +41,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such folder, no or broken config.json, weights missing or pickled, or something else that
             people give for a model (`btx.model_files.mistaken`).
+        RunFolderError: the model is a finished stage's, and a file of it was damaged or replaced.
     """
     if not folder.exists():
         where = f" (a link to {folder.readlink()})" if folder.is_symlink() else ""
@@ -48,6 +52,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
     if mistake is not None:
         raise CheckpointError(f"{folder}: {mistake}")
+    check_model_of_stage(folder)
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: this folder holds no model: config.json is missing")

@@ -18,7 +18,7 @@ import yaml
 
 from btx.choices.routers import ROUTERS
 from btx.errors import RunFolderError
-from btx.files import read_json, write_text
+from btx.files import write_text
 from btx.metrics_file import read_metrics
 from btx.number_texts import (
     count_text,
@@ -29,6 +29,7 @@ from btx.number_texts import (
     percent_text,
     signed_percent,
 )
+from btx.outputs import check_outputs, read_done, read_output
 from btx.reporting.charts import (
     COLOURS,
     Bars,
@@ -42,6 +43,7 @@ from btx.reporting.charts import (
 from btx.reporting.costs import TITLES, cost_rows
 from btx.reporting.headline import headline, paired_differences
 from btx.reporting.results import EXPERT, report_table, results_table
+from btx.reporting.shapes import Documents, MixRecord, Results, Routing, Tokens
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:
@@ -139,12 +141,12 @@ def read_run(folder: Path) -> Run:
         folder,
         recipe_text,
         recipe,
-        manifest=_read_json(folder / "manifest.json"),
-        results=_read_json(folder / "evaluate" / "results.json"),
-        documents=_read_json(folder / "evaluate" / "documents.json"),
-        routing=_read_json(folder / "analyze" / "routing.json"),
-        tokens=_read_json(folder / "analyze" / "tokens.json"),
-        mix=_read_json(folder / "mix" / "mix.json"),
+        manifest=read_output(folder / "manifest.json", dict[str, Any]) or {},
+        results=read_output(folder / "evaluate" / "results.json", Results) or {},
+        documents=read_output(folder / "evaluate" / "documents.json", Documents) or {},
+        routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
+        tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},
+        mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
     )
 
@@ -158,20 +160,10 @@ def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
         return [f"{group}/{name}" for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))]
 
     names = [*below("data"), "seed", *below("train"), "mix", "finetune", *below("baselines"), "evaluate", "analyze"]
-    return [
-        Stage(name, _read_json(folder / name / "done.json") or None, read_metrics(folder / name / "metrics.jsonl"))
-        for name in names
-        if (folder / name).is_dir()
-    ]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RunFolderError(f"{path}: a JSON object is needed, found {type(value).__name__}; run its stage again")
-    return value
+    there = [name for name in names if (folder / name).is_dir()]
+    for name in there:
+        check_outputs(folder / name, suffixes={".jsonl"})
+    return [Stage(name, read_done(folder / name), read_metrics(folder / name / "metrics.jsonl")) for name in there]
 
 
 # --- views ----------------------------------------------------------------------------------------------------------
@@ -219,7 +211,7 @@ def _curve(stage: Stage, key: str, label: str, colour: str) -> Curve:
 
 
 def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
-    rows = [row for row in stage.metrics if row.get("load")]
+    rows = [row for row in stage.metrics if row.get("load") and all(expert < len(layer) for layer in row["load"])]
     means = [math.fsum(layer[expert] for layer in row["load"]) / len(row["load"]) for row in rows]
     return Curve(label, f"c{expert % COLOURS}", [row["tokens"] for row in rows], means)
 

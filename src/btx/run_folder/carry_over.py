@@ -13,9 +13,10 @@ from typing import Any
 from btx.data.mixture import Interleaved, Mixture
 from btx.data.switching import Switching
 from btx.data.token_files import TokenFile
-from btx.files import read_json, write_json
+from btx.files import read_json, write_sealed
+from btx.outputs import DONE, FORMAT, STARTED, CheckpointState, read_done, read_started
 from btx.process import Log
-from btx.run_folder.folder import FORMAT, RunFolder, started_json
+from btx.run_folder.folder import RunFolder, started_json
 from btx.run_folder.graph import Stage
 
 NOT_COMPARED = {"device", "domain", "domains", "general", "data", "files", "members", "domain_tokens"}
@@ -34,7 +35,7 @@ def carry_over(run: RunFolder, log: Log) -> None:
     """
     verified: set[str] = set()  # domains whose tokens some stage was trained on
     for stage in run.graph:
-        begun = read_json(run.folder(stage.name) / "started.json")
+        begun = read_started(run.folder(stage.name))
         if begun is None or begun.get("format") == FORMAT:
             continue
         if reason := _why_not(run, stage, begun, verified):
@@ -120,15 +121,15 @@ def trained_on(run: RunFolder, stage: Stage) -> str | None:
     if done is not None:
         return done.get("data")
     states = sorted(run.folder(stage.name).glob("state/step-*/state.json"))
-    return read_json(states[-1])["marks"]["data"] if states else fingerprint(run, stage)
+    return str(read_json(states[-1], CheckpointState)["marks"]["data"]) if states else fingerprint(run, stage)
 
 
 def _adapt(folder: Path, stage: Stage, old: str) -> None:
     """Put the hash that a stage has now in place of the old one."""
     for file in folder.glob("state/step-*/state.json"):
-        state = read_json(file)
-        write_json(file, state | {"marks": state["marks"] | {"inputs": stage.inputs}})
-    done = read_json(folder / "done.json")
+        state = read_json(file, CheckpointState)
+        write_sealed(file, state | {"marks": state["marks"] | {"inputs": stage.inputs}})
+    done = read_done(folder)
     if done is not None:
-        write_json(folder / "done.json", done | {"inputs": stage.inputs})
-    write_json(folder / "started.json", started_json(stage) | {"before": old})
+        write_sealed(folder / DONE, done | {"inputs": stage.inputs})
+    write_sealed(folder / STARTED, started_json(stage) | {"before": old})

@@ -25,7 +25,8 @@ from typing import Any, Literal
 import filelock
 
 from btx.errors import RunFolderError, UserError
-from btx.files import file_sha256, read_json, write_json, write_text
+from btx.files import file_sha256, write_sealed, write_text
+from btx.outputs import FORMAT, STARTED, check_outputs, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
@@ -34,9 +35,6 @@ from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.stages_of_recipe import build_graph
 
 State = Literal["done", "begun", "stale", "absent"]
-
-FORMAT = 2
-"""Of started.json; 1, without a number, was of the time when all data were one stage."""
 
 
 class Making(dict[str, Any]):
@@ -75,7 +73,7 @@ class RunFolder:
         run = cls(Path(recipe.run_folder), recipe)
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.path / "recipe.yaml", dump_recipe(recipe))
-        write_json(run.path / "manifest.json", _manifest(run.path / "recipe.yaml"))
+        write_sealed(run.path / "manifest.json", _manifest(run.path / "recipe.yaml"))
         return run
 
     @cached_property
@@ -86,7 +84,7 @@ class RunFolder:
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """started.json of a stage that is finished, None if it is not. What a domain was when models were trained on it
         is known from these too, where its own folder was left behind."""
-        begun, done = read_json(self.folder(stage) / "started.json"), self.done(stage)
+        begun, done = read_started(self.folder(stage)), self.done(stage)
         finished = begun and done and begun.get("format") == FORMAT and begun["inputs"] == done["inputs"]
         if finished:
             return begun
@@ -97,7 +95,7 @@ class RunFolder:
         """Data stage → its started.json as noted by the finished stages that have read it."""
         noted: dict[str, dict[str, Any]] = {}
         for stage in ("finetune", *(f"train/{domain}" for domain in self.recipe.train.domains), "seed"):
-            begun = read_json(self.folder(stage) / "started.json")
+            begun = read_started(self.folder(stage))
             if begun is not None and begun.get("format") == FORMAT and self.done(stage):
                 noted |= begun["read"]
         return noted
@@ -118,7 +116,7 @@ class RunFolder:
     def done(self, stage: Stage | str) -> dict[str, Any] | None:
         """done.json of a stage, None if it is not finished."""
         name = stage if isinstance(stage, str) else stage.name
-        return read_json(self.folder(name) / "done.json")
+        return read_done(self.folder(name))
 
     def state(self, stage: Stage) -> State:
         """Whether a stage is done, begun, stale (begun or done for other inputs) or absent.
@@ -126,7 +124,7 @@ class RunFolder:
         What cannot be known here, because neither a stage nor what it is made from is in the folder, makes nothing
         stale: an expert's folder may travel with its own needs alone.
         """
-        begun = read_json(self.folder(stage.name) / "started.json")
+        begun = read_started(self.folder(stage.name))
         if begun is None:
             return "absent"
         if begun.get("format") != FORMAT or self._differs(stage, begun):
@@ -147,7 +145,7 @@ class RunFolder:
 
     def why_stale(self, stage: Stage) -> str:
         """The settings, files or earlier stages that changed since a stale stage was begun."""
-        begun = read_json(self.folder(stage.name) / "started.json")
+        begun = read_started(self.folder(stage.name)) or {}
         if begun.get("format") != FORMAT:
             may_stay = f"; `btx run {self.path}` sees whether it can stay" * (self.path / "data/started.json").is_file()
             return f"an earlier version of btx made it{may_stay}"
@@ -192,10 +190,11 @@ class RunFolder:
         return target
 
     def check_needs(self, stage: Stage) -> None:
-        """Refuse a stage whose needs are not finished.
+        """Refuse a stage whose needs are not finished, or are not as they were left.
 
         Raises:
-            RunFolderError: a stage it needs is not finished, or finished for other inputs.
+            RunFolderError: a stage it needs is not finished, or finished for other inputs, or one of its files was
+                damaged or replaced.
         """
         for needed in stage.needs:
             if (state := self.state(needed)) != "done":
@@ -203,6 +202,7 @@ class RunFolder:
                 raise RunFolderError(
                     f"{stage.name} needs {needed.name}, which is {state}{why}; run `btx run {self.path}` first"
                 )
+            check_outputs(self.folder(needed.name))
 
     @contextlib.contextmanager
     def making(self, stage: Stage, log: Log) -> Iterator[Making]:
@@ -221,15 +221,15 @@ class RunFolder:
         if stage.trains and state == "stale":
             self._give_way(stage, why, log)
         working = folder if stage.trains else folder.with_name(f".{folder.name}.making")
-        begun = read_json(working / "started.json")
+        begun = read_started(working)
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
             shutil.rmtree(working)  # left by a process that was killed and that made something else
         working.mkdir(parents=True, exist_ok=True)
-        write_json(working / "started.json", started_json(stage))  # anew: files may be elsewhere than when it was begun
+        write_sealed(working / STARTED, started_json(stage))  # anew: files may be elsewhere than when it was begun
         facts = Making(working)
         yield facts
         wall_s = round(time.perf_counter() - started, 3)
-        write_json(working / "done.json", done_json(stage, {"wall_s": wall_s} | facts))
+        finish(working, done_json(stage, {"wall_s": wall_s} | facts))
         if working != folder:
             if state == "stale":
                 self._give_way(stage, why, log)

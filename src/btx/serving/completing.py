@@ -5,7 +5,6 @@ Shape letters: B batch, S sequence, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, open_reader
 from btx.moe.balancing import sparse_gates
 from btx.moe.layer import moe_blocks
+from btx.outputs import read_output
+from btx.reporting.shapes import MixRecord
 from btx.serving.refusals import check_completion, check_prompt
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def expert_names(model_path: Path, model: PreTrainedModel | SideBySide) -> list[
     folder = model_path.resolve()
     for record in (folder / "mix.json", folder.parent / "mix.json", folder.parent.parent / "mix" / "mix.json"):
         if record.is_file():
-            names = [str(name) for name in json.loads(record.read_text("utf-8")).get("experts", ())]
+            names = list(read_output(record, MixRecord).get("experts", ()))
             if len(names) == count:
                 return names
     return [f"expert {i}" for i in range(count)]

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 from btx.errors import UserError
-from btx.files import write_json
+from btx.files import write_sealed
 from btx.mixing.checks import open_checked
 from btx.model_files.beside_weights import check_links, copy_beside_weights
 from btx.model_files.vocabularies import check_ids
+from btx.outputs import STARTED, check_outputs, finish
 from btx.process import Log
 from btx.run_folder.folder import RunFolder, done_json, exclusive, started_json
 from btx.run_folder.graph import Stage
@@ -42,6 +43,7 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
     if run.state(seed) != "done":
         raise UserError(f"{run.path}: the seed model is {run.state(seed)}: what is adopted has to fit it. "
                         f"Make it first: btx train {run.path} seed")  # fmt: skip
+    check_outputs(run.folder("seed"))
     files = model_files(str(model))
     check_links(model)
     chosen = run.recipe.mix.tokenizer_from
@@ -63,8 +65,8 @@ def _take_in(run: RunFolder, stage: Stage, files: list[Path], model: Path, log: 
     for file in files:
         if ".safetensors" in file.suffixes:
             shutil.copyfile(file, beside / "model" / file.name)
-    write_json(beside / "started.json", started_json(stage))
-    write_json(beside / "done.json", done_json(stage, {"adopted": {"from": str(model.absolute())}}))
+    write_sealed(beside / STARTED, started_json(stage))
+    finish(beside, done_json(stage, {"adopted": {"from": str(model.absolute())}}))
     if folder.exists():
         log(f"{stage.name}: what was there before is in {run.set_aside(stage.name)}")
     beside.rename(folder)

@@ -18,6 +18,8 @@ from btx.data.prepare import (
 )
 from btx.data.tokenizer import TokenizerFile, as_loaded_beside, save_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError
+from btx.files import read_json
+from btx.outputs import DONE, TokenizerDone
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
 from btx.recipe.schema import Recipe
@@ -66,7 +68,7 @@ def new_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def _write_domain(run: RunFolder, stage: Stage, log: Log) -> None:
     recipe, domain = run.recipe, stage.name.removeprefix("data/")
-    ids = run.done(TOKENIZER) or {}
+    ids = read_json(run.folder(TOKENIZER) / DONE, TokenizerDone)
     tokenizer = TokenizerFile.open(run.folder(TOKENIZER), bos=ids["bos"], eos=ids["eos"])
     elsewhere = _elsewhere(run, domain, stage)
     with run.making(stage, log) as facts:

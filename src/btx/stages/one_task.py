@@ -12,6 +12,7 @@ from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import TaskRequest
 from btx.model_files.model_folder import BTM_FILE, check_model_or_btm
 from btx.number_texts import score_text
+from btx.outputs import check_model_of_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,7 @@ def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrai
     if not finished:
         raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
     for name, folder in finished.items():
+        check_model_of_stage(folder)
         yield name, folder, partial(load_model_or_btm, folder, dtype=dtype, device=device)
 
 

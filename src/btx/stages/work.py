@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import cast
 
+from btx.outputs import check_outputs
 from btx.process import Interrupts, Log, quick_imports
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
@@ -29,6 +30,7 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
         name = stage.name
         with exclusive(run.path, name, patience_s=ENDING_S):
             if run.state(stage) == "done" and name != "report":
+                check_outputs(run.folder(name))
                 log(f"{name}: already done, skipped")
                 continue
             run.check_needs(stage)  # for all stages, and before their modules import torch

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, read_json, write_json
+from btx.files import atomic_folder, write_sealed
+from btx.outputs import DONE, damage, read_done, read_started
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 
@@ -55,6 +56,16 @@ def donor_of(stage: Stage, donors: Sequence[Path]) -> Path | None:
     return None
 
 
+def _whole_donor(stage: Stage, donors: Sequence[Path], log: Log) -> Path | None:
+    """The first run folder in which a stage is done and as it was left; those in which it is damaged are named."""
+    for donor in donors:
+        if _done_there(donor / stage.name, stage):
+            if (problem := damage(donor / stage.name, "used")) is None:
+                return donor
+            log(f"{stage.name}: not taken over from {donor}: {problem}")
+    return None
+
+
 def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
     """Take over every stage that is done elsewhere and not here, and measurements of models that stay the same.
 
@@ -73,7 +84,7 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
     taken = []
     with exclusive(run.path, "run", patience_s=PATIENCE_S):
         for stage in run.graph:
-            if run.state(stage) == "done" or (donor := donor_of(stage, others)) is None:
+            if run.state(stage) == "done" or (donor := _whole_donor(stage, others, log)) is None:
                 continue
             with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
                 if run.state(stage) == "stale":
@@ -89,16 +100,16 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
 
 def _done_there(folder: Path, stage: Stage) -> bool:
     """Whether the stage in `folder` is finished and was made from the same inputs."""
-    begun, done = read_json(folder / "started.json"), read_json(folder / "done.json")
-    return bool(begun and done) and begun["inputs"] == done["inputs"] == stage.inputs
+    begun, done = read_started(folder), read_done(folder)
+    return begun is not None and done is not None and begun["inputs"] == done["inputs"] == stage.inputs
 
 
 def _copy_stage(source: Path, target: Path, donor: Path) -> None:
     with atomic_folder(target) as beside:
         for path in sorted(source.rglob("*")):
             _copy(path, beside / path.relative_to(source))
-        done = read_json(beside / "done.json")
-        write_json(beside / "done.json", {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
+        done = read_done(beside) or {}
+        write_sealed(beside / DONE, {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -128,7 +139,7 @@ def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
             continue
         stage = entry.path.relative_to(run.path).parent
         for donor in donors:
-            begun, found = read_json(donor / stage / "started.json"), donor / "evaluate" / "models" / record
+            begun, found = read_started(donor / stage), donor / "evaluate" / "models" / record
             if begun and begun["inputs"] == entry.inputs and found.is_file():
                 kept.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(found, kept / f".{record}.tmp")

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
+
 from btx.errors import StageFailed, UserError
 from btx.evaluation.aggregate import aggregate, read_results
-from btx.files import write_json, write_text
+from btx.files import write_sealed, write_text
 from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.running.launchers import Job
@@ -72,6 +74,25 @@ def sweep(
     return written
 
 
+class RunOfSweep(TypedDict):
+    """A run's line in sweep.json."""
+
+    rng_seed: int
+    folder: str
+
+
+class VariantOfSweep(TypedDict):
+    """A variant's entry in sweep.json."""
+
+    runs: list[RunOfSweep]
+
+
+class SweepFile(TypedDict):
+    """sweep.json, as far as it is read again."""
+
+    variants: dict[str, VariantOfSweep]
+
+
 def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]:
     """Where each run stands: {"variant", "rng_seed", "folder", "stages": {NAME: state}}.
 
@@ -113,7 +134,7 @@ def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figu
     written = {"name": plan.name, "folder": str(plan.folder), "rng_seeds": plan.rng_seeds, "models": plan.models,
                "variants": variants}  # fmt: skip
     plan.folder.mkdir(parents=True, exist_ok=True)
-    write_json(plan.folder / "sweep.json", written)
+    write_sealed(plan.folder / "sweep.json", written)
     write_text(plan.folder / "sweep.md", sweep_markdown(written))
     if figures and any(variant["aggregated"] for variant in variants.values()):
         from btx.sweeps.figure import sweep_figure

@@ -1,4 +1,4 @@
-"""Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, checked by SHA-256.
+"""Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, each checked by SHA-256.
 
 A checkpoint holds the trainable weights (and selection biases of routers), AdamW's moments and the step. The step
 decides everything else: the data position is step · samples per step (`btx.data.mixture`), the learning rate is a
@@ -8,19 +8,23 @@ bit-identical to an uninterrupted one.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_json
+from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_sealed
+from btx.outputs import CheckpointState
 from btx.process import Log
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
+STATE, METRICS = "state.json", "metrics.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -42,10 +46,18 @@ class StateFolder:
         self.device, self.log = device, log
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore the newest whole checkpoint; 0 if there is none. Raises RunFolderError on one with other marks."""
+        """Restore the newest whole checkpoint; a damaged one is passed over, which is logged. 0 if there is none.
+
+        Raises:
+            RunFolderError: it has other marks, or there are checkpoints and none is whole.
+        """
+        passed_over: list[str] = []
         for checkpoint in reversed(self._all()):
-            state = read_json(checkpoint / "state.json")
-            if state is None or any(_damaged(checkpoint / file, sha) for file, sha in state["sha256"].items()):
+            try:
+                state = _whole_state(checkpoint)
+            except RunFolderError as error:
+                passed_over.append(str(error))
+                self.log(f"a damaged checkpoint is passed over: {error}")
                 continue
             if state["marks"] != self.marks:
                 differing = [key for key in self.marks if state["marks"].get(key) != self.marks[key]]
@@ -56,8 +68,14 @@ class StateFolder:
             if (before := state.get("device", self.device)) != self.device:
                 self.log(f"resumed on {self.device} what was trained on {before}: from here on the result is not bit "
                          f"for bit that of one device")  # fmt: skip
+            self._compare_metrics(state.get("metrics"))
             _restore(checkpoint, model, optimizer)
             return int(state["step"])
+        if passed_over:
+            raise RunFolderError(
+                f"{self.folder}: no checkpoint is whole: {'; '.join(passed_over)}. Restore one from a copy, or remove "
+                f"{self.folder.parent} to train anew"
+            )
         return 0
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -71,12 +89,13 @@ class StateFolder:
             f"{moment}/{name}": optimizer.state[parameter][moment]
             for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
         }  # fmt: skip
-        with atomic_folder(self.folder / f"step-{step:08d}") as target:
+        with atomic_folder(self.folder / _name(step)) as target:
             _save(trainable | _selection_biases(model), target / "weights.safetensors")
             _save(moments, target / "optimizer.safetensors")
             sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
-            facts = {"step": step, "marks": self.marks, "device": self.device, "sha256": sha256}
-            write_json(target / "state.json", facts)
+            write_sealed(target / STATE, {
+                "step": step, "marks": self.marks, "device": self.device, "sha256": sha256, "metrics": self._metrics(),
+            })  # fmt: skip
         self._remove_all_but(KEPT)
 
     def last(self) -> str:
@@ -87,6 +106,18 @@ class StateFolder:
     def keep_only_last(self) -> None:
         """Remove all checkpoints but the newest."""
         self._remove_all_but(1)
+
+    def _metrics(self, size: int | None = None) -> dict[str, Any]:
+        """What metrics.jsonl holds, up to `size` bytes: seconds and loss of a resumed training go on from there."""
+        path = self.folder.parent / METRICS
+        written = path.read_bytes()[:size] if path.exists() else b""
+        return {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+
+    def _compare_metrics(self, kept: dict[str, Any] | None) -> None:
+        """They decide no weight, and a disk that failed may have lost lines: that they changed is only told."""
+        if kept is not None and self._metrics(kept["bytes"]) != kept:
+            self.log(f"{self.folder.parent / METRICS}: not as it was at the checkpoint: the weights are right, but "
+                     f"loss and seconds of the steps before may not be")  # fmt: skip
 
     def _all(self) -> list[Path]:
         """Oldest first."""
@@ -111,8 +142,24 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
 
 
-def _damaged(path: Path, sha256: str) -> bool:
-    return not path.is_file() or file_sha256(path) != sha256
+def _whole_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all as they were written; raises RunFolderError if one is not."""
+    path = checkpoint / STATE
+    state: dict[str, Any] | None = read_json(path, CheckpointState)
+    if state is None:
+        raise RunFolderError(f"{path}: there is no such file")
+    if checkpoint.name != _name(state["step"]):
+        raise RunFolderError(f"{path}: it is of step {state['step']}")
+    for name, sha256 in state["sha256"].items():
+        if not (checkpoint / name).is_file():
+            raise RunFolderError(f"{checkpoint / name}: there is no such file")
+        if file_sha256(checkpoint / name) != sha256:
+            raise RunFolderError(f"{checkpoint / name}: its bytes are others than those that were written")
+    return state
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

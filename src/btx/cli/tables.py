@@ -30,7 +30,8 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
     speed = _speed_text(planned["speed"])
     work = work_text(planned["to_do"], planned["stays"])
-    return [_models_table(planned), stages, *baselines, speed, work, *planned["router"]["notes"]]
+    return [_models_table(planned), stages, *baselines, speed, work,
+            *(f"note: {note}" for note in (*planned["notes"], *planned["router"]["notes"]))]  # fmt: skip
 
 
 def work_text(to_do: list[str], stays: list[str]) -> str:

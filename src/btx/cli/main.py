@@ -86,24 +86,34 @@ def plan(
             "training stage reached, or else a few training steps timed here.",
         ),
     ] = None,
+    show_recipe: Annotated[bool, typer.Option("--recipe", help="Print the resolved recipe, and nothing else.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
+    """What a run reads and will cost: data, tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
     from btx.running.preflight import preflight
 
     resolved = _recipe(recipe, overrides)
+    if show_recipe:
+        from btx.recipe.loading import dump_recipe
+
+        _print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_recipe(resolved))
+        return
     preflight(resolved)
+    from btx.planning.data_look import data_notes, look_into_data
+    from btx.run_folder.folder import RunFolder
+
+    data = look_into_data(RunFolder(Path(resolved.run_folder), resolved))
     from btx.planning.plan import plan as make_plan  # and torch with it, after all that is refused without
-    from btx.recipe.loading import dump_recipe
 
     planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
+    planned |= {"data": data, "notes": [*planned["notes"], *data_notes(data)]}
     if as_json:
         _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
         return
     from btx.cli.tables import plan_tables
 
-    typer.echo(dump_recipe(resolved))
     _print(*plan_tables(planned))
+    typer.echo(f"the recipe with all defaults: btx plan {recipe} --recipe")
 
 
 def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
@@ -123,7 +133,9 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
         device = choose_device(recipe.device)
     except UserError:  # a recipe for another machine
         return None
-    return training_speed(recipe, seed_config(recipe), device, training_threads(run.graph))
+    dense = seed_config(recipe)
+    typer.echo("timing a few training steps: 5 seconds at most (--flops-per-second FIGURE does without) ...", err=True)
+    return training_speed(recipe, dense, device, training_threads(run.graph))
 
 
 @app.command()

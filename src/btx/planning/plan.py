@@ -33,9 +33,9 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
 
     Returns:
         {"name", "run", "formula", "notes", "router", "speed", "models": {name in the results: {"total_params",
-        "active_params", "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}}, "stages": [...],
-        "stays": stages that are done, "to_do": stages that a run would make, "baselines", "totals"}. A model's training
-        is counted from the seed model on (`TrainingCost`).
+        "active_params", "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}},
+        "stages": [...], "stays": stages that are done, "to_do": stages that a run would make, "baselines", "totals"}.
+        A model's training is counted from the seed model on (`TrainingCost`).
         `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
         "experts_per_token", "saved_as", "notes"}. `baselines`: name → what its training costs from the seed model on,
         and how that is matched (`matching`). The total memory is that of the jobs that train at the same time, or of

@@ -155,7 +155,9 @@ class RunFolder:
             stage.inputs  # noqa: B018 - raises where files are missing
         except UserError as error:
             return str(error)
-        reasons = changed_settings(begun["shown"], stage.shown) + changed_files(begun["files"], _names(stage))
+        reasons = changed_settings(stage.name, begun["shown"], stage.shown) + changed_files(
+            begun["files"], _names(stage)
+        )
         reasons += [
             f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
         ]

@@ -63,8 +63,9 @@ class RunFolder:
             RunFolderError: there is none, or it holds no recipe.
         """
         if not (path / "recipe.yaml").is_file():
+            absent = "" if path.exists() else ", there is no such folder here"
             raise RunFolderError(
-                f"{path}: this is no run folder: recipe.yaml is missing; `btx run RECIPE` makes one, and "
+                f"{path}: this is no run folder{absent}: recipe.yaml is missing; `btx run RECIPE` makes one, and "
                 f"`btx run RECIPE --until seed` makes one whose experts can be trained by hand"
             )
         return cls(path, load_recipe(str(path)))

@@ -11,6 +11,7 @@ from btx.data.document_files import find_files
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
+from btx.model_files.hub import check_hub_name
 from btx.model_files.model_folder import check_model_folder
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
@@ -57,8 +58,11 @@ def _check_seed_model(recipe: Recipe) -> None:
         _check_family(seed.config, "seed_model.config")
     elif seed.path is not None and Path(seed.path).expanduser().exists():
         _check_family(check_model_folder(Path(seed.path).expanduser()), seed.path)
-    elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
-        raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
+    elif seed.path is not None:
+        try:
+            check_hub_name(seed.path, revision=seed.revision, ask=seed.plan_config is None)
+        except CheckpointError as error:
+            raise CheckpointError(f"seed_model.path: {error}") from error
     if seed.plan_config is not None:
         _check_family(seed.plan_config, "seed_model.plan_config")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btx.cli import init as cli_init
 from btx.cli import mix as cli_mix
 from btx.cli import sweep as cli_sweep
 from btx.cli.terminal import show as _print
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from btx.run_folder.folder import RunFolder
 
 app = typer.Typer(
-    name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="btx", no_args_is_help=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
 )  # fmt: skip
 
@@ -168,13 +170,12 @@ def ls(
 
     if what not in CATALOGUE:
         raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
-    found = entries(what)
     if as_json:
-        _print_json(found)
-    else:
-        from btx.cli.tables import pairs_table
+        _print_json(entries(what))
+        return
+    from btx.cli.tables import families_table, pairs_table
 
-        _print(pairs_table(what, found))
+    _print(families_table() if what == "families" else pairs_table(what, entries(what)))
 
 
 @app.command()
@@ -226,7 +227,7 @@ def adopt(
     adopt_model(run, domain, model, typer.echo)
 
 
-for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
+for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
     app.command()(command)
 app.command(hidden=True)(cli_sweep.run_of_sweep)
 

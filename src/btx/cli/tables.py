@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
+from btx.choices.families import FAMILIES
 from btx.number_texts import clock_text, count_text, duration_text
+
+FAMILIES_WIDTH = 100
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
@@ -146,6 +150,19 @@ def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, line in pairs.items():
         table.add_row(name, line)
+    return table
+
+
+def families_table() -> Table:
+    """`btx ls families`: a line for each class that a dense one mixes into, at most 100 columns wide."""
+    width = min(FAMILIES_WIDTH, shutil.get_terminal_size((FAMILIES_WIDTH, 24)).columns)
+    table = Table(title="families", title_justify="left", width=width, show_lines=True)
+    for column in ("model_type", "mixes into", "exact for", "notes"):
+        table.add_column(column, no_wrap=column in ("model_type", "mixes into"))
+    for family in FAMILIES:
+        notes = [family.notes] * bool(family.notes)
+        notes += ["btx mixes it, but cannot finetune it"] * (not family.finetunes)
+        table.add_row(family.dense, family.moe, family.exact, "; ".join(notes))
     return table
 
 

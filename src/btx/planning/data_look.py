@@ -73,11 +73,11 @@ def _looked_at(recipe: Recipe, domain: str, source: Source) -> dict[str, Any]:
         raise DataError(f"domain {domain!r}: {error}") from error.__cause__
     size = sum(file.stat().st_size for file in files)
     lengths = [len(text.encode()) for text in sample]
-    text = sum(lengths) if whole else sum(file.stat().st_size * _unpacked(file) for file in files)
+    text = sum(lengths) if whole else sum(map(text_bytes, files))
     text = min(text, source.max_bytes or text)
     share = f"{recipe.data.held_out:.0%} of the documents"
     return {
-        "files": len(files), "bytes": size, "text": text, "columns": _columns(files[0]) if files else [],
+        "files": len(files), "bytes": size, "text": text, "columns": columns(files[0]) if files else [],
         "documents": len(sample) if whole else round(text / max(1.0, sum(lengths) / len(sample))),
         "estimated": not whole, "characters": [round(median(map(len, sample))), max(map(len, sample))],
         "tokens": text // BYTES_A_TOKEN,
@@ -96,11 +96,12 @@ def _sample(documents: Iterator[str]) -> tuple[list[str], bool]:
     return sample, next(documents, None) is None
 
 
-def _unpacked(file: Path) -> int:
-    return UNPACKED if file.name.lower().endswith((".gz", ".zst", ".parquet")) else 1
+def text_bytes(file: Path) -> int:
+    """Bytes of text in a file, about: what is compressed is not read."""
+    return file.stat().st_size * (UNPACKED if file.name.lower().endswith((".gz", ".zst", ".parquet")) else 1)
 
 
-def _columns(file: Path) -> list[str]:
+def columns(file: Path) -> list[str]:
     """Keys of the first line, or the columns of a table."""
     name = file.name.lower()
     if name.endswith(".parquet"):

@@ -22,7 +22,7 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-demo
 	touch $@
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/btx run demo
+	$(BIN)/btx run demo device=cpu
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -n auto --dist worksteal

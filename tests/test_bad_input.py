@@ -236,7 +236,7 @@ def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Pat
     recipe = pico_recipe(tmp_path, "run", "launch.jobs=1")
     run, _ = run_here(recipe, ["data/tokenizer"])
     shutil.rmtree(run.path / "data")
-    expected = r"data/birds cannot start: data/tokenizer is stale \(tokenizer\.vocab_size: 300 → 320\)"
+    expected = r"data/birds cannot start: data/tokenizer is stale \(seed_model\.tokenizer\.vocab_size: 300 → 320\)"
     with pytest.raises(RunFolderError, match=expected):
         run_pipeline(recipe, display=Editor(run.path / "recipe.yaml"))
     assert not (run.path / "data" / "birds").exists()

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from btx import __version__
 from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
+from btx.models.seed_config import seed_config
+from btx.planning.speed import training_speed
 from btx.recipe.loading import load_recipe, packaged_recipes
 from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
@@ -203,11 +206,50 @@ def test_plan_shows_recipe_models_and_stages_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     done = btx("plan", "demo")
     assert done.code == 0
+    for word in ("train/knowledge", "baselines/soup", "FLOPs", "6·N", "active parameters", "absent", "timed just now",
+                 "btx plan demo --recipe", "generated: code"):  # fmt: skip
+        assert word in done.out
+    assert "sequence_length" not in done.out
+    assert done.err.startswith("timing a few training steps: 5 seconds at most")
+    recipe = load_recipe("demo").model_dump(mode="json")
+    assert yaml.safe_load(btx("plan", "demo", "--recipe").out) == recipe
+    assert btx("plan", "demo", "--recipe", "--json").json() == recipe
     assert not list(tmp_path.iterdir())
-    recipe, _, tables = done.out.partition("models of demo")
-    assert load_recipe("demo").model_dump(mode="json") == yaml.safe_load(recipe)
-    for word in ("train/knowledge", "baselines/soup", "FLOPs", "6·N", "active parameters", "absent", "timed just now"):
-        assert word in tables
+
+
+def test_plan_looks_into_the_data_and_refuses_what_is_wrong_there(btx: Btx, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    lines = (tmp_path / "birds.jsonl").read_text("utf-8").splitlines()
+    arguments = ["plan", tmp_path / "pico.yaml", f"data.root={tmp_path}", "--flops-per-second", "1e9"]
+    birds, *_ = btx(*arguments, "--json").json()["data"]
+    assert (birds["files"], birds["columns"], birds["held_out"]) == (1, ["text"], "5% of the documents")
+    assert birds["documents"] == pytest.approx(240, rel=0.15)
+    assert birds["estimated"]
+    (tmp_path / "birds.jsonl").write_text("\n".join(lines[:3]), "utf-8")
+    few = btx(*arguments, "--json").json()["data"][0]
+    assert (few["documents"], few["estimated"]) == (3, False)
+    assert few["text"] == sum(len(json.loads(line)["text"]) for line in lines[:3])
+    assert few["epochs"] == pytest.approx(256 * 8 * 0.9 / few["tokens"])
+    scarce = btx(*arguments, "train.tokens=1e6", "--json").json()
+    assert any(note.startswith("domain 'birds': about") for note in scarce["notes"])
+    (tmp_path / "birds.jsonl").write_text('{"body": "a"}\n', "utf-8")
+    refused = btx(*arguments)
+    assert refused.code == 2
+    assert "birds.jsonl, line 1: no key 'text'; keys there: 'body'" in refused.err
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_timing_ends_when_its_time_is_up(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []
+
+    def timed(recipe: Any, config: dict[str, Any], device: Any, tokens: int, length: int) -> float:
+        steps.append((tokens, config["num_hidden_layers"]))
+        return seconds or 1e-9
+
+    monkeypatch.setattr("btx.planning.speed._step_seconds", timed)
+    recipe = load_recipe("demo", ["train.micro_batch_tokens=1024"])
+    assert training_speed(recipe, seed_config(recipe), torch.device("cpu"), 1) is not None
+    assert steps == ([(64, 1)] if seconds else [(64, 1), (256, 1), (1024, 1), (1024, 3)])
 
 
 def test_the_memory_planned_is_that_of_all_branches_at_once(btx: Btx, tmp_path: Path) -> None:

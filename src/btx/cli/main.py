@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btx.cli import init as cli_init
 from btx.cli import mix as cli_mix
 from btx.cli import sweep as cli_sweep
 from btx.cli.terminal import show as _print
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from btx.run_folder.folder import RunFolder
 
 app = typer.Typer(
-    name="btx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="btx", no_args_is_help=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
 )  # fmt: skip
 
@@ -86,24 +88,34 @@ def plan(
             "training stage reached, or else a few training steps timed here.",
         ),
     ] = None,
+    show_recipe: Annotated[bool, typer.Option("--recipe", help="Print the resolved recipe, and nothing else.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a run will cost: tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
+    """What a run reads and will cost: data, tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
     from btx.running.preflight import preflight
 
     resolved = _recipe(recipe, overrides)
+    if show_recipe:
+        from btx.recipe.loading import dump_recipe
+
+        _print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_recipe(resolved))
+        return
     preflight(resolved)
+    from btx.planning.data_look import data_notes, look_into_data
+    from btx.run_folder.folder import RunFolder
+
+    data = look_into_data(RunFolder(Path(resolved.run_folder), resolved))
     from btx.planning.plan import plan as make_plan  # and torch with it, after all that is refused without
-    from btx.recipe.loading import dump_recipe
 
     planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
+    planned |= {"data": data, "notes": [*planned["notes"], *data_notes(data)]}
     if as_json:
         _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
         return
     from btx.cli.tables import plan_tables
 
-    typer.echo(dump_recipe(resolved))
     _print(*plan_tables(planned))
+    typer.echo(f"the recipe with all defaults: btx plan {recipe} --recipe")
 
 
 def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
@@ -123,7 +135,9 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
         device = choose_device(recipe.device)
     except UserError:  # a recipe for another machine
         return None
-    return training_speed(recipe, seed_config(recipe), device, training_threads(run.graph))
+    dense = seed_config(recipe)
+    typer.echo("timing a few training steps: 5 seconds at most (--flops-per-second FIGURE does without) ...", err=True)
+    return training_speed(recipe, dense, device, training_threads(run.graph))
 
 
 @app.command()
@@ -156,13 +170,12 @@ def ls(
 
     if what not in CATALOGUE:
         raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
-    found = entries(what)
     if as_json:
-        _print_json(found)
-    else:
-        from btx.cli.tables import pairs_table
+        _print_json(entries(what))
+        return
+    from btx.cli.tables import families_table, pairs_table
 
-        _print(pairs_table(what, found))
+    _print(families_table() if what == "families" else pairs_table(what, entries(what)))
 
 
 @app.command()
@@ -214,7 +227,7 @@ def adopt(
     adopt_model(run, domain, model, typer.echo)
 
 
-for command in (cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
+for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
     app.command()(command)
 app.command(hidden=True)(cli_sweep.run_of_sweep)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from btx.number_texts import clock_text, duration_text
+from btx.choices.families import FAMILIES
+from btx.number_texts import clock_text, count_text, duration_text
+
+FAMILIES_WIDTH = 100
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
-    """`btx plan`: models, stages, totals."""
+    """`btx plan`: data, models, stages, totals."""
     stages = Table(title=f"stages, in {planned['run']}", caption=planned["formula"])
     for column in ("stage", "needs", "tokens", "FLOPs", "time", "memory", "disk", "state"):
         stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right",
@@ -30,7 +34,29 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
     speed = _speed_text(planned["speed"])
     work = work_text(planned["to_do"], planned["stays"])
-    return [_models_table(planned), stages, *baselines, speed, work, *_disk_note(totals), *planned["router"]["notes"]]
+    return [*_data_tables(planned["data"]), _models_table(planned), stages, *baselines, speed, work, *_disk_note(totals),
+            *(f"note: {note}" for note in (*planned["notes"], *planned["router"]["notes"]))]  # fmt: skip
+
+
+def _data_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """What was found in the text that is not prepared yet."""
+    table = Table(title="data, as far as a look into it tells",
+                  caption="~ about; a token is taken for 4 bytes; epochs: in the stage that reads it most")  # fmt: skip
+    left = ("domain", "from", "columns", "held out")
+    for column in ("domain", "from", "files", "size", "columns", "documents", "characters", "tokens", "epochs",
+                   "held out"):  # fmt: skip
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column == "domain")
+    for row in rows:
+        if "files" not in row:
+            table.add_row(row["domain"], row["from"])
+            continue
+        about, (middle, longest) = "~" if row["estimated"] else "", row["characters"]
+        table.add_row(
+            row["domain"], row["from"], f"{row['files']:,}", _size(row["bytes"]), ", ".join(row["columns"]),
+            f"{about}{row['documents']:,}", f"{middle:,}, longest {longest:,}", f"~{count_text(row['tokens'])}",
+            f"{row['epochs']:.2g}", row["held_out"],
+        )  # fmt: skip
+    return [table] if rows else []
 
 
 def _disk_note(totals: Mapping[str, Any]) -> list[str]:
@@ -135,6 +161,19 @@ def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
     return table
 
 
+def families_table() -> Table:
+    """`btx ls families`: a line for each class that a dense one mixes into, at most 100 columns wide."""
+    width = min(FAMILIES_WIDTH, shutil.get_terminal_size((FAMILIES_WIDTH, 24)).columns)
+    table = Table(title="families", title_justify="left", width=width, show_lines=True)
+    for column in ("model_type", "mixes into", "exact for", "notes"):
+        table.add_column(column, no_wrap=column in ("model_type", "mixes into"))
+    for family in FAMILIES:
+        notes = [family.notes] * bool(family.notes)
+        notes += ["btx mixes it, but cannot finetune it"] * (not family.finetunes)
+        table.add_row(family.dense, family.moe, family.exact, "; ".join(notes))
+    return table
+
+
 def comparison_table(found: Mapping[str, Any]) -> Table:
     """`btx compare`: a line a model, a column a set; differences whose 95 % interval leaves out 0 are bold."""
     columns = list(dict.fromkeys(name for row in found["models"].values() for name in _differences(row)))
@@ -179,4 +218,6 @@ def _hours(hours: float | None) -> str:
 def _size(count: int) -> str:
     if not count:
         return ""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.model_files.hub import check_hub_name
 from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
 from btx.outputs import check_model_of_stage
 
@@ -18,12 +19,13 @@ def check_model(path: str | Path) -> dict[str, Any] | None:
     """The config of a model folder, as `check_model_folder`; None for what can only be a hub name.
 
     Raises:
-        CheckpointError: as there, and for a path where there is nothing.
+        CheckpointError: as there, and for a name that is neither a folder here nor a model of the hub.
     """
     if Path(path).exists():
         return check_model_folder(Path(path))
-    if isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if isinstance(path, Path):
         raise CheckpointError(f"{path}: there is no such folder")
+    check_hub_name(path)
     return None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError, RecipeError
+from btx.model_files.hub import check_hub_name
 from btx.model_files.model_folder import check_model_folder
 from btx.models.loading import read_config
 from btx.recipe.problems import did_you_mean
@@ -28,8 +29,11 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
     if seed.plan_config is not None:
         return _config_from_scratch(seed.plan_config, seed.tokenizer.vocab_size, "seed_model.plan_config")
     assert seed.path is not None  # the schema guarantees it
-    if Path(seed.path).is_dir():
-        check_model_folder(Path(seed.path))
+    folder = Path(seed.path).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder)
+        return read_config(folder)
+    check_hub_name(seed.path, revision=seed.revision)
     return read_config(seed.path, revision=seed.revision)
 
 

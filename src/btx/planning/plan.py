@@ -13,6 +13,7 @@ from btx.planning.disk import bytes_to_write, free_bytes
 from btx.planning.models import model_rows
 from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed, measured_speed
+from btx.recipe.derived import training_notes
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
@@ -32,10 +33,10 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
             Without either, hours are None.
 
     Returns:
-        {"name", "run", "formula", "router", "speed", "models": {name in the results: {"total_params", "active_params",
-        "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}}, "stages": [...],
-        "stays": stages that are done, "to_do": stages that a run would make, "baselines", "totals"}. A model's training
-        is counted from the seed model on (`TrainingCost`).
+        {"name", "run", "formula", "notes", "router", "speed", "models": {name in the results: {"total_params",
+        "active_params", "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}},
+        "stages": [...], "stays": stages that are done, "to_do": stages that a run would make, "baselines", "totals"}.
+        A model's training is counted from the seed model on (`TrainingCost`).
         `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
         "experts_per_token", "saved_as", "notes"}. `baselines`: name → what its training costs from the seed model on,
         and how that is matched (`matching`). The total memory is that of the jobs that train at the same time, or of
@@ -58,6 +59,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         "run": recipe.run_folder,
         "experts": recipe.expert_names,
         "formula": FLOPS_FORMULA,
+        "notes": training_notes(recipe),
         "router": {
             "kind": recipe.routing.kind,
             "experts_per_token": used,

@@ -24,10 +24,13 @@ from btx.training.checkpoints import NoCheckpoints
 from btx.training.loop import TrainingJob, training_step
 from btx.training.schedule import adamw
 
-SECONDS = 0.5
-"""Steps are timed for that long, three of them at least."""
-MOST_FLOPS = {"cpu": 3e11, "cuda": 3e13}
-"""FLOPs of a step on a device, at most: deeper models are timed with fewer layers, wider ones not at all."""
+SECONDS = 4.0
+"""Timing takes at most about that long, however slow or busy the machine is."""
+LEAST_FLOPS = {"cpu": 5e9, "cuda": 5e12}
+"""FLOPs of the first step on a device, at most: a model of which one layer and a few tokens are more is not timed."""
+LEAST_TOKENS, GROWTH = 64, 4
+MOST_VOCABULARY = 4096
+"""Entries of the timed model's vocabulary: a large one takes long to make, and its product is one among others."""
 
 
 @dataclass(frozen=True)
@@ -78,67 +81,68 @@ class RandomSamples:
 
 
 def training_speed(recipe: Recipe, dense: dict[str, Any], device: torch.device, threads: int) -> Speed | None:
-    """Time training steps of a model of the seed model's shape as the branches are trained: device, precision,
-    micro-batch, CPU threads. Takes seconds.
+    """Time training steps of a model of the seed model's shape as the branches are trained: device, precision, CPU
+    threads, and as many layers and tokens of a micro-batch as `SECONDS` allow.
 
     Args:
         dense: the seed model's config, completed with its class's defaults.
         threads: CPU threads of a training job.
 
     Returns:
-        The median step's speed; None if a single layer of the model is too much work for a moment.
+        The speed of the largest step that was timed; None if a layer of the model is too much work for a moment.
     """
     length = recipe.data.sequence_length
-    tokens = max(length, recipe.train.micro_batch_tokens // length * length)
-    config = _shallow(dense, tokens, length, MOST_FLOPS.get(device.type, MOST_FLOPS["cpu"]))
-    if config is None:
-        return None
-    before = torch.get_num_threads()
+    whole = max(length, recipe.train.micro_batch_tokens // length * length)
+    one, two = (config_cost(_small(dense, layers)) for layers in (1, 2))
+    torch.zeros(1, device=device)  # a GPU takes seconds to wake
+    before, started = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(threads)
+    tokens, layers, reached, seconds = min(LEAST_TOKENS, whole), 1, 0.0, 0.0
+    if tokens * one.training_flops_per_token(tokens) > LEAST_FLOPS.get(device.type, LEAST_FLOPS["cpu"]):
+        return None
     try:
-        with torch.random.fork_rng(devices=[]):
-            seconds = _step_seconds(recipe, config, device, tokens)
+        while 2 * GROWTH * seconds < SECONDS - (time.perf_counter() - started):
+            S = min(length, tokens)
+            tokens = tokens // S * S
+            with torch.random.fork_rng(devices=[]):
+                seconds = _step_seconds(recipe, _small(dense, layers), device, tokens, S)
+            per_token, more = one.training_flops_per_token(S), two.training_flops_per_token(S)
+            reached = tokens * (per_token + (layers - 1) * (more - per_token)) / seconds
+            if tokens < whole:
+                tokens = min(GROWTH * tokens, whole)
+            elif layers < int(dense["num_hidden_layers"]):
+                layers = min(GROWTH * layers, int(dense["num_hidden_layers"]))
+            else:
+                break
     finally:
         torch.set_num_threads(before)
-    flops = tokens * config_cost(config).training_flops_per_token(length)
-    source = "training steps of the seed model timed just now"
+    source = "training steps of a model like the seed model timed just now"
     if device.type != "cpu":
-        return Speed(flops / seconds, f"{source}, {device}")
-    return Speed(flops / seconds, f"{source}, {threads} CPU thread{'s' if threads > 1 else ''}", threads)
+        return Speed(reached, f"{source}, {device}")
+    return Speed(reached, f"{source}, {threads} CPU thread{'s' if threads > 1 else ''}", threads)
 
 
-def _shallow(dense: dict[str, Any], tokens: int, length: int, most: float) -> dict[str, Any] | None:
-    """The config with as many layers as `most` FLOPs a step allow; None if not even one."""
-
-    def flops(layers: int) -> float:
-        return tokens * config_cost(_with_layers(dense, layers)).training_flops_per_token(length)
-
-    all_layers = int(dense["num_hidden_layers"])
-    if flops(1) > most:
-        return None
-    layers = 1 + int((most - flops(1)) / (flops(2) - flops(1)))
-    return _with_layers(dense, min(layers, all_layers))
-
-
-def _with_layers(dense: dict[str, Any], layers: int) -> dict[str, Any]:
-    config = dense | {"num_hidden_layers": layers}
+def _small(dense: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with fewer layers and a small vocabulary."""
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = dense | special | {"num_hidden_layers": layers, "vocab_size": min(dense["vocab_size"], MOST_VOCABULARY)}
     if types := dense.get("layer_types"):
         config["layer_types"] = (types * 2)[:layers]
     return config
 
 
-def _step_seconds(recipe: Recipe, config: dict[str, Any], device: torch.device, tokens: int) -> float:
+def _step_seconds(recipe: Recipe, config: dict[str, Any], device: torch.device, tokens: int, length: int) -> float:
+    """Seconds of a step of `tokens` tokens in sequences of `length`: the median of up to four."""
     values = dict(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
     model = model.to(device).train()
-    length = recipe.data.sequence_length
     job = TrainingJob(
         model=model, mixture=RandomSamples(int(config["vocab_size"]), length), settings=recipe.train, folder=Path(),
         checkpoints=NoCheckpoints(), flops_per_token=0.0, rng_seed=0, device=device,
     )  # fmt: skip
     optimizer, seconds = adamw(model, recipe.train), list[float]()
-    while len(seconds) < 4 or sum(seconds) < SECONDS:
+    while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < SECONDS / 10):
         started = time.perf_counter()
         training_step(job, optimizer, len(seconds), tokens // length)  # its loss is a number: nothing is left running
         seconds.append(time.perf_counter() - started)

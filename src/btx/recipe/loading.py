@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
+from btx.recipe.derived import fill_in_training
 from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
 from btx.recipe.problems import did_you_mean, schema_problems
@@ -186,6 +187,8 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
         apply_override(document, override)
     if run is not None:
         _refuse_idle_paper(document)
+    else:
+        fill_in_training(document.value, _in_run_folder(document.value))
     recipe, problems = _validate(document)
     if recipe is None or problems:
         problems.sort(key=lambda problem: (problem.place.line == 0, problem.place.line, problem.place.column))
@@ -193,6 +196,16 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
         lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         raise RecipeError("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]))
     return recipe
+
+
+def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
+    """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
+    folder = given.get("run") or f"runs/{given['name']}"
+    try:
+        found = read_yaml((Path(str(folder)) / "recipe.yaml").read_text("utf-8"), "").value
+    except (OSError, ValueError, YamlSyntaxError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _refuse_idle_paper(document: Document) -> None:

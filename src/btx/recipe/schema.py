@@ -61,6 +61,15 @@ class Sweep(Section):
     """Models (names in results.json) the table shows, in this order; default: all."""
 
 
+class Derived(Section):
+    """What was filled in in one training section."""
+
+    basis: dict[str, int | str | None]
+    """What it follows from: tokens, parameters outside the embeddings, ..."""
+    values: dict[str, float | int]
+    """Setting → its value."""
+
+
 class Recipe(Section):
     """A whole Branch-Train-MiX run."""
 
@@ -95,6 +104,9 @@ class Recipe(Section):
     launch: Launch = Launch()
     sweep: Sweep | None = None
     """Variants `btx sweep` runs; `btx run` takes no notice of it."""
+    derived: dict[str, Derived] | None = None
+    """Not for you to write: training section → what btx filled in because the recipe did not name it. A run folder
+    keeps it, so that a later version's rules change no finished run."""
 
     @model_validator(mode="before")
     @classmethod

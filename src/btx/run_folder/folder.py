@@ -61,8 +61,9 @@ class RunFolder:
             RunFolderError: there is none, or it holds no recipe.
         """
         if not (path / "recipe.yaml").is_file():
+            absent = "" if path.exists() else ", there is no such folder here"
             raise RunFolderError(
-                f"{path}: this is no run folder: recipe.yaml is missing; `btx run RECIPE` makes one, and "
+                f"{path}: this is no run folder{absent}: recipe.yaml is missing; `btx run RECIPE` makes one, and "
                 f"`btx run RECIPE --until seed` makes one whose experts can be trained by hand"
             )
         return cls(path, load_recipe(str(path)))
@@ -153,7 +154,9 @@ class RunFolder:
             stage.inputs  # noqa: B018 - raises where files are missing
         except UserError as error:
             return str(error)
-        reasons = changed_settings(begun["shown"], stage.shown) + changed_files(begun["files"], _names(stage))
+        reasons = changed_settings(stage.name, begun["shown"], stage.shown) + changed_files(
+            begun["files"], _names(stage)
+        )
         reasons += [
             f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
         ]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from btx.errors import BtxError, RunFolderError, StageFailed, UserError
 from btx.process import TOLD, Interrupts
+from btx.recipe.derived import training_notes
 from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
@@ -143,6 +144,8 @@ class _Pipeline:
 
     def _announce(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         """Say what is finished and what is stale, and why."""
+        for note in training_notes(self.run_folder.recipe):
+            self.display.say(f"note: {note}")
         earlier = is_of_earlier_version(self.run_folder)
         if earlier:
             self.display.say("an earlier version of btx made this run: its data are prepared anew and compared")

@@ -16,6 +16,7 @@ from btx.evaluation.questions import read_questions
 from btx.files import read_json
 from btx.mixing.chosen_tokenizer import tokenizer_folder
 from btx.model_files.beside_weights import check_links
+from btx.model_files.hub import check_hub_name
 from btx.model_files.model_folder import check_model_folder
 from btx.model_files.token_ids import read_vocabulary
 from btx.model_files.vocabularies import check_ids, missing_packages
@@ -89,8 +90,11 @@ def _check_seed_model(run: RunFolder) -> None:
         _check_family(config, seed.path)
         _check_tokenizer(folder, config.get("vocab_size"))
         refuse_longer_sequences(config, length, f"{seed.path}/config.json")
-    elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):
-        raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
+    elif seed.path is not None:
+        try:
+            check_hub_name(seed.path, revision=seed.revision, ask=seed.plan_config is None)
+        except CheckpointError as error:
+            raise CheckpointError(f"seed_model.path: {error}") from error
     if seed.plan_config is not None:
         _check_family(seed.plan_config, "seed_model.plan_config")
         refuse_longer_sequences(seed.plan_config, length, "seed_model.plan_config")

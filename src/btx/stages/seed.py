@@ -10,6 +10,7 @@ from btx.choices.families import refuse_longer_sequences
 from btx.errors import CheckpointError, UserError
 from btx.model_files.beside_weights import LEGAL, check_links
 from btx.model_files.beside_weights import TOKENIZER as TOKENIZER_BESIDE
+from btx.model_files.hub import HUB_NAME, check_hub_name
 from btx.models.loading import load_tokenizer, new_model, read_config
 from btx.planning.budgets import check_budgets
 from btx.planning.disk import check_disk
@@ -54,10 +55,11 @@ def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: 
         was_here: the run has had a folder of that name as its seed model, so it is no hub name.
     """
     source = Path(path).expanduser()
-    if not source.exists() and (was_here or path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not source.exists() and (was_here or not HUB_NAME.fullmatch(path)):
         raise CheckpointError(f"seed_model.path: {path}: there is no such folder; if the model is elsewhere now, say "
                               f"where: btx run RECIPE seed_model.path=FOLDER")  # fmt: skip
     if not source.exists():
+        check_hub_name(path, revision=revision)
         from huggingface_hub import snapshot_download
 
         wanted = [*MODEL_FILES, *TOKENIZER_BESIDE, *LEGAL]

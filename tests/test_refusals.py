@@ -87,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("notes", "gpt", "begun"):
         (folder / name).mkdir()
     (folder / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}), "utf-8")
-    (folder / "gpt" / "model.safetensors").touch()
+    (folder / "gpt" / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     (folder / "begun" / "recipe.yaml").write_text(dump_recipe(pico_recipe(folder, "begun")), "utf-8")
     return folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.model_files.headers import Headers, check_unquantised
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -35,7 +36,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     """The config of a model folder, refused early if the folder cannot be a model that is safe to read.
 
     Raises:
-        CheckpointError: no such folder, no or broken config.json, weights missing or pickled.
+        CheckpointError: no such folder, no or broken config.json, weights missing, broken, pickled or quantised.
     """
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder")
@@ -57,4 +58,5 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
                 f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) in an environment you trust"
             )
         raise CheckpointError(f"{folder}: no weights: there is no .safetensors file")
+    check_unquantised(folder, config, Headers(folder))
     return config

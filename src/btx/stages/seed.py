@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError, UserError
-from btx.models.loading import load_tokenizer, new_model, read_config
+from btx.models.configs import read_config
+from btx.models.loading import load_tokenizer, new_model
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
 from btx.recipe.mixtures import seed_mixture

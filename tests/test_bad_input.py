@@ -91,7 +91,7 @@ def broken(folder: Path, **files: str) -> Path:
     ({"config_json": "{}"}, "no model_type"),
     ({"config_json": '{"model_type": "llama"}'}, "no weights: there is no .safetensors file"),
     ({"config_json": '{"model_type": "llama"}', "model_bin": "x"}, "only pickled weights"),
-    ({"config_json": '{"model_type": "gpt2"}', "model_safetensors": "x"}, "families: "),
+    ({"config_json": '{"model_type": "gpt2"}', "model_safetensors": "\x02" + 7 * "\0" + "{}"}, "families: "),
 ])  # fmt: skip
 def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(
     tmp_path: Path, files: dict[str, str], expected: str

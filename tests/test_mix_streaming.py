@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from btx.errors import UserError
 from btx.mixing.merge import mean
 from btx.mixing.mix import mix, soup
-from btx.model_files.checkpoints import INDEX, TensorFolder
+from btx.model_files.checkpoints import TensorFolder
+from btx.model_files.headers import INDEX
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast, is_finite, rounded
 from btx.model_files.shard_writer import OutputTensor, write_shards
 from btx.recipe.sizes import bytes_of

@@ -100,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("notes", "gpt", "begun", "lora"):
         (folder / name).mkdir()
     (folder / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}), "utf-8")
-    (folder / "gpt" / "model.safetensors").touch()
+    (folder / "gpt" / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     (folder / "lora" / "adapter_config.json").write_text(json.dumps(adapter), "utf-8")
     (folder / "begun" / "recipe.yaml").write_text(dump_recipe(pico_recipe(folder, "begun")), "utf-8")

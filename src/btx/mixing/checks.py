@@ -14,17 +14,11 @@ from btx.mixing.inputs import GENERALIST, MixInputs, open_tensors
 from btx.model_files.beside_weights import SETTINGS, TOKENIZER, check_links
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.vocabularies import broken_json, usable_tokenizer, vocabulary_difference
-from btx.models.loading import check_config, class_tensors, config_defaults, read_config
+from btx.models.config_meaning import differences
+from btx.models.configs import complete_moe_config, read_config
+from btx.models.whole import class_problems, shape_problems
 
-# What may differ between the seed model and an expert without changing what the tensors mean; the seed's are kept.
-HARMLESS_KEYS = {
-    "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "output_hidden_states",
-    "output_attentions", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
-    "resid_pdrop", "embd_pdrop", "residual_dropout", "pretraining_tp", "model_type",
-}  # fmt: skip
-MOST_SHOWN = 5
-"""Tensors named in a line; the line says how many there are."""
+SAFE_TO_CHANGE = {"max_position_embeddings", "rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window"}
 
 
 def open_checked(
@@ -45,10 +39,10 @@ def open_checked(
         CheckpointError: with a line for every problem.
     """
     problems = _names_and_number(experts, generalist)
-    seed = _Opened.open("seed model", seed_model, problems)
+    seed = Opened.open("seed model", seed_model, problems)
     if seed is not None and seed.whole:
         problems += seed.unfit_for_mixing(any_tokenizer, warn)
-    opened = {name: _Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
+    opened = {name: Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
     if seed is not None and seed.whole:
         for name, expert in opened.items():
             if expert is not None:
@@ -66,108 +60,84 @@ def open_checked(
     return MixInputs(seed_model, dict(experts), generalist, seed.config, seed.family, seed.tensors, tensors)
 
 
-class _Opened:
+class Opened:
     """A dense model, opened."""
 
     def __init__(self, who: str, folder: Path, config: Config, family: Family, tensors: TensorFolder) -> None:
-        """It is taken for whole until its tensors are compared with its class's."""
         self.who = who
         self.folder = folder
         self.config = config
+        """Completed with its class's defaults."""
         self.family = family
         self.tensors = tensors
         self.whole = True
+        """Its tensors are those of its class."""
 
     @classmethod
-    def open(cls, who: str, folder: Path, problems: list[str]) -> _Opened | None:
-        """The model, None if it cannot be read; what is wrong with it is added to `problems`."""
+    def open(
+        cls, who: str, folder: Path, problems: list[str], family_of: Callable[[Config, str], Family] = family_of
+    ) -> Opened | None:
+        """The model, None if it cannot be read; what is wrong with it is added to `problems`, with its name.
+
+        Args:
+            family_of: the family of a config that was read from a place.
+        """
         try:
             config = read_config(folder)
-            if config.get("quantization_config"):
-                raise CheckpointError(f"{folder / 'config.json'}: quantization_config: give the unquantised model")
             family = family_of(config, str(folder / "config.json"))
-            tensors = open_tensors(folder, family, config, who)
+            broken = class_problems(folder, config)
+            opened = cls(who, folder, config, family, open_tensors(folder, family, config, who))
         except CheckpointError as error:
             problems.append(f"{who}: {error}")
             return None
-        problems += [f"{who}: {problem}" for problem in broken_json(folder)]
-        opened = cls(who, folder, config, family, tensors)
-        unfit = opened._unfit_for_class()
-        problems += unfit
-        opened.whole = not unfit
+        problems += [f"{who}: {problem}" for problem in [*broken_json(folder), *broken]]
+        opened.whole = not broken
         return opened
-
-    def _unfit_for_class(self) -> list[str]:
-        """Where the tensors are not those of the config's class: what transformers would drop or make up."""
-        try:
-            wanted = class_tensors(self.config)
-        except CheckpointError as error:
-            return [f"{self.who}: {self.folder / 'config.json'}: {error}"]
-        fused = {
-            pattern.format(layer=layer): {part.format(layer=layer): rows for part, rows in parts.items()}
-            for layer in range(int(self.config["num_hidden_layers"]))
-            for pattern, parts in self.family.fused(self.config).items()
-        }
-        for name, parts in fused.items():
-            shape = wanted.pop(name)
-            wanted |= {part: (rows, *shape[1:]) for part, rows in parts.items()}
-        return self._compare(wanted, "config.json asks for")
 
     def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
         found = []
         tokenizer = partial(usable_tokenizer, self.folder, int(self.config["vocab_size"]), warn)
         links = partial(check_links, self.folder, SETTINGS if any_tokenizer else (*SETTINGS, *TOKENIZER))
-        for check in (self._check_config, links, *([] if any_tokenizer else [tokenizer])):
+        for check in (partial(self.moe_config, 2, 1), links, *([] if any_tokenizer else [tokenizer])):
             try:
                 check()
             except CheckpointError as error:
                 found.append(f"{self.who}: {error}")
         return found
 
-    def _check_config(self) -> None:
-        check_config(lambda: self.family.moe_config(self.config, 2, 1), self.folder / "config.json")
+    def moe_config(self, num_experts: int, top_k: int) -> Config:
+        """The MoE config made of this model's, completed with its class's defaults.
 
-    def differences(self, seed: _Opened) -> list[str]:
+        Raises:
+            CheckpointError: the MoE class does not take its values.
+        """
+        return complete_moe_config(
+            lambda: self.family.moe_config(self.config, num_experts, top_k), self.folder / "config.json"
+        )
+
+    def differences(self, seed: Opened) -> list[str]:
         """Every reason why this expert does not fit the seed model."""
         file = self.folder / "config.json"
         if self.config["model_type"] != seed.config["model_type"]:
             types = f"model_type is {self.config['model_type']!r}, the seed model has {seed.config['model_type']!r}"
             return [f"{self.who}: {file}: {types}"]
-        known = config_defaults(str(seed.config["model_type"])).keys() | {"rope_parameters", "head_dim"}
         found = [
-            f"{self.who}: {file}: {key} is {self.config.get(key)!r}, the seed model has {seed.config.get(key)!r}"
-            for key in sorted((seed.config.keys() | self.config.keys()) & known - HARMLESS_KEYS)
-            if seed.config.get(key) != self.config.get(key)
+            f"{self.who}: {file}: {key} is {own!r}, the seed model has {other!r}{what_to_do(key, seed.folder)}"
+            for key, (own, other) in differences(self.config, seed.config).items()
         ]
         if not self.whole:  # its tensors have been named already
             return found
-        shapes = {name: seed.tensors[name].shape for name in seed.tensors.names}
-        return found + self._compare(shapes, "the seed model has")
-
-    def _compare(self, wanted: Mapping[str, tuple[int, ...]], whose: str) -> list[str]:
-        """Missing tensors, extra tensors, other shapes and types, a line each."""
-        found = []
-        missing = sorted(name for name in wanted if name not in self.tensors)
-        extra = [name for name in self.tensors.names if name not in wanted]
-        if missing:
-            found.append(f"{self.who}: {self.tensors.file}: lacks {_listed(missing)}, which {whose}")
-        if extra:
-            found.append(f"{self.who}: {self.tensors.where(extra[0])}: has {_listed(extra)}, unlike what {whose}")
-        for name in self.tensors.names:
-            tensor, file = self.tensors[name], self.tensors.where(name)
-            if name in wanted and tensor.shape != wanted[name]:
-                found.append(f"{self.who}: {file}: {name} is {tensor.shape}, {whose} {wanted[name]}")
-            elif not tensor.dtype.is_floating_point:
-                found.append(f"{self.who}: {file}: {name} is of type {tensor.dtype}; weights have to be floating point")
-        shown = found[: MOST_SHOWN + 2]
-        return shown + [f"{self.who}: and {len(found) - len(shown)} more like it"] * (len(found) > len(shown))
+        where = {name: self.tensors.where(name) for name in self.tensors.names}
+        return found + [f"{self.who}: {problem}" for problem in shape_problems(
+            self.tensors.shapes(), seed.tensors.shapes(), self.tensors.file, where, "the seed model has")]  # fmt: skip
 
 
-def _listed(names: list[str]) -> str:
-    """`3 tensors: a, b, c`, shortened."""
-    more = ", ..." if len(names) > MOST_SHOWN else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:MOST_SHOWN])}{more}"
+def what_to_do(key: str, other: Path) -> str:
+    """For a value that is no tensor's shape: what to change if the two models are alike and one file is wrong."""
+    if key not in SAFE_TO_CHANGE:
+        return ""
+    return f" (if they were trained alike, one file is wrong: set {key} there, or in {other / 'config.json'})"
 
 
 def _names_and_number(experts: Mapping[str, Path], generalist: bool) -> list[str]:

@@ -7,13 +7,20 @@ from pathlib import Path
 
 from btx.choices.families import FAMILIES, Config, Family
 from btx.errors import CheckpointError
-from btx.mixing.checks import HARMLESS_KEYS
-from btx.mixing.inputs import open_tensors
-from btx.mixing.moe_folder import MoeFolder, count_key
+from btx.mixing.checks import Opened, what_to_do
+from btx.mixing.moe_folder import NUMBERS_OF_EXPERTS, TOP_KS, MoeFolder
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.lazy_tensors import FileTensor
 from btx.model_files.vocabularies import vocabulary_difference
-from btx.models.loading import read_config
+from btx.models.config_meaning import differences
+
+# How the MoE model routes, which one more expert leaves as it is.
+OF_ROUTING = {*NUMBERS_OF_EXPERTS, *TOP_KS, "norm_topk_prob"}
+DENSE_LAYERS = (
+    "mlp_only_layers", "decoder_sparse_step", "mlp_layer_types", "first_k_dense_replace", "moe_layer_start_index",
+    "moe_layer_end_index", "moe_layer_interval",
+)  # fmt: skip
+"""Config keys that make layers of a MoE class dense."""
 
 
 @dataclass(frozen=True)
@@ -34,49 +41,64 @@ def open_expert(model: MoeFolder, name: str, path: Path) -> DenseExpert:
     Raises:
         CheckpointError: it does not; all problems in one message.
     """
-    config = read_config(path)
-    family = _family(model, config, path)
-    tensors = open_tensors(path, family, config)
-    problems = _config_problems(model, family, config, path) + _tensor_problems(model, family, tensors)
-    difference = vocabulary_difference(path, model.path)
-    if difference is not None and not difference.startswith("no tokenizer"):
-        problems.append(difference)
+    problems: list[str] = []
+    opened = Opened.open(f"expert {name}", path, problems, lambda config, where: _family(model, config, where))
+    if opened is not None:
+        problems += _config_problems(model, opened)
+    if opened is not None and opened.whole:
+        problems += _dense_layers(model) or _tensor_problems(model, opened.family, opened.tensors)
+        difference = vocabulary_difference(path, model.path)
+        if difference is not None and not difference.startswith("no tokenizer"):
+            problems.append(difference)
     if problems:
         raise CheckpointError(
             f"expert {name} does not fit {model.path}:\n  " + "\n  ".join(problems)
-            + "\nIt has to be branched from the same seed model and keep its shape and tokenizer."
+            + "\nIt has to be branched from the same seed model and keep its shape and tokenizer. Nothing was written."
         )  # fmt: skip
-    return DenseExpert(family, tensors)
+    assert opened is not None  # or there were problems
+    return DenseExpert(opened.family, opened.tensors)
 
 
-def _family(model: MoeFolder, config: Config, path: Path) -> Family:
+def _family(model: MoeFolder, config: Config, where: str) -> Family:
     moe = model.config["model_type"]
     fitting = [family for family in FAMILIES if family.moe == moe and family.dense == config.get("model_type")]
     for family in fitting:
         if (reason := family.refuse(config)) is None:
             return family
-        raise CheckpointError(f"{path}: {family.dense} cannot become an expert of {moe}: {reason}")
+        raise CheckpointError(f"{where}: {family.dense} cannot become an expert of {moe}: {reason}")
     dense = ", ".join(sorted({family.dense for family in FAMILIES if family.moe == moe}))
     raise CheckpointError(
-        f"{path}: a {config.get('model_type')} model cannot become an expert of a {moe} model; these can: {dense}"
+        f"{where}: a {config.get('model_type')} model cannot become an expert of a {moe} model; these can: {dense}"
     )
 
 
-def _config_problems(model: MoeFolder, family: Family, config: Config, path: Path) -> list[str]:
-    """Where the MoE config that this dense model would give differs from the one that is there."""
-    there = read_config(model.path) | model.config  # as written; the class's defaults where it is silent
-    wanted = family.moe_config(config, len(model.names), model.top_k)
-    ignored = HARMLESS_KEYS | {count_key(model.config, model.path), "rope_theta", "rope_scaling", "router_jitter_noise"}
+def _config_problems(model: MoeFolder, expert: Opened) -> list[str]:
+    """Where the MoE config that this dense model would give means something else than the one that is there."""
+    try:
+        found = differences(expert.moe_config(len(model.names), model.top_k), model.completed)
+    except CheckpointError as error:
+        return [f"{expert.who}: {error}"]
     return [
-        f"{path / 'config.json'}: as an expert its {key} would be {value!r}, the MoE model has {there[key]!r}"
-        for key, value in wanted.items()
-        if key in there and key not in ignored and not key.startswith(("output_router", "router_aux"))
-        and there[key] != value
+        f"{expert.who}: {expert.folder / 'config.json'}: as an expert its {key} would be {own!r}, the MoE model has "
+        f"{other!r}{what_to_do(key, model.path)}"
+        for key, (own, other) in found.items() if key not in OF_ROUTING and key not in DENSE_LAYERS
     ]  # fmt: skip
 
 
+def _dense_layers(model: MoeFolder) -> list[str]:
+    """Why layers without a router stand in the way, none if every layer has one."""
+    dense = [str(layer) for layer in range(model.num_layers) if model.family.router.format(layer=layer) not in
+             model.tensors]  # fmt: skip
+    if not dense:
+        return []
+    keys = {key: model.completed[key] for key in DENSE_LAYERS if key in model.completed}
+    said = ", ".join(f"{key}: {value}" for key, value in keys.items())
+    return [f"{model.path / 'config.json'}: {said}: layer {', '.join(dense)} of the MoE model is dense, so the new "
+            f"expert's would be lost there; only models with experts in every layer can be extended"]  # fmt: skip
+
+
 def _tensor_problems(model: MoeFolder, family: Family, tensors: TensorFolder) -> list[str]:
-    """Shared tensors and FF tensors that are missing or of another shape."""
+    """Shared tensors and FF tensors of another shape than the MoE model's. Both models are their classes' already."""
     found = []
     for name in tensors.names:
         if family.feed_forward_match(name) is None and name not in model.tensors:
@@ -84,6 +106,8 @@ def _tensor_problems(model: MoeFolder, family: Family, tensors: TensorFolder) ->
         elif name in model.tensors and tensors[name].shape != model.tensors[name].shape:
             found.append(f"{tensors.where(name)}: {name} is {tensors[name].shape}, "
                          f"the MoE model's is {model.tensors[name].shape}")  # fmt: skip
+    found += [f"{tensors.file}: lacks {name}, which the MoE model has" for name in model.shared_names
+              if name not in tensors]  # fmt: skip
     for layer in range(model.num_layers):
         for pattern, roles in family.experts.items():
             names = [family.feed_forward[role].format(layer=layer) for role in roles]

@@ -48,8 +48,7 @@ class MixInputs:
 def open_tensors(folder: Path, family: Family, config: Config, who: str = "model") -> TensorFolder:
     """The tensors of a dense model's folder, fused ones (Phi-3's qkv) replaced by views of their parts.
 
-    Tensors that every transformers class ignores are left out: rope frequencies of old Llama files, and an LM head
-    beside the embeddings it is tied to.
+    A copy of the embeddings as an LM head that is tied to them is left out.
 
     Args:
         who: whose tensors these are, for messages.
@@ -58,9 +57,8 @@ def open_tensors(folder: Path, family: Family, config: Config, who: str = "model
         CheckpointError: as `TensorFolder`.
     """
     tensors = TensorFolder(folder, who)
-    for name in tensors.names:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
-            tensors.drop(name)
+    if config.get("tie_word_embeddings") and "lm_head.weight" in tensors:
+        tensors.drop("lm_head.weight")
     for layer in range(int(config["num_hidden_layers"])):
         for fused, parts in family.fused(config).items():
             if fused.format(layer=layer) in tensors:

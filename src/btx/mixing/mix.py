@@ -44,6 +44,7 @@ from btx.model_files.btx_folder import write_router
 from btx.model_files.model_card import write_model_card
 from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
+from btx.models.configs import as_the_files_say
 from btx.models.loading import load_tokenizer
 from btx.recipe.sizes import bytes_of
 
@@ -167,6 +168,9 @@ def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, general
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(seed_model, folder)
+        declared = json.loads((folder / "config.json").read_text("utf-8"))
+        if (true := as_the_files_say(declared, seed_model)) != declared:
+            write_json(folder / "config.json", true)
         write_shards(folder, fused_again(inputs, tensors))
 
 

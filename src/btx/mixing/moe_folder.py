@@ -10,12 +10,13 @@ from typing import Any
 from btx.choices.families import Config, Family, moe_family_of
 from btx.choices.families.family import match
 from btx.choices.routers import RoutingRule
-from btx.errors import CheckpointError
+from btx.errors import CheckpointError, RunFolderError
 from btx.files import read_json, write_json
 from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_router
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.model_folder import check_model_folder
-from btx.reporting.shapes import MixRecord
+from btx.models.configs import as_the_files_say, read_config
+from btx.models.whole import check_whole
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
@@ -33,6 +34,8 @@ class MoeFolder:
     path: Path
     config: Config
     """config.json of the plain class."""
+    completed: Config
+    """The same, completed with its class's defaults."""
     family: Family
     """A family that mixes into this class: it knows the published names."""
     tensors: TensorFolder
@@ -48,14 +51,20 @@ class MoeFolder:
         """Open a MoE folder.
 
         Raises:
-            CheckpointError: not a folder of a MoE class that btx writes, or experts that are parts of models.
+            CheckpointError: not a folder of a MoE class that btx writes, tensors that are not its class's, or experts
+                that are parts of models.
         """
         config, routing = check_model_folder(path), None
         if is_btx_folder(config):
             config, routing = open_btx_folder(path, config)
-        family = moe_family_of(config, str(path))
-        count = int(config[count_key(config, path)])
-        record = UNKNOWN | (read_json(path / RECORD, MixRecord) or {})
+        family = moe_family_of(config, str(path / "config.json"))
+        completed = read_config(path)
+        check_whole(path, completed)
+        count = _count(config) or _count(completed)
+        if count is None:
+            known = ", ".join(NUMBERS_OF_EXPERTS)
+            raise CheckpointError(f"{path / 'config.json'}: no number of experts; known keys: {known}")
+        record = _record(path)
         names = list(record.get("experts") or map(str, range(count)))
         if len(names) != count:
             raise CheckpointError(f"{path / RECORD}: names {len(names)} experts, but config.json says {count}")
@@ -64,17 +73,31 @@ class MoeFolder:
                 f"{path}: its experts are chunks of models (split or blend), of which none can be added or removed "
                 f"alone; mix again"
             )
-        return cls(path, config, family, TensorFolder(path), names, routing, record)
+        tensors = TensorFolder(path)
+        if completed.get("tie_word_embeddings") and "lm_head.weight" in tensors:
+            tensors.drop("lm_head.weight")
+        config = as_the_files_say(config, path)
+        return cls(path, config, completed, family, tensors, names, routing, record)
 
     @property
     def top_k(self) -> int:
         """Experts a token uses."""
-        return int(next(self.config[key] for key in TOP_KS if key in self.config))
+        return int(next(self.completed[key] for key in TOP_KS if key in self.completed))
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.completed["num_hidden_layers"])
+
+    @property
+    def shared_names(self) -> list[str]:
+        """Names of the tensors that a dense model of the family has, too, and that are in no expert."""
+        own = set(self.family.inert(self.completed))
+        return [
+            name for name in self.tensors.names
+            if self.place_of(name) is None and not self.holds_all_experts(name)
+            and not any(match(pattern, name) is not None for pattern in own)
+        ]  # fmt: skip
 
     def write_config(self, folder: Path, config: Config) -> None:
         """Write config.json, and btx.json for a router that only btx reads."""
@@ -84,7 +107,9 @@ class MoeFolder:
 
     def config_with(self, num_experts: int) -> Config:
         """config.json for another number of experts."""
-        return self.config | {count_key(self.config, self.path): num_experts}
+        said_in = [key for key in NUMBERS_OF_EXPERTS if isinstance(self.config.get(key), int)]
+        missing = [key for key in NUMBERS_OF_EXPERTS if isinstance(self.completed.get(key), int)]
+        return self.config | dict.fromkeys(said_in or missing[:1], num_experts)
 
     def place_of(self, name: str) -> tuple[str, int, int] | None:
         """(pattern, layer, expert) of one expert's tensor; None for tensors that belong to none or hold all experts."""
@@ -116,13 +141,23 @@ class MoeFolder:
         return any(match(pattern, name) is not None for pattern in [self.family.router, *stacked])
 
 
-def count_key(config: Config, path: Path) -> str:
-    """The config key that holds the number of experts.
+def _record(path: Path) -> dict[str, Any]:
+    """mix.json with what it lacks; raises CheckpointError if it holds something else."""
+    try:
+        record = read_json(path / RECORD)
+    except RunFolderError:
+        record = "broken"
+    found = UNKNOWN | record if isinstance(record, dict) else UNKNOWN
+    names = found.get("experts") or []
+    well_formed = isinstance(names, list) and len(set(map(str, names))) == len(names) and all(
+        isinstance(found[key], type(value)) for key, value in UNKNOWN.items() if value is not None
+    )  # fmt: skip
+    if (record is not None and not isinstance(record, dict)) or not well_formed:
+        raise CheckpointError(f"{path / RECORD}: this is no record of a mix; mend it, or remove it: without it experts "
+                              f"are called by their numbers")  # fmt: skip
+    return found | {"experts": list(map(str, names))}
 
-    Raises:
-        CheckpointError: there is none.
-    """
-    for key in NUMBERS_OF_EXPERTS:
-        if isinstance(config.get(key), int):
-            return key
-    raise CheckpointError(f"{path / 'config.json'}: no number of experts; known keys: {', '.join(NUMBERS_OF_EXPERTS)}")
+
+def _count(config: Config) -> int | None:
+    """The number of experts, if the config says it."""
+    return next((config[key] for key in NUMBERS_OF_EXPERTS if isinstance(config.get(key), int)), None)

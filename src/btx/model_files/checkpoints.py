@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from btx.errors import CheckpointError
+from btx.model_files.headers import COMPUTED, FLOATS, Headers, check_unquantised
 from btx.model_files.lazy_tensors import FileTensor, OpenFile
 
-INDEX = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+DTYPES = {name: getattr(torch, known_as) for name, known_as in FLOATS.items()}
 
 
 class TensorFolder:
-    """The tensors of a model folder, read lazily by name.
+    """The tensors of a model folder, read lazily by name; those that every class computes itself are left out.
 
     Args:
         folder: as `save_pretrained` writes it.
         who: whose tensors these are, for messages found while they are read.
 
     Raises:
-        CheckpointError: no safetensors, a missing, empty or truncated shard, an index that names absent tensors.
+        CheckpointError: as `Headers`; weights that are quantised.
     """
 
     def __init__(self, folder: Path, who: str = "model") -> None:
         self.folder = folder
         self.who = who
-        self._tensors: dict[str, FileTensor] = {}
-        self.file = folder / ONE_FILE
+        headers = Headers(folder)
+        check_unquantised(folder, {}, headers)
+        self.file = headers.file
         """The file that says which tensors there are, for messages."""
-        if self.file.is_file():  # transformers too looks for the single file first
-            self._open(ONE_FILE)
-        elif (folder / INDEX).is_file():
-            self.file = folder / INDEX
-            self._open_index(self.file)
-        else:
-            raise CheckpointError(f"{folder}: no weights: neither {ONE_FILE} nor {INDEX}")
+        self._tensors: dict[str, FileTensor] = {}
+        opened: dict[Path, OpenFile] = {}
+        for name, entry in headers.tensors.items():
+            if name.endswith(COMPUTED):
+                continue
+            if entry.file not in opened:
+                opened[entry.file] = self._open(entry.file)
+            self._tensors[name] = FileTensor(
+                who, name, str(entry.file), entry.shape, DTYPES[entry.dtype], opened[entry.file], entry.start
+            )
 
     @property
     def names(self) -> list[str]:
@@ -54,6 +52,10 @@ class TensorFolder:
 
     def __getitem__(self, name: str) -> FileTensor:
         return self._tensors[name]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def where(self, name: str) -> str:
         """File a tensor lies in, for messages."""
@@ -75,44 +77,8 @@ class TensorFolder:
             self._tensors[part] = fused.rows(start, start + rows)
             start += rows
 
-    def _open_index(self, index: Path) -> None:
+    def _open(self, path: Path) -> OpenFile:
         try:
-            listed = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = sorted(set(listed.values()))
-            if not all(isinstance(file, str) for file in files):
-                raise TypeError("a shard's name is no text")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
-        for file in files:
-            try:
-                self._open(file)
-            except CheckpointError as error:
-                raise CheckpointError(f"{error} (named by {index})") from error
-        absent = sorted(
-            name for name, file in listed.items()
-            if name not in self._tensors or self._tensors[name].file != str(self.folder / file)
-        )  # fmt: skip
-        if absent:
-            named = ", ".join(f"{name} ({listed[name]})" for name in absent[:5])
-            raise CheckpointError(f"{index}: names tensors that their shard does not hold: {named}")
-
-    def _open(self, file: str) -> None:
-        path = self.folder / file
-        if Path(file).name != file:
-            raise CheckpointError(f"shard {file!r} lies outside the folder")
-        try:
-            with safe_open(path, framework="np"):  # the library's checks of the header
-                pass
-            opened = OpenFile(path)
-        except (OSError, SafetensorError) as error:
+            return OpenFile(path)
+        except OSError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-        header_bytes = int.from_bytes(opened.read(0, 8).numpy().tobytes(), "little")
-        header = json.loads(opened.read(8, header_bytes).numpy().tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}")
-            self._tensors[name] = FileTensor(
-                self.who, name, str(path), tuple(entry["shape"]), DTYPES[entry["dtype"]], opened,
-                8 + header_bytes + entry["data_offsets"][0],
-            )  # fmt: skip

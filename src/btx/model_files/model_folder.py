@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.model_files.headers import Headers, check_unquantised
 from btx.model_files.hub import check_hub_name
 from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
 from btx.outputs import check_model_of_stage
@@ -41,8 +42,8 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     """The config of a model folder, refused early if the folder cannot be a model that is safe to read.
 
     Raises:
-        CheckpointError: no such folder, no or broken config.json, weights missing or pickled, or something else that
-            people give for a model (`btx.model_files.mistaken`).
+        CheckpointError: no such folder, no or broken config.json, weights missing, broken, pickled or quantised, or
+            something else that people give for a model (`btx.model_files.mistaken`).
         RunFolderError: the model is a finished stage's, and a file of it was damaged or replaced.
     """
     if not folder.exists():
@@ -68,4 +69,5 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: {mistake}")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no weights: there is no .safetensors file")
+    check_unquantised(folder, config, Headers(folder))
     return config

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from btx.errors import CheckpointError, RunFolderError
 from btx.files import write_json
-from btx.model_files.checkpoints import DTYPES, INDEX, ONE_FILE
+from btx.model_files.checkpoints import DTYPES
 from btx.model_files.direct_file import DirectFile
+from btx.model_files.headers import INDEX, ONE_FILE
 from btx.model_files.lazy_tensors import LazyTensor, is_finite
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -6,7 +6,6 @@ This is the one place where torch models are read; every stage gets its weights 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +13,21 @@ import torch
 from safetensors import SafetensorError
 
 from btx.choices.families.configs import with_dtype, with_rope
-from btx.choices.routers import RoutingRule
 from btx.data.tokenizer import save_tokenizer
 from btx.errors import CheckpointError
 from btx.files import write_json
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
-from btx.model_files.btx_folder import FILE, is_btx_folder, open_btx_folder
-from btx.model_files.model_folder import check_model
+from btx.model_files.btx_folder import FILE
+from btx.model_files.headers import FLOATS, Headers, check_unquantised, main_type
 from btx.model_files.token_ids import read_object
 from btx.model_files.vocabularies import check_ids, missing_packages
+from btx.models.configs import as_the_files_say, own_config, quiet_transformers, read_config
+from btx.models.whole import FAMILY_CLASSES, check_whole
 from btx.moe.layer import set_router, swap_in_moe
 from btx.process import quick_imports
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def quiet_transformers() -> None:
-    """Errors only, no progress bars: a stage reports on its own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @quick_imports()
@@ -50,12 +42,14 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
         dtype: type of the weights in memory.
 
     Raises:
-        CheckpointError: no such model, pickled weights, unknown class, tensors that do not fit.
+        CheckpointError: no such model, pickled or quantised weights, unknown class, tensors that do not fit.
     """
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    config, router = _own_config(path)
+    config, router = own_config(path)
+    if Path(path).is_dir() and (plain := read_config(path))["model_type"] in FAMILY_CLASSES:
+        check_whole(Path(path), plain, loading=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -66,9 +60,10 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
+    check_unquantised(Path(path), model.config.to_dict())  # a hub name; folders were looked at before
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, loaded[1].get(kind) or ())) for kind in kinds}
     if any(wrong.values()):
@@ -104,7 +99,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
         raise CheckpointError(f"{path}: there is no such folder")
     if (missing := missing_packages(Path(path))) is not None:
         raise CheckpointError(missing)
-    own = _own_config(path)[0] if (Path(path) / FILE).exists() else None
+    own = own_config(path)[0] if (Path(path) / FILE).exists() else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), config=own, revision=revision or "main", trust_remote_code=False
@@ -140,82 +135,13 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
     return model
 
 
-@quick_imports()
-def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a folder or hub name as plain values, completed with the class's defaults."""
-    from transformers import AutoConfig
-
-    config, _ = _own_config(path)
-    if config is not None:
-        return config.to_dict()
-    try:
-        config = AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False).to_dict()
-    except Exception as error:  # config classes check their values with errors of many types
-        raise CheckpointError(f"{Path(path) / 'config.json'}: this is no model: {error}") from error
-    return config
-
-
-def config_defaults(model_type: str) -> dict[str, Any]:
-    """The values of a class's config when nothing is said."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(model_type).to_dict()
-
-
-def check_config(make: Callable[[], dict[str, Any]], where: Path) -> None:
-    """Refuse a config that is made of the one at `where` and that its class does not take.
-
-    Raises:
-        CheckpointError: with what the class says.
-    """
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.for_model(**make())
-    except Exception as error:  # config classes check their values with errors of many types
-        raise CheckpointError(f"{where}: the MoE class does not take these values: {error}") from error
-
-
-def class_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a folder with this config has to hold; nothing is allocated.
-
-    Weights tied to others (the LM head to the embeddings) are left out.
-
-    Raises:
-        CheckpointError: transformers cannot build the model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    quiet_transformers()
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot build this model: {error}") from error
-    tied = set(model.all_tied_weights_keys)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def _own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingRule | None]:
-    """Config and router of a folder that only btx reads; None for any other. Broken folders are refused."""
-    from transformers import AutoConfig
-
-    found = check_model(path)
-    if found is not None and is_btx_folder(found):
-        plain, router = open_btx_folder(Path(path), found)
-        values = {key: value for key, value in plain.items() if key != "model_type"}
-        return AutoConfig.for_model(plain["model_type"], **values), router
-    return None, None
-
-
 def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a model folder that any engine reads, in the published layout, without btx.
 
     Args:
         folder: an existing folder.
         like: folder of the model this one was trained from; its config, tokenizer and generation settings are kept as
-            they are, and the weights get its type. None for a model from scratch.
+            they are, and every weight gets the type that it has there. None for a model from scratch.
         tokenizer: written when there is no `like`.
     """
     if like is None:
@@ -228,8 +154,17 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
         write_json(folder / "config.json", with_dtype(config, str(config.get("dtype") or "float32")))
         write_generation_config(folder, config)
         return
-    declared = json.loads((like / "config.json").read_text("utf-8"))
-    dtype = getattr(torch, str(declared.get("dtype") or declared.get("torch_dtype") or "float32"))
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    headers = Headers(like)
+    types = {name: FLOATS[entry.dtype] for name, entry in headers.tensors.items() if entry.dtype in FLOATS}
+    main = main_type(headers)
+    state: dict[str, torch.Tensor] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in model.state_dict().items():
+        # Tied weights stay one tensor, or transformers would write each of them.
+        same = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        state[name] = state[same] if same in state else tensor.to(getattr(torch, types.get(name, main)))
     model.save_pretrained(folder, state_dict=state)
     copy_beside_weights(like, folder)
+    declared = json.loads((folder / "config.json").read_text("utf-8"))
+    if (true := as_the_files_say(declared, folder)) != declared:
+        write_json(folder / "config.json", true)

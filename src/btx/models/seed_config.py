@@ -8,7 +8,7 @@ from typing import Any
 from btx.errors import CheckpointError, RecipeError
 from btx.model_files.hub import check_hub_name
 from btx.model_files.model_folder import check_model_folder
-from btx.models.loading import read_config
+from btx.models.configs import read_config
 from btx.recipe.problems import did_you_mean
 from btx.recipe.schema import Recipe
 

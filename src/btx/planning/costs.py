@@ -8,8 +8,8 @@ from typing import Any
 
 from btx.baselines.matching import finetuning_cost, matched_phases, moe_cost, router_flops
 from btx.choices.baselines import BASELINES
+from btx.models.configs import read_config
 from btx.models.cost import ModelCost, config_cost
-from btx.models.loading import read_config
 from btx.models.seed_config import seed_config
 from btx.planning.speed import Speed
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture

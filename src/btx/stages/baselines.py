@@ -16,8 +16,9 @@ from btx.data.expert_text import text_from_run
 from btx.errors import UserError
 from btx.mixing.mix import mix, soup
 from btx.mixing.settings import upcycling_settings
+from btx.models.configs import read_config
 from btx.models.device import device_and_type
-from btx.models.loading import load_model, read_config
+from btx.models.loading import load_model
 from btx.models.trainable import set_trainable
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder

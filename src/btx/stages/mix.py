@@ -8,7 +8,7 @@ from btx.errors import CheckpointError
 from btx.mixing.mix import mix
 from btx.mixing.settings import mix_settings
 from btx.model_files.provenance import weights_fingerprint
-from btx.models.loading import read_config
+from btx.models.configs import read_config
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage

@@ -87,8 +87,9 @@ def _load(path: str | Path) -> PreTrainedModel | SideBySide:
     import torch
 
     from btx.baselines.btm_model import load_model_or_btm
+    from btx.models.configs import as_the_files_say, read_config
     from btx.models.device import choose_device
-    from btx.models.loading import load_model, read_config
+    from btx.models.loading import load_model
 
     device = choose_device("auto").type
     if isinstance(path, Path) and (path / BTM_FILE).is_file():
@@ -96,6 +97,8 @@ def _load(path: str | Path) -> PreTrainedModel | SideBySide:
     if device == "cpu":
         return load_model(path)
     config = read_config(path)
+    if Path(path).is_dir():
+        config = as_the_files_say(config, Path(path))
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
     model = load_model(path, dtype=dtype)
     cast(torch.nn.Module, model).to(device)

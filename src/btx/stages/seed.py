@@ -11,7 +11,8 @@ from btx.errors import CheckpointError, UserError
 from btx.model_files.beside_weights import LEGAL, check_links
 from btx.model_files.beside_weights import TOKENIZER as TOKENIZER_BESIDE
 from btx.model_files.hub import HUB_NAME, check_hub_name
-from btx.models.loading import load_tokenizer, new_model, read_config
+from btx.models.configs import read_config
+from btx.models.loading import load_tokenizer, new_model
 from btx.planning.budgets import check_budgets
 from btx.planning.disk import check_disk
 from btx.process import Interrupts, Log

@@ -32,9 +32,16 @@ def carried(dense: Config, keys: str = COMMON) -> Config:
 
 
 def rope_of(dense: Config) -> Config:
-    """Rope parameters of a dense config, written by transformers 4 or 5, with the base always in them."""
-    rope = dense.get("rope_parameters") or {"rope_type": "default", **(dense.get("rope_scaling") or {})}
-    return {"rope_theta": dense.get("rope_theta", 10000.0), **rope}
+    """Rope parameters of a dense config, written by transformers 4 or 5, with the base and the type always in them.
+
+    The type was called `type` before transformers 4.43, and stays beside `rope_type` when such a config is read.
+    """
+    rope = dict(dense.get("rope_parameters") or dense.get("rope_scaling") or {})
+    base = {"rope_theta": dense.get("rope_theta") or 10000.0}
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layer
+        return base | rope
+    older = rope.pop("type", None)
+    return base | ({} if "rope_type" in rope else {"rope_type": older or "default"}) | rope
 
 
 def with_rope(config: Config, rope: Config) -> Config:

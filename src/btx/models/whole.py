@@ -1,0 +1,135 @@
+"""Whether a model folder is exactly what its config says: every tensor of the class, in its shape, and none more.
+
+What a reader makes up for a tensor that is missing, or leaves out without a word, is another model. Everything that
+opens a folder as a model asks here: mix, extend, drop, adopt, the branches of a run, evaluate and chat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from btx.choices.families import FAMILIES
+from btx.errors import CheckpointError
+from btx.model_files.headers import COMPUTED, Headers
+from btx.models.configs import quiet_transformers
+
+Config = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+MOST_SHOWN = 5
+"""Tensors named in a line; the line says how many there are."""
+FAMILY_CLASSES = {name for family in FAMILIES for name in (family.dense, family.moe)}
+
+
+class ClassTensors(NamedTuple):
+    """What a class holds. Weights tied to others (the LM head to the embeddings) are not among its tensors."""
+
+    published: Shapes
+    """Name → shape as `save_pretrained` writes them."""
+    in_memory: Shapes
+    """The same, named and laid together as transformers 5 holds them; the same names in most dense classes."""
+    tied: dict[str, str]
+    """Tied weight → the weight it is tied to."""
+
+
+def class_tensors(config: Mapping[str, Any]) -> ClassTensors:
+    """The tensors that a folder with this config has to hold; nothing is allocated.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    quiet_transformers()
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        tied = dict(model.all_tied_weights_keys)
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        published = revert_weight_conversion(model, state)
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot build this model: {error}") from error
+    return ClassTensors(_shapes(published), _shapes(state), tied)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_whole(folder: Path, config: Mapping[str, Any], *, loading: bool = False) -> None:
+    """Refuse a folder that is not exactly its class.
+
+    Args:
+        config: its config, completed with its class's defaults.
+        loading: transformers will load it, which also reads the layout that it keeps in memory.
+
+    Raises:
+        CheckpointError: a line for each kind of tensor that is missing, left over or of another shape, with its file.
+    """
+    problems = class_problems(folder, config, loading=loading)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+def class_problems(folder: Path, config: Mapping[str, Any], *, loading: bool = False) -> list[str]:
+    """As `check_whole`, a line a problem; empty for a whole folder."""
+    headers = Headers(folder)
+    try:
+        wanted = class_tensors(config)
+    except CheckpointError as error:
+        return [f"{folder / 'config.json'}: {error}"]
+    found = {name: entry.shape for name, entry in headers.tensors.items()
+             if not name.endswith(COMPUTED) and name not in wanted.tied}  # fmt: skip
+    where = {name: str(entry.file) for name, entry in headers.tensors.items()}
+    if not found.keys() <= wanted.published.keys() and found.keys() & wanted.in_memory.keys() - wanted.published.keys():
+        if not loading:
+            return [_other_layout(folder, where, found, wanted)]
+        return shape_problems(found, wanted.in_memory, headers.file, where, "the config's class has")
+    return shape_problems(found, wanted.published, headers.file, where, "the config's class has")
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], file: Path, where: Mapping[str, str],
+    whose: str,
+) -> list[str]:  # fmt: skip
+    """Missing tensors, extra tensors and other shapes, a line each.
+
+    Args:
+        file: the file that says which tensors there are.
+        where: name → file a tensor lies in.
+        whose: who has what is wanted: `the seed model has`.
+    """
+    lines = []
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing:
+        lines.append(f"{file}: lacks {listed(missing)}, which {whose}")
+    if extra:
+        lines.append(f"{where[extra[0]]}: has {listed(extra)}, unlike what {whose}")
+    lines += [
+        f"{where[name]}: {name} is {found[name]}, {whose} {wanted[name]}"
+        for name in sorted(found.keys() & wanted.keys()) if found[name] != wanted[name]
+    ]  # fmt: skip
+    shown = lines[: MOST_SHOWN + 2]
+    return shown + [f"{file}: and {len(lines) - len(shown)} more like it"] * (len(lines) > len(shown))
+
+
+def listed(names: Iterable[str]) -> str:
+    """`3 tensors: a, b, c`, shortened."""
+    all_names = list(names)
+    more = ", ..." if len(all_names) > MOST_SHOWN else ""
+    return f"{len(all_names)} tensor{'s' * (len(all_names) != 1)}: {', '.join(all_names[:MOST_SHOWN])}{more}"
+
+
+def _other_layout(folder: Path, where: Mapping[str, str], found: Shapes, wanted: ClassTensors) -> str:
+    other = sorted(found.keys() & wanted.in_memory.keys() - wanted.published.keys())[0]
+    expected = sorted(wanted.published.keys() - wanted.in_memory.keys())[0]
+    return (
+        f"{where[other]}: has {other}, where the published layout has {expected}: this is how transformers 5 holds the "
+        f"model in memory (save_original_format=False). Save it in the published layout: "
+        f'AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto").save_pretrained(NEW_FOLDER)'
+    )

@@ -173,14 +173,16 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 # Signals
 
 
-def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path, whole_group: bool) -> None:
     long = "seed_model.train.tokens=400000"
     run, _ = run_here(pico_recipe(tmp_path, "runs/pico", long), ["data"])
     running = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", long, cwd=tmp_path)
     wait_for_step(run, "seed", 3, running)
     jobs = psutil.Process(running.pid).children()
     assert jobs
-    running.send_signal(signal.SIGTERM)
+    for process in [*jobs, running] if whole_group else [running]:  # scancel, systemctl stop: every process gets it
+        process.send_signal(signal.SIGTERM)
     _, errors = running.communicate()
     assert running.returncode == 128 + signal.SIGTERM
     assert "continues" in errors

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import DataError
+from btx.system_errors import blame
 
 
 def json_objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -31,6 +32,7 @@ def json_objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     where = f"{path}:{number}"
                     yield where, _object(line, where, what)
     except (OSError, EOFError, zlib.error) as error:
+        blame(error)
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

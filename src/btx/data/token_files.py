@@ -34,6 +34,7 @@ from btx.data.sources import digest_of
 from btx.data.tokenizer import TokenizerFile, fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError
 from btx.files import atomic_folder, file_sha256
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,6 +214,7 @@ class TokenFile:
         try:
             return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
+            blame(error)
             raise DataError(f"{self.folder / name}: {_BROKEN.format(error)}") from error
 
     def _check_sizes(self) -> None:
@@ -278,6 +280,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file: {folder} is no token file, or was not completed; "
                         f"prepare the data first") from error  # fmt: skip
     except (OSError, ValueError) as error:
+        blame(error)
         raise DataError(f"{path}: {_BROKEN.format(error)}") from error
     if not isinstance(index, dict) or not index.keys() >= FIELDS or index["dtype"] not in ("uint16", "uint32"):
         raise DataError(f"{path}: {_BROKEN.format(f'it needs {sorted(FIELDS)}, dtype uint16 or uint32')}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from btx.errors import RunFolderError
 from btx.number_texts import is_number
+from btx.system_errors import blame
 
 QUALITY = ("domains", "mixed", "tasks", "mean_bits_per_byte")
 """Parts of a model's entry of which differences are taken."""
@@ -34,6 +35,7 @@ def read_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
         try:
             found = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
+            blame(error)
             raise RunFolderError(f"{path}: no results ({error}); finish the run, or `btx evaluate {run}`") from error
         results.append(found)
     return results

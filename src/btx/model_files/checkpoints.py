@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from btx.errors import CheckpointError
 from btx.model_files.lazy_tensors import FileTensor, OpenFile
+from btx.system_errors import blame
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -82,6 +83,7 @@ class TensorFolder:
             if not all(isinstance(file, str) for file in files):
                 raise TypeError("a shard's name is no text")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            blame(error)
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         for file in files:
             try:
@@ -105,6 +107,7 @@ class TensorFolder:
                 pass
             opened = OpenFile(path)
         except (OSError, SafetensorError) as error:
+            blame(error)
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
         header_bytes = int.from_bytes(opened.read(0, 8).numpy().tobytes(), "little")
         header = json.loads(opened.read(8, header_bytes).numpy().tobytes())

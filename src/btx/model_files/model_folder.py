@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.system_errors import blame
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -47,6 +48,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        blame(error)
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file}: no model_type: this is no transformers model")

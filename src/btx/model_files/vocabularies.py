@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from btx.errors import CheckpointError
+from btx.system_errors import blame
 
 JSON_BESIDE_WEIGHTS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -32,6 +33,7 @@ def broken_json(folder: Path) -> list[str]:
         try:
             Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the tokenizers library raises plain Exception
+            blame(error)
             problems.append(f"{tokenizer}: no tokenizer: {error}")
     return problems
 
@@ -50,6 +52,7 @@ def check_tokenizer(folder: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers fail with errors of many types
+        blame(error)
         raise CheckpointError(f"{folder}: the tokenizer ({', '.join(files)}) cannot be loaded: {error}") from error
 
 
@@ -114,6 +117,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        blame(error)
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")

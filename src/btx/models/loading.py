@@ -23,6 +23,7 @@ from btx.model_files.btx_folder import FILE, is_btx_folder, open_btx_folder
 from btx.model_files.model_folder import check_model
 from btx.moe.layer import set_router, swap_in_moe
 from btx.process import quick_imports
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        blame(error)
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -105,6 +107,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
             str(path), config=own, revision=revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
+        blame(error)
         raise CheckpointError(f"{path}: this folder has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one before branching")
@@ -129,6 +132,7 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
             torch.manual_seed(rng_seed)
             model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
     except Exception as error:
+        blame(error)
         raise CheckpointError(f"seed_model.config: transformers cannot build this model: {error}") from error
     return model
 
@@ -144,6 +148,7 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False).to_dict()
     except Exception as error:  # config classes check their values with errors of many types
+        blame(error)
         raise CheckpointError(f"{Path(path) / 'config.json'}: this is no model: {error}") from error
     return config
 
@@ -166,6 +171,7 @@ def check_config(make: Callable[[], dict[str, Any]], where: Path) -> None:
     try:
         AutoConfig.for_model(**make())
     except Exception as error:  # config classes check their values with errors of many types
+        blame(error)
         raise CheckpointError(f"{where}: the MoE class does not take these values: {error}") from error
 
 
@@ -185,6 +191,7 @@ def class_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
     except Exception as error:
+        blame(error)
         raise CheckpointError(f"transformers cannot build this model: {error}") from error
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

@@ -32,6 +32,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.stages_of_recipe import build_graph
+from btx.system_errors import blame
 
 State = Literal["done", "begun", "stale", "absent"]
 
@@ -276,6 +277,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         ) from None
     except OSError as error:
         lock.release()
+        blame(error)
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,12 +24,13 @@ from btx.planning.plan import plan
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
+from btx.run_folder.status import run_status
 from btx.running.launchers import START, Launcher
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
-from tests.processes import btx, start_forked
+from tests.processes import ForkedJob, btx, start_forked
 from tests.processes import start as start_process
 
 
@@ -173,14 +174,16 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 # Signals
 
 
-def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path, whole_group: bool) -> None:
     long = "seed_model.train.tokens=400000"
     run, _ = run_here(pico_recipe(tmp_path, "runs/pico", long), ["data"])
     running = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", long, cwd=tmp_path)
     wait_for_step(run, "seed", 3, running)
     jobs = psutil.Process(running.pid).children()
     assert jobs
-    running.send_signal(signal.SIGTERM)
+    for process in [*jobs, running] if whole_group else [running]:  # scancel, systemctl stop: every process gets it
+        process.send_signal(signal.SIGTERM)
     _, errors = running.communicate()
     assert running.returncode == 128 + signal.SIGTERM
     assert "continues" in errors
@@ -218,6 +221,40 @@ def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path, q
                        r"step \d+: the loss is .* Last good checkpoint: .*continues") as caught:  # fmt: skip
         run_pipeline(recipe)
     assert caught.value.exit_code == 1
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Said(Display):
+    """What a run said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_run_names_all_that_failed_and_status_has_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = pico_recipe(tmp_path, "run", "launch.jobs=2")
+    run, _ = run_here(recipe, ["data", "seed"])
+
+    def start_killed(path: Path, stages: Sequence[str], log: Path) -> ForkedJob:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return ForkedJob(start_process(killed, log=log), log)
+
+    monkeypatch.setitem(START, "local", Launcher(start_killed, START["local"].start_run))
+    said = Said()
+    with pytest.raises(StageFailed, match=r"(?s)train/birds failed \(signal 9\).*micro_batch_tokens.*"
+                       r"train/tools failed \(signal 9\).*launch\.jobs"):  # fmt: skip
+        run_pipeline(recipe, display=said)
+    assert said.lines[-1].startswith("failed: train/birds, train/tools; not begun: mix, baselines/soup, finetune")
+    for row in run_status(run):
+        assert (row["state"] == "failed") == row["stage"].startswith("train/"), row
+        assert row["state"] != "failed" or "killed from outside" in row["why"]
 
 
 class Editor(Display):

@@ -26,6 +26,7 @@ from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
 from btx.models.seed_config import seed_config
 from btx.planning.speed import training_speed
+from btx.process import SAVE_AND_END
 from btx.recipe.loading import load_recipe, packaged_recipes
 from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
@@ -52,7 +53,8 @@ Btx = Callable[..., Done]
 @pytest.fixture(scope="module", autouse=True)
 def own_signals() -> Iterator[None]:
     """Commands install handlers of their own; the tests' come back afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, SAVE_AND_END)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -448,3 +450,9 @@ def test_a_failure_exits_with_1(btx: Btx, run: Path, tmp_path: Path) -> None:
     failed = btx("train", other.path, "seed")
     assert failed.code == 1
     assert re.search(r"error: step \d+: the loss is .* Last good checkpoint: ", failed.err)
+    rows = {row["stage"]: row for row in btx("status", other.path, "--json").json()}
+    assert rows["seed"]["state"] == "failed"
+    assert f"error: {rows['seed']['why']}\n" == failed.err
+    assert rows["seed"]["step"] > 0
+    assert {row["state"] for row in rows.values()} == {"done", "failed", "absent"}
+    assert "failed: step" in btx("status", other.path).out

@@ -9,10 +9,12 @@ import pytest
 from rich.console import Console
 
 from btx.cli.tables import status_table
+from btx.errors import UserError
 from btx.files import write_json
 from btx.number_texts import clock_text
+from btx.process import Interrupted
 from btx.run_folder.folder import RunFolder, started_json
-from btx.run_folder.status import run_status, stage_status
+from btx.run_folder.status import run_status, stage_status, trying
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe
 
@@ -54,3 +56,31 @@ def test_a_minute_left_is_shown_as_one(training: RunFolder, capsys: pytest.Captu
     capsys.readouterr()
     Display(Console(force_terminal=False)).update(stage_status(training, training.graph["train/birds"]))
     assert capsys.readouterr().out.endswith("train/birds: step 5/8, loss 1.000, 13 tokens/s, ETA 1:00\n")
+
+
+def state_and_why(run: RunFolder) -> tuple[str, str | None]:
+    status = stage_status(run, run.graph["train/birds"])
+    return status.state, status.why
+
+
+@pytest.mark.parametrize(("error", "why"), [
+    (UserError("two things are wrong\nthe second"), "the second"),
+    (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+    (FileNotFoundError(2, "No such file or directory", "/there/a.jsonl"),
+     "/there/a.jsonl: cannot be used (No such file or directory)"),
+])  # fmt: skip
+def test_a_stage_has_failed_until_it_is_tried_again(training: RunFolder, error: Exception, why: str) -> None:
+    with pytest.raises(type(error)), trying(training, "train/birds"):
+        raise error
+    assert state_and_why(training) == ("failed", why)
+    status = stage_status(training, training.graph["train/birds"])
+    assert (status.step, status.loss, status.eta_s) == (5, 1.0, None)
+    with trying(training, "train/birds"):
+        assert state_and_why(training) == ("begun", None)
+    assert state_and_why(training) == ("begun", None)
+
+
+def test_what_was_interrupted_has_not_failed(training: RunFolder) -> None:
+    with pytest.raises(Interrupted), trying(training, "train/birds"):
+        raise Interrupted("stopped", 15)
+    assert state_and_why(training) == ("begun", None)

@@ -3,6 +3,9 @@
     BtxError                    exit code 1: something failed
     ├── StageFailed             a stage's process ended with a failure
     ├── NotFinite               the loss became NaN or infinite
+    ├── LossSpike               the loss jumped, and the recipe says to stop then
+    ├── OutOfMemory             memory of the machine or of a GPU is used up
+    ├── SystemFailed            the system refused something that is no file's fault
     ├── Interrupted             (btx.process) a signal came and all is saved; exit code 128 + its number
     └── UserError               exit code 2: the user can mend it
         ├── RecipeError         unknown key, wrong type, impossible value
@@ -26,6 +29,18 @@ class StageFailed(BtxError):
 
 class NotFinite(BtxError):
     """The loss became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class LossSpike(BtxError):
+    """The loss jumped and `on_spike` is `stop`; everything before that step is saved."""
+
+
+class OutOfMemory(BtxError):
+    """Memory of the machine or of a GPU is used up; the message names what to turn."""
+
+
+class SystemFailed(BtxError):
+    """The system refused something: too many open files, a broken disk, a closed output."""
 
 
 class UserError(BtxError):

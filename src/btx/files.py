@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from btx.errors import RunFolderError
+from btx.errors import BtxError, RunFolderError
+from btx.system_errors import OPEN_FILES, WRITING, error_number, temporary_is_full
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -252,11 +253,12 @@ def value_hash(value: Any) -> str:
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
+    """Tell what fails in writing `target`, and that alone: a block may also read, print and use temporary files."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
-            raise  # not about writing
+    except Exception as error:
+        if isinstance(error, BtxError | BrokenPipeError) or not _is_about(target, error):
+            raise
         if isinstance(error, FileNotFoundError):
             raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
                                  f"meanwhile. Run the same command again") from error  # fmt: skip
@@ -264,6 +266,19 @@ def _writing(target: Path) -> Iterator[None]:
             f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
             f"untouched. Free space or mend the permissions, then run the same command again"
         ) from error
+
+
+def _is_about(target: Path, error: Exception) -> bool:
+    """Whether an error is about writing `target`: it names it, or says what only writing says."""
+    number, name = error_number(error), getattr(error, "filename", None)
+    if number in OPEN_FILES or (number in WRITING and temporary_is_full(error, target)):
+        return False
+    if isinstance(name, str):
+        named, parent = Path(name).absolute(), target.parent.absolute()
+        inside = named.relative_to(parent).parts[:1] if named.is_relative_to(parent) else ()
+        return parent.is_relative_to(named) or inside[:1] == (target.name,) or (
+            bool(inside) and inside[0].startswith(f".{target.name}."))  # fmt: skip
+    return number in WRITING or (isinstance(error, SafetensorError) and "I/O error" in str(error))
 
 
 def _sync_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A process of btx: Ctrl-C and SIGTERM let it finish the step, save and leave a resumable run. Plain Python."""
+"""A process of btx: Ctrl-C, SIGTERM and SIGHUP let it finish the step, save and leave a resumable run. Plain Python."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,18 +47,32 @@ class Interrupted(BtxError):
         self.exit_code = 128 + signal_number
 
 
+READER_GONE = 141
+"""Exit code of a job whose output nobody reads any more, as the shell tells SIGPIPE; it ends without a word."""
+SAVE_AND_END = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""What btx itself sends to the processes it has started. It is another signal than the one that a whole group may get
+from outside, so that both together are no second request."""
+SAME_EVENT_S = 1.0
+"""Seconds in which a second signal is the first one again: it came to the group and to the process."""
+
+
 class Interrupts:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Remembers the first Ctrl-C, SIGTERM or SIGHUP; a second one, more than a second later, ends the process at once.
+
+    A signal that is ignored when the process starts, as `nohup` does it with SIGHUP, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.pending: int | None = None
-        self._immediate = False
+        self._since = 0.0
+        self._at_once: str | None = None
         self._before: dict[int, Any] = {}
 
     def listen(self) -> Interrupts:
         """Install the handlers (main thread only)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None), SAVE_AND_END):
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._before.setdefault(number, signal.signal(number, self._note))
         return self
 
     def unlisten(self) -> None:
@@ -67,22 +82,32 @@ class Interrupts:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now, asked = time.monotonic(), number == SAVE_AND_END
         if self.pending is not None:
-            os._exit(128 + number)
-        self.pending = number
-        if self._immediate:
-            self.raise_if_pending("stopped; run it again to continue")
+            if not asked and now - self._since > SAME_EVENT_S:
+                os._exit(128 + number)
+            return
+        self.pending, self._since = signal.SIGTERM if asked else number, now
+        if self._at_once is not None:
+            self.raise_if_pending(self._at_once)
+
+    def tell(self, line: str) -> None:
+        """Print a line for the user, as `tell`; where nobody reads any more (`| head`), it is as if a signal came."""
+        try:
+            tell(line)
+        except BrokenPipeError:
+            say_no_more()
+            self._note(READER_GONE - 128, None)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self, message: str = "stopped; run it again to continue") -> Iterator[None]:
         """Inside the block a signal raises `Interrupted` where the work stands, for work that loses nothing by it."""
-        previous = self._immediate
-        self._immediate = True
+        previous, self._at_once = self._at_once, message
         try:
-            self.raise_if_pending("stopped; run it again to continue")
+            self.raise_if_pending(message)
             yield
         finally:
-            self._immediate = previous
+            self._at_once = previous
 
     def raise_if_pending(self, message: str) -> None:
         """Raise `Interrupted` if a signal came."""
@@ -92,21 +117,24 @@ class Interrupts:
 
 @contextlib.contextmanager
 def ending_at_once(message: str) -> Iterator[None]:
-    """Raise `Interrupted` from the block at the first SIGINT or SIGTERM, so that it cleans up (main thread only)."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(message, number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Raise `Interrupted` from the block at the first signal, so that it cleans up (main thread only)."""
+    interrupts = Interrupts().listen()
     try:
-        yield
+        with interrupts.at_once(message):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        interrupts.unlisten()
+
+
+def say_no_more() -> None:
+    """Let what is still printed go nowhere: its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def end_with_parent() -> None:
-    """Send SIGTERM to this process when its parent is gone, so that a killed run leaves no jobs behind.
+    """Ask this process to save and end when its parent is gone, so that a killed run leaves no jobs behind.
 
     Watching from a thread works on every system; Linux alone could ask the kernel.
     """
@@ -115,6 +143,6 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), SAVE_AND_END)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -22,6 +22,7 @@ from btx.model_files.model_folder import BTM_FILE
 from btx.models.cost import ModelCost, model_cost, side_by_side
 from btx.models.loading import load_model
 from btx.models.outputs import ModelReader, SideBySide, token_nll
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,7 @@ class BtmModel(CalledLikeTransformers):
             paths = {str(name): folder / path for name, path in facts["members"].items()}
             top_k, window, temperature = int(facts["top_k"]), int(facts["window"]), float(facts["temperature"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            blame(error)
             raise CheckpointError(f"{folder / BTM_FILE}: cannot be read ({error!r}); run its stage again") from error
         similarity = TextSimilarity.load(folder / SIMILARITY, list(paths), temperature)
         members = {}

@@ -20,6 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from btx.errors import CheckpointError, DataError
+from btx.system_errors import blame
 
 TEMPERATURE = 0.1
 """c-BTM's T."""
@@ -109,6 +110,7 @@ class TextSimilarity:
             with np.load(file, allow_pickle=False) as arrays:
                 idf_V, means_NV = arrays["idf"], arrays["means"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            blame(error)
             raise CheckpointError(f"{file}: cannot be read ({error}); run its stage again") from error
         if idf_V.ndim != 1 or means_NV.shape != (len(names), len(idf_V)):
             raise CheckpointError(f"{file}: means of shape {means_NV.shape} for {len(names)} models and a vocabulary "

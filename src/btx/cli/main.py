@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +10,13 @@ import typer
 from btx.cli import init as cli_init
 from btx.cli import mix as cli_mix
 from btx.cli import sweep as cli_sweep
+from btx.cli.terminal import end, prepare_streams
 from btx.cli.terminal import show as _print
 from btx.cli.terminal import show_json as _print_json
-from btx.errors import BtxError, UserError
+from btx.errors import UserError
 from btx.outputs import read_output
+from btx.process import READER_GONE
+from btx.system_errors import told
 
 if TYPE_CHECKING:
     from btx.planning.speed import Speed
@@ -35,13 +37,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line; errors become one message and exit code 1, or 2 for the user's mistake."""
+    prepare_streams()
     try:
         app(prog_name="btx")  # also when it was started with python -m btx
-    except BtxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end(130)
+    except BrokenPipeError:
+        end(1)
+    except SystemExit as ended:
+        end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    except Exception as error:
+        if (message := told(error)) is None:
+            raise
+        end(message.exit_code, "" if message.exit_code == READER_GONE else f"error: {message}")
 
 
 def _print_version(asked: bool) -> None:
@@ -369,10 +377,11 @@ def work(run_folder: Path, stages: list[str]) -> None:
 
 
 def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
-    from btx.process import Interrupts, tell
+    from btx.process import Interrupts
     from btx.stages.work import run_stages
 
-    run_stages(_run(run_folder), stages, Interrupts().listen(), (lambda line: None) if quiet else tell)
+    interrupts = Interrupts().listen()
+    run_stages(_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
 
 
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:

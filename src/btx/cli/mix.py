@@ -9,6 +9,7 @@ import typer
 
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
 from btx.errors import CheckpointError, UserError
+from btx.process import ending_at_once
 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
 Experts = Annotated[list[str] | None, typer.Option("--expert", help="NAME=FOLDER of an expert model; repeat.")]
@@ -75,7 +76,6 @@ def mix(
     from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
     from btx.mixing.settings import MixSettings
-    from btx.process import ending_at_once
 
     folders = named(expert or (), "--expert", "FOLDER")
     if copies is not None:
@@ -124,10 +124,11 @@ def extend(
     init = RouterInit(
         router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
     )  # fmt: skip
-    record = extend_model(
-        moe, name, folder, output, shared=shared, router_init=init, texts=named(text or (), "--text", "FILE"),
-        rng_seed=rng_seed, log=typer.echo,
-    )  # fmt: skip
+    with ending_at_once(f"stopped; nothing was written to {output}"):
+        record = extend_model(
+            moe, name, folder, output, shared=shared, router_init=init, texts=named(text or (), "--text", "FILE"),
+            rng_seed=rng_seed, log=typer.echo,
+        )  # fmt: skip
     typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")
 
 
@@ -143,7 +144,8 @@ def drop(
     _refuse_missing(moe)
     from btx.mixing.drop import drop as drop_expert
 
-    record = drop_expert(moe, expert, output, log=typer.echo)
+    with ending_at_once(f"stopped; nothing was written to {output}"):
+        record = drop_expert(moe, expert, output, log=typer.echo)
     typer.echo(f"{output}: {len(record['experts'])} experts: {', '.join(record['experts'])}")
 
 
@@ -215,9 +217,6 @@ def _mix_run(run_folder: Path) -> None:
     from btx.run_folder.folder import RunFolder
     from btx.stages.work import run_stages
 
-    def log(line: str) -> None:
-        print(f"· {line}", flush=True)
-
-    run = RunFolder.open(run_folder)
+    run, interrupts = RunFolder.open(run_folder), Interrupts().listen()
     soup = ["baselines/soup"] if "soup" in run.recipe.baselines else []
-    run_stages(run, ["mix", *soup], Interrupts().listen(), log)
+    run_stages(run, ["mix", *soup], interrupts, interrupts.tell)

@@ -79,6 +79,7 @@ def run_of_sweep(run_folder: Path) -> None:
 def sweep_status(folder: Path) -> list[dict[str, Any]]:
     """State of every run of a sweep's folder, as its stages' files say now."""
     from btx.run_folder.folder import RunFolder
+    from btx.run_folder.status import stage_status
     from btx.sweeps.sweep import SweepFile
 
     written = read_json(folder / "sweep.json", SweepFile)
@@ -87,7 +88,7 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
         for run in variant["runs"]:
             path = Path(run["folder"])
             opened = RunFolder.open(path) if (path / "recipe.yaml").is_file() else None
-            stages = {stage.name: opened.state(stage) for stage in opened.graph} if opened else {}
+            stages = {stage.name: stage_status(opened, stage).state for stage in opened.graph} if opened else {}
             rows.append({"variant": label, "rng_seed": run["rng_seed"], "folder": run["folder"], "stages": stages})
     return rows
 

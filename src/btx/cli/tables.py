@@ -136,12 +136,13 @@ def sweep_overview(overview: dict[str, Any]) -> list[Any]:
 def sweep_status_table(rows: list[dict[str, Any]]) -> Table:
     """`btx status` of a sweep's folder: one line a run."""
     table = Table()
-    for column in ("variant", "rng seed", "done", "under way", "to make"):
+    for column in ("variant", "rng seed", "done", "under way", "failed", "to make"):
         table.add_column(column, justify="right" if column == "rng seed" else "left")
     for row in rows:
         done, _, left = _by_state(row["stages"] or {"everything": "absent"})
-        begun = ", ".join(name for name, state in row["stages"].items() if state in ("begun", "stale"))
-        table.add_row(row["variant"], str(row["rng_seed"]), done, begun, left)
+        begun = ", ".join(name for name, state in row["stages"].items() if state in ("begun", "running", "stale"))
+        failed = ", ".join(name for name, state in row["stages"].items() if state == "failed")
+        table.add_row(row["variant"], str(row["rng_seed"]), done, begun, failed, left)
     return table
 
 

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
-from typing import Any
+import os
+import sys
+from typing import Any, NoReturn
 
 import typer
 
+from btx.process import say_no_more
+
 FILE_WIDTH = 200
 """Columns of tables that are not printed on a terminal."""
+
+PLAIN = str.maketrans({"·": "-", "→": "->", "×": "x", "±": "+-", "…": "...", "α": "alpha", "²": "2", "λ": "lambda"})
+"""How signs are written where the terminal's encoding has them not."""
+
+
+def prepare_streams() -> None:
+    """Let standard output and error take any text, whatever their encoding, and be there even where they are closed."""
+    codecs.register_error("btx", _written_plainly)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with it closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="btx")
+
+
+def _written_plainly(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end].translate(PLAIN)
+    return signs.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def end(exit_code: int, message: str = "") -> NoReturn:
+    """Print what is left to print and a last message, and end; an output that nobody reads any more is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        say_no_more()
+    except OSError as error:  # a full disk, a terminal that is gone
+        say_no_more()
+        exit_code, message = exit_code or 1, message or f"error: standard output: {error.strerror}"
+    with contextlib.suppress(OSError):
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
 
 
 def show(*renderables: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from btx.data.json_lines import BLOCK, json_value, numbered_lines, optional, pieces, refuse_half_characters
 from btx.errors import DataError
 from btx.recipe.data import Source
+from btx.system_errors import blame
 
 ABOUT = ("readme", "license", "licence")
 """What files about the others are called: in a folder they are no documents."""
@@ -99,6 +100,7 @@ def read(files: Iterable[Path], source: Source) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8 ({error.reason}); convert it, for example with iconv") from error
         except (OSError, EOFError, zlib.error) as error:
+            blame(error)
             raise DataError(f"{file}: cannot be read, perhaps broken or cut off ({error})") from error
         if empty:
             raise DataError(f"{file}: this file holds no document; remove it or fill it")
@@ -125,6 +127,7 @@ def read_hub(source: Source, root: str | None) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of half a dozen libraries
+        blame(error)
         raise DataError(f"{what}: cannot be read: {error}") from error
 
 

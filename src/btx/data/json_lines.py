@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, AnyStr
 
 from btx.errors import DataError, UserError
+from btx.system_errors import blame
 
 BLOCK = 1 << 20
 
@@ -33,6 +34,7 @@ def json_objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise DataError(f"{where}: a {what} is a JSON object, not {type(value).__name__}")
             yield where, value
     except (OSError, EOFError, zlib.error) as error:
+        blame(error)
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

@@ -36,6 +36,7 @@ from btx.data.sources import digest_of
 from btx.data.tokenizer import TokenizerFile, fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError, RunFolderError
 from btx.files import atomic_folder, file_sha256, read_json
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -284,6 +285,7 @@ class TokenFile:
         try:
             return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
+            blame(error)
             raise DataError(f"{self.folder / name}: {_BROKEN.format(error)}") from error
 
     def _check_sizes(self) -> None:

@@ -3,8 +3,8 @@
 Always: a new Python (`-I -S -B`: no environment variables, no installed packages), an empty folder of its own that is
 removed afterwards, a cleaned environment, hard limits of CPU seconds, address space, file size and open files, no
 new processes or threads, a wall clock, and the whole process group killed at the end. Started by root the program runs
-as `nobody`. Where Linux offers it: no network (a network namespace) and no writing, removing or starting of anything
-outside its folder (landlock). `check_code_execution` says which of these hold here; docs/evaluation-tasks.md says what
+as `nobody`. Where Linux offers it: no network (a network namespace), no writing, removing or starting of anything outside
+its folder (landlock), no shared memory that outlives it and no namespaces of its own (seccomp). `check_code_execution` says which of these hold here; docs/evaluation-tasks.md says what
 remains open. This is a fence against accidents of a model, not against an attacker. Plain Python.
 """
 
@@ -19,7 +19,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -84,7 +84,8 @@ def check_code_execution() -> dict[str, bool]:
     """Run a harmless program; which fences hold on this machine.
 
     Returns:
-        {"network": no network, "writes": nothing outside its folder is written, "cpu", "memory", "file_size",
+        {"network": no network, "writes": nothing outside its folder is written, "calls": nothing that outlives the
+        program in the kernel's memory, no new namespaces, "cpu", "memory", "file_size",
         "open_files", "core", "processes": the limit is set}.
 
     Raises:
@@ -136,16 +137,54 @@ def _run(program: str, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
         "open_files": limits.open_files, "user": NOBODY if _is_root() else None,
         "read_all": not _all_may_read(sys.base_prefix),
     }  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory(prefix="btx-code-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as report,
-    ):
+    with _empty_folder() as folder, tempfile.TemporaryFile() as report:
         Path(folder, "program.py").write_text(program, "utf-8", errors="replace")
         if _is_root():
             os.chown(folder, NOBODY, NOBODY)
         exit_code = _wait(folder, json.dumps(settings), report, limits.seconds)
         report.seek(0)
         return _outcome(report.read(limits.file_bytes), token, exit_code)
+
+
+@contextlib.contextmanager
+def _empty_folder() -> Iterator[str]:
+    """A new folder; whatever a program has made of it, it goes, or as much of it as can."""
+    folder = tempfile.mkdtemp(prefix="btx-code-")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder of any depth. Folders in it are moved up to it before they are emptied: walking down would need a
+    path, a call or an open file for every level."""
+    os.chmod(folder, 0o700)
+    top = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def emptied(here: int) -> Iterator[str]:
+        """Remove the files in a folder; its folders, opened up."""
+        for entry in list(os.scandir(here)):
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.name, 0o700, dir_fd=here)
+                yield entry.name
+            else:
+                os.unlink(entry.name, dir_fd=here)
+
+    try:
+        while below := list(emptied(top)):
+            for name in below:
+                inside = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=top)
+                try:
+                    for inner in emptied(inside):
+                        os.rename(inner, secrets.token_hex(16), src_dir_fd=inside, dst_dir_fd=top)
+                finally:
+                    os.close(inside)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(folder)
 
 
 def _wait(folder: str, settings: str, report: IO[bytes], seconds: float) -> int | None:
@@ -169,12 +208,13 @@ def _wait(folder: str, settings: str, report: IO[bytes], seconds: float) -> int 
 def _outcome(report: bytes, token: str, exit_code: int | None) -> tuple[Outcome, dict[str, bool]]:
     """What a report says; only one with the token was written by the fence and not by the program."""
     said: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(report)
     if isinstance(said, dict) and said.get("token") == token:
         return Outcome(not said["why"], said["why"]), said["fences"]
     if exit_code is None:
         return Outcome(False, "time"), {}
     if exit_code < 0:
-        return Outcome(False, f"signal {signal.Signals(-exit_code).name}"), {}
+        known = {number.value: number.name for number in signal.Signals}  # not the real-time signals
+        return Outcome(False, f"signal {known.get(-exit_code, -exit_code)}"), {}
     return Outcome(False, f"it left before its end (exit code {exit_code})"), {}

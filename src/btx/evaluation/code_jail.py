@@ -23,6 +23,13 @@ CAPABILITY_VERSION, CAP_DAC_READ_SEARCH = 0x20080522, 2
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # landlock's system calls, the same on every architecture
 FS_EXECUTE, FS_READ_FILE, FS_READ_DIR = 1 << 0, 1 << 2, 1 << 3
 FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # landlock version → kinds of access to files it knows
+EPERM, PR_SET_SECCOMP, SECCOMP_FILTER = 1, 22, 2
+FORBIDDEN = {
+    "x86_64": (0xC000003E, (272, 308, 29, 68, 64, 240, 248, 249, 250, 425)),
+    "aarch64": (0xC00000B7, (97, 268, 194, 186, 190, 180, 217, 218, 219, 425)),
+}
+"""Machine → its audit number, and its numbers of unshare and setns (new namespaces), shmget, msgget, semget and mq_open
+(what outlives a process), add_key, request_key and keyctl (so do keys) and io_uring_setup (a way around all this)."""
 NET_BITS, SCOPE_BITS = 0b11, 0b11  # bind and connect TCP; abstract sockets and signals
 
 
@@ -61,7 +68,14 @@ def allow_writes_in(folder: str, libc: ctypes.CDLL) -> bool:
     if version < 1:
         return False
     access = (1 << FS_BITS[min(version, 5)]) - 1 & ~(FS_READ_FILE | FS_READ_DIR)
-    attributes = struct.pack("=QQQ", access, NET_BITS, SCOPE_BITS)[: 8 if version < 4 else 16 if version < 6 else 24]
+    attributes = struct.pack("=QQQ", access, EPERM, PR_SET_SECCOMP, SECCOMP_FILTER = 1, 22, 2
+FORBIDDEN = {
+    "x86_64": (0xC000003E, (272, 308, 29, 68, 64, 240, 248, 249, 250, 425)),
+    "aarch64": (0xC00000B7, (97, 268, 194, 186, 190, 180, 217, 218, 219, 425)),
+}
+"""Machine → its audit number, and its numbers of unshare and setns (new namespaces), shmget, msgget, semget and mq_open
+(what outlives a process), add_key, request_key and keyctl (so do keys) and io_uring_setup (a way around all this)."""
+NET_BITS, SCOPE_BITS)[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
     inside = os.open(folder, os.O_RDONLY)
     rule = struct.pack("=Qi", access & ~FS_EXECUTE, inside)
@@ -78,6 +92,31 @@ def allow_writes_in(folder: str, libc: ctypes.CDLL) -> bool:
     return done
 
 
+def forbid_calls(libc: ctypes.CDLL) -> bool:
+    """Refuse the system calls of `FORBIDDEN` from here on (seccomp): they make what outlives the program, or new room."""
+    if sys.platform != "linux" or os.uname().machine not in FORBIDDEN or not sys.maxsize > 1 << 32:
+        return False
+    audit, numbers = FORBIDDEN[os.uname().machine]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF: load a word, compare and jump, return
+    refused = 0x00050000 | EPERM
+    steps = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, refused),  # another architecture's calls
+             (load, 0, 0, 0), (at_least, 0, 1, 1 << 30), (give, 0, 0, refused)]  # the x32 calls of x86_64
+    for number in numbers:
+        steps += [(equal, 0, 1, number), (give, 0, 0, refused)]
+    steps.append((give, 0, 0, 0x7FFF0000))  # all else is allowed
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        return False
+    return libc.prctl(PR_SET_SECCOMP, SECCOMP_FILTER, ctypes.byref(program), 0, 0) == 0
+
+
+def keep_capabilities(kept: int, libc: ctypes.CDLL) -> bool:
+    """Give up all capabilities but those in the mask `kept`, among the lower 32."""
+    effective_permitted_inheritable = struct.pack("=6I", kept, kept, 0, 0, 0, 0)  # the lower 32, then the higher
+    return libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0), effective_permitted_inheritable) == 0
+
+
 def become(user: int, read_all: bool, libc: ctypes.CDLL) -> None:
     """Give up root's rights for good; with `read_all` keep the one to read any file."""
     keep = read_all and hasattr(libc, "capset")
@@ -86,10 +125,8 @@ def become(user: int, read_all: bool, libc: ctypes.CDLL) -> None:
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    if keep:  # effective, permitted and inheritable capabilities, the lower 32 and the higher
-        one = 1 << CAP_DAC_READ_SEARCH
-        if libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0), struct.pack("=6I", one, one, 0, 0, 0, 0)) != 0:
-            raise OSError("the capabilities of root could not be given up")
+    if keep and not keep_capabilities(1 << CAP_DAC_READ_SEARCH, libc):
+        raise OSError("the capabilities of root could not be given up")
 
 
 def run(path: str) -> str:
@@ -116,7 +153,10 @@ def main() -> None:
     if settings["user"] is not None:
         become(settings["user"], settings["read_all"], libc)
         fences["network"] = fences["network"] or leave_network(libc)  # root in a container may lack the right to
+    if settings["user"] is None and hasattr(libc, "capset"):
+        keep_capabilities(0, libc)  # whoever makes a user namespace has all of them in it
     fences["writes"] = allow_writes_in(".", libc)
+    fences["calls"] = forbid_calls(libc)
     fences |= limit_resources(settings)
     token = settings.pop("token")
     why = run("program.py")

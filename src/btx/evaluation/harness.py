@@ -23,6 +23,7 @@ from btx.evaluation.code_execution import check_code_execution, fences_text, run
 from btx.evaluation.harness_checks import check_harness, config_file, shots_of, task_manager
 from btx.evaluation.harness_files import LocalTask, TaskDocuments, TaskRequest
 from btx.files import value_hash
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,6 +162,7 @@ def _build(request: TaskRequest, documents: TaskDocuments | None) -> dict[str, A
     try:
         tasks: dict[str, Any] = task_manager().load([request.name])["tasks"]
     except Exception as error:  # datasets and the hub raise errors of many types
+        blame(error)
         raise UserError(f"{request.label}: lm-eval cannot load {request.name!r} from the hub: {error}. Without a "
                         f"network give the task a `file`") from error  # fmt: skip
     wanted = request.paper_shots if request.shots is None else request.shots

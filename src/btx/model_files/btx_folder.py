@@ -16,6 +16,7 @@ from btx.choices.families import moe_family_of
 from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.files import write_json
+from btx.system_errors import blame
 
 FILE = "btx.json"
 FORMAT = 1
@@ -91,6 +92,7 @@ def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingRule]:
     try:
         facts = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        blame(error)
         raise CheckpointError(f"{file}: this folder's router is described there, but unreadable: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{file}: expected format {FORMAT}; this folder was written by another version of btx")

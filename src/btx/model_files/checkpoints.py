@@ -9,6 +9,7 @@ import torch
 from btx.errors import CheckpointError
 from btx.model_files.headers import COMPUTED, FLOATS, Headers, check_unquantised
 from btx.model_files.lazy_tensors import FileTensor, OpenFile
+from btx.system_errors import blame
 
 DTYPES = {name: getattr(torch, known_as) for name, known_as in FLOATS.items()}
 
@@ -81,4 +82,5 @@ class TensorFolder:
         try:
             return OpenFile(path)
         except OSError as error:
+            blame(error)
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error

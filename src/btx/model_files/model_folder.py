@@ -11,6 +11,7 @@ from btx.model_files.headers import Headers, check_unquantised
 from btx.model_files.hub import check_hub_name
 from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
 from btx.outputs import check_model_of_stage
+from btx.system_errors import blame
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -62,6 +63,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        blame(error)
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file}: no model_type: this is no transformers model")

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from btx.errors import CheckpointError
 from btx.model_files.token_ids import Vocabulary, is_sentencepiece, read_object, read_vocabulary
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ def broken_json(folder: Path) -> list[str]:
         try:
             Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the tokenizers library raises plain Exception
+            blame(error)
             problems.append(f"{tokenizer}: no tokenizer: {error}")
     return problems
 
@@ -85,6 +87,7 @@ def usable_tokenizer(folder: Path, rows: int, warn: Callable[[str], None]) -> Pr
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers fail with errors of many types
+        blame(error)
         beside = [name for name in JSON_BESIDE_WEIGHTS[1:5] if (folder / name).is_file() and name != found.file.name]
         names = ", ".join([found.file.name, *beside])
         raise CheckpointError(f"{folder}: the tokenizer ({names}) cannot be loaded: {error}") from error

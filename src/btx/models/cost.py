@@ -53,6 +53,12 @@ class ModelCost:
         """Weights, and of what trains gradients and AdamW's two moments, in float32; activations come on top."""
         return 4 * self.total_params + 12 * self.trained_params
 
+    def activation_bytes(self, tokens: int, *, checkpointed: bool) -> int:
+        """A rough upper bound of the activations of so many tokens at once: about 34 numbers a token and unit of width,
+        and layer (Korthikanti et al., arXiv 2205.05198, section 4.1, counted in 4-byte numbers), or the layer inputs
+        alone with gradient checkpointing."""
+        return 4 * tokens * self.attention_width * (2 if checkpointed else 34)
+
     def checkpoint_bytes(self) -> int:
         """A resumable checkpoint: the weights that train and AdamW's two moments, in float32."""
         return 12 * self.trained_params

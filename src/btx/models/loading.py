@@ -25,6 +25,7 @@ from btx.models.configs import as_the_files_say, own_config, quiet_transformers,
 from btx.models.whole import FAMILY_CLASSES, check_whole
 from btx.moe.layer import set_router, swap_in_moe
 from btx.process import quick_imports
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +62,7 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
             output_loading_info=True,
         )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        blame(error)
         raise CheckpointError(f"{path}: this is no model that can be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     check_unquantised(Path(path), model.config.to_dict())  # a hub name; folders were looked at before
@@ -105,6 +107,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
             str(path), config=own, revision=revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
+        blame(error)
         raise CheckpointError(f"{path}: this folder has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one before branching")
@@ -131,6 +134,7 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
             torch.manual_seed(rng_seed)
             model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
     except Exception as error:
+        blame(error)
         raise CheckpointError(f"seed_model.config: transformers cannot build this model: {error}") from error
     return model
 

@@ -11,6 +11,7 @@ from btx.model_files.model_folder import check_model_folder
 from btx.models.configs import read_config
 from btx.recipe.problems import did_you_mean
 from btx.recipe.schema import Recipe
+from btx.system_errors import blame
 
 # Keys of older configs that transformers still takes, though its config classes no longer have them.
 _OLDER_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
@@ -46,6 +47,7 @@ def _config_from_scratch(config: dict[str, Any], vocab_size: int, where: str = "
         known = AutoConfig.for_model(config["model_type"]).to_dict().keys() | _OLDER_KEYS
         built = AutoConfig.for_model(config["model_type"], **({"vocab_size": vocab_size} | values))
     except Exception as error:  # each config class has checks, and errors, of its own
+        blame(error)
         raise CheckpointError(f"{where}: transformers cannot build this model: {error}") from error
     for key in values.keys() - known:
         hint = did_you_mean(key, known) or f"; {config['model_type']} has: {', '.join(sorted(known))}"

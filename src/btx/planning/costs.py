@@ -187,12 +187,10 @@ class _Training:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights, gradients, optimiser, and a rough upper bound of the activations: about 34 numbers a token and unit
-        of width, and layer (Korthikanti et al., arXiv 2205.05198, section 4.1, counted in 4-byte numbers), or the layer
-        inputs alone with gradient checkpointing."""
+        """Weights, gradients, optimiser and activations."""
         tokens = max(self.settings.micro_batch_tokens, self.sequence_length)
-        per_unit = 2 if self.settings.gradient_checkpointing else 34
-        return self.cost.training_bytes() + 4 * tokens * self.cost.attention_width * per_unit
+        checkpointed = self.settings.gradient_checkpointing
+        return self.cost.training_bytes() + self.cost.activation_bytes(tokens, checkpointed=checkpointed)
 
     @property
     def trained(self) -> Trained:

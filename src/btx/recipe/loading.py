@@ -22,6 +22,7 @@ from btx.recipe.overrides import apply_override
 from btx.recipe.problems import did_you_mean, schema_problems
 from btx.recipe.schema import PAPER, Recipe
 from btx.recipe.yaml_positions import RESOLVERS, Document, Problem, YamlSyntaxError, compose, read_yaml
+from btx.system_errors import blame
 
 MAX_BYTES = 1_000_000
 MAX_PROBLEMS_SHOWN = 50
@@ -59,6 +60,7 @@ def _read(name_or_path: str) -> tuple[str, str, str | None]:
             f"packaged recipes: {', '.join(packaged)}"
         ) from None
     except (OSError, ValueError) as error:
+        blame(error)
         raise RecipeError(f"{name_or_path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return _decode(content, str(path)), str(path), run
 

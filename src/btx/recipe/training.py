@@ -21,6 +21,8 @@ from btx.recipe.section import (
     Weight,
 )
 
+OnSpike = Literal["log", "skip", "stop"]
+
 
 class Training(Section):
     """One training stage: the paper's optimiser recipe (section 4.1) unless overridden."""
@@ -51,6 +53,9 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more work."""
     checkpoint_every: PositiveInt = 100
     """Optimiser steps between two resumable checkpoints."""
+    on_spike: OnSpike = "log"
+    """What to do about a step whose loss or gradient norm stands far out from the last 100 (docs/footguns.md). log: say
+    so; skip: say so and leave weights and moments as they were; stop: save what was before it, and fail."""
 
     def step_tokens(self, sequence_length: int) -> int:
         """Tokens of an optimiser step: whole sequences, one at least."""
@@ -192,6 +197,8 @@ class BaselineTraining(Section):
     """AdamW's decoupled weight decay."""
     clip: PositiveFloat | None = None
     """Largest global gradient norm."""
+    on_spike: OnSpike | None = None
+    """What to do about a loss spike: log, skip or stop."""
     load_balancing: Weight | None = None
     """MoE baselines: weight α of the load-balancing loss."""
 

@@ -71,18 +71,22 @@ def _why_not(run: RunFolder, stage: Stage, begun: Mapping[str, Any], verified: s
 
 def _differing(old: Mapping[str, Any], stage: Stage) -> list[str]:
     """Settings that differ, but for those that other comparisons replace."""
-    differing = []
-    for key, before in old.items():
-        after = stage.shown.get(key)
-        if key in NOT_COMPARED or before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            younger = after.keys() - before.keys() - NOT_COMPARED
-            same = all(before[name] == after.get(name) for name in before)
-            if same and not younger & stage.settings[key].keys():  # younger fields have their neutral value
-                continue
-        differing.append(key)
-    return differing
+    return [
+        key for key, before in old.items()
+        if key not in NOT_COMPARED and not _same(before, stage.shown.get(key), stage.settings.get(key))
+    ]  # fmt: skip
+
+
+def _same(before: Any, after: Any, decisive: Any) -> bool:
+    """Whether settings say the same, at any depth: a younger field may be there if it has its neutral value, which is
+    what is not among the decisive settings."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return bool(before == after)
+    decides = decisive if isinstance(decisive, dict) else {}
+    younger = after.keys() - before.keys() - NOT_COMPARED
+    return not younger & decides.keys() and all(
+        _same(value, after.get(name), decides.get(name)) for name, value in before.items()
+    )
 
 
 def _mixtures(stage: Stage) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 
 SPEED_ONLY = {"checkpoint_every", "plan_config"}
 """How a job runs decides speed, not results, and plan_config only the plan."""
+SAME_RESULT = {"on_spike": {"stop": "log"}}
+"""Field → value → the one that it makes the same result as: a stage that was stopped has none, and goes on with log."""
 NEUTRAL: dict[tuple[str, str], Any] = {}
 """(section's class, field) → the value that is left out, where it is no longer the default."""
 
@@ -37,6 +39,8 @@ def _json(value: Any, without_neutral: bool) -> Any:
     if isinstance(value, BaseModel):
         fields = {name: getattr(value, name) for name in type(value).model_fields if name not in SPEED_ONLY}
         if without_neutral:
+            fields = {name: SAME_RESULT[name].get(item, item) if name in SAME_RESULT else item
+                      for name, item in fields.items()}  # fmt: skip
             fields = {name: item for name, item in fields.items() if item != neutral_value(type(value), name)}
         return _json(fields, without_neutral)
     if isinstance(value, dict):

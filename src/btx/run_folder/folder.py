@@ -33,6 +33,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.stages_of_recipe import build_graph
+from btx.system_errors import blame
 
 State = Literal["done", "begun", "stale", "absent"]
 
@@ -251,7 +252,7 @@ class RunFolder:
         import json
 
         with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": _now(), "event": kind, **facts}) + "\n")
+            file.write(json.dumps({"time": now(), "event": kind, **facts}) + "\n")
 
 
 @contextlib.contextmanager
@@ -279,6 +280,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         ) from None
     except OSError as error:
         lock.release()
+        blame(error)
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error
@@ -308,7 +310,7 @@ def done_json(stage: Stage, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What is noted of a stage when it is finished; tokens, FLOPs and seconds are 0 unless `facts` have them."""
     nothing = {"tokens": 0, "flops": 0.0, "wall_s": 0.0}
     named = {"stage": stage.name, "inputs": stage.inputs}
-    return named | nothing | dict(facts) | {"node": platform.node(), "finished": _now()}
+    return named | nothing | dict(facts) | {"node": platform.node(), "finished": now()}
 
 
 def _names(stage: Stage) -> dict[str, str]:
@@ -334,7 +336,8 @@ def _settings_known(stage: Stage) -> bool:
         return False
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, in UTC, as the run folder's files have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -342,7 +345,7 @@ def _manifest(recipe: Path) -> dict[str, Any]:
     """What made this run: versions, command, git commit of the working directory, hash of the recipe."""
     packages = ("branchtrainmix", "torch", "transformers", "tokenizers", "safetensors", "numpy")
     return {
-        "time": _now(),
+        "time": now(),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -24,6 +24,7 @@ from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune, SeedTraining
 from btx.run_folder.data_stages import TOKENIZER_FILES, DataStages
 from btx.run_folder.graph import Graph, Recorded, Settings, Stage, nothing_recorded
+from btx.system_errors import blame
 
 Mixed = TypeVar("Mixed", SeedTraining, Finetune)
 
@@ -201,6 +202,7 @@ def _content(path: Path, where: str) -> str:
     try:
         return content_sha256(path)
     except OSError as error:
+        blame(error)
         raise DataError(f"{where}: {path}: {error.strerror or error}") from error
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from btx.errors import RunFolderError
+from btx.files import read_json, write_json
 from btx.metrics_file import last_metrics
-from btx.run_folder.folder import RunFolder
+from btx.process import Interrupted
+from btx.run_folder.folder import RunFolder, now
 from btx.run_folder.graph import Stage
+from btx.system_errors import told
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class StageStatus:
 
     stage: str
     state: str
-    """done, running, begun (started, but nobody is at it), stale, absent."""
+    """done, running, failed (and not tried again since), begun (started, but nobody is at it), stale, absent."""
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
@@ -25,7 +32,7 @@ class StageStatus:
     eta_s: float | None = None
     wall_s: float | None = None
     why: str | None = None
-    """For a stale stage: what changed."""
+    """For a stale stage what changed, for a failed one its last error line."""
     node: str | None = None
     """The machine that is at it, or that made it."""
 
@@ -33,27 +40,60 @@ class StageStatus:
 def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     """Status of one stage."""
     state: str = run.state(stage)
-    if state == "stale":
-        return StageStatus(stage.name, state, why=run.why_stale(stage))
     if state == "done":
         facts = run.done(stage) or {}
         return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"), loss=facts.get("loss"),
                            wall_s=facts.get("wall_s"), node=facts.get("node"))  # fmt: skip
-    if (node := at_work(run, stage.name)) is not None:
+    why, node, has_metrics = None, at_work(run, stage.name), state == "begun"
+    if node is None and (failure := read_json(_failure_file(run, stage.name))) is not None:
+        state, why, node = "failed", failure["error"], failure["node"]
+    elif state == "stale":
+        return StageStatus(stage.name, state, why=run.why_stale(stage))
+    elif node is not None:
         state = "running"
-    line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if state != "absent" else None
+    line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if has_metrics else None
     if line is None:
-        return StageStatus(stage.name, state, node=node)
+        return StageStatus(stage.name, state, why=why, node=node)
     remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
     return StageStatus(
         stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
-        remaining_tokens / line["tokens_per_s"], line["wall_s"], node=node,
+        remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], why=why, node=node,
     )  # fmt: skip
 
 
 def run_status(run: RunFolder) -> list[dict[str, Any]]:
     """Status of every stage, in the order they run."""
     return [asdict(stage_status(run, stage)) for stage in run.graph]
+
+
+@contextlib.contextmanager
+def trying(run: RunFolder, stage: str) -> Iterator[None]:
+    """Try a stage: it has not failed any more, and has if the block ends with an error that is no interruption."""
+    _failure_file(run, stage).unlink(missing_ok=True)
+    try:
+        yield
+    except (Interrupted, BrokenPipeError):
+        raise
+    except Exception as error:
+        note_failure(run, stage, str(told(error) or f"{type(error).__name__}: {error}"))
+        raise
+
+
+def note_failure(run: RunFolder, stage: str, error: str) -> None:
+    """Note that a stage failed, and the last line of what it said."""
+    with contextlib.suppress(RunFolderError):  # on a full disk
+        write_json(
+            _failure_file(run, stage), {"error": last_line(error), "node": platform.node(), "time": now()}
+        )  # fmt: skip
+
+
+def last_line(text: str) -> str:
+    """The last line of a message that is not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it left no message")
+
+
+def _failure_file(run: RunFolder, stage: str) -> Path:
+    return run.path / ".locks" / f"{stage.replace('/', '-')}.failed.json"
 
 
 def at_work(run: RunFolder, work: str) -> str | None:

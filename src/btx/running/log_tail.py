@@ -21,9 +21,12 @@ class LogTail:
 
     def new_lines(self) -> list[str]:
         """Whole lines the log has got since the last call."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            text = file.read()
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                text = file.read()
+        except FileNotFoundError:  # not there yet, or somebody removed it
+            return []
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
         return whole.decode("utf-8", "replace").splitlines()

@@ -20,7 +20,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.status import at_work, stage_status
+from btx.run_folder.status import at_work, last_line, note_failure, stage_status
 from btx.run_folder.threads import jobs_at_once, processors
 from btx.running.launchers import START, Job
 from btx.running.log_tail import LogTail
@@ -28,6 +28,12 @@ from btx.running.preflight import preflight
 from btx.running.progress import Display
 
 POLL_S = 0.3
+KILLED = 9
+"""SIGKILL."""
+KILLED_TEXT = (
+    "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
+    "gradient_checkpointing, a shorter data.sequence_length or fewer launch.jobs take less"
+)
 
 
 def run(
@@ -43,8 +49,8 @@ def run(
 
     Raises:
         UserError: bad input; a run folder made by this call is removed again.
-        StageFailed: a job failed; the message holds the end of its log.
-        Interrupted: SIGINT or SIGTERM; all jobs have saved.
+        StageFailed: jobs failed; the message holds the end of each one's log.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; all jobs have saved.
     """
     recipe = recipe.without(without) if without else recipe
     preflight(recipe)
@@ -113,7 +119,7 @@ class _Pipeline:
         self.interrupts = interrupts
         self.at_once = jobs_at_once(run.graph)
         self.running: list[_Running] = []
-        self.failures: list[BtxError] = []
+        self.failures: dict[str, BtxError] = {}
         self.error_lines: dict[str, list[str]] = {}
         self.compared = False
         """Whether stages of an earlier version have been looked at."""
@@ -136,9 +142,12 @@ class _Pipeline:
                 time.sleep(POLL_S)
         finally:
             self._end_jobs()
+        if self.failures:
+            self.display.say(self._summary(waiting))
         self.interrupts.raise_if_pending(f"stopped; `btx run {self.run_folder.path}` continues")
         if self.failures:
-            raise self.failures[0]
+            first, *others = self.failures.values()
+            raise type(first)("\n\n".join(map(str, (first, *others)))) if others else first
         if waiting:
             raise RunFolderError(self._why_waiting(waiting[0]))
 
@@ -250,21 +259,29 @@ class _Pipeline:
     def _note_failure(self, running: _Running, exit_code: int) -> None:
         """A job failed: the others go on to their end, nothing new is started."""
         lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith(TOLD)]
-        told = "\n".join(lines[-30:]).removeprefix("error: ") or "it left no message"
+        told = "\n".join(lines[-30:]).removeprefix("error: ")
+        if exit_code == -KILLED:
+            told += KILLED_TEXT
         # A process may do several stages: the one that failed is the first that is not done.
         unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]
         name = unfinished[0] if unfinished else running.name
         if exit_code == UserError.exit_code:
-            self.failures.append(UserError(told))
+            self.failures[name] = UserError(told or last_line(told))
         else:
             how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+            note_failure(self.run_folder, name, told or how)  # a job that was killed could not
             domain = name.removeprefix("train/")
             without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
-            self.failures.append(
-                StageFailed(f"{name} failed ({how}); its log is {running.job.log}:\n{told}\n"
+            self.failures[name] = (
+                StageFailed(f"{name} failed ({how}); its log is {running.job.log}:\n{told or last_line(told)}\n"
                             f"`btx run {self.run_folder.path}` continues from its last checkpoint{without}")
             )  # fmt: skip
-        self.display.say(f"{name}: failed")
+        self.display.say(f"{name}: failed: {last_line(told)}")
+
+    def _summary(self, waiting: Sequence[tuple[Stage, ...]]) -> str:
+        """What failed and what was not begun for it."""
+        left = [stage.name for job in waiting for stage in job]
+        return f"failed: {', '.join(self.failures)}; not begun: {', '.join(left) or 'nothing'}"
 
     def _end_jobs(self) -> None:
         """Ask every job to save and end, and wait for it."""

@@ -22,6 +22,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.stages_of_recipe import MODEL_FILES
 from btx.stages.training import train_stage
+from btx.system_errors import blame
 
 
 def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -67,6 +68,7 @@ def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: 
         try:
             source = Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
         except Exception as error:
+            blame(error)
             raise UserError(f"seed_model.path: {path!r} is no folder, and as a hub name it failed: {error}") from error
     check_links(source)
     target.unlink(missing_ok=True)

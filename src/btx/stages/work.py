@@ -12,6 +12,7 @@ from btx.outputs import check_outputs
 from btx.process import Interrupts, Log, quick_imports
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
+from btx.run_folder.status import trying
 from btx.run_folder.threads import processors, shares_processors, training_threads
 
 ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
@@ -35,7 +36,7 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                 continue
             run.check_needs(stage)  # for all stages, and before their modules import torch
             # Training saves before it stops; what the other stages have not written yet is soon made again.
-            with contextlib.nullcontext() if stage.trains else interrupts.at_once():
+            with trying(run, name), contextlib.nullcontext() if stage.trains else interrupts.at_once():
                 with quick_imports():
                     if stage.trains and shares_processors(run.graph, stage):
                         _use_threads(training_threads(run.graph))

@@ -19,7 +19,7 @@ from torch import nn
 
 from btx.data.mixture import NO_LABEL
 from btx.data.samples import Samples
-from btx.errors import NotFinite
+from btx.errors import LossSpike, NotFinite
 from btx.moe.balancing import Balancing, RoutingLoss, move_selection_bias
 from btx.moe.layer import at_step, moe_blocks
 from btx.moe.routing_metrics import DeadExpertWatch, RoutingMeter
@@ -29,6 +29,7 @@ from btx.training.checkpoints import Checkpoints
 from btx.training.losses import next_token_loss
 from btx.training.metrics import Metrics
 from btx.training.schedule import adamw, learning_rate, set_learning_rate
+from btx.training.spikes import SpikeWatch, spike_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
 
     Raises:
         NotFinite: the loss or gradient became NaN or infinite; the weights were not updated.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        LossSpike: there was one, and `on_spike` is stop; a checkpoint of the steps before it was written.
+        Interrupted: a signal came; a checkpoint was written.
     """
     settings, model = job.settings, job.model.to(job.device).train()
     tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
@@ -84,12 +86,20 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
     watch.recent.extend(metrics.loads)
+    spikes = SpikeWatch(metrics.recent)
     with metrics.open() as file:
         for step in range(done, total_steps):
             started = time.perf_counter()
             rate = learning_rate(step, total_steps, settings)
             set_learning_rate(optimizer, rate)
-            facts = training_step(job, optimizer, step, samples_per_step)
+            try:
+                facts = training_step(job, optimizer, step, samples_per_step, spikes)
+            except LossSpike:
+                job.checkpoints.save(step, model, optimizer)
+                raise
+            if (spike := facts.get("spike")) is not None:
+                left_out = "; this step is left out, as on_spike: skip says" * spike["skipped"]
+                log(f"warning: step {step + 1}: {spike_text(facts, spike)}{left_out}")
             if "load" in facts:
                 facts["dead"] = watch.see(facts["load"])
             tokens = (step + 1) * tokens_per_step
@@ -108,12 +118,17 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
 
 
 def training_step(
-    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int
-) -> dict[str, Any]:
+    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int,
+    spikes: SpikeWatch | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics.
+
+    Args:
+        spikes: what came before; None looks for no spikes.
 
     Raises:
         NotFinite: the loss or gradient is NaN or infinite; the weights were not updated.
+        LossSpike: it is a spike and `on_spike` is stop; the weights were not updated.
     """
     settings, model = job.settings, job.model
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
@@ -147,10 +162,20 @@ def training_step(
             f"were not updated. Last good checkpoint: {job.checkpoints.last()}. Lower "
             f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
         )
-    optimizer.step()
+    skipped = False
+    if spikes is not None and (spike := spikes.see(facts)) is not None:
+        if settings.on_spike == "stop":
+            raise LossSpike(
+                f"step {step + 1}: {spike_text(facts, spike)}; stopped before this step, as on_spike: stop says, and "
+                f"saved. on_spike: log goes on from here and through it; skip trains anew and leaves such steps out"
+            )
+        skipped = settings.on_spike == "skip"
+        facts["spike"] = spike | {"skipped": skipped}
+    if not skipped:
+        optimizer.step()
+        if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
+            move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
     optimizer.zero_grad(set_to_none=True)
-    if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
-        move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
     return facts | routing_loss.facts() | meter.facts()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from btx.metrics_file import read_metrics
+from btx.training.spikes import WINDOW
 
 
 class Metrics:
@@ -20,6 +21,8 @@ class Metrics:
         self.last_loss = math.nan
         self.loads: list[list[list[float]]] = []
         """The experts' load in the steps before, for a MoE model."""
+        self.recent = kept[-WINDOW:]
+        """The last steps before, for the watch on spikes."""
         for line in kept:
             self.wall_s, self.last_loss = line["wall_s"], line["loss"]
             self.loads += [line["load"]] if "load" in line else []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from btx.process import SAVE_AND_END
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LocalJob:
     def terminate(self) -> None:
         """Ask it to save and end."""
         if self.exit_code() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(SAVE_AND_END)
 
     def wait(self) -> None:
         """Wait until it has ended."""
@@ -58,7 +59,7 @@ def start_run(run: Path, log: Path, *, threads: int | None = None) -> LocalJob:
 def _start(arguments: Sequence[str], log: Path, variables: dict[str, str]) -> LocalJob:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "btx", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | variables
     with open(log, "ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,

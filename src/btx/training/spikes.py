@@ -1,0 +1,61 @@
+"""Loss spikes: steps that stand out from those before them.
+
+A step is a spike if its loss is more than 1.2 times the median of the last 100 steps, or its gradient norm (before
+clipping) more than 5 times its median; and in either case more than their mean and six standard deviations, as small
+batches of unlike texts are no spikes (OLMo-core's SkipStepOptimizer has the six, over 128 steps). The first eight steps
+are never one. Among the steps before the next one a spike counts as the largest value that would have been none: so it
+does not hide the next, and a loss that stays high is in time the usual one.
+
+What came before is read from metrics.jsonl, so a resumed training finds the same spikes as one that went through.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import fmean, median, pstdev
+from typing import Any
+
+WINDOW, LEAST = 100, 8
+DEVIATIONS = 6.0
+FACTORS = {"loss": 1.2, "grad_norm": 5.0}
+NAMES = {"loss": "loss", "grad_norm": "gradient norm"}
+
+
+class SpikeWatch:
+    """Looks at steps in their order.
+
+    Args:
+        before: metrics of the steps already done, of which the last 100 count.
+    """
+
+    def __init__(self, before: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._recent = {name: deque[float](maxlen=WINDOW) for name in FACTORS}
+        for line in before:
+            counts_as = line.get("spike", {}).get("counts_as", {})
+            for name, recent in self._recent.items():
+                recent.append(counts_as.get(name, line[name]))
+
+    def see(self, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Whether a step with this loss and gradient norm is a spike; it is among those before from now on.
+
+        Returns:
+            {"of": "loss" or "grad_norm", "usual": the median, "factor": how many times that it is, "counts_as": name →
+            value among the steps before the next}, or None.
+        """
+        found: dict[str, Any] | None = None
+        for name, recent in self._recent.items():
+            value = facts[name]
+            if len(recent) >= LEAST and (usual := median(recent)) > 0:
+                limit = max(FACTORS[name] * usual, fmean(recent) + DEVIATIONS * pstdev(recent))
+                if value > limit:
+                    found = found or {"of": name, "usual": usual, "factor": round(value / usual, 3), "counts_as": {}}
+                    found["counts_as"][name] = value = limit
+            recent.append(value)
+        return found
+
+
+def spike_text(facts: Mapping[str, Any], spike: Mapping[str, Any]) -> str:
+    """A spike in words."""
+    value, usual = facts[spike["of"]], spike["usual"]
+    return f"the {NAMES[spike['of']]} is {value:.4g}, {spike['factor']:.2f} times the usual {usual:.4g}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import family_of
 from btx.errors import CheckpointError, RecipeError
-from btx.model_files.model_folder import check_model_folder
 from btx.models.configs import read_config
+from btx.models.whole import check_whole
 from btx.recipe.problems import did_you_mean
 from btx.recipe.schema import Recipe
 
@@ -20,7 +21,8 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         RecipeError: `seed_model.config` or `plan_config` has a key that its class does not know.
-        CheckpointError: no such model, or one that transformers cannot build.
+        CheckpointError: no such model, one that transformers cannot build or no family mixes, tensors that are not
+            those of its class.
     """
     seed = recipe.seed_model
     if seed.config is not None:
@@ -28,9 +30,13 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
     if seed.plan_config is not None:
         return _config_from_scratch(seed.plan_config, seed.tokenizer.vocab_size, "seed_model.plan_config")
     assert seed.path is not None  # the schema guarantees it
-    if Path(seed.path).is_dir():
-        check_model_folder(Path(seed.path))
-    return read_config(seed.path, revision=seed.revision)
+    folder = Path(seed.path).expanduser()
+    if not folder.is_dir():
+        return read_config(seed.path, revision=seed.revision)
+    config = read_config(folder)
+    family_of(config, str(folder / "config.json"))
+    check_whole(folder, config)
+    return config
 
 
 def _config_from_scratch(config: dict[str, Any], vocab_size: int, where: str = "seed_model.config") -> dict[str, Any]:

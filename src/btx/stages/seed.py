@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import family_of
 from btx.errors import CheckpointError, UserError
-from btx.models.configs import read_config
+from btx.models.config_meaning import differences
+from btx.models.configs import completed, read_config
 from btx.models.loading import load_tokenizer, new_model
+from btx.models.whole import check_whole
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
 from btx.recipe.mixtures import seed_mixture
@@ -28,7 +31,10 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
             known = run.recorded("seed")
             was_here = known is not None and "files" in known["settings"]
             link_seed_model(seed.path, seed.revision, facts.folder / "model", was_here=was_here)
-            check_planned(seed.plan_config, read_config(facts.folder / "model"))
+            config = read_config(facts.folder / "model")
+            check_planned(seed.plan_config, config)
+            family_of(config, f"seed_model.path: {seed.path}")
+            check_whole(facts.folder / "model", config)
         return
     assert seed.config is not None  # the schema guarantees both
     assert seed.train is not None
@@ -67,7 +73,10 @@ def check_planned(planned: Mapping[str, Any] | None, found: Mapping[str, Any]) -
     Raises:
         CheckpointError: names the keys that differ.
     """
-    differing = [f"{key}: {value} planned, {found[key]} found" for key, value in (planned or {}).items()
-                 if key in found and found[key] != value]  # fmt: skip
+    if not planned:
+        return
+    said = planned.keys() | ({"rope_parameters"} if {"rope_theta", "rope_scaling"} & planned.keys() else set())
+    other = differences(completed(lambda: planned, "seed_model.plan_config", "its class"), found)
+    differing = [f"{key}: {wanted} planned, {there} found" for key, (wanted, there) in other.items() if key in said]
     if differing:
         raise CheckpointError(f"seed_model.plan_config is not the model at seed_model.path: {'; '.join(differing)}")

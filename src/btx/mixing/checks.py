@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -13,9 +14,10 @@ from btx.errors import CheckpointError
 from btx.mixing.inputs import GENERALIST, MixInputs, open_tensors
 from btx.model_files.beside_weights import SETTINGS, TOKENIZER, check_links
 from btx.model_files.checkpoints import TensorFolder
+from btx.model_files.headers import HEAD
 from btx.model_files.vocabularies import broken_json, usable_tokenizer, vocabulary_difference
 from btx.models.config_meaning import differences
-from btx.models.configs import complete_moe_config, read_config
+from btx.models.configs import completed, read_config
 from btx.models.whole import class_problems, shape_problems
 
 SAFE_TO_CHANGE = {"max_position_embeddings", "rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window"}
@@ -55,7 +57,11 @@ def open_checked(
             + "Nothing was written."
         )  # fmt: skip
     assert seed is not None  # or there were problems
-    _warn_of_twins({"the seed model": seed_model, **{f"expert {name}": path for name, path in experts.items()}}, warn)
+    if any(path != seed_model for path in experts.values()):  # else the same folder again is what is wanted: upcycling
+        _warn_of_twins(
+            {"the seed model": seed_model, **{f"expert {name}": path for name, path in experts.items()}}, warn
+        )
+    _warn_of_heads([seed, *(expert for expert in opened.values() if expert is not None)], warn)
     tensors = {name: expert.tensors for name, expert in opened.items() if expert is not None}
     return MixInputs(seed_model, dict(experts), generalist, seed.config, seed.family, seed.tensors, tensors)
 
@@ -112,9 +118,10 @@ class Opened:
         Raises:
             CheckpointError: the MoE class does not take its values.
         """
-        return complete_moe_config(
-            lambda: self.family.moe_config(self.config, num_experts, top_k), self.folder / "config.json"
-        )
+        return completed(
+            lambda: self.family.moe_config(self.config, num_experts, top_k), self.folder / "config.json",
+            "the MoE class",
+        )  # fmt: skip
 
     def differences(self, seed: Opened) -> list[str]:
         """Every reason why this expert does not fit the seed model."""
@@ -163,6 +170,14 @@ def _vocabulary_problems(name: str, folder: Path, seed: Path, warn: Callable[[st
         warn(f"expert {name}: {folder}: {difference}; taken to be the seed model's")
         return []
     return [f"expert {name}: {difference}; if it is harmless, choose one with --tokenizer-from {name} or seed"]
+
+
+def _warn_of_heads(models: Iterable[Opened], warn: Callable[[str], None]) -> None:
+    for model in models:
+        declared = json.loads((model.folder / "config.json").read_text("utf-8"))
+        if declared.get("tie_word_embeddings") and not model.config.get("tie_word_embeddings"):
+            warn(f"{model.who}: {model.tensors.where(HEAD)}: {HEAD} differs from the embeddings, though config.json "
+                 f"says tie_word_embeddings: true; the head is kept, and the new config.json says false")  # fmt: skip
 
 
 def _warn_of_twins(folders: Mapping[str, Path], warn: Callable[[str], None]) -> None:

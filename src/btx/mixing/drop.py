@@ -23,6 +23,7 @@ from btx.model_files.lazy_tensors import Computed, FileTensor
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import versions
 from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
+from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
 
 
@@ -59,6 +60,7 @@ def drop(
         raise CheckpointError(f"{moe}: a token uses {model.top_k} experts, but only {len(left)} would be left")
     config = model.config_with(len(left))
     tensors = list(_planned(model, model.names.index(expert)))
+    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(moe, folder)

@@ -37,6 +37,7 @@ from btx.model_files.provenance import model_provenance, versions
 from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
 from btx.model_files.vocabularies import check_ids
 from btx.models.loading import load_tokenizer
+from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
 
 SHARED = ("left", "fold")
@@ -95,6 +96,7 @@ def extend(
     n = len(model.names)
     config = model.config_with(n + 1)
     tensors = list(_planned(model, dense, name, rows_LD, 1 / (n + 1) if shared == "fold" else 0.0))
+    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(moe, folder)

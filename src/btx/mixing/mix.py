@@ -46,6 +46,7 @@ from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
 from btx.models.configs import as_the_files_say
 from btx.models.loading import load_tokenizer
+from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
 
 
@@ -90,10 +91,9 @@ def mix(
     if problems := init.problems():
         raise CheckpointError("; ".join(problems))
     transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
-    upcycled = all(path == seed_model for path in experts.values())  # then the same folder again is what is wanted
     inputs = open_checked(
         seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None,
-        warn=(lambda line: None) if upcycled else warning_to(log),
+        warn=warning_to(log),
     )  # fmt: skip
     rows = int(inputs.config["vocab_size"])
     chosen = tokenizer and ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log))
@@ -108,6 +108,7 @@ def mix(
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
     drifts = _measure(inputs)
     tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init, drifts)), config, forced)
+    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer, warn=warning_to(log))

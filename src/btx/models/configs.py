@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,13 @@ def config_defaults(model_type: str) -> dict[str, Any]:
     return AutoConfig.for_model(model_type).to_dict()
 
 
-def complete_moe_config(make: Callable[[], dict[str, Any]], where: Path) -> dict[str, Any]:
-    """The MoE config that is made of the dense one at `where`, completed with its class's defaults.
+def completed(make: Callable[[], Mapping[str, Any]], where: str | Path, whose: str) -> dict[str, Any]:
+    """A config completed with its class's defaults.
+
+    Args:
+        make: gives the config.
+        where: where its values are from.
+        whose: the class that has to take them, for messages: `the MoE class`.
 
     Raises:
         CheckpointError: with what the class says.
@@ -78,7 +83,7 @@ def complete_moe_config(make: Callable[[], dict[str, Any]], where: Path) -> dict
     try:
         return dict(AutoConfig.for_model(**make()).to_dict())
     except Exception as error:  # config classes check their values with errors of many types
-        raise CheckpointError(f"{where}: the MoE class does not take these values: {error}") from error
+        raise CheckpointError(f"{where}: {whose} does not take these values: {error}") from error
 
 
 def own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingRule | None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from btx.choices.families import family_of
 from btx.errors import CheckpointError, RecipeError
 from btx.model_files.hub import check_hub_name
 from btx.model_files.model_folder import check_model_folder
 from btx.models.configs import read_config
+from btx.models.whole import check_whole
 from btx.recipe.problems import did_you_mean
 from btx.recipe.schema import Recipe
 from btx.system_errors import blame
@@ -22,7 +24,8 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         RecipeError: `seed_model.config` or `plan_config` has a key that its class does not know.
-        CheckpointError: no such model, or one that transformers cannot build.
+        CheckpointError: no such model, one that transformers cannot build or no family mixes, tensors that are not
+            those of its class.
     """
     seed = recipe.seed_model
     if seed.config is not None:
@@ -31,11 +34,14 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
         return _config_from_scratch(seed.plan_config, seed.tokenizer.vocab_size, "seed_model.plan_config")
     assert seed.path is not None  # the schema guarantees it
     folder = Path(seed.path).expanduser()
-    if folder.is_dir():
-        check_model_folder(folder)
-        return read_config(folder)
-    check_hub_name(seed.path, revision=seed.revision)
-    return read_config(seed.path, revision=seed.revision)
+    if not folder.is_dir():
+        check_hub_name(seed.path, revision=seed.revision)
+        return read_config(seed.path, revision=seed.revision)
+    check_model_folder(folder)
+    config = read_config(folder)
+    family_of(config, str(folder / "config.json"))
+    check_whole(folder, config)
+    return config
 
 
 def _config_from_scratch(config: dict[str, Any], vocab_size: int, where: str = "seed_model.config") -> dict[str, Any]:

@@ -93,6 +93,23 @@ def class_problems(folder: Path, config: Mapping[str, Any], *, loading: bool = F
     return shape_problems(found, wanted.published, headers.file, where, "the config's class has")
 
 
+def check_planned(planned: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    """Refuse to write a model whose tensors would not be those of its config's class.
+
+    Args:
+        planned: name → shape of every tensor to be written.
+
+    Raises:
+        CheckpointError: with a line for each kind of difference.
+    """
+    output, where = Path(str(config.get("model_type"))), dict.fromkeys(planned, "the model to be written")
+    problems = shape_problems(planned, class_tensors(config).published, output, where, "the config's class has")
+    if problems:
+        raise CheckpointError(
+            "what would be written is not what its config says:\n  " + "\n  ".join(problems) + "\nNothing was written."
+        )
+
+
 def shape_problems(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], file: Path, where: Mapping[str, str],
     whose: str,
@@ -130,6 +147,12 @@ def _other_layout(folder: Path, where: Mapping[str, str], found: Shapes, wanted:
     expected = sorted(wanted.published.keys() - wanted.in_memory.keys())[0]
     return (
         f"{where[other]}: has {other}, where the published layout has {expected}: this is how transformers 5 holds the "
-        f"model in memory (save_original_format=False). Save it in the published layout: "
-        f'AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto").save_pretrained(NEW_FOLDER)'
+        f"model in memory (save_original_format=False). Save it in the published layout, by way of a new model, since "
+        f"one that was loaded keeps its layout:\n"
+        f"    from transformers import AutoModelForCausalLM as Auto\n"
+        f'    model = Auto.from_pretrained("{folder}", dtype="auto")\n'
+        f"    new = Auto.from_config(model.config, dtype=model.dtype)\n"
+        f"    new.load_state_dict(model.state_dict())\n"
+        f'    new.save_pretrained("NEW_FOLDER")\n'
+        f"and copy the tokenizer there"
     )

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx.choices.families import refuse_longer_sequences
+from btx.choices.families import family_of, refuse_longer_sequences
 from btx.errors import CheckpointError, UserError
 from btx.model_files.beside_weights import LEGAL, check_links
 from btx.model_files.beside_weights import TOKENIZER as TOKENIZER_BESIDE
 from btx.model_files.hub import HUB_NAME, check_hub_name
-from btx.models.configs import read_config
+from btx.models.config_meaning import differences
+from btx.models.configs import completed, read_config
 from btx.models.loading import load_tokenizer, new_model
+from btx.models.whole import check_whole
 from btx.planning.budgets import check_budgets
 from btx.planning.disk import check_disk
 from btx.process import Interrupts, Log
@@ -36,6 +38,8 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
             source = link_seed_model(seed.path, seed.revision, facts.folder / "model", was_here=was_here)
             config = read_config(facts.folder / "model")
             check_planned(seed.plan_config, config)
+            family_of(config, f"seed_model.path: {seed.path}")
+            check_whole(facts.folder / "model", config)
             refuse_longer_sequences(config, run.recipe.data.sequence_length, str(source / "config.json"))
             check_disk(run, config)
         return
@@ -82,7 +86,10 @@ def check_planned(planned: Mapping[str, Any] | None, found: Mapping[str, Any]) -
     Raises:
         CheckpointError: names the keys that differ.
     """
-    differing = [f"{key}: {value} planned, {found[key]} found" for key, value in (planned or {}).items()
-                 if key in found and found[key] != value]  # fmt: skip
+    if not planned:
+        return
+    said = planned.keys() | ({"rope_parameters"} if {"rope_theta", "rope_scaling"} & planned.keys() else set())
+    other = differences(completed(lambda: planned, "seed_model.plan_config", "its class"), found)
+    differing = [f"{key}: {wanted} planned, {there} found" for key, (wanted, there) in other.items() if key in said]
     if differing:
         raise CheckpointError(f"seed_model.plan_config is not the model at seed_model.path: {'; '.join(differing)}")

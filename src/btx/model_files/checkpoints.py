@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +21,31 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+SPARE_FILES = 32
+"""Files that are open for a moment beside the weights: the output, libraries."""
+
+
+def allow_open_files(folders: Iterable[Path]) -> None:
+    """Let this process open the weights of all these folders at once: the system's soft limit is raised where it is too
+    low. A folder that is given twice has its files open once.
+
+    Raises:
+        CheckpointError: the hard limit is lower; with both numbers.
+    """
+    weights = {os.path.realpath(file) for folder in set(folders) for file in folder.glob("*.safetensors")}
+    needed = psutil.Process().num_fds() + 2 * len(weights) + SPARE_FILES  # open, and mapped, which takes another number
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise CheckpointError(
+            f"too many open files: the models' {len(weights):,} files of weights are read at the same time, which "
+            f"needs {needed:,} open files, and this system allows a process {hard:,}. Raise the hard limit (`ulimit -n "
+            f"{needed}` as root, LimitNOFILE of a service), or save the models in larger shards (max_shard_size)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class TensorFolder:
@@ -101,9 +130,9 @@ class TensorFolder:
         if Path(file).name != file:
             raise CheckpointError(f"shard {file!r} lies outside the folder")
         try:
+            opened = OpenFile.shared(path)  # first: the library says of any file it cannot open that it is missing
             with safe_open(path, framework="np"):  # the library's checks of the header
                 pass
-            opened = OpenFile(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
         header_bytes = int.from_bytes(opened.read(0, 8).numpy().tobytes(), "little")

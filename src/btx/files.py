@@ -24,6 +24,9 @@ from safetensors import SafetensorError
 
 from btx.errors import RunFolderError
 
+WRITTEN_BESIDE = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|making|adopting)")
+"""Names of folders that will take the place of others when they are complete."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON by rename: a reader sees the old file or the whole new one.
@@ -35,9 +38,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 by rename, into a folder that is there; raises as `write_json`."""
+    """Write `text` in UTF-8 by rename; raises as `write_json`. Folders are made where needed, but none that is written
+    beside another: who has removed it does not want it back."""
     beside = _beside(path)
     with _writing(path):
+        if not WRITTEN_BESIDE.fullmatch(path.parent.name):
+            above = any(WRITTEN_BESIDE.fullmatch(part) for part in path.parent.parts)
+            path.parent.mkdir(parents=not above, exist_ok=True)
         try:
             with open(beside, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -170,8 +177,7 @@ def content_sha256(path: Path) -> str:
     if not young:
         _hashed[name] = (seen, sha256)
         if kept is not None:
-            with contextlib.suppress(RunFolderError, OSError):
-                kept.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(RunFolderError):
                 write_json(kept, {"path": name, "seen": seen, "sha256": sha256})
     return sha256
 

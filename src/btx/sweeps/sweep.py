@@ -112,7 +112,6 @@ def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figu
         variants[variant.label] = {"settings": variant.settings, "runs": runs, "aggregated": aggregated}
     written = {"name": plan.name, "folder": str(plan.folder), "rng_seeds": plan.rng_seeds, "models": plan.models,
                "variants": variants}  # fmt: skip
-    plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder / "sweep.json", written)
     write_text(plan.folder / "sweep.md", sweep_markdown(written))
     if figures and any(variant["aggregated"] for variant in variants.values()):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, remove_left_overs, write_json, write_text
+from btx.files import atomic_folder, read_json, remove_left_overs, write_json, write_text
 from tests.processes import start
 
 
@@ -71,10 +71,12 @@ def test_a_writer_whose_folder_is_gone_fails(tmp_path: Path, recreated: bool) ->
 
 
 def test_a_file_is_not_written_into_a_folder_that_is_gone(tmp_path: Path) -> None:
-    for write in (lambda: write_text(tmp_path / "gone" / "a.txt", "a"), lambda: write_json(tmp_path / "gone" / "a", 1)):
-        with pytest.raises(RunFolderError, match=r"somebody has removed .*gone.* meanwhile"):
-            write()
+    for folder in (".moe.0123abcd.tmp", ".moe.0123abcd.tmp/inside", ".mix.making", ".math.adopting"):
+        with pytest.raises(RunFolderError, match=rf"somebody has removed .*{folder}.* meanwhile"):
+            write_text(tmp_path / folder / "a.txt", "a")
     assert not list(tmp_path.iterdir())
+    write_json(tmp_path / "new" / "folder.tmp" / "a.json", 1)
+    assert read_json(tmp_path / "new" / "folder.tmp" / "a.json") == 1
 
 
 def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path) -> None:

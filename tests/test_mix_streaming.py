@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -233,3 +237,42 @@ def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="size"):
         bytes_of(text)
+
+
+def mix_with_few_files(soft: int, hard: int, seed: str, experts: dict[str, str], output: str) -> None:
+    """Mix where a process may open no more files than `soft`, and raise that to `hard` at most."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    btx("mix", "--seed-model", seed, *(f"--expert={name}={path}" for name, path in experts.items()), "-o", output)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "distinct", "code"), [(60, 400, True, 0), (60, 100, True, 2), (90, 90, False, 0)]
+)
+def test_many_shards_are_opened_or_the_limit_is_named(
+    make_llama: MakeLlama, tmp_path: Path, soft: int, hard: int, distinct: bool, code: int
+) -> None:
+    seed = reshard(make_llama("seed"), "12KB")
+    shards = len(list(seed.glob("*.safetensors")))
+    folders = [Path(shutil.copytree(seed, tmp_path / f"e{n}")) if distinct else seed for n in range(10)]
+    experts = {f"e{n}": str(folder) for n, folder in enumerate(folders)}
+    output, log = tmp_path / "moe", tmp_path / "log"
+    job = start(mix_with_few_files, soft, hard, str(seed), experts, str(output), log=log)
+    job.join()
+    printed = log.read_text()
+    assert job.exitcode == code, printed
+    assert output.exists() == (code == 0)
+    if code:
+        said = (
+            rf"error: too many open files: the models' {11 * shards} files of weights .* needs \d+ open files, .* 100\."
+        )
+        assert re.search(said, printed)
+
+
+def test_a_file_is_opened_once_until_it_changes(make_llama: MakeLlama, tmp_path: Path) -> None:
+    seed = make_llama("seed")
+    (tmp_path / "link").symlink_to(seed)
+    one, two = (TensorFolder(folder)["model.norm.weight"].source for folder in (seed, tmp_path / "link"))
+    assert one is two
+    time.sleep(0.01)
+    (seed / "model.safetensors").write_bytes((seed / "model.safetensors").read_bytes())
+    assert TensorFolder(seed)["model.norm.weight"].source is not one

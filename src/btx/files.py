@@ -30,6 +30,9 @@ from btx.system_errors import OPEN_FILES, WRITING, error_number, temporary_is_fu
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+WRITTEN_BESIDE = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|making|adopting)")
+"""Names of folders that will take the place of others when they are complete."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON by rename: a reader sees the old file or the whole new one.
@@ -41,9 +44,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 by rename, into a folder that is there; raises as `write_json`."""
+    """Write `text` in UTF-8 by rename; raises as `write_json`. Folders are made where needed, but none that is written
+    beside another: who has removed it does not want it back."""
     beside = _beside(path)
     with _writing(path):
+        if not WRITTEN_BESIDE.fullmatch(path.parent.name):
+            above = any(WRITTEN_BESIDE.fullmatch(part) for part in path.parent.parts)
+            path.parent.mkdir(parents=not above, exist_ok=True)
         try:
             with open(beside, "w", encoding="utf-8") as file:
                 file.write(text)

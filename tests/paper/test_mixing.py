@@ -160,8 +160,21 @@ def test_the_record_says_of_every_tensor_where_it_came_from_and_how_the_experts_
     gate = "model.layers.1.mlp.gate_proj.weight"
     for number, member in enumerate(("a", "b", "generalist")):
         origin = tensors[f"model.layers.1.block_sparse_moe.experts.{number}.w1.weight"]
-        assert (origin["from"], origin["of"], list(origin["tensors"])) == ("copy", member, [gate])
-        assert origin["tensors"][gate]["cosines"][0][1] == pytest.approx(cosine(gate), abs=1e-6)
+        assert (origin["from"], origin["of"], origin["tensors"]) == ("copy", member, [gate])
     shared = "model.layers.0.self_attn.q_proj.weight"
     assert (tensors[shared]["from"], tensors[shared]["of"]) == ("mean", ["a", "b", "generalist"])
-    assert tensors[shared]["cosines"][0][1] == pytest.approx(cosine(shared), abs=1e-6)
+    assert record["drift"].keys() == dense.keys()
+    for name in (gate, shared):
+        assert record["drift"][name]["mean_cosine"] == pytest.approx(cosine(name), abs=1e-6)
+    found = record["diagnostics"]["embeddings"]
+    assert found["cosines"] == pytest.approx([cosine("model.embed_tokens.weight")] * 2, abs=1e-6)
+    assert found["mean_cosine"] == pytest.approx(cosine("model.embed_tokens.weight"), abs=1e-6)
+
+
+def test_the_record_grows_no_faster_than_the_weights(make_llama: MakeLlama, tmp_path: Path) -> None:
+    seed, experts = make_llama("seed"), [make_llama(name, number) for number, name in enumerate("abcd", 1)]
+    sizes = []
+    for copies in (2, 4, 8):  # 8, 16 and 32 experts
+        mix(seed, {f"e{n}{m}": path for n, path in enumerate(experts) for m in range(copies)}, tmp_path / "moe")
+        sizes.append((tmp_path / "moe" / "mix.json").stat().st_size)
+    assert sizes[2] - sizes[1] < 2.4 * (sizes[1] - sizes[0])  # 2 if it is linear, 4 if quadratic

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from btx.choices.families import FAMILIES
 from btx.number_texts import clock_text, count_text, duration_text
@@ -198,10 +199,10 @@ def _differences(row: Mapping[str, Any]) -> dict[str, Any]:
     return cells | {f"{task} (task)": value for task, value in row["tasks"].items()}
 
 
-def _difference_text(value: Mapping[str, Any]) -> str:
-    text = f"{value['difference']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]".replace("[", r"\[")
+def _difference_text(value: Mapping[str, Any]) -> Text:
+    text = f"{value['difference']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
     text += f" p {value['p']:.3f}" if value["p"] >= 0.001 else " p < 0.001"
-    return f"[bold]{text}[/bold]" if value["low"] > 0 or value["high"] < 0 else text
+    return Text(text, style="bold" if value["low"] > 0 or value["high"] < 0 else "")
 
 
 def _short(names: list[str]) -> str:

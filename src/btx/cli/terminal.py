@@ -53,12 +53,12 @@ def end(exit_code: int, message: str = "") -> NoReturn:
 
 
 def show(*renderables: Any) -> None:
-    """Print tables and lines."""
+    """Print tables and lines; what stands in them is shown as it is, brackets and colons too."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a file or pipe has no width: cut nothing off
-        console = Console(width=FILE_WIDTH)
+        console = Console(markup=False, emoji=False, width=FILE_WIDTH)
     for renderable in renderables:
         console.print(renderable)
 

@@ -116,7 +116,6 @@ def analyze(
         DataError: held-out data are missing.
     """
     folder = folder or run_folder / "analyze"
-    folder.mkdir(exist_ok=True)
     model, tokenizer = load_to_measure(model_path, recipe), load_tokenizer(model_path)
     experts = recipe.expert_names
     blocks = moe_blocks(model)

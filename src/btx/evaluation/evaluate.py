@@ -182,7 +182,6 @@ def evaluate_models(
     if measures.harness.note:
         log(measures.harness.note)
     folder = folder or run_folder / "evaluate"
-    (folder / "models").mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"models": {}}
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
     for name, entry in models.items():

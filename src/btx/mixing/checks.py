@@ -13,7 +13,7 @@ from btx.choices.families import Config, Family, family_of
 from btx.errors import CheckpointError
 from btx.mixing.inputs import GENERALIST, MixInputs, open_tensors
 from btx.model_files.beside_weights import SETTINGS, TOKENIZER, check_links
-from btx.model_files.checkpoints import TensorFolder
+from btx.model_files.checkpoints import TensorFolder, allow_open_files
 from btx.model_files.headers import HEAD
 from btx.model_files.vocabularies import broken_json, usable_tokenizer, vocabulary_difference
 from btx.models.config_meaning import differences
@@ -41,6 +41,7 @@ def open_checked(
         CheckpointError: with a line for every problem.
     """
     problems = _names_and_number(experts, generalist)
+    allow_open_files((seed_model, *experts.values()))
     seed = Opened.open("seed model", seed_model, problems)
     if seed is not None and seed.whole:
         problems += seed.unfit_for_mixing(any_tokenizer, warn)

@@ -26,7 +26,8 @@ class Drift:
     tensors: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Cosines, norms, ‖mean Δ‖ / mean ‖Δ‖ and spread of the group.
+        """Each expert's mean cosine with the others and the mean of all, norms, ‖mean Δ‖ / mean ‖Δ‖ and spread of the
+        group.
 
         `spread` is how far the experts are from their own mean, √(mean_i ‖Δ_i - Δ̄‖²) / ‖θ_seed‖: what averaging does to
         an expert's weights, relative to their size.
@@ -34,13 +35,11 @@ class Drift:
         E, seed_norm = len(self.gram_EE), self.seed_square**0.5
         from_mean = float(self.gram_EE.trace()) / E - float(self.gram_EE.sum()) / E**2
         norms_E = self.gram_EE.diagonal().sqrt()
-        pairs = [cosine for row in cosines(self.gram_EE) for cosine in row if cosine is not None]
-        own = sum(norm > 0 for norm in norms_E.tolist())  # each expert's cosine with itself, 1
-        pairs_left = len(pairs) - own
         return {
             "tensors": self.tensors,
             "task_vector_norms": norms_E.tolist(),
-            "mean_cosine": (sum(pairs) - own) / pairs_left if pairs_left else None,
+            "cosines": cosines_with_others(self.gram_EE),
+            "mean_cosine": mean_cosine(self.gram_EE),
             "mean_norm_ratio": norm_ratio(self.gram_EE),
             "relative_norms": [norm / seed_norm if seed_norm else None for norm in norms_E.tolist()],
             "spread": max(from_mean, 0.0) ** 0.5 / seed_norm if seed_norm else None,
@@ -52,7 +51,8 @@ class Drifts:
     """Drift of every tensor and group of tensors."""
 
     groups: dict[str, Drift] = field(default_factory=dict)
-    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Two numbers a tensor: those of all pairs would be the larger part of a record of many experts."""
 
     def add(self, name: str, group: str, experts: Sequence[FileTensor], start: FileTensor) -> None:
         """Measure one tensor; it also counts into its group."""
@@ -61,7 +61,7 @@ class Drifts:
         drift.gram_EE = drift.gram_EE + gram_EE
         drift.seed_square += seed_square
         drift.tensors += 1
-        self.tensors[name] = {"cosines": cosines(gram_EE), "mean_norm_ratio": norm_ratio(gram_EE)}
+        self.tensors[name] = {"mean_cosine": mean_cosine(gram_EE), "mean_norm_ratio": norm_ratio(gram_EE)}
 
     def summary(self) -> Mapping[str, dict[str, Any]]:
         """Group → its summary."""
@@ -89,17 +89,27 @@ def _sample(tensor: FileTensor) -> Tensor:
     return torch.cat([tensor.finite(start, start + _BLOCK) for start in starts])
 
 
-def cosines(gram_EE: Tensor) -> list[list[float | None]]:
-    """Cosine between each pair of task vectors; None where a task vector is zero.
+def cosines_with_others(gram_EE: Tensor) -> list[float | None]:
+    """Mean cosine of each task vector with the others; None for a zero one, and where no other is different from zero.
 
     Averaging keeps what experts agree on: cosines near 1 mean that the mean loses nothing, cosines near 0 that every
-    expert keeps only 1/N of its own change.
+    expert keeps only 1/N of its own change. Pair by pair they would grow with the square of the experts.
     """
-    norms = gram_EE.diagonal().sqrt().tolist()
+    norms_E = gram_EE.diagonal().sqrt()
+    moved_E = norms_E > 0
+    scale_E = torch.where(moved_E, 1 / norms_E, 0.0)
+    cosines_EE = gram_EE * scale_E[:, None] * scale_E
+    others = int(moved_E.sum()) - 1
+    sums_E = cosines_EE.sum(dim=1) - cosines_EE.diagonal()
     return [
-        [value / (a * b) if a and b else None for value, b in zip(row, norms, strict=True)]
-        for row, a in zip(gram_EE.tolist(), norms, strict=True)
+        float(total) / others if moved and others > 0 else None for total, moved in zip(sums_E, moved_E, strict=True)
     ]
+
+
+def mean_cosine(gram_EE: Tensor) -> float | None:
+    """Mean of the cosines of different task vectors; None if fewer than two are different from zero."""
+    known = [cosine for cosine in cosines_with_others(gram_EE) if cosine is not None]
+    return sum(known) / len(known) if known else None
 
 
 def norm_ratio(gram_EE: Tensor) -> float | None:

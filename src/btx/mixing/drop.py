@@ -19,6 +19,7 @@ from btx.files import atomic_folder, write_json
 from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import parameters
 from btx.model_files.beside_weights import copy_beside_weights
+from btx.model_files.checkpoints import allow_open_files
 from btx.model_files.lazy_tensors import Computed, FileTensor
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import versions
@@ -50,6 +51,7 @@ def drop(
     Raises:
         CheckpointError: no such expert, too few experts left, or not a MoE folder.
     """
+    allow_open_files((moe,))
     model = MoeFolder.open(moe)
     if expert not in model.names:
         raise CheckpointError(f"{moe}: has no expert {expert!r}; its experts: {', '.join(model.names)}")
@@ -79,7 +81,7 @@ def drop(
             "next": "finetune {output} for a short while: its shared weights were trained or merged with the expert",
             "versions": versions(),
         }
-        for stale in ("tensors", "tensors_by_origin"):
+        for stale in ("tensors", "tensors_by_origin", "drift"):
             record.pop(stale, None)
         write_json(folder / RECORD, record)
         write_model_card(folder, record)

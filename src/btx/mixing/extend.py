@@ -31,6 +31,7 @@ from btx.mixing.router_fit import load_for_text, moe_routers, router_sums
 from btx.mixing.router_init import hidden_mean, initial_router, ridge
 from btx.mixing.settings import seeded
 from btx.model_files.beside_weights import copy_beside_weights
+from btx.model_files.checkpoints import allow_open_files
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import model_provenance, versions
@@ -77,6 +78,7 @@ def extend(
     Raises:
         CheckpointError: the expert does not fit; all problems in one message.
     """
+    allow_open_files((moe, expert))
     model = MoeFolder.open(moe)
     init = seeded(RouterInit(router_init) if isinstance(router_init, str) else router_init, rng_seed, "router_init")
     problems = init.problems()
@@ -116,7 +118,7 @@ def extend(
             "next": FINETUNE_NEXT,
             "versions": versions(),
         }
-        for stale in ("tensors", "tensors_by_origin"):
+        for stale in ("tensors", "tensors_by_origin", "drift"):
             record.pop(stale, None)
         write_json(folder / RECORD, record)
         write_model_card(folder, record)

@@ -107,7 +107,7 @@ def mix(
     width = first_layer[0].gate.shape[0]
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
     drifts = _measure(inputs)
-    tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init, drifts)), config, forced)
+    tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init)), config, forced)
     check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
@@ -132,6 +132,7 @@ def mix(
             **inputs_provenance(inputs),
             "tensors_by_origin": _by_origin(tensors),
             "tensors": {tensor.name: tensor.origin for tensor in tensors},
+            "drift": drifts.tensors,
         }
         write_json(folder / "mix.json", report)
         write_model_card(folder, report)
@@ -214,7 +215,6 @@ def _planned(
     transform: ExpertsTransform,
     merge: Merge,
     init: RouterInit,
-    drifts: Drifts,
 ) -> Iterator[OutputTensor]:
     """All tensors of the MoE model, in the order they are written."""
     family = inputs.family
@@ -223,14 +223,14 @@ def _planned(
     for layer in range(inputs.num_layers):
         dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
         experts = transform(experts_of_layer(inputs, layer))
-        yield from expert_tensors(family, layer, experts, dtype, drifts.tensors)
+        yield from expert_tensors(family, layer, experts, dtype)
         router = initial_router(init, len(experts), hidden_size)
         origin = {"from": "router_init", "method": init.method}
         yield router_tensor(family, layer, (len(experts), hidden_size), router, dtype, origin)
         yield from inert_tensors(family, layer, config, dtype)
     for name in inputs.shared_names:
         start = inputs.seed_tensors[name]
-        origin = {"of": list(inputs.members), **drifts.tensors[name]}
+        origin = {"of": list(inputs.members)}
         yield shared_tensor(name, inputs.values(name), start, merge, start.dtype, origin)
 
 

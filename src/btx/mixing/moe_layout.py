@@ -51,17 +51,10 @@ def experts_of_layer(inputs: MixInputs, layer: int) -> list[Expert]:
     ]
 
 
-def expert_tensors(
-    family: Family, layer: int, experts: Sequence[Expert], dtype: torch.dtype, drift: Mapping[str, Any] | None = None
-) -> Iterator[OutputTensor]:
-    """The experts of one layer under their published names.
-
-    Args:
-        drift: dense tensor → how the experts' task vectors agree in it, for the record.
-    """
+def expert_tensors(family: Family, layer: int, experts: Sequence[Expert], dtype: torch.dtype) -> Iterator[OutputTensor]:
+    """The experts of one layer under their published names."""
     for pattern, roles in family.experts.items():
-        sources = [family.feed_forward[role].format(layer=layer) for role in roles]
-        found = {"tensors": {name: (drift or {}).get(name, {}) for name in sources}}
+        found = {"tensors": [family.feed_forward[role].format(layer=layer) for role in roles]}
         parts = [[cast(getattr(expert, role), dtype) for role in roles] for expert in experts]
         rows, columns = sum(part.shape[0] for part in parts[0]), parts[0][0].shape[1]
         if "{expert}" in pattern:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import torch
 
 from btx.errors import CheckpointError
@@ -12,6 +16,31 @@ from btx.model_files.lazy_tensors import FileTensor, OpenFile
 from btx.system_errors import blame
 
 DTYPES = {name: getattr(torch, known_as) for name, known_as in FLOATS.items()}
+
+
+SPARE_FILES = 32
+"""Files that are open for a moment beside the weights: the output, libraries."""
+
+
+def allow_open_files(folders: Iterable[Path]) -> None:
+    """Let this process open the weights of all these folders at once: the system's soft limit is raised where it is too
+    low. A folder that is given twice has its files open once.
+
+    Raises:
+        CheckpointError: the hard limit is lower; with both numbers.
+    """
+    weights = {os.path.realpath(file) for folder in set(folders) for file in folder.glob("*.safetensors")}
+    needed = psutil.Process().num_fds() + 2 * len(weights) + SPARE_FILES  # open, and mapped, which takes another number
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise CheckpointError(
+            f"too many open files: the models' {len(weights):,} files of weights are read at the same time, which "
+            f"needs {needed:,} open files, and this system allows a process {hard:,}. Raise the hard limit (`ulimit -n "
+            f"{needed}` as root, LimitNOFILE of a service), or save the models in larger shards (max_shard_size)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class TensorFolder:
@@ -80,7 +109,7 @@ class TensorFolder:
 
     def _open(self, path: Path) -> OpenFile:
         try:
-            return OpenFile(path)
+            return OpenFile.shared(path)
         except OSError as error:
             blame(error)
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -85,9 +86,21 @@ class LazyTensor(ABC):
 class OpenFile:
     """A file that tensors are read from, by their place."""
 
+    _open: ClassVar[WeakValueDictionary[tuple[int, ...], OpenFile]] = WeakValueDictionary()
+    """What a file is to the system → that file, as long as somebody reads it."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
+
+    @classmethod
+    def shared(cls, path: Path) -> OpenFile:
+        """The file, opened once however often it is asked for, unless it was written meanwhile."""
+        found = path.stat()
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        opened = cls._open.get(key) or cls(path)
+        cls._open[key] = opened
+        return opened
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,17 +36,19 @@ def _body(record: Mapping[str, Any], private: Mapping[str, Any] | None) -> str:
     size = record["parameters"]
     readers = "The folder loads in transformers without btx."
     if private:
-        readers = f"Router: {private['router']['kind']}. Only btx reads this folder: {private['why']}."
+        readers = (
+            f"Router: {literal(private['router']['kind'])}. Only btx reads this folder: {literal(private['why'])}."
+        )
     lines = [
         f"# A mixture of {len(record['experts'])} experts",
         "",
-        f"Made with [btx](https://arxiv.org/abs/2403.07816) (Branch-Train-MiX): `{record['family']}`, "
+        f"Made with [btx](https://arxiv.org/abs/2403.07816) (Branch-Train-MiX): {literal(record['family'])}, "
         f"top-{record['top_k']}, {size['total'] / 1e6:,.1f}M parameters, {size['active'] / 1e6:,.1f}M active for each "
         f"token. {readers}",
         "",
         "| expert | number |",
         "|---|---|",
-        *[f"| {_cell(name)} | {number} |" for number, name in enumerate(record["experts"])],
+        *[f"| {literal(name)} | {number} |" for number, name in enumerate(record["experts"])],
         "",
         f"Feed-forward weights: {_feed_forward(record)}. Shared weights: {_method(record['merge'])}. "
         f"Routers: {_method(record['router_init'])}.",
@@ -64,7 +68,7 @@ def _body(record: Mapping[str, Any], private: Mapping[str, Any] | None) -> str:
         "|---|---|---|---|",
         *[_drift_row(group, drift) for group, drift in record["diagnostics"].items()],
         *([""] if record["warnings"] else []),
-        *[f"**Warning:** {line}." for line in record["warnings"]],
+        *[f"**Warning:** {literal(line)}." for line in record["warnings"]],
         "",
         "## Before use",
         "",
@@ -90,28 +94,34 @@ def _feed_forward(record: Mapping[str, Any]) -> str:
 
 def _method(settings: Mapping[str, Any]) -> str:
     parameters = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "method")
-    return settings["method"] + (f" ({parameters})" if parameters else "")
+    return literal(settings["method"] + (f" ({parameters})" if parameters else ""))
 
 
 def _input_row(name: str, model: Mapping[str, Any]) -> str:
     marks = [
-        f"{file['file']}: " + (f"sha256:{file['sha256']}" if "sha256" in file else file["sampled_sha256"])
+        f"{literal(file['file'])}: "
+        + (f"sha256:`{_hash(file['sha256'])}`" if "sha256" in file else f"`{_hash(file['sampled_sha256'])}`")
         for file in model["weights"]
     ]
-    config = model["sha256"].get("config.json", "")
-    weights = "<br>".join(f"`{mark}`" for mark in marks)
-    return f"| {_cell(name)} | {_cell(Path(model['path']).name)} | `{config}` | {weights} |"
+    config = f"`{_hash(model['sha256']['config.json'])}`" if "config.json" in model["sha256"] else ""
+    return f"| {literal(name)} | {literal(Path(model['path']).name)} | {config} | {'<br>'.join(marks)} |"
 
 
 def _drift_row(group: str, drift: Mapping[str, Any]) -> str:
     ratio = drift["mean_norm_ratio"]
     if ratio is None:
-        return f"| {group} | unchanged | | |"
+        return f"| {literal(group)} | unchanged | | |"
     cosine = "" if drift["mean_cosine"] is None else f"{drift['mean_cosine']:.3f}"
     norms = [norm for norm in drift["relative_norms"] if norm is not None]  # None: the seed's tensors are zero
-    return f"| {group} | {cosine} | {ratio:.3f} | {f'{max(norms):.4f}' if norms else ''} |"
+    return f"| {literal(group)} | {cosine} | {ratio:.3f} | {f'{max(norms):.4f}' if norms else ''} |"
 
 
-def _cell(text: str) -> str:
-    """Text that cannot break out of a table cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+def literal(text: object) -> str:
+    """Text that Markdown shows as it is, in one line: no markup, no HTML, no link, no end of a table's cell."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~$@]|:(?=//))", r"\\\1", line)
+
+
+def _hash(text: object) -> str:
+    """Hexadecimal digits alone."""
+    return re.sub(r"[^0-9a-f]", "", str(text))

@@ -115,7 +115,6 @@ def write_report(run: Path, folder: Path | None = None) -> Path:
     figures = models_figures(read)
     html = render(read, figures)
     target = (folder or run / "report") / "index.html"
-    target.parent.mkdir(exist_ok=True)
     if figures:
         titled = [(FIGURE_TITLES[name], svg) for name, svg in figures.items()]
         write_text(target.with_name("models.svg"), stacked_svg(titled).encode("utf-8", "replace").decode("utf-8"))

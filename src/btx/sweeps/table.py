@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from btx.evaluation.aggregate import NOT_COMPARED, over_runs
+from btx.model_files.model_card import literal
 from btx.number_texts import MISSING, count_text, duration_text, flops_text
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
 
 def sweep_table(written: Mapping[str, Any]) -> Table:
     """The table for the terminal."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     titles, rows = sweep_cells(written)
     table = Table(title=f"{_title(written)}: bits per byte (lower is better), ± standard error over rng seeds",
@@ -114,14 +115,14 @@ def sweep_table(written: Mapping[str, Any]) -> Table:
         if "variant" in titles and before not in (None, cells[0][0]):
             table.add_section()
         before = cells[0][0]
-        table.add_row(*(f"[bold]{escape(text)}[/bold]" if best else escape(text) for text, best in cells))
+        table.add_row(*(Text(text, style="bold" if best else "") for text, best in cells))
     return table
 
 
 def sweep_markdown(written: Mapping[str, Any]) -> str:
     """sweep.md: what was run, the table, what is missing."""
     titles, rows = sweep_cells(written)
-    parts = [f"# {_title(written)}", ""]
+    parts = [f"# {literal(_title(written))}", ""]
     if rows:
         parts += [
             "Bits per byte of held-out text, lower is better; mean ± standard error of the mean over rng seeds. "
@@ -130,11 +131,12 @@ def sweep_markdown(written: Mapping[str, Any]) -> str:
             "whether it is more than chance, the errors say.", "",
             f"| {' | '.join(titles)} |", "|" + "---|" * len(titles),
         ]  # fmt: skip
-        parts += [f"| {' | '.join(f'**{text}**' if best else text for text, best in cells)} |" for cells in rows]
-    parts += ["", *notes(written), "", "## Settings of the variants", ""]
+        shown = [[f"**{literal(text)}**" if best else literal(text) for text, best in cells] for cells in rows]
+        parts += [f"| {' | '.join(cells)} |" for cells in shown]
+    parts += ["", *map(literal, notes(written)), "", "## Settings of the variants", ""]
     for label, variant in written["variants"].items():
-        settings = ", ".join(f"`{key}` = `{value}`" for key, value in variant["settings"].items())
-        parts.append(f"- {label}: {settings or 'the recipe as it stands'}")
+        settings = ", ".join(f"{literal(key)} = {literal(value)}" for key, value in variant["settings"].items())
+        parts.append(f"- {literal(label)}: {settings or 'the recipe as it stands'}")
     return "\n".join(parts) + "\n"
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from btx.data.mixture import Mixture
-from btx.data.prepare import prepare_domain, training_texts
+from btx.data.prepare import held_out_digests, prepare_domain, training_texts
 from btx.data.sources import read_documents
 from btx.data.token_files import TokenFile
 from btx.data.tokenizer import train_tokenizer
@@ -22,7 +24,9 @@ from btx.models.loading import load_tokenizer
 from btx.planning.budgets import check_budget, check_budgets, check_held_out
 from btx.recipe.mixtures import resolve
 from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
 from btx.run_folder.stages_of_recipe import build_graph
+from btx.stages import data as data_stage
 from tests.pico_run import run_here
 
 MATH = [f"{n} plus {n} is {2 * n}." for n in range(400)]
@@ -254,6 +258,24 @@ def texts_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> set[str]:
     return {" ".join(text.split()) for text in documents}
 
 
+def test_what_is_left_out_is_counted_and_told(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "law").mkdir()
+    lines = [json.dumps({"text": text}) for text in [*CODE, "", " \n", CODE[0], CODE[1], CODE[1]]]
+    (tmp_path / "law" / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    for name in ("b.csv", "README.txt", ".hidden.jsonl", "c.jsonl.bz2"):
+        (tmp_path / "law" / name).write_text("x")
+    recipe = make({"law": "law"}, train={"tokens": 1000, "domains": ["law", "math"]})
+    run, told = run_here(recipe, ["data"])
+    assert run.done("data/law")["skipped"] == {"law/0": {"empty": 2, "duplicates": 3}}
+    assert run.done("data/law")["not_read"] == {"law/0": ["README.txt", "b.csv", "c.jsonl.bz2"]}
+    assert run.done("data/math")["skipped"] == run.done("data/math")["not_read"] == {}
+    assert any(line.endswith("law/0: left out: 3 duplicates, 2 empty") for line in told)
+    assert any(line.endswith("law/0: files that are not read: README.txt, b.csv, c.jsonl.bz2") for line in told)
+    tokenizer, out = load_tokenizer(run.path / "data" / "tokenizer"), tmp_path / "again"
+    first = prepare(recipe, tokenizer, out, log=silent)
+    assert prepare(recipe, tokenizer, out, log=silent) == first  # nothing is read again, the counts are still there
+
+
 def test_held_out_text_is_in_no_domains_training_text(make: Callable[..., Recipe], tmp_path: Path) -> None:
     held_out = [f"Case {n} was heard on Monday." for n in range(50)]
     for name, texts in {
@@ -284,6 +306,37 @@ def test_held_out_text_is_in_no_domains_training_text(make: Callable[..., Recipe
     assert taken_out["law"] == {"law/1": {"law": 40 - len(val["law/1"] & set(held_out))}}
     assert any("law/1: " in line and "training documents were taken out: law holds them out" in line for line in lines)
     assert len(train["general/0"]) > 250
+
+
+def test_many_domains_are_each_read_once_for_what_they_hold_out(
+    make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"d{n}" for n in range(4)]
+    for n, name in enumerate(names):
+        texts = [f"{name}, number {k}." for k in range(400)] + GENERAL[n * 20 : n * 20 + 60]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    domains = {name: {"path": f"{name}.jsonl"} for name in names} | {"general": "general.jsonl"}
+    recipe = make(domains, train={"tokens": 1000, "domains": names[:2]})
+    read = Counter[str]()
+
+    def counted(recipe: Recipe, domain: str) -> np.ndarray:
+        read[domain] += 1
+        return held_out_digests(recipe, domain)
+
+    monkeypatch.setattr(data_stage, "held_out_digests", counted)
+    run, _ = run_here(recipe, ["data"])
+    assert max(read.values()) == 1
+    kept = {name: run.done(f"data/{name}") for name in recipe.data.domains}
+    monkeypatch.setattr(data_stage, "_held_out", lambda run, domain, stage: held_out_digests(run.recipe, domain))
+    again, _ = run_here(recipe.model_copy(update={"run": str(tmp_path / "again")}), ["data"])
+    for name, facts in kept.items():
+        assert again.done(f"data/{name}")["taken_out"] == facts["taken_out"]
+        for split in ("train", "val"):
+            assert same_file(run, again, f"data/{name}/0/{split}/tokens.bin")
+
+
+def same_file(one: RunFolder, other: RunFolder, name: str) -> bool:
+    return (one.path / name).read_bytes() == (other.path / name).read_bytes()
 
 
 def test_what_a_later_domain_holds_out_was_in_no_models_training(make: Callable[..., Recipe], tmp_path: Path) -> None:

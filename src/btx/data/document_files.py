@@ -49,28 +49,44 @@ def find_files(path: str, root: str | None) -> list[Path]:
     Raises:
         DataError: nothing there, or nothing there that can be read.
     """
-    base, full = _absolute(root or "."), located(path, root)
-    if full.exists():
-        matches = [full]
-    elif has_magic(path):
-        matches = [match for match in _expanded(base, path) if match.is_dir() or not _is_aside(match.name)]
-    else:
-        matches = []
-    if not matches:
+    full, named = located(path, root), _named(path, root)
+    if named is None:
         hint = "no file matches" if has_magic(path) else "no such file or folder"
         raise DataError(f"{full}: {hint}; relative paths start from {'data.root' if root else 'the working directory'}")
-    files = _each_once(sorted({file for match in matches for file in _files_in(match)}))
-    readable = [file for file in files if file.name.lower().endswith(SUFFIXES)]
+    readable, others = named
     if not readable:
-        found = ", ".join(file.name for file in files[:10]) or "nothing"
-        more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+        found = ", ".join(file.name for file in others[:10]) or "nothing"
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
         raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {found}{more}")
     return readable
 
 
+def files_not_read(path: str, root: str | None) -> list[Path]:
+    """The files that `path` leads to and `find_files` leaves out: other formats, those called after `ABOUT`."""
+    named = _named(path, root)
+    return [] if named is None else named[1]
+
+
+def _named(path: str, root: str | None) -> tuple[list[Path], list[Path]] | None:
+    """The files `path` leads to, each once, sorted, hidden ones apart: those that are read, and the others; None if
+    there is nothing."""
+    base, full = _absolute(root or "."), located(path, root)
+    if full.exists():
+        matches = [full]
+    elif has_magic(path):
+        matches = [match for match in _expanded(base, path) if not match.name.startswith(".")]
+    else:
+        matches = []
+    if not matches:
+        return None
+    files = _each_once(sorted({file for match in matches for file in _files_in(match)}))
+    read = [file for file in files if file.name.lower().endswith(SUFFIXES) and (file == full or not _is_about(file))]
+    return read, [file for file in files if file not in set(read)]
+
+
 def all_files(folder: Path) -> list[Path]:
     """Every file of a dataset's folder but for hidden ones and those about others, sorted."""
-    return _each_once(sorted(_files_in(folder)))
+    return _each_once(sorted(file for file in _files_in(folder) if not _is_about(file)))
 
 
 def fixed_part(path: str, root: str | None) -> Path:
@@ -159,21 +175,21 @@ def _part(pattern: str) -> str:
 
 
 def _files_in(path: Path) -> list[Path]:
-    """The file itself, or all files below a folder, behind links too, except hidden ones and those about others."""
+    """The file itself, or all files below a folder, behind links too, except hidden ones."""
     if path.is_file():
         return [path]
     found, been = list[Path](), set[str]()
     for folder, below, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         below[:] = [] if real in been else sorted(name for name in below if not name.startswith("."))
-        files = [] if real in been else [Path(folder) / name for name in names if not _is_aside(name)]
+        files = [] if real in been else [Path(folder) / name for name in names if not name.startswith(".")]
         found += [file for file in files if file.is_file()]
         been.add(real)  # a link may lead back up
     return found
 
 
-def _is_aside(name: str) -> bool:
-    return name.startswith(".") or name.lower().split(".")[0] in ABOUT
+def _is_about(file: Path) -> bool:
+    return file.name.lower().split(".")[0] in ABOUT
 
 
 def _each_once(files: Sequence[Path]) -> list[Path]:

@@ -83,17 +83,18 @@ def refuse_half_characters(value: Any, where: str, key: str) -> None:
 
 def pieces(blocks: Iterable[AnyStr], separator: AnyStr) -> Iterator[AnyStr]:
     """What stands between the separators in a text that comes in blocks; work and memory grow with a piece's length."""
-    nothing = separator[:0]
-    before, tail = list[AnyStr](), nothing
+    nothing: AnyStr = separator[:0]
+    before: list[AnyStr] = []  # of the piece that is not complete
+    tail: AnyStr = nothing
     for block in blocks:
-        first, *more = (tail + block).split(separator)
-        for piece in more:
-            yield nothing.join([*before, first])
-            before, first = [], piece
-        certain = max(0, len(first) - len(separator) + 1)  # the rest may be the start of a separator
-        before.append(first[:certain])
-        tail = first[certain:]
-    yield nothing.join([*before, tail])
+        parts = (tail + block).split(separator)
+        for part in parts[:-1]:
+            yield nothing.join(before) + part
+            before = []
+        certain = max(0, len(parts[-1]) - len(separator) + 1)  # the rest may be the start of a separator
+        before.append(parts[-1][:certain])
+        tail = parts[-1][certain:]
+    yield nothing.join(before) + tail
 
 
 def optional(package: str) -> Any:

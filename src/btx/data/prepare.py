@@ -7,6 +7,7 @@ domain holds out is in no domain's training text: such documents are taken out, 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btx.data.document_files import files_not_read
 from btx.data.identity import domain_identity, own_sources
 from btx.data.sources import digest_of, held_out_texts, read_documents, split_documents
 from btx.data.token_files import INDEX, DocumentEncoder, TokenFile, take_out, token_file_writer
@@ -70,9 +72,10 @@ def prepare_domain(
         log: takes a line of text for each source.
 
     Returns:
-        train_tokens, val_tokens, documents, bytes (both sides together), each summed over the domain's own sources, and
-        `taken_out`: {"training": {component: {domain that holds it out: documents}}, "held_out": {component: {domain
-        that was trained on it: documents}}}.
+        train_tokens, val_tokens, documents, bytes (both sides together), each summed over the domain's own sources;
+        `skipped`: {component: {"empty" or "duplicates": documents}}; `not_read`: {component: names of files in its
+        folder that are in no format that is read, or about the others}; `taken_out`: {"training": {component: {domain
+        that holds it out: documents}}, "held_out": {component: {domain that was trained on it: documents}}}.
 
     Raises:
         DataError: data that are missing, empty or broken.
@@ -82,6 +85,12 @@ def prepare_domain(
     if recipe.data.domains[domain].held_out is not None and not own:
         raise DataError(f"domain {domain!r}: `held_out` needs a source of the domain's own beside it; "
                         f"documents taken from other domains are held out there")  # fmt: skip
+    not_read = {f"{domain}/{number}": names for number, source in own
+                if source.path and (names := [file.name for file in files_not_read(source.path, recipe.data.root)])
+                }  # fmt: skip
+    for component, names in not_read.items():
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        log(f"{component}: files that are not read: {', '.join(names[:10])}{more}")
     for number, _ in own:
         _prepare_source(recipe, domain, number, identity[str(number)], encoder, folder, log)
     folders = [folder / str(number) for number, _ in own]
@@ -92,6 +101,12 @@ def prepare_domain(
         "val_tokens": sum(len(file) for file in val),
         "documents": sum(file.documents for file in [*train, *val]),
         "bytes": sum(file.bytes for file in [*train, *val]),
+        "skipped": {
+            f"{domain}/{number}": file.index["skipped"]
+            for (number, _), file in zip(own, train, strict=True)
+            if "skipped" in file.index
+        },
+        "not_read": not_read,
         "taken_out": {
             kind: {
                 f"{domain}/{folder.name}": counts
@@ -152,17 +167,21 @@ def _prepare_source(
     if all(_is_made_from(folder / split, description, encoder.sha256) for split in ("train", "val")):
         log(f"{domain}/{number}: unchanged")
         return
-    started = time.perf_counter()
+    started, skipped = time.perf_counter(), Counter[str]()
     facts: dict[str, Any] = {"rng_seed": recipe.rng_seed, "source": description}
     with (
-        token_file_writer(folder / "train", encoder, **facts) as train,
+        token_file_writer(folder / "train", encoder, skipped=skipped, **facts) as train,
         token_file_writer(folder / "val", encoder, **facts) as val,
     ):
-        for split, text in split_documents(source, domain=domain, data=recipe.data, rng_seed=recipe.rng_seed):
+        for split, text in split_documents(
+            source, domain=domain, data=recipe.data, rng_seed=recipe.rng_seed, skipped=skipped
+        ):
             (train if split == "train" else val).add(text)
     made, held_out = TokenFile.open(folder / "train"), TokenFile.open(folder / "val")
     log(f"{domain}/{number}: {made.documents + held_out.documents:,} documents, {len(made):,} training tokens, "
         f"{len(held_out):,} held-out tokens, {time.perf_counter() - started:.1f} s")  # fmt: skip
+    if skipped:
+        log(f"{domain}/{number}: left out: {', '.join(f'{count:,} {why}' for why, count in sorted(skipped.items()))}")
 
 
 def _is_made_from(folder: Path, description: dict[str, Any], tokenizer: str) -> bool:

@@ -53,3 +53,10 @@ def open_mixtures(
     if len(opened) > 1:
         return Interleaved(opened)
     return Switching(opened[0], switching) if switching else opened[0]
+
+
+def unused_tokens(data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """Component → tokens at the end of its training text that fill no whole sequence, and so are in no sample."""
+    length = recipe.data.sequence_length
+    paths = dict.fromkeys(path for weights in mixtures for _, path, _ in resolve(recipe, weights))
+    return {path: (len(TokenFile.open(data / path / "train")) - 1) % length for path in paths}

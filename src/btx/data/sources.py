@@ -17,6 +17,7 @@ apart, is taken out of the training text when token files are made (`btx.data.pr
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -40,7 +41,9 @@ def read_documents(source: Source, split: Split, *, domain: str, data: Data, rng
     return (text for side, text in documents if side == split)
 
 
-def split_documents(source: Source, *, domain: str, data: Data, rng_seed: int) -> Iterator[tuple[Split, str]]:
+def split_documents(
+    source: Source, *, domain: str, data: Data, rng_seed: int, skipped: Counter[str] | None = None
+) -> Iterator[tuple[Split, str]]:
     """Both sides of `source` in one pass, each document with its side.
 
     Args:
@@ -48,6 +51,7 @@ def split_documents(source: Source, *, domain: str, data: Data, rng_seed: int) -
         domain: the domain `source` belongs to, a key of `data.domains`.
         data: gives the root of relative paths, the held-out share and the domain's held-out files.
         rng_seed: what generators depend on.
+        skipped: counts what is left out: documents that are `empty`, and `duplicates` of one before or held out.
 
     Raises:
         DataError: anything missing, empty or broken; names the domain, the file and the line or row.
@@ -55,15 +59,16 @@ def split_documents(source: Source, *, domain: str, data: Data, rng_seed: int) -
     """
     if source.domain is not None:
         raise ValueError(f"a source that takes from domain {source.domain!r} has no documents of its own")
+    skipped = Counter[str]() if skipped is None else skipped
     try:
         held_out, train = _sides(source, domain, data, rng_seed)
         if held_out is None:
-            yield from _divide_by_hash(_up_to(_distinct(train, set()), source.max_bytes), data.held_out)
+            yield from _divide_by_hash(_up_to(_distinct(train, set(), skipped), source.max_bytes), data.held_out)
         else:
             val_bytes, train_bytes = _budgets(source.max_bytes, data.held_out)
             if not owns_held_out(source, domain, data):
                 val_bytes = 0
-            yield from _given_sides(held_out, train, val_bytes, train_bytes)
+            yield from _given_sides(held_out, train, val_bytes, train_bytes, skipped)
     except DataError as error:
         raise DataError(f"domain {domain!r}: {error}") from error.__cause__
 
@@ -109,7 +114,7 @@ def held_out_texts(source: Source, *, domain: str, data: Data, rng_seed: int) ->
         held_out, _ = _sides(source, domain, data, rng_seed)
         if held_out is not None:
             val_bytes, _ = _budgets(source.max_bytes, data.held_out)
-            yield from _up_to(_distinct(held_out, set()), val_bytes)
+            yield from _up_to(_distinct(held_out, set(), Counter()), val_bytes)
             return
     except DataError as error:
         raise DataError(f"domain {domain!r}: {error}") from error.__cause__
@@ -153,15 +158,15 @@ def _budgets(max_bytes: int | None, held_out: float) -> tuple[int | None, int | 
 
 
 def _given_sides(
-    held_out: Iterable[str], train: Iterable[str], val_bytes: int | None, train_bytes: int | None
+    held_out: Iterable[str], train: Iterable[str], val_bytes: int | None, train_bytes: int | None, skipped: Counter[str]
 ) -> Iterator[tuple[Split, str]]:
     """Held-out documents first; a train document that is among all of them, within the limit or not, is dropped."""
     seen: set[bytes] = set()
-    distinct = _distinct(held_out, seen)
+    distinct = _distinct(held_out, seen, skipped)
     yield from (("val", text) for text in _up_to(distinct, val_bytes))
     for _ in distinct:
         pass
-    yield from (("train", text) for text in _up_to(_distinct(train, seen), train_bytes))
+    yield from (("train", text) for text in _up_to(_distinct(train, seen, skipped), train_bytes))
 
 
 def _divide_by_hash(texts: Iterable[str], held_out: float) -> Iterator[tuple[Split, str]]:
@@ -170,16 +175,18 @@ def _divide_by_hash(texts: Iterable[str], held_out: float) -> Iterator[tuple[Spl
         yield "val" if int.from_bytes(_digest(text), "big") < threshold else "train", text
 
 
-def _distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
-    """The documents that are not white space only and whose digest is not in `seen`, which it joins.
+def _distinct(texts: Iterable[str], seen: set[bytes], skipped: Counter[str]) -> Iterator[str]:
+    """The documents that are not white space only and whose digest is not in `seen`, which it joins; the others are
+    counted in `skipped`.
 
     Two different texts have the same 64 bit digest with a probability of 3e-4 in a hundred million documents.
     """
     for text in texts:
-        if not text.strip():
-            continue
-        digest = _digest(text)
-        if digest not in seen:
+        if not text or text.isspace():
+            skipped["empty"] += 1
+        elif (digest := _digest(text)) in seen:
+            skipped["duplicates"] += 1
+        else:
             seen.add(digest)
             yield text
 

@@ -5,7 +5,7 @@
     bytes.npy       int64 (documents,): UTF-8 bytes of each document's text, for bits per byte
     digests.npy     uint64 (documents,): what each document says, white space apart (`btx.data.sources.digest_of`)
     index.json      tokens, bytes, documents, dtype, trailing_eos, sha256 (of tokens.bin), tokenizer_sha256, rng_seed,
-                    source (description of where the documents come from)
+                    source (description of where the documents come from), and what was left out, counted
 
 A document is `separator text`, the separator being bos, or eos if the tokenizer has no bos. So the label of a
 document's last token is the next document's separator: it says that the document is over. Only if there is a bos that
@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,7 +149,7 @@ class TokenFileWriter:
         if self._characters >= BATCH_CHARACTERS:
             self._encode()
 
-    def finish(self, rng_seed: int, source: dict[str, Any]) -> None:
+    def finish(self, rng_seed: int, source: dict[str, Any], skipped: dict[str, int]) -> None:
         """Write the offsets, then the index."""
         self._encode()
         self._file.flush()
@@ -166,6 +166,7 @@ class TokenFileWriter:
             "tokenizer_sha256": self._encoder.sha256,
             "rng_seed": rng_seed,
             "source": source,
+            **({"skipped": skipped} if skipped else {}),
         }
         _write_index(self._folder, index)
 
@@ -190,18 +191,24 @@ class TokenFileWriter:
 
 @contextmanager
 def token_file_writer(
-    folder: Path, encoder: DocumentEncoder, *, rng_seed: int, source: dict[str, Any]
+    folder: Path,
+    encoder: DocumentEncoder,
+    *,
+    rng_seed: int,
+    source: dict[str, Any],
+    skipped: Mapping[str, int] | None = None,
 ) -> Iterator[TokenFileWriter]:
     """A writer whose token file appears at `folder`, in place of what was there, when the block ends without an error.
 
     Args:
         rng_seed: written to the index.
         source: JSON description of where the documents come from, written to the index.
+        skipped: why documents were left out → how many, as it is when the block ends; written to the index.
     """
     with atomic_folder(folder) as beside, open(beside / "tokens.bin", "wb") as tokens:
         writer = TokenFileWriter(beside, encoder, tokens)
         yield writer
-        writer.finish(rng_seed, source)
+        writer.finish(rng_seed, source, dict(skipped or {}))
 
 
 def write_token_file(

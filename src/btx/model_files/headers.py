@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from btx.errors import CheckpointError
+from btx.system_errors import blame
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -98,12 +99,13 @@ def read_header(path: Path) -> dict[str, Entry]:
         CheckpointError: it cannot be read.
     """
     try:
-        with safe_open(path, framework="np"):  # the library's checks
-            pass
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # first: the library says of any file it cannot open that it is missing
+            with safe_open(path, framework="np"):  # its checks
+                pass
             header_bytes = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(header_bytes))
     except (OSError, SafetensorError, ValueError) as error:
+        blame(error)
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     header.pop("__metadata__", None)
     return {

@@ -5,7 +5,11 @@ A domain's stage reads its own files and what the other domains hold out, and wr
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from btx.data.identity import held_out_identity
 from btx.data.prepare import (
@@ -85,8 +89,12 @@ def _elsewhere(run: RunFolder, domain: str, stage: Stage) -> Elsewhere:
     recipe = run.recipe
     others = {other: run.graph[f"data/{other}"] for other in recipe.data.domains if other != domain}
     there = {other for other, needed in others.items() if run.state(needed) == "done"}
-    held_out = {other: digests_of_files(run.folder(f"data/{other}"), "val") if other in there
-                else held_out_digests(recipe, other) for other in others}  # fmt: skip
+    names, first = list(others), list(recipe.data.domains).index(domain)
+    found = {}
+    for other in [*names[first:], *names[:first]]:  # each stage starts elsewhere: what one has read, others need not
+        files = run.folder(f"data/{other}")
+        found[other] = digests_of_files(files, "val") if other in there else _held_out(run, other, others[other])
+    held_out = {other: found[other] for other in others}
     trained_on = {}
     for other, needed in others.items():
         if needed.inputs not in stage.settings["trained_on_before"]:
@@ -97,3 +105,19 @@ def _elsewhere(run: RunFolder, domain: str, stage: Stage) -> Elsewhere:
         trained_on[other] = (digests_of_files(run.folder(needed.name), "train") if other in there
                              else training_digests(recipe, other, apart))  # fmt: skip
     return Elsewhere(held_out, trained_on)
+
+
+def _held_out(run: RunFolder, domain: str, stage: Stage) -> np.ndarray:
+    """Digests of what a domain that is not prepared holds out. They are kept under what decides them, so that a run
+    with many domains reads each of them once for this, and not once for every other."""
+    kept = run.path / "data" / ".held_out" / f"{held_out_identity(stage.settings['sources'])}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.asarray(np.load(kept, allow_pickle=False))
+    digests = held_out_digests(run.recipe, domain)
+    beside = kept.with_name(f"{kept.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # it only saves time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            np.save(file, digests)
+        beside.replace(kept)
+    return digests

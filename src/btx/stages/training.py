@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from btx.choices.routers import RoutingRule
-from btx.data.samples import open_mixtures
+from btx.data.samples import open_mixtures, unused_tokens
 from btx.errors import OutOfMemory
 from btx.files import atomic_folder
 from btx.model_files.btx_folder import change_router
@@ -129,6 +129,8 @@ def train_stage(
     with run.making(stage, log) as facts:
         trained = f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train"
         log(f"{trained}, {torch.get_num_threads()} threads")
+        unused = unused_tokens(run.path / "data", recipe, mixtures)
+        log(f"{sum(unused.values()):,} tokens at the ends of {len(unused)} texts fill no sequence of {sequence_length}")
         try:
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
@@ -144,7 +146,7 @@ def train_stage(
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
             "threads": torch.get_num_threads(), "device": str(device), "data": job.mixture.fingerprint,
-            "peak_memory_bytes": peak_memory_bytes(device),
+            "peak_memory_bytes": peak_memory_bytes(device), "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
         }  # fmt: skip
     return totals

@@ -24,14 +24,14 @@ others (llama3, longrope), max_position_embeddings is what they reach."""
 def context_length(config: Config) -> tuple[int, str] | None:
     """Tokens that a model of this config reads at once, and the key that says so; None where nothing does."""
     key = next((key for key in KEYS if _whole(config.get(key))), None)
-    stated = config[key] if key is not None else DEFAULTS.get(str(config.get("model_type")))
-    if stated is None:
+    if key is None and config.get("model_type") not in DEFAULTS:
         return None
+    stated: int = DEFAULTS[config["model_type"]] if key is None else config[key]
     said = f"{key} {stated}" if key is not None else f"max_position_embeddings {stated}, the default of its class"
     for rope in _ropes(config):
         factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
         if kind in STRETCHED and isinstance(factor, int | float) and factor > 1:
-            trained = rope.get("original_max_position_embeddings")
+            trained: Any = rope.get("original_max_position_embeddings")
             reached = int((trained if _whole(trained) else stated) * factor)
             if reached > stated:
                 stated, said = reached, f"{said}, {kind} rope with factor {factor:g}"

@@ -21,7 +21,7 @@ class Metrics:
         self.loads: list[list[list[float]]] = []
         """The experts' load in the steps before, for a MoE model."""
         for line in kept:
-            self.wall_s, self.last_loss = line["wall_s"], line["loss"]
+            self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", math.nan)
             self.loads += [line["load"]] if "load" in line else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError
+from btx.number_texts import is_number
 
+NUMBERS = {"steps", "tokens", "loss", "tokens_per_s", "wall_s"}
+"""Keys whose values others count with."""
 LAST_BYTES = 16_384
 """Bytes looked at first for the last line; a MoE model's loads may need more."""
 
@@ -66,6 +69,11 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 def _parsed(text: bytes) -> dict[str, Any]:
     """A line; raises ValueError where it is none."""
     value = json.loads(text)
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
         raise ValueError("it has no step")
+    if wrong := [key for key in NUMBERS & value.keys() if not is_number(value[key])]:
+        raise ValueError(f"{', '.join(sorted(wrong))}: no number")
+    load = value.get("load", [])
+    if not isinstance(load, list) or not all(isinstance(layer, list) and all(map(is_number, layer)) for layer in load):
+        raise ValueError("load: no shares by layer and expert")
     return value

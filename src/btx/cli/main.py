@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,11 +76,13 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage: seed, train, mix, finetune, ...")] = None,
     without: Annotated[list[str] | None, typer.Option(
         help="Leave this branch out of the mix, because it failed for example; repeat.")] = None,
+    verify: Annotated[bool, typer.Option(
+        "--verify", help="First read every file of finished stages whole: is it as it was written?")] = False,
 ) -> None:  # fmt: skip
     """Everything, from nothing to a report. Run it again and it continues."""
     from btx.running.pipeline import run as run_recipe
 
-    finished = run_recipe(_recipe(recipe, overrides), until=until, without=without or ())
+    finished = run_recipe(_recipe(recipe, overrides), until=until, without=without or (), verify=verify)
     _print_results(finished)
 
 
@@ -149,19 +151,31 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
 
 
 @app.command()
-def status(run_folder: RunArgument, as_json: AsJson = False) -> None:
+def status(
+    run_folder: RunArgument,
+    verify: Annotated[bool, typer.Option(
+        "--verify", help="Read every file of finished stages whole: is it as it was written?")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
-    from btx.cli.tables import status_table, sweep_status_table, work_text
+    from btx.cli.tables import sweep_status_table
     from btx.run_folder.status import run_status
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)
         _print_json(runs) if as_json else _print(sweep_status_table(runs))
-        return
-    rows = run_status(_run(run_folder))
-    if as_json:
-        _print_json(rows)
-        return
+        rows = [row for run in runs if verify and run["stages"]
+                for row in run_status(_run(Path(run["folder"])), verify=True)]  # fmt: skip
+    else:
+        rows = run_status(_run(run_folder), verify=verify)
+        _print_json(rows) if as_json else _print_status(rows)
+    if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
+        raise UserError("\n".join(damaged))
+
+
+def _print_status(rows: list[dict[str, Any]]) -> None:
+    from btx.cli.tables import status_table, work_text
+
     stays = [row["stage"] for row in rows if row["state"] == "done"]
     _print(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
 
@@ -334,8 +348,11 @@ def compare(
 def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
     """Write the run's report, whatever stage it has reached."""
     from btx.reporting.report import write_report
+    from btx.run_folder.folder import exclusive
 
-    path = write_report(_run(run_folder).path)
+    run = _run(run_folder)
+    with exclusive(run.path, "report", patience_s=60.0):
+        path = write_report(run.path)
     _print_json({"report": str(path)}) if as_json else typer.echo(path)
 
 

@@ -26,7 +26,7 @@ import filelock
 
 from btx.errors import RunFolderError, UserError
 from btx.files import file_sha256, write_sealed, write_text
-from btx.outputs import FORMAT, STARTED, check_outputs, finish, read_done, read_started
+from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
@@ -207,6 +207,30 @@ class RunFolder:
                     f"{stage.name} needs {needed.name}, which is {state}{why}; run `btx run {self.path}` first"
                 )
             check_outputs(self.folder(needed.name))
+
+    def check_finished(self, log: Log, *, verify: bool = False) -> None:
+        """Look at what finished stages have left, before anything is started.
+
+        What a stage that is still to be made will read has to be as it was left. Of all else small files and sizes are
+        looked at, and what is wrong is only told: nothing is waiting for it.
+
+        Args:
+            verify: read every byte of every finished stage, and refuse what is wrong anywhere.
+
+        Raises:
+            RunFolderError: names the file.
+        """
+        states = {stage.name: self.state(stage) for stage in self.graph}
+        to_make = [stage for stage in self.graph if states[stage.name] != "done" and self.is_needed(stage)]
+        used = {needed.name for stage in to_make for needed in stage.needs}
+        for stage in self.graph:
+            if states[stage.name] == "done":
+                needed = verify or stage.name in used
+                problem = damage(self.folder(stage.name), "whole" if verify else "used" if needed else "quick")
+                if problem is not None and needed:
+                    raise RunFolderError(problem)
+                if problem is not None:
+                    log(f"warning: {problem}")
 
     @contextlib.contextmanager
     def making(self, stage: Stage, log: Log) -> Iterator[Making]:

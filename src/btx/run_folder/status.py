@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError
 from btx.files import read_json, write_json
-from btx.metrics_file import last_metrics
+from btx.metrics_file import NUMBERS, last_metrics
+from btx.outputs import damage
 from btx.process import Interrupted
 from btx.run_folder.folder import RunFolder, now
 from btx.run_folder.graph import Stage
@@ -24,7 +25,8 @@ class StageStatus:
 
     stage: str
     state: str
-    """done, running, failed (and not tried again since), begun (started, but nobody is at it), stale, absent."""
+    """done, damaged (done, but a file is not as it was left), running, failed (and not tried again since), begun
+    (started, but nobody is at it), stale, absent."""
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
@@ -32,7 +34,7 @@ class StageStatus:
     eta_s: float | None = None
     wall_s: float | None = None
     why: str | None = None
-    """For a stale stage what changed, for a failed one its last error line."""
+    """For a stale stage what changed, for a failed one its last error line, for a damaged one the file."""
     node: str | None = None
     """The machine that is at it, or that made it."""
 
@@ -52,7 +54,7 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     elif node is not None:
         state = "running"
     line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if has_metrics else None
-    if line is None:
+    if line is None or not line.keys() >= NUMBERS or not line["step"] or not line["tokens_per_s"]:
         return StageStatus(stage.name, state, why=why, node=node)
     remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
     return StageStatus(
@@ -61,9 +63,19 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     )  # fmt: skip
 
 
-def run_status(run: RunFolder) -> list[dict[str, Any]]:
-    """Status of every stage, in the order they run."""
-    return [asdict(stage_status(run, stage)) for stage in run.graph]
+def run_status(run: RunFolder, *, verify: bool = False) -> list[dict[str, Any]]:
+    """Status of every stage, in the order they run.
+
+    Args:
+        verify: read every file of finished stages whole; else their sizes, and small files.
+    """
+    rows = []
+    for stage in run.graph:
+        status = stage_status(run, stage)
+        if status.state == "done" and (why := damage(run.folder(stage.name), "whole" if verify else "quick")):
+            status = replace(status, state="damaged", why=why)
+        rows.append(asdict(status))
+    return rows
 
 
 @contextlib.contextmanager

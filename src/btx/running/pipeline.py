@@ -21,6 +21,7 @@ from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import at_work, last_line, note_failure, stage_status
+from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
 from btx.running.launchers import START, Job
 from btx.running.log_tail import LogTail
@@ -37,7 +38,8 @@ KILLED_TEXT = (
 
 
 def run(
-    recipe: Recipe, *, until: str | None = None, without: Collection[str] = (), display: Display | None = None
+    recipe: Recipe, *, until: str | None = None, without: Collection[str] = (), display: Display | None = None,
+    verify: bool = False,
 ) -> RunFolder:  # fmt: skip
     """Everything from nothing to the report; run again, it continues where it stopped.
 
@@ -46,6 +48,7 @@ def run(
         until: name of the last stage wanted, for example `seed`; None for all.
         without: branches to leave out of the mix, because they failed for example; what they have stays.
         display: where progress is shown.
+        verify: read every file of finished stages whole before anything starts.
 
     Raises:
         UserError: bad input; a run folder made by this call is removed again.
@@ -62,6 +65,8 @@ def run(
         with exclusive(path, "run"):
             made = RunFolder.create(recipe)
             with display or Display() as shown:
+                clear_stumps(made)
+                made.check_finished(shown.say, verify=verify)
                 _Pipeline(made, shown, interrupts).run(_wanted(made, until))
             return made
     except UserError:

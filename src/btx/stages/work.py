@@ -13,6 +13,7 @@ from btx.process import Interrupts, Log, quick_imports
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import trying
+from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
 
 ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
@@ -30,6 +31,7 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
     for stage in run.graph.named(names, where=str(run.path)):
         name = stage.name
         with exclusive(run.path, name, patience_s=ENDING_S):
+            clear_stumps_of(run, name, stage)
             if run.state(stage) == "done" and name != "report":
                 check_outputs(run.folder(name))
                 log(f"{name}: already done, skipped")

@@ -24,7 +24,7 @@ class Metrics:
         self.recent = kept[-WINDOW:]
         """The last steps before, for the watch on spikes."""
         for line in kept:
-            self.wall_s, self.last_loss = line["wall_s"], line["loss"]
+            self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", math.nan)
             self.loads += [line["load"]] if "load" in line else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 

@@ -1,0 +1,75 @@
+"""What killed writers have left behind goes at the next start, where no living process is at it. Plain Python.
+
+Everything is written beside and renamed (`btx.files`, `RunFolder.making`), so a stump is never part of a result. It is
+its owner's as long as that one holds the stage's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+from btx.errors import RunFolderError
+from btx.outputs import DONE
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import Stage
+
+BESIDE = re.compile(r"\.(.+?)\.(making|adopting|replaced|(?:[0-9a-f]{8}|old)\.tmp)")
+"""Names of what is written beside a file or folder: that one's name, and what kind it is."""
+
+
+def clear_stumps(run: RunFolder) -> None:
+    """Clear those of all stages nobody is at, of stages that the recipe has no more, and of the run folder's own files;
+    for the process that holds the run."""
+    names = {stage.name: stage for stage in run.graph}
+    for group in ("", "data/", "train/", "baselines/"):
+        for path in (run.path / group).glob(".*"):
+            found = BESIDE.fullmatch(path.name)
+            name = group + found[1] if found else ""
+            if found and (run.path / name).is_file():
+                _remove(path)  # a file of the run folder itself, which only this process writes
+            elif found and name not in names:
+                _clear_if_free(run, name, None)
+    for name, stage in names.items():
+        _clear_if_free(run, name, stage)
+
+
+def _clear_if_free(run: RunFolder, name: str, stage: Stage | None) -> None:
+    if not (_beside(run.folder(name)) or _inside(run.folder(name))):
+        return
+    with contextlib.suppress(RunFolderError), exclusive(run.path, name):
+        clear_stumps_of(run, name, stage)
+
+
+def clear_stumps_of(run: RunFolder, name: str, stage: Stage | None) -> None:
+    """Clear those of one stage, for the process that holds it.
+
+    What a process that was killed has made of a stage that is not finished stays: `RunFolder.making` goes on with it.
+    If it was killed between its last two renames, the last one is done now.
+    """
+    folder = run.folder(name)
+    making = folder.with_name(f".{folder.name}.making")
+    if (making / DONE).is_file() and not folder.exists():
+        making.rename(folder)
+    unfinished = stage is not None and run.state(stage) != "done"
+    for path in (*_beside(folder), *_inside(folder)):
+        if not (unfinished and path == making):
+            _remove(path)
+
+
+def _beside(folder: Path) -> list[Path]:
+    found = [(path, BESIDE.fullmatch(path.name)) for path in folder.parent.glob(f".{folder.name}.*")]
+    return [path for path, match in found if match and match[1] == folder.name]
+
+
+def _inside(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*.tmp") if BESIDE.fullmatch(path.name)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -342,7 +342,7 @@ def chat(
     path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
-    check_completion(path, temperature)
+    check_completion(path, temperature, prompt)
     from btx.cli.chat import chat as start_chat
     from btx.serving.completing import completion
 

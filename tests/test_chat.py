@@ -127,9 +127,9 @@ def test_of_a_prompt_only_a_separator_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(("template", "message"), [
-    ("{{ raise_exception('a system message has to come first') }}", "TemplateError: a system message"),
-    ("{% for m in messages %}{{ m['content'] ", "TemplateSyntaxError: unexpected end of template"),
-    ("{{ messages[0].parts[3].text }}", "UndefinedError: .* has no attribute 'parts'"),
+    ("{{ raise_exception('a system message has to come first') }}", r"to come first \(TemplateError\)"),
+    ("{% for m in messages %}{{ m['content'] ", r"unexpected end of template.* \(TemplateSyntaxError\)\."),
+    ("{{ messages[0].parts[3].text }}", r"has no attribute 'parts' \(UndefinedError"),
     ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{# nothing #}", "makes nothing of the message"),
 ])  # fmt: skip
 def test_a_chat_template_that_does_not_work_is_one_message_in_its_own_words(template, message, tmp_path):

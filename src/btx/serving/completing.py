@@ -24,7 +24,7 @@ from btx.models.outputs import SideBySide, open_reader
 from btx.moe.balancing import sparse_gates
 from btx.moe.layer import moe_blocks
 from btx.serving.refusals import check_completion, check_prompt
-from btx.system_errors import blame
+from btx.system_errors import blame, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     except Exception as error:  # a template may raise anything
         blame(error)
         raise CheckpointError(
-            f"{where} does not take the message: {type(error).__name__}: {error}. {otherwise}"
+            f"{where} does not take the message: {first_line(error)} ({type(error).__name__}). {otherwise}"
         ) from error
     ids = cast(list[int], tokenizer.encode(rendered, add_special_tokens=False))
     if not ids:

@@ -15,7 +15,7 @@ from btx.cli import chat
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.tasks import complete
-from btx.models.loading import load_model
+from btx.models.loading import load_model, load_tokenizer
 from btx.serving import completing
 from tests.pico_models import llama, mixtral, tokenizer
 
@@ -86,6 +86,67 @@ def test_a_chat_template_is_used_where_there_is_one():
     assert completing.prompt_ids(templated, "x") == DocumentEncoder(templated)(["x"])[0]
     templated.chat_template = "{% for m in messages %}<|endoftext|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
     assert tokenizer().decode(completing.prompt_ids(templated, "x")) == "<|endoftext|>user: x"
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}<|endoftext|>{{ m['content'] }}{% endfor %}"])
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_every_character_of_an_answer_is_printed_from_its_first_token_on(template, temperature, tmp_path):
+    folder = llama(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template) if template else None
+    model, texts = load_model(folder), load_tokenizer(folder)
+    for prompt, rng_seed in (("the sum", 1), ("€", 2), ("a\n", 3), ("", 4)):
+        ids, new = completing.prompt_ids(texts, prompt), []
+        choose = completing.pick(temperature, torch.Generator().manual_seed(rng_seed))
+        while len(new) < 12:
+            with torch.no_grad():
+                token = choose(model(input_ids=torch.tensor([ids + new])).logits[0, -1])
+            if token == texts.eos_token_id:
+                break
+            new.append(token)
+        printed = said(folder, prompt=prompt, temperature=temperature, rng_seed=rng_seed)
+        assert printed == texts.decode(ids + new)[len(texts.decode(ids)) :] + "\n"
+        found = completing.completion(folder, prompt, max_new_tokens=12, temperature=temperature, rng_seed=rng_seed)
+        assert found["completion"] + "\n" == printed
+
+
+def test_an_answer_is_printed_as_it_is(tmp_path, monkeypatch):
+    folder, shown = llama(tmp_path / "model"), ["\t", "a[b]\r\n", " :smile: ", "\x0b"]
+    tokens = [completing.ShownToken(text, (), from_prompt=False) for text in shown]
+    monkeypatch.setattr(chat, "complete_token_by_token", lambda *arguments: iter(tokens))
+    assert said(folder) == "".join(shown) + "\n"
+    assert not {"\r", "\x0b"} & set(said(folder, colours=True)), "nothing that steers a terminal"
+
+
+def test_of_a_prompt_only_a_separator_is_left_out(tmp_path):
+    folder = llama(tmp_path / "model")
+    model, choose = load_model(folder), completing.pick(0, torch.Generator())
+    for prompt in ("User: hi", "<|endoftext|>User: hi"):
+        ids = tokenizer().encode(prompt, add_special_tokens=False)
+        tokens = completing.complete_token_by_token(model, tokenizer(), ids, 3, choose)
+        assert "".join(token.text for token in tokens if token.from_prompt) == "User: hi"
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{{ raise_exception('a system message has to come first') }}", r"to come first \(TemplateError\)"),
+    ("{% for m in messages %}{{ m['content'] ", r"unexpected end of template.* \(TemplateSyntaxError\)\."),
+    ("{{ messages[0].parts[3].text }}", r"has no attribute 'parts' \(UndefinedError"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{# nothing #}", "makes nothing of the message"),
+])  # fmt: skip
+def test_a_chat_template_that_does_not_work_is_one_message_in_its_own_words(template, message, tmp_path):
+    folder = llama(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=f"{folder}: its chat template .*{message}"):
+        said(folder, prompt="hi")
+
+
+def test_half_characters_are_refused_and_the_next_line_may_be_better(tmp_path, monkeypatch):
+    folder = llama(tmp_path / "model")
+    with pytest.raises(UserError, match=r"its character 3 is '\\udcff'"):
+        said(tmp_path / "nothing", prompt="hi\udcff")  # before a model is looked for
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\udcff\n{PROMPT}\n"))
+    printed = said(folder, prompt=None)
+    assert "error: the prompt is no valid text" in printed
+    assert said(folder).strip() in printed
 
 
 def test_a_dense_model_has_no_experts_to_show(tmp_path):

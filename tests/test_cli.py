@@ -5,8 +5,10 @@ Commands are called as `btx` calls them, in this process; two real processes sho
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -456,3 +458,49 @@ def test_a_failure_exits_with_1(btx: Btx, run: Path, tmp_path: Path) -> None:
     assert rows["seed"]["step"] > 0
     assert {row["state"] for row in rows.values()} == {"done", "failed", "absent"}
     assert "failed: step" in btx("status", other.path).out
+
+
+# Where it prints
+
+READING = [
+    ["--help"], ["mix", "--help"], *(["ls", what] for what in CATALOGUE), ["status", "RUN"], ["compare", "RUN"],
+    ["plan", "RUN", "--flops-per-second", "1e9"], ["run", "RUN"], ["train", "RUN", "birds"], ["analyze", "RUN"],
+    ["chat", "RUN", "--prompt", "€ → ·", "--max-new-tokens", "20"],
+    ["chat", "RUN", "--prompt", "a", "--show-experts", "--temperature", "3", "--max-new-tokens", "20"],
+    ["ls", "€"], ["status", "/nowhere/€"], ["run", "RUN", "train.replay=€"],
+]  # fmt: skip
+
+
+def opened(path: Path | int, encoding: str) -> TextIO:
+    return open(path, "w", encoding=encoding)
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_every_command_prints_in_any_encoding_and_ends_quietly_without_a_reader(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    said = [str(finished) if text == "RUN" else text for text in arguments]
+    monkeypatch.setattr(sys, "argv", ["btx", *said])
+    codes = {}
+    for encoding in ("ascii", "cp1252", "utf-8", "no reader", "full"):
+        if encoding == "no reader":
+            reading, writing = os.pipe()
+            os.close(reading)
+        with contextlib.suppress(BrokenPipeError), (  # of closing it
+            opened(writing, "utf-8") if encoding == "no reader" else
+            opened(Path("/dev/full"), "utf-8") if encoding == "full" else opened(tmp_path / encoding, encoding)
+        ) as out, opened(tmp_path / "err", "ascii") as err, monkeypatch.context() as streams:  # fmt: skip
+            streams.setattr(sys, "stdout", out)
+            streams.setattr(sys, "stderr", err)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        codes[encoding], told = ended.value.code, (tmp_path / "err").read_text("ascii")
+        if encoding == "full" and codes["utf-8"] == 0:
+            assert told.strip() == "error: standard output cannot be written (No space left on device)", told
+            assert codes[encoding] == 1
+        elif codes["utf-8" if encoding == "no reader" else encoding] == 0:
+            assert told == ""
+        else:
+            assert told.count("error: ") == 1 or "Usage" in told
+            assert codes[encoding] == 2
+    assert codes["ascii"] == codes["cp1252"] == codes["utf-8"]

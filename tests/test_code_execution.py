@@ -83,6 +83,44 @@ def test_a_program_may_write_in_its_own_folder_which_is_gone_afterwards(monkeypa
     base.rmdir()
 
 
+@pytest.mark.parametrize("program", [
+    "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')",  # deeper than calls and open files go
+    "import os\nos.mkdir('a')\nos.mkdir('a/b')\nopen('a/b/c', 'w').close()\nfor x in ('a/b', 'a', '.'): os.chmod(x, 0)",
+    "import os\nos.mkfifo('f')\nos.symlink('/etc', 'l')\nos.mkdir('\\udcff\\n')",
+    "import socket\nsocket.socket(socket.AF_UNIX).bind('s')",
+])  # fmt: skip
+def test_whatever_a_program_makes_of_its_folder_it_goes(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        Path(base).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", base)
+        outcome = run_program(program)
+        assert outcome.passed, outcome
+        assert list(Path(base).iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [
+    "shmget(4242, 1 << 20, 0o1777)", "msgget(4242, 0o1777)", "semget(4242, 1, 0o1777)",  # they would stay
+    "unshare(0x10000000)", "unshare(0x08000000)",  # a user namespace and one of shared memory
+])  # fmt: skip
+def test_nothing_outlives_a_program_and_it_makes_no_namespaces(call: str) -> None:
+    if not check_code_execution()["calls"]:
+        pytest.skip("this system has no seccomp")
+    refused = (
+        f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{call} < 0 and ctypes.get_errno() == 1"
+    )
+    assert run_program(refused).passed
+
+
+@pytest.mark.parametrize(("program", "why"), [
+    ("import os\nos.kill(os.getpid(), 39)", "signal 39"),  # a real-time signal, which Python has no name for
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "time"),
+    ("import os\nfor d in range(3, 64):\n    try: os.write(d, b'[' * 200_000)\n    except OSError: pass\nos._exit(0)",
+     "it left before its end (exit code 0)"),  # JSON deeper than the reader
+])  # fmt: skip
+def test_no_end_of_a_program_ends_the_evaluation(program: str, why: str) -> None:
+    assert run_program(program, Limits(seconds=2.5)) == Outcome(False, why)
+
+
 def test_nothing_outside_its_folder_is_written_changed_or_removed(tmp_path: Path) -> None:
     if not check_code_execution()["writes"]:
         pytest.skip("this kernel has no landlock")

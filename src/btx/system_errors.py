@@ -104,7 +104,7 @@ def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     text = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
     file = _file(error)
-    return f"{text}, {file}" if file is not None and file not in text else text
+    return (f"{text}, {file}" if file is not None and file not in text else text).rstrip(".")
 
 
 def _file(error: BaseException) -> str | None:

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import cast
+from unicodedata import category
 
 import torch
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.text import Text
 
+from btx.errors import UserError
 from btx.models.loading import load_tokenizer
 from btx.serving.completing import (
     complete_token_by_token,
@@ -50,7 +53,7 @@ def chat(
 
     Raises:
         CheckpointError: no such model, or a dense one with `show_experts`.
-        UserError: a negative temperature.
+        UserError: a negative temperature, or a prompt that is no valid text.
     """
     check_completion(model_path, temperature, prompt)
     console = console or Console(highlight=False)
@@ -59,12 +62,25 @@ def chat(
         _print_legend(console, expert_names(model_path, model))
     random = torch.Generator().manual_seed(rng_seed)
     for text in _typed(console) if prompt is None else [prompt]:
-        ids = prompt_ids(tokenizer, text)
+        try:
+            ids = prompt_ids(tokenizer, text)
+        except UserError as error:
+            if prompt is not None:
+                raise
+            console.out(f"error: {error}", highlight=False)  # the next line may be better
+            continue
         for token in complete_token_by_token(model, tokenizer, ids, max_new_tokens, pick(temperature, random)):
             if show_experts or not token.from_prompt:
                 style = pair_style(token.pair, count_experts(model)) if show_experts else ""
-                console.print(Text(token.text, style=style), end="", soft_wrap=True)
+                _print(console, token.text, style)
         console.print()
+
+
+def _print(console: Console, text: str, style: str) -> None:
+    """Print a token as it is, tabs and all; what would steer a terminal is left out on one."""
+    if console.is_terminal:
+        text = "".join(sign for sign in text if sign in "\n\t" or category(sign) != "Cc")
+    console.print(Segments([Segment(text, console.get_style(style))]), end="", soft_wrap=True)
 
 
 def pair_style(pair: tuple[int, ...], num_experts: int) -> str:

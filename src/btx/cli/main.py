@@ -49,7 +49,8 @@ def main() -> None:
     except Exception as error:
         if (message := told(error)) is None:
             raise
-        end(message.exit_code, "" if message.exit_code == READER_GONE else f"error: {message}")
+        text = "" if message.exit_code == READER_GONE else f"error: {message}"
+        end(message.exit_code, text, try_output=isinstance(error, OSError) and error.filename is None)
 
 
 def _print_version(asked: bool) -> None:

@@ -38,15 +38,19 @@ def _written_plainly(error: UnicodeError) -> tuple[str | bytes, int]:
     return signs.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
-def end(exit_code: int, message: str = "") -> NoReturn:
-    """Print what is left to print and a last message, and end; an output that nobody reads any more is no error."""
+def end(exit_code: int, message: str = "", *, try_output: bool = False) -> NoReturn:
+    """Print what is left to print and a last message, and end; an output that nobody reads any more is no error.
+
+    Args:
+        try_output: print an empty line to see whether it was standard output that could not be written.
+    """
     try:
-        sys.stdout.flush()
+        print(end="\n" if try_output else "", flush=True)
     except BrokenPipeError:
         say_no_more()
     except OSError as error:  # a full disk, a terminal that is gone
         say_no_more()
-        exit_code, message = exit_code or 1, message or f"error: standard output: {error.strerror}"
+        exit_code, message = 1, f"error: standard output cannot be written ({error.strerror})"
     with contextlib.suppress(OSError):
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     sys.exit(exit_code)

@@ -3,9 +3,10 @@
 Always: a new Python (`-I -S -B`: no environment variables, no installed packages), an empty folder of its own that is
 removed afterwards, a cleaned environment, hard limits of CPU seconds, address space, file size and open files, no
 new processes or threads, a wall clock, and the whole process group killed at the end. Started by root the program runs
-as `nobody`. Where Linux offers it: no network (a network namespace), no writing, removing or starting of anything outside
-its folder (landlock), no shared memory that outlives it and no namespaces of its own (seccomp). `check_code_execution` says which of these hold here; docs/evaluation-tasks.md says what
-remains open. This is a fence against accidents of a model, not against an attacker. Plain Python.
+as `nobody`. Where Linux offers it: no network (a network namespace), no writing, removing or starting of anything
+outside its folder (landlock), no shared memory that outlives it and no namespaces of its own (seccomp).
+`check_code_execution` says which of these hold here; docs/evaluation-tasks.md says what remains open. This is a fence
+against accidents of a model, not against an attacker. Plain Python.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def fences_text(fences: dict[str, bool]) -> str:
         "network": ("no network", "NETWORK NOT CUT OFF"),
         "writes": ("no writing outside their folder", "WRITING OUTSIDE THEIR FOLDER NOT PREVENTED"),
         "memory": ("limited memory", "MEMORY NOT LIMITED"),
+        "calls": ("nothing left in shared memory", "SHARED MEMORY THAT STAYS NOT PREVENTED"),
     }
     return "programs run with limited time, no new processes, " + ", ".join(
         there if fences.get(name) else missing for name, (there, missing) in said.items()
@@ -160,7 +162,7 @@ def _empty_folder() -> Iterator[str]:
 def _remove(folder: str) -> None:
     """Remove a folder of any depth. Folders in it are moved up to it before they are emptied: walking down would need a
     path, a call or an open file for every level."""
-    os.chmod(folder, 0o700)
+    Path(folder).chmod(0o700)
     top = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
 
     def emptied(here: int) -> Iterator[str]:
@@ -184,7 +186,7 @@ def _remove(folder: str) -> None:
                 os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
-    os.rmdir(folder)
+    Path(folder).rmdir()
 
 
 def _wait(folder: str, settings: str, report: IO[bytes], seconds: float) -> int | None:

@@ -29,7 +29,7 @@ FORBIDDEN = {
     "aarch64": (0xC00000B7, (97, 268, 194, 186, 190, 180, 217, 218, 219, 425)),
 }
 """Machine → its audit number, and its numbers of unshare and setns (new namespaces), shmget, msgget, semget and mq_open
-(what outlives a process), add_key, request_key and keyctl (so do keys) and io_uring_setup (a way around all this)."""
+(they outlive the process), add_key, request_key and keyctl (so do keys), io_uring_setup (a way around all this)."""
 NET_BITS, SCOPE_BITS = 0b11, 0b11  # bind and connect TCP; abstract sockets and signals
 
 
@@ -68,14 +68,7 @@ def allow_writes_in(folder: str, libc: ctypes.CDLL) -> bool:
     if version < 1:
         return False
     access = (1 << FS_BITS[min(version, 5)]) - 1 & ~(FS_READ_FILE | FS_READ_DIR)
-    attributes = struct.pack("=QQQ", access, EPERM, PR_SET_SECCOMP, SECCOMP_FILTER = 1, 22, 2
-FORBIDDEN = {
-    "x86_64": (0xC000003E, (272, 308, 29, 68, 64, 240, 248, 249, 250, 425)),
-    "aarch64": (0xC00000B7, (97, 268, 194, 186, 190, 180, 217, 218, 219, 425)),
-}
-"""Machine → its audit number, and its numbers of unshare and setns (new namespaces), shmget, msgget, semget and mq_open
-(what outlives a process), add_key, request_key and keyctl (so do keys) and io_uring_setup (a way around all this)."""
-NET_BITS, SCOPE_BITS)[: 8 if version < 4 else 16 if version < 6 else 24]
+    attributes = struct.pack("=QQQ", access, NET_BITS, SCOPE_BITS)[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
     inside = os.open(folder, os.O_RDONLY)
     rule = struct.pack("=Qi", access & ~FS_EXECUTE, inside)
@@ -93,14 +86,20 @@ NET_BITS, SCOPE_BITS)[: 8 if version < 4 else 16 if version < 6 else 24]
 
 
 def forbid_calls(libc: ctypes.CDLL) -> bool:
-    """Refuse the system calls of `FORBIDDEN` from here on (seccomp): they make what outlives the program, or new room."""
+    """Refuse the system calls of `FORBIDDEN` from here on (seccomp)."""
     if sys.platform != "linux" or os.uname().machine not in FORBIDDEN or not sys.maxsize > 1 << 32:
         return False
     audit, numbers = FORBIDDEN[os.uname().machine]
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF: load a word, compare and jump, return
     refused = 0x00050000 | EPERM
-    steps = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, refused),  # another architecture's calls
-             (load, 0, 0, 0), (at_least, 0, 1, 1 << 30), (give, 0, 0, refused)]  # the x32 calls of x86_64
+    steps = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, audit),
+        (give, 0, 0, refused),  # another architecture's calls
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 1 << 30),
+        (give, 0, 0, refused),
+    ]  # the x32 calls of x86_64
     for number in numbers:
         steps += [(equal, 0, 1, number), (give, 0, 0, refused)]
     steps.append((give, 0, 0, 0x7FFF0000))  # all else is allowed

@@ -25,6 +25,7 @@ from btx.moe.layer import moe_blocks
 from btx.outputs import read_output
 from btx.reporting.shapes import MixRecord
 from btx.serving.refusals import check_completion, check_prompt
+from btx.system_errors import blame, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,19 +71,29 @@ def completion(
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokens of a prompt: as the chat template says where there is one, else like a document's start.
 
-    The first token is never shown: it is the separator or what the template starts with.
-
     Raises:
-        UserError: the prompt is no text.
+        UserError: the prompt is no valid text.
+        CheckpointError: the chat template is broken, refuses the prompt or makes nothing of it.
     """
     check_prompt(prompt)
-    if getattr(tokenizer, "chat_template", None):
+    if not getattr(tokenizer, "chat_template", None):
+        encoder = DocumentEncoder(tokenizer)
+        ids = encoder([prompt])[0]
+        return ids[:-1] if encoder.trailing_eos else ids
+    where = f"{tokenizer.name_or_path}: its chat template"
+    otherwise = "Mend chat_template.jinja, or move it away and the prompt is completed as plain text"
+    try:
         message = [{"role": "user", "content": prompt}]
         rendered = cast(str, tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        return cast(list[int], tokenizer.encode(rendered, add_special_tokens=False))
-    encoder = DocumentEncoder(tokenizer)
-    ids = encoder([prompt])[0]
-    return ids[:-1] if encoder.trailing_eos else ids
+    except Exception as error:  # a template may raise anything
+        blame(error)
+        raise CheckpointError(
+            f"{where} does not take the message: {first_line(error)} ({type(error).__name__}). {otherwise}"
+        ) from error
+    ids = cast(list[int], tokenizer.encode(rendered, add_special_tokens=False))
+    if not ids:
+        raise CheckpointError(f"{where} makes nothing of the message. {otherwise}")
+    return ids
 
 
 def pick(temperature: float, random: torch.Generator) -> Callable[[Tensor], int]:
@@ -99,14 +110,15 @@ def complete_token_by_token(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int],
     max_new_tokens: int, choose: Callable[[Tensor], int],
 ) -> Iterator[ShownToken]:  # fmt: skip
-    """The prompt's tokens after the first, then the completion's, each as soon as its experts are known.
+    """The prompt's tokens, but for a separator at its start, then the completion's, each as soon as its experts are
+    known.
 
     Experts are those that read the token, so a new token comes with the forward pass after the one that chose it. Of
     Branch-Train-Merge they are the two models with the most weight in what follows the token.
     """
     texts, reader = TokenTexts(tokenizer), open_reader(model)
     new_ids, ids_1S = list(prompt), torch.empty(1, 0, dtype=torch.long, device=model.device)
-    shown = 0
+    shown, separators = 0, {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for made in range(max_new_tokens + 1):
         ids_1S = torch.cat([ids_1S, torch.tensor([new_ids], device=model.device)], dim=1)
         scores_V = reader.scores(ids_1S, torch.ones_like(ids_1S))[0]
@@ -115,7 +127,7 @@ def complete_token_by_token(
         else:
             pairs = top_pairs(cast(Any, model), len(new_ids))
         for token, pair in zip(new_ids, pairs, strict=True):
-            if shown:
+            if shown or token not in separators:
                 yield ShownToken(texts(token), pair, from_prompt=shown < len(prompt))
             shown += 1
         token = choose(scores_V)

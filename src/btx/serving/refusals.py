@@ -8,28 +8,30 @@ from btx.errors import UserError
 from btx.model_files.model_folder import check_model_or_btm
 
 
-def check_completion(model_path: Path, temperature: float, prompt: str | None = None) -> None:
+def check_completion(model_path: Path, temperature: float, prompt: str | None) -> None:
     """Refuse what cannot be completed with.
 
     Raises:
         CheckpointError: the folder is no model.
-        UserError: a negative temperature, or a prompt that is no text.
+        UserError: a negative temperature, or a prompt that is no valid text.
     """
-    if prompt is not None:
-        check_prompt(prompt)
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
+    if prompt is not None:
+        check_prompt(prompt)
     check_model_or_btm(model_path)
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse a prompt that is no Unicode text: a command line's bytes that are not UTF-8 come as half characters.
+    """Refuse half characters, which is what a byte that is not UTF-8 is read as.
 
     Raises:
-        UserError: names the place.
+        UserError: names the first.
     """
     try:
-        prompt.encode()
+        prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is not valid Unicode at character {error.start + 1} ({prompt[error.start]!a}); "
-                        f"type or save it as UTF-8") from error  # fmt: skip
+        raise UserError(
+            f"the prompt is no valid text: its character {error.start + 1} is {prompt[error.start]!a}, half a "
+            f"character or a byte that is not UTF-8; give the prompt in UTF-8"
+        ) from error

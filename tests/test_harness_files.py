@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,3 +148,81 @@ def test_code_is_not_run_without_permission(files, monkeypatch) -> None:
     with pytest.raises(UserError, match="--allow-code-execution"):
         check_harness([request], allow_code_execution=False)
     assert check_harness([], allow_code_execution=False) == {}
+
+
+# The files that tasks were published in
+
+ARC = [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}]
+PUBLISHED: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "AI2's ARC": ("arc_easy", [{"id": "M1", "question": {"stem": "Which?", "choices": ARC}, "answerKey": "B"}],
+                  {"query": "Question: Which?", "choices": ["one", "two"], "gold": 1}),
+    "ARC on the hub": ("arc_challenge", [{"id": "M1", "question": "Which?", "answerKey": "2",
+                                          "choices": {"text": ["one", "two"], "label": ["1", "2"]}}],
+                       {"query": "Question: Which?", "choices": ["one", "two"], "gold": 1}),
+    "Winogrande": ("winogrande", [{"qID": "a-1", "sentence": "Ann met Eve so _ was glad.", "option1": "Ann",
+                                   "option2": "Eve", "answer": "2"}],
+                   {"context_options": ["Ann met Eve so Ann", "Ann met Eve so Eve"], "continuation": "was glad.",
+                    "gold": 1}),
+    "TriviaQA on the hub": ("triviaqa", [{"question": "Who?", "answer": {"value": "I", "aliases": ["I", "me"]}}],
+                            {"context": "Question: Who?\nAnswer:", "answer": "I", "aliases": ["I", "me"]}),
+    "TriviaQA": ("triviaqa", [{"Question": "Who?", "Answer": {"Value": "I", "Aliases": []}}],
+                 {"context": "Question: Who?\nAnswer:", "answer": "I", "aliases": ["I"]}),
+    "MMLU on the hub": ("mmlu", [{"subject": "law", "question": "Q", "choices": ["w", "x", "y", "z"], "answer": 2}],
+                        {"subject": "law", "question": "Q", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C"}),
+    "sanitized MBPP": ("mbpp", [{"task_id": 11, "prompt": "Add.", "code": "x", "test_imports": ["import math"],
+                                 "test_list": ["assert 1"]}],
+                       {"task_id": 11, "text": "Add.", "code": "x", "test_list": ["assert 1"],
+                        "test_setup_code": "import math"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_a_published_file_gives_the_documents_that_are_listed(tmp_path: Path, layout: str) -> None:
+    task, published, listed = PUBLISHED[layout]
+    file = tmp_path / "published.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in published), "utf-8")
+    assert read_documents(TaskRequest(task, task, file), 0).scored == [listed]
+    file.write_text(json.dumps(listed) + "\n", "utf-8")
+    assert read_documents(TaskRequest(task, task, file), 0).scored == [listed]
+
+
+def test_mmlus_tables_have_their_subject_in_their_name(tmp_path: Path) -> None:
+    file = tmp_path / "high_school_law_test.csv"
+    file.write_text('"What, then?",w,x,y,z,D\n', "utf-8")
+    assert read_documents(TaskRequest("mmlu", "mmlu", file), 0).scored == [
+        {"subject": "high_school_law", "question": "What, then?", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "D"}
+    ]
+    file.write_text("What,then\n", "utf-8")
+    with pytest.raises(DataError, match=r"law_test\.csv:1: 2 columns; MMLU's files have six"):
+        read_documents(TaskRequest("mmlu", "mmlu", file), 0)
+
+
+def test_piqas_labels_lie_beside_its_lines(tmp_path: Path) -> None:
+    file, labels = tmp_path / "valid.jsonl", tmp_path / "valid-labels.lst"
+    lines = [{"id": str(i), "goal": "open", "sol1": "turn", "sol2": f"pull {i}"} for i in range(2)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    request = TaskRequest("piqa", "piqa", file)
+    with pytest.raises(DataError, match=r"no 'label', and the labels are not beside it in valid-labels\.lst"):
+        read_documents(request, 0)
+    labels.write_text("1\n0\n", "utf-8")
+    assert [document["label"] for document in read_documents(request, 0).scored] == [1, 0]
+    labels.write_text("1\n", "utf-8")
+    with pytest.raises(DataError, match=r"valid\.jsonl:2: .*valid-labels\.lst has only 1 labels"):
+        read_documents(request, 0)
+    labels.write_text("1\n2\n", "utf-8")
+    with pytest.raises(DataError, match="label '2'; there are: 0, 1"):
+        read_documents(request, 0)
+
+
+@pytest.mark.parametrize("line", [
+    {"question": "Which?"}, {"question": {"stem": "Which?"}, "answerKey": "A"},
+    {"question": {"stem": "Which?", "choices": ARC}, "answerKey": "E"}, {"question": 3, "choices": [], "answerKey": 1},
+])  # fmt: skip
+def test_another_layout_is_refused_with_the_keys_found_and_wanted(tmp_path: Path, line: dict[str, Any]) -> None:
+    file = tmp_path / "arc.jsonl"
+    file.write_text(json.dumps(line) + "\n", "utf-8")
+    with pytest.raises(DataError) as refused:
+        read_documents(TaskRequest("arc_easy", "arc_easy", file), 0)
+    assert "arc.jsonl:1: 'query' should be there" in str(refused.value)
+    assert f"this line has: {', '.join(line)}" in str(refused.value)
+    assert "query (text), choices (texts), gold (index of choices)" in str(refused.value)

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from btx.data.document_files import located
-from btx.data.json_lines import json_objects, refuse_half_characters
+from btx.data.json_lines import refuse_half_characters
 from btx.errors import DataError
+from btx.evaluation.published_layouts import task_lines
 from btx.files import value_hash
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def read_documents(request: TaskRequest, shots: int) -> TaskDocuments:
 
 
 def _read_lines(path: Path, task: LocalTask) -> list[Document]:
-    lines = [_document(found, task, where) for where, found in json_objects(path, "document")]
+    lines = [_document(found, task, where) for where, found in task_lines(path, task.name)]
     if not lines:
         raise DataError(f"{path}: no documents; a task file has one JSON object a line")
     return lines
@@ -177,8 +178,8 @@ def _document(document: Document, task: LocalTask, where: str) -> Document:
         if key not in document or not _is_of_kind(document[key], kind, document):
             raise DataError(
                 f"{where}: {key!r} should be there and be {kind!r}; {task.name} from a file has on every line "
-                f"{', '.join(f'{name} ({what})' for name, what in task.fields.items())}; this line has: "
-                f"{', '.join(document) or 'nothing'}"
+                f"{', '.join(f'{name} ({what})' for name, what in task.fields.items())}, or what it was published with "
+                f"(docs/evaluation-tasks.md); this line has: {', '.join(document) or 'nothing'}"
             )
     # Only what the task uses: other keys may differ from line to line.
     used = {key: document[key] for key in task.fields} if task.fields else document

@@ -35,7 +35,8 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
     speed = _speed_text(planned["speed"])
     work = work_text(planned["to_do"], planned["stays"])
-    return [*_data_tables(planned["data"]), _models_table(planned), stages, *baselines, speed, work, *_disk_note(totals),
+    tables = [*_data_tables(planned["data"]), _models_table(planned), stages, *baselines]
+    return [*tables, speed, work, *_disk_note(totals),
             *(f"note: {note}" for note in (*planned["notes"], *planned["router"]["notes"]))]  # fmt: skip
 
 

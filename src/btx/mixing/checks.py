@@ -104,9 +104,11 @@ class Opened:
     def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
         found = []
-        tokenizer = partial(usable_tokenizer, self.folder, int(self.config["vocab_size"]), warn)
         links = partial(check_links, self.folder, SETTINGS if any_tokenizer else (*SETTINGS, *TOKENIZER))
-        for check in (partial(self.moe_config, 2, 1), links, *([] if any_tokenizer else [tokenizer])):
+        checks: list[Callable[[], object]] = [partial(self.moe_config, 2, 1), links]
+        if not any_tokenizer:
+            checks.append(partial(usable_tokenizer, self.folder, int(self.config["vocab_size"]), warn))
+        for check in checks:
             try:
                 check()
             except CheckpointError as error:

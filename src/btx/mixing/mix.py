@@ -96,7 +96,7 @@ def mix(
         warn=warning_to(log),
     )  # fmt: skip
     rows = int(inputs.config["vocab_size"])
-    chosen = tokenizer and ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log))
+    chosen = None if tokenizer is None else ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log))
     bound = bind(settings.merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]

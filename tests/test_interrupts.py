@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -47,9 +48,12 @@ def test_a_signal_that_came_before_stops_such_work_too(interrupts: Interrupts) -
         raise AssertionError("begun all the same")
 
 
-def test_a_reader_that_has_gone_is_like_a_signal(interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_reader_that_has_gone_is_like_a_signal(
+    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def gone(line: str) -> None:
-        raise BrokenPipeError
+        raise OSError(number, "gone")
 
     monkeypatch.setattr(process, "tell", gone)
     monkeypatch.setattr(process, "say_no_more", lambda: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -19,6 +20,7 @@ from btx.model_files.model_folder import check_model_folder
 from btx.run_folder.folder import RunFolder
 from btx.system_errors import blame, is_out_of_memory, told
 from btx.training import loop
+from btx.training.metrics import Metrics
 from tests.pico_run import pico_recipe, run_here
 
 NO_MEMORY = [
@@ -40,10 +42,11 @@ def test_memory_that_is_used_up_is_known_in_every_librarys_words(error: Exceptio
     assert caught.value.exit_code == 1
 
 
-def test_numpys_words_for_it_too_and_other_errors_are_none() -> None:
-    with pytest.raises(MemoryError) as caught:
-        np.empty(1 << 56)
-    assert is_out_of_memory(caught.value)
+def test_it_is_known_when_it_happens_and_other_errors_are_none() -> None:
+    for allocate in (lambda: np.empty(1 << 56), lambda: torch.empty(1 << 56)):
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            allocate()
+        assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     assert not is_out_of_memory(os_error(errno.ENOENT, "a"))
 
@@ -117,6 +120,14 @@ def test_too_many_open_files_is_not_a_broken_model(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(SystemFailed, match="too many open files"):
         check_model_folder(tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_file_that_was_being_appended_to(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    with open("/dev/full", "w", encoding="utf-8") as full, contextlib.suppress(OSError):
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+            metrics.write(full, {"step": 1, "loss": 1.0}, 1, 1.0)
+        full.close()
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8 by rename; raises as `write_json`. Folders are made where needed, but none that is written
     beside another: who has removed it does not want it back."""
     beside = _beside(path)
-    with _writing(path):
+    with writing(path):
         if not WRITTEN_BESIDE.fullmatch(path.parent.name):
             above = any(WRITTEN_BESIDE.fullmatch(part) for part in path.parent.parts)
             path.parent.mkdir(parents=not above, exist_ok=True)
@@ -133,7 +133,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         RunFolderError: the disk is full, the parent cannot be written, or somebody has removed the new folder or
             written `target` meanwhile.
     """
-    with _writing(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(target.parent, re.escape(target.name))
         before = _inode(target)
@@ -259,8 +259,12 @@ def value_hash(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Tell what fails in writing `target`, and that alone: a block may also read, print and use temporary files."""
+def writing(target: Path) -> Iterator[None]:
+    """Tell what fails in writing `target`, and that alone: a block may also read, print and use temporary files.
+
+    Raises:
+        RunFolderError: the disk is full or the permissions do not let it be written.
+    """
     try:
         yield
     except Exception as error:

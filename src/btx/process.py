@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -92,10 +93,13 @@ class Interrupts:
             self.raise_if_pending(self._at_once)
 
     def tell(self, line: str) -> None:
-        """Print a line for the user, as `tell`; where nobody reads any more (`| head`), it is as if a signal came."""
+        """Print a line for the user, as `tell`; where nobody reads any more (`| head`, a closed terminal), it is as if
+        a signal came."""
         try:
             tell(line)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             say_no_more()
             self._note(READER_GONE - 128, None)
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import filelock
 
 from btx.errors import RunFolderError, UserError
-from btx.files import file_sha256, write_sealed, write_text
+from btx.files import file_sha256, write_sealed, write_text, writing
 from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
@@ -275,7 +275,8 @@ class RunFolder:
         """Append a line to events.jsonl (written by `btx run` alone)."""
         import json
 
-        with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
+        path = self.path / "events.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), "event": kind, **facts}) + "\n")
 
 

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from btx.errors import RunFolderError
 from btx.files import read_json, write_json
@@ -47,7 +47,7 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
         return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"), loss=facts.get("loss"),
                            wall_s=facts.get("wall_s"), node=facts.get("node"))  # fmt: skip
     why, node, has_metrics = None, at_work(run, stage.name), state == "begun"
-    if node is None and (failure := read_json(_failure_file(run, stage.name))) is not None:
+    if node is None and (failure := _failure(run, stage.name)) is not None:
         state, why, node = "failed", failure["error"], failure["node"]
     elif state == "stale":
         return StageStatus(stage.name, state, why=run.why_stale(stage))
@@ -102,6 +102,14 @@ def note_failure(run: RunFolder, stage: str, error: str) -> None:
 def last_line(text: str) -> str:
     """The last line of a message that is not empty."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it left no message")
+
+
+def _failure(run: RunFolder, stage: str) -> dict[str, str] | None:
+    """{"error", "node", "time"} of a stage that failed when it was last tried, else None."""
+    found = read_json(path := _failure_file(run, stage))
+    if found is not None and not (isinstance(found, dict) and {"error", "node"} <= found.keys()):
+        raise RunFolderError(f"{path}: not what btx notes of a failure; remove it")
+    return cast(dict[str, str] | None, found)
 
 
 def _failure_file(run: RunFolder, stage: str) -> Path:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import IO, Any
 
+from btx.files import writing
 from btx.metrics_file import read_metrics
 from btx.training.spikes import WINDOW
 
@@ -26,7 +27,8 @@ class Metrics:
         for line in kept:
             self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", math.nan)
             self.loads += [line["load"]] if "load" in line else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        with writing(path):
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
     def open(self) -> IO[str]:
         """The file, for appending."""
@@ -37,5 +39,6 @@ class Metrics:
         self.wall_s += seconds
         self.last_loss = facts["loss"]
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+        with writing(self.path):
+            file.write(json.dumps(line) + "\n")
+            file.flush()

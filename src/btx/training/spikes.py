@@ -32,7 +32,7 @@ class SpikeWatch:
     def __init__(self, before: Iterable[Mapping[str, Any]] = ()) -> None:
         self._recent = {name: deque[float](maxlen=WINDOW) for name in FACTORS}
         for line in before:
-            counts_as = line.get("spike", {}).get("counts_as", {})
+            counts_as = line["spike"]["counts_as"] if "spike" in line else {}
             for name, recent in self._recent.items():
                 recent.append(counts_as.get(name, line[name]))
 

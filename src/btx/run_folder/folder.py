@@ -160,7 +160,9 @@ class RunFolder:
             begun["files"], _names(stage)
         )
         reasons += [
-            f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
+            f"{name} {'changed' if name in begun['upstream'] else 'is new'}"
+            for name, inputs in stage.upstream.items()
+            if begun["upstream"].get(name) != inputs
         ]
         if not reasons and begun["settings"] != stage.settings:
             reasons = ["its files are read in another order"]

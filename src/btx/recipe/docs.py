@@ -50,8 +50,8 @@ steps are for a 7B model and billions of tokens. Without `paper: true`, a traini
 The first two are the law of Li et al. (arXiv 2503.04715); [decisions.md](decisions.md) has the reasons. N is read from
 `seed_model.config`, `plan_config` or the model's folder, or guessed from a hub name (`Llama-3.2-1B`); where nothing
 says it, the learning rate is that of a 7B model. `btx plan` and `btx run` tell what was filled in. The run folder keeps
-it (`derived`): a later version's rules change no run whose tokens, model and sequence length are the same, and runs from
-before there were such rules keep the paper's values.
+it (`derived`): a later version's rules change no run whose tokens, model and sequence length are the same, and runs
+from before there were such rules keep the paper's values.
 
 *Made by `python -m btx.recipe.docs docs` from `src/btx/recipe/schema.py` and the files of its sections; edit those.*
 """

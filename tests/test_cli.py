@@ -140,6 +140,22 @@ def test_ls_lists_everything_there_is_to_choose_from(btx: Btx, what: str) -> Non
     assert all(name in shown for name in found)
 
 
+def test_h_is_help_and_the_shell_completes(btx: Btx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for command in ([], ["plan"], ["mix"], ["init"], ["chat"]):
+        assert btx(*command, "-h").out == btx(*command, "--help").out != ""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("typer._completion_shared._get_shell_name", lambda: "bash")
+    assert btx("--install-completion").code == 0
+    (installed,) = (file for file in tmp_path.rglob("btx.sh"))
+    assert "_btx_completion" in installed.read_text("utf-8")
+
+
+def test_the_families_fit_into_a_hundred_columns(btx: Btx, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, widest in (("200", 100), ("80", 80)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert max(map(len, btx("ls", "families").out.splitlines())) <= widest
+
+
 # Recipes
 
 

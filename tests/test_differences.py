@@ -52,7 +52,7 @@ CHANGES = {
     "baseline_training={dense_dm: {learning_rate: 1e-3}}": ("baselines/dense_dm_domains",
                                                             "train.learning_rate: 0.002 → 0.001"),
     "evaluate.mixed=5": ("evaluate", "evaluate.mixed.documents: 0 → 5"),
-    "data.general=birds": ("seed", "the text it reads: 100 % general → 100 % birds"),
+    "data.general=birds": ("seed", "the text it reads: general → birds"),
     "rng_seed=4": ("analyze", "rng_seed: 3 → 4"),
 }  # fmt: skip
 

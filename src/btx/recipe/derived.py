@@ -27,6 +27,7 @@ from typing import Any
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Training
 
+SETTINGS = ("batch_tokens", "learning_rate", "warmup_steps", "checkpoint_every")
 SECTIONS = ("seed_model.train", "train", "finetune")
 PAPER_SIZE = 6_500_000_000
 """Parameters of a model whose size nothing says: its learning rate is then a careful one."""

@@ -17,23 +17,41 @@ from pydantic.fields import FieldInfo
 
 from btx.errors import UserError
 from btx.files import write_text
+from btx.recipe.derived import SETTINGS
 from btx.recipe.loading import recipe_schema
 from btx.recipe.schema import Recipe
 from btx.recipe.section import Section
+from btx.recipe.training import Training
 
 HEADER = """\
 # The recipe: every field
 
 A recipe is a YAML file. It names the data, the seed model and what each stage does with them; what it leaves out has
 the default given here, which is the paper's where the paper states a number; where btx's default is another choice than
-the paper's, `paper: true` takes the paper's. `btx plan RECIPE` prints the recipe with all defaults filled in and trains
-nothing.
+the paper's, `paper: true` takes the paper's. `btx plan RECIPE --recipe` prints the recipe with all defaults filled in.
+`btx init` writes one for a model and texts of your own, with comments.
 
 - Any field can be set on the command line too: `btx run my.yaml train.tokens=2e6 mix.top_k=1 'train.domains=[math]'`.
 - Numbers may be written `1_000_000`, `1e6` or `1000000`. Tokens, bytes and steps are plain counts: no `1M`, no `4 GB`.
 - An unknown key is refused with its file, line and column, and the nearest key that exists.
 - Editors complete and check a recipe that begins with `# yaml-language-server: $schema=recipe.schema.json`: the path or
   address of a copy of [recipe.schema.json](recipe.schema.json).
+
+**What follows from size and tokens.** The paper's batch of 4M tokens, its learning rate of 1e-4 and its 100 warm-up
+steps are for a 7B model and billions of tokens. Without `paper: true`, a training section (`seed_model.train`, `train`,
+`finetune`) that leaves one of these out gets, for D = `tokens` and N parameters outside the embeddings:
+
+- `batch_tokens`: 0.58 D^0.571, in whole sequences, at most 4M;
+- `learning_rate`: 1.79 N^-0.713 D^0.307, at most 6e-3, from random weights; two thirds of it for branches that train
+  their feed-forward sublayers alone; a third for everything else that goes on from a trained model;
+- `warmup_steps`: a twentieth of the steps, at most 100;
+- `checkpoint_every`: a tenth of the steps, from 10 to 1000.
+
+The first two are the law of Li et al. (arXiv 2503.04715); [decisions.md](decisions.md) has the reasons. N is read from
+`seed_model.config`, `plan_config` or the model's folder, or guessed from a hub name (`Llama-3.2-1B`); where nothing
+says it, the learning rate is that of a 7B model. `btx plan` and `btx run` tell what was filled in. The run folder keeps
+it (`derived`): a later version's rules change no run whose tokens, model and sequence length are the same, and runs
+from before there were such rules keep the paper's values.
 
 *Made by `python -m btx.recipe.docs docs` from `src/btx/recipe/schema.py` and the files of its sections; edit those.*
 """
@@ -50,7 +68,8 @@ def recipe_page() -> str:
         shared = [base for base in section.__mro__[1:] if _is_shared(base)]
         if shared:
             parts.append(f"All [{_title(shared[0])}](#{_anchor(_title(shared[0]))}), and:\n")
-        rows = [f"| `{name}` | {_kind(field)} | {_default(field)} | {_meaning(field)} |" for name, field in own.items()]
+        rows = [f"| `{name}` | {_kind(field)} | {_default(field, derived=section is Training and name in SETTINGS)} | "
+                f"{_meaning(field)} |" for name, field in own.items()]  # fmt: skip
         parts.append("\n".join(["| field | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
@@ -149,7 +168,9 @@ def _number(value: float) -> str:
     return f"{value:g}" if abs(value) < 1e6 else str(value)
 
 
-def _default(field: FieldInfo) -> str:
+def _default(field: FieldInfo, *, derived: bool = False) -> str:
+    if derived:
+        return f"follows; paper: {_default(field)}"
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
-from btx.recipe.derived import fill_in_training
+from btx.recipe.derived import SETTINGS, fill_in_training
 from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
 from btx.recipe.problems import did_you_mean, schema_problems
@@ -127,6 +127,9 @@ def recipe_schema() -> dict[str, Any]:
     source = definitions["Source"]
     held_out = definitions["Domain"]["properties"]["held_out"]
     one_source = {**source, "properties": {**source["properties"], "held_out": held_out}}
+    for section in ("SeedTraining", "Train", "Finetune"):
+        for key in SETTINGS:  # they follow from other settings
+            definitions[section]["properties"][key].pop("default")
     item = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
     sources = {"type": "array", "items": item, "minItems": 1}
     definitions["Domain"] = {

@@ -1,6 +1,7 @@
 """Recipe sections: training of the seed model, the branches, the mixed model and the baselines. Plain Python.
 
-Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number.
+Defaults are the paper's (arXiv 2403.07816, section 4.1) wherever it states a number; without `paper: true` those of
+batch, learning rate, warm-up and checkpoint interval give way to what `btx.recipe.derived` fills in.
 """
 
 from __future__ import annotations

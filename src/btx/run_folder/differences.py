@@ -78,7 +78,7 @@ def _shares(value: Any) -> str:
         if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
             return ""
         named = [(component.removesuffix("/0"), weight) for component, weight in pairs]
-        return ", ".join(f"{100 * weight:.3g} % {name}" for name, weight in named)
+        return ", ".join(f"{100 * weight:.3g} % {name}" if weight < 1 else name for name, weight in named)
     return ", ".join(value)
 
 

@@ -155,12 +155,13 @@ class RunFolder:
             stage.inputs  # noqa: B018 - raises where files are missing
         except UserError as error:
             return str(error)
-        reasons = changed_settings(stage.name, begun["shown"], stage.shown) + changed_files(
-            begun["files"], _names(stage)
-        )
+        reasons = changed_settings(stage.name, begun["shown"], stage.shown)
+        reasons += changed_files(begun["files"], _names(stage))
+        before = begun["upstream"]
         reasons += [
-            f"{name} changed" for name, inputs in stage.upstream.items() if begun["upstream"].get(name) != inputs
-        ]
+            f"{name} {'changed' if name in before else 'is new'}"
+            for name, inputs in stage.upstream.items() if before.get(name) != inputs
+        ]  # fmt: skip
         if not reasons and begun["settings"] != stage.settings:
             reasons = ["its files are read in another order"]
         return "; ".join(reasons) or "made by another version"

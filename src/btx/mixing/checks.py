@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 from btx.choices.families import Config, Family, family_of
@@ -62,7 +62,10 @@ def open_checked(
             + "Nothing was written."
         )  # fmt: skip
     assert seed is not None  # or there were problems
-    _warn_of_twins({"the seed model": seed_model, **{f"expert {name}": path for name, path in experts.items()}}, warn)
+    if any(path != seed_model for path in experts.values()):  # else copies of the seed model are what is wanted
+        _warn_of_twins(
+            {"the seed model": seed_model, **{f"expert {name}": path for name, path in experts.items()}}, warn
+        )
     tensors = {name: expert.tensors for name, expert in opened.items() if expert is not None}
     return MixInputs(seed_model, dict(experts), generalist, seed.config, seed.family, seed.tensors, tensors)
 
@@ -117,9 +120,12 @@ class _Opened:
     def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
         found = []
-        tokenizer = partial(usable_tokenizer, self.folder, int(self.config["vocab_size"]), warn)
-        links = partial(check_links, self.folder, SETTINGS if any_tokenizer else (*SETTINGS, *TOKENIZER))
-        for check in (self._check_config, links, *([] if any_tokenizer else [tokenizer])):
+        checks: list[Callable[[], object]] = [self._check_config, partial(check_links, self.folder, SETTINGS)]
+        if not any_tokenizer:
+            rows = int(self.config["vocab_size"])
+            checks.append(partial(check_links, self.folder, TOKENIZER))
+            checks.append(partial(usable_tokenizer, self.folder, rows, warn))
+        for check in checks:
             try:
                 check()
             except CheckpointError as error:
@@ -197,6 +203,9 @@ def _vocabulary_problems(name: str, folder: Path, seed: Path, warn: Callable[[st
 
 
 def _warn_of_twins(folders: Mapping[str, Path], warn: Callable[[str], None]) -> None:
-    for (one, first), (other, second) in combinations(folders.items(), 2):
-        if first.samefile(second):
-            warn(f"{one} and {other} are the same folder: {first}")
+    same: dict[str, list[str]] = {}
+    for name, folder in folders.items():
+        same.setdefault(os.path.realpath(folder), []).append(name)
+    for names in same.values():
+        if len(names) > 1:
+            warn(f"{', '.join(names[:-1])} and {names[-1]} are the same folder: {folders[names[0]]}")

@@ -89,13 +89,11 @@ def mix(
     if problems := init.problems():
         raise CheckpointError("; ".join(problems))
     transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
-    upcycled = all(path == seed_model for path in experts.values())  # then the same folder again is what is wanted
     inputs = open_checked(
-        seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None,
-        warn=(lambda line: None) if upcycled else warning_to(log),
+        seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log)
     )  # fmt: skip
     rows = int(inputs.config["vocab_size"])
-    chosen = tokenizer and ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log))
+    chosen = ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log)) if tokenizer is not None else None
     bound = bind(settings.merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]

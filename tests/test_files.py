@@ -95,3 +95,12 @@ def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path)
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "moe") as beside:
         (beside / str(1 // 0)).touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]
+
+
+def test_an_input_that_fails_is_named_and_not_the_output(tmp_path: Path) -> None:
+    said = r"in/gone: No such file or directory; .*out/moe, for which it was needed"
+    with pytest.raises(RunFolderError, match=said), atomic_folder(tmp_path / "out" / "moe"):
+        (tmp_path / "in" / "gone").read_text()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"file/a/moe: cannot be written \(Not a directory\)"):
+        write_json(tmp_path / "file" / "a" / "moe", 1)

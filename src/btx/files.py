@@ -214,6 +214,10 @@ def _writing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise  # not about writing
+        about = getattr(error, "filename", None)
+        if isinstance(about, str | Path) and _lies_elsewhere(Path(about), target):
+            raise RunFolderError(f"{about}: {error.strerror}; {target}, for which it was needed, is not written, and "
+                                 f"what was there before is untouched") from error  # fmt: skip
         if isinstance(error, FileNotFoundError):
             raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
                                  f"meanwhile. Run the same command again") from error  # fmt: skip
@@ -221,6 +225,12 @@ def _writing(target: Path) -> Iterator[None]:
             f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
             f"untouched. Free space or mend the permissions, then run the same command again"
         ) from error
+
+
+def _lies_elsewhere(path: Path, target: Path) -> bool:
+    """Whether a path is neither beside or below a target nor a folder above it."""
+    path, target = path.absolute(), target.absolute()
+    return not path.is_relative_to(target.parent) and not target.is_relative_to(path)
 
 
 def _sync_file(path: Path) -> None:

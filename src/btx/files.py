@@ -214,16 +214,17 @@ def _writing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise  # not about writing
-        about = getattr(error, "filename", None)
+        about = error.filename if isinstance(error, OSError) else None
+        why = getattr(error, "strerror", None) or error
         if isinstance(about, str | Path) and _lies_elsewhere(Path(about), target):
-            raise RunFolderError(f"{about}: {error.strerror}; {target}, for which it was needed, is not written, and "
-                                 f"what was there before is untouched") from error  # fmt: skip
+            raise RunFolderError(f"{about}: {why}; {target}, for which it was needed, is not written, and what was "
+                                 f"there before is untouched") from error  # fmt: skip
         if isinstance(error, FileNotFoundError):
             raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
                                  f"meanwhile. Run the same command again") from error  # fmt: skip
         raise RunFolderError(
-            f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
-            f"untouched. Free space or mend the permissions, then run the same command again"
+            f"{target}: cannot be written ({why}); what was there before is untouched. "
+            f"Free space or mend the permissions, then run the same command again"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_left_overs_of_the_same_name_alone_are_removed(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "moe"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["moe", *others])
+    old, young = tmp_path / ".a.json.0123abcd.tmp", tmp_path / ".a.json.00000000.tmp"
+    for file, age_s in ((old, 4000), (young, 10)):
+        file.touch()
+        os.utime(file, (time.time() - age_s,) * 2)
+    write_json(tmp_path / "a.json", 1)
+    assert not old.exists()
+    assert young.exists()
+    for file in (young, tmp_path / "a.json"):
+        file.unlink()
     (tmp_path / ".step-12.0123abcd.tmp").mkdir()
     remove_left_overs(tmp_path, r"step-\d+")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["moe", *others])
@@ -85,3 +95,11 @@ def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path)
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "moe") as beside:
         (beside / str(1 // 0)).touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]
+
+
+def test_an_input_that_fails_is_named_and_not_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="in/gone"), atomic_folder(tmp_path / "out" / "moe"):
+        (tmp_path / "in" / "gone").read_text()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"file/a/moe: cannot be written \(Not a directory\)"):
+        write_json(tmp_path / "file" / "a" / "moe", 1)

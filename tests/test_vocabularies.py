@@ -160,10 +160,15 @@ def test_ids_are_those_that_transformers_gives(saved: Path, files: dict[str, Any
     ("tokenizer.json", b"{"), ("tokenizer.json", b"[]"), ("tokenizer.json", b"{}"),
     ("tokenizer.json", b'{"model": {"vocab": {"a": "b"}}}'), ("tokenizer.json", b"[" * 100_000),
     ("tokenizer.model", b"\x0b"), ("tokenizer.model", b"!! 1"), ("tokenizer.model", b"\x0a\xff"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "a"}}'), ("tokenizer_config.json", b'{"pad_token": {}, '
+     b'"extra_special_tokens": 5}'), ("added_tokens.json", b'{"a": "b"}'), ("special_tokens_map.json", b"[]"),
     ("tekken.json", b'{"vocab": []}'), ("vocab.json", b"[1]"), ("vocab.json", b'{"a": null}'), ("vocab.txt", b"\xff"),
 ])  # fmt: skip
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / name).write_bytes(content)
+    if name == "vocab.txt":  # of which vocab.json takes the place
+        (tmp_path / "vocab.json").unlink()
     with pytest.raises(CheckpointError, match=rf"/{name}: not "):
         read_vocabulary(tmp_path)
 
@@ -324,6 +329,15 @@ def test_ends_of_text_are_those_of_the_tokenizer_that_was_chosen(
     assert mixed["config"]["pad_token_id"] == 6  # the tokenizer's is its bos, whose embedding has to be trained
     assert mixed["generation_config"]["pad_token_id"] == 0
     assert mixed["generation_config"]["top_k"] == 7
+
+
+@pytest.mark.parametrize(("name", "value"), [("config", "5"), ("generation_config", ["5"]), ("generation_config", {})])
+def test_ids_that_are_none_are_refused(make_llama: MakeLlama, tmp_path: Path, name: str, value: Any) -> None:
+    seed, chat = make_llama("seed"), make_llama("chat", 1)
+    edit(chat / f"{name}.json", lambda said: said.update(eos_token_id=value))
+    with pytest.raises(CheckpointError, match=rf"chat/{name}\.json: eos_token_id is .*: expected an id, a list"):
+        mix(seed, {"a": seed}, tmp_path / "moe", tokenizer_from=str(chat))
+    assert not (tmp_path / "moe").exists()
 
 
 def test_a_tokenizer_without_a_model_keeps_the_ids_that_mean_the_same(make_llama: MakeLlama, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def write_text(path: Path, text: str) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+        remove_left_overs(path.parent, re.escape(path.name))
     _sync_folder(path.parent)
 
 
@@ -160,16 +161,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_left_overs(folder: Path, names: str) -> None:
-    """Remove the folders that killed writers have left in `folder`, and that no living process writes.
+    """Remove what killed writers have left in `folder`, and no living process writes: folders that nobody has locked,
+    files that nobody has touched for an hour.
 
     Args:
         names: regular expression of the names they were to get; those of others are left alone.
     """
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
-    for left_over in folder.iterdir():
-        if not pattern.fullmatch(left_over.name) or not left_over.is_dir():
-            continue
+    for left_over in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
         with contextlib.suppress(OSError):  # somebody writes there, or removes it too, or the system has no such locks
+            if not left_over.is_dir():
+                if time.time() - left_over.stat().st_mtime > LONGEST_WRITE_S:
+                    left_over.unlink()
+                continue
             handle = os.open(left_over, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,6 +243,8 @@ def content_sha256(path: Path) -> str:
     return sha256
 
 
+LONGEST_WRITE_S = 3600.0
+"""Seconds that no file of text takes to be written."""
 YOUNG_S = 2.0
 """Seconds after its last change for which a file's hash is not kept."""
 _hashed: dict[str, tuple[list[int], str]] = {}
@@ -274,8 +280,8 @@ def writing(target: Path) -> Iterator[None]:
             raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
                                  f"meanwhile. Run the same command again") from error  # fmt: skip
         raise RunFolderError(
-            f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
-            f"untouched. Free space or mend the permissions, then run the same command again"
+            f"{target}: cannot be written ({why}); what was there before is untouched. "
+            f"Free space or mend the permissions, then run the same command again"
         ) from error
 
 

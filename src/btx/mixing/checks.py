@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 from btx.choices.families import Config, Family, family_of
@@ -104,10 +104,13 @@ class Opened:
     def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
         found = []
-        links = partial(check_links, self.folder, SETTINGS if any_tokenizer else (*SETTINGS, *TOKENIZER))
-        checks: list[Callable[[], object]] = [partial(self.moe_config, 2, 1), links]
+        checks: list[Callable[[], object]] = [
+            partial(self.moe_config, 2, 1), partial(check_links, self.folder, SETTINGS)
+        ]  # fmt: skip
         if not any_tokenizer:
-            checks.append(partial(usable_tokenizer, self.folder, int(self.config["vocab_size"]), warn))
+            rows = int(self.config["vocab_size"])
+            checks.append(partial(check_links, self.folder, TOKENIZER))
+            checks.append(partial(usable_tokenizer, self.folder, rows, warn))
         for check in checks:
             try:
                 check()
@@ -184,6 +187,9 @@ def _warn_of_heads(models: Iterable[Opened], warn: Callable[[str], None]) -> Non
 
 
 def _warn_of_twins(folders: Mapping[str, Path], warn: Callable[[str], None]) -> None:
-    for (one, first), (other, second) in combinations(folders.items(), 2):
-        if first.samefile(second):
-            warn(f"{one} and {other} are the same folder: {first}")
+    same: dict[str, list[str]] = {}
+    for name, folder in folders.items():
+        same.setdefault(os.path.realpath(folder), []).append(name)
+    for names in same.values():
+        if len(names) > 1:
+            warn(f"{', '.join(names[:-1])} and {names[-1]} are the same folder: {folders[names[0]]}")

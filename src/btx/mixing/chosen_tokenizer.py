@@ -32,6 +32,9 @@ def tokenizer_folder(tokenizer_from: str | None, seed_model: Path, experts: Mapp
     return folder
 
 
+CONFIGS = ("config.json", "generation_config.json")
+
+
 @dataclass(frozen=True)
 class ChosenTokenizer:
     """A tokenizer, and what a model with it has to know."""
@@ -53,6 +56,8 @@ class ChosenTokenizer:
         Raises:
             CheckpointError: it cannot be loaded, or an id has no row.
         """
+        for name in CONFIGS:  # refused before anything is written
+            _said(folder / name)
         tokenizer = usable_tokenizer(folder, rows, warn)
         return cls(folder, {key: getattr(tokenizer, key, None) for key in SPECIAL_IDS}, seed_model)
 
@@ -64,7 +69,7 @@ class ChosenTokenizer:
         says is always among them, and comes first. A padding token that is also another one is not written into
         config.json: transformers would then never train its embedding.
         """
-        config_here, generation_here = (self._said(name) for name in ("config.json", "generation_config.json"))
+        config_here, generation_here = (_said(self.folder / name) for name in CONFIGS)
         generation, found = read_object(target / "generation_config.json"), dict(config)
         generation.pop("_from_model_config", None)
         same = self._same_ids() if config_here is None else set()
@@ -82,9 +87,6 @@ class ChosenTokenizer:
         write_json(target / "generation_config.json", generation)
         return found
 
-    def _said(self, name: str) -> dict[str, Any] | None:
-        return read_object(self.folder / name) if (self.folder / name).is_file() else None
-
     def _same_ids(self) -> set[int]:
         """Ids that mean the same in the seed model's tokenizer."""
         here, there = read_vocabulary(self.folder), read_vocabulary(self.seed_model)
@@ -93,6 +95,19 @@ class ChosenTokenizer:
             if here and there
             else set()
         )
+
+
+def _said(file: Path) -> dict[str, Any] | None:
+    """A model's config or generation settings, its special ids checked; None if there is no such file."""
+    if not file.is_file():
+        return None
+    said = read_object(file)
+    for key in SPECIAL_IDS:
+        value = said.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise CheckpointError(f"{file}: {key} is {value!r}: expected an id, a list of ids or null")
+    return said
 
 
 def _kept(ids: Any, same: set[int]) -> Any:

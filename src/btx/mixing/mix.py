@@ -92,11 +92,10 @@ def mix(
         raise CheckpointError("; ".join(problems))
     transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
     inputs = open_checked(
-        seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None,
-        warn=warning_to(log),
+        seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log)
     )  # fmt: skip
     rows = int(inputs.config["vocab_size"])
-    chosen = None if tokenizer is None else ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log))
+    chosen = ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log)) if tokenizer is not None else None
     bound = bind(settings.merging, list(inputs.members))
     first_layer = transform(experts_of_layer(inputs, 0))
     names = [expert.name for expert in first_layer]

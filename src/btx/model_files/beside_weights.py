@@ -51,7 +51,7 @@ def copy_beside_weights(
             try:
                 shutil.copyfile(file, copied)
             except OSError as error:
-                if error.filename != str(file):
+                if str(error.filename) != str(file):
                     raise
                 raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
 

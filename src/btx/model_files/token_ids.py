@@ -9,6 +9,7 @@ added_tokens.json and special_tokens_map.json.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -51,16 +52,23 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     """
     for pattern, read in READERS:
         for file in sorted(folder.glob(pattern)):
-            try:
+            with _naming(file):
                 if not (found := read(file)).ids:
                     raise ValueError("it has no entries")
-                _add_tokens(found, folder)
-            except CheckpointError:
-                raise
-            except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
-                raise CheckpointError(f"{file}: not a tokenizer: {error!r}") from error
+            _add_tokens(found, folder)
             return found
     return None
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Say of whatever goes wrong inside that a file is none of its kind."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file}: not a tokenizer's: {error!r}") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -154,20 +162,23 @@ READERS: tuple[tuple[str, Callable[[Path], Vocabulary]], ...] = (
 
 def _add_tokens(found: Vocabulary, folder: Path) -> None:
     """Add the tokens that other files add; transformers gives them the next ids, whatever ids they are said to have."""
-    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    added = [(_content(token), folder / CONFIG) for _, token in
-             sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0]))]  # fmt: skip
-    special = [(config, folder / CONFIG)]
-    if not added:  # the older files are read only then
-        older, mapped = folder / "added_tokens.json", folder / "special_tokens_map.json"
-        if older.is_file():
-            added += [(token, older) for token, _ in sorted(read_object(older).items(), key=lambda entry: entry[1])]
-        if mapped.is_file():
-            special.append((read_object(mapped), mapped))
-    for said, file in special:
-        more = [token for key in MORE_SPECIAL for token in _listed(said.get(key))]
-        added += [(_content(token), file) for token in (*(said.get(key) for key in SPECIAL), *more) if token]
-    following = 1 + max(found.ids.values(), default=-1)
+    config, older, mapped = (folder / name for name in (CONFIG, "added_tokens.json", "special_tokens_map.json"))
+    said = {file: read_object(file) for file in (config, older, mapped) if file.is_file()}
+    added: list[tuple[str, Path]] = []
+    with _naming(config):
+        decoder = said.get(config, {}).get("added_tokens_decoder") or {}
+        added += [(_content(decoder[number]), config) for number in sorted(decoder, key=int)]
+    if added:  # the older files are read only without
+        said.pop(older, None)
+        said.pop(mapped, None)
+    with _naming(older):
+        tokens = said.pop(older, {})
+        added += [(token, older) for token in sorted(tokens, key=lambda token: int(tokens[token]))]
+    for file, value in said.items():
+        with _naming(file):
+            more = [token for key in MORE_SPECIAL for token in _listed(value.get(key))]
+            added += [(_content(token), file) for token in (*(value.get(key) for key in SPECIAL), *more) if token]
+    following = 1 + max(found.ids.values())
     for token, file in added:
         if token not in found.ids and found.lists_special:
             found.ids[token] = following

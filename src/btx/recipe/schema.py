@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -181,8 +182,12 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> str:
-        """The run's folder, as written by the user."""
-        return self.run or f"runs/{self.name}"
+        """The run's folder, as written by the user but for `~`, the home folder."""
+        return (
+            str(Path(self.run).expanduser())
+            if self.run and self.run.startswith("~")
+            else self.run or f"runs/{self.name}"
+        )
 
 
 # --- rules across sections: what is wrong with a recipe, or None ------------------------------------------------------

@@ -13,12 +13,13 @@ from btx.choices.families import FAMILIES, context_length, refuse_longer_sequenc
 from btx.choices.families.context import DEFAULTS
 from btx.cli.tables import plan_tables
 from btx.data.json_lines import json_objects, pieces
-from btx.errors import DataError, RecipeError, RunFolderError
+from btx.errors import DataError, RecipeError, RunFolderError, UserError
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.questions import read_questions
 from btx.planning import disk
 from btx.planning.plan import plan
 from btx.running.preflight import preflight
+from btx.sweeps.variants import combinations
 from tests.pico_run import pico_recipe, run_here
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -137,3 +138,34 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_training_and_told_by_pl
     with pytest.raises(RunFolderError, match=re.escape("GB are free there; free space, choose another disk")):
         run_here(recipe, ["data", "seed"])
     assert not (tmp_path / "run" / "seed" / "model").exists()
+
+
+@pytest.mark.parametrize("override", [
+    "run={}", "data.root={}", "data.domains.birds={}", "data.domains.birds={{path: birds.jsonl, held_out: {}}}",
+    "seed_model.path={}", "evaluate.tasks.quiz.path={}", "evaluate.harness.tasks.gsm8k={}",
+])  # fmt: skip
+@pytest.mark.parametrize(("path", "message"), [
+    ("''", "names nothing"), ('"a\\0b"', "no zero character"), ("x" * 300, "longer than a path can be"),
+    ("a/" * 2500, "longer than a path can be"),
+])  # fmt: skip
+def test_what_cannot_be_a_path_is_refused_when_the_recipe_is_read(
+    tmp_path: Path, override: str, path: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pico_recipe(tmp_path, "run", override.format(path))
+
+
+def test_a_user_that_does_not_exist_has_no_home_and_that_is_no_crash(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"~nobody_here/x\.jsonl: no such file"):
+        preflight(pico_recipe(tmp_path, "run", "data.domains.birds=~nobody_here/x.jsonl"))
+
+
+@pytest.mark.parametrize(("axes", "variants", "message"), [
+    ({}, {"sweep.json": {}}, "a variant cannot be called 'sweep.json'"),
+    ({f"k{n}": list(range(100)) for n in range(6)}, {}, "1,000,000,000,000 combinations"),
+])  # fmt: skip
+def test_a_sweep_of_impossible_names_or_numbers_is_refused_at_once(
+    axes: dict[str, list[int]], variants: dict[str, dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        combinations(variants, axes, plain="x")

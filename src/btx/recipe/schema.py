@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -20,10 +19,11 @@ from btx.choices.merges import MergeSettings
 from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError, UserError
+from btx.files import home_filled
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.mix import Mix
-from btx.recipe.section import BaselineName, LauncherName, Name, PositiveInt, Section
+from btx.recipe.section import BaselineName, LauncherName, Name, PathText, PositiveInt, Section
 from btx.recipe.training import BaselineTraining, Finetune, SeedModel, Train
 
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
@@ -75,7 +75,7 @@ class Recipe(Section):
     paper: bool = False
     """The paper's choice wherever btx's default is another one: `train.trainable: all` and `mix.router_init: random`
     (why not: docs/results.md). What the recipe says itself stays."""
-    run: str | None = None
+    run: PathText | None = None
     """Run folder."""
     rng_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random number seed of everything."""
@@ -183,11 +183,8 @@ class Recipe(Section):
     @property
     def run_folder(self) -> str:
         """The run's folder, as written by the user but for `~`, the home folder."""
-        return (
-            str(Path(self.run).expanduser())
-            if self.run and self.run.startswith("~")
-            else self.run or f"runs/{self.name}"
-        )
+        run = self.run or f"runs/{self.name}"
+        return str(home_filled(run)) if run.startswith("~") else run
 
 
 # --- rules across sections: what is wrong with a recipe, or None ------------------------------------------------------

@@ -77,8 +77,8 @@ def _check_seed_model(run: RunFolder) -> None:
         return
     if seed.config is not None:
         _check_family(seed.config, "seed_model.config")
-    elif seed.path is not None and Path(seed.path).expanduser().exists():
-        config = check_model_folder(Path(seed.path).expanduser())
+    elif seed.path is not None and Path(seed.path).exists():
+        config = check_model_folder(Path(seed.path))
         _check_family(config, seed.path)
         refuse_longer_sequences(config, length, f"{seed.path}/config.json")
     elif seed.path is not None and (seed.path.startswith((".", "/", "~")) or seed.path.count("/") > 1):

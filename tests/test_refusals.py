@@ -43,6 +43,9 @@ RECIPES = [
     ([*HERE, *FROM_A_FOLDER, "seed_model.path=notes"], "notes: this folder holds no model: config.json is missing"),
     ([*HERE, *FROM_A_FOLDER, "seed_model.path=gpt"], "families: "),
     ([*HERE, "run=quiz.jsonl/run"], "quiz.jsonl is a file"),
+    ([*HERE, "evaluate.tasks.quiz.path=half.jsonl"], "half.jsonl:2: 'prompt' is not valid Unicode"),
+    ([*HERE, "data.sequence_length=65"], "the seed model reads 64 tokens at once"),
+    (["long.yaml"], "long.yaml:1:19999: cannot be read: more than 10,000 keys and values"),
 ]
 RUNS = [["status"], ["prepare"], ["mix"], ["finetune"], ["baselines"], ["evaluate"], ["analyze"], ["compare"],
         ["report"]]  # fmt: skip
@@ -69,6 +72,7 @@ COMMANDS = [
     (["chat", "notes"], "notes: this folder holds no model"),
     (["chat", "notes", "--temperature", "-1"], "temperature is -1.0"),
     (["chat", "notes", "--json"], "needs --prompt TEXT"),
+    (["chat", "notes", "--prompt", "\udcff"], "the prompt is not valid Unicode at character 1"),
     (["evaluate", "notes", "--task", "gsm8k", "--file", "quiz.jsonl"], "notes: this folder holds no model"),
     (["evaluate", "../no-such", "--task", "gsm8k"], "../no-such: there is no such folder"),
     (["evaluate", "gpt"], "gpt is a model, not a run"),
@@ -97,6 +101,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("refusals")
     write_pico_recipe(folder)
     (folder / "broken.yaml").write_text("data: [", "utf-8")
+    (folder / "long.yaml").write_text("a: [" + "1," * 400_000 + "1]", "utf-8")
+    lines = [{"prompt": "a", "answer": "b"}, {"prompt": "\ud83d", "answer": "b"}]
+    (folder / "half.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     for name in ("notes", "gpt", "begun", "lora"):
         (folder / name).mkdir()
     (folder / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}), "utf-8")

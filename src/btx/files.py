@@ -208,6 +208,11 @@ def _inode(path: Path) -> int | None:
         return None
 
 
+def home_filled(path: str) -> Path:
+    """A path with `~` filled in; one of a user that does not exist stays as it is, and will not be found."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:

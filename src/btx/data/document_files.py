@@ -21,6 +21,7 @@ from typing import Any
 
 from btx.data.json_lines import BLOCK, json_value, numbered_lines, optional, pieces, refuse_half_characters
 from btx.errors import DataError
+from btx.files import home_filled
 from btx.recipe.data import Source
 from btx.system_errors import blame
 
@@ -33,7 +34,7 @@ ROWS = 1024
 def located(path: str, root: str | None) -> Path:
     """Where a path of the recipe is: absolute, `~` filled in; relative ones start from `root`, else from the working
     directory."""
-    return _absolute(root or ".") / Path(path).expanduser()
+    return _absolute(root or ".") / home_filled(path)
 
 
 def find_files(path: str, root: str | None) -> list[Path]:
@@ -148,12 +149,12 @@ def read_hub(source: Source, root: str | None) -> Iterator[str]:
 
 
 def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    return home_filled(path).absolute()
 
 
 def _expanded(base: Path, pattern: str) -> Iterator[Path]:
     """What a glob names below `base`; `**` goes through links as a folder does, each real folder once."""
-    pattern = str(Path(pattern).expanduser())
+    pattern = str(home_filled(pattern))
     before, anywhere, after = pattern.partition("**")
     if not anywhere:
         yield from (base / match for match in glob(pattern, root_dir=base))  # noqa: PTH207 (may be absolute)

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from btx.recipe.section import GeneratorName, Name, PositiveInt, Section, Weight
+from btx.recipe.section import GeneratorName, Name, PathText, PositiveInt, Section, Weight
 
 
 class Source(Section):
     """One place documents come from: exactly one of `path`, `hub`, `generate`, `domain`."""
 
-    path: str | None = None
+    path: PathText | None = None
     """File, folder or glob: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt (documents are separated by
     `document_separator`); relative to `data.root`, else to the working directory."""
     hub: str | None = None
@@ -52,7 +52,7 @@ class Domain(Section):
 
     sources: Annotated[list[Source], Field(min_length=1)]
     """Where the documents come from, with weights."""
-    held_out: str | None = None
+    held_out: PathText | None = None
     """File, folder or glob with the held-out documents. Without it: files named val*, valid*, test* or heldout*
     beside train* files, else `data.held_out` of the documents."""
 
@@ -72,7 +72,7 @@ class Domain(Section):
 class Data(Section):
     """The domains and how their documents become training sequences."""
 
-    root: str | None = None
+    root: PathText | None = None
     """Folder that relative `path`s start from."""
     domains: dict[Name, Domain]
     """Domain name → sources."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from btx.recipe.section import Name, PositiveInt, QuestionsName, Section
+from btx.recipe.section import Name, PathText, PositiveInt, QuestionsName, Section
 
 
 class Task(Section):
@@ -14,7 +14,7 @@ class Task(Section):
 
     generate: QuestionsName | None = None
     """Held-out questions of a generated domain."""
-    path: str | None = None
+    path: PathText | None = None
     """JSONL file (.jsonl, .jsonl.gz) with one question a line; relative to `data.root`."""
     prompt: str = "prompt"
     """Key of the question in the file."""
@@ -57,10 +57,10 @@ class HarnessTask(Section):
     name: str | None = None
     """Task: gsm8k, humaneval, mbpp, triviaqa, arc_easy, arc_challenge, piqa, winogrande or mmlu, or any task, group or
     tag that the installed lm-eval knows; default: the name it has in the recipe."""
-    file: str | None = None
+    file: PathText | None = None
     """JSONL file (.jsonl, .jsonl.gz) with its documents, relative to `data.root`; without it lm-eval loads them from
     the Hugging Face hub."""
-    shots_file: str | None = None
+    shots_file: PathText | None = None
     """JSONL file that the shots are taken from; default: the start of `file`, which is then not scored."""
     shots: Annotated[int, Field(ge=0)] | None = None
     """Solved examples shown before each question; default: the paper's where it uses the task, else lm-eval's."""

@@ -19,10 +19,11 @@ from btx.choices.merges import MergeSettings
 from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError, UserError
+from btx.files import home_filled
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.mix import Mix
-from btx.recipe.section import BaselineName, LauncherName, Name, PositiveInt, Section
+from btx.recipe.section import BaselineName, LauncherName, Name, PathText, PositiveInt, Section
 from btx.recipe.training import BaselineTraining, Finetune, SeedModel, Train
 
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
@@ -83,7 +84,7 @@ class Recipe(Section):
     paper: bool = False
     """The paper's choice wherever btx's default is another one: `train.trainable: all` and `mix.router_init: random`
     (why not: docs/results.md). What the recipe says itself stays."""
-    run: str | None = None
+    run: PathText | None = None
     """Run folder."""
     rng_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random number seed of everything."""
@@ -193,8 +194,9 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> str:
-        """The run's folder, as written by the user."""
-        return self.run or f"runs/{self.name}"
+        """The run's folder, as written by the user but for `~`, the home folder."""
+        run = self.run or f"runs/{self.name}"
+        return str(home_filled(run)) if run.startswith("~") else run
 
 
 # --- rules across sections: what is wrong with a recipe, or None ------------------------------------------------------

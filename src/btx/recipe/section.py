@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from btx.choices.baselines import BASELINES
 from btx.choices.generators import GENERATORS
@@ -19,6 +19,20 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+def _can_be_a_path(text: str) -> str:
+    """Refuse what every look at the disk would fail on: each in its own way, and late."""
+    if not text:
+        raise ValueError("a path that is empty names nothing; leave it out")
+    if "\0" in text:
+        raise ValueError("a path holds no zero character")
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError("longer than a path can be: 255 bytes a name, 4000 in all")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_can_be_a_path)]
 
 # The names a recipe may use: each list stands in btx.choices alone, and type checkers cannot read a list.
 if TYPE_CHECKING:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from btx.files import home_filled
 from btx.recipe.section import (
     DenseTrainable,
     MoeTrainable,
     Name,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -86,7 +88,7 @@ class TokenizerTraining(Section):
 class SeedModel(Section):
     """The LLM that is branched: a folder, a hub name, or a small config to train from scratch."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Folder or hub name of a Hugging Face causal language model."""
     revision: str | None = None
     """Git revision of a hub name."""
@@ -99,6 +101,12 @@ class SeedModel(Section):
     """Tokenizer of a model from scratch."""
     train: SeedTraining | None = None
     """Training of a model from scratch."""
+
+    @field_validator("path")
+    @classmethod
+    def _at_home(cls, path: str | None) -> str | None:
+        """`~` is filled in once, for all who read it: what is no folder would be taken for a hub name."""
+        return str(home_filled(path)) if path is not None and path.startswith("~") else path
 
     @model_validator(mode="after")
     def _one_kind(self) -> SeedModel:

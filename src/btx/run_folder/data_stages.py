@@ -87,7 +87,7 @@ class DataStages:
                      for name, _, weight in resolve(self.recipe, seed_mixture(self.recipe))]  # fmt: skip
             return {"tokenizer": seed.tokenizer, "model_type": seed.config["model_type"], "texts": texts}
         assert seed.path is not None  # the schema guarantees one of the two
-        folder, known = Path(seed.path).expanduser(), self.recorded(TOKENIZER)
+        folder, known = Path(seed.path), self.recorded(TOKENIZER)
         if folder.is_dir():
             files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
             return {"files": {file.name: content_sha256(file) for file in files}}

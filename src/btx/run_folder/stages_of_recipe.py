@@ -211,7 +211,7 @@ def model_files(path: str | None) -> dict[str, str]:
 
     A model card, hidden files and folders in the folder decide nothing.
     """
-    folder = Path(path or "").expanduser()
+    folder = Path(path or "")
     if path is None or not folder.is_dir():
         return {}
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})

@@ -84,8 +84,8 @@ def _check_seed_model(run: RunFolder) -> None:
         return
     if seed.config is not None:
         _check_family(seed.config, "seed_model.config")
-    elif seed.path is not None and Path(seed.path).expanduser().exists():
-        folder = Path(seed.path).expanduser()
+    elif seed.path is not None and Path(seed.path).exists():
+        folder = Path(seed.path)
         config = check_model_folder(folder)
         _check_family(config, seed.path)
         _check_tokenizer(folder, config.get("vocab_size"))

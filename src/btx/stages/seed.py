@@ -60,7 +60,7 @@ def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: 
     Args:
         was_here: the run has had a folder of that name as its seed model, so it is no hub name.
     """
-    source = Path(path).expanduser()
+    source = Path(path)
     if not source.exists() and (was_here or not HUB_NAME.fullmatch(path)):
         raise CheckpointError(f"seed_model.path: {path}: there is no such folder; if the model is elsewhere now, say "
                               f"where: btx run RECIPE seed_model.path=FOLDER")  # fmt: skip

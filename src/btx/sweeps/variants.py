@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +36,11 @@ OWN_KEYS = {
 """Keys that cannot vary, and why."""
 LONGEST_VALUE = 40
 """Characters of a value in a variant's name."""
+
+
+OWN_FILES = ("sweep.json", "sweep.md", "sweep.svg")
+"""What a sweep writes beside its variants' folders."""
+MOST_VARIANTS = 1000
 
 
 @dataclass(frozen=True)
@@ -159,8 +166,13 @@ def combinations(
     `plain` is the label where nothing varies.
 
     Raises:
-        UserError: two combinations are the same.
+        UserError: two combinations are the same, too many, or called like a file of the sweep.
     """
+    number = max(1, len(variants)) * math.prod(map(len, axes.values()))
+    if number > MOST_VARIANTS:
+        raise UserError(
+            f"sweep: {number:,} combinations, at most {MOST_VARIANTS:,} are made; vary fewer settings at a time"
+        )
     found = []
     single = {key: values[0] for key, values in axes.items() if len(values) == 1}
     many = {key: values for key, values in axes.items() if len(values) > 1}
@@ -171,7 +183,12 @@ def combinations(
             parts += [f"{key}={value_label(value)}" for key, value in chosen.items()]
             found.append(Variant(",".join(parts) or plain, single | dict(settings) | chosen))
     labels = [variant.label for variant in found]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+    for label in labels:
+        if label in OWN_FILES:
+            raise UserError(
+                f"sweep: a variant cannot be called {label!r}: the sweep's own file has this name; rename it"
+            )
+    if twice := sorted(label for label, count in Counter(labels).items() if count > 1):
         raise UserError(f"the sweep has the same variant twice: {', '.join(twice)}")
     return found
 

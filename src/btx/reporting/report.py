@@ -42,7 +42,7 @@ from btx.reporting.charts import (
 )
 from btx.reporting.costs import TITLES, cost_rows
 from btx.reporting.results import EXPERT, headline, report_table, results_table
-from btx.reporting.shapes import MixRecord, Results, Routing, Tokens
+from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Tokens
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> Run:
         folder,
         recipe_text,
         recipe,
-        manifest=read_output(folder / "manifest.json", dict[str, Any]) or {},
+        manifest=read_output(folder / "manifest.json", Manifest) or {},
         results=read_output(folder / "evaluate" / "results.json", Results) or {},
         routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
         tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},

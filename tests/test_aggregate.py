@@ -10,13 +10,14 @@ import pytest
 from btx.errors import RunFolderError
 from btx.evaluation.aggregate import aggregate, read_results
 
+EXAMPLE = {"prompt": "1", "output": "2", "gold": "2", "correct": True}
+
 
 def entry(math: float, score: float, hours: float) -> dict[str, Any]:
     return {
         "domains": {"math": {"bits_per_byte": math, "stderr": 0.01, "tokens": 100, "bytes": 300}},
         "mixed": {"bits_per_byte": math + 1, "stderr": None, "tokens": 10, "bytes": 30},
-        "tasks": {"quiz": {"exact_match": score, "stderr": 0.1, "questions": 9, "examples": [
-            {"prompt": "1", "output": "2", "gold": "2", "correct": True}]}},
+        "tasks": {"quiz": {"exact_match": score, "stderr": 0.1, "questions": 9, "examples": [EXAMPLE]}},
         "mean_bits_per_byte": math, "flops": 1e9, "hours": hours,
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,52 @@ def test_a_stage_refuses_a_checkpoint_of_its_own_folder_that_another_training_le
     write_json(state, written | {"marks": written["marks"] | {mark: "another"}})
     with pytest.raises(RunFolderError, match=f"made with other {mark}; .* remove .*seed to train anew"):
         run_here(recipe, ["seed"])
+
+
+def a_digit(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
+
+
+def a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("file", "harm", "why"), [
+    ("state.json", a_digit, "state.json: changed since btx wrote it"),
+    ("state.json", Path.unlink, "state.json: there is no such file"),
+    ("state.json", lambda path: path.write_text("{}"), "state.json: step: field required"),
+    ("weights.safetensors", a_byte, "weights.safetensors: its bytes are others"),
+    ("optimizer.safetensors", Path.unlink, "optimizer.safetensors: there is no such file"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_passed_over_and_said_and_without_a_whole_one_nothing_starts_anew(
+    tmp_path: Path, file: str, harm: Callable[[Path], None], why: str
+) -> None:
+    lines: list[str] = []
+    folder = StateFolder(tmp_path / "state", MARKS, log=lines.append)
+    for step in (1, 2):
+        folder.save(step, *trained(step))
+    harm(tmp_path / "state" / "step-00000002" / file)
+    fresh, optimizer = trained(0)
+    assert folder.load(fresh, optimizer) == 1
+    assert torch.equal(fresh.weight, trained(1)[0].weight)  # type: ignore[arg-type]
+    assert len(lines) == 1
+    assert f"step-00000002/{why}" in lines[0]
+    (tmp_path / "state" / "step-00000001").rename(tmp_path / "state" / "step-00000003")
+    with pytest.raises(RunFolderError, match=r"no checkpoint is whole: .*step-00000003.*: it is of step 1; .*00000002"):
+        folder.load(fresh, optimizer)
+
+
+@pytest.mark.parametrize(("later", "told"), [('{"step": 2}\n', 0), ("", 0), ("changed", 1)])
+def test_metrics_that_changed_since_the_checkpoint_are_told(tmp_path: Path, later: str, told: int) -> None:
+    lines: list[str] = []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    folder = StateFolder(tmp_path / "state", MARKS, log=lines.append)
+    folder.save(1, *trained(1))
+    (tmp_path / "metrics.jsonl").write_text(later if told else f'{{"step": 1}}\n{later}')
+    assert folder.load(*trained(0)) == 1
+    assert [str(tmp_path / "metrics.jsonl") in line for line in lines] == [True] * told
 
 
 def test_the_last_two_checkpoints_are_kept_and_one_in_the_end(tmp_path: Path) -> None:

@@ -285,8 +285,8 @@ def writing(target: Path) -> Iterator[None]:
             raise RunFolderError(f"{target}: cannot be written: somebody has removed {error.filename or target.parent} "
                                  f"meanwhile. Run the same command again") from error  # fmt: skip
         raise RunFolderError(
-            f"{target}: cannot be written ({why}); what was there before is untouched. "
-            f"Free space or mend the permissions, then run the same command again"
+            f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); what was there before is "
+            f"untouched. Free space or mend the permissions, then run the same command again"
         ) from error
 
 

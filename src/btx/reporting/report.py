@@ -43,7 +43,7 @@ from btx.reporting.charts import (
 from btx.reporting.costs import TITLES, cost_rows
 from btx.reporting.headline import headline, paired_differences
 from btx.reporting.results import EXPERT, report_table, results_table
-from btx.reporting.shapes import Documents, MixRecord, Results, Routing, Tokens
+from btx.reporting.shapes import Documents, Manifest, MixRecord, Results, Routing, Tokens
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> Run:
         folder,
         recipe_text,
         recipe,
-        manifest=read_output(folder / "manifest.json", dict[str, Any]) or {},
+        manifest=read_output(folder / "manifest.json", Manifest) or {},
         results=read_output(folder / "evaluate" / "results.json", Results) or {},
         documents=read_output(folder / "evaluate" / "documents.json", Documents) or {},
         routing=read_output(folder / "analyze" / "routing.json", Routing) or {},

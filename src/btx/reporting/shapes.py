@@ -1,5 +1,5 @@
-"""The shapes of what a run has measured, as it is read again: evaluate/results.json and documents.json,
-analyze/routing.json and tokens.json, mix/mix.json. They say what has to be there; more may be.
+"""The shapes of what a run says of itself and has measured, as it is read again: manifest.json, evaluate/results.json
+and documents.json, analyze/routing.json and tokens.json, mix/mix.json. They say what has to be there; more may be.
 """
 
 from __future__ import annotations
@@ -7,6 +7,14 @@ from __future__ import annotations
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
+
+
+class Manifest(TypedDict):
+    """manifest.json."""
+
+    command: str | list[str]
+    versions: dict[str, str]
+    recipe_sha256: str
 
 
 class Answer(TypedDict):

@@ -248,10 +248,12 @@ def test_a_run_names_all_that_failed_and_status_has_it_too(tmp_path: Path, monke
 
     monkeypatch.setitem(START, "local", Launcher(start_killed, START["local"].start_run))
     said = Said()
-    with pytest.raises(StageFailed, match=r"(?s)train/birds failed \(signal 9\).*micro_batch_tokens.*"
-                       r"train/tools failed \(signal 9\).*launch\.jobs"):  # fmt: skip
+    with pytest.raises(StageFailed, match=r"micro_batch_tokens") as caught:
         run_pipeline(recipe, display=said)
-    assert said.lines[-1].startswith("failed: train/birds, train/tools; not begun: mix, baselines/soup, finetune")
+    for stage in ("train/birds", "train/tools"):  # whichever ended first
+        assert f"{stage} failed (signal 9)" in str(caught.value)
+    assert re.match(r"failed: train/(birds, train/tools|tools, train/birds); not begun: mix, baselines/soup, finetune",
+                    said.lines[-1])  # fmt: skip
     for row in run_status(run):
         assert (row["state"] == "failed") == row["stage"].startswith("train/"), row
         assert row["state"] != "failed" or "killed from outside" in row["why"]

@@ -172,7 +172,7 @@ def with_its_files(tmp_path: Path, make_llama: Callable[..., Path]) -> Callable[
             path.parent.mkdir(parents=True, exist_ok=True)
             text = b'{"text": "a document", "prompt": "1 + 1?", "answer": "2"}\n'
             path.write_bytes(gzip.compress(text) if path.name.endswith(".gz") else text)
-        mine = [f"seed_model.path={make_llama('mine')}"] if recipe.seed_model.path else []
+        mine = [f"seed_model.path={make_llama('mine', max_position_embeddings=4096)}"] if recipe.seed_model.path else []
         return [f"data.root={tmp_path / 'data'}", f"run={tmp_path / 'run'}", *mine]
 
     return make

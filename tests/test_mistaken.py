@@ -82,5 +82,6 @@ def test_a_model_passes_whatever_else_lies_beside_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(CONFIG)
     for name in ("model.safetensors", "training_args.bin", "optimizer.pt", "model.gguf", "logo.png"):
         (tmp_path / name).write_text(POINTER if name == "logo.png" else "x")
+    (tmp_path / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     (tmp_path / "checkpoint-1").mkdir()
     assert check_model_folder(tmp_path) == {"model_type": "llama"}

@@ -72,7 +72,7 @@ COMMANDS = [
     (["chat", "notes"], "notes: this folder holds no model"),
     (["chat", "notes", "--temperature", "-1"], "temperature is -1.0"),
     (["chat", "notes", "--json"], "needs --prompt TEXT"),
-    (["chat", "notes", "--prompt", "\udcff"], "the prompt is not valid Unicode at character 1"),
+    (["chat", "notes", "--prompt", "\udcff"], "the prompt is no valid text: its character 1 is"),
     (["evaluate", "notes", "--task", "gsm8k", "--file", "quiz.jsonl"], "notes: this folder holds no model"),
     (["evaluate", "../no-such", "--task", "gsm8k"], "../no-such: there is no such folder"),
     (["evaluate", "gpt"], "gpt is a model, not a run"),

@@ -360,7 +360,7 @@ def test_hostile_names_and_answers_are_harmless_too(tmp_path: Path) -> None:
     changed["models"][evil] = changed["models"]["soup"]
     changed["models"]["btx"]["tasks"]["arithmetic"]["examples"][0]["output"] = evil
     write(run / "evaluate" / "results.json", changed)
-    write(run / "manifest.json", {evil: {evil: evil}})
+    write(run / "manifest.json", {"command": evil, "versions": {evil: evil}, "recipe_sha256": evil, evil: {evil: evil}})
     write(run / "recipe.yaml", f"name: '{evil}'\n")
     page = write_report(run).read_text(encoding="utf-8")
     assert "<script" not in page

@@ -334,7 +334,7 @@ def test_a_stale_stage_that_cannot_start_stays_where_it_is(here: Path, stage: st
 
 @pytest.mark.parametrize(("file", "text", "stage", "expected"), [
     ("birds.jsonl", '{"text": 3}', "data/birds", "is a int, not a string"),
-    ("quiz.jsonl", "broken", "evaluate", "not a line of JSON"),
+    ("quiz.jsonl", "broken", "evaluate", "not JSON"),
 ])  # fmt: skip
 def test_what_cannot_be_read_sets_nothing_aside(here: Path, file: str, text: str, stage: str, expected: str) -> None:
     with (here / file).open("a") as opened:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from btx.process import SAVE_AND_END
+from btx.running.launchers import START, Launcher
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([
@@ -67,6 +75,33 @@ def start_forked(run: Path, stages: Sequence[str], log: Path) -> ForkedJob:
     """Start stages as the local launcher does, sooner."""
     log.parent.mkdir(parents=True, exist_ok=True)
     return ForkedJob(start_btx("work", run, *stages, log=log), log)
+
+
+@contextlib.contextmanager
+def quick_jobs() -> Iterator[None]:
+    """Jobs of this process's runs are such processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(START, "local", Launcher(start_forked, START["local"].start_run))
+        yield
+
+
+def btx_here(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
+    """A command of btx in this process, its jobs in processes of their own: exit code and what it printed."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, SAVE_AND_END)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    with pytest.MonkeyPatch.context() as patch, quick_jobs():
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", sys.argv)
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            try:
+                btx(*map(str, arguments))
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+    return code, out, err
 
 
 def run_ranks(target: Callable[[int, str], None], folder: Path) -> None:

@@ -30,7 +30,7 @@ from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
-from tests.processes import ForkedJob, btx, start_forked
+from tests.processes import ForkedJob, btx, quick_jobs
 from tests.processes import start as start_process
 
 
@@ -207,18 +207,13 @@ def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
     assert json.loads((run.path / "data" / "birds" / "done.json").read_text("utf-8"))
 
 
-@pytest.fixture
-def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of this process's runs start without importing everything first."""
-    monkeypatch.setitem(START, "local", Launcher(start_forked, START["local"].start_run))
-
-
-def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path, quick_jobs: None) -> None:
+def test_a_failed_run_names_the_stage_its_log_and_how_to_go_on(tmp_path: Path) -> None:
     hot = ["seed_model.train.learning_rate=1e30", "seed_model.train.warmup_steps=0"]
     recipe = pico_recipe(tmp_path, "run", *hot)
     run_here(recipe, ["data"])
-    with pytest.raises(StageFailed, match=r"(?s)seed failed \(exit code 1\); its log is .*seed\.log:\n"
-                       r"step \d+: the loss is .* Last good checkpoint: .*continues") as caught:  # fmt: skip
+    expected = (r"(?s)seed failed \(exit code 1\); its log is .*seed\.log:\n"
+                r"step \d+: the loss is .* Last good checkpoint: .*continues")  # fmt: skip
+    with pytest.raises(StageFailed, match=expected) as caught, quick_jobs():
         run_pipeline(recipe)
     assert caught.value.exit_code == 1
 
@@ -271,11 +266,11 @@ class Editor(Display):
         self.path.write_text(text.replace("vocab_size: 320", "vocab_size: 300"), "utf-8")
 
 
-def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Path, quick_jobs: None) -> None:
+def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Path) -> None:
     recipe = pico_recipe(tmp_path, "run", "launch.jobs=1")
     run, _ = run_here(recipe, ["data/tokenizer"])
     shutil.rmtree(run.path / "data")
     expected = r"data/birds cannot start: data/tokenizer is stale \(seed_model\.tokenizer\.vocab_size: 300 → 320\)"
-    with pytest.raises(RunFolderError, match=expected):
+    with pytest.raises(RunFolderError, match=expected), quick_jobs():
         run_pipeline(recipe, display=Editor(run.path / "recipe.yaml"))
     assert not (run.path / "data" / "birds").exists()

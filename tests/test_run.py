@@ -17,6 +17,7 @@ from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.stages.seed import check_planned
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+from tests.processes import btx_here
 
 
 def btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -29,9 +30,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run made by the command line, with its processes, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
     write_pico_recipe(folder)
-    done = btx("run", "pico.yaml", "data.root=.", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs" / "pico", done.stdout
+    code, printed, errors = btx_here("run", "pico.yaml", "data.root=.", cwd=folder)
+    assert code == 0, printed + errors
+    return folder / "runs" / "pico", printed
 
 
 def test_one_command_goes_from_nothing_to_a_report(finished: tuple[Path, str]) -> None:
@@ -181,10 +182,10 @@ def test_nothing_is_left_when_the_data_are_refused(tmp_path: Path) -> None:
     lines = (tmp_path / "tools.jsonl").read_text().splitlines()
     lines[16] = "{not json"
     (tmp_path / "tools.jsonl").write_text("\n".join(lines))
-    refused = btx("run", "pico.yaml", "data.root=.", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "tools.jsonl" in refused.stderr
-    assert "17" in refused.stderr
+    code, _, errors = btx_here("run", "pico.yaml", "data.root=.", cwd=tmp_path)
+    assert code == 2
+    assert "tools.jsonl" in errors
+    assert "17" in errors
     assert not (tmp_path / "runs").exists()
 
 

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from btx.cli.terminal import show
 from btx.errors import RunFolderError
 from btx.number_texts import count_text, duration_text, flops_text, signed_percent
 from btx.reporting.charts import CostPoint, bucket_means, cost_chart, spread
@@ -657,6 +658,11 @@ def test_the_terminal_table_holds_every_model_with_mean_and_exact_match() -> Non
     btx = next(line for line in text.split("\n") if line.strip().startswith(("btx", "│ btx")))
     assert re.findall(r"\d+\.\d+", btx) == ["0.709", "1.938", "1.313", "2.072", "1.508", "45.5", "61.0"]
     assert all(name in text for name in BITS)
+
+
+def test_what_is_printed_of_the_table_has_no_marks_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    show(report_table(results()))
+    assert "[" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

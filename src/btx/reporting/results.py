@@ -114,6 +114,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
 def report_table(results: Mapping[str, Any]) -> Table:
     """The results as a table for the terminal: models × domains, mean bits per byte and task scores; best in bold."""
     from rich.table import Table
+    from rich.text import Text
 
     view = results_table(results)
     metrics = {task: metric_of(model["tasks"][task]) for model in results.get("models", {}).values()
@@ -129,7 +130,7 @@ def report_table(results: Mapping[str, Any]) -> Table:
         cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
         table.add_row(
             row.name,
-            *(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells),
+            *(Text(cell.text, style="bold" if cell.best else "") for cell in cells),
             end_section=row.name == "seed",
         )
     return table

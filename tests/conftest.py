@@ -21,6 +21,7 @@ gc.disable()  # until all test modules are imported: what they make stays
 def pytest_collection_finish() -> None:
     """Look for garbage again, but not among what the imports have made."""
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     gc.enable()
 
 

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btx.errors import UserError
+from btx.data.tokenizer import train_tokenizer
+from btx.errors import CheckpointError, UserError
 from btx.mixing.mix import mix
+from tests.conftest import pico_texts
 
 MakeLlama = Callable[..., Path]
 INDEX = "model.safetensors.index.json"
@@ -138,3 +140,21 @@ def check(folders: dict[str, Path], file: Path) -> None:
         assert model(torch.arange(9)[None]).logits.shape == (1, 9, 320)
     if file.name != "tokenizer.json" or file.exists():
         AutoTokenizer.from_pretrained(output)
+
+
+@pytest.mark.parametrize(("file", "expected"), [
+    ("config.json", r"hidden_size|model\.embed_tokens|config\.json"),
+    ("model.safetensors", r"model\.safetensors|config\.json asks for"),
+    ("tokenizer.json", r"tokenizer\.json"),
+])  # fmt: skip
+@pytest.mark.parametrize("victim", ["seed", "a"])
+def test_a_file_of_another_model_is_refused_by_name(
+    make_llama: MakeLlama, tmp_path: Path, victim: str, file: str, expected: str
+) -> None:
+    folders = {name: make_llama(name, number) for number, name in enumerate(("seed", "a"))}
+    other = make_llama("other", 2, hidden_size=64, vocab_size=352)
+    train_tokenizer(pico_texts(), 300).save_pretrained(other)
+    shutil.copyfile(other / file, folders[victim] / file)
+    with pytest.raises(CheckpointError, match=expected):
+        mix(folders["seed"], {"a": folders["a"]}, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()

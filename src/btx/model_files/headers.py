@@ -73,6 +73,7 @@ class Headers:
             if not all(isinstance(file, str) for file in files):
                 raise TypeError("a shard's name is no text")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            blame(error)
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         for file in files:
             if Path(file).name != file:

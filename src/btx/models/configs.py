@@ -13,6 +13,7 @@ from btx.model_files.btx_folder import is_btx_folder, open_btx_folder
 from btx.model_files.headers import Headers, has_own_head, main_type
 from btx.model_files.model_folder import check_model
 from btx.process import quick_imports
+from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,6 +44,7 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
             config = AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
         values: dict[str, Any] = config.to_dict()
     except Exception as error:  # config classes check their values with errors of many types
+        blame(error)
         raise CheckpointError(f"{Path(path) / 'config.json'}: this is no model: {error}") from error
     if values.get("tie_word_embeddings") and Path(path).is_dir() and has_own_head(Headers(Path(path))):
         values["tie_word_embeddings"] = False
@@ -83,6 +85,7 @@ def completed(make: Callable[[], Mapping[str, Any]], where: str | Path, whose: s
     try:
         return dict(AutoConfig.for_model(**make()).to_dict())
     except Exception as error:  # config classes check their values with errors of many types
+        blame(error)
         raise CheckpointError(f"{where}: {whose} does not take these values: {error}") from error
 
 

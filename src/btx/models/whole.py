@@ -16,6 +16,7 @@ from btx.choices.families import FAMILIES
 from btx.errors import CheckpointError
 from btx.model_files.headers import COMPUTED, Headers
 from btx.models.configs import quiet_transformers
+from btx.system_errors import blame
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -53,6 +54,7 @@ def class_tensors(config: Mapping[str, Any]) -> ClassTensors:
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         published = revert_weight_conversion(model, state)
     except Exception as error:
+        blame(error)
         raise CheckpointError(f"transformers cannot build this model: {error}") from error
     return ClassTensors(_shapes(published), _shapes(state), tied)
 

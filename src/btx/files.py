@@ -257,10 +257,13 @@ _hashed: dict[str, tuple[list[int], str]] = {}
 
 
 def _cache_file(inode: str) -> Path | None:
-    """Where the hash of the file of this inode is kept: in XDG_CACHE_HOME, else in ~/.cache."""
+    """Where the hash of the file of this inode is kept: in XDG_CACHE_HOME, else in ~/.cache.
+
+    In one of many folders, because `write_text` looks through a file's folder for left-overs.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     with contextlib.suppress(RuntimeError):  # nobody's home
-        return base.expanduser() / "btx" / "sha256" / f"{inode}.json"
+        return base.expanduser() / "btx" / "sha256" / inode[-2:] / f"{inode}.json"
     return None
 
 

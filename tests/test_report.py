@@ -445,6 +445,15 @@ def paired_documents() -> dict[str, Any]:
     return {"bytes": {"domains": {"math": [800] * 300}}, "models": models}
 
 
+def test_scores_of_other_documents_are_named(run: Path, tmp_path: Path) -> None:
+    documents = paired_documents()
+    documents["models"]["mix"]["domains"]["math"].pop()
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "evaluate" / "documents.json").write_text(json.dumps(documents), "utf-8")
+    with pytest.raises(RunFolderError, match=r"models\.mix: math has 299 documents, bytes has 300"):
+        write_report(copy)
+
+
 def test_differences_are_judged_in_pairs_as_btx_compare_does(run: Path, tmp_path: Path) -> None:
     documents = paired_documents()
     line = headline(results(), documents)

@@ -7,10 +7,7 @@ from typing import Any
 
 from btx.errors import RunFolderError, UserError
 from btx.evaluation.harness_files import requests_of
-from btx.files import MEND
-from btx.outputs import read_output
-from btx.reporting.paired_bootstrap import RESAMPLES, compare_documents
-from btx.reporting.shapes import Documents
+from btx.reporting.paired_bootstrap import RESAMPLES, compare_documents, read_documents
 from btx.run_folder.folder import RunFolder
 
 
@@ -55,17 +52,11 @@ def compare_models(
 def _documents(run_folder: Path) -> dict[str, Any]:
     """What evaluate/documents.json of a run says."""
     path = run_folder / "evaluate" / "documents.json"
-    found = read_output(path, Documents)
+    found = read_documents(path)
     if found is None:
         raise RunFolderError(f"{path}: there are no scores of single documents; `btx evaluate {run_folder}` first, and "
                              f"remove {run_folder / 'evaluate'} before if it was made by an older version")  # fmt: skip
-    sizes = {"mixed": found["bytes"].get("mixed", []), **found["bytes"]["domains"]}
-    for name, scores in found["models"].items():
-        for key, bits in ({"mixed": scores.get("mixed", sizes["mixed"])} | scores["domains"]).items():
-            if len(bits) != len(sizes.get(key, ())):
-                raise RunFolderError(f"{path}: models.{name}: {key} has {len(bits)} documents, bytes has "
-                                     f"{len(sizes.get(key, ()))}; {MEND}")  # fmt: skip
-    return dict(found)
+    return found
 
 
 def _measured_alike(run_folder: Path, ours: dict[str, Any], other_run: Path) -> dict[str, Any]:

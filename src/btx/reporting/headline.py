@@ -16,8 +16,19 @@ from btx.reporting.paired_bootstrap import SIGNIFICANT, compare_documents
 from btx.reporting.results import EXPERT, task_score
 
 
+class _Told:
+    """A difference that the headline tells."""
+
+    p: float | None
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the difference is told as one that may be none."""
+        return self.p is not None and self.p >= SIGNIFICANT
+
+
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Told):
     """btx beside another model: relative change of the mean bits per byte (negative is better)."""
 
     name: str
@@ -27,14 +38,9 @@ class Comparison:
     p: float | None
     """Of the paired bootstrap over documents; None where an earlier version kept no scores of single documents."""
 
-    @property
-    def may_be_chance(self) -> bool:
-        """Whether the difference is told as one that may be none."""
-        return self.p is not None and self.p >= SIGNIFICANT
-
 
 @dataclass(frozen=True)
-class TaskGain:
+class TaskGain(_Told):
     """Score of btx on a task beside the seed model's."""
 
     task: str
@@ -43,11 +49,6 @@ class TaskGain:
     metric: str = "exact match"
     p: float | None = None
     """As of a comparison, over questions."""
-
-    @property
-    def may_be_chance(self) -> bool:
-        """Whether the difference is told as one that may be none."""
-        return self.p is not None and self.p >= SIGNIFICANT
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from btx.errors import RunFolderError
+from btx.files import MEND
+from btx.outputs import read_output
+from btx.reporting.shapes import Documents
 
 RESAMPLES = 2000
 DRAWS_AT_ONCE = 2**22
@@ -38,6 +44,24 @@ class Difference:
     def as_json(self) -> dict[str, float]:
         """As `btx compare --json` has it."""
         return {"difference": self.difference, "low": self.low, "high": self.high, "p": self.p}
+
+
+def read_documents(path: Path) -> dict[str, Any] | None:
+    """evaluate/documents.json, None if there is none.
+
+    Raises:
+        RunFolderError: it is broken, or a model has scores of other documents than there are.
+    """
+    found = read_output(path, Documents)
+    if found is None:
+        return None
+    sizes = {"mixed": found["bytes"].get("mixed", []), **found["bytes"]["domains"]}
+    for name, scores in found["models"].items():
+        for key, bits in ({"mixed": scores.get("mixed", sizes["mixed"])} | scores["domains"]).items():
+            if len(bits) != len(sizes.get(key, ())):
+                raise RunFolderError(f"{path}: models.{name}: {key} has {len(bits)} documents, bytes has "
+                                     f"{len(sizes.get(key, ()))}; {MEND}")  # fmt: skip
+    return dict(found)
 
 
 def compare_documents(

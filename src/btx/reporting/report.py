@@ -42,8 +42,9 @@ from btx.reporting.charts import (
 )
 from btx.reporting.costs import TITLES, cost_rows
 from btx.reporting.headline import headline, paired_differences
+from btx.reporting.paired_bootstrap import read_documents
 from btx.reporting.results import EXPERT, report_table, results_table
-from btx.reporting.shapes import Documents, Manifest, MixRecord, Results, Routing, Tokens
+from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Tokens
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def read_run(folder: Path) -> Run:
         recipe,
         manifest=read_output(folder / "manifest.json", Manifest) or {},
         results=read_output(folder / "evaluate" / "results.json", Results) or {},
-        documents=read_output(folder / "evaluate" / "documents.json", Documents) or {},
+        documents=read_documents(folder / "evaluate" / "documents.json") or {},
         routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
         tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},

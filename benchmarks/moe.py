@@ -30,8 +30,8 @@ from torch import nn
 from btx.models.loading import quiet_transformers
 from btx.moe.layer import moe_blocks, swap_in_moe
 from btx.moe.routing_metrics import RoutingMeter
-from btx.training.loop import clip_gradients
 from btx.training.losses import next_token_loss
+from btx.training.optimizer import clip_gradients
 
 VOCABULARY, SEQUENCE, LAYERS = 2048, 256, 2
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

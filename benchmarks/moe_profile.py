@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btx.models.loading import quiet_transformers
-from btx.training.loop import clip_gradients
 from btx.training.losses import next_token_loss
+from btx.training.optimizer import clip_gradients
 
 PARTS = ("attention", "feed-forward products", "feed-forward elementwise", "dispatch", "router", "LM head and loss",
          "clipping", "AdamW", "norms, residuals, embeddings")  # fmt: skip

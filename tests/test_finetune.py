@@ -22,7 +22,7 @@ from btx.recipe.loading import RecipeError, load_recipe
 from btx.recipe.mixtures import finetune_mixture
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
-from btx.training.schedule import adamw, set_learning_rate
+from btx.training.optimizer import adamw, set_learning_rate
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 BRANCHED = ["data", "seed", "train/birds", "train/tools"]

@@ -14,7 +14,7 @@ from btx.recipe.training import Finetune
 from btx.run_folder import threads as threads_module
 from btx.run_folder.folder import RunFolder
 from btx.stages import work
-from btx.training.loop import has_bfloat16_units, in_bfloat16
+from btx.training.step import has_bfloat16_units, in_bfloat16
 from tests.pico_run import pico_recipe
 
 

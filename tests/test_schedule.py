@@ -16,7 +16,8 @@ from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Training
 from btx.training.checkpoints import NoCheckpoints
-from btx.training.loop import TrainingJob, run_training
+from btx.training.job import TrainingJob
+from btx.training.loop import run_training
 from btx.training.schedule import learning_rate
 
 

@@ -18,7 +18,8 @@ from btx.recipe.training import Train
 from btx.run_folder.decisive import decisive
 from btx.run_folder.folder import RunFolder
 from btx.stages.work import run_stages
-from btx.training import loop
+from btx.training import step as step_module
+from btx.training.job import TrainingJob
 from btx.training.spikes import SpikeWatch
 from tests.pico_run import pico_recipe, run_here, stopped_after
 
@@ -61,7 +62,7 @@ def test_a_spike_does_not_hide_the_next_and_a_loss_that_stays_high_is_in_time_th
 @pytest.fixture
 def spiky(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of two steps of every training is four times what it should be."""
-    now, next_token_loss, at_step = [0], loop.next_token_loss, loop.at_step
+    now, next_token_loss, at_step = [0], step_module.next_token_loss, step_module.at_step
 
     def note(model: nn.Module, step: int) -> None:
         now[0] = step
@@ -70,8 +71,8 @@ def spiky(monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(*arguments: Any) -> torch.Tensor:
         return next_token_loss(*arguments) * (4.0 if now[0] in SPIKES else 1.0)
 
-    monkeypatch.setattr(loop, "at_step", note)
-    monkeypatch.setattr(loop, "next_token_loss", loss)
+    monkeypatch.setattr(step_module, "at_step", note)
+    monkeypatch.setattr(step_module, "next_token_loss", loss)
 
 
 def seed_run(folder: Path, name: str, on_spike: str) -> RunFolder:
@@ -109,14 +110,14 @@ def test_a_step_left_out_leaves_weights_and_moments_as_they_were(make_llama: Cal
     from btx.planning.speed import RandomSamples
     from btx.recipe.training import Training
     from btx.training.checkpoints import NoCheckpoints
-    from btx.training.schedule import adamw
+    from btx.training.optimizer import adamw
 
     model = load_model(make_llama("seed"))
     settings = Training(tokens=1, batch_tokens=64, micro_batch_tokens=64, learning_rate=1e-2, on_spike="skip")
-    job = loop.TrainingJob(model=model, mixture=RandomSamples(320, 16), settings=settings, folder=Path(),
+    job = TrainingJob(model=model, mixture=RandomSamples(320, 16), settings=settings, folder=Path(),
                            checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
     optimizer = adamw(model, settings)
-    loop.training_step(job, optimizer, 0, 4, SpikeWatch())
+    step_module.training_step(job, optimizer, 0, 4, SpikeWatch())
 
     def everything() -> dict[str, torch.Tensor]:
         moments = {f"{name}/{key}": value for name, p in model.named_parameters()
@@ -124,13 +125,13 @@ def test_a_step_left_out_leaves_weights_and_moments_as_they_were(make_llama: Cal
         return {name: value.detach().clone() for name, value in (dict(model.named_parameters()) | moments).items()}
 
     before = everything()
-    facts = loop.training_step(job, optimizer, 1, 4, SpikeWatch(lines([0.1] * 8)))
+    facts = step_module.training_step(job, optimizer, 1, 4, SpikeWatch(lines([0.1] * 8)))
     assert facts["spike"]["skipped"]
     after = everything()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in model.parameters()), "its gradient is not in the next step's"
-    loop.training_step(job, optimizer, 2, 4, SpikeWatch())
+    step_module.training_step(job, optimizer, 2, 4, SpikeWatch())
     assert not all(torch.equal(before[name], value) for name, value in everything().items())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from btx.errors import RunFolderError
 from btx.files import read_json, write_json
 from btx.recipe.training import Training
-from btx.training.schedule import adamw
+from btx.training.optimizer import adamw
 from btx.training.state import StateFolder
 from tests.pico_run import pico_recipe, run_here
 

@@ -14,8 +14,9 @@ from btx.models.loading import load_model
 from btx.planning.speed import RandomSamples
 from btx.recipe.training import Training
 from btx.training.checkpoints import NoCheckpoints
-from btx.training.loop import TrainingJob, training_step
-from btx.training.schedule import adamw
+from btx.training.job import TrainingJob
+from btx.training.optimizer import adamw
+from btx.training.step import training_step
 
 SAMPLES, LENGTH = 4, 16
 RATE, BETA1, BETA2, DECAY = 1e-2, 0.9, 0.95, 0.1

@@ -21,6 +21,7 @@ from btx.files import write_json
 from btx.models.device import load_to_measure
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS
+from btx.models.packed import packed_hidden
 from btx.moe.layer import Routing, moe_blocks
 from btx.moe.routing_metrics import DEAD_LOAD
 from btx.reporting.tokens import own_expert
@@ -80,9 +81,7 @@ class RoutingTotals:
 def routing_of(model: PreTrainedModel, rows: Packed) -> list[Routing]:
     """What every MoE layer decides for the positions of `rows`, in row order."""
     device = model.device
-    model.base_model(
-        input_ids=rows.input_ids_BS.to(device), position_ids=rows.position_ids_BS.to(device), use_cache=False
-    )
+    packed_hidden(model, rows.input_ids_BS.to(device), rows.position_ids_BS.to(device))
     return [block.routing for block in moe_blocks(model) if block.routing is not None]
 
 

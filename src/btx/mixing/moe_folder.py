@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic wants it below Python 3.12
+)
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from btx.choices.families import Config, Family, moe_family_of
 from btx.choices.families.family import match
@@ -17,10 +23,53 @@ from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.model_folder import check_model_folder
 from btx.models.configs import as_the_files_say, read_config
 from btx.models.whole import check_whole
+from btx.system_errors import first_line
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
 TOP_KS = ("num_experts_per_tok", "moe_k", "moe_topk")
+
+
+class _Method(TypedDict):
+    method: str
+
+
+class _Weights(TypedDict):
+    file: str
+
+
+class _Input(TypedDict):
+    path: str
+    sha256: dict[str, str]
+    weights: list[_Weights]
+
+
+class _Split(TypedDict):
+    chunks: int
+    rescale: bool
+
+
+class _Drift(TypedDict):
+    mean_norm_ratio: float | None
+    mean_cosine: float | None
+    relative_norms: list[float | None]
+
+
+class _Record(TypedDict):
+    """What is read of mix.json when it is carried on: into the next mix.json and the model card."""
+
+    merge: _Method
+    router_init: _Method
+    split: _Split | None
+    blend: bool
+    inputs: dict[str, _Input]
+    diagnostics: dict[str, _Drift]
+    warnings: list[str]
+    paths: dict[str, Any]
+    history: list[Any]
+    experts: NotRequired[list[str | int]]
+
+
 UNKNOWN: dict[str, Any] = {
     "merge": {"method": "unknown"}, "router_init": {"method": "unknown"}, "split": None, "blend": False, "inputs": {},
     "diagnostics": {}, "warnings": [], "paths": {}, "history": [],
@@ -141,20 +190,25 @@ class MoeFolder:
         return any(match(pattern, name) is not None for pattern in [self.family.router, *stacked])
 
 
+RECORDS = TypeAdapter(_Record)
+
+
 def _record(path: Path) -> dict[str, Any]:
-    """mix.json with what it lacks; raises CheckpointError if it holds something else."""
+    """mix.json with what it lacks.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
     try:
         record = read_json(path / RECORD)
-    except RunFolderError:
-        record = "broken"
-    found = UNKNOWN | record if isinstance(record, dict) else UNKNOWN
-    names = found.get("experts") or []
-    well_formed = isinstance(names, list) and len(set(map(str, names))) == len(names) and all(
-        isinstance(found[key], type(value)) for key, value in UNKNOWN.items() if value is not None
-    )  # fmt: skip
-    if (record is not None and not isinstance(record, dict)) or not well_formed:
-        raise CheckpointError(f"{path / RECORD}: this is no record of a mix; mend it, or remove it: without it experts "
-                              f"are called by their numbers")  # fmt: skip
+        found = UNKNOWN | ({} if record is None else {**record})
+        RECORDS.validate_python(found, strict=True)
+        names = found.get("experts") or []
+        if len(set(map(str, names))) < len(names):
+            raise ValueError("two experts of one name")
+    except (RunFolderError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / RECORD}: this is no record of a mix ({first_line(error)}); mend it, or remove "
+                              f"it: without it experts are called by their numbers") from error  # fmt: skip
     return found | {"experts": list(map(str, names))}
 
 

@@ -28,6 +28,7 @@ from btx.errors import CheckpointError
 from btx.mixing.router_init import FROM_TEXT, RouterSums
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.lazy_tensors import rounded
+from btx.models.packed import packed_hidden
 from btx.moe.layer import MoE
 from btx.moe.routers import LayerRule
 
@@ -113,9 +114,7 @@ def router_sums(
             now.update(text=number, weight=1.0 / text.tokens)
             for input_ids, position_ids in text.batches():
                 now["counts_T"] = torch.from_numpy(position_ids).flatten() > 0
-                model.base_model(
-                    input_ids=torch.from_numpy(input_ids), position_ids=torch.from_numpy(position_ids), use_cache=False
-                )
+                packed_hidden(model, torch.from_numpy(input_ids), torch.from_numpy(position_ids))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from btx.models.cost import ModelCost, model_cost
 from btx.models.kv_cache import cache_arguments, new_cache
+from btx.models.packed import packed_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,9 +71,7 @@ def token_nll(model: PreTrainedModel | SideBySide, rows: Packed) -> Tensor:
     if isinstance(model, SideBySide):
         return model.token_nll(rows)
     device = model.device
-    hidden_BSD = model.base_model(
-        input_ids=rows.input_ids_BS.to(device), position_ids=rows.position_ids_BS.to(device), use_cache=False
-    ).last_hidden_state
+    hidden_BSD = packed_hidden(model, rows.input_ids_BS.to(device), rows.position_ids_BS.to(device))
     hidden_RD = hidden_BSD[rows.scored_BS.to(device)]
     labels_R = rows.labels_BS[rows.scored_BS].to(device)
     head = cast(torch.nn.Module, model.get_output_embeddings())

@@ -21,8 +21,9 @@ from btx.models.cost import config_cost
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.training.checkpoints import NoCheckpoints
-from btx.training.loop import TrainingJob, training_step
-from btx.training.schedule import adamw
+from btx.training.job import TrainingJob
+from btx.training.optimizer import adamw
+from btx.training.step import training_step
 
 SECONDS = 4.0
 """Timing takes at most about that long, however slow or busy the machine is."""

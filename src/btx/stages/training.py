@@ -18,7 +18,7 @@ from btx.errors import OutOfMemory
 from btx.files import atomic_folder
 from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
-from btx.models.cost import ModelCost, model_cost
+from btx.models.cost import model_cost
 from btx.models.device import choose_device
 from btx.models.loading import (
     checkpoint_activations,
@@ -34,8 +34,10 @@ from btx.recipe.training import Finetune, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.system_errors import first_line, is_out_of_memory
-from btx.training.loop import Totals, TrainingJob, run_training
+from btx.system_errors import is_out_of_memory
+from btx.training.job import TrainingJob
+from btx.training.loop import Totals, run_training
+from btx.training.out_of_memory import memory_advice
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
 
@@ -135,7 +137,7 @@ def train_stage(
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(_too_much(error, settings, sequence_length, in_training)) from error
+                raise OutOfMemory(memory_advice(error, settings, sequence_length, in_training)) from error
             raise
         with atomic_folder(folder / "model") as target:
             save_model(model, target, like=like, tokenizer=tokenizer)
@@ -150,24 +152,3 @@ def train_stage(
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
         }  # fmt: skip
     return totals
-
-
-def _too_much(error: BaseException, settings: Training, sequence_length: int, cost: ModelCost) -> str:
-    """What takes the memory of a training, and what makes it less."""
-
-    def size(count: float) -> str:
-        return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-    tokens, checkpointed = max(settings.micro_batch_tokens, sequence_length), settings.gradient_checkpointing
-    activations = cost.activation_bytes(tokens, checkpointed=checkpointed)
-    half = size(activations - cost.activation_bytes(tokens // 2, checkpointed=checkpointed))
-    micro = f"micro_batch_tokens: {tokens // 2} (now {settings.micro_batch_tokens}) saves about {half}"
-    if tokens // 2 < sequence_length:
-        micro = f"micro_batch_tokens is one sequence already; half the data.sequence_length saves {half} or more"
-    saved = size(activations - cost.activation_bytes(tokens, checkpointed=True))
-    recompute = "" if checkpointed else f"; gradient_checkpointing: true saves about {saved}"
-    return (
-        f"out of memory: {first_line(error)}. Weights, gradients and AdamW's moments take "
-        f"{size(cost.training_bytes())}, activations about {size(activations)}: {micro}{recompute}; with a "
-        f"smaller launch.jobs fewer trainings share the memory"
-    )

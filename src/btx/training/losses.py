@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from btx.data.mixture import NO_LABEL
+from btx.models.packed import packed_hidden
 
 CHUNK = 512  # rows of logits alive at a time: at 512 x 2048 float32 they stay in a processor's cache
 
@@ -65,16 +66,9 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor)
 
 
 def next_token_loss(model: nn.Module, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-    """Summed next-token loss, in nats, of packed sequences (B, S).
-
-    Attention stops where `position_ids` restart: transformers derives a block-diagonal mask from them, provided there
-    is no attention mask and no cache.
-    """
-    decoder = cast(Any, model)
-    hidden = decoder.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
-    ).last_hidden_state
-    weight = decoder.get_output_embeddings().weight
+    """Summed next-token loss, in nats, of packed sequences (B, S)."""
+    hidden = packed_hidden(model, input_ids, position_ids)
+    weight = cast(Any, model).get_output_embeddings().weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -22,10 +22,10 @@ from btx.errors import RunFolderError
 from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_sealed
 from btx.outputs import CheckpointState
 from btx.process import Log
+from btx.training.optimizer import kept_tensors, restore_tensors
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
 STATE, METRICS = "state.json", "metrics.jsonl"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class StateFolder:
@@ -84,13 +84,9 @@ class StateFolder:
         Raises:
             RunFolderError: it could not be written; the previous checkpoint is untouched.
         """
-        trainable = _trainable(model)
-        moments = {
-            f"{moment}/{name}": optimizer.state[parameter][moment]
-            for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
-        }  # fmt: skip
+        weights, moments = kept_tensors(model, optimizer)
         with atomic_folder(self.folder / _name(step)) as target:
-            _save(trainable | _selection_biases(model), target / "weights.safetensors")
+            _save(weights, target / "weights.safetensors")
             _save(moments, target / "optimizer.safetensors")
             sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
             write_sealed(target / STATE, {
@@ -129,15 +125,6 @@ class StateFolder:
         remove_left_overs(self.folder, r"step-\d+")
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _selection_biases(model: nn.Module) -> dict[str, Tensor]:
-    """They move without a gradient; empty but for balancing without a loss."""
-    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".selection_bias")}
-
-
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
 
@@ -163,17 +150,8 @@ def _name(step: int) -> str:
 
 
 def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    trainable = _trainable(model)
-    moved: dict[str, Tensor] = trainable | _selection_biases(model)
-    weights = load_file(checkpoint / "weights.safetensors")
-    if weights.keys() != moved.keys():
-        raise RunFolderError(f"{checkpoint}: holds other weights than this stage trains; remove the stage's folder")
-    with torch.no_grad():
-        for name, tensor in moved.items():
-            tensor.copy_(weights[name])
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    for name, parameter in trainable.items():
-        found = {moment: moments.get(f"{moment}/{name}") for moment in MOMENTS}
-        optimizer.state[parameter] = {
-            moment: tensor.to(parameter.device) for moment, tensor in found.items() if tensor is not None
-        }
+    weights, moments = (load_file(checkpoint / name) for name in ("weights.safetensors", "optimizer.safetensors"))
+    try:
+        restore_tensors(model, optimizer, weights, moments)
+    except RunFolderError as error:
+        raise RunFolderError(f"{checkpoint}: {error}") from error

@@ -1,0 +1,37 @@
+"""What one stage trains: all that the training loop is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from btx.data.samples import Samples
+from btx.moe.balancing import Balancing
+from btx.recipe.training import Training
+from btx.training.checkpoints import Checkpoints
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one stage trains."""
+
+    model: nn.Module
+    """Start weights, with `requires_grad` set on the weights that train."""
+    mixture: Samples
+    """Training samples by number."""
+    settings: Training
+    folder: Path
+    """The stage's folder: metrics.jsonl is written into it."""
+    checkpoints: Checkpoints
+    flops_per_token: float
+    """Training FLOPs, forward and backward."""
+    rng_seed: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    balancing: Balancing = field(default_factory=Balancing)
+    """Losses on the routers, for MoE models."""
+    experts: Sequence[str] = ()
+    """Names of the experts, for warnings."""

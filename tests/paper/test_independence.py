@@ -138,19 +138,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path:
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from btx.errors import RunFolderError
+    from btx.model_files.direct_file import DirectFile
     from btx.training import state as training_state
 
     recipe = pico_recipe(tmp_path)
     run, _ = run_here(recipe, ["data"])
-    real, calls = training_state.save_file, []
+    opened: list[Path] = []
 
-    def full(tensors: object, path: Path) -> None:
-        calls.append(path)
-        if len(calls) > 3:  # the second checkpoint's optimiser state
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+    class Full(DirectFile):
+        """The disk is full in the second checkpoint's optimiser state."""
 
-    monkeypatch.setattr(training_state, "save_file", full)
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+        def _write(self, data: memoryview) -> None:
+            if len(opened) > 3:
+                raise OSError(28, "No space left on device")
+            super()._write(data)
+
+    monkeypatch.setattr(training_state, "DirectFile", Full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         run_here(recipe, ["seed"])
     state = run.folder("seed") / "state"

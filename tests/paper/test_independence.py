@@ -57,12 +57,14 @@ def test_a_feed_forward_branch_leaves_shared_weights_bit_for_bit(tmp_path: Path)
         assert seed[name].equal(expert[name]) == (".mlp." not in name), name
 
 
-def kill_while_training(run: RunFolder, stage: str, at_step: int) -> None:
-    """Start a stage in its own process and kill -9 it once it has done `at_step` steps."""
-    log = run.path.with_suffix(".log")
+def kill_while_training(run: RunFolder, stage: str, at_step: int, saved: int = 0) -> None:
+    """Start a stage in its own process and kill -9 it once it has done `at_step` steps and has `saved` checkpoints."""
+    log, folder = run.path.with_suffix(".log"), run.folder(stage)
     process = start_btx("work", run.path, stage, log=log)
     deadline = time.monotonic() + 60
-    while (last_metrics(run.folder(stage) / "metrics.jsonl") or {"step": 0})["step"] < at_step:
+    while (last_metrics(folder / "metrics.jsonl") or {"step": 0})["step"] < at_step or (
+        len(list(folder.glob("state/step-*"))) < saved
+    ):
         assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -78,7 +80,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.Monk
     stopped_after(killed, "train/birds", 5)
     run_here(killed.recipe, needs)
     kill_while_training(killed, "finetune", 2)
-    kill_while_training(killed, "finetune", 5)
+    kill_while_training(killed, "finetune", 5, saved=1)
     assert not (killed.folder("finetune") / "done.json").exists()
     _, lines = run_here(killed.recipe, ["finetune"])
     assert any("resumed after step" in line for line in lines), lines

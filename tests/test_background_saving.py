@@ -188,7 +188,7 @@ def test_an_error_of_the_program_in_the_thread_is_not_lost() -> None:
         writer.wait()
 
 
-KILLED_AT = (1, 2, 3, 5, 7)
+KILLED_AT = (1, 3, 8)
 """How many files of checkpoints, or renames to them, the killed process had begun."""
 
 
@@ -238,7 +238,7 @@ def test_a_training_killed_in_the_middle_of_its_checkpoints_ends_bit_for_bit_as_
         done.append(max((int(name[-8:]) for name in names(killed / "state")), default=0))
     run_training(job(seed, killed), Interrupts(), print)
     torch.set_num_threads(before)
-    assert done == [0, 0, 0, 1, 3]  # two files and a rename are a checkpoint; 7 is the third that this process makes
+    assert done == [0, 0, 2]  # two files and a rename are a checkpoint
     expected, found = final_state(whole), final_state(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -9,8 +9,8 @@ A round is some steps of `btx.training.step` after a save, and ends when the che
 with training waiting as before (safetensors writes, the file is read again for its SHA-256 and flushed), with training
 waiting but hashed as it is written (one pass), and in the background. Rounds take turns, so that a machine that slows
 down slows all of them; medians. What a checkpoint costs is how much longer a round takes than one without a save: the
-stall, and what writing takes from the steps beside it. The first save allocates the copy and is told apart. A GPU copies
-when its queue gets there, so there the stall shows in the cost alone.
+stall, and what writing takes from the steps beside it. The first save allocates the copy and is told apart. A GPU
+copies when its queue gets there, so there the stall shows in the cost alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def waiting_save(folder: Path, tensors: dict[str, Tensor]) -> None:
 def one_pass_save(checkpoints: StateFolder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """As in the background, but waited for."""
     checkpoints.save(step, model, optimizer)
-    checkpoints.close()
+    checkpoints.last()
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             stalls[name].append(time.perf_counter() - started)
             steps()
             beside[name].append(time.perf_counter() - started - stalls[name][-1])
-            checkpoints.close()
+            checkpoints.last()  # waits
             rounds[name].append(time.perf_counter() - started)
     whole = {name: median(seconds[1:]) for name, seconds in rounds.items()}
     per_step = whole["none"] / options.steps

@@ -21,12 +21,13 @@ from btx.models.loading import load_model
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupted, Interrupts
 from btx.recipe.training import Training
-from btx.training import host_memory, state
+from btx.training import host_memory, state, tensor_file
 from btx.training.background_writer import BackgroundWriter
 from btx.training.host_memory import HostCopy, free_memory, tensor_bytes
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.state import StateFolder
+from btx.training.tensor_file import TensorFile
 from tests.pico_run import StopAfter
 from tests.processes import start
 from tests.test_training_state import MARKS, trained
@@ -51,7 +52,7 @@ class HeldFile(DirectFile):
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set no checkpoint gets on."""
     HeldFile.may_write, HeldFile.error = threading.Event(), None
-    monkeypatch.setattr(state, "DirectFile", HeldFile)
+    monkeypatch.setattr(tensor_file, "DirectFile", HeldFile)
     yield HeldFile.may_write
     HeldFile.may_write.set()
 
@@ -215,7 +216,7 @@ def killed_in(seed: str, folder: str, at: int) -> None:
         begin()
         return rename(path, target)
 
-    state.DirectFile = Killing  # type: ignore[misc]
+    tensor_file.DirectFile = Killing  # type: ignore[misc]
     Path.rename = renamed  # type: ignore[method-assign,assignment]
     torch.set_num_threads(1)
     run_training(job(Path(seed), Path(folder)), Interrupts(), print)
@@ -258,16 +259,13 @@ def test_a_file_holds_what_was_copied_whatever_its_type_and_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "BLOCK_BYTES", 64)
-    tensors = state._wide_first(some_tensors())
-    copy = HostCopy()
-    for _ in range(2):  # into the same memory
-        copy.take(tensors.values())
-        places = [block.data_ptr() for block in copy.pieces()]
+    tensors, copy = some_tensors(), HostCopy()
     copy.take(tensors.values())
-    assert [block.data_ptr() for block in copy.pieces()] == places
+    places = [block.data_ptr() for block in copy.pieces()]
+    assert len(places) > 3
     file = tmp_path / "a.safetensors"
-    sha256 = state.Content(state.file_header(tensors), copy.pieces()).write(file)
-    assert sha256 == file_sha256(file)
+    assert TensorFile.of(tensors, copy).write(file) == file_sha256(file)
+    assert [block.data_ptr() for block in copy.pieces()] == places  # the same memory again
     found = load_file(file)
     assert found.keys() == tensors.keys()
     assert all(found[name].dtype == tensors[name].dtype and found[name].equal(tensors[name]) for name in tensors)

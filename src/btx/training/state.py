@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,12 @@ from torch import Tensor, nn
 
 from btx.errors import RunFolderError
 from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_sealed
-from btx.model_files.direct_file import BUFFER_BYTES, DirectFile
-from btx.model_files.shard_writer import file_header
 from btx.outputs import CheckpointState
 from btx.process import Log
 from btx.training.background_writer import BackgroundWriter
-from btx.training.host_memory import HostCopy, fits_in_host_memory, tensor_bytes
+from btx.training.host_memory import HostCopy, fits_in_host_memory
 from btx.training.optimizer import kept_tensors, restore_tensors
+from btx.training.tensor_file import TensorFile
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
 STATE, METRICS = "state.json", "metrics.jsonl"
@@ -104,7 +102,10 @@ class StateFolder:
         """
         self._wait_for_the_one_before()
         weights, moments = kept_tensors(model, optimizer)
-        contents = self._contents({WEIGHTS: _wide_first(weights), MOMENTS: _wide_first(moments)})
+        files = {WEIGHTS: weights, MOMENTS: moments}
+        if self._copies is None:
+            self._copies = self._room_for(files)
+        contents = {file: TensorFile.of(tensors, self._copies.get(file)) for file, tensors in files.items()}
         metrics = self.folder.parent / METRICS
         metrics_bytes = metrics.stat().st_size if metrics.exists() else 0
         self._writer.start(partial(self._write, step, contents, metrics_bytes))
@@ -116,7 +117,9 @@ class StateFolder:
         self._writer.check()
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written; raises RunFolderError if it could not be."""
+        """Wait until the last checkpoint is written, and give the copy's memory back; raises RunFolderError if it could
+        not be written."""
+        self._copies = None
         self._writer.wait()
 
     def _wait_for_the_one_before(self) -> None:
@@ -127,24 +130,16 @@ class StateFolder:
             self.log(f"training waited {seconds:.0f} s for the checkpoint before to be written; a larger "
                      f"checkpoint_every or a faster disk spares that")  # fmt: skip
 
-    def _contents(self, files: dict[str, dict[str, Tensor]]) -> dict[str, Content]:
-        """What the thread writes: copies, or where they do not fit, the tensors themselves."""
-        if self._copies is None:
-            size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-            fits = fits_in_host_memory(size)
-            self._copies = {file: HostCopy() for file in files} if fits else {}
-            if not fits:
-                self.log(f"memory has no room for a copy of what a checkpoint holds ({size / 1e9:.1f} GB): training "
-                         f"stands still while one is written")  # fmt: skip
-        contents = {}
-        for file, tensors in files.items():
-            if copy := self._copies.get(file):
-                copy.take(tensors.values())
-            pieces = copy.pieces() if copy else (tensor_bytes(tensor).cpu() for tensor in tensors.values())
-            contents[file] = Content(file_header(tensors), pieces)
-        return contents
+    def _room_for(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, HostCopy]:
+        """Memory for a copy of each file's tensors; empty if it does not fit, which is said."""
+        size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        if fits_in_host_memory(size):
+            return {file: HostCopy() for file in files}
+        self.log(f"memory has no room for a copy of what a checkpoint holds ({size / 1e9:.1f} GB): training stands "
+                 f"still while one is written")  # fmt: skip
+        return {}
 
-    def _write(self, step: int, contents: dict[str, Content], metrics_bytes: int) -> None:
+    def _write(self, step: int, contents: Mapping[str, TensorFile], metrics_bytes: int) -> None:
         """Write a checkpoint and remove all but the last two; its files are hashed as they are written."""
         with atomic_folder(self.folder / _name(step)) as target:
             sha256 = {file: content.write(target / file) for file, content in contents.items()}
@@ -156,7 +151,7 @@ class StateFolder:
 
     def last(self) -> str:
         """Path of the newest checkpoint, once it is written; raises as `close`."""
-        self.close()
+        self._writer.wait()
         found = self._all()
         return str(found[-1]) if found else "none yet"
 
@@ -185,31 +180,6 @@ class StateFolder:
         for old in self._all()[:-newest]:
             shutil.rmtree(old)
         remove_left_overs(self.folder, r"step-\d+")
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a safetensors file will hold."""
-
-    header: bytes
-    pieces: Iterable[Tensor]
-    """uint8: the bytes of its tensors, one after another."""
-
-    def write(self, path: Path) -> str:
-        """Write the file; returns its SHA-256, which costs no second reading."""
-        sha256 = hashlib.sha256(self.header)
-        with DirectFile(path) as file:
-            file.write(self.header)
-            for piece in self.pieces:
-                for part in piece.split(BUFFER_BYTES):
-                    sha256.update(part.numpy().data)
-                    file.write(part.numpy().data)
-        return sha256.hexdigest()
-
-
-def _wide_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Wide types first, so that every tensor's place in a file is a multiple of its element's size."""
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def _whole_state(checkpoint: Path) -> dict[str, Any]:

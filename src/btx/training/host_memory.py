@@ -65,9 +65,10 @@ def tensor_bytes(tensor: Tensor) -> Tensor:
 
 
 def fits_in_host_memory(size: int) -> bool:
-    """Whether `size` more bytes can be held for long by a process that will need again what it needed at most."""
+    """Whether `size` more bytes can be held for long by a process that will need again what it needed at most. Half of
+    what is free counts: another job may just be about to take as much."""
     comes_back = peak_memory_bytes(torch.device("cpu")) - psutil.Process().memory_info().rss
-    return size + max(comes_back, 0) < free_memory()
+    return size + max(comes_back, 0) < free_memory() / 2
 
 
 def free_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/fs/cgroup")) -> int:

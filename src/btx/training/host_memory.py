@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -25,14 +25,14 @@ class HostCopy:
         self._blocks: list[Tensor] = []
         self._copied: torch.cuda.Event | None = None
 
-    def take(self, tensors: Iterable[Tensor]) -> None:
+    def take(self, tensors: Collection[Tensor]) -> None:
         """Copy their bytes, one tensor after the other. A GPU's copies are only put in its queue, before whatever the
         caller lets it do next."""
-        sources = [tensor_bytes(tensor) for tensor in tensors]
-        pinned = any(source.is_cuda for source in sources)
-        self._allocate(sum(map(len, sources)), pinned)
+        pinned = any(tensor.is_cuda for tensor in tensors)
+        self._allocate(sum(tensor.nbytes for tensor in tensors), pinned)
         number, filled = 0, 0
-        for source in sources:
+        for tensor in tensors:
+            source = tensor_bytes(tensor)
             while len(source):
                 if filled == len(self._blocks[number]):
                     number, filled = number + 1, 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from btx.errors import LossSpike
@@ -53,7 +54,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     watch = DeadExpertWatch(job.experts, log)
     watch.recent.extend(metrics.loads)
     spikes = SpikeWatch(metrics.recent)
-    with metrics.open() as file:
+    with metrics.open() as file, closing(job.checkpoints):
         for step in range(done, total_steps):
             started = time.perf_counter()
             rate = learning_rate(step, total_steps, settings)
@@ -74,6 +75,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
                 "flops": tokens * job.flops_per_token,
             }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
             finished = step + 1
+            job.checkpoints.check()
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
                 job.checkpoints.save(finished, model, optimizer)
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")

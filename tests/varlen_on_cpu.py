@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 def documents(borders: Tensor) -> Iterator[slice]:
     """Tokens of each document that is not empty."""
     places = borders.tolist()
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in pairwise(places):
         if begin < end:
             yield slice(begin, end)
 
@@ -42,8 +43,9 @@ def forward(
     is_causal: bool = False, scale: float | None = None, window: Any = None, *versions: Any, **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (T, H, D), logarithms (H, T), state of no random numbers."""
-    assert borders[0] == 0 and borders[-1] == len(query), "a border is missing"
-    assert torch.equal(borders, key_borders) and int(borders.diff().max()) <= min(max_q, max_k)
+    assert borders[[0, -1]].tolist() == [0, len(query)], "a border is missing"
+    assert torch.equal(borders, key_borders)
+    assert int(borders.diff().max()) <= min(max_q, max_k)
     assert is_causal == (tuple(window) == (-1, 0))
     out, log_sums = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     for at in documents(borders):

@@ -20,7 +20,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
@@ -50,6 +52,13 @@ def let_read_documents(model: PreTrainedModel) -> str | None:
         if reason is None:
             model.set_attn_implementation(NAME)
     return _reasons[model]
+
+
+def mask_of_borders(borders_N: np.ndarray, device: torch.device) -> Tensor:
+    """Borders as a mask for `attend`: (1, 1, 1, N), int32. A compiled layer is told that N may change."""
+    mask = torch.from_numpy(borders_N)[None, None, None].to(device)
+    torch._dynamo.maybe_mark_dynamic(mask, 3)
+    return mask
 
 
 def attend(
@@ -100,16 +109,21 @@ def why_not(model: PreTrainedModel) -> str | None:
     What is not known to be right is refused: attention functions get what they need by name, so the names in the
     source of the attention modules tell what an attention is made of.
     """
-    base: Any = model.base_model
-    config: Any = model.config
+    base, config = cast(Any, model).base_model, cast(Any, model).config
     name = type(model).__name__
-    attentions: list[Any] = [module for module in base.modules() if attention_keywords(type(module)) is not None]
-    if "create_causal_mask" not in inspect.getsource(type(base).forward):
+    masks = inspect.getsource(type(base).forward)
+    if "create_causal_mask" not in masks:
         return f"{name} makes its masks itself"
+    modules: list[nn.Module] = list(base.modules())
+    attentions = [module for module in modules if attention_keywords(type(module)) is not None]
     if len(attentions) != config.num_hidden_layers or set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"{name} has layers other than full and sliding attention"
-    if more := set().union(*(attention_keywords(type(module)) or () for module in attentions)) - KEYWORDS:
+    keywords = set().union(*(attention_keywords(type(module)) or () for module in attentions))
+    if more := keywords - KEYWORDS:
         return f"the attention of {name} also takes {', '.join(sorted(more))}"
+    windows = {"sliding_window" in keywords, "create_sliding_window_causal_mask" in masks}
+    if getattr(config, "sliding_window", None) and len(windows) > 1:  # OLMoE, PhiMoE
+        return f"{name} has a sliding window in its masks or in its attention only"
     if any(getattr(module, "attention_dropout", None) != 0 for module in attentions):
         return f"the attention of {name} has dropout"
     if widths := {width for module in attentions if not _fits(width := getattr(module, "head_dim", None))}:

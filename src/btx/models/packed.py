@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 TOKENS_PER_DOCUMENT = 256
-"""Borders are padded as if documents had so many tokens on average: shapes then stay the same from batch to batch."""
+"""Borders are padded as if documents had so many tokens on average, so that their shape stays from batch to batch."""
 
 
 def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
@@ -31,7 +31,9 @@ def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tenso
     base = cast(Any, model).base_model
     mask = None  # transformers derives the mask from the positions, provided there is no cache
     if dense_mask_because(model) is None:
-        mask = torch.from_numpy(document_borders(position_ids_BS.numpy(force=True))).to(base.device)[None, None, None]
+        from btx.models.document_attention import mask_of_borders
+
+        mask = mask_of_borders(document_borders(position_ids_BS.numpy(force=True)), base.device)
     output = base(
         input_ids=input_ids_BS.to(base.device), position_ids=position_ids_BS.to(base.device), attention_mask=mask,
         use_cache=False,
@@ -40,8 +42,8 @@ def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tenso
 
 
 def dense_mask_because(model: nn.Module) -> str | None:
-    """Why `model` would read packed rows with a dense mask, on its device and in the present autocast; None if it would
-    read them document by document."""
+    """Why `model` reads packed rows with a dense mask, on its device and in the present autocast; None if it reads them
+    document by document."""
     base = cast(Any, model).base_model
     kind = base.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
@@ -57,18 +59,18 @@ def without_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return "its kernel is for NVIDIA GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"its kernel is for Ampere and later GPUs, and this is a {torch.cuda.get_device_name(device)}"
+        return f"its kernel is for Ampere and later, and this GPU is a {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernel is for bfloat16 and float16, and the model computes in {str(dtype).removeprefix('torch.')}"
+        return f"its kernel is for bfloat16 and float16, and this model computes in {str(dtype).split('.')[-1]}"
     return None
 
 
 def document_borders(position_ids_BS: np.ndarray) -> np.ndarray:
     """Where documents begin in the rows laid one after the other, then the end B·S, repeated: (N,), int32.
 
-    N - 1 is B·S / 256, doubled until all documents fit: a compiled model sees few shapes, and empty documents cost
-    next to nothing. Zeros at the end of a row are padding, which is read as one document. A document has two tokens
-    at least, so nothing else looks like that.
+    N - 1 is B·S / 256, doubled until all documents fit: a CUDA graph is recorded for each shape, so there should be
+    few, and empty documents cost next to nothing. Zeros at the end of a row are padding, which is read as one document;
+    a document has two tokens at least, so nothing else looks like that.
     """
     B, S = position_ids_BS.shape
     begins_BS = np.ones((B, S), bool)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -114,11 +115,11 @@ def why_not(model: PreTrainedModel) -> str | None:
     masks = inspect.getsource(type(base).forward)
     if "create_causal_mask" not in masks:
         return f"{name} makes its masks itself"
-    modules: list[nn.Module] = list(base.modules())
-    attentions = [module for module in modules if attention_keywords(type(module)) is not None]
+    calls = {module: attention_keywords(type(module).forward) for module in base.modules()}
+    attentions = {module: keywords for module, keywords in calls.items() if keywords is not None}
     if len(attentions) != config.num_hidden_layers or set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"{name} has layers other than full and sliding attention"
-    keywords = set().union(*(attention_keywords(type(module)) or () for module in attentions))
+    keywords = frozenset().union(*attentions.values())
     if more := keywords - KEYWORDS:
         return f"the attention of {name} also takes {', '.join(sorted(more))}"
     windows = {"sliding_window" in keywords, "create_sliding_window_causal_mask" in masks}
@@ -136,10 +137,11 @@ def _fits(head_width: int | None) -> bool:
 
 
 @cache
-def attention_keywords(module_class: type[nn.Module]) -> frozenset[str] | None:
-    """Names of the arguments that a module hands to transformers' attention interface; None if it does not call it."""
+def attention_keywords(forward: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of the arguments that a forward function hands to transformers' attention interface; None if it does not
+    call it."""
     try:
-        source = textwrap.dedent(inspect.getsource(module_class.forward))
+        source = textwrap.dedent(inspect.getsource(forward))
     except (OSError, TypeError):
         return None
     calls = [

@@ -21,7 +21,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor, nn
@@ -55,9 +54,9 @@ def let_read_documents(model: PreTrainedModel) -> str | None:
     return _reasons[model]
 
 
-def mask_of_borders(borders_N: np.ndarray, device: torch.device) -> Tensor:
+def mask_of_borders(borders_N: Tensor) -> Tensor:
     """Borders as a mask for `attend`: (1, 1, 1, N), int32. A compiled layer is told that N may change."""
-    mask = torch.from_numpy(borders_N)[None, None, None].to(device)
+    mask = borders_N[None, None, None]
     torch._dynamo.maybe_mark_dynamic(mask, 3)
     return mask
 

@@ -33,12 +33,20 @@ def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tenso
     if dense_mask_because(model) is None:
         from btx.models.document_attention import mask_of_borders
 
-        mask = mask_of_borders(document_borders(position_ids_BS.numpy(force=True)), base.device)
+        borders_N = torch.from_numpy(document_borders(position_ids_BS.numpy(force=True)))
+        mask = mask_of_borders(copied_to(base.device, borders_N))
     output = base(
-        input_ids=input_ids_BS.to(base.device), position_ids=position_ids_BS.to(base.device), attention_mask=mask,
-        use_cache=False,
+        input_ids=copied_to(base.device, input_ids_BS), position_ids=copied_to(base.device, position_ids_BS),
+        attention_mask=mask, use_cache=False,
     )  # fmt: skip
     return cast(Tensor, output.last_hidden_state)
+
+
+def copied_to(device: torch.device, values: Tensor) -> Tensor:
+    """`values` on `device`, without the host waiting until a GPU has done what it was told before."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def dense_mask_because(model: nn.Module) -> str | None:

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
+import torch
+
 from btx.errors import LossSpike
+from btx.models.packed import dense_mask_because
 from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
 from btx.training.job import TrainingJob
@@ -50,6 +53,9 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         log(f"resumed after step {done} of {total_steps}")
     if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
         log("precision bfloat16: this CPU has no units for it; training in float32")
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings, job.device)):
+        if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
+            log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
     watch.recent.extend(metrics.loads)

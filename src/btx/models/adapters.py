@@ -1,7 +1,8 @@
 """LoRA adapters on the FF projections of a dense model (Hu et al., arXiv 2106.09685), by peft: added before a branch is
 trained, merged into the weights after it. So what a branch writes is a plain model, and mixing knows of no adapters.
 
-Every FF projection W (out, in) gets A (rank, in), random, and B (out, rank), zero; it computes W x + (alpha / rank) B A x.
+Every FF projection W (out, in) gets A (rank, in), random, and B (out, rank), zero, and computes
+W x + (alpha / rank) B A x.
 """
 
 from __future__ import annotations

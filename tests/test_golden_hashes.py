@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.mix import Mix
 from btx.recipe.section import Section
-from btx.recipe.training import BaselineTraining, Finetune, SeedModel, SeedTraining, TokenizerTraining, Train
+from btx.recipe.training import BaselineTraining, Finetune, Lora, SeedModel, SeedTraining, TokenizerTraining, Train
 from btx.run_folder import decisive as decisive_module
 from btx.run_folder.decisive import SPEED_ONLY, decisive, neutral_value, shown
 from btx.run_folder.stages_of_recipe import build_graph
@@ -25,7 +25,7 @@ from tests.pico_run import pico_recipe
 
 GOLDEN = Path(__file__).with_name("golden_hashes.json")
 SECTIONS: list[type[BaseModel]] = [
-    SeedModel, TokenizerTraining, SeedTraining, Train, Mix, Finetune, BaselineTraining, Evaluate, Analyze
+    SeedModel, TokenizerTraining, SeedTraining, Train, Lora, Mix, Finetune, BaselineTraining, Evaluate, Analyze
 ]  # fmt: skip
 ALL = "soup,dense_dm,dense_cm,upcycling_dm,upcycling_cm,btm_top1,btm_top2,btx_sample_top1,btx_no_balancing"
 VARIANTS: dict[str, list[str]] = {

@@ -60,7 +60,8 @@ def test_it_is_known_when_it_happens_and_other_errors_are_none() -> None:
     (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/t']"), RunFolderError, "TMPDIR"),
     (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval.tasks"), UserError, r"branchtrainmix\[eval\]"),
     (ModuleNotFoundError("No module named 'zstandard'", name="zstandard"), UserError, r"branchtrainmix\[data\]"),
-    (ModuleNotFoundError("No module named 'peft'", name="peft"), UserError, "pip install 'peft'"),
+    (ModuleNotFoundError("No module named 'peft'", name="peft"), UserError, r"pip install 'branchtrainmix\[lora\]'"),
+    (ModuleNotFoundError("No module named 'triton'", name="triton"), UserError, "pip install 'triton'"),
     (ModuleNotFoundError("No module named 'sklearn'", name="sklearn.svm"), UserError, "scikit-learn"),
     (UserError("as it is"), UserError, "^as it is$"),
 ])  # fmt: skip

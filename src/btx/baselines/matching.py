@@ -94,8 +94,9 @@ def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
     branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
     finetuning = finetuning_cost(recipe, dense)
+    branch = config_cost(dense, trainable=train.trainable, lora_rank=train.lora.rank)
     return (
-        branches * config_cost(dense, trainable=train.trainable).training_flops_per_token(length)
+        branches * branch.training_flops_per_token(length)
         + router_flops(recipe, dense)
         + finetune.steps(length) * finetune.step_tokens(length) * finetuning.training_flops_per_token(length)
     )

@@ -74,7 +74,8 @@ def matching_inputs(recipe: Recipe, name: str) -> dict[str, Any]:
     return {
         "by": by,
         "phases": _budgets(phases_of(recipe, name)),
-        "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens, recipe.train.trainable],
+        "branches": [len(recipe.train.domains), recipe.train.tokens, recipe.train.batch_tokens, recipe.train.trainable,
+                     *([recipe.train.lora.rank] if recipe.train.trainable == "lora" else [])],
         "finetuning": [recipe.finetune.tokens, recipe.finetune.batch_tokens, recipe.finetune.dense_router_gradient,
                        recipe.finetune.trainable],
         "routers": recipe.mix.router_tokens if recipe.router_init.needs_text else 0,

@@ -3,8 +3,8 @@
 Which parameters of a model these are is in `btx.models.trainable`.
 """
 
-DENSE_TRAINABLE = ("all", "feed_forward")
-"""`trainable` of a dense model; feed_forward are its FF sublayers."""
+DENSE_TRAINABLE = ("all", "feed_forward", "lora")
+"""`trainable` of a dense model; feed_forward are its FF sublayers, lora an adapter on each of their projections."""
 
 MOE_TRAINABLE: dict[str, set[str]] = {
     "all": {"routers", "experts", "shared"},

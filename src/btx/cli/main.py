@@ -238,13 +238,15 @@ def train(
 def adopt(
     run_folder: RunArgument,
     domain: Annotated[str, typer.Argument(help="A branch of the recipe.")],
-    model: Annotated[Path, typer.Argument(help="Folder of its expert model, trained by whatever you like.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of its expert model, or of a LoRA adapter, trained by whatever you like.")
+    ],
 ) -> None:
     """Take an expert model that was trained elsewhere for a branch's; it is checked, copied and never trained here."""
-    from btx.model_files.model_folder import check_model_folder
+    from btx.model_files.model_folder import check_expert_folder
 
     run = _run(run_folder)
-    check_model_folder(model)
+    check_expert_folder(model)
     from btx.stages.adopt import adopt as adopt_model
 
     adopt_model(run, domain, model, typer.echo)

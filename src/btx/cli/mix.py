@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,10 @@ from btx.errors import CheckpointError, UserError
 from btx.process import ending_at_once
 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
-Experts = Annotated[list[str] | None, typer.Option("--expert", help="NAME=FOLDER of an expert model; repeat.")]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; repeat."),
+]
 Text = Annotated[
     list[str] | None,
     typer.Option("--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat."),
@@ -72,7 +76,7 @@ def mix(
     if copies is not None and generalist and "generalist" in given:
         raise UserError("--copies and --generalist exclude each other: all experts are copies of the seed model then")
     _refuse_existing(output)
-    _refuse_missing(seed_model, *named(expert or (), "--expert", "FOLDER").values())
+    _refuse_missing(seed_model, experts=named(expert or (), "--expert", "FOLDER").values())
     from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
     from btx.mixing.settings import MixSettings
@@ -118,7 +122,7 @@ def extend(
         raise UserError("btx extend needs one --expert NAME=FOLDER and -o FOLDER; run it once for each expert")
     _refuse_existing(output)
     ((name, folder),) = new.items()
-    _refuse_missing(moe, folder)
+    _refuse_missing(moe, experts=[folder])
     from btx.mixing.extend import extend as extend_model
 
     init = RouterInit(
@@ -194,18 +198,18 @@ def _refuse_existing(output: Path) -> None:
         raise UserError(f"{output}: exists already; choose another folder or remove it")
 
 
-def _refuse_missing(*folders: Path) -> None:
-    """Refuse what holds no model, all in one message, before torch is imported.
+def _refuse_missing(model: Path, experts: Iterable[Path] = ()) -> None:
+    """Refuse what holds no model, or no expert, all in one message, before torch is imported.
 
     Raises:
         CheckpointError: names every such folder and why.
     """
-    from btx.model_files.model_folder import check_model_folder
+    from btx.model_files.model_folder import check_expert_folder, check_model_folder
 
     problems = []
-    for folder in folders:
+    for check, folder in ((check_model_folder, model), *((check_expert_folder, expert) for expert in experts)):
         try:
-            check_model_folder(folder)
+            check(folder)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:

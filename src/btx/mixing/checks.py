@@ -12,9 +12,11 @@ from pathlib import Path
 from btx.choices.families import Config, Family, family_of
 from btx.errors import CheckpointError
 from btx.mixing.inputs import GENERALIST, MixInputs, open_tensors
+from btx.model_files.adapter_folder import AdapterFolder, is_adapter
 from btx.model_files.beside_weights import SETTINGS, TOKENIZER, check_links
 from btx.model_files.checkpoints import TensorFolder, allow_open_files
 from btx.model_files.headers import HEAD
+from btx.model_files.provenance import other_base
 from btx.model_files.vocabularies import broken_json, usable_tokenizer, vocabulary_difference
 from btx.models.config_meaning import differences
 from btx.models.configs import completed, read_config
@@ -45,7 +47,11 @@ def open_checked(
     seed = Opened.open("seed model", seed_model, problems)
     if seed is not None and seed.whole:
         problems += seed.unfit_for_mixing(any_tokenizer, warn)
-    opened = {name: Opened.open(f"expert {name}", path, problems) for name, path in experts.items()}
+    opened = {
+        name: Opened.adapted(f"expert {name}", path, seed, problems, warn) if is_adapter(path)
+        else Opened.open(f"expert {name}", path, problems)
+        for name, path in experts.items()
+    }  # fmt: skip
     if seed is not None and seed.whole:
         for name, expert in opened.items():
             if expert is not None:
@@ -62,7 +68,7 @@ def open_checked(
         _warn_of_twins(
             {"the seed model": seed_model, **{f"expert {name}": path for name, path in experts.items()}}, warn
         )
-    _warn_of_heads([seed, *(expert for expert in opened.values() if expert is not None)], warn)
+    _warn_of_heads([seed, *(expert for expert in opened.values() if expert and not is_adapter(expert.folder))], warn)
     tensors = {name: expert.tensors for name, expert in opened.items() if expert is not None}
     return MixInputs(seed_model, dict(experts), generalist, seed.config, seed.family, seed.tensors, tensors)
 
@@ -100,6 +106,30 @@ class Opened:
         problems += [f"{who}: {problem}" for problem in [*broken_json(folder), *broken]]
         opened.whole = not broken
         return opened
+
+    @classmethod
+    def adapted(
+        cls, who: str, folder: Path, seed: Opened | None, problems: list[str], warn: Callable[[str], None]
+    ) -> Opened | None:
+        """The seed model with an adapter merged in; None if that cannot be; why is added to `problems`.
+
+        Args:
+            folder: the adapter's; it may hold a tokenizer.
+            seed: None if it could not be opened, which has been told.
+            warn: told if nothing says that the adapter was trained on this seed model.
+        """
+        try:
+            adapter = AdapterFolder.open(folder)
+            if seed is None or not seed.whole:
+                return None
+            tensors = open_tensors(seed.folder, seed.family, seed.config, who, adapter)
+        except CheckpointError as error:
+            problems.append(f"{who}: {error}")
+            return None
+        problems += [f"{who}: {problem}" for problem in broken_json(folder)]
+        if (assumed := other_base(adapter, seed.folder)) is not None:
+            warn(f"{who}: {assumed}")
+        return cls(who, folder, seed.config, seed.family, tensors)
 
     def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
@@ -173,6 +203,8 @@ def _vocabulary_problems(name: str, folder: Path, seed: Path, warn: Callable[[st
     if difference is None:
         return []
     if difference.startswith("no tokenizer"):
+        if is_adapter(folder):  # most are saved without
+            return []
         warn(f"expert {name}: {folder}: {difference}; taken to be the seed model's")
         return []
     return [f"expert {name}: {difference}; if it is harmless, choose one with --tokenizer-from {name} or seed"]

@@ -63,7 +63,8 @@ def extend(
     Args:
         moe: folder of a MoE model of any supported family.
         name: name of the new expert.
-        expert: folder of a dense model of the class and shape that the MoE model was mixed from.
+        expert: folder of a dense model of the class and shape that the MoE model was mixed from, or of a LoRA adapter
+            of its seed model, which then has to lie where it lay.
         output: folder to write; it appears when it is complete.
         shared: `left`, or `fold` the expert's shared weights in with weight 1/(n+1).
         router_init: how the new router row starts, by name or with parameters.
@@ -94,7 +95,7 @@ def extend(
     if problems:
         raise CheckpointError("; ".join(problems))
     check_ids(moe, int(model.config["vocab_size"]))
-    dense = open_expert(model, name, expert)
+    dense = open_expert(model, name, expert, lambda line: log(f"extend: warning: {line}"))
     rows_LD = _new_rows(model, name, init, texts or {})
     n = len(model.names)
     config = model.config_with(n + 1)

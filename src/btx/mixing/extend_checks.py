@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from btx.choices.families import FAMILIES, Config, Family
 from btx.errors import CheckpointError
 from btx.mixing.checks import Opened, what_to_do
-from btx.mixing.moe_folder import NUMBERS_OF_EXPERTS, TOP_KS, MoeFolder
+from btx.mixing.moe_folder import NUMBERS_OF_EXPERTS, RECORD, TOP_KS, MoeFolder
+from btx.model_files.adapter_folder import is_adapter
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.lazy_tensors import FileTensor
+from btx.model_files.provenance import model_provenance
 from btx.model_files.vocabularies import vocabulary_difference
 from btx.models.config_meaning import differences
 
@@ -35,14 +38,25 @@ class DenseExpert:
         return self.tensors[self.family.feed_forward[role].format(layer=layer)]
 
 
-def open_expert(model: MoeFolder, name: str, path: Path) -> DenseExpert:
-    """Open a dense model that fits a MoE model.
+def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], None]) -> DenseExpert:
+    """Open a dense model that fits a MoE model, or an adapter of its seed model.
+
+    Args:
+        warn: called with what is odd but allowed.
 
     Raises:
         CheckpointError: it does not; all problems in one message.
     """
     problems: list[str] = []
-    opened = Opened.open(f"expert {name}", path, problems, lambda config, where: _family(model, config, where))
+
+    def family_here(config: Config, where: str) -> Family:
+        return _family(model, config, where)
+
+    if is_adapter(path):
+        seed = Opened.open("seed model", _seed_model(model, path), problems, family_here)
+        opened = Opened.adapted(f"expert {name}", path, seed, problems, warn)
+    else:
+        opened = Opened.open(f"expert {name}", path, problems, family_here)
     if opened is not None:
         problems += _config_problems(model, opened)
     if opened is not None and opened.whole:
@@ -57,6 +71,25 @@ def open_expert(model: MoeFolder, name: str, path: Path) -> DenseExpert:
         )  # fmt: skip
     assert opened is not None  # or there were problems
     return DenseExpert(opened.family, opened.tensors)
+
+
+def _seed_model(model: MoeFolder, adapter: Path) -> Path:
+    """The folder of the seed model that the MoE model was mixed from: what an adapter is merged into.
+
+    Raises:
+        CheckpointError: nothing says where it is, or it is another model now.
+    """
+    record, file = model.record, model.path / RECORD
+    advice = f"merge {adapter} into its base model with peft (merge_and_unload) and give the merged model"
+    seed = record.get("seed_model")
+    if seed is None:
+        raise CheckpointError(f"{file}: does not say from which seed model this was mixed; {advice}")
+    if not (Path(seed) / "config.json").is_file():
+        raise CheckpointError(f"{file}: the seed model was {seed}, where none is now; put it there, or {advice}")
+    mixed = record["inputs"].get("seed_model", {}).get("weights")
+    if mixed is not None and mixed != model_provenance(Path(seed))["weights"]:
+        raise CheckpointError(f"{seed}: holds other weights than those that {model.path} was mixed from; {advice}")
+    return Path(seed)
 
 
 def _family(model: MoeFolder, config: Config, where: str) -> Family:

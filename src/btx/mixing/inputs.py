@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btx.choices.families import Config, Family
+from btx.model_files.adapted_tensors import merge_into
+from btx.model_files.adapter_folder import AdapterFolder
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.lazy_tensors import FileTensor
 
@@ -18,6 +20,7 @@ class MixInputs:
 
     seed_model: Path
     experts: dict[str, Path]
+    """Folders of models, or of adapters of the seed model."""
     generalist: bool
     config: Config
     """The seed model's, completed with its class's defaults."""
@@ -45,20 +48,25 @@ class MixInputs:
         return [folder[name] for folder in self.members.values()]
 
 
-def open_tensors(folder: Path, family: Family, config: Config, who: str = "model") -> TensorFolder:
+def open_tensors(
+    folder: Path, family: Family, config: Config, who: str = "model", adapter: AdapterFolder | None = None
+) -> TensorFolder:
     """The tensors of a dense model's folder, fused ones (Phi-3's qkv) replaced by views of their parts.
 
     A copy of the embeddings as an LM head that is tied to them is left out.
 
     Args:
         who: whose tensors these are, for messages.
+        adapter: is merged into them.
 
     Raises:
-        CheckpointError: as `TensorFolder`.
+        CheckpointError: as `TensorFolder`; the adapter changes what is not there.
     """
     tensors = TensorFolder(folder, who)
     if config.get("tie_word_embeddings") and "lm_head.weight" in tensors:
         tensors.drop("lm_head.weight")
+    if adapter is not None:
+        merge_into(tensors, adapter)
     for layer in range(int(config["num_hidden_layers"])):
         for fused, parts in family.fused(config).items():
             if fused.format(layer=layer) in tensors:

@@ -21,6 +21,7 @@ from btx.errors import CheckpointError
 from btx.files import atomic_folder, write_json
 from btx.mixing.checks import open_checked
 from btx.mixing.chosen_tokenizer import ChosenTokenizer, tokenizer_folder
+from btx.mixing.dense_folder import write_dense
 from btx.mixing.drift import Drifts, group_of
 from btx.mixing.expert_parts import experts_transform
 from btx.mixing.inputs import MixInputs
@@ -30,7 +31,6 @@ from btx.mixing.moe_layout import (
     ExpertsTransform,
     expert_tensors,
     experts_of_layer,
-    fused_again,
     inert_tensors,
     router_tensor,
     shared_tensor,
@@ -44,7 +44,6 @@ from btx.model_files.btx_folder import write_router
 from btx.model_files.model_card import write_model_card
 from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
-from btx.models.configs import as_the_files_say
 from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
 from btx.models.whole import check_planned
@@ -68,7 +67,8 @@ def mix(
 
     Args:
         seed_model: folder of the dense model all experts were branched from.
-        experts: expert name → folder of a dense model of the same shape.
+        experts: expert name → folder of a dense model of the same shape, or of a LoRA adapter of the seed model, as
+            peft saves it, which is merged into it while it is read.
         output: folder to write; it appears when it is complete.
         settings: how they are mixed; default: the paper's way.
         record: where to write what came from where; default: mix.json in `output`.
@@ -171,11 +171,7 @@ def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, general
         tensors.append(shared_tensor(name, inputs.values(name), start, merge, start.dtype, {}))
     require_space(output, tensors)
     with atomic_folder(output) as folder:
-        copy_beside_weights(seed_model, folder)
-        declared = json.loads((folder / "config.json").read_text("utf-8"))
-        if (true := as_the_files_say(declared, seed_model)) != declared:
-            write_json(folder / "config.json", true)
-        write_shards(folder, fused_again(inputs, tensors))
+        write_dense(inputs, tensors, folder)
 
 
 def warning_to(log: Callable[[str], None]) -> Callable[[str], None]:

@@ -68,6 +68,7 @@ class _Record(TypedDict):
     paths: dict[str, Any]
     history: list[Any]
     experts: NotRequired[list[str | int]]
+    seed_model: NotRequired[str]
 
 
 UNKNOWN: dict[str, Any] = {

@@ -95,6 +95,10 @@ class TensorFolder:
         """Leave a tensor out."""
         del self._tensors[name]
 
+    def replace(self, tensor: FileTensor) -> None:
+        """Put another tensor in the place of the one of its name."""
+        self._tensors[tensor.name] = tensor
+
     def split(self, name: str, parts: dict[str, int]) -> None:
         """Replace a fused tensor by the tensors it consists of: name → number of rows, in order."""
         fused, start = self._tensors[name], 0

@@ -94,7 +94,8 @@ def _adapter(folder: Path, file: Path) -> str:
         base = kind = None
     return (
         f"an adapter ({kind or 'PEFT'}, adapter_config.json) of {base or 'a model it does not name'}, no model of its "
-        "own; merge it first: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+        "own. btx mix, extend and adopt take a LoRA adapter as an expert; else merge it first: "
+        "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
         ".save_pretrained(NEW), and save the tokenizer there"
     )
 

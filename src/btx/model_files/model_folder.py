@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.model_files.adapter_folder import AdapterFolder, is_adapter
 from btx.model_files.headers import Headers, check_unquantised
 from btx.model_files.hub import check_hub_name
 from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
@@ -29,6 +30,14 @@ def check_model(path: str | Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path}: there is no such folder")
     check_hub_name(path)
     return None
+
+
+def check_expert_folder(folder: Path) -> None:
+    """Refuse what can be no expert: neither a model folder nor a LoRA adapter's."""
+    if is_adapter(folder):
+        AdapterFolder.open(folder)
+    else:
+        check_model_folder(folder)
 
 
 def check_model_or_btm(path: str | Path) -> None:

@@ -10,6 +10,7 @@ full SHA-256, which costs nothing to note.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 from importlib import metadata
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from btx.files import file_sha256, value_hash
+from btx.model_files.adapter_folder import CONFIG, AdapterFolder
 
 SAMPLES = 256
 SAMPLE_BYTES = 16 * 1024
-HASHED_WHOLE = ("config.json", "tokenizer.json")
+HASHED_WHOLE = ("config.json", "adapter_config.json", "tokenizer.json")
 PACKAGES = ("branchtrainmix", "torch", "transformers", "safetensors")
 
 
@@ -34,6 +36,19 @@ def model_provenance(folder: Path) -> dict[str, Any]:
 def weights_fingerprint(folder: Path) -> str:
     """One hash for the weights of a model folder: of the fingerprints of all its files."""
     return value_hash({file.name: sampled_sha256(file) for file in sorted(folder.glob("*.safetensors"))})
+
+
+def other_base(adapter: AdapterFolder, seed_model: Path) -> str | None:
+    """What is taken on trust where an adapter does not name this seed model as the one it was trained on; None if it
+    does: the same folder, the same weights in another one, or a hub name under which the hub's cache has this one."""
+    file, base = adapter.folder / CONFIG, adapter.base
+    if base is None:
+        return f"{file}: names no base model; taken to be trained on {seed_model}: all shapes fit"
+    if Path(base).is_dir() and weights_fingerprint(Path(base)) == weights_fingerprint(seed_model):
+        return None
+    if f"models--{base.replace('/', '--')}" in Path(os.path.realpath(seed_model)).parts:
+        return None
+    return f"{file}: was trained on {base}; taken to be the same as {seed_model}: all shapes fit"
 
 
 def file_provenance(file: Path) -> dict[str, Any]:

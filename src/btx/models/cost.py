@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from btx.models.adapters import plan_adapters
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.layer import mean_experts_per_token, swap_in_moe
 
@@ -110,17 +111,20 @@ def side_by_side(costs: Sequence[ModelCost], top_k: int) -> ModelCost:
     )
 
 
-def config_cost(config: dict[str, Any], *, experts_per_token: float | None = None, trainable: str = "all") -> ModelCost:
+def config_cost(
+    config: dict[str, Any], *, experts_per_token: float | None = None, trainable: str = "all", lora_rank: int = 0
+) -> ModelCost:
     """`model_cost` of a config, without allocating its weights.
 
     Args:
         trainable: what trains, as in a recipe.
+        lora_rank: of the adapters that count too where `trainable` is lora.
     """
-    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token, trainable)
+    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token, trainable, lora_rank)
 
 
 @cache
-def _config_cost(config: str, experts_per_token: float | None, trainable: str) -> ModelCost:
+def _config_cost(config: str, experts_per_token: float | None, trainable: str, lora_rank: int) -> ModelCost:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,6 +133,8 @@ def _config_cost(config: str, experts_per_token: float | None, trainable: str) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         swap_in_moe(model)
-    if trainable != "all":
+    if trainable == "lora":
+        plan_adapters(model, lora_rank)
+    elif trainable != "all":
         set_trainable(model, trainable)
     return model_cost(model, experts_per_token=experts_per_token)

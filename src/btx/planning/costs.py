@@ -203,7 +203,7 @@ def _trainings(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> dict[s
     found: dict[str, tuple[Training, ModelCost, list[dict[str, float]]]] = {}
     if recipe.seed_model.train is not None:
         found["seed"] = recipe.seed_model.train, seed, [seed_mixture(recipe)]
-    branch = config_cost(dense, trainable=recipe.train.trainable)
+    branch = config_cost(dense, trainable=recipe.train.trainable, lora_rank=recipe.train.lora.rank)
     for domain in recipe.train.domains:
         found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
     found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]

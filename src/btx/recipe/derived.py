@@ -8,7 +8,7 @@ are the paper's, for a 7B model and 4M tokens a step. Sources:
     learning_rate     1.79 N^-0.713 D^0.307 for N parameters outside the embeddings (the same), at most 6e-3, as the law
                       was fitted on models from 60M up; a third of that where a trained model is trained on, as the
                       paper took 1e-4 where Llama 2 had been trained at 3e-4; twice that third for branches that train
-                      their feed-forward sublayers alone (docs/footguns.md)
+                      their feed-forward sublayers alone, or adapters on them (docs/footguns.md)
     warmup_steps      a twentieth of the steps, at most the paper's 100
     checkpoint_every  a tenth of the steps, from 10 to 1000: no more than that is lost
 
@@ -164,7 +164,7 @@ def _values(basis: Mapping[str, Any], *, fresh: bool) -> Values:
     steps = math.ceil(tokens / step)
     size = basis["parameters"] or PAPER_SIZE
     rate = min(MOST_RATE, 1.79 * size**-0.713 * tokens**0.307)
-    share = 1.0 if fresh else 2 / 3 if basis.get("trainable") == "feed_forward" else 1 / 3
+    share = 1.0 if fresh else 2 / 3 if basis.get("trainable") in ("feed_forward", "lora") else 1 / 3
     return {
         "batch_tokens": step,
         "learning_rate": float(f"{rate * share:.1e}"),

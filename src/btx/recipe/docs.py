@@ -43,7 +43,7 @@ steps are for a 7B model and billions of tokens. Without `paper: true`, a traini
 
 - `batch_tokens`: 0.58 D^0.571, in whole sequences, at most 4M;
 - `learning_rate`: 1.79 N^-0.713 D^0.307, at most 6e-3, from random weights; two thirds of it for branches that train
-  their feed-forward sublayers alone; a third for everything else that goes on from a trained model;
+  their feed-forward sublayers alone, or adapters on them; a third for all else that goes on from a trained model;
 - `warmup_steps`: a twentieth of the steps, at most 100;
 - `checkpoint_every`: a tenth of the steps, from 10 to 1000.
 

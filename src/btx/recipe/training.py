@@ -124,6 +124,15 @@ class SeedModel(Section):
         return self
 
 
+class Lora(Section):
+    """The adapter that a branch trains with `trainable: lora`: W + (alpha / rank) B A on every FF projection W."""
+
+    rank: PositiveInt = 16
+    """Rows of A and columns of B; more holds more of a domain, and costs memory."""
+    alpha: PositiveFloat = 32.0
+    """The product is scaled by alpha / rank, so that one learning rate suits all ranks."""
+
+
 class Train(Training):
     """Training of the branches, one process each (paper section 3.1)."""
 
@@ -135,7 +144,16 @@ class Train(Training):
     """Share of general text mixed into every domain (paper: 5-9 %)."""
     trainable: DenseTrainable = "feed_forward"
     """Which weights train. feed_forward: the shared weights stay the seed's, so the mix loses nothing, and a learning
-    rate of two to four times that of all weights is right; the paper: all."""
+    rate of two to four times that of all weights is right; the paper: all. lora: adapters on the feed-forward weights,
+    merged into them at the end; for machines that cannot hold the gradients and moments of feed_forward."""
+    lora: Lora = Lora()
+    """Size of the adapter, with `trainable: lora`."""
+
+    @model_validator(mode="after")
+    def _lora_trains(self) -> Train:
+        if self.trainable != "lora" and self.lora != Lora():
+            raise ValueError(f"train.lora goes with train.trainable: lora; here it is {self.trainable}")
+        return self
 
 
 class LearningRateFactors(Section):

@@ -219,7 +219,8 @@ def model_files(path: str | None) -> dict[str, str]:
 
 
 MODEL_FILES = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.jinja", *TOKENIZER_FILES
+    "config.json", "adapter_config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "*.jinja", *TOKENIZER_FILES,
 )  # fmt: skip
 """What decides a model, of all that lies in its folder."""
 

@@ -25,7 +25,7 @@ from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
 from btx.running.launchers import START, Job
 from btx.running.log_tail import LogTail
-from btx.running.preflight import preflight
+from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
 
 POLL_S = 0.3
@@ -57,6 +57,7 @@ def run(
     """
     recipe = recipe.without(without) if without else recipe
     preflight(recipe)
+    check_packages(recipe)
     path = Path(recipe.run_folder)
     _wanted(RunFolder(path, recipe), until)  # refused before anything is written
     new = [folder for folder in (path, *path.parents) if not folder.exists()]

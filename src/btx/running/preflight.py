@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from btx.choices.families import FAMILIES, family_of, refuse_longer_sequences
 from btx.data.document_files import find_files
-from btx.errors import CheckpointError, DataError, RunFolderError
+from btx.errors import CheckpointError, DataError, RunFolderError, UserError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.questions import read_questions
@@ -45,6 +46,21 @@ def preflight(recipe: Recipe) -> None:
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
     _check_run_folder(run.path)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Refuse to begin a run whose branches need a package that is not installed; a plan needs none.
+
+    Raises:
+        UserError: with what to install.
+    """
+    run = RunFolder(Path(recipe.run_folder), recipe)
+    waiting = [domain for domain in recipe.train.domains if run.state(run.graph[f"train/{domain}"]) != "done"]
+    if recipe.train.trainable == "lora" and waiting and find_spec("peft") is None:
+        raise UserError(
+            "train.trainable: lora trains adapters with peft, which is not installed: pip install "
+            '"branchtrainmix[lora]"; or train the weights themselves: train.trainable=feed_forward'
+        )
 
 
 def _check_files(run: RunFolder, needed: Mapping[str, Path]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from btx.errors import UserError
 from btx.files import write_sealed
 from btx.mixing.checks import open_checked
+from btx.mixing.dense_folder import write_expert
+from btx.model_files.adapter_folder import is_adapter
 from btx.model_files.beside_weights import check_links, copy_beside_weights
 from btx.model_files.vocabularies import check_ids
 from btx.outputs import STARTED, check_outputs, finish
@@ -25,7 +28,7 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
 
     Args:
         domain: one of the recipe's branches.
-        model: folder of a dense model.
+        model: folder of a dense model, or of a LoRA adapter of the seed model: what is taken in is the merged model.
 
     Returns:
         The branch's folder.
@@ -47,24 +50,30 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
     files = model_files(str(model))
     check_links(model)
     chosen = run.recipe.mix.tokenizer_from
-    inputs = open_checked(run.model("seed"), {domain: model}, True, any_tokenizer=chosen is not None)
+    inputs = open_checked(run.model("seed"), {domain: model}, True, any_tokenizer=chosen is not None, warn=log)
     if chosen == domain:
         check_ids(model, int(inputs.config["vocab_size"]))
     stage = Stage(f"train/{domain}", lambda: {"adopted": {Path(file).name: sha for file, sha in files.items()}})
     with exclusive(run.path, stage.name):
-        return _take_in(run, stage, list(map(Path, files)), model, log)
+        if is_adapter(model):
+            return _take_in(run, stage, model, log, lambda target: write_expert(inputs, domain, target))
+        return _take_in(run, stage, model, log, lambda target: _copy(model, list(map(Path, files)), target, log))
 
 
-def _take_in(run: RunFolder, stage: Stage, files: list[Path], model: Path, log: Log) -> Path:
+def _copy(model: Path, files: list[Path], target: Path, log: Log) -> None:
+    copy_beside_weights(model, target, warn=log)
+    for file in files:
+        if ".safetensors" in file.suffixes:
+            shutil.copyfile(file, target / file.name)
+
+
+def _take_in(run: RunFolder, stage: Stage, model: Path, log: Log, write: Callable[[Path], None]) -> Path:
     folder = run.folder(stage.name)
     beside = folder.with_name(f".{folder.name}.adopting")
     if beside.exists():
         shutil.rmtree(beside)
     (beside / "model").mkdir(parents=True)
-    copy_beside_weights(model, beside / "model", warn=log)
-    for file in files:
-        if ".safetensors" in file.suffixes:
-            shutil.copyfile(file, beside / "model" / file.name)
+    write(beside / "model")
     write_sealed(beside / STARTED, started_json(stage))
     finish(beside, done_json(stage, {"adopted": {"from": str(model.absolute())}}))
     if folder.exists():

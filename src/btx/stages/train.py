@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from btx.models.adapters import add_adapters
 from btx.models.loading import load_model
 from btx.models.trainable import set_trainable
 from btx.process import Interrupts, Log
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
 def branch(run: RunFolder) -> PreTrainedModel:
     """A copy of the run's seed model with the weights that a branch trains set to require gradients."""
-    model = load_model(run.model("seed"))
-    set_trainable(model, run.recipe.train.trainable)
+    model, train = load_model(run.model("seed")), run.recipe.train
+    if train.trainable == "lora":
+        add_adapters(model, train.lora.rank, train.lora.alpha, rng_seed=run.recipe.rng_seed)
+    else:
+        set_trainable(model, train.trainable)
     return model
 
 

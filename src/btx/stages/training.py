@@ -18,6 +18,7 @@ from btx.errors import OutOfMemory
 from btx.files import atomic_folder
 from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
+from btx.models.adapters import merge_adapters
 from btx.models.cost import model_cost
 from btx.models.device import choose_device
 from btx.models.loading import (
@@ -107,7 +108,6 @@ def train_stage(
     sequence_length = recipe.data.sequence_length
     device = choose_device(recipe.device)
     reset_peak_memory(device)
-    cost = model_cost(model)
     in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
@@ -129,7 +129,7 @@ def train_stage(
     )
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with run.making(stage, log) as facts:
-        trained = f"{trainable_parameters(model):,} of {cost.total_params:,} parameters train"
+        trained = f"{trainable_parameters(model):,} of {in_training.total_params:,} parameters train"
         log(f"{trained}, {torch.get_num_threads()} threads")
         unused = unused_tokens(run.path / "data", recipe, mixtures)
         log(f"{sum(unused.values()):,} tokens at the ends of {len(unused)} texts fill no sequence of {sequence_length}")
@@ -139,6 +139,8 @@ def train_stage(
             if is_out_of_memory(error):
                 raise OutOfMemory(memory_advice(error, settings, sequence_length, in_training)) from error
             raise
+        merge_adapters(model)
+        cost = model_cost(model)
         with atomic_folder(folder / "model") as target:
             save_model(model, target, like=like, tokenizer=tokenizer)
             if routing is not None:

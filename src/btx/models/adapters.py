@@ -1,0 +1,69 @@
+"""LoRA adapters on the FF projections of a dense model (Hu et al., arXiv 2106.09685), by peft: added before a branch is
+trained, merged into the weights after it. So what a branch writes is a plain model, and mixing knows of no adapters.
+
+Every FF projection W (out, in) gets A (rank, in), random, and B (out, rank), zero, and computes
+W x + (alpha / rank) B A x.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from btx.models.trainable import trainable_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def adapted_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Name → FF projection, of those that adapters go on; fused ones (Phi-3's gate_up_proj) are one."""
+    names = sorted(name.removesuffix(".weight") for name in trainable_names(model, "feed_forward"))
+    modules = {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: float, *, rng_seed: int) -> None:
+    """Put adapters on the FF projections, in place; nothing else trains. The model computes what it did before.
+
+    Args:
+        rng_seed: decides A.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = list(adapted_modules(model))
+    # A whole number where it is one, as peft declares it; others divide just as well.
+    config = LoraConfig(r=rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng_seed)
+        inject_adapter_in_model(config, model)
+
+
+def plan_adapters(model: PreTrainedModel, rank: int) -> None:
+    """Give a model on the meta device the parameters that `add_adapters` would, for counting; needs no peft."""
+    modules = adapted_modules(model)
+    model.requires_grad_(False)
+    for module in modules.values():
+        module.lora_A = nn.Parameter(torch.empty(rank, module.in_features, device="meta"))
+        module.lora_B = nn.Parameter(torch.empty(module.out_features, rank, device="meta"))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Merge the adapters of `add_adapters` into the weights, W + (alpha / rank) B A in float32, and take them off; the
+    model is then as it was before them. One without adapters is left alone."""
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            projection = layer.get_base_layer()
+            projection.float()
+            layer.merge()
+            model.set_submodule(name, projection)
+    del model.peft_config

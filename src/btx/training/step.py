@@ -13,7 +13,7 @@ import torch
 from btx.data.mixture import NO_LABEL
 from btx.errors import LossSpike, NotFinite
 from btx.moe.balancing import RoutingLoss, move_selection_bias
-from btx.moe.layer import at_step, moe_blocks
+from btx.moe.layer import at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
 from btx.recipe.training import Training
 from btx.training.job import TrainingJob
@@ -59,7 +59,8 @@ def training_step(
         if routings:
             micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
             meter.add(routings)
-        micro_loss.backward()
+        with routing_unchanged(model):
+            micro_loss.backward()
     facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": clip_gradients(model, settings.clip)}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(

@@ -9,7 +9,8 @@ in real steps on a CPU, and with peaks measured on an H100.
 Not counted: what torch's allocator loses between its blocks, the CUDA context (about 0.5 GB), kernels' own buffers.
 Compiled layers keep less than is counted here. Attention other than softmax attention is counted as if it were.
 
-Shape letters: T tokens of a micro-batch, S sequence, D model, F feed-forward, V vocabulary, E experts, K experts a token.
+Shape letters: T tokens of a micro-batch, S sequence, D model, F feed-forward, V vocabulary, E experts, K experts a
+token.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class MemoryScheme:
     moments: float = 8.0
     """AdamW's two moments of a weight, together."""
     working: float = 0.0
-    """A copy of a trained weight in the arithmetic's type that is there all the time."""
+    """A copy, in the arithmetic's type, of a trained weight that takes part in products: there all the time."""
     arithmetic: int = 4
     """A number in matrix products and in what they leave behind: 2 in bfloat16."""
     stream: int = 4
@@ -55,8 +56,8 @@ class MemoryScheme:
         return self.arithmetic < self.stream
 
     @property
-    def casts_weights(self) -> bool:
-        """Whether there is a copy of every weight in the arithmetic's type from its forward to its backward pass."""
+    def casts_trained(self) -> bool:
+        """Whether trained weights are copied in the forward pass, for it and for the backward pass."""
         return not self.working and self.arithmetic < self.weight
 
 
@@ -183,16 +184,16 @@ class MicroBatch:
 def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> TrainingMemory:
     """The peak of a training step, by what takes it."""
     total, trained = sum(shape.total.values()), sum(shape.trained.values())
-    weights = (scheme.weight + scheme.working) * trained + scheme.frozen * (total - trained)
-    gradients, moments = scheme.gradient * trained, scheme.moments * trained
-    moments_of_the_step = _moments(shape, scheme, batch)
-    best: TrainingMemory | None = None
-    for there, activations, logits, workspace in moments_of_the_step:
-        found = TrainingMemory(round(weights), round(there * gradients), round(moments), round(activations),
-                               round(logits), round(workspace))  # fmt: skip
-        best = found if best is None or found.peak > best.peak else best
-    assert best is not None
-    return best
+    head = shape.vocabulary * shape.width * shape.tied
+    weights = (
+        scheme.weight * trained + scheme.frozen * (total - trained) + scheme.working * (_matrices(shape.trained) + head)
+    )
+    gradients, optimizer = scheme.gradient * trained, scheme.moments * trained
+    moments = [
+        TrainingMemory(*map(round, (weights, there * gradients, optimizer, activations, logits, workspace)))
+        for there, activations, logits, workspace in _moments(shape, scheme, batch)
+    ]
+    return max(moments, key=lambda moment: moment.peak)
 
 
 def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list[tuple[int, float, float, float]]:
@@ -202,15 +203,16 @@ def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list
     top = T * D * (FLOAT32 + scheme.stream + c * scheme.casts)  # the last norm's input, its output, and a copy of that
     layer, copies = T * layer_bytes(shape, scheme, batch), _weight_copies(shape, scheme)
     if batch.checkpointed:
-        kept = mask + shape.layers * T * D * scheme.stream
-        at_end = kept + copies * (1 - _expert_share(shape))  # autocast keeps its copies; the experts' are not its
+        kept: float = mask + shape.layers * T * D * scheme.stream
+        by_autocast = _matrices(shape.trained) - shape.trained.get("experts", 0)  # which keeps the copies it has made
+        at_end = kept + c * by_autocast * scheme.casts_trained
         in_backward, in_layer = kept, kept + layer + copies / shape.layers
     else:
-        at_end = in_backward = mask + shape.layers * layer - T * _unused_in_first_layer(shape, scheme, batch) + copies
-        in_layer = in_backward
+        kept = mask + shape.layers * layer - T * _unused_in_first_layer(shape, scheme, batch) + copies
+        at_end = in_backward = in_layer = kept
     head = shape.vocabulary * D if shape.head_trains else 0
     waiting = FLOAT32 * head * shape.tied  # the head's gradient, until the embedding's is there to be added to it
-    at_loss = FLOAT32 * head + c * shape.vocabulary * D * scheme.casts_weights + T * D * c
+    at_loss = FLOAT32 * head + c * shape.vocabulary * D * scheme.casts_trained + T * D * c
     behind_loss = head * (2 * FLOAT32 + c * (c < FLOAT32)) + 2 * T * D * c
     gradients = T * _backward_bytes(shape, scheme) + _expert_rows(shape, scheme, batch)
     return [
@@ -231,8 +233,7 @@ def _logits_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) ->
 
 def layer_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
     """Bytes a token that a layer keeps for its backward pass."""
-    c, D = scheme.arithmetic, shape.width
-    norm = FLOAT32 * D + shape.trains("norms") * D * scheme.stream  # the input and the normalised input
+    norm = (FLOAT32 + scheme.stream * shape.trains("norms")) * shape.width  # the input and the normalised input
     feed_forward = moe_bytes(shape, scheme, batch) if shape.experts else _dense_bytes(shape, scheme)
     return 2 * norm + _attention_bytes(shape, scheme, batch) + feed_forward
 
@@ -245,7 +246,7 @@ def _inputs(scheme: MemoryScheme, width: float, products: int) -> float:
 def _attention_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
     """Queries, keys, values, output, the softmax's normalisers, and the mask as numbers to be added."""
     c, keys = scheme.arithmetic, shape.queries if batch.dense_mask else shape.keys
-    found = c * (2 * shape.queries + 2 * keys) + FLOAT32 * shape.heads
+    found: float = c * (2 * shape.queries + 2 * keys) + FLOAT32 * shape.heads
     found += c * batch.sequence_length if batch.dense_mask else 0
     if shape.trains("attention"):
         found += _inputs(scheme, shape.width, 3)
@@ -295,17 +296,16 @@ def _expert_rows(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> 
     return c * (rows * D + min(rows, tile_rows(F)) * (2 * D + 5 * F))
 
 
-def _layer_weights(shape: ModelShape) -> int:
-    return sum(shape.total.get(part, 0) for part in ("attention", "feed_forward", "experts", "routers"))
-
-
-def _expert_share(shape: ModelShape) -> float:
-    return shape.total.get("experts", 0) / _layer_weights(shape)
+def _matrices(parameters: Mapping[str, int]) -> int:
+    """Of parameters by part, those of the layers' matrices."""
+    return sum(parameters.get(part, 0) for part in ("attention", "feed_forward", "experts", "routers"))
 
 
 def _weight_copies(shape: ModelShape, scheme: MemoryScheme) -> float:
-    """All layers' weights in the arithmetic's type."""
-    return scheme.arithmetic * _layer_weights(shape) if scheme.casts_weights else 0.0
+    """All layers' matrices in the arithmetic's type, where they are held in another."""
+    trained = _matrices(shape.trained)
+    frozen = (_matrices(shape.total) - trained) * (scheme.arithmetic < scheme.frozen)
+    return scheme.arithmetic * (trained * scheme.casts_trained + frozen)
 
 
 def _gradient_copy(shape: ModelShape, scheme: MemoryScheme) -> float:

@@ -39,7 +39,7 @@ def training_step(
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
     torch.manual_seed((job.rng_seed << 32) + step)
     at_step(model, step)
-    micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
+    micro = settings.micro_batch(job.mixture.sequence_length) // job.mixture.sequence_length
     first = step * samples_per_step
     batch = job.mixture.batch(first, samples_per_step)
     scored = int((batch.labels != NO_LABEL).sum())

@@ -1,0 +1,171 @@
+"""`micro_batch_tokens: auto`: the largest micro-batch with which a step fits into memory, found before training begins.
+
+On a GPU it is tried: a step without an update, the largest micro-batch first and half of it after each one that runs
+out of memory. On a CPU, where that may end any process of the machine, it is counted (`btx.models.memory`).
+
+What was found is written down before the first step and taken again by whoever goes on: the order in which gradients
+are added up, and what a load-balancing loss sees, depend on it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, cast
+
+import psutil
+import torch
+
+from btx.errors import NotFinite
+from btx.files import read_json, write_sealed
+from btx.moe.layer import moe_blocks
+from btx.number_texts import bytes_text
+from btx.process import Log
+from btx.system_errors import is_out_of_memory
+from btx.training.checkpoints import NoCheckpoints
+from btx.training.job import TrainingJob
+from btx.training.memory import MemoryNeeds, halves
+from btx.training.peak_memory import reset_peak_memory
+from btx.training.step import training_step
+
+FILE = "micro_batch.json"
+SPARE_SHARE = 0.03
+"""Of a GPU's memory: left free in the trial, for what the allocator will not get out of its blocks later."""
+CPU_SHARE = 0.8
+"""Of the free memory of a machine: other programs want some too."""
+CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+class Found(TypedDict):
+    """micro_batch.json of a stage."""
+
+    inputs: str
+    """Hash of what decides the stage."""
+    micro_batch_tokens: int
+
+
+def with_micro_batch(
+    job: TrainingJob, needs: MemoryNeeds, *, inputs: str, log: Log, jobs_at_once: int = 1
+) -> TrainingJob:
+    """The job, with a number in the place of `micro_batch_tokens: auto`; weights and random state stay as they are.
+
+    Args:
+        needs: the training's memory.
+        inputs: hash of what decides the stage: what was found for another one is not taken.
+        jobs_at_once: trainings that share the machine's memory.
+
+    Raises:
+        torch.OutOfMemoryError: not even one sequence fits.
+    """
+    if job.settings.micro_batch_tokens != "auto":
+        return job
+    path = job.folder / FILE
+    before: Found | None = read_json(path, Found)
+    if before is not None and before["inputs"] == inputs:
+        tokens = before["micro_batch_tokens"]
+        log(f"micro_batch_tokens: auto is {tokens:,}, as when this training began")
+    else:
+        job.model.to(job.device).train()
+        length = job.mixture.sequence_length
+        sizes = halves(job.settings.step_tokens(length), length)
+        if job.device.type == "cuda":
+            tokens = first_that_fits(sizes, lambda size: try_step(job, size, reserved_bytes(job, needs)))
+            reset_peak_memory(job.device)
+        else:
+            tokens = counted_to_fit(sizes, job, needs, free_bytes() // jobs_at_once, log)
+        taken = needs.with_changes({"micro_batch_tokens": tokens}).memory
+        log(f"micro_batch_tokens: auto is {tokens:,} of {sizes[0]:,}; a step takes about {bytes_text(taken.peak)}")
+        write_sealed(path, {"inputs": inputs, "micro_batch_tokens": tokens})
+    return replace(job, settings=job.settings.model_copy(update={"micro_batch_tokens": tokens}))
+
+
+def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None]) -> int:
+    """The first of `sizes` with which `attempt` does not run out of memory.
+
+    Raises:
+        RuntimeError, MemoryError: what the last attempt raised, or any attempt for another reason.
+    """
+    for size in sizes:
+        try:
+            attempt(size)
+        except (RuntimeError, MemoryError) as error:
+            if size == sizes[-1] or not is_out_of_memory(error):
+                raise
+        else:
+            return size
+        gc.collect()  # here, where the error and the tensors in its frames are gone
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise ValueError("no sizes")
+
+
+def try_step(job: TrainingJob, tokens: int, reserved: int = 0) -> None:
+    """A step's forward and backward passes in two micro-batches of so many tokens, without the update.
+
+    Args:
+        reserved: bytes that are held meanwhile, for what is not there yet.
+    """
+    length = job.mixture.sequence_length
+    rows, all_rows = tokens // length, job.settings.step_tokens(length) // length
+    settings = job.settings.model_copy(update={"micro_batch_tokens": tokens})
+    trial = replace(
+        job, settings=settings, balancing=replace(job.balancing, bias=0.0), checkpoints=NoCheckpoints()
+    )  # fmt: skip
+    held = torch.empty(reserved, dtype=torch.uint8, device=job.device)
+    try:
+        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+            training_step(trial, _NoUpdate(job.model.parameters()), 0, min(2 * rows, all_rows))
+    except NotFinite:  # which the training itself will tell
+        pass
+    finally:
+        del held
+        job.model.zero_grad(set_to_none=True)
+        for block in moe_blocks(job.model):
+            block.routing = None
+
+
+class _NoUpdate(torch.optim.Optimizer):
+    """In the optimiser's place: weights stay as they are."""
+
+    def __init__(self, parameters: torch.optim.optimizer.ParamsT) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Nothing."""
+
+
+def reserved_bytes(job: TrainingJob, needs: MemoryNeeds) -> int:
+    """What a training will hold on a GPU beside the weights that are there and a step's own tensors."""
+    memory = needs.memory
+    spare = int(SPARE_SHARE * torch.cuda.get_device_properties(job.device).total_memory)
+    return memory.optimizer + max(0, memory.weights - _model_bytes(job)) + spare
+
+
+def counted_to_fit(sizes: Sequence[int], job: TrainingJob, needs: MemoryNeeds, free: int, log: Log) -> int:
+    """The first of `sizes` whose step takes no more than its share of the free memory by the count; else the last.
+
+    Args:
+        free: bytes of memory for this training, its weights not counted.
+    """
+    for size in sizes:
+        peak = needs.with_changes({"micro_batch_tokens": size}).memory.peak - _model_bytes(job)
+        if peak <= CPU_SHARE * free:
+            return size
+    log(f"warning: by the count one sequence takes {bytes_text(peak)}, and {bytes_text(free)} are free here")
+    return sizes[-1]
+
+
+def free_bytes() -> int:
+    """Free memory of this machine, or of the container that limits this process."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = CONTAINER_LIMIT.read_text("utf-8").strip(), int(CONTAINER_USE.read_text("utf-8"))
+    except (OSError, ValueError):
+        return cast(int, free)
+    return min(free, int(limit) - used) if limit != "max" else cast(int, free)
+
+
+def _model_bytes(job: TrainingJob) -> int:
+    return sum(p.numel() * p.element_size() for p in job.model.parameters())

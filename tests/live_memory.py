@@ -23,27 +23,24 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
-        for tensor in [*before.parameters(), *before.buffers()]:
-            self._see(tensor)
+        self.see(*before.parameters(), *before.buffers())
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, result)):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf)
+        self.see(*(leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)))
         return result
 
-    def _see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.alive:
-            return
-        self.alive[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
+    def see(self, *tensors: torch.Tensor) -> None:
+        """Count tensors that are there."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if (key := storage._cdata) not in self.alive:
+                self.alive[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
         self.now -= self.alive.pop(key)

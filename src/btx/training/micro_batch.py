@@ -13,10 +13,11 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 import psutil
 import torch
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.errors import NotFinite
 from btx.files import read_json, write_sealed

@@ -72,7 +72,8 @@ def needs_and_live(
     (LLAMA, {}), (LLAMA | WIDE, {}), (LLAMA | {"tie_word_embeddings": True}, {"micro": 128}), (LLAMA, {"steps": 1}),
     (LLAMA, {"trainable": "feed_forward"}), (LLAMA | WIDE, {"gradient_checkpointing": True}),
     (LLAMA, {"precision": "bfloat16"}), (LLAMA, {"precision": "bfloat16", "gradient_checkpointing": True}),
-    (LLAMA | {"model_type": "qwen3", "head_dim": 24}, {}), (MIXTRAL, {}), (MIXTRAL | WIDE, {}), (MIXTRAL, {"precision": "bfloat16"}),
+    (LLAMA | {"model_type": "qwen3", "head_dim": 24}, {}), (MIXTRAL, {}), (MIXTRAL | WIDE, {}),
+    (MIXTRAL, {"precision": "bfloat16", "micro": 128}),
     (MIXTRAL, {"gradient_checkpointing": True}), (MIXTRAL, {"trainable": "all_but_experts"}),
     (MIXTRAL, {"trainable": "routers"}), (LLAMA | QWEN, {}),
 ], ids=lambda value: "-".join(map(str, value.values())))  # fmt: skip
@@ -144,7 +145,7 @@ def test_the_checkpointed_moe_took_more_on_the_h100_by_what_its_routings_held() 
 ])  # fmt: skip
 def test_the_state_of_four_1b_experts_is_that_of_its_bytes_a_parameter(scheme: MemoryScheme, state_gb: float) -> None:
     memory = training_memory(config_cost(FOUR_1B).shape, scheme, MicroBatch(4096, 4096))
-    assert memory.state / 1e9 == pytest.approx(state_gb, rel=0.03)
+    assert memory.state / 1e9 == pytest.approx(state_gb, rel=0.05)  # embeddings and norms stay in float32
 
 
 # Other settings

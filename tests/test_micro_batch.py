@@ -1,4 +1,4 @@
-"""`micro_batch_tokens: auto`: the largest that fits is taken, nothing else changes, and a resume takes the same again."""
+"""`micro_batch_tokens: auto`: the largest that fits is taken, nothing else changes, and a resume takes the same."""
 
 from __future__ import annotations
 

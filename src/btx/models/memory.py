@@ -33,18 +33,19 @@ LOGIT_ROWS = 512  # `btx.training.losses.CHUNK`, one floor up
 
 @dataclass(frozen=True)
 class MemoryScheme:
-    """Bytes of a number, by what it is for; the default is float32 throughout."""
+    """Bytes of a number, by what it is for; the default is float32 throughout. Embeddings, norms and routers are float32
+    in every scheme: what is said of weights is said of the matrices of linear layers and experts."""
 
     weight: float = 4.0
     """A weight that trains, as the optimiser moves it."""
     frozen: float = 4.0
     """A weight that does not train."""
     gradient: float = 4.0
-    """As the gradients of micro-batches are added up."""
+    """The gradient of a weight, as those of micro-batches are added up."""
     moments: float = 8.0
     """AdamW's two moments of a weight, together."""
     working: float = 0.0
-    """A copy, in the arithmetic's type, of a trained weight that takes part in products: there all the time."""
+    """A copy of a trained weight in the arithmetic's type, there all the time; a tied LM head has one too."""
     arithmetic: int = 4
     """A number in matrix products and in what they leave behind: 2 in bfloat16."""
     stream: int = 4
@@ -54,6 +55,11 @@ class MemoryScheme:
     def casts(self) -> bool:
         """Whether every product makes a copy of its input in the arithmetic's type, and keeps it."""
         return self.arithmetic < self.stream
+
+    @property
+    def holds_copies(self) -> bool:
+        """Whether products take weights as they are held; a tied LM head, float32 as an embedding, has a copy then."""
+        return self.arithmetic < FLOAT32 and not self.casts_trained
 
     @property
     def casts_trained(self) -> bool:
@@ -183,12 +189,14 @@ class MicroBatch:
 
 def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> TrainingMemory:
     """The peak of a training step, by what takes it."""
-    total, trained = sum(shape.total.values()), sum(shape.trained.values())
-    head = shape.vocabulary * shape.width * shape.tied
-    weights = (
-        scheme.weight * trained + scheme.frozen * (total - trained) + scheme.working * (_matrices(shape.trained) + head)
-    )
-    gradients, optimizer = scheme.gradient * trained, scheme.moments * trained
+    trained, matrices = sum(shape.trained.values()), _held(shape.trained)
+    frozen = _held(shape.total) - matrices
+    others = sum(shape.total.values()) - matrices - frozen
+    head = shape.vocabulary * shape.width * shape.tied * scheme.holds_copies
+    weights = (scheme.weight + scheme.working) * matrices + scheme.frozen * frozen + FLOAT32 * others
+    weights += scheme.arithmetic * head
+    gradients = scheme.gradient * matrices + FLOAT32 * (trained - matrices)
+    optimizer = scheme.moments * trained
     moments = [
         TrainingMemory(*map(round, (weights, there * gradients, optimizer, activations, logits, workspace)))
         for there, activations, logits, workspace in _moments(shape, scheme, batch)
@@ -294,6 +302,11 @@ def _expert_rows(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> 
     if batch.grouped:
         return c * rows * 4 * F
     return c * (rows * D + min(rows, tile_rows(F)) * (2 * D + 5 * F))
+
+
+def _held(parameters: Mapping[str, int]) -> int:
+    """Of parameters by part, those that a scheme may hold in another type than float32."""
+    return sum(parameters.get(part, 0) for part in ("attention", "feed_forward", "experts", "head"))
 
 
 def _matrices(parameters: Mapping[str, int]) -> int:

@@ -33,8 +33,11 @@ LOGIT_ROWS = 512  # `btx.training.losses.CHUNK`, one floor up
 
 @dataclass(frozen=True)
 class MemoryScheme:
-    """Bytes of a number, by what it is for; the default is float32 throughout. Embeddings, norms and routers are float32
-    in every scheme: what is said of weights is said of the matrices of linear layers and experts."""
+    """Bytes of a number, by what it is for; the default is float32 throughout.
+
+    Embeddings, norms and routers are float32 in every scheme: what is said of weights is said of the matrices of linear
+    layers and experts.
+    """
 
     weight: float = 4.0
     """A weight that trains, as the optimiser moves it."""

@@ -23,6 +23,7 @@ from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, trained_as
 from btx.training.micro_batch import try_step
+from btx.training.optimizer import adamw
 from tests.live_memory import LiveMemory
 
 LENGTH, DOCUMENT = 64, 24
@@ -63,7 +64,7 @@ def needs_and_live(
                       checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0,
                       balancing=Balancing.of(given))  # fmt: skip
     with LiveMemory(model) as live:
-        try_step(job, micro)
+        try_step(job, adamw(model, given), micro)
     shape = model_shape(model, experts_per_token=experts_run_in_training(model) or 0.0)
     return MemoryNeeds(given, shape, LENGTH, "cpu"), live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from btx.training import micro_batch
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
-from btx.training.micro_batch import first_that_fits, free_bytes, try_step, with_micro_batch
+from btx.training.micro_batch import AutoMicroBatch, first_that_fits, free_bytes, try_step
+from btx.training.optimizer import adamw
 from tests.pico_run import pico_recipe, run_here, stopped_after
 from tests.test_memory import LENGTH, LLAMA, MIXTRAL, Documents, a_model
 
@@ -68,12 +70,20 @@ def needs_of(job: TrainingJob) -> MemoryNeeds:
     return MemoryNeeds(job.settings, model_cost(model).shape, LENGTH, job.device.type)
 
 
+def settled(job: TrainingJob, needs: MemoryNeeds, log: Callable[[str], None] = print) -> int:
+    """What is found for `auto`."""
+    job.model.to(job.device)
+    found = AutoMicroBatch(needs, "x").settled(job, adamw(job.model, job.settings), log).settings.micro_batch_tokens
+    assert found != "auto"
+    return found
+
+
 def test_a_trial_leaves_weights_gradients_biases_and_random_state_as_they_were(tmp_path: Path) -> None:
     job = a_job(tmp_path, load_balancing_bias=0.1)
     use_selection_bias(job.model)
     before = {name: tensor.clone() for name, tensor in [*job.model.named_parameters(), *job.model.named_buffers()]}
     state = torch.get_rng_state()
-    try_step(job, 2 * LENGTH)
+    try_step(job, adamw(job.model, job.settings), 2 * LENGTH)
     after = dict([*job.model.named_parameters(), *job.model.named_buffers()])
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert all(p.grad is None for p in job.model.parameters())
@@ -90,14 +100,11 @@ def test_on_a_cpu_the_largest_is_taken_whose_count_fits_into_the_free_memory(
         peak = needs.with_changes({"micro_batch_tokens": rows * LENGTH}).memory.peak
         monkeypatch.setattr(micro_batch, "free_bytes", lambda peak=peak: int((peak - weights) / 0.8) + 10)
         lines: list[str] = []
-        found = with_micro_batch(a_job(tmp_path / folder, LLAMA), needs, inputs="x", log=lines.append)
-        assert found.settings.micro_batch_tokens == rows * LENGTH
+        assert settled(a_job(tmp_path / folder, LLAMA), needs, lines.append) == rows * LENGTH
         assert f"auto is {rows * LENGTH:,}" in lines[0]
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: 10)
     (tmp_path / "d").mkdir()
-    assert with_micro_batch(
-        a_job(tmp_path / "d", LLAMA), needs, inputs="x", log=lines.append
-    ).settings.micro_batch_tokens == LENGTH  # fmt: skip
+    assert settled(a_job(tmp_path / "d", LLAMA), needs, lines.append) == LENGTH
     assert any("warning" in line for line in lines)
 
 
@@ -167,10 +174,10 @@ def test_on_a_gpu_the_largest_that_fits_into_what_is_left_is_found_and_can_be_tr
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((1.3 * limit + 0.03 * total) / total)
     try:
-        found = with_micro_batch(job, needs, inputs="x", log=print)
-        assert 64 * LENGTH <= found.settings.micro_batch(LENGTH) <= 1024 * LENGTH
+        tokens = settled(job, needs)
+        assert 64 * LENGTH <= tokens <= 1024 * LENGTH
         before = torch.cuda.memory_allocated()
-        try_step(found, found.settings.micro_batch(LENGTH), needs.memory.optimizer)
+        try_step(job, adamw(job.model, job.settings), tokens, needs.memory.optimizer)
         assert torch.cuda.memory_allocated() == before, "a trial leaves nothing behind"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -188,8 +195,9 @@ def test_on_a_gpu_the_peak_of_a_step_is_predicted_within_a_tenth(
                 precision="bfloat16", gradient_checkpointing=checkpointing)  # fmt: skip
     needs = needs_of(job)
     job.model.to(job.device)
-    try_step(job, 256 * LENGTH)  # libraries take their workspaces
+    optimizer = adamw(job.model, job.settings)
+    try_step(job, optimizer, 256 * LENGTH)  # libraries take their workspaces
     torch.cuda.reset_peak_memory_stats()
-    try_step(job, 256 * LENGTH)
+    try_step(job, optimizer, 256 * LENGTH)
     predicted = needs.memory.peak - needs.memory.optimizer
     assert torch.cuda.max_memory_allocated() == pytest.approx(predicted, rel=0.1)

@@ -7,7 +7,6 @@ hand on any machine that sees the run folder, in any order, and fails alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +39,7 @@ from btx.system_errors import is_out_of_memory
 from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
 from btx.training.memory import MemoryNeeds
-from btx.training.micro_batch import with_micro_batch
+from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
 from btx.training.out_of_memory import memory_advice
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
@@ -117,6 +116,7 @@ def train_stage(
         checkpoint_activations(model)
     freezes = stage.name.partition("/")[0] in ("train", "finetune")  # what trains there is the recipe's to say
     needs = MemoryNeeds(settings, in_training.shape, sequence_length, device.type, may_freeze=freezes)
+    together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
     switching = settings.switching if isinstance(settings, Finetune) else 0.0
     mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
     job = TrainingJob(
@@ -132,6 +132,9 @@ def train_stage(
         device=device,
         balancing=balancing or Balancing(),
         experts=experts,
+        auto_micro_batch=AutoMicroBatch(needs, stage.inputs, together)
+        if settings.micro_batch_tokens == "auto"
+        else None,
     )
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with run.making(stage, log) as facts:
@@ -140,12 +143,12 @@ def train_stage(
         unused = unused_tokens(run.path / "data", recipe, mixtures)
         log(f"{sum(unused.values()):,} tokens at the ends of {len(unused)} texts fill no sequence of {sequence_length}")
         try:
-            together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
-            job = with_micro_batch(job, needs, inputs=stage.inputs, log=log, jobs_at_once=together)
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(memory_advice(error, replace(needs, settings=job.settings))) from error
+                raise OutOfMemory(
+                    memory_advice(error, needs.settled(noted_micro_batch(folder, stage.inputs)))
+                ) from error
             raise
         with atomic_folder(folder / "model") as target:
             save_model(model, target, like=like, tokenizer=tokenizer)
@@ -156,7 +159,7 @@ def train_stage(
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
             "threads": torch.get_num_threads(), "device": str(device), "data": job.mixture.fingerprint,
-            "micro_batch_tokens": job.settings.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(device),
+            "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(device),
             "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
         }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from btx.data.samples import Samples
 from btx.moe.balancing import Balancing
 from btx.recipe.training import Training
 from btx.training.checkpoints import Checkpoints
+
+if TYPE_CHECKING:
+    from btx.training.micro_batch import AutoMicroBatch
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,5 @@ class TrainingJob:
     """Losses on the routers, for MoE models."""
     experts: Sequence[str] = ()
     """Names of the experts, for warnings."""
+    auto_micro_batch: AutoMicroBatch | None = None
+    """Finds the number for `micro_batch_tokens: auto`; needed where the settings say so."""

@@ -63,6 +63,12 @@ class MemoryNeeds:
         )  # fmt: skip
         return Variant(changed, tokens, training_memory(shape, memory_scheme(settings, self.device), batch))
 
+    def settled(self, micro_batch_tokens: int | None) -> MemoryNeeds:
+        """With what was found for `micro_batch_tokens: auto`; None: nothing was."""
+        if micro_batch_tokens is None or self.settings.micro_batch_tokens != "auto":
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"micro_batch_tokens": micro_batch_tokens}))
+
     @property
     def memory(self) -> TrainingMemory:
         """At the peak of a step."""

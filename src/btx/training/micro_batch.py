@@ -10,10 +10,10 @@ are added up, and what a load-balancing loss sees, depend on it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import torch
@@ -26,10 +26,12 @@ from btx.number_texts import bytes_text
 from btx.process import Log
 from btx.system_errors import is_out_of_memory
 from btx.training.checkpoints import NoCheckpoints
-from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
 from btx.training.peak_memory import reset_peak_memory
 from btx.training.step import training_step
+
+if TYPE_CHECKING:
+    from btx.training.job import TrainingJob
 
 FILE = "micro_batch.json"
 SPARE_SHARE = 0.03
@@ -47,39 +49,62 @@ class Found(TypedDict):
     micro_batch_tokens: int
 
 
-def with_micro_batch(
-    job: TrainingJob, needs: MemoryNeeds, *, inputs: str, log: Log, jobs_at_once: int = 1
-) -> TrainingJob:
-    """The job, with a number in the place of `micro_batch_tokens: auto`; weights and random state stay as they are.
+@dataclass(frozen=True)
+class AutoMicroBatch:
+    """Finds the number for `micro_batch_tokens: auto` of a stage."""
 
-    Args:
-        needs: the training's memory.
-        inputs: hash of what decides the stage: what was found for another one is not taken.
-        jobs_at_once: trainings that share the machine's memory.
+    needs: MemoryNeeds
+    """The training's memory."""
+    inputs: str
+    """Hash of what decides the stage: what was found for another one is not taken."""
+    jobs_at_once: int = 1
+    """Trainings that share the machine's memory."""
 
-    Raises:
-        torch.OutOfMemoryError: not even one sequence fits.
-    """
-    if job.settings.micro_batch_tokens != "auto":
-        return job
-    path = job.folder / FILE
-    before: Found | None = read_json(path, Found)
-    if before is not None and before["inputs"] == inputs:
-        tokens = before["micro_batch_tokens"]
-        log(f"micro_batch_tokens: auto is {tokens:,}, as when this training began")
-    else:
-        job.model.to(job.device).train()
-        length = job.mixture.sequence_length
-        sizes = halves(job.settings.step_tokens(length), length)
-        if job.device.type == "cuda":
-            tokens = first_that_fits(sizes, lambda size: try_step(job, size, reserved_bytes(job, needs)))
-            reset_peak_memory(job.device)
+    def settled(self, job: TrainingJob, optimizer: torch.optim.Optimizer, log: Log) -> TrainingJob:
+        """The job with a number; weights, moments and random state stay as they are.
+
+        Args:
+            job: its model is on the device.
+            optimizer: what will train it.
+
+        Raises:
+            torch.OutOfMemoryError: not even one sequence fits.
+        """
+        tokens = noted_micro_batch(job.folder, self.inputs)
+        if tokens is not None:
+            log(f"micro_batch_tokens: auto is {tokens:,}, as when this training began")
         else:
-            tokens = counted_to_fit(sizes, job, needs, free_bytes() // jobs_at_once, log)
-        taken = needs.with_changes({"micro_batch_tokens": tokens}).memory
-        log(f"micro_batch_tokens: auto is {tokens:,} of {sizes[0]:,}; a step takes about {bytes_text(taken.peak)}")
-        write_sealed(path, {"inputs": inputs, "micro_batch_tokens": tokens})
-    return replace(job, settings=job.settings.model_copy(update={"micro_batch_tokens": tokens}))
+            length = job.mixture.sequence_length
+            sizes = halves(job.settings.step_tokens(length), length)
+            if job.device.type == "cuda":
+                reserved = reserved_bytes(job.device, self.needs)
+                tokens = first_that_fits(sizes, lambda size: try_step(job, optimizer, size, reserved))
+                reset_peak_memory(job.device)
+            else:
+                tokens = self.counted(sizes, free_bytes() // self.jobs_at_once, log)
+            taken = self.needs.with_changes({"micro_batch_tokens": tokens}).memory
+            log(f"micro_batch_tokens: auto is {tokens:,} of {sizes[0]:,}; a step takes about {bytes_text(taken.peak)}")
+            write_sealed(job.folder / FILE, {"inputs": self.inputs, "micro_batch_tokens": tokens})
+        return replace(job, settings=job.settings.model_copy(update={"micro_batch_tokens": tokens}))
+
+    def counted(self, sizes: Sequence[int], free: int, log: Log) -> int:
+        """The first of `sizes` whose step takes no more than its share of the free memory by the count; else the last.
+
+        Args:
+            free: bytes of memory for this training, its weights not counted: they are there.
+        """
+        for size in sizes:
+            memory = self.needs.with_changes({"micro_batch_tokens": size}).memory
+            if memory.peak - memory.weights <= CPU_SHARE * free:
+                return size
+        log(f"warning: by the count one sequence takes {bytes_text(memory.peak)}, and {bytes_text(free)} are free here")
+        return sizes[-1]
+
+
+def noted_micro_batch(folder: Path, inputs: str) -> int | None:
+    """What a stage has taken for `auto` when it began; None if it has not."""
+    noted: Found | None = read_json(folder / FILE, Found)
+    return noted["micro_batch_tokens"] if noted is not None and noted["inputs"] == inputs else None
 
 
 def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None]) -> int:
@@ -102,7 +127,7 @@ def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None]) -> int
     raise ValueError("no sizes")
 
 
-def try_step(job: TrainingJob, tokens: int, reserved: int = 0) -> None:
+def try_step(job: TrainingJob, optimizer: torch.optim.Optimizer, tokens: int, reserved: int = 0) -> None:
     """A step's forward and backward passes in two micro-batches of so many tokens, without the update.
 
     Args:
@@ -117,12 +142,12 @@ def try_step(job: TrainingJob, tokens: int, reserved: int = 0) -> None:
     held = torch.empty(reserved, dtype=torch.uint8, device=job.device)
     try:
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            training_step(trial, _NoUpdate(job.model.parameters()), 0, min(2 * rows, all_rows))
+            training_step(trial, _NoUpdate(optimizer.param_groups), 0, min(2 * rows, all_rows))
     except NotFinite:  # which the training itself will tell
         pass
     finally:
         del held
-        job.model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         for block in moe_blocks(job.model):
             block.routing = None
 
@@ -130,32 +155,18 @@ def try_step(job: TrainingJob, tokens: int, reserved: int = 0) -> None:
 class _NoUpdate(torch.optim.Optimizer):
     """In the optimiser's place: weights stay as they are."""
 
-    def __init__(self, parameters: torch.optim.optimizer.ParamsT) -> None:
-        super().__init__(parameters, {})
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__([{"params": group["params"]} for group in groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Nothing."""
 
 
-def reserved_bytes(job: TrainingJob, needs: MemoryNeeds) -> int:
-    """What a training will hold on a GPU beside the weights that are there and a step's own tensors."""
-    memory = needs.memory
-    spare = int(SPARE_SHARE * torch.cuda.get_device_properties(job.device).total_memory)
-    return memory.optimizer + max(0, memory.weights - _model_bytes(job)) + spare
-
-
-def counted_to_fit(sizes: Sequence[int], job: TrainingJob, needs: MemoryNeeds, free: int, log: Log) -> int:
-    """The first of `sizes` whose step takes no more than its share of the free memory by the count; else the last.
-
-    Args:
-        free: bytes of memory for this training, its weights not counted.
-    """
-    for size in sizes:
-        peak = needs.with_changes({"micro_batch_tokens": size}).memory.peak - _model_bytes(job)
-        if peak <= CPU_SHARE * free:
-            return size
-    log(f"warning: by the count one sequence takes {bytes_text(peak)}, and {bytes_text(free)} are free here")
-    return sizes[-1]
+def reserved_bytes(device: torch.device, needs: MemoryNeeds) -> int:
+    """What a training will hold on a GPU beside what is there now and a step's own tensors: its moments."""
+    memory, there = needs.memory, torch.cuda.memory_allocated(device)
+    spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return max(0, memory.weights + memory.optimizer - there) + spare
 
 
 def free_bytes() -> int:
@@ -166,7 +177,3 @@ def free_bytes() -> int:
     except (OSError, ValueError):
         return cast(int, free)
     return min(free, int(limit) - used) if limit != "max" else cast(int, free)
-
-
-def _model_bytes(job: TrainingJob) -> int:
-    return sum(p.numel() * p.element_size() for p in job.model.parameters())

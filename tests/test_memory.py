@@ -164,7 +164,7 @@ def test_what_else_could_train_is_counted_without_building_the_model_again(
 
 
 def four_1b(**settings: Any) -> MemoryNeeds:
-    given = Finetune(tokens=1, batch_tokens=65_536, precision="bfloat16", **settings)
+    given = Finetune(tokens=1, batch_tokens=262_144, precision="bfloat16", **settings)
     return MemoryNeeds(given, config_cost(FOUR_1B).shape, 4096, "cuda", may_freeze=True)
 
 
@@ -192,11 +192,11 @@ def test_savings_name_what_is_not_used_yet_the_largest_first() -> None:
 
 def test_automatic_micro_batches_are_planned_as_the_largest_that_fits() -> None:
     needs = four_1b(micro_batch_tokens="auto", gradient_checkpointing=True)
-    sizes = {gigabytes: needs.that_fits(int(gigabytes * 1e9)) for gigabytes in (80, 90, 160)}
+    sizes = {gigabytes: needs.that_fits(int(gigabytes * 1e9)) for gigabytes in (80, 90, 200)}
     assert all(found is not None and not found.changed for found in sizes.values())
     taken = [found.micro_batch_tokens for found in sizes.values() if found is not None]
     assert taken == sorted(taken)
-    assert taken[0] < taken[-1] == 65_536
+    assert 8192 <= taken[0] < taken[-1] <= 262_144
 
 
 def test_a_branch_of_which_the_feed_forward_sublayers_train_is_told_nothing_of_freezing() -> None:

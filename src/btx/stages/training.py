@@ -117,6 +117,7 @@ def train_stage(
     freezes = stage.name.partition("/")[0] in ("train", "finetune")  # what trains there is the recipe's to say
     needs = MemoryNeeds(settings, in_training.shape, sequence_length, device.type, may_freeze=freezes)
     together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
+    automatic = AutoMicroBatch(needs, stage.inputs, together)
     switching = settings.switching if isinstance(settings, Finetune) else 0.0
     mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
     job = TrainingJob(
@@ -132,9 +133,7 @@ def train_stage(
         device=device,
         balancing=balancing or Balancing(),
         experts=experts,
-        auto_micro_batch=AutoMicroBatch(needs, stage.inputs, together)
-        if settings.micro_batch_tokens == "auto"
-        else None,
+        settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
     )
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with run.making(stage, log) as facts:

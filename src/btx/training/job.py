@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from btx.data.samples import Samples
 from btx.moe.balancing import Balancing
+from btx.process import Log
 from btx.recipe.training import Training
 from btx.training.checkpoints import Checkpoints
-
-if TYPE_CHECKING:
-    from btx.training.micro_batch import AutoMicroBatch
 
 
 @dataclass(frozen=True)
@@ -39,5 +36,6 @@ class TrainingJob:
     """Losses on the routers, for MoE models."""
     experts: Sequence[str] = ()
     """Names of the experts, for warnings."""
-    auto_micro_batch: AutoMicroBatch | None = None
-    """Finds the number for `micro_batch_tokens: auto`; needed where the settings say so."""
+    settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
+    """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
+    (`btx.training.micro_batch`); None: there is one."""

@@ -49,8 +49,8 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     done = job.checkpoints.load(model, optimizer)
     if done:
         log(f"resumed after step {done} of {total_steps}")
-    if job.auto_micro_batch is not None:
-        job = job.auto_micro_batch.settled(job, optimizer, log)
+    if job.settled is not None:
+        job = job.settled(job, optimizer, log)
     if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
         log("precision bfloat16: this CPU has no units for it; training in float32")
     metrics = Metrics(job.folder / "metrics.jsonl", done)

@@ -13,7 +13,7 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -26,12 +26,10 @@ from btx.number_texts import bytes_text
 from btx.process import Log
 from btx.system_errors import is_out_of_memory
 from btx.training.checkpoints import NoCheckpoints
+from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
 from btx.training.peak_memory import reset_peak_memory
 from btx.training.step import training_step
-
-if TYPE_CHECKING:
-    from btx.training.job import TrainingJob
 
 FILE = "micro_batch.json"
 SPARE_SHARE = 0.03

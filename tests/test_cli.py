@@ -27,6 +27,7 @@ from btx import __version__
 from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
 from btx.models.seed_config import seed_config
+from btx.number_texts import bytes_of
 from btx.planning.speed import training_speed
 from btx.process import SAVE_AND_END
 from btx.recipe.loading import load_recipe, packaged_recipes
@@ -267,9 +268,46 @@ def test_timing_ends_when_its_time_is_up(seconds: float, monkeypatch: pytest.Mon
         return seconds or 1e-9
 
     monkeypatch.setattr("btx.planning.speed._step_seconds", timed)
-    recipe = load_recipe("demo", ["train.micro_batch_tokens=1024"])
+    recipe = load_recipe("demo", ["train.micro_batch_tokens=1024", "train.batch_tokens=1024"])
     assert training_speed(recipe, seed_config(recipe), torch.device("cpu"), 1) is not None
     assert steps == ([(64, 1)] if seconds else [(64, 1), (256, 1), (1024, 1), (1024, 3)])
+
+
+def test_plan_says_what_fits_into_a_gpu_and_what_makes_the_rest_fit(btx: Btx, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    arguments = ["plan", tmp_path / "pico.yaml", f"data.root={tmp_path}", "finetune.micro_batch_tokens=256",
+                 "--flops-per-second", "1e10"]  # fmt: skip
+    gpu = btx(*arguments, "--gpu-memory", "80GiB", "--json").json()["gpu"]
+    assert gpu["memory_bytes"] == 80 * 2**30
+    assert [row["stage"] for row in gpu["stages"]] == ["seed", "train/birds", "train/tools", "finetune"]
+    for row in gpu["stages"]:
+        assert row["fits"]
+        assert row["change"] == {}
+        assert row["memory_bytes"] == row["memory_bytes_after"] == sum(row["parts"].values())
+    most = gpu["stages"][-1]["memory_bytes"]
+    small = f"{(most - 1000 + 600_000_000) / 0.97:.0f}"  # what is left beside CUDA's share is a little too small
+    row = btx(*arguments, "--gpu-memory", small, "--json").json()["gpu"]["stages"][-1]
+    assert not row["fits"]
+    assert row["section"] == "finetune"
+    assert row["change"] == {"micro_batch_tokens": 128}
+    assert row["micro_batch_tokens_after"] == 128
+    assert row["memory_bytes_after"] < most - 1000
+    assert "finetune.micro_batch_tokens: 128" in btx(*arguments, "--gpu-memory", small).out
+    assert btx(*arguments, "--json").json()["gpu"] is None  # the recipe trains on a CPU
+
+
+@pytest.mark.parametrize("size", ["24", "much", "24XB", "1e400", "-3GB", "", "24 GB GB"])
+def test_what_is_no_memory_of_a_gpu_is_refused_at_once(btx: Btx, size: str) -> None:
+    refused = btx("plan", "demo", f"--gpu-memory={size}")
+    assert refused.code == 2
+    assert "write it as 24GB, 80GiB or 24e9" in refused.err
+
+
+@pytest.mark.parametrize(("text", "count"), [
+    ("24GB", 24e9), ("24 gb", 24e9), ("80GiB", 80 * 2**30), ("24e9", 24e9), ("0.5TB", 5e11), ("7", 7),
+])  # fmt: skip
+def test_bytes_are_read_with_and_without_their_unit(text: str, count: float) -> None:
+    assert bytes_of(text) == count
 
 
 def test_the_memory_planned_is_that_of_all_branches_at_once(btx: Btx, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ train:  # one expert for each of these domains, each in a process of its own
   domains: {experts}
   tokens: {tokens}  # of each expert; {why_tokens}
   # batch_tokens, learning_rate, warmup_steps and checkpoint_every follow from model and tokens; `btx plan` says which.
-  # micro_batch_tokens: 4096        # fewer, if memory runs out (default 16384)
+  # micro_batch_tokens: auto        # the most that fit into memory (default 16384)
   # precision: bfloat16             # on a GPU: faster, less memory
   # gradient_checkpointing: true    # much less memory, a third more time
 

@@ -99,12 +99,20 @@ def plan(
             "training stage reached, or else a few training steps timed here.",
         ),
     ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of a GPU, as 24GB: does every training fit, and if not, with which settings? Default: this "
+            "machine's GPU, if it has one.",
+        ),
+    ] = None,
     show_recipe: Annotated[bool, typer.Option("--recipe", help="Print the resolved recipe, and nothing else.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a run reads and will cost: data, tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
     from btx.running.preflight import preflight
 
+    gpu_bytes = None if gpu_memory is None else _gpu_bytes(gpu_memory)
     resolved = _recipe(recipe, overrides)
     if show_recipe:
         from btx.recipe.loading import dump_recipe
@@ -118,7 +126,7 @@ def plan(
     data = look_into_data(RunFolder(Path(resolved.run_folder), resolved))
     from btx.planning.plan import plan as make_plan  # and torch with it, after all that is refused without
 
-    planned = make_plan(resolved, speed=_speed(resolved, flops_per_second))
+    planned = make_plan(resolved, speed=_speed(resolved, flops_per_second), gpu_memory=gpu_bytes)
     planned |= {"data": data, "notes": [*planned["notes"], *data_notes(data)]}
     if as_json:
         _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
@@ -127,6 +135,20 @@ def plan(
 
     _print(*plan_tables(planned))
     typer.echo(f"the recipe with all defaults: btx plan {recipe} --recipe")
+
+
+def _gpu_bytes(text: str) -> int:
+    """What --gpu-memory says."""
+    from btx.number_texts import bytes_of
+
+    wanted = "write it as 24GB, 80GiB or 24e9 (bytes)"
+    try:
+        count = bytes_of(text)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"--gpu-memory {text}: this is no size of memory; {wanted}") from error
+    if not 1e8 <= count < 1e15:
+        raise UserError(f"--gpu-memory {text}: no GPU has {count:,} bytes; {wanted}")
+    return count
 
 
 def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:

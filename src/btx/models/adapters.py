@@ -7,7 +7,7 @@ W x + (alpha / rank) B A x.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,8 +37,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, *, rng_seed: i
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(adapted_modules(model))
-    # A whole number where it is one, as peft declares it; others divide just as well.
-    config = LoraConfig(r=rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, target_modules=targets)
+    scale: Any = int(alpha) if alpha == int(alpha) else alpha  # peft declares whole numbers; others divide as well
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng_seed)
         inject_adapter_in_model(config, model)

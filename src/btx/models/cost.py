@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of models, counted from their configs before anything is trained.
+"""Parameters and FLOPs of models, counted from their configs before anything is trained.
 
 FLOPs follow the usual count: 6·N FLOPs a token for N multiplied parameters (Kaplan et al., arXiv 2001.08361, section
 2.1) plus 12·L·H·Q·S for attention over S tokens (PaLM, arXiv 2204.02311, appendix B), L layers, H heads of size Q. The
@@ -17,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from btx.models.adapters import plan_adapters
+from btx.models.memory import ModelShape, model_shape
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.layer import mean_experts_per_token, swap_in_moe
 
@@ -40,6 +41,8 @@ class ModelCost:
     """Parameters that have a gradient and optimiser state."""
     trained_multiplied_params: int
     """Those of `multiplied_params` that train."""
+    shape: ModelShape
+    """From which the memory of a training is counted (`btx.models.memory`)."""
 
     def training_flops_per_token(self, sequence_length: int) -> float:
         """4·N + 2·M + 12·L·H·Q·S, M of the N multiplied parameters train."""
@@ -49,16 +52,6 @@ class ModelCost:
     def inference_flops_per_token(self, sequence_length: int) -> float:
         """The forward pass: 2·N + 4·L·H·Q·S."""
         return 2.0 * self.multiplied_params + 4.0 * self.attention_width * sequence_length
-
-    def training_bytes(self) -> int:
-        """Weights, and of what trains gradients and AdamW's two moments, in float32; activations come on top."""
-        return 4 * self.total_params + 12 * self.trained_params
-
-    def activation_bytes(self, tokens: int, *, checkpointed: bool) -> int:
-        """A rough upper bound of the activations of so many tokens at once: about 34 numbers a token and unit of width,
-        and layer (Korthikanti et al., arXiv 2205.05198, section 4.1, counted in 4-byte numbers), or the layer inputs
-        alone with gradient checkpointing."""
-        return 4 * tokens * self.attention_width * (2 if checkpointed else 34)
 
     def checkpoint_bytes(self) -> int:
         """A resumable checkpoint: the weights that train and AdamW's two moments, in float32."""
@@ -92,6 +85,7 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
         trained_params=trainable_parameters(model),
         trained_multiplied_params=active(trained, multiplied=True),
+        shape=model_shape(model, experts_per_token=used),
     )
 
 

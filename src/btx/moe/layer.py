@@ -11,7 +11,8 @@ they get to their experts and back in `btx.moe.dispatch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from btx.moe.routers import LayerRule, Routing, straight_through, top_k_gates
 
 __all__ = [
     "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
-    "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias", "weight_parts",
+    "routing_unchanged", "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias", "weight_parts",
 ]  # fmt: skip
 
 
@@ -81,6 +82,8 @@ class MoE(nn.Module):
         self.dense_router_gradient = False
         """In training run every expert on every token, so that the router's gradient knows them all."""
         self.routing: Routing | None = None
+        self.keeps_routing = True
+        """Whether a forward pass leaves its decisions in `routing`; see `routing_unchanged`."""
         self.selection_bias: Tensor | None
         # (E,), for balancing without a loss; in no saved model, for a plain class has nothing of the kind.
         self.register_buffer("selection_bias", None, persistent=False)
@@ -96,7 +99,8 @@ class MoE(nn.Module):
         routing = self.rule(
             self.gate(x_TD).float(), training=self.training, step=self.step, selection_bias_E=self.selection_bias
         )
-        self.routing = routing
+        if self.keeps_routing:
+            self.routing = routing
         gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
         if self.dense_router_gradient and self.training:
             gates, ids = straight_through(routing)
@@ -214,6 +218,20 @@ def use_selection_bias(model: nn.Module) -> None:
     """Give every MoE layer a selection bias, zero at first; `btx.moe.balancing.move_selection_bias` moves it."""
     for block in moe_blocks(model):
         block.selection_bias = block.gate.weight.new_zeros(block.num_experts, dtype=torch.float32)
+
+
+@contextmanager
+def routing_unchanged(model: nn.Module) -> Iterator[None]:
+    """Within, forward passes leave `MoE.routing` alone: around a backward pass that recomputes activations. There each
+    layer's routing would hold what its layer has recomputed, attention and all, until the next forward pass."""
+    blocks = moe_blocks(model)
+    for block in blocks:
+        block.keeps_routing = False
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.keeps_routing = True
 
 
 def at_step(model: nn.Module, step: int) -> None:

@@ -10,6 +10,7 @@ from btx.baselines.matching import finetuning_cost, matched_phases, moe_cost, ro
 from btx.choices.baselines import BASELINES
 from btx.models.configs import read_config
 from btx.models.cost import ModelCost, config_cost
+from btx.models.device import choose_device
 from btx.models.seed_config import seed_config
 from btx.planning.speed import Speed
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
@@ -18,6 +19,7 @@ from btx.recipe.training import Training
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.threads import threads_of
+from btx.training.memory import MemoryNeeds
 
 
 def dense_config(run: RunFolder) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
     """
     recipe, graph = run.recipe, run.graph
     seed, btx = config_cost(dense), moe_cost(recipe, dense, recipe.routing)
-    trainings = _trainings(recipe, dense, seed)
+    trainings = stage_trainings(recipe, dense)
     written = {"baselines/soup": seed, "baselines/upcycled": btx, "mix": btx}
     found = {}
     for stage in graph:
@@ -145,7 +147,7 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             stage,
             tokens=training.tokens if training else 0,
             flops=flops,
-            memory_bytes=training.memory_bytes if training else 0,
+            memory_bytes=training.memory.memory.peak if training else 0,
             disk_bytes=disk + (2 * training.cost.checkpoint_bytes() if training else 0),
             checkpoint_bytes=training.cost.checkpoint_bytes() if training else 0,
             hours=None if speed is None else _hours(graph, stage, flops, speed),
@@ -167,7 +169,7 @@ def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Training:
+class StageTraining:
     """The training of a stage."""
 
     settings: Training
@@ -175,42 +177,53 @@ class _Training:
     """What is computed for a token."""
     mixtures: list[dict[str, float]]
     """Domain → sampling weight; several are read in turn."""
-    sequence_length: int
+    memory: MemoryNeeds
 
     @property
     def tokens(self) -> int:
-        return self.settings.steps(self.sequence_length) * self.settings.step_tokens(self.sequence_length)
+        length = self.memory.sequence_length
+        return self.settings.steps(length) * self.settings.step_tokens(length)
 
     @property
     def flops(self) -> float:
-        return self.tokens * self.cost.training_flops_per_token(self.sequence_length)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Weights, gradients, optimiser and activations."""
-        tokens = max(self.settings.micro_batch_tokens, self.sequence_length)
-        checkpointed = self.settings.gradient_checkpointing
-        return self.cost.training_bytes() + self.cost.activation_bytes(tokens, checkpointed=checkpointed)
+        return self.tokens * self.cost.training_flops_per_token(self.memory.sequence_length)
 
     @property
     def trained(self) -> Trained:
         settings = self.settings
-        return Trained(settings.steps(self.sequence_length), _shares(self.mixtures), settings.learning_rate)
+        return Trained(settings.steps(self.memory.sequence_length), _shares(self.mixtures), settings.learning_rate)
 
 
-def _trainings(recipe: Recipe, dense: dict[str, Any], seed: ModelCost) -> dict[str, _Training]:
-    """Stage name → its training."""
+def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None = None) -> dict[str, StageTraining]:
+    """Name of each stage that trains → its training.
+
+    Args:
+        dense: the seed model's config, completed with its class's defaults.
+        device: `cuda` or `cpu`, where its memory is taken; None: as the recipe says, on this machine.
+    """
     found: dict[str, tuple[Training, ModelCost, list[dict[str, float]]]] = {}
     if recipe.seed_model.train is not None:
-        found["seed"] = recipe.seed_model.train, seed, [seed_mixture(recipe)]
+        found["seed"] = recipe.seed_model.train, config_cost(dense), [seed_mixture(recipe)]
     branch = config_cost(dense, trainable=recipe.train.trainable, lora_rank=recipe.train.lora.rank)
     for domain in recipe.train.domains:
         found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
     found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
+    may_freeze = {*found} - {"seed"}
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):
             found[phase.stage] = phase.settings, phase.cost, phase.mixtures
-    return {stage: _Training(*training, recipe.data.sequence_length) for stage, training in found.items()}
+    device = device or planned_device(recipe)
+    return {
+        stage: StageTraining(settings, cost, mixtures, MemoryNeeds(
+            settings, cost.shape, recipe.data.sequence_length, device, may_freeze=stage in may_freeze
+        ))
+        for stage, (settings, cost, mixtures) in found.items()
+    }  # fmt: skip
+
+
+def planned_device(recipe: Recipe) -> str:
+    """`cuda` or `cpu`: where the recipe would train, on this machine unless it names the device."""
+    return recipe.device if recipe.device != "auto" else choose_device("auto").type
 
 
 def _shares(mixtures: list[dict[str, float]]) -> dict[str, float]:

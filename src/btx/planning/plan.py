@@ -10,6 +10,7 @@ from btx.choices.baselines import BASELINES, stage_names
 from btx.choices.families import family_of
 from btx.planning.costs import Costs, dense_config, run_costs
 from btx.planning.disk import bytes_to_write, free_bytes
+from btx.planning.gpu_memory import gpu_here, memory_rows
 from btx.planning.models import model_rows
 from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed, measured_speed
@@ -25,17 +26,20 @@ FLOPS_FORMULA = (
 )
 
 
-def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
+def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None = None) -> dict[str, Any]:
     """The cost of every stage and model. Reads configs only; writes and trains nothing.
 
     Args:
         speed: of one training job (`btx.planning.speed`); None: that of the run's first finished training stage.
             Without either, hours are None.
+        gpu_memory: bytes of a GPU that every training shall fit into; None: those of this machine's GPU, if it has one
+            and the recipe may use it.
 
     Returns:
         {"name", "run", "formula", "notes", "router", "speed", "models": {name in the results: {"total_params",
         "active_params", "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}},
-        "stages": [...], "stays": stages that are done, "to_do": stages that a run would make, "baselines", "totals"}.
+        "stages": [...], "gpu": None or {"memory_bytes", "stages": rows of `btx.planning.gpu_memory`}, "stays": stages
+        that are done, "to_do": stages that a run would make, "baselines", "totals"}.
         A model's training is counted from the seed model on (`TrainingCost`).
         `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
         "experts_per_token", "saved_as", "notes"}. `baselines`: name → what its training costs from the seed model on,
@@ -54,6 +58,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
     speed = speed or measured_speed(run)
     costs = run_costs(run, dense, speed)
     states = [_state(run, cost.stage) for cost in costs]
+    gpu_memory = gpu_memory or gpu_here(recipe)
     return {
         "name": recipe.name,
         "run": recipe.run_folder,
@@ -69,6 +74,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None) -> dict[str, Any]:
         "speed": speed and {"flops_per_s": speed.flops_per_s, "source": speed.source},
         "models": model_rows(recipe, dense, costs),
         "stages": [cost.as_json() | state for cost, state in zip(costs, states, strict=True)],
+        "gpu": gpu_memory and {"memory_bytes": gpu_memory, "stages": memory_rows(recipe, dense, gpu_memory)},
         "stays": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] == "done"],
         "to_do": [stage.name for stage in costs.graph if run.state(stage) != "done" and run.is_needed(stage)],
         "baselines": {

@@ -93,7 +93,7 @@ def training_speed(recipe: Recipe, dense: dict[str, Any], device: torch.device, 
         The speed of the largest step that was timed; None if a layer of the model is too much work for a moment.
     """
     length = recipe.data.sequence_length
-    whole = max(length, recipe.train.micro_batch_tokens // length * length)
+    whole = recipe.train.micro_batch(length)
     one, two = (config_cost(_small(dense, layers)) for layers in (1, 2))
     torch.zeros(1, device=device)  # a GPU takes seconds to wake
     before, started = torch.get_num_threads(), time.perf_counter()

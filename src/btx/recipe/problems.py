@@ -36,6 +36,10 @@ def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Itera
     """One problem per pydantic error, placed at the nearest key or value the user wrote."""
     for error in errors:
         kind, path = error["type"], error["loc"]
+        if path and str(path[-1]).startswith("literal["):  # a number or a word: once, as the number
+            continue
+        if path and path[-1] == "constrained-int":
+            path = path[:-1]
         if path and path[-1] == "[key]":  # a mapping's key that is no valid name
             here = document.locate(path[:-1])
             yield Problem(document.keys.get(here, document.values[here]), dotted(here), _words(error, path[:-1]))

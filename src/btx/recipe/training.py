@@ -25,6 +25,9 @@ from btx.recipe.section import (
 )
 
 OnSpike = Literal["log", "skip", "stop"]
+MicroBatchTokens = PositiveInt | Literal["auto"]
+UNTRIED_MICRO_BATCH = 16_384
+"""What `micro_batch_tokens: auto` counts as where nothing was tried: in plans."""
 
 
 class Training(Section):
@@ -34,8 +37,9 @@ class Training(Section):
     """Training tokens."""
     batch_tokens: PositiveInt = 4_000_000
     """Tokens an optimiser step (paper: 4M)."""
-    micro_batch_tokens: PositiveInt = 16_384
-    """Tokens a forward and backward pass; gradients accumulate up to `batch_tokens`."""
+    micro_batch_tokens: MicroBatchTokens = 16_384
+    """Tokens a forward and backward pass, or auto for the most that fit into memory. Gradients accumulate up to
+    `batch_tokens`. auto is tried out when the training begins, and noted (docs/memory.md)."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
     final_learning_rate_share: Share = 0.1
@@ -63,6 +67,12 @@ class Training(Section):
     def step_tokens(self, sequence_length: int) -> int:
         """Tokens of an optimiser step: whole sequences, one at least."""
         return max(1, self.batch_tokens // sequence_length) * sequence_length
+
+    def micro_batch(self, sequence_length: int) -> int:
+        """Tokens of a forward and backward pass: whole sequences, one at least."""
+        tokens = UNTRIED_MICRO_BATCH if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+        whole = max(1, tokens // sequence_length) * sequence_length
+        return min(whole, self.step_tokens(sequence_length))
 
     def steps(self, sequence_length: int) -> int:
         """Optimiser steps that use up `tokens`, the last one whole."""
@@ -206,8 +216,8 @@ class BaselineTraining(Section):
     """Training tokens of all phases together, instead of those it is matched by; phases are scaled alike."""
     batch_tokens: PositiveInt | None = None
     """Tokens an optimiser step."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens a forward and backward pass."""
+    micro_batch_tokens: MicroBatchTokens | None = None
+    """Tokens a forward and backward pass, or auto for the most that fit."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of every phase."""
     domains_learning_rate: PositiveFloat | None = None

@@ -35,9 +35,12 @@ from btx.recipe.training import Finetune, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
+from btx.run_folder.threads import jobs_at_once, shares_processors
 from btx.system_errors import is_out_of_memory
 from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
+from btx.training.memory import MemoryNeeds
+from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
 from btx.training.out_of_memory import memory_advice
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
@@ -111,6 +114,10 @@ def train_stage(
     in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
+    freezes = stage.name.partition("/")[0] in ("train", "finetune")  # what trains there is the recipe's to say
+    needs = MemoryNeeds(settings, in_training.shape, sequence_length, device.type, may_freeze=freezes)
+    together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
+    automatic = AutoMicroBatch(needs, stage.inputs, together)
     switching = settings.switching if isinstance(settings, Finetune) else 0.0
     mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
     job = TrainingJob(
@@ -126,6 +133,7 @@ def train_stage(
         device=device,
         balancing=balancing or Balancing(),
         experts=experts,
+        settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
     )
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with run.making(stage, log) as facts:
@@ -137,7 +145,9 @@ def train_stage(
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(memory_advice(error, settings, sequence_length, in_training)) from error
+                raise OutOfMemory(
+                    memory_advice(error, needs.settled(noted_micro_batch(folder, stage.inputs)))
+                ) from error
             raise
         merge_adapters(model)
         cost = model_cost(model)
@@ -150,7 +160,8 @@ def train_stage(
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
             "threads": torch.get_num_threads(), "device": str(device), "data": job.mixture.fingerprint,
-            "peak_memory_bytes": peak_memory_bytes(device), "unused_tokens": unused,
+            "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(device),
+            "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
         }  # fmt: skip
     return totals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from btx.data.samples import Samples
 from btx.moe.balancing import Balancing
+from btx.process import Log
 from btx.recipe.training import Training
 from btx.training.checkpoints import Checkpoints
 
@@ -35,3 +36,6 @@ class TrainingJob:
     """Losses on the routers, for MoE models."""
     experts: Sequence[str] = ()
     """Names of the experts, for warnings."""
+    settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
+    """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
+    (`btx.training.micro_batch`); None: there is one."""

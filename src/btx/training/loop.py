@@ -33,6 +33,8 @@ class Totals:
     flops: float
     wall_s: float
     loss: float
+    micro_batch_tokens: int
+    """Tokens of a forward and backward pass."""
 
 
 def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None]) -> Totals:
@@ -51,6 +53,8 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     done = job.checkpoints.load(model, optimizer)
     if done:
         log(f"resumed after step {done} of {total_steps}")
+    if job.settled is not None:
+        job = job.settled(job, optimizer, log)
     if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
         log("precision bfloat16: this CPU has no units for it; training in float32")
     with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings, job.device)):
@@ -87,5 +91,5 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
-        metrics.wall_s, metrics.last_loss,
+        metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from btx.data.mixture import NO_LABEL
 from btx.errors import LossSpike, NotFinite
 from btx.moe.balancing import RoutingLoss, move_selection_bias
-from btx.moe.layer import at_step, moe_blocks
+from btx.moe.layer import at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
 from btx.recipe.training import Training
 from btx.training.job import TrainingJob
@@ -39,7 +39,7 @@ def training_step(
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
     torch.manual_seed((job.rng_seed << 32) + step)
     at_step(model, step)
-    micro = max(1, settings.micro_batch_tokens // job.mixture.sequence_length)
+    micro = settings.micro_batch(job.mixture.sequence_length) // job.mixture.sequence_length
     first = step * samples_per_step
     batch = job.mixture.batch(first, samples_per_step)
     scored = int((batch.labels != NO_LABEL).sum())
@@ -58,7 +58,8 @@ def training_step(
         if routings:
             micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
             meter.add(routings)
-        micro_loss.backward()
+        with routing_unchanged(model):
+            micro_loss.backward()
     facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": clip_gradients(model, settings.clip)}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(

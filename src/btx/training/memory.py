@@ -1,0 +1,144 @@
+"""What a training holds in memory with its settings, and which other settings make it less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from btx.choices.trainable import MOE_TRAINABLE
+from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, training_memory
+from btx.recipe.training import Training
+from btx.training.step import in_bfloat16
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    {"precision": "bfloat16"},
+    {"optimizer": "adamw_8bit"},
+    {"weights": "bfloat16", "optimizer": "adamw_8bit", "precision": "bfloat16"},
+)
+"""Settings that save memory beside a smaller micro-batch and fewer weights that train; the first change results least.
+A section that has no such field is not told of it."""
+FREEZING = {False: ("feed_forward",), True: ("all_but_experts", "routers")}
+"""For dense and MoE models: what else may train, most first."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training with some settings changed."""
+
+    changed: dict[str, Any]
+    """Setting → its new value; empty for the training as it is."""
+    micro_batch_tokens: int
+    """What a micro-batch holds."""
+    memory: TrainingMemory
+
+    def __str__(self) -> str:
+        shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in self.changed.items()}
+        return ", ".join(f"{name}: {value}" for name, value in shown.items())
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """The memory of one training, as it is and with other settings."""
+
+    settings: Training
+    shape: ModelShape
+    sequence_length: int
+    device: str
+    """`cuda` or `cpu`."""
+    may_freeze: bool = False
+    """Whether the recipe says what trains in this stage."""
+
+    def with_changes(self, changed: dict[str, Any]) -> Variant:
+        """The training with some settings changed."""
+        settings, length = self.settings.model_copy(update=changed), self.sequence_length
+        shape = trained_as(self.shape, changed["trainable"]) if "trainable" in changed else self.shape
+        tokens = settings.micro_batch(length)
+        batch = MicroBatch(
+            tokens, length, checkpointed=settings.gradient_checkpointing,
+            alone=tokens >= settings.step_tokens(length), grouped=self.device == "cuda",
+        )  # fmt: skip
+        return Variant(changed, tokens, training_memory(shape, memory_scheme(settings, self.device), batch))
+
+    def settled(self, micro_batch_tokens: int | None) -> MemoryNeeds:
+        """With what was found for `micro_batch_tokens: auto`; None: nothing was."""
+        if micro_batch_tokens is None or self.settings.micro_batch_tokens != "auto":
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"micro_batch_tokens": micro_batch_tokens}))
+
+    @property
+    def memory(self) -> TrainingMemory:
+        """At the peak of a step."""
+        return self.with_changes({}).memory
+
+    def savings(self) -> list[tuple[Variant, int]]:
+        """Each change that saves memory by itself (of micro-batches the half) and the bytes it saves, most first."""
+        now = self.memory.peak
+        smaller = [{"micro_batch_tokens": tokens} for tokens in self._smaller_micro_batches()[:1]]
+        saved = [(variant, now - variant.memory.peak)
+                 for variant in map(self.with_changes, [*smaller, *self._other_changes()])]  # fmt: skip
+        return sorted((pair for pair in saved if pair[1] > 0), key=lambda pair: -pair[1])
+
+    def that_fits(self, most: int) -> Variant | None:
+        """The fewest settings to change so that the peak is `most` bytes at most: none where it fits as it is; None
+        where nothing helps. Of equally few those that change results least, with the largest micro-batch that fits."""
+        others, fitting = list(self._other_changes()), list[tuple[int, int, Variant]]()
+        for chosen in range(1 << len(others)):  # a bit says whether a change is made
+            made = {name: value for bit, change in enumerate(others) if chosen >> bit & 1
+                    for name, value in change.items()}  # fmt: skip
+            if (found := self._largest_micro_batch(made, most)) is not None:
+                fitting.append((len(found.changed), chosen, found))
+        return min(fitting, key=lambda ranked: ranked[:2])[2] if fitting else None
+
+    def _largest_micro_batch(self, made: dict[str, Any], most: int) -> Variant | None:
+        """With some changes made, the micro-batch of the recipe or the largest smaller one that fits."""
+        automatic = self.settings.micro_batch_tokens == "auto"
+        sizes = halves(self.settings.step_tokens(self.sequence_length), self.sequence_length) if automatic else [
+            self.settings.micro_batch(self.sequence_length), *self._smaller_micro_batches()
+        ]  # fmt: skip
+        variants = (self.with_changes(made | {"micro_batch_tokens": tokens}) for tokens in sizes)
+        found = next((variant for variant in variants if variant.memory.peak <= most), None)
+        if found is not None and (automatic or found.micro_batch_tokens == sizes[0]):
+            return replace(found, changed=made)
+        return found
+
+    def _smaller_micro_batches(self) -> list[int]:
+        """Powers of two of sequences below the micro-batch, largest first."""
+        tokens = self.settings.micro_batch(self.sequence_length)
+        return [half for half in halves(tokens, self.sequence_length) if half < tokens]
+
+    def _other_changes(self) -> Iterator[dict[str, Any]]:
+        fields = type(self.settings).model_fields
+        for change in CHANGES:
+            if change.keys() <= fields.keys() and any(getattr(self.settings, name) != change[name] for name in change):
+                yield change
+        trained = sum(self.shape.trained.values())
+        for name in FREEZING[bool(self.shape.experts)] if self.may_freeze else ():
+            if sum(trained_as(self.shape, name).trained.values()) < trained:
+                yield {"trainable": name}
+
+
+def halves(tokens: int, sequence_length: int) -> list[int]:
+    """Micro-batches to try, largest first: the largest power of two of sequences within `tokens`, and its halves down
+    to one sequence."""
+    rows = max(1, tokens // sequence_length)
+    return [sequence_length << power for power in reversed(range(rows.bit_length()))]
+
+
+def memory_scheme(settings: Training, device: str) -> MemoryScheme:
+    """Bytes of a number, by what it is for, when this is trained on a `cuda` or `cpu` device."""
+    bfloat16 = in_bfloat16(settings, torch.device(device))
+    return MemoryScheme(arithmetic=2 if bfloat16 else 4)
+
+
+def trained_as(shape: ModelShape, trainable: str) -> ModelShape:
+    """The shape of the same model with something else that trains: a name of `btx.choices.trainable`."""
+    if trainable == "feed_forward":
+        chosen = {"feed_forward"}
+    else:
+        parts = MOE_TRAINABLE[trainable]
+        chosen = {part for part in shape.total if (part if part in ("experts", "routers") else "shared") in parts}
+    return replace(shape, trained={part: count for part, count in shape.total.items() if part in chosen})

@@ -35,7 +35,7 @@ part() {
     echo "{\"part\": \"$name\", \"left_out\": \"the time was used up\"}" | tee -a "$OUT/summary.jsonl"
     return
   fi
-  echo "== $name: $* (at most $limit s)"
+  echo "== $name (at most $limit s)"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 25
   code=${PIPESTATUS[0]}
   [ "$code" -ne 0 ] && failed=1
@@ -43,7 +43,7 @@ part() {
     tee -a "$OUT/summary.jsonl"
 }
 
-part machine 30 "$PYTHON" -c '
+part machine 60 "$PYTHON" -c '
 import json, platform, torch, transformers
 gpu = torch.cuda.is_available()
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -54,7 +54,7 @@ print("btx", btx.__version__, btx.__file__)'
 # The suite's pytest settings name plugins that may be missing here, so they are left out; -rs says why tests skip.
 mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py tests/*/*.py)
 if "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null; then
-  part tests 75 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -rs -m gpu "${files[@]}"
+  part tests 75 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o 'markers=gpu' -q -rs -m gpu "${files[@]}"
 else
   echo '{"part": "tests", "left_out": "pytest and hypothesis are needed"}' | tee -a "$OUT/summary.jsonl"
 fi

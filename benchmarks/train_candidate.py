@@ -168,12 +168,14 @@ def transformers_step(model: Any, order: Order, samples: PackedDocuments) -> Ste
     import torch
     from torch import nn
 
+    from btx.models.loading import checkpoint_activations  # transformers', by version
+
     shape, device = order.shape, order.device
     model.train()
     if shape.experts:
         model.set_experts_implementation("grouped_mm")  # batched_mm takes gigabytes and is slower on CPUs
     if shape.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if order.compiled else model
     rows, micro = shape.step_tokens // shape.sequence, shape.micro_batch_tokens // shape.sequence

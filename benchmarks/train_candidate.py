@@ -1,10 +1,10 @@
-"""One candidate of `benchmarks/train.py`, in a process of its own: builds a model and does training steps when asked.
+"""One candidate of `benchmarks/train.py`, in a process of its own: builds a model and trains it when asked.
 
     python benchmarks/train_candidate.py '{"trainer": "btx", ...}'    (an `Order` as JSON)
 
-Requests come as lines of JSON on stdin, answers go as lines of JSON to stdout: {"do": "build"}, {"do": "steps",
-"count": N}, {"do": "peak"}. What the steps are timed with is here, and `btx_step` is the one place that knows how btx
-trains, so that one process can run another version of btx by its PYTHONPATH.
+Requests are lines of JSON on stdin, answers lines of JSON on stdout: {"do": "build"}, {"do": "steps", "count": N},
+{"do": "peak"}. btx trains with its own loop, `run_training`, as every stage of a run does; it is held at the door where
+it asks for the next step's samples. So another version of btx, by its PYTHONPATH, is timed with the same lines.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-Step = Callable[[int], None]
-"""An optimiser step, by number; on a GPU it may still be running when this returns."""
+ENDLESS = 10**12
 DISTINCT_BATCHES = 4
 """Batches are made before and taken in turn: what is timed is training, not drawing random numbers."""
 
@@ -78,25 +78,36 @@ class Order:
 
 
 class PackedDocuments:
-    """Random tokens as documents of equal length, packed into sequences: what btx calls samples."""
+    """Random tokens as documents of equal length, packed into sequences: what btx calls samples.
+
+    Args:
+        before_step: called when the samples of a step are asked for that is not the one before.
+    """
 
     fingerprint = "random"
 
-    def __init__(self, shape: Shape, rows: int) -> None:
+    def __init__(self, shape: Shape, before_step: Callable[[], None]) -> None:
         import numpy as np
 
         from btx.data.mixture import Batch
 
-        self.sequence_length = shape.sequence
-        positions = np.tile(np.arange(shape.sequence) % shape.document, (rows, 1))
+        self.sequence_length, self.rows = shape.sequence, shape.step_tokens // shape.sequence
+        self.before_step, self.latest = before_step, -1
+        positions = np.tile(np.arange(shape.sequence) % shape.document, (self.rows, 1))
         self.batches = []
         for number in range(DISTINCT_BATCHES):
-            ids = np.random.default_rng(number).integers(0, shape.vocabulary, (rows, shape.sequence))
+            ids = np.random.default_rng(number).integers(0, shape.vocabulary, (self.rows, shape.sequence))
             self.batches.append(Batch(ids, np.roll(ids, -1, axis=1), positions))
 
     def batch(self, start: int, count: int) -> Any:
-        """The step's batch; all steps have the same number of samples."""
-        return self.batches[start // count % DISTINCT_BATCHES]
+        """The first samples of a step, or all of them. A step may be tried before it is done, as compiling does."""
+        if start != self.latest:
+            self.before_step()
+            self.latest = start
+        whole = self.batches[start // self.rows % DISTINCT_BATCHES]
+        if count == self.rows:
+            return whole
+        return type(whole)(whole.input_ids[:count], whole.labels[:count], whole.position_ids[:count])
 
 
 def new_model(order: Order) -> Any:
@@ -122,66 +133,55 @@ def new_model(order: Order) -> Any:
     return model
 
 
-def btx_step(model: Any, order: Order, samples: PackedDocuments) -> Step:
-    """btx's own training step, as the training loop of this version of btx does it."""
+def train_with_btx(model: Any, order: Order, samples: PackedDocuments) -> None:
+    """btx's training loop, without checkpoints, for ever."""
+    import tempfile
+
     import torch
 
-    from btx.models.loading import checkpoint_activations
-    from btx.models.trainable import set_trainable
+    from btx.models.cost import model_cost
     from btx.moe.balancing import Balancing
-    from btx.moe.layer import swap_in_moe
-    from btx.recipe.training import Finetune, Train
+    from btx.process import Interrupts
     from btx.training.checkpoints import NoCheckpoints
     from btx.training.job import TrainingJob
-    from btx.training.optimizer import adamw
-    from btx.training.step import training_step
+    from btx.training.loop import run_training
+
+    settings, shape = training_settings(order), order.shape
+    with tempfile.TemporaryDirectory() as folder:
+        job = TrainingJob(
+            model=model, mixture=samples, settings=settings, folder=Path(folder), checkpoints=NoCheckpoints(),
+            flops_per_token=model_cost(model).training_flops_per_token(shape.sequence), rng_seed=0,
+            device=torch.device(order.device), balancing=Balancing.of(settings) if shape.experts else Balancing(),
+            experts=[str(number) for number in range(shape.experts)],
+        )  # fmt: skip
+        run_training(job, Interrupts(), lambda line: print(line, file=sys.stderr))
+
+
+def training_settings(order: Order) -> Any:
+    """The section of a recipe that trains such a model."""
+    from btx.recipe.training import Finetune, Train
 
     shape = order.shape
     values: dict[str, Any] = {
-        "tokens": 10**12, "batch_tokens": shape.step_tokens, "micro_batch_tokens": shape.micro_batch_tokens,
+        "tokens": ENDLESS, "batch_tokens": shape.step_tokens, "micro_batch_tokens": shape.micro_batch_tokens,
         "learning_rate": 1e-5, "precision": order.precision, "gradient_checkpointing": shape.checkpointing,
-        "trainable": order.trainable, **order.settings,
+        "trainable": order.trainable, "checkpoint_every": ENDLESS, **order.settings,
     }  # fmt: skip
-    settings: Finetune | Train
-    if shape.experts:
-        swap_in_moe(model)
-        settings = Finetune(**values)
-        balancing = Balancing.of(settings)
-    else:
-        settings, balancing = Train(domains=["benchmark"], **values), Balancing()
-    set_trainable(model, order.trainable)
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    model.train()
-    job = TrainingJob(
-        model=model, mixture=samples, settings=settings, folder=Path(), checkpoints=NoCheckpoints(),
-        flops_per_token=0.0, rng_seed=0, device=torch.device(order.device), balancing=balancing,
-        experts=[str(number) for number in range(shape.experts)],
-    )  # fmt: skip
-    optimizer, rows = adamw(model, settings), shape.step_tokens // shape.sequence
-    return lambda number: training_step(job, optimizer, number, rows) and None
+    return Finetune(**values) if shape.experts else Train(domains=["benchmark"], **values)
 
 
-def transformers_step(model: Any, order: Order, samples: PackedDocuments) -> Step:
+def train_with_transformers(model: Any, order: Order, samples: PackedDocuments) -> None:
     """The plain loop that one writes over a transformers model: autocast, fused AdamW, clipping at norm 1. It does not
     keep packed documents apart, and never reads its loss."""
     import torch
     from torch import nn
 
-    from btx.models.loading import checkpoint_activations  # transformers', by version
-
     shape, device = order.shape, order.device
-    model.train()
-    if shape.experts:
-        model.set_experts_implementation("grouped_mm")  # batched_mm takes gigabytes and is slower on CPUs
-    if shape.checkpointing:
-        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if order.compiled else model
-    rows, micro = shape.step_tokens // shape.sequence, shape.micro_batch_tokens // shape.sequence
-
-    def step(number: int) -> None:
-        ids = torch.from_numpy(samples.batch(number * rows, rows).input_ids)
+    rows, micro = samples.rows, shape.micro_batch_tokens // shape.sequence
+    for step in count():
+        ids = torch.from_numpy(samples.batch(step * rows, rows).input_ids)
         for start in range(0, rows, micro):
             part = ids[start : start + micro].to(device, non_blocking=True)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -191,67 +191,107 @@ def transformers_step(model: Any, order: Order, samples: PackedDocuments) -> Ste
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
-
 
 class Candidate:
-    """A model that trains, and what it takes."""
+    """A model that trains, and what it takes.
 
-    def __init__(self, order: Order) -> None:
-        import torch
+    Args:
+        requests: lines of JSON.
+        answers: one for each goes here.
+    """
 
-        self.order, self.number = order, 0
-        self.device = torch.device(order.device)
+    def __init__(self, order: Order, requests: Iterator[str], answers: IO[str]) -> None:
+        self.order, self.requests, self.answers = order, requests, answers
         self.resident = 0.0
-        self.step: Step
+        self.left = 0
+        """Steps that are asked for and not begun."""
+        self.started: float | None = None
+        self.clock = time.process_time if order.clock == "cpu" else time.perf_counter
+        self.model: Any = None
 
-    def build(self) -> dict[str, Any]:
+    def answer_all(self) -> None:
+        """Until there are no more requests. What fails is the answer to all that follow."""
+        try:
+            self._wait_for_steps()
+            samples = PackedDocuments(self.order.shape, self._before_step)
+            (train_with_btx if self.order.trainer == "btx" else train_with_transformers)(
+                self.model, self.order, samples
+            )
+        except Exception as error:
+            traceback.print_exc()
+            failure = {"error": f"{type(error).__name__}: {error}"[:500]}
+            self._answer(failure)
+            for _ in self.requests:
+                self._answer(failure)
+
+    def _wait_for_steps(self) -> None:
+        """Answer requests until steps are asked for; ends the process where there are no more."""
+        for line in self.requests:
+            request = json.loads(line)
+            if request["do"] == "steps":
+                self.left, self.started = request["count"], self.clock()
+                return
+            self._answer({"build": self._build, "peak": self._peak}[request["do"]]())
+        raise SystemExit
+
+    def _before_step(self) -> None:
+        """When all steps are done that were asked for, say how long they took."""
+        if not self.left:
+            self._wait_for_device()
+            assert self.started is not None
+            self._answer({"seconds": self.clock() - self.started})
+            self._wait_for_steps()
+        self.left -= 1
+
+    def _build(self) -> dict[str, Any]:
         """Make the model; what is known of it without a step."""
         import torch
 
         from btx.models.cost import model_cost
+        from btx.models.loading import checkpoint_activations
+        from btx.models.trainable import set_trainable
+        from btx.moe.layer import swap_in_moe
         from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 
-        if self.order.threads:
-            torch.set_num_threads(self.order.threads)
-        torch.zeros(1, device=self.device)
-        reset_peak_memory(self.device)
-        self.resident = peak_memory_bytes(self.device)
-        started, shape = time.perf_counter(), self.order.shape
-        model = new_model(self.order)
-        samples = PackedDocuments(shape, shape.step_tokens // shape.sequence)
-        make = btx_step if self.order.trainer == "btx" else transformers_step
-        self.step = make(model, self.order, samples)
-        self._wait()
-        cost = model_cost(model)
+        order, shape, device = self.order, self.order.shape, torch.device(self.order.device)
+        if order.threads:
+            torch.set_num_threads(order.threads)
+        torch.zeros(1, device=device)
+        reset_peak_memory(device)
+        self.resident = peak_memory_bytes(device) if device.type == "cpu" else 0.0
+        started, self.model = time.perf_counter(), new_model(order)
+        if order.trainer == "btx":
+            swap_in_moe(self.model)
+            set_trainable(self.model, order.trainable)
+        elif shape.experts:
+            self.model.set_experts_implementation("grouped_mm")  # batched_mm takes gigabytes and is slower on CPUs
+        if shape.checkpointing:
+            checkpoint_activations(self.model)
+        self.model.train()
+        self._wait_for_device()
+        cost = model_cost(self.model)
         return {
             "build_s": round(time.perf_counter() - started, 2), "params": cost.total_params,
             "active_params": cost.active_params, "threads": torch.get_num_threads(),
-            "flops_per_token": training_flops_per_token(cost, shape.sequence), **machine(self.order.device),
+            "flops_per_token": training_flops_per_token(cost, shape.sequence), **machine(order.device),
         }  # fmt: skip
 
-    def steps(self, count: int) -> dict[str, Any]:
-        """Seconds of so many steps, one after the other, until the device is done with the last."""
-        clock = time.process_time if self.order.clock == "cpu" else time.perf_counter
-        started = clock()
-        for _ in range(count):
-            self.step(self.number)
-            self.number += 1
-        self._wait()
-        return {"seconds": clock() - started}
-
-    def peak(self) -> dict[str, Any]:
-        """The most memory held since `build`, in GB; on a CPU what the process held before is taken off."""
-        from btx.training.peak_memory import peak_memory_bytes
-
-        before = self.resident if self.device.type == "cpu" else 0.0
-        return {"peak_gb": round((peak_memory_bytes(self.device) - before) / 1e9, 3)}
-
-    def _wait(self) -> None:
+    def _peak(self) -> dict[str, Any]:
+        """The most memory held since the model was made, in GB; on a CPU what the process held before is taken off."""
         import torch
 
-        if self.device.type == "cuda":
+        from btx.training.peak_memory import peak_memory_bytes
+
+        return {"peak_gb": round((peak_memory_bytes(torch.device(self.order.device)) - self.resident) / 1e9, 3)}
+
+    def _wait_for_device(self) -> None:
+        import torch
+
+        if self.order.device == "cuda":
             torch.cuda.synchronize()
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=self.answers, flush=True)
 
 
 def training_flops_per_token(cost: Any, sequence: int) -> float:
@@ -286,34 +326,17 @@ def processor_name() -> str:
 
 
 def main() -> None:
-    """Answer requests until there are none."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    """Answer the requests on stdin."""
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
-    order = Order.read(sys.argv[1])
-    failure: dict[str, Any] = {}
-    try:
-        import transformers.models.llama.modeling_llama
-        import transformers.models.mixtral.modeling_mixtral  # noqa: F401 - while the candidate before is still running
+    import transformers.models.llama.modeling_llama
+    import transformers.models.mixtral.modeling_mixtral  # noqa: F401 - while the candidate before is still running
 
-        from btx.models.loading import quiet_transformers
+    import btx.training.loop  # noqa: F401
+    from btx.models.loading import quiet_transformers
 
-        quiet_transformers()
-        candidate = Candidate(order)
-    except Exception as error:
-        failure = told(error)
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = failure or getattr(candidate, request.pop("do"))(**request)
-        except Exception as error:
-            failure = answer = told(error)
-        answers.write(json.dumps(answer) + "\n")
-
-
-def told(error: Exception) -> dict[str, Any]:
-    """An error as an answer; the rest of it goes to stderr."""
-    traceback.print_exc()
-    return {"error": f"{type(error).__name__}: {error}"[:500]}
+    quiet_transformers()
+    Candidate(Order.read(sys.argv[1]), iter(sys.stdin), answers).answer_all()
 
 
 if __name__ == "__main__":

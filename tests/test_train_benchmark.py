@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROWS = ("btx", "transformers-compile", "btx-ff", "btx-moe", "floor", "small", "transformers", "transformers-moe")
 
 
 @pytest.fixture(scope="module")
@@ -30,35 +32,60 @@ def pico(train: ModuleType) -> Any:
 
 
 def order(train: ModuleType, pico: Any, name: str, **changes: Any) -> Any:
+    assert tuple(train.ROWS) == ROWS
     row = train.ROWS[name]
     shape = pico if row.model == "small" else train.shape_of(row, pico, "cpu", ["moe", "floor"])
     whole = train.Order(row.trainer, shape, "cpu", row.trainable)  # compiled: the same loop, and a compiler's minute
     return train.Order.read(json.dumps(asdict(replace(whole, **changes))))
 
 
-@pytest.mark.parametrize(
-    "name", ["btx", "btx-ff", "btx-moe", "floor", "transformers", "transformers-moe", "transformers-compile"]
-)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "small"])
 def test_every_candidate_moves_its_weights_and_no_others(train: ModuleType, pico: Any, name: str) -> None:
-    from train_candidate import PackedDocuments, btx_step, new_model, transformers_step
+    from train_candidate import Candidate
 
-    asked = order(train, pico, name)
-    model = new_model(asked)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    step = (btx_step if asked.trainer == "btx" else transformers_step)(model, asked, PackedDocuments(pico, 2))
-    for number in range(2):
-        step(number)
-    moved = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
+    asked, answers, before = order(train, pico, name), io.StringIO(), {}
+
+    def requests() -> Iterator[str]:
+        yield '{"do": "build"}'
+        before.update({key: value.clone() for key, value in candidate.model.state_dict().items()})
+        for number in (1, 2):
+            yield json.dumps({"do": "steps", "count": number})
+        yield '{"do": "peak"}'
+
+    candidate = Candidate(asked, requests(), answers)
+    with pytest.raises(SystemExit):  # the requests are at an end
+        candidate.answer_all()
+    built, first, block, peak = map(json.loads, answers.getvalue().splitlines())
+    assert built["params"] > 0
+    assert first.keys() == block.keys() == {"seconds"}
+    assert peak.keys() == {"peak_gb"}
+    moved = {key for key, value in candidate.model.state_dict().items() if not value.equal(before[key])}
     feed_forward = {key for key in before if ".mlp." in key}
     assert moved == (feed_forward if name == "btx-ff" else before.keys())
 
 
-def test_documents_are_packed_and_the_last_is_cut(train: ModuleType, pico: Any) -> None:
+def test_what_fails_is_the_answer_to_everything_that_follows(train: ModuleType, pico: Any) -> None:
+    from train_candidate import Candidate
+
+    answers = io.StringIO()
+    asked = order(train, pico, "btx", settings={"learning_rate": -1.0})
+    Candidate(asked, iter(['{"do": "build"}', '{"do": "steps", "count": 1}', '{"do": "peak"}']), answers).answer_all()
+    built, *failed = map(json.loads, answers.getvalue().splitlines())
+    assert "error" not in built
+    assert ["learning_rate" in answer["error"] for answer in failed] == [True, True]
+
+
+def test_documents_are_packed_and_a_step_may_be_tried_before_it_is_done(train: ModuleType, pico: Any) -> None:
     from train_candidate import PackedDocuments
 
-    batch = PackedDocuments(pico, 2).batch(0, 2)
-    assert batch.position_ids.tolist() == [[*range(5), *range(5), *range(5), 0]] * 2
-    assert (batch.labels[:, :-1] == batch.input_ids[:, 1:]).all()
+    steps: list[int] = []
+    samples = PackedDocuments(pico, lambda: steps.append(len(steps)))
+    tried, whole, following = samples.batch(0, 1), samples.batch(0, 2), samples.batch(2, 2)
+    assert whole.position_ids.tolist() == [[*range(5), *range(5), *range(5), 0]] * 2
+    assert (whole.labels[:, :-1] == whole.input_ids[:, 1:]).all()
+    assert (tried.input_ids == whole.input_ids[:1]).all()
+    assert (following.input_ids != whole.input_ids).any()
+    assert steps == [0, 1]
 
 
 def test_flops_are_those_of_the_formula_at_the_shape_of_llama_3_2_1b(train: ModuleType) -> None:

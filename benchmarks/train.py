@@ -145,9 +145,9 @@ class Worker:
         self.facts |= self.ask(deadline, "build")
         times: list[float] = []
         while not self.failed and (len(times) < WARM_UP or (len(times) < 2 * WARM_UP and times[-1] < 1.0)):
-            times.append(self.ask(deadline, "steps", count=1).get("seconds", 0.0))
+            times.append(self.ask(deadline, "steps", count=1).get("wall_s", 0.0))
         if not self.failed:
-            self.facts["warm_up"] = {"steps": len(times), "seconds": round(sum(times), 2)}
+            self.facts["warm_up"] = {"steps": len(times), "wall_s": round(sum(times), 2)}
             self.block_steps = max(1, min(50, int(BLOCK_S / max(times[-1], 1e-4))))
 
     def block(self, deadline: float) -> None:
@@ -182,7 +182,7 @@ class Worker:
                 "step_s": round(step_s, 5), "blocks": len(self.blocks), "block_steps": self.block_steps,
                 "tokens_per_s": round(speed, 1),
                 "mfu": None if peak is None else round(speed * facts["flops_per_token"] / peak, 4),
-                "first_steps_s": round(max(0.0, warm_up["seconds"] - warm_up["steps"] * step_s), 2),
+                "first_steps_s": round(max(0.0, warm_up["wall_s"] - warm_up["steps"] * step_s), 2),
             }  # fmt: skip
         return row | facts
 

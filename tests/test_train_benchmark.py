@@ -57,7 +57,7 @@ def test_every_candidate_moves_its_weights_and_no_others(train: ModuleType, pico
         candidate.answer_all()
     built, first, block, peak = map(json.loads, answers.getvalue().splitlines())
     assert built["params"] > 0
-    assert first.keys() == block.keys() == {"seconds"}
+    assert first.keys() == block.keys() == {"seconds", "wall_s"}
     assert peak.keys() == {"peak_gb"}
     moved = {key for key, value in candidate.model.state_dict().items() if not value.equal(before[key])}
     feed_forward = {key for key in before if ".mlp." in key}

@@ -17,7 +17,7 @@ SETTINGS=${SETTINGS:-} BASELINE=${BASELINE:-} SHAPE=${SHAPE:-} LAYERS=${LAYERS:-
 # btx against the compiled loop first: whether the goal is met; transformers' MoE last: 10 seconds a step.
 ROWS=${ROWS:-btx,transformers-compile,btx-ff,btx-moe,floor,small,transformers,transformers-moe}
 RUN_S=60 # what the small run is left
-END=$((SECONDS + $(printf '%.0f' "$(echo "$MINUTES" | awk '{print $1 * 60}')")))
+END=$(awk "BEGIN {printf \"%d\", 60 * $MINUTES}") # bash counts SECONDS from the script's start
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
@@ -54,15 +54,17 @@ print("btx", btx.__version__, btx.__file__)'
 # The suite's pytest settings name plugins that may be missing here, so they are left out; -rs says why tests skip.
 mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py tests/*/*.py)
 if "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null; then
-  part tests 75 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o 'markers=gpu' -q -rs -m gpu "${files[@]}"
+  part tests 75 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o markers=gpu -q -rs -m gpu \
+    "${files[@]}"
 else
   echo '{"part": "tests", "left_out": "pytest and hypothesis are needed"}' | tee -a "$OUT/summary.jsonl"
 fi
 
 bench_s=$(($(left) - RUN_S))
-part bench "$bench_s" "$PYTHON" benchmarks/train.py --device "$DEVICE" --rows "$ROWS" --output "$OUT/train.json" \
-  --minutes "$(awk "BEGIN {print ($bench_s - 10) / 60}")" ${SETTINGS:+--settings "$SETTINGS"} ${SHAPE:+--shape "$SHAPE"} \
-  ${LAYERS:+--layers "$LAYERS"} ${BASELINE:+--baseline "$BASELINE"}
+part bench "$bench_s" "$PYTHON" benchmarks/train.py --device "$DEVICE" --alone --rows "$ROWS" \
+  --output "$OUT/train.json" --minutes "$(awk "BEGIN {print ($bench_s - 10) / 60}")" \
+  ${SETTINGS:+--settings "$SETTINGS"} ${SHAPE:+--shape "$SHAPE"} ${LAYERS:+--layers "$LAYERS"} \
+  ${BASELINE:+--baseline "$BASELINE"}
 
 # The demo, cut down: every stage once, on text that is made on the spot.
 part run "$(left)" "$PYTHON" -m btx run demo device="$DEVICE" run="$OUT/demo" \

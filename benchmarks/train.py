@@ -149,6 +149,7 @@ class Worker:
         if not self.failed:
             self.facts["warm_up"] = {"steps": len(times), "wall_s": round(sum(times), 2)}
             self.block_steps = max(1, min(50, int(BLOCK_S / max(times[-1], 1e-4))))
+            self.facts |= self.ask(deadline, "peak")  # in case the time is up before the end
 
     def block(self, deadline: float) -> None:
         """Time one block of steps."""
@@ -195,7 +196,7 @@ def peak_flops(machine: str) -> float | None:
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a row from the others of the file."""
     names = ("name", "machine", "hidden", "layers", "sequence", "document", "step_tokens", "micro_batch_tokens",
-             "threads", "clock")  # fmt: skip
+             "checkpointing", "threads", "clock")  # fmt: skip
     return (*(row.get(name) for name in names), json.dumps(row.get("settings")))
 
 
@@ -268,7 +269,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     started = time.monotonic()
     end = started + 60 * arguments.minutes
     planned, rows = list(plan(arguments)), list[dict[str, Any]]()
-    size = 1 if arguments.device == "cuda" else len(planned)
+    size = 1 if arguments.alone else len(planned)
     groups = [planned[i : i + size] for i in range(0, len(planned), size)]
     with ExitStack() as stack:
 
@@ -339,6 +340,7 @@ def parse() -> argparse.Namespace:
                         help=f"default: all, {','.join(ROWS)}")  # fmt: skip
     parser.add_argument("--settings", type=setting, default={}, help="training fields of btx's rows: compile=true,...")
     parser.add_argument("--baseline", type=Path, help="src folder of another btx, timed too")
+    parser.add_argument("--alone", action="store_true", help="one candidate after the other, as always on a GPU")
     parser.add_argument("--repeat", type=int, default=5, help="timed blocks of each row")
     parser.add_argument("--minutes", type=float, default=15.0, help="what is not measured by then is left out")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
@@ -351,6 +353,7 @@ def parse() -> argparse.Namespace:
         parser.error("--clock cpu: a GPU's work is not in processor seconds")
     if arguments.device is None:
         arguments.device = "cuda" if has_gpu() else "cpu"
+    arguments.alone |= arguments.device == "cuda"
     if arguments.shape is None:
         arguments.shape = "llama-3.2-1b" if arguments.device == "cuda" else "hidden-256"
     if arguments.checkpointed is None:

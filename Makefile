@@ -3,11 +3,12 @@
 # make lint   ruff (rules and formatting) and mypy
 # make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
 # make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
+# make bench-train   speed and memory of training steps against plain transformers and a dense floor -> benchmarks/train.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench-mix bench-moe clean
+.PHONY: setup demo test lint bench-mix bench-moe bench-train clean
 
 setup: $(VENV)/.stamp-demo
 
@@ -38,6 +39,10 @@ bench-mix: $(VENV)/.stamp-test
 
 bench-moe: $(VENV)/.stamp-demo
 	$(BIN)/python benchmarks/moe.py
+
+# On a GPU the shape of Llama-3.2-1B, 6 minutes; on a CPU a model of hidden size 256, 5 minutes on 2 cores.
+bench-train: $(VENV)/.stamp-demo
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,17 +13,21 @@ import hashlib
 import os
 import platform
 import re
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from btx import __version__
 from btx.files import file_sha256, value_hash
 from btx.model_files.adapter_folder import CONFIG, AdapterFolder
 
 SAMPLES = 256
 SAMPLE_BYTES = 16 * 1024
 HASHED_WHOLE = ("config.json", "adapter_config.json", "tokenizer.json")
-PACKAGES = ("branchtrainmix", "torch", "transformers", "safetensors")
+DISTRIBUTION = "branchtrainmix"
+"""The name that btx is installed by."""
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "safetensors")
 
 
 def model_provenance(folder: Path) -> dict[str, Any]:
@@ -78,4 +82,10 @@ def sampled_sha256(file: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide the result."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | package_versions(PACKAGES)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Package → version. btx's own is that of the code that runs: a plain source tree is not installed, and what is
+    installed may be another copy."""
+    return {name: __version__ if name == DISTRIBUTION else metadata.version(name) for name in names}

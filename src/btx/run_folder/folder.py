@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ import filelock
 
 from btx.errors import RunFolderError, UserError
 from btx.files import file_sha256, write_sealed, write_text, writing
+from btx.model_files.provenance import PACKAGES, package_versions
 from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
@@ -369,14 +369,14 @@ def now() -> str:
 
 def _manifest(recipe: Path) -> dict[str, Any]:
     """What made this run: versions, command, git commit of the working directory, hash of the recipe."""
-    packages = ("branchtrainmix", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+    packages = (*PACKAGES, "tokenizers", "numpy")
     return {
         "time": now(),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": package_versions(packages),
         "git": _git_commit(),
         "recipe_sha256": file_sha256(recipe),
         "timezone": time.tzname[0],

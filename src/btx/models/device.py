@@ -45,3 +45,24 @@ def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
     model = load_model(path, dtype=dtype)
     cast(nn.Module, model).to(device)
     return model
+
+
+def in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16 on `device`, weights that train and moments staying in float32.
+
+    bfloat16 does so on every GPU, and on a CPU only if it has units for it: without, emulation is slower than float32
+    and less exact. auto does so on GPUs that have units, and on no CPU.
+    """
+    if device.type == "cpu":
+        return precision == "bfloat16" and has_bfloat16_units()
+    return precision == "bfloat16" or (precision == "auto" and _gpu_has_units())
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16 (AVX512-BF16, AMX or Arm BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(there is True for name, there in capabilities.items() if name.endswith("bf16"))
+
+
+def _gpu_has_units() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from btx.errors import LossSpike
+from btx.models.device import in_bfloat16
 from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
 from btx.training.job import TrainingJob
@@ -17,7 +18,8 @@ from btx.training.metrics import Metrics
 from btx.training.optimizer import adamw, set_learning_rate
 from btx.training.schedule import learning_rate
 from btx.training.spikes import SpikeWatch, spike_text
-from btx.training.step import in_bfloat16, training_step
+from btx.training.step import training_step
+from btx.training.working_weights import give_back_masters
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     done = job.checkpoints.load(model, optimizer)
     if done:
         log(f"resumed after step {done} of {total_steps}")
-    if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
+    if settings.precision == "bfloat16" and not in_bfloat16(settings.precision, job.device):
         log("precision bfloat16: this CPU has no units for it; training in float32")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
@@ -77,6 +79,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
                 job.checkpoints.save(finished, model, optimizer)
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
+    give_back_masters(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
         metrics.wall_s, metrics.last_loss,

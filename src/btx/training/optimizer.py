@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
+from btx.models.device import in_bfloat16
 from btx.models.trainable import weight_parts
 from btx.recipe.training import Finetune, Training
+from btx.training.working_weights import hold_in_bfloat16, master_of, refresh_copies
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -17,19 +19,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def adamw(model: nn.Module, settings: Training) -> torch.optim.AdamW:
     """AdamW over the trainable weights of `model`; weight decay on matrices only, not on norms and biases.
 
-    Each group has a `factor`: the multiple of the learning rate that its part of a MoE model trains with.
+    Each group has a `factor`: the multiple of the learning rate that its part of a MoE model trains with. Where `model`
+    is to train in bfloat16 its matrices become copies of float32 masters, which the optimiser moves: see
+    `btx.training.working_weights`.
     """
+    if copies := in_bfloat16(settings.precision, next(model.parameters()).device):
+        hold_in_bfloat16(model)
     factors = settings.learning_rate_factors.model_dump() if isinstance(settings, Finetune) else {}
     parts = weight_parts(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((decay, factors.get(parts[name], 1.0)), []).append(parameter)
-    return torch.optim.AdamW(
+            groups.setdefault((decay, factors.get(parts[name], 1.0)), []).append(master_of(parameter))
+    optimizer = torch.optim.AdamW(
         [{"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()],
         lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True,
     )  # fmt: skip
+    if copies:
+        optimizer.register_step_post_hook(lambda *_: refresh_copies(model))
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -40,7 +49,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def clip_gradients(model: nn.Module, largest: float) -> float:
     """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
-    trained = [p for p in model.parameters() if p.grad is not None]
+    trained = [p for p in map(master_of, model.parameters()) if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     value = norm.item()
     if not value + 1e-6 <= largest:  # torch's clip_grad_norm_ would multiply every gradient by 1 here
@@ -73,6 +82,7 @@ def restore_tensors(
     with torch.no_grad():
         for name, tensor in moved.items():
             tensor.copy_(weights[name])
+    refresh_copies(model)
     for name, parameter in trainable.items():
         kept = {moment: moments.get(f"{moment}/{name}") for moment in MOMENTS}
         optimizer.state[parameter] = {
@@ -81,7 +91,8 @@ def restore_tensors(
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """What the optimiser moves, under the model's names."""
+    return {name: master_of(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _selection_biases(model: nn.Module) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from btx.training.loop import Totals, run_training
 from btx.training.out_of_memory import memory_advice
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
+from btx.training.working_weights import give_back_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +140,8 @@ def train_stage(
             if is_out_of_memory(error):
                 raise OutOfMemory(memory_advice(error, settings, sequence_length, in_training)) from error
             raise
+        if like is not None:
+            give_back_frozen(model, like)
         with atomic_folder(folder / "model") as target:
             save_model(model, target, like=like, tokenizer=tokenizer)
             if routing is not None:

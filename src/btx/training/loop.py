@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from btx.errors import LossSpike
-from btx.models.device import in_bfloat16
+from btx.models.device import in_bfloat16, precision_text
 from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
 from btx.training.job import TrainingJob
@@ -19,7 +19,7 @@ from btx.training.optimizer import adamw, set_learning_rate
 from btx.training.schedule import learning_rate
 from btx.training.spikes import SpikeWatch, spike_text
 from btx.training.step import training_step
-from btx.training.working_weights import give_back_masters
+from btx.training.working_weights import give_back_float32, hold_frozen_in_bfloat16
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         LossSpike: there was one, and `on_spike` is stop; a checkpoint of the steps before it was written.
         Interrupted: a signal came; a checkpoint was written.
     """
-    settings, model = job.settings, job.model.to(job.device).train()
+    settings = job.settings
+    bfloat16 = in_bfloat16(settings.precision, job.device)
+    if bfloat16:
+        hold_frozen_in_bfloat16(job.model)
+    model = job.model.to(job.device).train()
     tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
     samples_per_step = tokens_per_step // job.mixture.sequence_length
     total_steps = settings.steps(job.mixture.sequence_length)
@@ -49,8 +53,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     done = job.checkpoints.load(model, optimizer)
     if done:
         log(f"resumed after step {done} of {total_steps}")
-    if settings.precision == "bfloat16" and not in_bfloat16(settings.precision, job.device):
-        log("precision bfloat16: this CPU has no units for it; training in float32")
+    log(f"precision: {precision_text(settings.precision, job.device)}")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
     watch.recent.extend(metrics.loads)
@@ -79,7 +82,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
                 job.checkpoints.save(finished, model, optimizer)
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
-    give_back_masters(model)
+    give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
         metrics.wall_s, metrics.last_loss,

@@ -6,22 +6,27 @@ moves the master and refreshes the copy. Products and gradients are those of aut
 master weights: Micikevicius et al., arXiv 1710.03740, section 3.1).
 
 Only what is used in matrix products alone is held so: linear layers and experts. Embeddings stay in float32, because
-the gradient of a lookup adds up rows in the type of the table and what is looked up is the residual stream; so do
+the gradient of a lookup adds up rows in the type of the table, and what is looked up is the residual stream; so do
 norms, biases and routers. A language-model head that is tied to the embeddings gets a copy of its own.
+
+Matrices that do not train are held in bfloat16 alone, which is what autocast would make of them, and embeddings where
+that loses nothing. Whatever lost something is read again from where it came before the model is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from btx.models.loading import load_model
 from btx.moe.layer import Experts
 
-MASTER, HEAD = "float32_master", "bfloat16_copy"
-"""Attributes of a parameter: its master, and the copy that the language-model head uses."""
+MASTER, HEAD, ROUNDED = "float32_master", "bfloat16_copy", "was_rounded"
+"""Attributes of a parameter: its master, the copy that the language-model head uses, and whether it lost something."""
 
 
 def master_of(parameter: nn.Parameter) -> nn.Parameter:
@@ -29,17 +34,46 @@ def master_of(parameter: nn.Parameter) -> nn.Parameter:
     return cast(nn.Parameter, getattr(parameter, MASTER, parameter))
 
 
-def hold_in_bfloat16(model: nn.Module) -> None:
-    """Give every matrix that trains a float32 master and make it a bfloat16 copy; the head gets a copy if it is tied.
+def hold_frozen_in_bfloat16(model: nn.Module) -> None:
+    """Hold matrices that do not train in bfloat16, and embeddings whose numbers are bfloat16's; on the host, before
+    `model` goes to its device."""
+    matrices = {id(parameter) for parameter in _matrices(model)}
+    for parameter in model.parameters():
+        if parameter.requires_grad or parameter.dtype != torch.float32 or parameter.ndim < 2:
+            continue
+        looking_up = [module for module in model.modules() if getattr(module, "weight", None) is parameter]
+        is_table = bool(looking_up) and all(type(module) in (nn.Embedding, nn.Linear) for module in looking_up)
+        if id(parameter) not in matrices and not is_table:
+            continue
+        rounded = parameter.data.bfloat16()
+        exact = torch.equal(rounded.float(), parameter.data)
+        if id(parameter) in matrices or exact:
+            parameter.data = rounded
+            setattr(parameter, ROUNDED, not exact)
+            for module in looking_up:
+                if isinstance(module, nn.Embedding):  # the residual stream stays in float32
+                    module.register_forward_hook(lambda module, inputs, output: output.float())
 
-    From here on a gradient of such a matrix is its master's, in float32, as soon as it is there.
+
+def hold_in_bfloat16(model: nn.Module, *, masters: bool, gradients: torch.dtype) -> None:
+    """Make every matrix that trains a bfloat16 copy of a float32 master; the head gets a copy if it is tied.
+
+    From here on the gradient of such a matrix is its master's as soon as it is there.
+
+    Args:
+        masters: False: there are none, the bfloat16 weights themselves are trained.
+        gradients: type in which gradients of these matrices are added up.
     """
     for parameter in _matrices(model):
-        if parameter.requires_grad and not hasattr(parameter, MASTER):
+        if not parameter.requires_grad:
+            continue
+        if masters:
             master = nn.Parameter(parameter.data)
             setattr(parameter, MASTER, master)
-            parameter.data = parameter.data.bfloat16()
             parameter.register_post_accumulate_grad_hook(_add_to_master)
+        parameter.data = parameter.data.bfloat16()
+        if gradients != master_of(parameter).dtype:
+            master_of(parameter).grad_dtype = gradients
     head = cast(Any, model).get_output_embeddings()
     if head is not None and head.weight.dtype == torch.float32:
         setattr(head.weight, HEAD, head.weight.detach().bfloat16())
@@ -53,13 +87,27 @@ def refresh_copies(model: nn.Module) -> None:
             torch._foreach_copy_([copy for copy, _ in pairs], [master for _, master in pairs])
 
 
-def give_back_masters(model: nn.Module) -> None:
-    """Make every weight of `model` its float32 master again, as it is to be saved."""
+def give_back_float32(model: nn.Module) -> None:
+    """Make every weight that trains its float32 master again, as it is to be saved."""
     for parameter in model.parameters():
-        parameter.data = master_of(parameter).data
+        if parameter.requires_grad:
+            parameter.data = master_of(parameter).data.float()
         for attribute in (MASTER, HEAD):
             if hasattr(parameter, attribute):
                 delattr(parameter, attribute)
+
+
+def give_back_frozen(model: nn.Module, start: Path) -> None:
+    """Put back what frozen weights lost in bfloat16, from the model folder that they came from.
+
+    Raises:
+        CheckpointError: that is no longer a model that can be loaded.
+    """
+    lost = [name for name, parameter in model.named_parameters() if getattr(parameter, ROUNDED, False)]
+    if lost:
+        as_it_came = load_model(start)
+        for name in lost:
+            model.get_parameter(name).data = as_it_came.get_parameter(name).data
 
 
 def in_product(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,12 +130,12 @@ class _Copy(torch.autograd.Function):
 
 
 def _add_to_master(parameter: Tensor) -> None:
-    """Hook: the gradient of this micro-batch moves over to the master, which adds up in float32."""
+    """Hook: the gradient of this micro-batch moves over to the master, which adds up in its own type."""
     gradient, master = cast(Tensor, parameter.grad), getattr(parameter, MASTER, None)
     if master is None:  # given back
         return
     if master.grad is None:
-        master.grad = gradient.to(master.dtype)
+        master.grad = gradient.to(master.grad_dtype)
     else:
         master.grad.add_(gradient)
     parameter.grad = None
@@ -103,7 +151,7 @@ def _copies(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear layers and experts that no embedding shares."""
+    """Float32 weights of linear layers and experts that no embedding shares."""
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     of_linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
     of_experts = [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]

@@ -71,7 +71,10 @@ def precision_text(precision: str, device: torch.device) -> str:
 
 
 def precision_notes(recipe: Recipe) -> list[str]:
-    """A line for each arithmetic that the recipe's trainings would compute in on this machine."""
+    """A line for each arithmetic that the recipe's trainings would compute in on this machine; none of them is refused
+    where only a plan is made for a GPU that is elsewhere."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        return ["precision auto is bfloat16 on a GPU that has units for it; this machine has no GPU to ask"]
     device, trainings = choose_device(recipe.device), dict[str, list[str]]()
     for name, training in (("seed", recipe.seed_model.train), ("train", recipe.train), ("finetune", recipe.finetune)):
         if training is not None:

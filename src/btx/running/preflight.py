@@ -43,7 +43,8 @@ def preflight(recipe: Recipe) -> None:
     if measures:
         _check_tasks(recipe)
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
-    for where, training in (("seed_model.train", recipe.seed_model.train), ("train", recipe.train), ("finetune", recipe.finetune)):
+    trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
+    for where, training in trainings.items():
         if training is not None:
             check_installed(training.optimizer, f"{where}.")
     _check_seed_model(run)

@@ -53,7 +53,7 @@ def adamw_8bit(groups: list[dict[str, Any]], settings: Training, device: torch.d
 
     compiled = device.type == "cuda" and find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
 
-    class Eager(AdamW8bit):  # type: ignore[misc]
+    class Eager(AdamW8bit):
         def step(self, closure: Any = None) -> Any:
             with torch.compiler.set_stance("force_eager"):
                 return super().step(closure)

@@ -155,5 +155,5 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     of_linear = [module.weight for module in model.modules() if type(module) is nn.Linear]
     of_experts = [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
-    both: list[nn.Parameter] = [*of_linear, *of_experts]
+    both = cast(list[nn.Parameter], of_linear + of_experts)
     return [p for p in both if id(p) not in looked_up and p.dtype == torch.float32]

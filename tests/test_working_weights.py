@@ -14,6 +14,7 @@ from btx.models.loading import load_model, load_tokenizer, save_model
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import use_selection_bias
+from btx.planning.plan import plan
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Finetune, Training
@@ -25,6 +26,7 @@ from btx.training.optimizer import adamw, kept_tensors, restore_tensors, set_lea
 from btx.training.step import training_step
 from btx.training.working_weights import give_back_float32, give_back_frozen, master_of
 from tests.pico_models import llama, mixtral
+from tests.pico_run import pico_recipe, run_here
 
 SAMPLES, LENGTH, STEPS = 4, 16, 3
 
@@ -172,3 +174,17 @@ def test_frozen_weights_train_the_same_and_are_saved_as_they_came(
     saved, wanted = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "reference"))
     assert saved.keys() == wanted.keys()
     assert all(saved[name].dtype == dtype and torch.equal(saved[name], wanted[name]) for name in saved)
+
+
+def test_a_branch_of_a_run_leaves_frozen_weights_as_the_seeds_and_says_its_arithmetic(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path, "run", "train.precision=bfloat16", "train.trainable=feed_forward")
+    run, lines = run_here(recipe, ["data", "seed", "train/birds"])
+    assert any("precision: float32 (auto: results do not depend on the kind of CPU)" in line for line in lines)  # seed
+    assert any("precision: bfloat16, master weights float32" in line for line in lines)
+    seed, branch = (load_file(run.model(stage) / "model.safetensors") for stage in ("seed", "train/birds"))
+    assert {tensor.dtype for tensor in branch.values()} == {torch.float32}
+    moved = {name for name, tensor in branch.items() if not torch.equal(tensor, seed[name])}
+    assert moved == {name for name in seed if ".mlp." in name}
+    notes = plan(recipe)["notes"]
+    assert any(note.startswith("precision of train on this CPU: bfloat16") for note in notes)
+    assert any(note.startswith("precision of seed, finetune on this CPU: float32 (auto") for note in notes)

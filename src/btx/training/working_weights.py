@@ -7,7 +7,8 @@ master weights: Micikevicius et al., arXiv 1710.03740, section 3.1).
 
 Only what is used in matrix products alone is held so: linear layers and experts. Embeddings stay in float32, because
 the gradient of a lookup adds up rows in the type of the table, and what is looked up is the residual stream; so do
-norms, biases and routers. A language-model head that is tied to the embeddings gets a copy of its own.
+norms, biases and routers. The language-model head stays too, tied or not, and has a copy beside it: its gradient, which
+the loss adds up in float32, needs no rounding.
 
 Matrices that do not train are held in bfloat16 alone, which is what autocast would make of them, and embeddings where
 that loses nothing. Whatever lost something is read again from where it came before the model is saved.
@@ -56,7 +57,7 @@ def hold_frozen_in_bfloat16(model: nn.Module) -> None:
 
 
 def hold_in_bfloat16(model: nn.Module, *, masters: bool, gradients: torch.dtype) -> None:
-    """Make every matrix that trains a bfloat16 copy of a float32 master; the head gets a copy if it is tied.
+    """Make every matrix that trains a bfloat16 copy of a float32 master; the head stays and gets a copy beside it.
 
     From here on the gradient of such a matrix is its master's as soon as it is there.
 
@@ -64,8 +65,9 @@ def hold_in_bfloat16(model: nn.Module, *, masters: bool, gradients: torch.dtype)
         masters: False: there are none, the bfloat16 weights themselves are trained.
         gradients: type in which gradients of these matrices are added up.
     """
+    head = cast(Any, model).get_output_embeddings()
     for parameter in _matrices(model):
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (head is not None and parameter is head.weight):
             continue
         if masters:
             master = nn.Parameter(parameter.data)
@@ -74,7 +76,6 @@ def hold_in_bfloat16(model: nn.Module, *, masters: bool, gradients: torch.dtype)
         parameter.data = parameter.data.bfloat16()
         if gradients != master_of(parameter).dtype:
             master_of(parameter).grad_dtype = gradients
-    head = cast(Any, model).get_output_embeddings()
     if head is not None and head.weight.dtype == torch.float32:
         setattr(head.weight, HEAD, head.weight.detach().bfloat16())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from btx.errors import UserError
@@ -14,13 +14,11 @@ from btx.models import device as device_module
 from btx.recipe.training import Training
 from btx.running.preflight import preflight
 from btx.training import eight_bit
-from btx.training.optimizer import adamw, set_learning_rate
-from btx.training.state import StateFolder
+from btx.training.optimizer import adamw, kept_tensors, restore_tensors, set_learning_rate
 from btx.training.working_weights import give_back_float32, master_of
 from tests.pico_run import pico_recipe
 
 WIDTH, RATE = 64, 1e-3  # 64 x 64 is the smallest matrix whose moments are held in 8 bits
-MARKS = {"inputs": "i", "data": "d"}
 
 
 def needs_torchao() -> None:
@@ -70,14 +68,15 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
     optimizer = adamw(whole, settings(**SCHEMES[scheme]))
     for number in range(3):
         whole.step(optimizer, number)
-    StateFolder(tmp_path, MARKS).save(3, whole, optimizer)
+    for file, tensors in zip(("weights", "moments"), kept_tensors(whole, optimizer), strict=True):
+        save_file({name: tensor.detach() for name, tensor in tensors.items()}, tmp_path / file)
     its_optimizer = adamw(resumed, settings(**SCHEMES[scheme]))
-    assert StateFolder(tmp_path, MARKS).load(resumed, its_optimizer) == 3
+    saved = load_file(tmp_path / "moments")
+    restore_tensors(resumed, its_optimizer, load_file(tmp_path / "weights"), saved)
     for number in range(3, 6):
         whole.step(optimizer, number)
         resumed.step(its_optimizer, number)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
-    saved = load_file(tmp_path / "step-00000003" / "optimizer.safetensors")
     weight = whole.linear.weight
     assert saved["exp_avg.codes/linear.weight"].dtype == torch.uint8
     assert saved["exp_avg.scale/linear.weight"].numel() == weight.numel() / 256

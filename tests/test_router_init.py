@@ -224,3 +224,18 @@ def test_what_cannot_give_routers_is_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         mix(seed, {"birds": seed, "tools": seed}, tmp_path / "moe", **options)
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["ridge", "hidden_mean"])
+def test_a_gpu_computes_nearly_the_routers_of_a_cpu(make_llama: MakeLlama, tmp_path: Path, method: str) -> None:
+    from safetensors.torch import load_file
+
+    seed, texts = make_llama("seed"), write_texts(tmp_path)
+    experts = {"birds": make_llama("birds", 1), "tools": make_llama("tools", 2)}
+    for device in ("cpu", "cuda"):
+        mix(seed, experts, tmp_path / device, router_init=method, texts=texts, device=device)
+    wanted, found = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "cuda"))
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= 0.05 * wanted[name].norm() * name.endswith("moe.gate.weight")

@@ -31,9 +31,15 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def saved(folder: StateFolder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Save and wait until the checkpoint is written."""
+    folder.save(step, model, optimizer)
+    folder.close()
+
+
 def test_a_checkpoint_restores_weights_and_moments(tmp_path: Path) -> None:
     whole, optimizer = trained(4)
-    StateFolder(tmp_path / "state", MARKS).save(4, whole, optimizer)
+    saved(StateFolder(tmp_path / "state", MARKS), 4, whole, optimizer)
     fresh, its_optimizer = trained(0)
     assert StateFolder(tmp_path / "state", MARKS).load(fresh, its_optimizer) == 4
     for parameter, restored in zip(whole.parameters(), fresh.parameters(), strict=True):
@@ -54,7 +60,7 @@ def test_without_a_checkpoint_nothing_is_done_yet(tmp_path: Path) -> None:
     ({"inputs": "j", "data": "e"}, "other inputs, data;"),
 ])  # fmt: skip
 def test_a_checkpoint_of_other_data_or_inputs_is_refused(tmp_path: Path, other: dict[str, str], named: str) -> None:
-    StateFolder(tmp_path / "state", MARKS).save(4, *trained(4))
+    saved(StateFolder(tmp_path / "state", MARKS), 4, *trained(4))
     fresh, optimizer = trained(0)
     before = [parameter.detach().clone() for parameter in fresh.parameters()]
     with pytest.raises(RunFolderError, match=f"step-00000004: made with {named} resuming would mix old and new"):
@@ -100,7 +106,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_and_without_a_whole_one_no
     lines: list[str] = []
     folder = StateFolder(tmp_path / "state", MARKS, log=lines.append)
     for step in (1, 2):
-        folder.save(step, *trained(step))
+        saved(folder, step, *trained(step))
     harm(tmp_path / "state" / "step-00000002" / file)
     fresh, optimizer = trained(0)
     assert folder.load(fresh, optimizer) == 1
@@ -117,7 +123,7 @@ def test_metrics_that_changed_since_the_checkpoint_are_told(tmp_path: Path, late
     lines: list[str] = []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     folder = StateFolder(tmp_path / "state", MARKS, log=lines.append)
-    folder.save(1, *trained(1))
+    saved(folder, 1, *trained(1))
     (tmp_path / "metrics.jsonl").write_text(later if told else f'{{"step": 1}}\n{later}')
     assert folder.load(*trained(0)) == 1
     assert [str(tmp_path / "metrics.jsonl") in line for line in lines] == [True] * told
@@ -126,7 +132,7 @@ def test_metrics_that_changed_since_the_checkpoint_are_told(tmp_path: Path, late
 def test_the_last_two_checkpoints_are_kept_and_one_in_the_end(tmp_path: Path) -> None:
     folder, parts = StateFolder(tmp_path / "state", MARKS), trained(1)
     for step in (1, 2, 3):
-        folder.save(step, *parts)
+        saved(folder, step, *parts)
     assert [path.name for path in sorted(folder.folder.iterdir())] == ["step-00000002", "step-00000003"]
     folder.keep_only_last()
     assert folder.last() == str(tmp_path / "state" / "step-00000003")
@@ -137,7 +143,7 @@ def test_a_resume_on_another_device_says_that_it_is_no_longer_bit_exact(tmp_path
     lines: list[str] = []
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    StateFolder(tmp_path, {"data": "a"}, device="cuda", log=lines.append).save(1, model, optimizer)
+    saved(StateFolder(tmp_path, {"data": "a"}, device="cuda", log=lines.append), 1, model, optimizer)
     assert StateFolder(tmp_path, {"data": "a"}, device="cuda", log=lines.append).load(model, optimizer) == 1
     assert lines == []
     assert StateFolder(tmp_path, {"data": "a"}, device="cpu", log=lines.append).load(model, optimizer) == 1

@@ -296,14 +296,16 @@ def writing(target: Path) -> Iterator[None]:
 def _is_about(target: Path, error: Exception) -> bool:
     """Whether an error is about writing `target`: it names it, or says what only writing says."""
     number, name = error_number(error), getattr(error, "filename", None)
-    if number in OPEN_FILES or (number in WRITING and temporary_is_full(error, target)):
+    if number in OPEN_FILES:
         return False
-    if isinstance(name, str):
+    if isinstance(name, str):  # whoever keeps runs in the folder for temporary files means the run
         named, parent = Path(name).absolute(), target.parent.absolute()
         inside = named.relative_to(parent).parts[:1] if named.is_relative_to(parent) else ()
         return parent.is_relative_to(named) or inside[:1] == (target.name,) or (
             bool(inside) and inside[0].startswith(f".{target.name}."))  # fmt: skip
-    return number in WRITING or (isinstance(error, SafetensorError) and "I/O error" in str(error))
+    if number in WRITING:
+        return not temporary_is_full(error, target)
+    return isinstance(error, SafetensorError) and "I/O error" in str(error)
 
 
 def _sync_file(path: Path) -> None:

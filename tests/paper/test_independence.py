@@ -57,12 +57,14 @@ def test_a_feed_forward_branch_leaves_shared_weights_bit_for_bit(tmp_path: Path)
         assert seed[name].equal(expert[name]) == (".mlp." not in name), name
 
 
-def kill_while_training(run: RunFolder, stage: str, at_step: int) -> None:
-    """Start a stage in its own process and kill -9 it once it has done `at_step` steps."""
-    log = run.path.with_suffix(".log")
+def kill_while_training(run: RunFolder, stage: str, at_step: int, saved: int = 0) -> None:
+    """Start a stage in its own process and kill -9 it once it has done `at_step` steps and has `saved` checkpoints."""
+    log, folder = run.path.with_suffix(".log"), run.folder(stage)
     process = start_btx("work", run.path, stage, log=log)
     deadline = time.monotonic() + 60
-    while (last_metrics(run.folder(stage) / "metrics.jsonl") or {"step": 0})["step"] < at_step:
+    while (last_metrics(folder / "metrics.jsonl") or {"step": 0})["step"] < at_step or (
+        len(list(folder.glob("state/step-*"))) < saved
+    ):
         assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -78,7 +80,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.Monk
     stopped_after(killed, "train/birds", 5)
     run_here(killed.recipe, needs)
     kill_while_training(killed, "finetune", 2)
-    kill_while_training(killed, "finetune", 5)
+    kill_while_training(killed, "finetune", 5, saved=1)
     assert not (killed.folder("finetune") / "done.json").exists()
     _, lines = run_here(killed.recipe, ["finetune"])
     assert any("resumed after step" in line for line in lines), lines
@@ -138,19 +140,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path:
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from btx.errors import RunFolderError
-    from btx.training import state as training_state
+    from btx.model_files.direct_file import DirectFile
+    from btx.training import tensor_file
 
     recipe = pico_recipe(tmp_path)
     run, _ = run_here(recipe, ["data"])
-    real, calls = training_state.save_file, []
+    opened: list[Path] = []
 
-    def full(tensors: object, path: Path) -> None:
-        calls.append(path)
-        if len(calls) > 3:  # the second checkpoint's optimiser state
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+    class Full(DirectFile):
+        """The disk is full in the second checkpoint's optimiser state."""
 
-    monkeypatch.setattr(training_state, "save_file", full)
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+        def _write(self, data: memoryview) -> None:
+            if len(opened) > 3:
+                raise OSError(28, "No space left on device")
+            super()._write(data)
+
+    monkeypatch.setattr(tensor_file, "DirectFile", Full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         run_here(recipe, ["seed"])
     state = run.folder("seed") / "state"

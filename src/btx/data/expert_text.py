@@ -47,10 +47,10 @@ class TextRows:
         """Tokens that count: all but those at position 0, which are document separators for the most part."""
         return int((self.position_ids_BS > 0).sum())
 
-    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, rows: int = ROWS_AT_ONCE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Input ids and position ids of a few rows at a time."""
-        for start in range(0, len(self.input_ids_BS), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, len(self.input_ids_BS), rows):
+            part = slice(start, start + rows)
             yield self.input_ids_BS[part], self.position_ids_BS[part]
 
 

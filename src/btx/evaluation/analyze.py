@@ -80,8 +80,7 @@ class RoutingTotals:
 @torch.inference_mode()
 def routing_of(model: PreTrainedModel, rows: Packed) -> list[Routing]:
     """What every MoE layer decides for the positions of `rows`, in row order."""
-    device = model.device
-    packed_hidden(model, rows.input_ids_BS.to(device), rows.position_ids_BS.to(device))
+    packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
     return [block.routing for block in moe_blocks(model) if block.routing is not None]
 
 

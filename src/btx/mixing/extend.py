@@ -37,6 +37,7 @@ from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import model_provenance, versions
 from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
 from btx.model_files.vocabularies import check_ids
+from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
 from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
@@ -155,10 +156,10 @@ def hidden_mean_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterIni
     """
 
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
-        return torch.eye(len(texts))[text].expand(len(x_TD), -1)
+        return torch.eye(len(texts), device=x_TD.device)[text].expand(len(x_TD), -1)
 
-    sums = router_sums(load_for_text(model.path), texts, len(texts), labels)
-    return [hidden_mean(layer, scale=init.factor)[-1] for layer in sums]
+    sums = router_sums(load_for_text(model.path, choose_device("auto")), texts, len(texts), labels)
+    return [hidden_mean(layer, scale=init.factor)[-1].cpu() for layer in sums]
 
 
 def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> list[Tensor]:
@@ -166,7 +167,7 @@ def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> 
 
     Hidden states as in `hidden_mean_row`.
     """
-    network, new = load_for_text(model.path), len(texts) - 1
+    network, new = load_for_text(model.path, choose_device("auto")), len(texts) - 1
     old_weights = [router.weight.data.float() for router in moe_routers(network)]
 
     def beside_the_old_rows(layer: int, text: int, x_TD: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> 
         return wanted_T[:, None]
 
     sums = router_sums(network, texts, 1, beside_the_old_rows)
-    return [ridge(layer, ridge=init.ridge, scale=1.0)[0] for layer in sums]
+    return [ridge(layer, ridge=init.ridge, scale=1.0)[0].cpu() for layer in sums]
 
 
 ROW_FROM_TEXT: dict[str, Callable[[MoeFolder, Sequence[TextRows], RouterInit], list[Tensor]]] = {

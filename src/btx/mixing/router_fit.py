@@ -4,7 +4,7 @@ Which hidden states? Those at the router's input of the mixed model itself, its 
 of every layer take equal parts: what a layer will see when the routers before it are undecided. On the demo this beat
 hidden states of the mixed model with random routers, and of one in which each text went to its own expert.
 
-One layer's sums are D x D numbers; text streams through in a few rows at a time.
+One layer's sums are D x D numbers; text streams through in a few rows at a time, on a GPU in some thousand tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from btx.choices.families import Family
 from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
-from btx.data.expert_text import TextRows
+from btx.data.expert_text import ROWS_AT_ONCE, TextRows
 from btx.errors import CheckpointError
 from btx.mixing.router_init import FROM_TEXT, RouterSums
 from btx.model_files.checkpoints import TensorFolder
@@ -35,6 +35,8 @@ from btx.moe.routers import LayerRule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKENS_AT_ONCE = 16384
+"""Tokens of a forward pass on a GPU, at most."""
 Targets = Callable[[int, int, Tensor], Tensor]
 """(layer, number of the text, router inputs (T, D)) → what the router should say of them, (T, E)."""
 
@@ -58,7 +60,12 @@ def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method:
 
 
 def fit_routers(
-    folder: Path, family: Family, texts: Sequence[TextRows], owners: Sequence[int], init: RouterInit
+    folder: Path,
+    family: Family,
+    texts: Sequence[TextRows],
+    owners: Sequence[int],
+    init: RouterInit,
+    device: torch.device,
 ) -> None:
     """Compute the routers of the MoE model in `folder` from text and write them into its files.
 
@@ -67,26 +74,36 @@ def fit_routers(
         texts: one of each domain.
         owners: for every expert of a layer the number of the text that is its own.
         init: a start that needs text.
+        device: where the model runs, if there is room for it.
     """
-    model = load_for_text(folder)
-    owner_E = torch.tensor(list(owners))
+    model = load_for_text(folder, device)
 
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
-        return (owner_E == text).float().expand(len(x_TD), -1)
+        return torch.tensor([float(owner == text) for owner in owners], device=x_TD.device).expand(len(x_TD), -1)
 
     with experts_in_equal_parts(model):
         sums = router_sums(model, texts, len(owners), labels)
     write_routers(folder, family, [FROM_TEXT[init.method](layer, init) for layer in sums])
 
 
-def load_for_text(folder: Path) -> PreTrainedModel:
-    """The mixed model, in float32 if that fits into two thirds of the free memory, else in its own type."""
+def load_for_text(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The mixed model on `device`, in float32 if that fits into two thirds of the free memory, else in its own type; on
+    the CPU if a GPU has no room for that either."""
     from btx.models.loading import load_model
 
     tensors = TensorFolder(folder)
     elements = sum(tensors[name].numel for name in tensors.names)
-    fits = 4 * elements < psutil.virtual_memory().available * 2 / 3
-    return load_model(folder, dtype=torch.float32 if fits else tensors[tensors.names[0]].dtype)
+    free = psutil.virtual_memory().available
+    own_type = tensors[tensors.names[0]].dtype
+    if device.type == "cuda":
+        free_there, _ = torch.cuda.mem_get_info(device)
+        if own_type.itemsize * elements < free_there * 2 / 3:
+            free = min(free, free_there)
+        else:
+            device = torch.device("cpu")
+    model = load_model(folder, dtype=torch.float32 if 4 * elements < free * 2 / 3 else own_type)
+    cast(nn.Module, model).to(device)
+    return model
 
 
 @torch.inference_mode()
@@ -95,16 +112,19 @@ def router_sums(
 ) -> list[RouterSums]:
     """Sums over the router inputs of every MoE layer; each text counts the same, whatever its length.
 
-    Tokens at position 0 are left out: document separators, which are alike in every domain.
+    Tokens at position 0 are left out: document separators, which are alike in every domain. On a GPU products of the
+    model are in bfloat16, those of the sums in float32.
     """
-    routers = moe_routers(model)
-    sums = [RouterSums.zeros(router.weight.shape[1], num_targets) for router in routers]
+    device, routers = model.device, moe_routers(model)
+    in_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    sums = [RouterSums.zeros(router.weight.shape[1], num_targets, device) for router in routers]
     now: dict[str, Any] = {}
 
     def hook(layer: int) -> Callable[[Any, tuple[Tensor]], None]:
         def take(module: Any, inputs: tuple[Tensor]) -> None:
-            x_TD = inputs[0].flatten(0, -2)[now["counts_T"]]
-            sums[layer].add(x_TD, targets(layer, now["text"], x_TD), now["weight"])
+            with torch.autocast(device.type, enabled=False):
+                x_TD = inputs[0].flatten(0, -2)[now["counting"]]
+                sums[layer].add(x_TD, targets(layer, now["text"], x_TD), now["weight"])
 
         return take
 
@@ -112,9 +132,12 @@ def router_sums(
     try:
         for number, text in enumerate(texts):
             now.update(text=number, weight=1.0 / text.tokens)
-            for input_ids, position_ids in text.batches():
-                now["counts_T"] = torch.from_numpy(position_ids).flatten() > 0
-                packed_hidden(model, torch.from_numpy(input_ids), torch.from_numpy(position_ids))
+            rows = ROWS_AT_ONCE if device.type == "cpu" else max(1, TOKENS_AT_ONCE // text.input_ids_BS.shape[1])
+            for input_ids, position_ids in text.batches(rows):
+                # Places, not a mask: a GPU that selects by a mask has to tell the host how many there are.
+                now["counting"] = torch.from_numpy(position_ids).flatten().nonzero().flatten().to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+                    packed_hidden(model, torch.from_numpy(input_ids), torch.from_numpy(position_ids))
     finally:
         for handle in handles:
             handle.remove()
@@ -185,4 +208,4 @@ def write_routers(folder: Path, family: Family, weights: Sequence[Tensor]) -> No
         assert router.shape == tuple(weight_ED.shape), f"{router.shape} in the file, {tuple(weight_ED.shape)} computed"
         with open(router.file, "r+b") as file:
             file.seek(router.offset)
-            file.write(rounded(weight_ED, router.dtype).contiguous().view(torch.uint8).numpy().tobytes())
+            file.write(rounded(weight_ED.cpu(), router.dtype).contiguous().view(torch.uint8).numpy().tobytes())

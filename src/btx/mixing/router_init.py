@@ -52,9 +52,11 @@ class RouterSums:
     """Σ w y xᵀ, y the targets: 1 for the domain's own expert, 0 for the others."""
 
     @classmethod
-    def zeros(cls, hidden_size: int, num_experts: int) -> RouterSums:
+    def zeros(cls, hidden_size: int, num_experts: int, device: torch.device | None = None) -> RouterSums:
         """No text seen yet."""
-        return cls(torch.zeros(hidden_size, hidden_size), torch.zeros(num_experts, hidden_size))
+        return cls(
+            torch.zeros(hidden_size, hidden_size, device=device), torch.zeros(num_experts, hidden_size, device=device)
+        )
 
     def add(self, x_TD: Tensor, y_TE: Tensor, weight: float) -> None:
         """Take some tokens in, each counting `weight`."""
@@ -72,7 +74,8 @@ def ridge(sums: RouterSums, *, ridge: float, scale: float) -> Tensor:
     Source: DUME, arXiv 2603.29765, closed form of ridge regression.
     """
     gram_DD = sums.gram_DD.double()
-    regularised = gram_DD + ridge * gram_DD.diagonal().mean() * torch.eye(len(gram_DD), dtype=torch.float64)
+    identity_DD = torch.eye(len(gram_DD), dtype=torch.float64, device=gram_DD.device)
+    regularised = gram_DD + ridge * gram_DD.diagonal().mean() * identity_DD
     return scale * torch.linalg.solve(regularised, sums.cross_ED.double().T).T.float()
 
 

@@ -31,6 +31,7 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = _open(path)
         self._free: queue.Queue[mmap.mmap] = queue.Queue()
         for _ in range(_BUFFERS):
@@ -77,7 +78,7 @@ class DirectFile:
                 try:
                     self._write(memoryview(buffer)[:size])
                 except OSError as error:
-                    self._error = error
+                    self._error = OSError(error.errno, error.strerror, str(self._path))
             self._free.put(buffer)
 
     def _write(self, data: memoryview) -> None:

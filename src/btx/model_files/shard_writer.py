@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,9 @@ from btx.model_files.direct_file import DirectFile
 from btx.model_files.headers import INDEX, ONE_FILE
 from btx.model_files.lazy_tensors import LazyTensor, is_finite
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"
+}  # fmt: skip
 HEADER_BYTES = 160
 """Bytes of a file's header: those that a tensor adds beside its name, at most, and those of an empty header."""
 READERS = 2
@@ -112,7 +114,7 @@ def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Callable[[
     """Write one safetensors file; `progress` is called with the bytes of tensor data so far."""
     done = 0
     with DirectFile(path) as file:
-        file.write(_header(tensors))
+        file.write(file_header({tensor.name: tensor for tensor in tensors}))
         for tensor, block in _blocks(tensors):
             if tensor.dtype == torch.float16 and not is_finite(block):
                 raise CheckpointError(f"{tensor.name}: a value is too large for float16; choose bfloat16 or float32")
@@ -141,15 +143,14 @@ def _shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> list[list[O
     return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
-def _header(tensors: Sequence[OutputTensor]) -> bytes:
-    """Length and JSON header of a safetensors file, padded so that the data start at a multiple of 8."""
+def file_header(tensors: Mapping[str, OutputTensor | Tensor]) -> bytes:
+    """Length and JSON header of a safetensors file that holds these in this order, padded so that the data start at a
+    multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         end = offset + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
-        }  # fmt: skip
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

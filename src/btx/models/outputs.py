@@ -71,7 +71,7 @@ def token_nll(model: PreTrainedModel | SideBySide, rows: Packed) -> Tensor:
     if isinstance(model, SideBySide):
         return model.token_nll(rows)
     device = model.device
-    hidden_BSD = packed_hidden(model, rows.input_ids_BS.to(device), rows.position_ids_BS.to(device))
+    hidden_BSD = packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
     hidden_RD = hidden_BSD[rows.scored_BS.to(device)]
     labels_R = rows.labels_BS[rows.scored_BS].to(device)
     head = cast(torch.nn.Module, model.get_output_embeddings())

@@ -6,7 +6,9 @@ opens a folder as a model asks here: mix, extend, drop, adopt, the branches of a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,19 +39,25 @@ class ClassTensors(NamedTuple):
 
 
 def class_tensors(config: Mapping[str, Any]) -> ClassTensors:
-    """The tensors that a folder with this config has to hold; nothing is allocated.
+    """The tensors that a folder with this config has to hold; nothing is allocated. Not to be changed: it is kept for
+    the next folder of this config (experts are branches of one seed model).
 
     Raises:
         CheckpointError: transformers cannot build the model.
     """
+    return _class_tensors(json.dumps(config, sort_keys=True, default=repr))
+
+
+@lru_cache(maxsize=32)
+def _class_tensors(config_json: str) -> ClassTensors:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     quiet_transformers()
-    values = {key: value for key, value in config.items() if key != "model_type"}
+    values = json.loads(config_json)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
         tied = dict(model.all_tied_weights_keys)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         published = revert_weight_conversion(model, state)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import yaml
@@ -132,11 +133,10 @@ def read_yaml(text: str, source: str) -> Document:
 
 
 def compose(text: str, source: str) -> yaml.Node | None:
-    """The document's node tree, whose marks know the offsets in `text`; None for an empty text."""
-    loader = None
+    """The document's node tree, whose marks know the offsets in `text`; None for an empty text. Not to be changed: it
+    is kept for the next reader of this text (every row of a sweep reads the same recipe)."""
     try:
-        loader = _Loader(text)
-        return loader.get_single_node()
+        return _nodes(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = " ".join(part for part in (error.context, error.problem) if part)
@@ -147,11 +147,18 @@ def compose(text: str, source: str) -> yaml.Node | None:
         before = text[: error.position]
         place = Place(source, before.count("\n") + 1, error.position - (before.rfind("\n") + 1) + 1)
         words = f"character {chr(error.character)!a} is not allowed in YAML"
-    except (ValueError, OverflowError):  # PyYAML lets chr() fail on "\UFFFFFFFF"
-        mark = loader.get_mark() if loader else None
-        place = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source, 1, 1)
-        words = "an escape or a number that stands for no character or number"
     raise YamlSyntaxError(Problem(place, "", f"cannot be read: {words}"))
+
+
+@lru_cache(maxsize=16)
+def _nodes(text: str) -> yaml.Node | None:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_node()
+    except (ValueError, OverflowError) as error:  # PyYAML lets chr() fail on "\UFFFFFFFF"
+        raise yaml.MarkedYAMLError(
+            problem="an escape or a number that stands for no character or number", problem_mark=loader.get_mark()
+        ) from error
 
 
 def _place(source: str, node: yaml.Node) -> Place:

@@ -25,14 +25,21 @@ class Checkpoints(Protocol):
         """
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the state after `step` finished optimiser steps; the loop goes on to change it when this returns.
+        """Keep the state after `step` finished optimiser steps; the loop goes on to change it when this returns, which
+        may be before it is written.
 
         Raises:
-            RunFolderError: it could not be written; the checkpoint before is untouched.
+            RunFolderError: it, or the one before, could not be written; the checkpoints that are whole are untouched.
         """
 
+    def check(self) -> None:
+        """Without waiting, raise the RunFolderError of a save that has failed since it returned; called every step."""
+
+    def close(self) -> None:
+        """Wait until all that was saved is written, however the training ends; raises RunFolderError if it failed."""
+
     def last(self) -> str:
-        """Name of the newest checkpoint, for messages."""
+        """Name of the newest checkpoint that is whole, for messages; waits, and raises as `close`."""
 
     def keep_only_last(self) -> None:
         """Remove all but the newest, once the stage's model is written."""
@@ -47,6 +54,12 @@ class NoCheckpoints:
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keeps nothing."""
+
+    def check(self) -> None:
+        """Nothing can fail."""
+
+    def close(self) -> None:
+        """Nothing is being written."""
 
     def last(self) -> str:
         """None, in words."""

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+
+import torch
 
 from btx.errors import LossSpike
 from btx.models.device import in_bfloat16, precision_text
+from btx.models.packed import dense_mask_because
 from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
 from btx.training.job import TrainingJob
@@ -54,11 +58,14 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     if done:
         log(f"resumed after step {done} of {total_steps}")
     log(f"precision: {precision_text(settings.precision, job.device)}")
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+        if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
+            log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
     watch = DeadExpertWatch(job.experts, log)
     watch.recent.extend(metrics.loads)
     spikes = SpikeWatch(metrics.recent)
-    with metrics.open() as file:
+    with metrics.open() as file, closing(job.checkpoints):
         for step in range(done, total_steps):
             started = time.perf_counter()
             rate = learning_rate(step, total_steps, settings)
@@ -79,6 +86,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
                 "flops": tokens * job.flops_per_token,
             }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
             finished = step + 1
+            job.checkpoints.check()
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
                 job.checkpoints.save(finished, model, optimizer)
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")

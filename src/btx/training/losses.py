@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from btx.data.mixture import NO_LABEL
-from btx.models.packed import packed_hidden
+from btx.models.packed import copied_to, packed_hidden
 from btx.training.working_weights import in_product
 
 CHUNK = 512  # rows of logits alive at a time: at 512 x 2048 float32 they stay in a processor's cache
@@ -67,10 +67,10 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor)
 
 
 def next_token_loss(model: nn.Module, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-    """Summed next-token loss, in nats, of packed sequences (B, S)."""
+    """Summed next-token loss, in nats, of packed sequences (B, S) that lie on the host."""
     hidden = packed_hidden(model, input_ids, position_ids)
     weight = cast(Any, model).get_output_embeddings().weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), in_product(weight, dtype)
-    return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())
+    return linear_cross_entropy(hidden.flatten(0, 1), weight, copied_to(hidden.device, labels.flatten()))

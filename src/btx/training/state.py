@@ -4,28 +4,38 @@ A checkpoint holds the trainable weights (and selection biases of routers), Adam
 decides everything else: the data position is step · samples per step (`btx.data.mixture`), the learning rate is a
 function of the step, and the random state is drawn anew from (rng_seed, step) before each step. So a resumed run is
 bit-identical to an uninterrupted one.
+
+Training stands still only while a checkpoint is copied within memory; a thread writes and hashes the copy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
 from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_sealed
 from btx.outputs import CheckpointState
 from btx.process import Log
+from btx.training.background_writer import BackgroundWriter
+from btx.training.host_memory import HostCopy, fits_in_host_memory
 from btx.training.optimizer import kept_tensors, restore_tensors
+from btx.training.tensor_file import TensorFile
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
 STATE, METRICS = "state.json", "metrics.jsonl"
+WEIGHTS, MOMENTS = "weights.safetensors", "optimizer.safetensors"
+LONG_WAIT_S = 1.0
+"""Seconds that training waits for the checkpoint before without a word."""
 
 
 class StateFolder:
@@ -44,6 +54,10 @@ class StateFolder:
         self.folder = folder
         self.marks = dict(marks)
         self.device, self.log = device, log
+        self._writer = BackgroundWriter()
+        self._copies: dict[str, HostCopy] | None = None
+        """File → memory for what will be in it; None until it is known to fit, empty if it does not."""
+        self._waited = False
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore the newest whole checkpoint; a damaged one is passed over, which is logged. 0 if there is none.
@@ -79,28 +93,71 @@ class StateFolder:
         return 0
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write the checkpoint of `step` finished optimiser steps and remove all but the last two.
+        """Copy the state after `step` finished optimiser steps and let a thread write it as a checkpoint, then remove
+        all but the last two. Waits while the checkpoint before is still being written, and writes before it returns
+        where memory has no room for the copy; both are said once.
 
         Raises:
-            RunFolderError: it could not be written; the previous checkpoint is untouched.
+            RunFolderError: the checkpoint before could not be written; the one before that is untouched.
         """
+        self._wait_for_the_one_before()
         weights, moments = kept_tensors(model, optimizer)
+        files = {WEIGHTS: weights, MOMENTS: moments}
+        if self._copies is None:
+            self._copies = self._room_for(files)
+        contents = {file: TensorFile.of(tensors, self._copies.get(file)) for file, tensors in files.items()}
+        metrics = self.folder.parent / METRICS
+        metrics_bytes = metrics.stat().st_size if metrics.exists() else 0
+        self._writer.start(partial(self._write, step, contents, metrics_bytes))
+        if not self._copies:
+            self._writer.wait()
+
+    def check(self) -> None:
+        """Raise what the writing of the last checkpoint has failed with by now."""
+        self._writer.check()
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is written, and give the copy's memory back; raises RunFolderError if it could
+        not be written."""
+        self._copies = None
+        self._writer.wait()
+
+    def _wait_for_the_one_before(self) -> None:
+        started = time.monotonic()
+        self._writer.wait()
+        if (seconds := time.monotonic() - started) > LONG_WAIT_S and not self._waited:
+            self._waited = True
+            self.log(f"training waited {seconds:.0f} s for the checkpoint before to be written; a larger "
+                     f"checkpoint_every or a faster disk spares that")  # fmt: skip
+
+    def _room_for(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, HostCopy]:
+        """Memory for a copy of each file's tensors; empty if it does not fit, which is said."""
+        size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        if fits_in_host_memory(size):
+            return {file: HostCopy() for file in files}
+        self.log(f"memory has no room for a copy of what a checkpoint holds ({size / 1e9:.1f} GB): training stands "
+                 f"still while one is written")  # fmt: skip
+        return {}
+
+    def _write(self, step: int, contents: Mapping[str, TensorFile], metrics_bytes: int) -> None:
+        """Write a checkpoint and remove all but the last two; its files are hashed as they are written."""
         with atomic_folder(self.folder / _name(step)) as target:
-            _save(weights, target / "weights.safetensors")
-            _save(moments, target / "optimizer.safetensors")
-            sha256 = {file.name: file_sha256(file) for file in sorted(target.glob("*.safetensors"))}
+            sha256 = {file: content.write(target / file) for file, content in contents.items()}
             write_sealed(target / STATE, {
-                "step": step, "marks": self.marks, "device": self.device, "sha256": sha256, "metrics": self._metrics(),
+                "step": step, "marks": self.marks, "device": self.device, "sha256": sha256,
+                "metrics": self._metrics(metrics_bytes),
             })  # fmt: skip
         self._remove_all_but(KEPT)
 
     def last(self) -> str:
-        """Path of the newest checkpoint."""
+        """Path of the newest checkpoint, once it is written; raises as `close`."""
+        self._writer.wait()
         found = self._all()
         return str(found[-1]) if found else "none yet"
 
     def keep_only_last(self) -> None:
-        """Remove all checkpoints but the newest."""
+        """Remove all checkpoints but the newest, once it is written; raises as `close`."""
+        self.close()
         self._remove_all_but(1)
 
     def _metrics(self, size: int | None = None) -> dict[str, Any]:
@@ -125,10 +182,6 @@ class StateFolder:
         remove_left_overs(self.folder, r"step-\d+")
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-
-
 def _whole_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose files are all as they were written; raises RunFolderError if one is not."""
     path = checkpoint / STATE
@@ -150,7 +203,7 @@ def _name(step: int) -> str:
 
 
 def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    weights, moments = (load_file(checkpoint / name) for name in ("weights.safetensors", "optimizer.safetensors"))
+    weights, moments = (load_file(checkpoint / name) for name in (WEIGHTS, MOMENTS))
     try:
         restore_tensors(model, optimizer, weights, moments)
     except RunFolderError as error:

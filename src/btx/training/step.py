@@ -48,8 +48,7 @@ def training_step(
     for start in range(0, samples_per_step, micro):
         rows = slice(start, start + micro)
         input_ids, position_ids, labels = (
-            torch.from_numpy(values[rows]).to(job.device, non_blocking=True)
-            for values in (batch.input_ids, batch.position_ids, batch.labels)
+            torch.from_numpy(values[rows]) for values in (batch.input_ids, batch.position_ids, batch.labels)
         )
         share = len(input_ids) / samples_per_step
         with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings.precision, job.device)):

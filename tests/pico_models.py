@@ -58,9 +58,10 @@ def other_tokenizer() -> Tokenizer:
     return other
 
 
-def llama(folder: Path, rng_seed: int = 0) -> Path:
+def llama(folder: Path, rng_seed: int = 0, *, tie_word_embeddings: bool = False) -> Path:
     """A Llama folder with tokenizer."""
-    return _save(LlamaForCausalLM(LlamaConfig(vocab_size=320, **SIZES)), folder, rng_seed)
+    config = LlamaConfig(vocab_size=320, tie_word_embeddings=tie_word_embeddings, **SIZES)
+    return _save(LlamaForCausalLM(config), folder, rng_seed)
 
 
 def mixtral(folder: Path, experts: int = 4, top_k: int = 2, rng_seed: int = 0) -> Path:

@@ -20,7 +20,9 @@ from btx.errors import DataError
 from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
 from btx.evaluation.questions import read_questions
 from btx.evaluation.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line
+from btx.models import device as device_module
 from btx.models import outputs
+from btx.models.device import device_and_type
 from btx.models.loading import load_model
 from btx.recipe.evaluate import Task
 from btx.recipe.schema import Recipe
@@ -60,6 +62,27 @@ def test_bits_per_byte_equals_a_slow_float64_reference_one_document_at_a_time(ki
     assert measured.bytes == size
     assert measured.tokens == sum(len(document.tokens) - 1 for document in documents())
     assert measured.documents == 12
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bits_per_byte_in_bfloat16_are_those_in_float32_within_a_bfloat16_step(kind, tmp_path):
+    folder, packed = MODELS[kind](tmp_path / kind), pack(documents(), 24)
+    exact, rounded = (
+        bits_per_byte(load_model(folder, dtype=dtype), packed) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.bits_per_byte != exact.bits_per_byte
+    assert rounded.bits_per_byte == pytest.approx(exact.bits_per_byte, rel=2**-8)
+
+
+def test_models_are_measured_in_the_arithmetic_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: True)
+
+    def arithmetic(section: str, precision: str) -> torch.dtype:
+        given = f"{section}:\n  precision: {precision}\n"
+        return device_and_type(recipe((f"{section}:\n", given)))[1]
+
+    assert arithmetic("evaluate", "bfloat16") == torch.bfloat16
+    assert arithmetic("evaluate", "float32") == arithmetic("evaluate", "auto") == torch.float32
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -20,6 +20,8 @@ from btx.recipe.section import Section
 from btx.recipe.training import BaselineTraining, Finetune, Lora, SeedModel, SeedTraining, TokenizerTraining, Train
 from btx.run_folder import decisive as decisive_module
 from btx.run_folder.decisive import SPEED_ONLY, decisive, neutral_value, shown
+from btx.run_folder.folder import started_json
+from btx.run_folder.graph import Stage
 from btx.run_folder.stages_of_recipe import build_graph
 from tests.pico_run import pico_recipe
 
@@ -83,6 +85,23 @@ def test_a_default_that_changed_keeps_its_old_neutral_value(monkeypatch: pytest.
     monkeypatch.setitem(decisive_module.NEUTRAL, ("Later", "top_k"), 2)
     assert decisive(Later()) == {"top_k": 3}  # the new default is another setting than the old one was
     assert decisive(Later(top_k=2)) == {}
+
+
+def test_float32_that_an_earlier_version_left_out_stays_left_out_and_auto_takes_what_was_made(tmp_path: Path) -> None:
+    def stage(*overrides: str, begun: dict[str, Any] | None = None) -> Stage:
+        graph = build_graph(pico_recipe(tmp_path, "run", *overrides), begun=lambda name: begun)
+        return graph["train/birds"]
+
+    by_default = stage()
+    noted = started_json(by_default)
+    assert noted["shown"]["train"]["precision"] == "auto"
+    earlier = noted | {"shown": noted["shown"] | {"train": noted["shown"]["train"] | {"precision": "float32"}}}
+    float32 = "train.precision=float32"
+    assert stage(begun=earlier).settings == stage(float32, begun=earlier).settings == by_default.settings
+    assert stage("train.precision=bfloat16", begun=earlier).settings != by_default.settings
+    asked = stage(float32, begun=noted)
+    assert asked.settings != by_default.settings, "what auto made may be bfloat16"
+    assert asked.settings == stage(float32).settings == stage(float32, begun=started_json(asked)).settings
 
 
 if __name__ == "__main__":

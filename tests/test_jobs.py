@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from btx.models.device import has_bfloat16_units, in_bfloat16
 from btx.planning.plan import plan
 from btx.planning.speed import Speed
 from btx.recipe.training import Finetune
 from btx.run_folder import threads as threads_module
 from btx.run_folder.folder import RunFolder
 from btx.stages import work
-from btx.training.step import has_bfloat16_units, in_bfloat16
 from tests.pico_run import pico_recipe
 
 
@@ -58,10 +58,21 @@ def test_a_stage_that_runs_alone_takes_all_processors_unless_told_otherwise(monk
 
 
 def test_bfloat16_is_for_processors_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Finetune(tokens=1, precision="bfloat16")
     for there in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx2": True, "avx512_bf16": there})
         assert has_bfloat16_units() == there
-        assert in_bfloat16(settings, torch.device("cpu")) == there
-        assert in_bfloat16(settings, torch.device("cuda"))
-    assert not in_bfloat16(Finetune(tokens=1), torch.device("cuda"))
+        assert in_bfloat16("bfloat16", torch.device("cpu")) == there
+        assert in_bfloat16("bfloat16", torch.device("cuda"))
+
+
+def test_auto_is_bfloat16_on_gpus_that_have_units_for_it_and_float32_on_every_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Finetune(tokens=1).precision == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx512_bf16": there})
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, there=there: there)
+        assert in_bfloat16("auto", torch.device("cuda")) == there
+        assert not in_bfloat16("auto", torch.device("cpu"))
+        assert not in_bfloat16("float32", torch.device("cuda"))

@@ -14,7 +14,7 @@ from btx.models.adapters import add_adapters, merge_adapters
 from btx.models.configs import read_config
 from btx.models.cost import config_cost, model_cost
 from btx.models.loading import load_model
-from btx.planning.costs import dense_config
+from btx.planning.costs import dense_config, stage_trainings
 from btx.planning.plan import plan
 from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder
@@ -101,12 +101,13 @@ def test_a_plan_of_lora_branches_counts_the_adapters_alone_and_needs_no_peft(
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     recipe = pico_recipe(seeded, "run", *LORA, "train.lora.rank=2")
     preflight.preflight(recipe)
-    stages = {row["stage"]: row for row in plan(recipe)["stages"]}
+    assert plan(recipe)["stages"]
     config = dense_config(RunFolder(seeded / "run", recipe))
     adapters = 2 * 3 * 2 * (32 + 48)  # layers, projections, rank, in and out
     assert config_cost(config, trainable="lora", lora_rank=2).trained_params == adapters
     all_weights = config_cost(config).total_params
-    saved = stages["seed"]["memory_bytes"] - stages["train/birds"]["memory_bytes"]
+    seed, birds = (stage_trainings(recipe, config)[stage].memory.memory for stage in ("seed", "train/birds"))
+    saved = seed.state - birds.state
     assert saved == 12 * all_weights - 16 * adapters
     with pytest.raises(UserError, match=r'not installed: pip install "branchtrainmix\[lora\]"'):
         preflight.check_packages(recipe)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btx.data.mixture import Batch
+from btx.models import device as device_module
 from btx.models.cost import config_cost
 from btx.models.loading import checkpoint_activations
 from btx.models.memory import LOGIT_ROWS, MemoryScheme, MicroBatch, model_shape, training_memory
@@ -18,7 +19,7 @@ from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, swap_in_moe
 from btx.planning.speed import RandomSamples
 from btx.recipe.training import Finetune, Train
-from btx.training import losses, step
+from btx.training import losses
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, trained_as
@@ -81,7 +82,7 @@ def needs_and_live(
 def test_the_peak_of_a_step_is_predicted_within_a_tenth(
     config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: True)
     needs, live = needs_and_live(config, **settings)
     predicted = needs.memory.peak - needs.memory.optimizer
     assert predicted == pytest.approx(live.peak, rel=0.1)

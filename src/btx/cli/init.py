@@ -50,7 +50,6 @@ train:  # one expert for each of these domains, each in a process of its own
   tokens: {tokens}  # of each expert; {why_tokens}
   # batch_tokens, learning_rate, warmup_steps and checkpoint_every follow from model and tokens; `btx plan` says which.
   # micro_batch_tokens: auto        # the most that fit into memory (default 16384)
-  # precision: bfloat16             # on a GPU: faster, less memory
   # gradient_checkpointing: true    # much less memory, a third more time
 
 mix:
@@ -58,7 +57,6 @@ mix:
 
 finetune:  # of the mixed model, on all domains
   tokens: {tokens}
-  # precision: bfloat16
   # gradient_checkpointing: true
 
 evaluate:

@@ -121,6 +121,9 @@ class Evaluate(Section):
 
     tokens: PositiveInt = 200_000
     """Held-out tokens a domain, at most."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic in which models are measured, here and in `analyze`. auto: on a GPU that of the finetuning, on a CPU
+    float32."""
     mixed: Mixed = Mixed()
     """Documents that switch domain in the middle."""
     tasks: dict[Name, Task] = {}

@@ -54,8 +54,15 @@ class Training(Section):
     """AdamW's decoupled weight decay; norms and biases are left out."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of forward and backward; weights and optimiser state stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; master weights and optimiser state stay float32. auto: bfloat16 on a GPU that
+    has units for it, float32 on a CPU, so that results do not depend on the kind of CPU."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps both moments in 8 bits, 2 bytes a weight instead of 8; needs `pip install
+    "branchtrainmix[adam8bit]"`."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrices have no float32 master; the optimiser rounds its update by chance, which is right on average.
+    Goes with `precision: bfloat16` and `optimizer: adamw_8bit`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     checkpoint_every: PositiveInt = 100
@@ -63,6 +70,15 @@ class Training(Section):
     on_spike: OnSpike = "log"
     """What to do about a step whose loss or gradient norm stands far out from the last 100 (docs/footguns.md). log: say
     so; skip: say so and leave weights and moments as they were; stop: save what was before it, and fail."""
+
+    @model_validator(mode="after")
+    def _weights_go_with_the_rest(self) -> Training:
+        if self.weights == "bfloat16" and (self.precision, self.optimizer) != ("bfloat16", "adamw_8bit"):
+            raise ValueError(
+                f"weights: bfloat16 goes with precision: bfloat16 and optimizer: adamw_8bit; precision is "
+                f"{self.precision}, optimizer is {self.optimizer}"
+            )
+        return self
 
     def step_tokens(self, sequence_length: int) -> int:
         """Tokens of an optimiser step: whole sequences, one at least."""

@@ -22,6 +22,9 @@ from btx.run_folder.graph import Stage
 NOT_COMPARED = {"device", "domain", "domains", "general", "data", "files", "members", "domain_tokens"}
 """Keys of old settings that said where something is, or what the stages before and the tokens say now."""
 
+NEUTRAL_THEN = {"precision": "float32"}
+"""Settings whose neutral value was another one → that value; what is neutral now accepts it."""
+
 
 def is_of_earlier_version(run: RunFolder) -> bool:
     """Whether a run folder was begun when all data were one stage."""
@@ -85,7 +88,9 @@ def _same(before: Any, after: Any, decisive: Any) -> bool:
     decides = decisive if isinstance(decisive, dict) else {}
     younger = after.keys() - before.keys() - NOT_COMPARED
     return not younger & decides.keys() and all(
-        _same(value, after.get(name), decides.get(name)) for name, value in before.items()
+        _same(value, after.get(name), decides.get(name))
+        or (name not in decides and name in NEUTRAL_THEN and value == NEUTRAL_THEN[name])
+        for name, value in before.items()
     )
 
 

@@ -3,10 +3,15 @@
 A field that has its neutral value is left out: so a field that a later version adds leaves the hashes of all runs that
 do not use it as they were. The neutral value is the field's default. Should a default change, its old value goes into
 `NEUTRAL`, or finished runs would silently count as made by the new one; `tests/test_golden_hashes.py` notices both.
+
+The one exception is `precision`, which was float32 by default and is auto now: auto takes any arithmetic, so what is
+finished stays right, and a run does not become stale by moving to another device. That float32 which an earlier version
+left out stays left out: `as_it_was`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,6 +27,27 @@ NEUTRAL: dict[tuple[str, str], Any] = {}
 def decisive(value: Any) -> Any:
     """Settings as a JSON value, recipe sections in them without fields that decide only speed or are neutral."""
     return _json(value, without_neutral=True)
+
+
+def as_it_was(settings: Any, now: Any, begun: Mapping[str, Any] | None) -> Any:
+    """Decisive settings of a stage, without what its folder shows with the same value and left out as neutral.
+
+    Args:
+        settings: what `decisive` gives.
+        now: what `shown` gives.
+        begun: started.json of the stage, with its `settings` and `shown` of then; None if there is none.
+    """
+    return settings if begun is None else _as_it_was(settings, now, begun["settings"], begun["shown"])
+
+
+def _as_it_was(settings: Any, now: Any, settings_then: Any, then: Any) -> Any:
+    if not all(isinstance(value, dict) for value in (settings, now, settings_then, then)):
+        return settings
+    return {
+        name: _as_it_was(value, now.get(name), settings_then.get(name), then.get(name))
+        for name, value in settings.items()
+        if name in settings_then or name not in then or then[name] != now.get(name)
+    }  # fmt: skip
 
 
 def shown(value: Any) -> Any:

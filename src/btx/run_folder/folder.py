@@ -81,24 +81,28 @@ class RunFolder:
     @cached_property
     def graph(self) -> Graph:
         """The stages of the run's recipe, as things stand when it is first asked for."""
-        return build_graph(self.recipe, self.recorded, self._read_by_others)
+        return build_graph(self.recipe, self.recorded, self._read_by_others, self.begun)
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """started.json of a stage that is finished, None if it is not. What a domain was when models were trained on it
         is known from these too, where its own folder was left behind."""
-        begun, done = read_started(self.folder(stage)), self.done(stage)
-        finished = begun and done and begun.get("format") == FORMAT and begun["inputs"] == done["inputs"]
-        if finished:
+        begun, done = self.begun(stage), self.done(stage)
+        if begun and done and begun["inputs"] == done["inputs"]:
             return begun
         return self._read_by_others.get(stage) if stage.startswith("data/") else None
+
+    def begun(self, stage: str) -> dict[str, Any] | None:
+        """started.json of a stage that is begun or finished, None if there is none of this format."""
+        begun = read_started(self.folder(stage))
+        return begun if begun and begun.get("format") == FORMAT else None
 
     @cached_property
     def _read_by_others(self) -> dict[str, dict[str, Any]]:
         """Data stage → its started.json as noted by the finished stages that have read it."""
         noted: dict[str, dict[str, Any]] = {}
         for stage in ("finetune", *(f"train/{domain}" for domain in self.recipe.train.domains), "seed"):
-            begun = read_started(self.folder(stage))
-            if begun is not None and begun.get("format") == FORMAT and self.done(stage):
+            begun = self.begun(stage)
+            if begun is not None and self.done(stage):
                 noted |= begun["read"]
         return noted
 

@@ -16,11 +16,11 @@ from btx.choices.baselines import BASELINES, BTM, UPCYCLED, is_trained, stage_na
 from btx.errors import UserError
 from btx.files import value_hash
 from btx.recipe.schema import Recipe
-from btx.run_folder.decisive import decisive, shown
+from btx.run_folder.decisive import as_it_was, decisive, shown
 
 Settings = dict[str, Any]
 Recorded = Callable[[str], Mapping[str, Any] | None]
-"""Stage's name → its started.json where the stage is finished, else None."""
+"""Stage's name → its started.json where the stage is finished (or begun, where that is asked for), else None."""
 
 
 def nothing_recorded(stage: str) -> None:
@@ -42,6 +42,8 @@ class Stage:
     """Makes the name under which the stages that need it know it, where that is another one."""
     recorded: Mapping[str, Any] | None = None
     """started.json of the finished stage: what its files held if they cannot be seen from here."""
+    begun: Mapping[str, Any] | None = None
+    """started.json of the stage, finished or not: what was neutral when it was begun."""
 
     @cached_property
     def settings(self) -> Settings:
@@ -65,7 +67,8 @@ class Stage:
             if self.recorded is None:
                 raise
             return dict(self.recorded["settings"]), dict(self.recorded["shown"])
-        return decisive(described), shown(described)
+        now = shown(described)
+        return as_it_was(decisive(described), now, self.begun), now
 
     @cached_property
     def inputs(self) -> str:

@@ -30,22 +30,26 @@ Mixed = TypeVar("Mixed", SeedTraining, Finetune)
 
 
 def build_graph(
-    recipe: Recipe, recorded: Recorded = nothing_recorded, read: Mapping[str, Mapping[str, Any]] | None = None
-) -> Graph:
+    recipe: Recipe, recorded: Recorded = nothing_recorded, read: Mapping[str, Mapping[str, Any]] | None = None,
+    begun: Recorded = nothing_recorded,
+) -> Graph:  # fmt: skip
     """The stages of `recipe`, in an order in which they can run.
 
     Args:
         recorded: what is known of the run's finished stages, so that nothing of them has to be at hand.
         read: label of a data stage → its started.json, as noted by the finished models that have read it.
+        begun: as `recorded`, of stages that are begun or finished.
     """
-    return _Stages(recipe, recorded, read or {}).graph()
+    return _Stages(recipe, recorded, read or {}, begun).graph()
 
 
 class _Stages:
     """One recipe's stages while they are put together."""
 
-    def __init__(self, recipe: Recipe, recorded: Recorded, read: Mapping[str, Mapping[str, Any]]) -> None:
-        self.recipe, self.recorded = recipe, recorded
+    def __init__(
+        self, recipe: Recipe, recorded: Recorded, read: Mapping[str, Mapping[str, Any]], begun: Recorded
+    ) -> None:
+        self.recipe, self.recorded, self.begun = recipe, recorded, begun
         self.data = DataStages(recipe, recorded, read)
         self.rng = {"rng_seed": recipe.rng_seed}
 
@@ -68,7 +72,7 @@ class _Stages:
         return Graph(recipe, (*self.data, *made, evaluate, analyze, report))
 
     def _stage(self, name: str, describe: Any, needs: Iterable[Stage], **more: Any) -> Stage:
-        return Stage(name, describe, tuple(needs), recorded=self.recorded(name), **more)
+        return Stage(name, describe, tuple(needs), recorded=self.recorded(name), begun=self.begun(name), **more)
 
     def _read(self, mixtures: list[dict[str, float]]) -> list[Stage]:
         """The data stages behind some mixtures of domains."""

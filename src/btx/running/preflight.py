@@ -24,6 +24,7 @@ from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.stages_of_recipe import task_files
+from btx.training.eight_bit import check_installed
 
 
 def preflight(recipe: Recipe) -> None:
@@ -35,7 +36,7 @@ def preflight(recipe: Recipe) -> None:
         CheckpointError: the seed model's folder is no model, of a family that cannot be mixed, or its tokenizer does
             not fit it.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
-        UserError: a task of lm-evaluation-harness cannot be measured here.
+        UserError: a task of lm-evaluation-harness cannot be measured here, or an optimiser's package is missing.
     """
     run = RunFolder(Path(recipe.run_folder), recipe)
     measures = run.state(run.graph["evaluate"]) != "done"
@@ -43,6 +44,10 @@ def preflight(recipe: Recipe) -> None:
     if measures:
         _check_tasks(recipe)
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
+    trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
+    for where, training in trainings.items():
+        if training is not None:
+            check_installed(training.optimizer, f"{where}.")
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
     _check_run_folder(run.path)

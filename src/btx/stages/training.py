@@ -44,6 +44,7 @@ from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
 from btx.training.out_of_memory import memory_advice
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
+from btx.training.working_weights import give_back_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,6 +150,8 @@ def train_stage(
                     memory_advice(error, needs.settled(noted_micro_batch(folder, stage.inputs)))
                 ) from error
             raise
+        if like is not None:
+            give_back_frozen(model, like)
         merge_adapters(model)
         cost = model_cost(model)
         with atomic_folder(folder / "model") as target:

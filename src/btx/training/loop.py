@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from btx.errors import LossSpike
+from btx.models.device import in_bfloat16, precision_text
 from btx.models.packed import dense_mask_because
 from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
@@ -21,7 +22,8 @@ from btx.training.metrics import Metrics
 from btx.training.optimizer import adamw, set_learning_rate
 from btx.training.schedule import learning_rate
 from btx.training.spikes import SpikeWatch, spike_text
-from btx.training.step import in_bfloat16, training_step
+from btx.training.step import training_step
+from btx.training.working_weights import give_back_float32, hold_frozen_in_bfloat16
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         LossSpike: there was one, and `on_spike` is stop; a checkpoint of the steps before it was written.
         Interrupted: a signal came; a checkpoint was written.
     """
-    settings, model = job.settings, job.model.to(job.device).train()
+    settings = job.settings
+    bfloat16 = in_bfloat16(settings.precision, job.device)
+    if bfloat16:
+        hold_frozen_in_bfloat16(job.model)
+    model = job.model.to(job.device).train()
     tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
     samples_per_step = tokens_per_step // job.mixture.sequence_length
     total_steps = settings.steps(job.mixture.sequence_length)
@@ -55,9 +61,8 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         log(f"resumed after step {done} of {total_steps}")
     if job.settled is not None:
         job = job.settled(job, optimizer, log)
-    if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
-        log("precision bfloat16: this CPU has no units for it; training in float32")
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings, job.device)):
+    log(f"precision: {precision_text(settings.precision, job.device)}")
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
         if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
             log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
     metrics = Metrics(job.folder / "metrics.jsonl", done)
@@ -89,6 +94,7 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
                 job.checkpoints.save(finished, model, optimizer)
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
+    give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
         metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from btx.data.mixture import NO_LABEL
 from btx.models.packed import copied_to, packed_hidden
+from btx.training.working_weights import in_product
 
 CHUNK = 512  # rows of logits alive at a time: at 512 x 2048 float32 they stay in a processor's cache
 
@@ -71,5 +72,5 @@ def next_token_loss(model: nn.Module, input_ids: Tensor, position_ids: Tensor, l
     weight = cast(Any, model).get_output_embeddings().weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden, weight = hidden.to(dtype), in_product(weight, dtype)
     return linear_cross_entropy(hidden.flatten(0, 1), weight, copied_to(hidden.device, labels.flatten()))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from btx.choices.trainable import MOE_TRAINABLE
+from btx.models.device import in_bfloat16
 from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, training_memory
 from btx.recipe.training import Training
-from btx.training.step import in_bfloat16
 
+CPU = torch.device("cpu")
 CHANGES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"precision": "bfloat16"},
@@ -56,12 +57,13 @@ class MemoryNeeds:
         """The training with some settings changed."""
         settings, length = self.settings.model_copy(update=changed), self.sequence_length
         shape = trained_as(self.shape, changed["trainable"]) if "trainable" in changed else self.shape
-        tokens = settings.micro_batch(length)
+        tokens, scheme = settings.micro_batch(length), memory_scheme(settings, self.device)
+        on_gpu = self.device == "cuda"
         batch = MicroBatch(
-            tokens, length, checkpointed=settings.gradient_checkpointing,
-            alone=tokens >= settings.step_tokens(length), grouped=self.device == "cuda",
+            tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= settings.step_tokens(length),
+            grouped=on_gpu, dense_mask=not (on_gpu and scheme.arithmetic == 2),
         )  # fmt: skip
-        return Variant(changed, tokens, training_memory(shape, memory_scheme(settings, self.device), batch))
+        return Variant(changed, tokens, training_memory(shape, scheme, batch))
 
     def settled(self, micro_batch_tokens: int | None) -> MemoryNeeds:
         """With what was found for `micro_batch_tokens: auto`; None: nothing was."""
@@ -130,8 +132,13 @@ def halves(tokens: int, sequence_length: int) -> list[int]:
 
 def memory_scheme(settings: Training, device: str) -> MemoryScheme:
     """Bytes of a number, by what it is for, when this is trained on a `cuda` or `cpu` device."""
-    bfloat16 = in_bfloat16(settings, torch.device(device))
-    return MemoryScheme(arithmetic=2 if bfloat16 else 4)
+    moments = 2.0 if settings.optimizer == "adamw_8bit" else 8.0
+    # A GPU that is planned for has units for bfloat16, whatever this machine has.
+    if settings.precision == "float32" if device == "cuda" else not in_bfloat16(settings.precision, CPU):
+        return MemoryScheme(moments=moments)
+    masters = settings.weights == "float32"
+    return MemoryScheme(weight=4.0 if masters else 2.0, working=2.0 if masters else 0.0, frozen=2.0, moments=moments,
+                        arithmetic=2)  # fmt: skip
 
 
 def trained_as(shape: ModelShape, trainable: str) -> ModelShape:

@@ -3,57 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
+from btx.models.device import in_bfloat16
 from btx.models.trainable import weight_parts
 from btx.recipe.training import Finetune, Training
+from btx.training.eight_bit import PARTS, adamw_8bit, from_parts, parts_of
+from btx.training.working_weights import hold_in_bfloat16, master_of, refresh_copies
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def adamw(model: nn.Module, settings: Training) -> torch.optim.AdamW:
+def adamw(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """AdamW over the trainable weights of `model`; weight decay on matrices only, not on norms and biases.
 
-    Each group has a `factor`: the multiple of the learning rate that its part of a MoE model trains with.
+    Each group has a `factor`: the multiple of the learning rate that its part of a MoE model trains with. Where `model`
+    is to train in bfloat16 its matrices become copies of float32 masters, which the optimiser moves: see
+    `btx.training.working_weights`.
+
+    Raises:
+        UserError: `optimizer` is adamw_8bit and torchao is not installed.
     """
+    device = next(model.parameters()).device
+    if copies := in_bfloat16(settings.precision, device):
+        hold_in_bfloat16(model, masters=settings.weights == "float32", gradients=_gradient_type(settings))
     factors = settings.learning_rate_factors.model_dump() if isinstance(settings, Finetune) else {}
     parts = weight_parts(model)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    by_setting: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((decay, factors.get(parts[name], 1.0)), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()],
-        lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True,
+            by_setting.setdefault((decay, factors.get(parts[name], 1.0)), []).append(master_of(parameter))
+    groups: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": decay, "factor": factor}
+        for (decay, factor), members in by_setting.items()
+    ]  # fmt: skip
+    optimizer = (
+        adamw_8bit(groups, settings, device) if settings.optimizer == "adamw_8bit" else
+        torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True
+        )
     )  # fmt: skip
+    if copies:
+        optimizer.register_step_post_hook(lambda *_: refresh_copies(model))
+    return optimizer
+
+
+def _gradient_type(settings: Training) -> torch.dtype:
+    """Of matrices' gradients from one micro-batch to the next: float32, or as they come if nothing is added to them and
+    the optimiser takes them so."""
+    added_up = settings.micro_batch_tokens == "auto" or settings.micro_batch_tokens < settings.batch_tokens
+    return torch.bfloat16 if settings.optimizer == "adamw_8bit" and not added_up else torch.float32
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of the next step, each group's own multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(rate * group["factor"])
+        else:
+            group["lr"] = rate * group["factor"]
 
 
 def clip_gradients(model: nn.Module, largest: float) -> float:
     """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    trained = [p for p in map(master_of, model.parameters()) if p.grad is not None]
+    norm = _total_norm([p.grad for p in trained if p.grad is not None])
     value = norm.item()
     if not value + 1e-6 <= largest:  # torch's clip_grad_norm_ would multiply every gradient by 1 here
         nn.utils.clip_grads_with_norm_(trained, largest, norm)
     return value
 
 
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """In float32: torch's own would round the norm of bfloat16 gradients to bfloat16."""
+    if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def kept_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a checkpoint holds: weights that train (and selection biases), and the optimiser's moments. Not copied."""
+    """What a checkpoint holds: weights that train (and selection biases), and the optimiser's moments. Not copied.
+
+    Weights are the float32 masters where there are any. A moment in 8 bits is several plain tensors.
+    """
     trainable = _trainable(model)
     moments = {
-        f"{moment}/{name}": optimizer.state[parameter][moment]
+        f"{moment}{part}/{name}": tensor
         for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
+        for part, tensor in parts_of(optimizer.state[parameter][moment]).items()
     }  # fmt: skip
     return trainable | _selection_biases(model), moments
 
@@ -73,15 +116,29 @@ def restore_tensors(
     with torch.no_grad():
         for name, tensor in moved.items():
             tensor.copy_(weights[name])
+    refresh_copies(model)
     for name, parameter in trainable.items():
-        kept = {moment: moments.get(f"{moment}/{name}") for moment in MOMENTS}
+        kept = {moment: _parts(moments, moment, name) for moment in MOMENTS}
         optimizer.state[parameter] = {
-            moment: tensor.to(parameter.device) for moment, tensor in kept.items() if tensor is not None
-        }
+            moment: _step(parts[""], optimizer, parameter) if moment == "step" else
+            from_parts(parts, parameter, signed=moment == "exp_avg")
+            for moment, parts in kept.items() if parts
+        }  # fmt: skip
+
+
+def _parts(moments: Mapping[str, Tensor], moment: str, name: str) -> dict[str, Tensor]:
+    suffixes = ("", *(f".{part}" for part in PARTS))
+    return {suffix: moments[key] for suffix in suffixes if (key := f"{moment}{suffix}/{name}") in moments}
+
+
+def _step(step: Tensor, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """The number of steps where the optimiser has it: beside the weight, or on the host."""
+    return step.to(parameter.device) if isinstance(optimizer, torch.optim.AdamW) else step.cpu()
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """What the optimiser moves, under the model's names."""
+    return {name: master_of(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _selection_biases(model: nn.Module) -> dict[str, Tensor]:

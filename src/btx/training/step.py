@@ -12,10 +12,10 @@ import torch
 
 from btx.data.mixture import NO_LABEL
 from btx.errors import LossSpike, NotFinite
+from btx.models.device import in_bfloat16
 from btx.moe.balancing import RoutingLoss, move_selection_bias
 from btx.moe.layer import at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
-from btx.recipe.training import Training
 from btx.training.job import TrainingJob
 from btx.training.losses import next_token_loss
 from btx.training.optimizer import clip_gradients
@@ -51,7 +51,7 @@ def training_step(
             torch.from_numpy(values[rows]) for values in (batch.input_ids, batch.position_ids, batch.labels)
         )
         share = len(input_ids) / samples_per_step
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings, job.device)):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings.precision, job.device)):
             micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
             loss += micro_loss.detach()
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
@@ -82,15 +82,3 @@ def training_step(
             move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
     optimizer.zero_grad(set_to_none=True)
     return facts | routing_loss.facts() | meter.facts()
-
-
-def in_bfloat16(settings: Training, device: torch.device) -> bool:
-    """Whether products are computed in bfloat16: where the settings say so, and on a CPU only if it has units for it;
-    without, emulation is slower than float32 and less exact."""
-    return settings.precision == "bfloat16" and (device.type != "cpu" or has_bfloat16_units())
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this machine's CPU multiplies in bfloat16 (AVX512-BF16, AMX or Arm BF16)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(there is True for name, there in capabilities.items() if name.endswith("bf16"))

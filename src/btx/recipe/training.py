@@ -54,6 +54,10 @@ class Training(Section):
     """Arithmetic of forward and backward; weights and optimiser state stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    compile: Literal["auto"] | bool = "auto"
+    """Whether torch compiles the decoder layers before training: the same results but for rounding, and for the random
+    numbers of sample_top1. auto: on GPUs alone, and with CUDA graphs for models so small that launching kernels takes
+    longer than they do. Where nothing can be compiled, training says so and goes on without (docs/gpu.md)."""
     checkpoint_every: PositiveInt = 100
     """Optimiser steps between two resumable checkpoints."""
     on_spike: OnSpike = "log"

@@ -150,5 +150,6 @@ def train_stage(
             "threads": torch.get_num_threads(), "device": str(device), "data": job.mixture.fingerprint,
             "peak_memory_bytes": peak_memory_bytes(device), "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
+            **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
         }  # fmt: skip
     return totals

@@ -5,19 +5,21 @@ A stage differs in its start weights, its data mixture and the set of weights th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from btx.errors import LossSpike
-from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
+from btx.training.compiled import compiled_layers
 from btx.training.job import TrainingJob
 from btx.training.metrics import Metrics
-from btx.training.optimizer import adamw, set_learning_rate
+from btx.training.optimizer import adamw, set_learning_rate, skips_on_device
+from btx.training.record import StepRecord
 from btx.training.schedule import learning_rate
-from btx.training.spikes import SpikeWatch, spike_text
-from btx.training.step import in_bfloat16, training_step
+from btx.training.spikes import SpikeWatch
+from btx.training.step import Facts, in_bfloat16, launch_step, training_step
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,20 @@ class Totals:
     tokens: int
     flops: float
     wall_s: float
+    """Seconds in steps."""
     loss: float
+    compile_s: float
+    """Seconds in which layers were compiled before the first step; not in `wall_s`."""
 
 
-def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None]) -> Totals:
+def run_training(
+    job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None], *, read_later: bool | None = None
+) -> Totals:
     """Train until the token budget is used up, resuming from the last checkpoint if there is one.
+
+    Args:
+        read_later: read what a step gave after the next one was launched, so that a GPU never waits for Python. None:
+            on GPUs, unless a spike is to change or stop its step, for then it is looked at before the weights move.
 
     Raises:
         NotFinite: the loss or gradient became NaN or infinite; the weights were not updated.
@@ -49,35 +60,32 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
         log(f"resumed after step {done} of {total_steps}")
     if settings.precision == "bfloat16" and not in_bfloat16(settings, job.device):
         log("precision bfloat16: this CPU has no units for it; training in float32")
+    if read_later is None:
+        read_later = job.device.type == "cuda" and settings.on_spike == "log" and skips_on_device(optimizer)
     metrics = Metrics(job.folder / "metrics.jsonl", done)
-    watch = DeadExpertWatch(job.experts, log)
-    watch.recent.extend(metrics.loads)
-    spikes = SpikeWatch(metrics.recent)
-    with metrics.open() as file:
+    spikes, stopped = SpikeWatch(metrics.recent), torch.zeros((), device=job.device)
+
+    def take(step: int) -> Facts | Callable[[], Facts]:
+        if read_later:
+            return launch_step(job, optimizer, step, samples_per_step, spikes, stopped)
+        try:
+            return training_step(job, optimizer, step, samples_per_step, spikes)
+        except LossSpike:
+            job.checkpoints.save(step, model, optimizer)
+            raise
+
+    with compiled_layers(job, optimizer, range(done, total_steps), log) as compile_s, metrics.open() as file:
+        record = StepRecord(job, metrics, file, total_steps, tokens_per_step, log)
         for step in range(done, total_steps):
-            started = time.perf_counter()
-            rate = learning_rate(step, total_steps, settings)
+            rate, finished = learning_rate(step, total_steps, settings), step + 1
             set_learning_rate(optimizer, rate)
-            try:
-                facts = training_step(job, optimizer, step, samples_per_step, spikes)
-            except LossSpike:
-                job.checkpoints.save(step, model, optimizer)
-                raise
-            if (spike := facts.get("spike")) is not None:
-                left_out = "; this step is left out, as on_spike: skip says" * spike["skipped"]
-                log(f"warning: step {step + 1}: {spike_text(facts, spike)}{left_out}")
-            if "load" in facts:
-                facts["dead"] = watch.see(facts["load"])
-            tokens = (step + 1) * tokens_per_step
-            metrics.write(file, {
-                "step": step + 1, "steps": total_steps, "tokens": tokens, **facts, "learning_rate": rate,
-                "flops": tokens * job.flops_per_token,
-            }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
-            finished = step + 1
+            record.launched(finished, rate, take(step))
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
+                record.read()
                 job.checkpoints.save(finished, model, optimizer)
+                record.go_on()
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
-        metrics.wall_s, metrics.last_loss,
+        metrics.wall_s, metrics.last_loss, compile_s,
     )  # fmt: skip

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,9 +32,9 @@ MIXTRAL = {**PICO_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 @pytest.fixture(autouse=True)
-def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs of forward and backward are traced, and then run operation by operation: no C++ compiler is needed."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced, and then run operation by operation: no C++ compiler is needed."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     counters.clear()
 
 
@@ -74,14 +77,13 @@ def graphs_by_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(("kind", "router"), [("llama", None), ("mixtral", "top_k"), ("mixtral", "sample_top1")])
+@pytest.mark.parametrize(("kind", "graphs"), [("llama", 2 * 2), ("mixtral", None)])
 def test_compiled_training_is_the_same_and_compiles_before_the_first_step_only(
-    tmp_path: Path, kind: str, router: str | None, graphs_by_step: list[int]
+    tmp_path: Path, kind: str, graphs: int | None, graphs_by_step: list[int]
 ) -> None:
     plain, model = model_of(kind), model_of(kind)
-    if router is not None:
-        for one in (plain, model):
-            set_router(one, RoutingRule(router))  # type: ignore[arg-type]
+    for one in (plain, model):
+        set_router(one, RoutingRule("sample_top1")) if kind == "mixtral" else checkpoint_activations(cast(Any, one))
     said: list[str] = []
     assert train(plain, tmp_path / "plain", said).compile_s == 0
     assert counters["stats"]["unique_graphs"] == 0
@@ -94,3 +96,78 @@ def test_compiled_training_is_the_same_and_compiles_before_the_first_step_only(
     assert tried[0] == 0, "micro-batches of two and of one sample are tried"
     assert len(steps) == STEPS
     assert set(steps) == {counters["stats"]["unique_graphs"]}, "no graph is made in a step"
+    if graphs is not None:  # of a layer and of the loss, for each of the two shapes
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+    for module in model.modules():  # evaluated and saved as if it had never been compiled
+        assert module._compiled_call_impl is None
+        assert "forward" not in vars(module)
+        assert "route" not in vars(module)
+    assert not hasattr(model, "compiled_chunk_loss")
+
+
+def test_a_layer_with_a_grouped_product_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "can_group", lambda *tensors: True)  # as on a GPU; a CPU's does the same, slowly
+    model = model_of("mixtral").train()
+    block = moe_blocks(model)[0]
+    x_BSD = torch.randn(2, LENGTH, 32).requires_grad_()
+
+    def run(call: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y_BSD = call(x_BSD)
+        assert block.routing is not None
+        loss = y_BSD.square().sum() + block.routing.logits_TE.square().sum()
+        return [y_BSD, *torch.autograd.grad(loss, [x_BSD, *block.parameters()])]
+
+    expected = run(block)
+    with warnings.catch_warnings(action="ignore"):
+        got = run(torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False))
+    torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_where_nothing_can_be_compiled_training_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    plain, without, failing = (model_of("llama") for _ in range(3))
+    train(plain, tmp_path / "plain", said)
+    assert said == [], "auto compiles nothing on a CPU"
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.shutil, "which", lambda name: None)
+        train(without, tmp_path / "without", said, compile=True)
+    assert said.pop() == (
+        "layers are not compiled: there is no C++ compiler (g++ or clang++); training goes on without"
+    )
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    train(failing, tmp_path / "failing", said, compile=True)
+    assert said.pop() == ("layers are not compiled: RuntimeError: no such instruction; training goes on without")
+    assert same_weights(plain, without)
+    assert same_weights(plain, failing)
+
+
+def test_a_gpu_without_triton_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert compiled.cannot_compile(torch.device("cuda")) == "triton is not installed (pip install triton)"
+    assert compiled.cannot_compile(torch.device("cpu")) is None or shutil.which("g++") is None
+
+
+def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
+    def small(parameters: float, micro_batch_tokens: int = 8192, device: str = "cuda", **settings: Any) -> bool:
+        given = Finetune(tokens=1, micro_batch_tokens=micro_batch_tokens, **settings)
+        job = TrainingJob(model=nn.Module(), mixture=RandomSamples(320, 1024), settings=given, folder=tmp_path,
+                          checkpoints=NoCheckpoints(), flops_per_token=6 * parameters, rng_seed=0,
+                          device=torch.device(device))  # fmt: skip
+        return compiled.small_enough_for_graphs(job, layers=8)
+
+    assert small(7e6)
+    assert not small(1.2e9)
+    assert not small(7e6, micro_batch_tokens=2**20)
+    assert not small(7e6, device="cpu", compile=True)
+    assert not small(7e6, compile=True)
+    assert not small(7e6, gradient_checkpointing=True)

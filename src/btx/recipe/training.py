@@ -55,9 +55,9 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     compile: Literal["auto"] | bool = "auto"
-    """Whether torch compiles the decoder layers before training: the same results but for rounding, and for the random
-    numbers of sample_top1. auto: on GPUs alone, and with CUDA graphs for models so small that launching kernels takes
-    longer than they do. Where nothing can be compiled, training says so and goes on without (docs/gpu.md)."""
+    """Whether torch compiles the decoder layers before training: the same results but for rounding. auto: on GPUs
+    alone, and with CUDA graphs where a layer is so small that launching its kernels takes longer than running them.
+    Where nothing can be compiled, training says so and goes on without."""
     checkpoint_every: PositiveInt = 100
     """Optimiser steps between two resumable checkpoints."""
     on_spike: OnSpike = "log"

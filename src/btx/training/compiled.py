@@ -17,6 +17,7 @@ import importlib.util
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -61,7 +62,8 @@ def compiled_layers(
             why_not = cannot_compile(job.device) if layers else f"none are known of {type(job.model).__name__}"
             if why_not is None:
                 _compile(job, layers, graphs, undo)
-                why_not = _try(job, optimizer, steps[0], PASSES_TO_REPLAY if graphs else 1)
+                with warnings.catch_warnings(action="ignore"):  # torch warns of what it does itself while it traces
+                    why_not = _try(job, optimizer, steps[0], PASSES_TO_REPLAY if graphs else 1)
             seconds = time.perf_counter() - started
             if why_not is None:
                 log(f"compiled {len(layers)} layers{' with CUDA graphs' * graphs} in {seconds:.0f} s")
@@ -107,9 +109,9 @@ def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: cont
     model = job.model
     for block in moe_blocks(model):
         if not _experts_are_traced(job, block):
-            # An attribute of the module hides its class's method.
-            block.experts.forward = torch.compiler.disable(block.experts.forward)  # type: ignore[method-assign]
-            undo.callback(vars(block.experts).pop, "forward")
+            _leave_out(block.experts, "forward", undo)
+        if block.rule.rule.kind == "sample_top1":  # its temperature is another constant in every step
+            _leave_out(block, "route", undo)
     for layer in layers:
         layer.compile(backend=BACKEND, dynamic=False, mode="reduce-overhead" if graphs else None)
         undo.callback(setattr, layer, "_compiled_call_impl", None)
@@ -117,6 +119,12 @@ def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: cont
     undo.callback(delattr, model, COMPILED_CHUNK_LOSS)
     if graphs:
         undo.callback(cast(Any, model).base_model.register_forward_pre_hook(_before_graphs).remove)
+
+
+def _leave_out(module: nn.Module, method: str, undo: contextlib.ExitStack) -> None:
+    """Let the compiler call a method as it is: an attribute of the module hides its class's."""
+    setattr(module, method, torch.compiler.disable(getattr(module, method)))
+    undo.callback(vars(module).pop, method)
 
 
 def _experts_are_traced(job: TrainingJob, block: MoE) -> bool:
@@ -151,7 +159,8 @@ def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: 
     except Exception as error:  # whatever goes wrong in there; a fault of the model's own will show without it
         if is_out_of_memory(error):
             raise
-        return f"{type(error).__name__}: {first_line(error)}"
+        cause = getattr(error, "inner_exception", error)  # of torch's BackendCompilerFailed
+        return f"{type(cause).__name__}: {first_line(cause)}"
     finally:
         optimizer.zero_grad(set_to_none=True)
     return None

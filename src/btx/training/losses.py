@@ -55,10 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         product_VD = weight_VD.to(hidden_TD.dtype)
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for hidden, labels, grad_hidden in zip(
-            *(rows.split(chunk_rows(len(weight_VD), hidden_TD.device)) for rows in (hidden_TD, labels_T, grad_hidden_TD)),
-            strict=True,
-        ):  # fmt: skip
+        rows = chunk_rows(len(weight_VD), hidden_TD.device)
+        chunks = (values.split(rows) for values in (hidden_TD, labels_T, grad_hidden_TD))
+        for hidden, labels, grad_hidden in zip(*chunks, strict=True):
             loss, grad_logits = of_chunk(hidden @ product_VD.T, labels)
             total += loss
             torch.mm(grad_logits, product_VD, out=grad_hidden)

@@ -41,9 +41,7 @@ class Accumulated:
 
     def readings(self, grad_norm: Tensor) -> Readings:
         """All values on their way to the host."""
-        return Readings(
-            {"loss": self.loss, "grad_norm": grad_norm} | self.routing_loss.values() | self.meter.values()
-        )
+        return Readings({"loss": self.loss, "grad_norm": grad_norm} | self.routing_loss.values() | self.meter.values())
 
     def routing_facts(self, values: dict[str, Tensor]) -> Facts:
         """What the routers did."""

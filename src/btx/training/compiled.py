@@ -1,7 +1,7 @@
 """Decoder layers compiled by torch before training, with the layers' names, weights and places as they are.
 
 Layer by layer: all layers of a kind are one graph, which takes seconds instead of minutes, and activation checkpointing
-stays around a layer (order: checkpointing, compile, later `fully_shard`; torchtitan does the same). A MoE layer is
+stays that of a layer (order: checkpointing, compile, later `fully_shard`; torchtitan does the same). A MoE layer is
 compiled whole where its experts are one grouped product; the loop over experts, which waits for their numbers of rows,
 is left out. Embedding, last norm and head stay as they are; of the loss, what is between its products is compiled.
 
@@ -106,24 +106,25 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: contextlib.ExitStack) -> None:
     """Let everything be compiled when it first runs."""
-    model = job.model
+    model, mode = job.model, "reduce-overhead" if graphs else None
     for block in moe_blocks(model):
         if not _experts_are_traced(job, block):
-            _leave_out(block.experts, "forward", undo)
+            _put(block.experts, "forward", torch.compiler.disable(block.experts.forward), undo)
         if block.rule.rule.kind == "sample_top1":  # its temperature is another constant in every step
-            _leave_out(block, "route", undo)
+            _put(block, "route", torch.compiler.disable(block.route), undo)
     for layer in layers:
-        layer.compile(backend=BACKEND, dynamic=False, mode="reduce-overhead" if graphs else None)
-        undo.callback(setattr, layer, "_compiled_call_impl", None)
+        # Not `Module.compile`, which is another call than the one that transformers checkpoints: until 5.17 in a layer's
+        # `__call__`, around this method; in 5.24 in the method, where torch's compiler takes part in it.
+        _put(layer, "forward", torch.compile(layer.forward, backend=BACKEND, dynamic=False, mode=mode), undo)
     setattr(model, COMPILED_CHUNK_LOSS, torch.compile(chunk_loss, backend=BACKEND, dynamic=False))
     undo.callback(delattr, model, COMPILED_CHUNK_LOSS)
     if graphs:
         undo.callback(cast(Any, model).base_model.register_forward_pre_hook(_before_graphs).remove)
 
 
-def _leave_out(module: nn.Module, method: str, undo: contextlib.ExitStack) -> None:
-    """Let the compiler call a method as it is: an attribute of the module hides its class's."""
-    setattr(module, method, torch.compiler.disable(getattr(module, method)))
+def _put(module: nn.Module, method: str, instead: Callable[..., Any], undo: contextlib.ExitStack) -> None:
+    """An attribute of the module in front of its class's method."""
+    setattr(module, method, instead)
     undo.callback(vars(module).pop, method)
 
 

@@ -113,8 +113,8 @@ def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: cont
         if block.rule.rule.kind == "sample_top1":  # its temperature is another constant in every step
             _put(block, "route", torch.compiler.disable(block.route), undo)
     for layer in layers:
-        # Not `Module.compile`, which is another call than the one that transformers checkpoints: until 5.17 in a layer's
-        # `__call__`, around this method; in 5.24 in the method, where torch's compiler takes part in it.
+        # Not `Module.compile`: transformers 5.17 checkpoints in `__call__`, around this method, and 5.24 inside it,
+        # where torch's compiler takes part in it.
         _put(layer, "forward", torch.compile(layer.forward, backend=BACKEND, dynamic=False, mode=mode), undo)
     setattr(model, COMPILED_CHUNK_LOSS, torch.compile(chunk_loss, backend=BACKEND, dynamic=False))
     undo.callback(delattr, model, COMPILED_CHUNK_LOSS)

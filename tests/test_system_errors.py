@@ -19,7 +19,7 @@ from btx.files import atomic_folder, write_text
 from btx.model_files.model_folder import check_model_folder
 from btx.run_folder.folder import RunFolder
 from btx.system_errors import blame, is_out_of_memory, told
-from btx.training import loop
+from btx.training import step
 from btx.training.metrics import Metrics
 from tests.pico_run import pico_recipe, run_here
 
@@ -142,7 +142,7 @@ def test_a_training_without_memory_says_what_saves_some(
     def no_memory(*arguments: Any) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(loop, "next_token_loss", no_memory)
+    monkeypatch.setattr(step, "next_token_loss", no_memory)
     # Activations: 4 bytes x 34 x 128 tokens x 2 layers x 32; with gradient checkpointing 2 instead of 34.
     with pytest.raises(OutOfMemory, match=r"activations about 1\.1 MB: micro_batch_tokens: 64 \(now 128\) saves about "
                        r"0\.6 MB; gradient_checkpointing: true saves about 1\.0 MB; .*launch\.jobs"):  # fmt: skip

@@ -19,6 +19,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -99,9 +100,13 @@ def cannot_compile(device: torch.device) -> str | None:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that transformers would checkpoint, in order."""
+    return [module for module in model.modules() if isinstance(module, _checkpointing_layer())]
+
+
+def _checkpointing_layer() -> type:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return GradientCheckpointingLayer
 
 
 def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: contextlib.ExitStack) -> None:
@@ -113,13 +118,29 @@ def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: cont
         if block.rule.rule.kind == "sample_top1":  # its temperature is another constant in every step
             _put(block, "route", torch.compiler.disable(block.route), undo)
     for layer in layers:
-        # Not `Module.compile`: transformers 5.17 checkpoints in `__call__`, around this method, and 5.24 inside it,
-        # where torch's compiler takes part in it.
-        _put(layer, "forward", torch.compile(layer.forward, backend=BACKEND, dynamic=False, mode=mode), undo)
+        _put(layer, "forward", _compiled_forward(layer, backend=BACKEND, dynamic=False, mode=mode), undo)
     setattr(model, COMPILED_CHUNK_LOSS, torch.compile(chunk_loss, backend=BACKEND, dynamic=False))
     undo.callback(delattr, model, COMPILED_CHUNK_LOSS)
     if graphs:
         undo.callback(cast(Any, model).base_model.register_forward_pre_hook(_before_graphs).remove)
+
+
+def _compiled_forward(layer: nn.Module, **options: Any) -> Callable[..., Any]:
+    """A layer's forward, compiled, inside the checkpoint if there is one: torch would compile no MoE layer around it.
+
+    transformers 5.17 checkpoints in `__call__`, which is around any forward; 5.24 in a forward around the class's own.
+    """
+    own = getattr(type(layer).forward, "__wrapped__", None)
+    if own is None or "__call__" in vars(_checkpointing_layer()):
+        return cast(Callable[..., Any], torch.compile(layer.forward, **options))
+    compiled, either = torch.compile(own.__get__(layer), **options), cast(Any, layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if either.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            return either._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
+        return compiled(*args, **kwargs)
+
+    return forward
 
 
 def _put(module: nn.Module, method: str, instead: Callable[..., Any], undo: contextlib.ExitStack) -> None:

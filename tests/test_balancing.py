@@ -113,11 +113,11 @@ def test_the_global_loss_is_that_of_all_micro_batches_together() -> None:
     loss = RoutingLoss(Balancing(1.0, over="global_batch"))
     for part in parts:
         loss.add([part], share=1 / 3)
-    assert loss.facts()["load_balancing"] == pytest.approx(slow_loss(together), abs=1e-12)
+    assert loss.values()["load_balancing"].item() == pytest.approx(slow_loss(together), abs=1e-12)
     separate = RoutingLoss(Balancing(1.0))
     for part in parts:
         separate.add([part], share=1 / 3)
-    assert separate.facts()["load_balancing"] == pytest.approx(sum(map(slow_loss, parts)) / 3, abs=1e-12)
+    assert separate.values()["load_balancing"].item() == pytest.approx(sum(map(slow_loss, parts)) / 3, abs=1e-12)
 
 
 def test_selection_biases_move_by_the_sign_of_what_an_expert_lacks() -> None:
@@ -146,7 +146,7 @@ def _rank(rank: int, folder: str) -> None:
     loss = RoutingLoss(Balancing(1.0, over="global_batch"))
     value = loss.add([part], share=1.0)
     (gradient,) = torch.autograd.grad(value, part.logits_TE)
-    reported = torch.tensor(loss.facts()["load_balancing"], dtype=torch.float64)
+    reported = loss.values()["load_balancing"].double()
     torch.save([value.detach(), gradient, reported], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

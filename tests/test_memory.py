@@ -13,13 +13,12 @@ from btx.data.mixture import Batch
 from btx.models import device as device_module
 from btx.models.cost import config_cost
 from btx.models.loading import checkpoint_activations
-from btx.models.memory import LOGIT_ROWS, MemoryScheme, MicroBatch, model_shape, training_memory
+from btx.models.memory import MemoryScheme, MicroBatch, model_shape, training_memory
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, swap_in_moe
 from btx.planning.speed import RandomSamples
 from btx.recipe.training import Finetune, Train
-from btx.training import losses
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, trained_as
@@ -103,11 +102,8 @@ def test_a_wider_feed_forward_sublayer_takes_more_and_not_only_for_its_weights()
     assert wide.activations - narrow.activations == more
 
 
-def test_a_chunk_of_logits_is_counted_as_large_as_it_is() -> None:
-    assert LOGIT_ROWS == losses.CHUNK
-
-
-# One H100, torch 2.11, the shape of Llama-3.2-1B; sequences of 4096, four micro-batches of 8192 or two of 16384.
+# One H100, torch 2.11, the shape of Llama-3.2-1B; sequences of 4096, four micro-batches of 8192 or two of 16384; 512
+# rows of logits at a time, as it was then.
 
 LLAMA_1B = {
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

@@ -21,7 +21,7 @@ from btx.training import micro_batch
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
-from btx.training.micro_batch import AutoMicroBatch, first_that_fits, free_bytes, try_step
+from btx.training.micro_batch import AutoMicroBatch, first_that_fits, try_step
 from btx.training.optimizer import adamw
 from tests.pico_run import pico_recipe, run_here, stopped_after
 from tests.test_memory import LENGTH, LLAMA, MIXTRAL, Documents, a_model
@@ -98,25 +98,14 @@ def test_on_a_cpu_the_largest_is_taken_whose_count_fits_into_the_free_memory(
     for rows, folder in ((8, "a"), (4, "b"), (1, "c")):
         (tmp_path / folder).mkdir()
         peak = needs.with_changes({"micro_batch_tokens": rows * LENGTH}).memory.peak
-        monkeypatch.setattr(micro_batch, "free_bytes", lambda peak=peak: int((peak - weights) / 0.8) + 10)
+        monkeypatch.setattr(micro_batch, "free_memory", lambda peak=peak: int((peak - weights) / 0.8) + 10)
         lines: list[str] = []
         assert settled(a_job(tmp_path / folder, LLAMA), needs, lines.append) == rows * LENGTH
         assert f"auto is {rows * LENGTH:,}" in lines[0]
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 10)
+    monkeypatch.setattr(micro_batch, "free_memory", lambda: 10)
     (tmp_path / "d").mkdir()
     assert settled(a_job(tmp_path / "d", LLAMA), needs, lines.append) == LENGTH
     assert any("warning" in line for line in lines)
-
-
-def test_a_containers_limit_counts_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "CONTAINER_LIMIT", tmp_path / "max")
-    monkeypatch.setattr(micro_batch, "CONTAINER_USE", tmp_path / "current")
-    machine = free_bytes()
-    (tmp_path / "current").write_text("3000000")
-    (tmp_path / "max").write_text("5000000\n")
-    assert free_bytes() == 2_000_000
-    (tmp_path / "max").write_text("max\n")
-    assert free_bytes() == pytest.approx(machine, rel=0.2)
 
 
 # In a run
@@ -134,7 +123,7 @@ def test_a_stage_notes_what_it_took_and_goes_on_with_it_on_a_machine_with_less_m
     stopped_after(seeded, "train/birds", 3)
     folder = seeded.folder("train/birds")
     assert json.loads((folder / "micro_batch.json").read_text())["micro_batch_tokens"] == 256  # a step
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 10)
+    monkeypatch.setattr(micro_batch, "free_memory", lambda: 10)
     _, lines = run_here(seeded.recipe, ["train/birds"])
     assert any("auto is 256, as when this training began" in line for line in lines)
     done = seeded.done("train/birds")
@@ -155,7 +144,7 @@ def test_out_of_memory_with_one_sequence_names_other_settings(
     def no_memory(*arguments: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 10)
+    monkeypatch.setattr(micro_batch, "free_memory", lambda: 10)
     monkeypatch.setattr("btx.training.step.next_token_loss", no_memory)
     with pytest.raises(OutOfMemory, match=r"gradient_checkpointing: true saves about .*one sequence already"):
         run_here(seeded.recipe, ["train/tools"])

@@ -19,7 +19,7 @@ def test_shares_and_entropy_are_those_of_all_micro_batches() -> None:
     meter = RoutingMeter()
     for part in parts:
         meter.add([Routing(part, *top_k_gates(part, 2))])
-    facts, whole = meter.facts(), torch.cat(parts)
+    facts, whole = meter.facts(meter.values()), torch.cat(parts)
     counts = whole.topk(2).indices.flatten().bincount(minlength=4)
     assert facts["load"] == [pytest.approx((counts / 240).tolist(), abs=1e-4)]
     p = whole.softmax(dim=1)
@@ -32,7 +32,7 @@ def test_dropped_rows_are_counted_and_are_no_load() -> None:
     gates, ids, kept = switch_gates(x, 10)
     meter = RoutingMeter()
     meter.add([Routing(x, gates, ids, kept)])
-    facts = meter.facts()
+    facts = meter.facts(meter.values())
     assert facts["dropped"] == [pytest.approx(1 - float(kept.float().mean()), abs=1e-4)]
     taken = ids[kept].bincount(minlength=4) / kept.sum()
     assert facts["load"] == [pytest.approx(taken.tolist(), abs=1e-4)]
@@ -42,7 +42,7 @@ def test_layers_may_use_different_numbers_of_experts() -> None:
     settings, x = RoutingRule("sample_top1"), logits()
     meter = RoutingMeter()
     meter.add([LayerRule(settings, layer)(x, training=True, step=0) for layer in range(2)])
-    facts = meter.facts()
+    facts = meter.facts(meter.values())
     assert facts["load"][0] == [0.25] * 4
     assert sum(facts["load"][1]) == pytest.approx(1, abs=1e-3)
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FLOAT32 = 4
-LOGIT_ROWS = 512  # `btx.training.losses.CHUNK`, one floor up
+CPU_ROWS = 512  # of logits alive at a time: at 512 x 2048 float32 they stay in a processor's cache
+GPU_LOGITS = 2**28
+"""Logits alive at a time on a GPU, 1 GiB in float32: every chunk reads and writes the (V, D) gradient of the head once,
+which for Llama 3's vocabulary takes as long as its product does for 500 rows."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,13 @@ class MicroBatch:
     """Attention takes a mask of S x S and has keys and values once a query head; otherwise borders alone."""
     grouped: bool = False
     """Routed rows go through torch's grouped product (GPUs), not through the loop over experts (CPUs)."""
+    logit_rows: int = CPU_ROWS
+    """Rows of logits that the loss holds at a time."""
+
+
+def logit_rows(vocabulary: int, *, on_gpu: bool) -> int:
+    """Rows of logits that the loss holds at a time: a multiple of 128."""
+    return max(CPU_ROWS, GPU_LOGITS // vocabulary // 128 * 128) if on_gpu else CPU_ROWS
 
 
 def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> TrainingMemory:
@@ -237,7 +247,7 @@ def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list
 def _logits_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
     """A chunk of logits: twice in float32 for their logsumexp, or with its gradient in the arithmetic's type and the
     chunk's part in the gradient of the LM head."""
-    rows, c = min(LOGIT_ROWS, batch.tokens) * shape.vocabulary, scheme.arithmetic
+    rows, c = min(batch.logit_rows, batch.tokens) * shape.vocabulary, scheme.arithmetic
     gradient = c * rows * (c < FLOAT32) + c * shape.vocabulary * shape.width * shape.head_trains
     return FLOAT32 * rows + max(FLOAT32 * rows, gradient)
 

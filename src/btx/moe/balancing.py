@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, distributed
@@ -126,21 +126,24 @@ def expert_load(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
 
 def routed_rows(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Rows that each expert takes, dropped ones left out: (E,), float32."""
-    ids_TK, kept_TK = routing.expert_ids_TK, routing.kept_TK
+    ids_TK, counts_TK = routing.expert_ids_TK, routing.kept_TK
     if mask_T is not None:
-        real_T = mask_T.bool()
-        ids_TK, kept_TK = ids_TK[real_T], None if kept_TK is None else kept_TK[real_T]
-    weights = None if kept_TK is None else kept_TK.flatten().float()
-    return ids_TK.flatten().bincount(weights, minlength=routing.logits_TE.shape[1]).float()
+        real_TK = mask_T.bool()[:, None].expand_as(ids_TK)
+        counts_TK = real_TK if counts_TK is None else counts_TK & real_TK
+    counts_TK = torch.ones_like(ids_TK) if counts_TK is None else counts_TK
+    # No bincount: on a GPU it waits for the largest id.
+    zeros_E = routing.logits_TE.new_zeros(routing.logits_TE.shape[1], dtype=torch.float32)
+    return zeros_E.index_add_(0, ids_TK.flatten(), counts_TK.flatten().float())
 
 
 @torch.no_grad()
-def move_selection_bias(biases_L: Sequence[Tensor], rows_LE: Tensor, step: float) -> None:
+def move_selection_bias(biases_L: Sequence[Tensor], rows_LE: Tensor, step: float | Tensor) -> None:
     """After an optimiser step: b_i += step · sign(mean load - load_i), in every layer (arXiv 2408.15664, algorithm 1).
 
     Args:
         biases_L: the layers' selection biases (E,), changed in place.
         rows_LE: rows that each expert took in the step on this process; those of all processes are added.
+        step: how far; 0 leaves them as they are.
     """
     if distributed.is_available() and distributed.is_initialized():
         rows_LE = rows_LE.clone()
@@ -205,11 +208,12 @@ class RoutingLoss:
     def _over_layers(self, values_L: Tensor) -> Tensor:
         return values_L.sum() if self.settings.over_layers == "sum" else values_L.mean()
 
-    def facts(self) -> dict[str, Any]:
-        """`load_balancing`: L_LB / α, mean over layers, of the batch the settings name; empty for a dense model."""
+    def values(self) -> dict[str, Tensor]:
+        """For metrics.jsonl, `load_balancing`: L_LB / α, mean over layers, of the batch the settings name; empty for a
+        dense model. On the device."""
         if self.u_LE is None or self.p_LE is None:
             return {}
         if self.settings.over == "global_batch":
             u, p = self.u_LE / self.share, self.p_LE / self.share
-            return {"load_balancing": u.shape[1] * (u * p).sum(dim=1).mean().item()}
-        return {"load_balancing": torch.stack(self.by_micro_batch).sum(dim=0).mean().item()}
+            return {"load_balancing": u.shape[1] * (u * p).sum(dim=1).mean()}
+        return {"load_balancing": torch.stack(self.by_micro_batch).sum(dim=0).mean()}

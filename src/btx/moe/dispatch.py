@@ -255,8 +255,10 @@ def can_group(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
     aligned to 16 bytes."""
     if x_TD.device.type != "cuda" or x_TD.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
         return False
-    aligned = all(size * x_TD.element_size() % 16 == 0 for size in (x_TD.shape[1], down_EDF.shape[2]))
-    return aligned and torch.cuda.get_device_capability(x_TD.device) >= (8, 0)
+    if not all(size * x_TD.element_size() % 16 == 0 for size in (x_TD.shape[1], down_EDF.shape[2])):
+        return False
+    # torch's compiler cannot trace the question: whoever compiles a layer has asked it before.
+    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(x_TD.device) >= (8, 0)
 
 
 def grouped_feed_forward(

@@ -96,9 +96,7 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.rule(
-            self.gate(x_TD).float(), training=self.training, step=self.step, selection_bias_E=self.selection_bias
-        )
+        routing = self.route(x_TD)
         if self.keeps_routing:
             self.routing = routing
         gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
@@ -108,6 +106,12 @@ class MoE(nn.Module):
         if "shared_expert" in self._modules:
             y_TD = y_TD + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
         return y_TD.view_as(x_BSD)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        """Which experts each of T tokens uses."""
+        return self.rule(
+            self.gate(x_TD).float(), training=self.training, step=self.step, selection_bias_E=self.selection_bias
+        )
 
     @property
     def num_experts(self) -> int:

@@ -1,6 +1,6 @@
 """What the routers do while they train: load of the experts, entropy, dropped rows, dead experts.
 
-Cheap enough to be always on: sums stay on the device and come to Python once a step.
+Cheap enough to be always on: sums stay on the device and come to Python with the loss.
 
 Shape letters: T tokens, E experts, K experts a token, L layers.
 """
@@ -8,7 +8,7 @@ Shape letters: T tokens, E experts, K experts a token, L layers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,16 @@ class RoutingMeter:
         assert self.sums is not None
         return self.sums[:, :-2]
 
-    def facts(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Tensor]:
+        """What `facts` takes, on the device; empty for a dense model."""
+        return {} if self.sums is None else {"routing": self.sums}
+
+    def facts(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """For metrics.jsonl, a value or list per layer: `load` (share of the rows by expert), `router_entropy` (of the
         router's probabilities, mean over tokens, nats), `dropped` (share of rows over the capacity)."""
-        if self.sums is None:
+        if "routing" not in values:
             return {}
-        table = self.sums.tolist()
+        table = values["routing"].tolist()
         return {
             "load": [[round(rows / max(1.0, sum(line[:-2])), 4) for rows in line[:-2]] for line in table],
             "router_entropy": [round(line[-2] / self.tokens, 4) for line in table],

@@ -147,7 +147,7 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             stage,
             tokens=training.tokens if training else 0,
             flops=flops,
-            memory_bytes=training.memory.memory.peak if training else 0,
+            memory_bytes=training.memory_bytes if training else 0,
             disk_bytes=disk + (2 * training.cost.checkpoint_bytes() if training else 0),
             checkpoint_bytes=training.cost.checkpoint_bytes() if training else 0,
             hours=None if speed is None else _hours(graph, stage, flops, speed),
@@ -187,6 +187,12 @@ class StageTraining:
     @property
     def flops(self) -> float:
         return self.tokens * self.cost.training_flops_per_token(self.memory.sequence_length)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Where it trains: at a step's peak, and on a CPU beside the copy of what is being written as a checkpoint."""
+        copied = self.cost.checkpoint_bytes() if self.memory.device == "cpu" else 0
+        return self.memory.memory.peak + copied
 
     @property
     def trained(self) -> Trained:

@@ -166,5 +166,6 @@ def train_stage(
             "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(device),
             "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
+            **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
         }  # fmt: skip
     return totals

@@ -5,7 +5,6 @@ A stage differs in its start weights, its data mixture and the set of weights th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ import torch
 from btx.errors import LossSpike
 from btx.models.device import in_bfloat16, precision_text
 from btx.models.packed import dense_mask_because
-from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import Interrupts
+from btx.training.compiled import compiled_layers
 from btx.training.job import TrainingJob
 from btx.training.metrics import Metrics
-from btx.training.optimizer import adamw, set_learning_rate
+from btx.training.optimizer import adamw, set_learning_rate, skips_on_device
+from btx.training.record import StepRecord
 from btx.training.schedule import learning_rate
-from btx.training.spikes import SpikeWatch, spike_text
-from btx.training.step import training_step
+from btx.training.spikes import SpikeWatch
+from btx.training.step import Facts, launch_step, training_step
 from btx.training.working_weights import give_back_float32, hold_frozen_in_bfloat16
 
 
@@ -34,13 +34,22 @@ class Totals:
     tokens: int
     flops: float
     wall_s: float
+    """Seconds in steps."""
     loss: float
     micro_batch_tokens: int
     """Tokens of a forward and backward pass."""
+    compile_s: float
+    """Seconds in which layers were compiled before the first step; not in `wall_s`."""
 
 
-def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None]) -> Totals:
+def run_training(
+    job: TrainingJob, interrupts: Interrupts, log: Callable[[str], None], *, read_later: bool | None = None
+) -> Totals:
     """Train until the token budget is used up, resuming from the last checkpoint if there is one.
+
+    Args:
+        read_later: read what a step gave after the next one was launched, so that a GPU never waits for Python. None:
+            on GPUs, unless a spike is to change or stop its step, for then it is looked at before the weights move.
 
     Raises:
         NotFinite: the loss or gradient became NaN or infinite; the weights were not updated.
@@ -65,37 +74,38 @@ def run_training(job: TrainingJob, interrupts: Interrupts, log: Callable[[str], 
     with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
         if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
             log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
+    if read_later is None:
+        read_later = job.device.type == "cuda" and settings.on_spike == "log" and skips_on_device(optimizer)
     metrics = Metrics(job.folder / "metrics.jsonl", done)
-    watch = DeadExpertWatch(job.experts, log)
-    watch.recent.extend(metrics.loads)
-    spikes = SpikeWatch(metrics.recent)
-    with metrics.open() as file, closing(job.checkpoints):
+    spikes, stopped = SpikeWatch(metrics.recent), torch.zeros((), device=job.device)
+
+    def take(step: int) -> Facts | Callable[[], Facts]:
+        if read_later:
+            return launch_step(job, optimizer, step, samples_per_step, spikes, stopped)
+        try:
+            return training_step(job, optimizer, step, samples_per_step, spikes)
+        except LossSpike:
+            job.checkpoints.save(step, model, optimizer)
+            raise
+
+    with (
+        compiled_layers(job, optimizer, range(done, total_steps), log) as compile_s,
+        metrics.open() as file,
+        closing(job.checkpoints),
+    ):
+        record = StepRecord(job, metrics, file, total_steps, tokens_per_step, log)
         for step in range(done, total_steps):
-            started = time.perf_counter()
-            rate = learning_rate(step, total_steps, settings)
+            rate, finished = learning_rate(step, total_steps, settings), step + 1
             set_learning_rate(optimizer, rate)
-            try:
-                facts = training_step(job, optimizer, step, samples_per_step, spikes)
-            except LossSpike:
-                job.checkpoints.save(step, model, optimizer)
-                raise
-            if (spike := facts.get("spike")) is not None:
-                left_out = "; this step is left out, as on_spike: skip says" * spike["skipped"]
-                log(f"warning: step {step + 1}: {spike_text(facts, spike)}{left_out}")
-            if "load" in facts:
-                facts["dead"] = watch.see(facts["load"])
-            tokens = (step + 1) * tokens_per_step
-            metrics.write(file, {
-                "step": step + 1, "steps": total_steps, "tokens": tokens, **facts, "learning_rate": rate,
-                "flops": tokens * job.flops_per_token,
-            }, tokens_per_step, time.perf_counter() - started)  # fmt: skip
-            finished = step + 1
+            record.launched(finished, rate, take(step))
             job.checkpoints.check()
             if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
+                record.read()
                 job.checkpoints.save(finished, model, optimizer)
+                record.go_on()
             interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
     give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
-        metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length),
+        metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length), compile_s,
     )  # fmt: skip

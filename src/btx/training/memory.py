@@ -10,7 +10,7 @@ import torch
 
 from btx.choices.trainable import MOE_TRAINABLE
 from btx.models.device import in_bfloat16
-from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, training_memory
+from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, logit_rows, training_memory
 from btx.recipe.training import Training
 
 CPU = torch.device("cpu")
@@ -62,6 +62,7 @@ class MemoryNeeds:
         batch = MicroBatch(
             tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= settings.step_tokens(length),
             grouped=on_gpu, dense_mask=not (on_gpu and scheme.arithmetic == 2),
+            logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu),
         )  # fmt: skip
         return Variant(changed, tokens, training_memory(shape, scheme, batch))
 

@@ -10,33 +10,29 @@ are added up, and what a load-balancing loss sees, depend on it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
-import psutil
 import torch
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
-from btx.errors import NotFinite
 from btx.files import read_json, write_sealed
 from btx.moe.layer import moe_blocks
 from btx.number_texts import bytes_text
 from btx.process import Log
 from btx.system_errors import is_out_of_memory
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.host_memory import free_memory
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
 from btx.training.peak_memory import reset_peak_memory
-from btx.training.step import training_step
+from btx.training.step import accumulate_gradients
 
 FILE = "micro_batch.json"
 SPARE_SHARE = 0.03
 """Of a GPU's memory: left free in the trial, for what the allocator will not get out of its blocks later."""
 CPU_SHARE = 0.8
 """Of the free memory of a machine: other programs want some too."""
-CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
 class Found(TypedDict):
@@ -79,7 +75,7 @@ class AutoMicroBatch:
                 tokens = first_that_fits(sizes, lambda size: try_step(job, optimizer, size, reserved))
                 reset_peak_memory(job.device)
             else:
-                tokens = self.counted(sizes, free_bytes() // self.jobs_at_once, log)
+                tokens = self.counted(sizes, free_memory() // self.jobs_at_once, log)
             taken = self.needs.with_changes({"micro_batch_tokens": tokens}).memory
             log(f"micro_batch_tokens: auto is {tokens:,} of {sizes[0]:,}; a step takes about {bytes_text(taken.peak)}")
             write_sealed(job.folder / FILE, {"inputs": self.inputs, "micro_batch_tokens": tokens})
@@ -133,16 +129,11 @@ def try_step(job: TrainingJob, optimizer: torch.optim.Optimizer, tokens: int, re
     """
     length = job.mixture.sequence_length
     rows, all_rows = tokens // length, job.settings.step_tokens(length) // length
-    settings = job.settings.model_copy(update={"micro_batch_tokens": tokens})
-    trial = replace(
-        job, settings=settings, balancing=replace(job.balancing, bias=0.0), checkpoints=NoCheckpoints()
-    )  # fmt: skip
+    trial = replace(job, settings=job.settings.model_copy(update={"micro_batch_tokens": tokens}))
     held = torch.empty(reserved, dtype=torch.uint8, device=job.device)
     try:
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            training_step(trial, _NoUpdate(optimizer.param_groups), 0, min(2 * rows, all_rows))
-    except NotFinite:  # which the training itself will tell
-        pass
+            accumulate_gradients(trial, 0, range(min(2 * rows, all_rows)))
     finally:
         del held
         optimizer.zero_grad(set_to_none=True)
@@ -150,28 +141,8 @@ def try_step(job: TrainingJob, optimizer: torch.optim.Optimizer, tokens: int, re
             block.routing = None
 
 
-class _NoUpdate(torch.optim.Optimizer):
-    """In the optimiser's place: weights stay as they are."""
-
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__([{"params": group["params"]} for group in groups], {})
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Nothing."""
-
-
 def reserved_bytes(device: torch.device, needs: MemoryNeeds) -> int:
     """What a training will hold on a GPU beside what is there now and a step's own tensors: its moments."""
     memory, there = needs.memory, torch.cuda.memory_allocated(device)
     spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return max(0, memory.weights + memory.optimizer - there) + spare
-
-
-def free_bytes() -> int:
-    """Free memory of this machine, or of the container that limits this process."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = CONTAINER_LIMIT.read_text("utf-8").strip(), int(CONTAINER_USE.read_text("utf-8"))
-    except (OSError, ValueError):
-        return cast(int, free)
-    return min(free, int(limit) - used) if limit != "max" else cast(int, free)

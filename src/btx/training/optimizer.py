@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,32 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate * group["factor"]
 
 
-def clip_gradients(model: nn.Module, largest: float) -> float:
-    """Global gradient norm; gradients are scaled down to `largest` where it is larger, and else left untouched."""
+def clip_gradients(model: nn.Module, largest: float, *, wait: bool = True) -> Tensor:
+    """Global gradient norm, on the device; gradients are scaled down to `largest` where it is larger.
+
+    Args:
+        wait: look at the norm first, and leave gradients untouched that are small enough. Without, nothing waits for
+            the device, and those are multiplied by 1.
+    """
     trained = [p for p in map(master_of, model.parameters()) if p.grad is not None]
     norm = _total_norm([p.grad for p in trained if p.grad is not None])
-    value = norm.item()
-    if not value + 1e-6 <= largest:  # torch's clip_grad_norm_ would multiply every gradient by 1 here
+    if not (wait and norm.item() + 1e-6 <= largest):
         nn.utils.clip_grads_with_norm_(trained, largest, norm)
-    return value
+    return norm
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step_unless` can leave out a step of this optimiser: torch's fused ones."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def step_unless(optimizer: torch.optim.Optimizer, stopped: Tensor) -> None:
+    """One step, which leaves weights and moments as they are if `stopped`, a float32 scalar on the device, is 1.
+
+    That is how torch's GradScaler tells fused optimisers that a gradient was infinite: by `found_inf`.
+    """
+    cast(Any, optimizer).found_inf = stopped
+    optimizer.step()
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:

@@ -6,9 +6,12 @@ Shape letters: B batch, S sequence, T = B·S tokens, E experts, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from btx.data.mixture import NO_LABEL
 from btx.errors import LossSpike, NotFinite
@@ -18,14 +21,37 @@ from btx.moe.layer import at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
 from btx.training.job import TrainingJob
 from btx.training.losses import next_token_loss
-from btx.training.optimizer import clip_gradients
+from btx.training.optimizer import clip_gradients, step_unless
+from btx.training.readings import Readings
 from btx.training.spikes import SpikeWatch, spike_text
+
+Facts = dict[str, Any]
+"""A step's part of its line in metrics.jsonl."""
+
+
+@dataclass
+class Accumulated:
+    """What the micro-batches of a step have left besides gradients; on the device."""
+
+    loss: Tensor
+    """Mean next-token loss, nats."""
+    routing_loss: RoutingLoss
+    meter: RoutingMeter
+
+    def readings(self, grad_norm: Tensor) -> Readings:
+        """All values on their way to the host."""
+        return Readings({"loss": self.loss, "grad_norm": grad_norm} | self.routing_loss.values() | self.meter.values())
+
+    def routing_facts(self, values: dict[str, Tensor]) -> Facts:
+        """What the routers did."""
+        balance = {name: values[name].item() for name in ("load_balancing",) if name in values}
+        return balance | self.meter.facts(values)
 
 
 def training_step(
     job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int,
     spikes: SpikeWatch | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Facts:  # fmt: skip
     """One optimiser step over `samples_per_step` samples, in micro-batches; returns its metrics.
 
     Args:
@@ -35,50 +61,99 @@ def training_step(
         NotFinite: the loss or gradient is NaN or infinite; the weights were not updated.
         LossSpike: it is a spike and `on_spike` is stop; the weights were not updated.
     """
-    settings, model = job.settings, job.model
+    done = accumulate_gradients(job, step, range(step * samples_per_step, (step + 1) * samples_per_step))
+    norm = clip_gradients(job.model, job.settings.clip)
+    values = done.readings(norm).wait()
+    facts = judged(job, step, values, spikes)
+    if not facts.get("spike", {}).get("skipped"):
+        optimizer.step()
+        if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
+            move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias)
+    optimizer.zero_grad(set_to_none=True)
+    return facts | done.routing_facts(values)
+
+
+def launch_step(
+    job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, samples_per_step: int, spikes: SpikeWatch,
+    stopped: Tensor,
+) -> Callable[[], Facts]:  # fmt: skip
+    """`training_step` without waiting for the device, where spikes change nothing; its metrics are read by what this
+    returns, which also looks for spikes and raises NotFinite.
+
+    Args:
+        stopped: float32 scalar on the device, 0 at first. It becomes 1 when a loss or gradient is NaN or infinite, and
+            while it is 1 no step moves weights, moments or selection biases: so those launched before the bad one was
+            read leave everything as it was before it.
+    """
+    done = accumulate_gradients(job, step, range(step * samples_per_step, (step + 1) * samples_per_step))
+    norm = clip_gradients(job.model, job.settings.clip, wait=False)
+    stopped.logical_or_(~(done.loss.isfinite() & norm.isfinite()))
+    step_unless(optimizer, stopped)
+    if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
+        move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias * (1 - stopped))
+    optimizer.zero_grad(set_to_none=True)
+    readings = done.readings(norm)
+
+    def read() -> Facts:
+        values = readings.wait()
+        return judged(job, step, values, spikes) | done.routing_facts(values)
+
+    return read
+
+
+def samples_at_once(job: TrainingJob) -> int:
+    """Samples of a micro-batch; the last of a step may have fewer."""
+    return job.settings.micro_batch(job.mixture.sequence_length) // job.mixture.sequence_length
+
+
+def accumulate_gradients(job: TrainingJob, step: int, samples: range) -> Accumulated:
+    """Forward and backward of a step over all its samples, in micro-batches."""
+    settings, model, count, micro = job.settings, job.model, len(samples), samples_at_once(job)
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
     torch.manual_seed((job.rng_seed << 32) + step)
     at_step(model, step)
-    micro = settings.micro_batch(job.mixture.sequence_length) // job.mixture.sequence_length
-    first = step * samples_per_step
-    batch = job.mixture.batch(first, samples_per_step)
+    batch = job.mixture.batch(samples.start, count)
     scored = int((batch.labels != NO_LABEL).sum())
-    loss = torch.zeros((), device=job.device)
-    routing_loss, meter = RoutingLoss(job.balancing), RoutingMeter()
-    for start in range(0, samples_per_step, micro):
+    done = Accumulated(torch.zeros((), device=job.device), RoutingLoss(job.balancing), RoutingMeter())
+    for start in range(0, count, micro):
         rows = slice(start, start + micro)
         input_ids, position_ids, labels = (
             torch.from_numpy(values[rows]) for values in (batch.input_ids, batch.position_ids, batch.labels)
         )
-        share = len(input_ids) / samples_per_step
+        share = len(input_ids) / count
         with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings.precision, job.device)):
             micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
-            loss += micro_loss.detach()
+            done.loss += micro_loss.detach()
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
         if routings:
-            micro_loss = micro_loss + routing_loss.add(routings, share)  # packed sequences hold no padding to mask
-            meter.add(routings)
+            # Packed sequences hold no padding to mask.
+            micro_loss = micro_loss + done.routing_loss.add(routings, share)
+            done.meter.add(routings)
         with routing_unchanged(model):
             micro_loss.backward()
-    facts: dict[str, Any] = {"loss": loss.item(), "grad_norm": clip_gradients(model, settings.clip)}
+    return done
+
+
+def judged(job: TrainingJob, step: int, values: dict[str, Tensor], spikes: SpikeWatch | None) -> Facts:
+    """A step's loss and gradient norm, and the spike if it is one.
+
+    Raises:
+        NotFinite: one of them is NaN or infinite.
+        LossSpike: it is a spike and `on_spike` is stop.
+    """
+    settings = job.settings
+    facts: Facts = {name: values[name].item() for name in ("loss", "grad_norm")}
     if not all(map(math.isfinite, facts.values())):
         raise NotFinite(
             f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
             f"were not updated. Last good checkpoint: {job.checkpoints.last()}. Lower "
             f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
         )
-    skipped = False
     if spikes is not None and (spike := spikes.see(facts)) is not None:
         if settings.on_spike == "stop":
             raise LossSpike(
                 f"step {step + 1}: {spike_text(facts, spike)}; stopped before this step, as on_spike: stop says, and "
                 f"saved. on_spike: log goes on from here and through it; skip trains anew and leaves such steps out"
             )
-        skipped = settings.on_spike == "skip"
-        facts["spike"] = spike | {"skipped": skipped}
-    if not skipped:
-        optimizer.step()
-        if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
-            move_selection_bias(biases, meter.rows_LE, job.balancing.bias)
-    optimizer.zero_grad(set_to_none=True)
-    return facts | routing_loss.facts() | meter.facts()
+        facts["spike"] = spike | {"skipped": settings.on_spike == "skip"}
+    return facts

@@ -114,22 +114,10 @@ def give_back_frozen(model: nn.Module, start: Path) -> None:
 
 
 def in_product(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as a product under autocast takes it: the copy of this step if there is one, else cast now."""
+    """A weight's values as a product takes them, without a gradient: the copy of this step if there is one, else cast
+    now."""
     copy = getattr(weight, HEAD, None)
-    return weight.to(dtype) if copy is None else cast(Tensor, _Copy.apply(weight, copy))
-
-
-class _Copy(torch.autograd.Function):
-    """The copy of a weight in its place; the gradient is the weight's, cast as autocast's would be."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
-        return copy.view_as(copy)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return grad[0].to(ctx.dtype), None
+    return weight.detach().to(dtype) if copy is None else cast(Tensor, copy)
 
 
 def _add_to_master(parameter: Tensor) -> None:

@@ -1,0 +1,167 @@
+"""Compiled layers: the same training, no compilation after the first step, nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from btx.choices.routers import RoutingRule
+from btx.models.device import has_bfloat16_units
+from btx.models.loading import checkpoint_activations, new_model
+from btx.moe import dispatch
+from btx.moe.layer import set_router, swap_in_moe
+from btx.planning.speed import RandomSamples
+from btx.process import Interrupts
+from btx.recipe.training import Finetune
+from btx.training import compiled
+from btx.training.checkpoints import NoCheckpoints
+from btx.training.job import TrainingJob
+from btx.training.loop import Totals, run_training
+from tests.conftest import PICO_LLAMA
+
+LENGTH, SAMPLES, STEPS = 16, 5, 4
+MIXTRAL = {**PICO_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced, and then run operation by operation: no C++ compiler is needed."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    counters.clear()
+
+
+def model_of(kind: str) -> nn.Module:
+    model = new_model({"model_type": kind, **(PICO_LLAMA if kind == "llama" else MIXTRAL)}, rng_seed=0)
+    swap_in_moe(model)
+    return model
+
+
+def train(model: nn.Module, folder: Path, said: list[str], **settings: Any) -> Totals:
+    """Four steps of five samples, in micro-batches of two: the last has one."""
+    given = Finetune.model_validate({
+        "tokens": STEPS * SAMPLES * LENGTH, "batch_tokens": SAMPLES * LENGTH, "micro_batch_tokens": 2 * LENGTH,
+        "learning_rate": 1e-2, "warmup_steps": 0, **settings,
+    })  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    job = TrainingJob(model=model, mixture=RandomSamples(320, LENGTH), settings=given, folder=folder,
+                      checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
+    return run_training(job, Interrupts(), lambda line: said.extend([line] if "compile" in line else []))
+
+
+def same_weights(one: nn.Module, two: nn.Module) -> bool:
+    names = one.state_dict().keys()
+    return names == two.state_dict().keys() and all(
+        torch.equal(one.state_dict()[name], two.state_dict()[name]) for name in names
+    )
+
+
+@pytest.fixture
+def graphs_by_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Graphs that have been made when each step of a training begins."""
+    seen: list[int] = []
+    at_step = compiled.accumulate_gradients.__globals__["at_step"]
+
+    def note(model: nn.Module, step: int) -> None:
+        seen.append(counters["stats"]["unique_graphs"])
+        at_step(model, step)
+
+    monkeypatch.setitem(compiled.accumulate_gradients.__globals__, "at_step", note)
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "graphs"), [("llama", 2 * 2), ("mixtral", None)])
+def test_compiled_training_is_the_same_and_compiles_before_the_first_step_only(
+    tmp_path: Path, kind: str, graphs: int | None, graphs_by_step: list[int]
+) -> None:
+    plain, model = model_of(kind), model_of(kind)
+    for one in (plain, model):
+        set_router(one, RoutingRule("sample_top1")) if kind == "mixtral" else checkpoint_activations(cast(Any, one))
+    said: list[str] = []
+    assert train(plain, tmp_path / "plain", said).compile_s == 0
+    assert counters["stats"]["unique_graphs"] == 0
+    graphs_by_step.clear()
+    totals = train(model, tmp_path / "compiled", said, compile=True)
+    assert same_weights(plain, model)
+    assert [line for line in said if line.startswith("compiled 2 layers in ")]
+    assert totals.compile_s > 0
+    tried, steps = graphs_by_step[:2], graphs_by_step[2:]
+    assert tried[0] == 0, "micro-batches of two and of one sample are tried"
+    assert len(steps) == STEPS
+    assert set(steps) == {counters["stats"]["unique_graphs"]}, "no graph is made in a step"
+    if graphs is not None:  # of a layer and of the loss, for each of the two shapes
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+    for module in model.modules():  # evaluated and saved as if it had never been compiled
+        assert "forward" not in vars(module)
+        assert "route" not in vars(module)
+    assert not hasattr(model, "compiled_chunk_loss")
+
+
+@pytest.mark.skipif(not has_bfloat16_units(), reason="this CPU does not multiply in bfloat16")
+def test_checkpointed_moe_layers_with_a_grouped_product_are_one_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (dispatch, compiled):  # as on a GPU; a CPU does the same, slowly
+        monkeypatch.setattr(module, "can_group", lambda *tensors: True)
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    plain, model = model_of("mixtral"), model_of("mixtral")
+    for one in (plain, model):
+        checkpoint_activations(cast(Any, one))
+    train(plain, tmp_path / "plain", [], precision="bfloat16")
+    train(model, tmp_path / "compiled", [], precision="bfloat16", compile=True)
+    assert same_weights(plain, model)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] >= 2 * 2, "of a layer and of the loss, for each of the two shapes"
+
+
+def test_where_nothing_can_be_compiled_training_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    plain, without, failing = (model_of("llama") for _ in range(3))
+    train(plain, tmp_path / "plain", said)
+    assert said == [], "auto compiles nothing on a CPU"
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.shutil, "which", lambda name: None)
+        train(without, tmp_path / "without", said, compile=True)
+    assert said.pop() == (
+        "layers are not compiled: there is no C++ compiler (g++ or clang++); training goes on without"
+    )
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    train(failing, tmp_path / "failing", said, compile=True)
+    assert said.pop() == ("layers are not compiled: RuntimeError: no such instruction; training goes on without")
+    assert same_weights(plain, without)
+    assert same_weights(plain, failing)
+
+
+def test_a_gpu_without_triton_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert compiled.cannot_compile(torch.device("cuda")) == "triton is not installed (pip install triton)"
+    assert compiled.cannot_compile(torch.device("cpu")) is None or shutil.which("g++") is None
+
+
+def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
+    def small(parameters: float, micro_batch_tokens: int = 8192, device: str = "cuda", **settings: Any) -> bool:
+        given = Finetune(tokens=1, micro_batch_tokens=micro_batch_tokens, **settings)
+        job = TrainingJob(model=nn.Module(), mixture=RandomSamples(320, 1024), settings=given, folder=tmp_path,
+                          checkpoints=NoCheckpoints(), flops_per_token=6 * parameters, rng_seed=0,
+                          device=torch.device(device))  # fmt: skip
+        return compiled.small_enough_for_graphs(job, layers=8)
+
+    assert small(7e6)
+    assert not small(1.2e9)
+    assert not small(7e6, micro_batch_tokens=2**20)
+    assert not small(7e6, device="cpu", compile=True)
+    assert not small(7e6, compile=True)
+    assert not small(7e6, gradient_checkpointing=True)

@@ -9,7 +9,9 @@ import typer
 
 from btx.cli import init as cli_init
 from btx.cli import mix as cli_mix
+from btx.cli import plan as cli_plan
 from btx.cli import sweep as cli_sweep
+from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.terminal import end, prepare_streams
 from btx.cli.terminal import show as _print
 from btx.cli.terminal import show_json as _print_json
@@ -19,8 +21,6 @@ from btx.process import READER_GONE
 from btx.system_errors import told
 
 if TYPE_CHECKING:
-    from btx.planning.speed import Speed
-    from btx.recipe.schema import Recipe
     from btx.run_folder.folder import RunFolder
 
 app = typer.Typer(
@@ -29,10 +29,7 @@ app = typer.Typer(
     help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
 )  # fmt: skip
 
-RecipeArgument = Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example train.tokens=1e6.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -83,94 +80,11 @@ def run(
     """Everything, from nothing to a report. Run it again and it continues."""
     from btx.running.pipeline import run as run_recipe
 
-    finished = run_recipe(_recipe(recipe, overrides), until=until, without=without or (), verify=verify)
+    finished = run_recipe(resolved_recipe(recipe, overrides), until=until, without=without or (), verify=verify)
     _print_results(finished)
 
 
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    flops_per_second: Annotated[
-        float | None,
-        typer.Option(
-            min=1.0,
-            help="Training FLOP/s of one job where it will run, for the hours. Default: what the run's first "
-            "training stage reached, or else a few training steps timed here.",
-        ),
-    ] = None,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory of a GPU, as 24GB: does every training fit, and if not, with which settings? Default: this "
-            "machine's GPU, if it has one.",
-        ),
-    ] = None,
-    show_recipe: Annotated[bool, typer.Option("--recipe", help="Print the resolved recipe, and nothing else.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """What a run reads and will cost: data, tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
-    from btx.running.preflight import preflight
-
-    gpu_bytes = None if gpu_memory is None else _gpu_bytes(gpu_memory)
-    resolved = _recipe(recipe, overrides)
-    if show_recipe:
-        from btx.recipe.loading import dump_recipe
-
-        _print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_recipe(resolved))
-        return
-    preflight(resolved)
-    from btx.planning.data_look import data_notes, look_into_data
-    from btx.run_folder.folder import RunFolder
-
-    data = look_into_data(RunFolder(Path(resolved.run_folder), resolved))
-    from btx.planning.plan import plan as make_plan  # and torch with it, after all that is refused without
-
-    planned = make_plan(resolved, speed=_speed(resolved, flops_per_second), gpu_memory=gpu_bytes)
-    planned |= {"data": data, "notes": [*planned["notes"], *data_notes(data)]}
-    if as_json:
-        _print_json(planned | {"recipe": resolved.model_dump(mode="json")})
-        return
-    from btx.cli.tables import plan_tables
-
-    _print(*plan_tables(planned))
-    typer.echo(f"the recipe with all defaults: btx plan {recipe} --recipe")
-
-
-def _gpu_bytes(text: str) -> int:
-    """What --gpu-memory says."""
-    from btx.number_texts import bytes_of
-
-    wanted = "write it as 24GB, 80GiB or 24e9 (bytes)"
-    try:
-        count = bytes_of(text)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"--gpu-memory {text}: this is no size of memory; {wanted}") from error
-    if not 1e8 <= count < 1e15:
-        raise UserError(f"--gpu-memory {text}: no GPU has {count:,} bytes; {wanted}")
-    return count
-
-
-def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
-    """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
-    from btx.models.device import choose_device
-    from btx.models.seed_config import seed_config
-    from btx.planning.speed import Speed, measured_speed, training_speed
-    from btx.run_folder.folder import RunFolder
-    from btx.run_folder.threads import training_threads
-
-    if flops_per_second is not None:
-        return Speed(flops_per_second, "as given")
-    run = RunFolder(Path(recipe.run_folder), recipe)
-    if (reached := measured_speed(run)) is not None:
-        return reached
-    try:
-        device = choose_device(recipe.device)
-    except UserError:  # a recipe for another machine
-        return None
-    dense = seed_config(recipe)
-    typer.echo("timing a few training steps: 5 seconds at most (--flops-per-second FIGURE does without) ...", err=True)
-    return training_speed(recipe, dense, device, training_threads(run.graph))
+app.command()(cli_plan.plan)
 
 
 @app.command()
@@ -424,12 +338,6 @@ def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
 
     interrupts = Interrupts().listen()
     run_stages(_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
-
-
-def _recipe(name: str, overrides: list[str] | None) -> Recipe:
-    from btx.recipe.loading import load_recipe
-
-    return load_recipe(name, overrides or ())
 
 
 def _run(path: Path) -> RunFolder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import logging
 import os
 import sys
 from typing import Any, NoReturn
@@ -29,6 +30,8 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="btx")
+    for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, and both
+        logging.getLogger(talker).setLevel(logging.ERROR)  # then tell of kernels that nobody has asked for
 
 
 def _written_plainly(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -56,24 +56,11 @@ def run_training(
         LossSpike: there was one, and `on_spike` is stop; a checkpoint of the steps before it was written.
         Interrupted: a signal came; a checkpoint was written.
     """
-    settings = job.settings
-    bfloat16 = in_bfloat16(settings.precision, job.device)
-    if bfloat16:
-        hold_frozen_in_bfloat16(job.model)
-    model = job.model.to(job.device).train()
+    job, optimizer, done = _begin(job, log)
+    settings, model = job.settings, job.model
     tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
     samples_per_step = tokens_per_step // job.mixture.sequence_length
     total_steps = settings.steps(job.mixture.sequence_length)
-    optimizer = adamw(model, settings)
-    done = job.checkpoints.load(model, optimizer)
-    if done:
-        log(f"resumed after step {done} of {total_steps}")
-    if job.settled is not None:
-        job = job.settled(job, optimizer, log)
-    log(f"precision: {precision_text(settings.precision, job.device)}")
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
-        if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
-            log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
     if read_later is None:
         read_later = job.device.type == "cuda" and settings.on_spike == "log" and skips_on_device(optimizer)
     metrics = Metrics(job.folder / "metrics.jsonl", done)
@@ -109,3 +96,26 @@ def run_training(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
         metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length), compile_s,
     )  # fmt: skip
+
+
+def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, torch.optim.Optimizer, int]:
+    """The model on its device in the types it trains in, the optimiser, and the steps that a checkpoint has.
+
+    Returns:
+        The job with a number for `micro_batch_tokens: auto`; the optimiser; finished steps.
+    """
+    settings = job.settings
+    if bfloat16 := in_bfloat16(settings.precision, job.device):
+        hold_frozen_in_bfloat16(job.model)
+    model = job.model.to(job.device).train()
+    optimizer = adamw(model, settings)
+    done = job.checkpoints.load(model, optimizer)
+    if done:
+        log(f"resumed after step {done} of {settings.steps(job.mixture.sequence_length)}")
+    if job.settled is not None:
+        job = job.settled(job, optimizer, log)
+    log(f"precision: {precision_text(settings.precision, job.device)}")
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+        if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
+            log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
+    return job, optimizer, done

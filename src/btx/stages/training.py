@@ -7,6 +7,7 @@ hand on any machine that sees the run folder, in any order, and fails alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
 from btx.models.adapters import merge_adapters
 from btx.models.cost import model_cost
-from btx.models.device import choose_device
+from btx.models.device import choose_device, in_bfloat16
 from btx.models.loading import (
     checkpoint_activations,
     load_model,
@@ -108,40 +109,12 @@ def train_stage(
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
     """
-    folder, recipe = run.folder(stage.name), run.recipe
-    sequence_length = recipe.data.sequence_length
-    device = choose_device(recipe.device)
-    reset_peak_memory(device)
-    in_training = model_cost(model, experts_per_token=experts_run_in_training(model))
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    freezes = stage.name.partition("/")[0] in ("train", "finetune")  # what trains there is the recipe's to say
-    needs = MemoryNeeds(settings, in_training.shape, sequence_length, device.type, may_freeze=freezes)
-    together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
-    automatic = AutoMicroBatch(needs, stage.inputs, together)
-    switching = settings.switching if isinstance(settings, Finetune) else 0.0
-    mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
-    job = TrainingJob(
-        model=model,
-        mixture=mixture,
-        settings=settings,
-        folder=folder,
-        checkpoints=StateFolder(
-            folder / "state", {"inputs": stage.inputs, "data": mixture.fingerprint}, device=device.type, log=log
-        ),
-        flops_per_token=in_training.training_flops_per_token(sequence_length),
-        rng_seed=recipe.rng_seed,
-        device=device,
-        balancing=balancing or Balancing(),
-        experts=experts,
-        settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
-    )
+    folder = run.folder(stage.name)
+    job, needs = _job_of(run, stage, model, settings, mixtures, log)
+    job = replace(job, balancing=balancing or Balancing(), experts=experts)
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with run.making(stage, log) as facts:
-        trained = f"{trainable_parameters(model):,} of {in_training.total_params:,} parameters train"
-        log(f"{trained}, {torch.get_num_threads()} threads")
-        unused = unused_tokens(run.path / "data", recipe, mixtures)
-        log(f"{sum(unused.values()):,} tokens at the ends of {len(unused)} texts fill no sequence of {sequence_length}")
+        unused = _say_what_trains(run, model, mixtures, log)
         try:
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
@@ -153,19 +126,63 @@ def train_stage(
         if like is not None:
             give_back_frozen(model, like)
         merge_adapters(model)
-        cost = model_cost(model)
         with atomic_folder(folder / "model") as target:
             save_model(model, target, like=like, tokenizer=tokenizer)
             if routing is not None:
                 change_router(target, routing)
         job.checkpoints.keep_only_last()
+        cost = model_cost(model)
         facts |= {
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
-            "threads": torch.get_num_threads(), "device": str(device), "data": job.mixture.fingerprint,
-            "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(device),
+            "threads": torch.get_num_threads(), "device": str(job.device), "data": job.mixture.fingerprint,
+            "precision": "bfloat16" if in_bfloat16(settings.precision, job.device) else "float32",
+            "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(job.device),
             "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
             **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
         }  # fmt: skip
     return totals
+
+
+def _job_of(
+    run: RunFolder, stage: Stage, model: PreTrainedModel, settings: Training,
+    mixtures: Sequence[Mapping[str, float]], log: Log,
+) -> tuple[TrainingJob, MemoryNeeds]:  # fmt: skip
+    """What the stage trains, on which samples and device, and the memory that takes."""
+    folder, recipe = run.folder(stage.name), run.recipe
+    length, device = recipe.data.sequence_length, choose_device(recipe.device)
+    reset_peak_memory(device)
+    cost = model_cost(model, experts_per_token=experts_run_in_training(model))
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    freezes = stage.name.partition("/")[0] in ("train", "finetune")  # what trains there is the recipe's to say
+    needs = MemoryNeeds(settings, cost.shape, length, device.type, may_freeze=freezes)
+    together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
+    automatic = AutoMicroBatch(needs, stage.inputs, together)
+    switching = settings.switching if isinstance(settings, Finetune) else 0.0
+    mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
+    marks = {"inputs": stage.inputs, "data": mixture.fingerprint}
+    job = TrainingJob(
+        model=model,
+        mixture=mixture,
+        settings=settings,
+        folder=folder,
+        checkpoints=StateFolder(folder / "state", marks, device=device.type, log=log),
+        flops_per_token=cost.training_flops_per_token(length),
+        rng_seed=recipe.rng_seed,
+        device=device,
+        settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
+    )
+    return job, needs
+
+
+def _say_what_trains(
+    run: RunFolder, model: PreTrainedModel, mixtures: Sequence[Mapping[str, float]], log: Log
+) -> dict[str, int]:
+    """Parameters and threads, and tokens that are in no sequence, which are returned, text by text."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    log(f"{trainable_parameters(model):,} of {total:,} parameters train, {torch.get_num_threads()} threads")
+    unused, length = unused_tokens(run.path / "data", run.recipe, mixtures), run.recipe.data.sequence_length
+    log(f"{sum(unused.values()):,} tokens at the ends of {len(unused)} texts fill no sequence of {length}")
+    return unused

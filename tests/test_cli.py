@@ -27,7 +27,6 @@ from btx import __version__
 from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
 from btx.models.seed_config import seed_config
-from btx.number_texts import bytes_of
 from btx.planning.speed import training_speed
 from btx.process import SAVE_AND_END
 from btx.recipe.loading import load_recipe, packaged_recipes
@@ -301,13 +300,6 @@ def test_what_is_no_memory_of_a_gpu_is_refused_at_once(btx: Btx, size: str) -> N
     refused = btx("plan", "demo", f"--gpu-memory={size}")
     assert refused.code == 2
     assert "write it as 24GB, 80GiB or 24e9" in refused.err
-
-
-@pytest.mark.parametrize(("text", "count"), [
-    ("24GB", 24e9), ("24 gb", 24e9), ("80GiB", 80 * 2**30), ("24e9", 24e9), ("0.5TB", 5e11), ("7", 7),
-])  # fmt: skip
-def test_bytes_are_read_with_and_without_their_unit(text: str, count: float) -> None:
-    assert bytes_of(text) == count
 
 
 def test_the_memory_planned_is_that_of_all_branches_at_once(btx: Btx, tmp_path: Path) -> None:

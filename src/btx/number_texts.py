@@ -6,14 +6,10 @@ What is no finite number becomes a dash.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 MISSING = "–"
-UNITS = {"": 1} | {f"{letter}{i}": base**power for power, letter in enumerate("kmgt", 1)
-                   for i, base in (("", 1000), ("i", 1024))}  # fmt: skip
-"""Prefix of bytes, in lower case → how many they are."""
 SHORT = {"exact_match": "EM"}
 LONG = {"exact_match": "exact match", "acc": "accuracy"}
 
@@ -36,18 +32,6 @@ def count_text(value: Any) -> str:
 def bytes_text(count: float) -> str:
     """Bytes: 43400000000 → "43.4 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def bytes_of(text: str) -> int:
-    """Bytes that a text says: "24GB", "80 GiB" or "24e9".
-
-    Raises:
-        ValueError: it says no number of bytes.
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*(?:([kmgt]i?)?b)?\s*", text.lower())
-    if found is None:
-        raise ValueError(f"{text!r} is no number of bytes")
-    return int(float(found[1]) * UNITS[found[2] or ""])
 
 
 def flops_text(value: Any) -> str:

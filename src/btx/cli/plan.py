@@ -70,12 +70,12 @@ def plan(
 
 def _gpu_bytes(text: str) -> int:
     """What --gpu-memory says."""
-    from btx.number_texts import bytes_of
+    from btx.recipe.sizes import bytes_of
 
     wanted = "write it as 24GB, 80GiB or 24e9 (bytes)"
     try:
         count = bytes_of(text)
-    except (ValueError, OverflowError) as error:
+    except (UserError, OverflowError) as error:
         raise UserError(f"--gpu-memory {text}: this is no size of memory; {wanted}") from error
     if not 1e8 <= count < 1e15:
         raise UserError(f"--gpu-memory {text}: no GPU has {count:,} bytes; {wanted}")

@@ -10,12 +10,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 def bytes_of(size: int | str) -> int:
-    """The bytes of a size: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰, a bare number is bytes.
+    """The bytes of a size: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰, a bare number (`24e9` too) is bytes.
 
     Raises:
         UserError: not a size, or not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", str(size))
     if not found or found.group(2).upper() not in _UNITS:
         raise UserError(f"{size!r} is not a size; write 5GB, 500MB or a number of bytes")
     value = int(float(found.group(1)) * _UNITS[found.group(2).upper()])

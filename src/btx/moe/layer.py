@@ -97,7 +97,7 @@ class MoE(nn.Module):
         """(B, S, D) → (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
         routing = self.route(x_TD)
-        if self.keeps_routing:
+        if torch.compiler.is_compiling() or self.keeps_routing:  # one graph for both: see btx.training.compiled
             self.routing = routing
         gates, ids, kept = routing.gates_TK, routing.expert_ids_TK, routing.kept_TK
         if self.dense_router_gradient and self.training:

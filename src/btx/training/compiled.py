@@ -133,8 +133,8 @@ def _compiled_forward(layer: nn.Module, **options: Any) -> Callable[..., Any]:
     """
     own = getattr(type(layer).forward, "__wrapped__", None)
     if own is None or "__call__" in vars(_checkpointing_layer()):
-        return cast(Callable[..., Any], torch.compile(layer.forward, **options))
-    compiled, either = torch.compile(own.__get__(layer), **options), cast(Any, layer)
+        return _routing_as_wanted(layer, torch.compile(layer.forward, **options))
+    compiled, either = _routing_as_wanted(layer, torch.compile(own.__get__(layer), **options)), cast(Any, layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if either.gradient_checkpointing and layer.training and torch.is_grad_enabled():
@@ -142,6 +142,22 @@ def _compiled_forward(layer: nn.Module, **options: Any) -> Callable[..., Any]:
         return compiled(*args, **kwargs)
 
     return forward
+
+
+def _routing_as_wanted(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, whose one graph always leaves its decisions in `MoE.routing`: in a recomputation they are put back
+    here. A second graph, without them, would keep other tensors for the backward pass, which checkpointing refuses."""
+    blocks = moe_blocks(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = [(block, block.routing) for block in blocks if not block.keeps_routing]
+        try:
+            return compiled(*args, **kwargs)
+        finally:  # a recomputation ends with an exception
+            for block, routing in before:
+                block.routing = routing
+
+    return forward if blocks else compiled
 
 
 def _put(module: nn.Module, method: str, instead: Callable[..., Any], undo: contextlib.ExitStack) -> None:

@@ -24,6 +24,7 @@ from btx.training import compiled
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
+from btx.training.working_weights import hold_in_bfloat16
 from tests.conftest import PICO_LLAMA
 
 LENGTH, SAMPLES, STEPS = 16, 5, 4
@@ -167,3 +168,12 @@ def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
     assert not small(7e6, device="cpu", compile=True)
     assert not small(7e6, compile=True)
     assert not small(7e6, gradient_checkpointing=True)
+
+
+def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> None:
+    model = model_of("mixtral")
+    hold_in_bfloat16(model, masters=False, gradients=torch.float32)
+    compiled._before_graphs(model, ())
+    held = [parameter for parameter in cast(Any, model).base_model.parameters() if parameter.dtype == torch.bfloat16]
+    assert held
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in held)

@@ -179,7 +179,7 @@ def _before_graphs(base_model: nn.Module, arguments: object) -> None:
     torch.compiler.cudagraph_mark_step_begin()
     for parameter in base_model.parameters():
         if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=cast(Any, parameter).grad_dtype)
 
 
 def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: int) -> str | None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from btx.errors import UserError
 from btx.models import device as device_module
+from btx.models.seed_config import seed_config
+from btx.planning.speed import training_speed
 from btx.recipe.training import Training
-from btx.running.preflight import preflight
+from btx.running.preflight import check_packages, preflight
 from btx.training import eight_bit
 from btx.training.optimizer import adamw, kept_tensors, restore_tensors, set_learning_rate
 from btx.training.working_weights import give_back_float32, master_of
@@ -123,7 +125,15 @@ def test_adamw_8bit_without_torchao_is_refused_before_anything_is_written(
     recipe = pico_recipe(tmp_path, "run", "finetune.optimizer=adamw_8bit")
     monkeypatch.setattr(eight_bit, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'finetune\.optimizer: adamw_8bit .* pip install "branchtrainmix\[adam8bit\]"'):
-        preflight(recipe)
+        check_packages(recipe)
     assert not Path(recipe.run_folder).exists()
     with pytest.raises(UserError, match="torchao"):
         adamw(nn.Linear(2, 2), settings())
+
+
+def test_a_plan_for_another_machine_needs_no_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = ["train.optimizer=adamw_8bit", "train.precision=bfloat16", "train.weights=bfloat16"]
+    recipe = pico_recipe(tmp_path, "run", *scheme)
+    monkeypatch.setattr(eight_bit, "find_spec", lambda name: None)
+    preflight(recipe)
+    assert training_speed(recipe, seed_config(recipe), torch.device("cpu"), threads=1) is not None

@@ -21,6 +21,7 @@ from btx.models.cost import config_cost
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.training.checkpoints import NoCheckpoints
+from btx.training.eight_bit import is_installed
 from btx.training.job import TrainingJob
 from btx.training.optimizer import adamw
 from btx.training.step import training_step
@@ -137,12 +138,14 @@ def _step_seconds(recipe: Recipe, config: dict[str, Any], device: torch.device, 
     values = dict(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    model = model.to(device).train()
+    model, settings = model.to(device).train(), recipe.train
+    if not is_installed():  # a plan for another machine: the update is a small part of a step
+        settings = settings.model_copy(update={"optimizer": "adamw", "weights": "float32"})
     job = TrainingJob(
-        model=model, mixture=RandomSamples(int(config["vocab_size"]), length), settings=recipe.train, folder=Path(),
+        model=model, mixture=RandomSamples(int(config["vocab_size"]), length), settings=settings, folder=Path(),
         checkpoints=NoCheckpoints(), flops_per_token=0.0, rng_seed=0, device=device,
     )  # fmt: skip
-    optimizer, seconds = adamw(model, recipe.train), list[float]()
+    optimizer, seconds = adamw(model, settings), list[float]()
     while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < SECONDS / 10):
         started = time.perf_counter()
         training_step(job, optimizer, len(seconds), tokens // length)  # its loss is a number: nothing is left running

@@ -36,7 +36,7 @@ def preflight(recipe: Recipe) -> None:
         CheckpointError: the seed model's folder is no model, of a family that cannot be mixed, or its tokenizer does
             not fit it.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
-        UserError: a task of lm-evaluation-harness cannot be measured here, or an optimiser's package is missing.
+        UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     run = RunFolder(Path(recipe.run_folder), recipe)
     measures = run.state(run.graph["evaluate"]) != "done"
@@ -44,22 +44,23 @@ def preflight(recipe: Recipe) -> None:
     if measures:
         _check_tasks(recipe)
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
-    trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
-    for where, training in trainings.items():
-        if training is not None:
-            check_installed(training.optimizer, f"{where}.")
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
     _check_run_folder(run.path)
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse to begin a run whose branches need a package that is not installed; a plan needs none.
+    """Refuse to begin a run whose trainings need a package that is not installed; a plan needs none.
 
     Raises:
         UserError: with what to install.
     """
     run = RunFolder(Path(recipe.run_folder), recipe)
+    if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
+        trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
+        for where, training in trainings.items():
+            if training is not None:
+                check_installed(training.optimizer, f"{where}.")
     waiting = [domain for domain in recipe.train.domains if run.state(run.graph[f"train/{domain}"]) != "done"]
     if recipe.train.trainable == "lora" and waiting and find_spec("peft") is None:
         raise UserError(

@@ -25,6 +25,11 @@ PARTS = ("codes", "scale", "qmap")
 """Tensors of a moment in 8 bits, as torchao names them."""
 
 
+def is_installed() -> bool:
+    """Whether torchao is."""
+    return find_spec("torchao") is not None
+
+
 def check_installed(optimizer: str, where: str = "") -> None:
     """Refuse `optimizer: adamw_8bit` where torchao is not installed; plain Python.
 
@@ -34,7 +39,7 @@ def check_installed(optimizer: str, where: str = "") -> None:
     Raises:
         UserError: with the line that installs it.
     """
-    if optimizer == "adamw_8bit" and find_spec("torchao") is None:
+    if optimizer == "adamw_8bit" and not is_installed():
         raise UserError(f"{where}optimizer: adamw_8bit needs torchao, which is not installed: {INSTALL}; or leave it "
                         f"at adamw, whose moments take 8 bytes a weight instead of 2")  # fmt: skip
 

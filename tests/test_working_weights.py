@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from btx.models import device as device_module
+from btx.models.device import precision_text
 from btx.models.loading import load_model, load_tokenizer, save_model
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
@@ -188,3 +189,8 @@ def test_a_branch_of_a_run_leaves_frozen_weights_as_the_seeds_and_says_its_arith
     notes = plan(recipe)["notes"]
     assert any(note.startswith("precision of train on this CPU: bfloat16") for note in notes)
     assert any(note.startswith("precision of seed, finetune on this CPU: float32 (auto") for note in notes)
+
+
+def test_weights_without_masters_are_not_said_to_have_some() -> None:
+    given = settings(weights="bfloat16", optimizer="adamw_8bit")
+    assert precision_text(given, torch.device("cpu")) == "bfloat16, matrices without float32 masters"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from btx.recipe.schema import Recipe
+    from btx.recipe.training import Training
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,10 +61,12 @@ def in_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16" or (precision == "auto" and _gpu_has_units())
 
 
-def precision_text(precision: str, device: torch.device) -> str:
+def precision_text(training: Training, device: torch.device) -> str:
     """In which arithmetic a training computes here, and why where that is not what the recipe says."""
+    precision = training.precision
     if in_bfloat16(precision, device):
-        return "bfloat16, master weights float32" + " (auto: this GPU has units for it)" * (precision == "auto")
+        weights = "master weights float32" if training.weights == "float32" else "matrices without float32 masters"
+        return f"bfloat16, {weights}" + " (auto: this GPU has units for it)" * (precision == "auto")
     if precision == "bfloat16":
         return "float32 (bfloat16 was asked for, but this CPU has no units for it)"
     why = "results do not depend on the kind of CPU" if device.type == "cpu" else "this GPU has no units for bfloat16"
@@ -78,7 +81,7 @@ def precision_notes(recipe: Recipe) -> list[str]:
     device, trainings = choose_device(recipe.device), dict[str, list[str]]()
     for name, training in (("seed", recipe.seed_model.train), ("train", recipe.train), ("finetune", recipe.finetune)):
         if training is not None:
-            trainings.setdefault(precision_text(training.precision, device), []).append(name)
+            trainings.setdefault(precision_text(training, device), []).append(name)
     return [f"precision of {', '.join(names)} on this {device.type.replace('cuda', 'gpu').upper()}: {text}"
             for text, names in trainings.items()]  # fmt: skip
 

@@ -114,7 +114,7 @@ def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, t
         log(f"resumed after step {done} of {settings.steps(job.mixture.sequence_length)}")
     if job.settled is not None:
         job = job.settled(job, optimizer, log)
-    log(f"precision: {precision_text(settings.precision, job.device)}")
+    log(f"precision: {precision_text(settings, job.device)}")
     with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
         if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
             log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")

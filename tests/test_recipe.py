@@ -309,6 +309,8 @@ def test_null_takes_a_section_away() -> None:
     [
         ("mix.topk=1", "mix.topk: unknown key 'topk'; did you mean 'top_k'? allowed: generalist, router,"),
         ("trian.tokens=1", "trian: unknown key 'trian'; did you mean 'train'?"),
+        ("train.compile=maybe", "train.compile: expected true or false or auto, got 'maybe'"),
+        ("train.micro_batch_tokens=most", "train.micro_batch_tokens: expected a whole number or auto, got 'most'"),
         ("train.tokens=3 epochs", "train.tokens: expected a whole number, got '3 epochs' (Training tokens)"),
         ("train.tokens=[", "train.tokens: cannot be read: while parsing a flow node"),
         ("train.tokens=!!python/name:os.x", "train.tokens: tag '!!python/name:os.x' is not read"),

@@ -34,11 +34,13 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Iterator[Problem]:
     """One problem per pydantic error, placed at the nearest key or value the user wrote."""
+    errors = list(errors)
+    words = {error["loc"][:-1]: error["ctx"]["expected"].strip("'") for error in errors if _is_word(error)}
     for error in errors:
         kind, path = error["type"], error["loc"]
-        if path and str(path[-1]).startswith("literal["):  # a number or a word: once, as the number
+        if _is_word(error):  # a number or a word, true, false or a word: once, as the other
             continue
-        if path and path[-1] == "constrained-int":
+        if path[:-1] in words:
             path = path[:-1]
         if path and path[-1] == "[key]":  # a mapping's key that is no valid name
             here = document.locate(path[:-1])
@@ -59,7 +61,12 @@ def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Itera
             yield Problem(document.values[named], "", text) if named else section
         else:
             shown = path if here == path[:-1] else here  # a default that does not fit: `name` from the file's name
-            yield Problem(place, dotted(shown), _words(error, path))
+            yield Problem(place, dotted(shown), _words(error, path, words.get(path)))
+
+
+def _is_word(error: ErrorDetails) -> bool:
+    """Whether this is about the word that a field takes beside numbers or true and false."""
+    return bool(error["loc"]) and str(error["loc"][-1]).startswith("literal[")
 
 
 def _named_in(text: str, document: Document) -> KeyPath | None:
@@ -80,8 +87,8 @@ def _unknown_key(path: KeyPath, here: KeyPath) -> str:
     return f"unknown key {key!r}{did_you_mean(key, allowed) or ';'} allowed: {', '.join(allowed)}"
 
 
-def _words(error: ErrorDetails, path: KeyPath) -> str:
-    """What was expected and what was given, for errors about one value."""
+def _words(error: ErrorDetails, path: KeyPath, word: str | None = None) -> str:
+    """What was expected and what was given, for errors about one value; instead it might have been `word`."""
     kind, given = error["type"], error["input"]
     if kind == "literal_error":
         allowed = re.findall(r"'([^']+)'", error["ctx"]["expected"])
@@ -92,7 +99,8 @@ def _words(error: ErrorDetails, path: KeyPath) -> str:
         return f"expected at least {error['ctx']['min_length']} entry, got an empty list"
     if expected := _EXPECTED.get(kind):
         hint = ": put it in quotes" if kind == "string_type" and isinstance(given, int | float) else ""
-        return f"expected {expected}, got {_shown(given)}{hint}{_meaning(path)}"
+        either = f" or {word}" if word else ""
+        return f"expected {expected}{either}, got {_shown(given)}{hint}{_meaning(path)}"
     requirement = error["msg"].replace("Input should be", "must be")
     return f"{requirement}, got {_shown(given)}{_meaning(path)}"
 

@@ -150,14 +150,15 @@ def test_the_state_of_four_1b_experts_is_that_of_its_bytes_a_parameter(scheme: M
 
 
 @pytest.mark.parametrize(("config", "trainable"), [
-    (LLAMA, "feed_forward"), (MIXTRAL, "all_but_experts"), (MIXTRAL, "routers"), (MIXTRAL, "shared"),
+    (LLAMA, "feed_forward"), (LLAMA, "lora"), (MIXTRAL, "all_but_experts"), (MIXTRAL, "routers"), (MIXTRAL, "shared"),
 ])  # fmt: skip
 def test_what_else_could_train_is_counted_without_building_the_model_again(
     config: dict[str, Any], trainable: str
 ) -> None:
-    counted = trained_as(config_cost(config).shape, trainable).trained
-    real = config_cost(config, trainable=trainable).shape.trained
-    assert counted == {part: count for part, count in real.items() if count}
+    counted = trained_as(config_cost(config).shape, trainable, lora_rank=4)
+    real = config_cost(config, trainable=trainable, lora_rank=4).shape
+    assert counted.trained == {part: count for part, count in real.trained.items() if count}
+    assert counted.total == real.total
 
 
 def four_1b(**settings: Any) -> MemoryNeeds:
@@ -187,6 +188,16 @@ def test_savings_name_what_is_not_used_yet_the_largest_first() -> None:
     assert not [name for name in used if "checkpointing" in name or "micro_batch" in name]
 
 
+def test_adapters_are_told_where_no_weights_of_a_branch_fit() -> None:
+    given = Train(tokens=1, domains=["law"], precision="bfloat16", gradient_checkpointing=True)
+    seven_b = {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32,
+               "num_attention_heads": 32, "intermediate_size": 11_008}  # fmt: skip
+    needs = MemoryNeeds(given, config_cost(seven_b).shape, 4096, "cuda", may_freeze=True)
+    found = needs.that_fits(int(22e9))
+    assert found is not None
+    assert found.changed["trainable"] == "lora"
+
+
 def test_automatic_micro_batches_are_planned_as_the_largest_that_fits() -> None:
     needs = four_1b(micro_batch_tokens="auto", gradient_checkpointing=True)
     sizes = {gigabytes: needs.that_fits(int(gigabytes * 1e9)) for gigabytes in (80, 90, 200)}
@@ -196,10 +207,11 @@ def test_automatic_micro_batches_are_planned_as_the_largest_that_fits() -> None:
     assert 8192 <= taken[0] < taken[-1] <= 262_144
 
 
-def test_a_branch_of_which_the_feed_forward_sublayers_train_is_told_nothing_of_freezing() -> None:
+def test_a_branch_of_which_the_feed_forward_sublayers_train_is_told_of_adapters_alone() -> None:
     given = Train(domains=["law"], tokens=1, trainable="feed_forward")
     shape = config_cost(LLAMA, trainable="feed_forward").shape
-    assert not [v for v, _ in MemoryNeeds(given, shape, LENGTH, "cpu", may_freeze=True).savings() if "train" in str(v)]
+    told = [str(variant) for variant, _ in MemoryNeeds(given, shape, LENGTH, "cpu", may_freeze=True).savings()]
+    assert [text for text in told if "train" in text] == ["trainable: lora"]
 
 
 def test_the_loop_over_experts_is_counted_by_this_machines_tiles() -> None:

@@ -11,7 +11,7 @@ import torch
 from btx.choices.trainable import MOE_TRAINABLE
 from btx.models.device import in_bfloat16
 from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, logit_rows, training_memory
-from btx.recipe.training import Training
+from btx.recipe.training import Train, Training
 
 CPU = torch.device("cpu")
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -22,7 +22,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )
 """Settings that save memory beside a smaller micro-batch and fewer weights that train; the first change results least.
 A section that has no such field is not told of it."""
-FREEZING = {False: ("feed_forward",), True: ("all_but_experts", "routers")}
+FREEZING = {False: ("feed_forward", "lora"), True: ("all_but_experts", "routers")}
 """For dense and MoE models: what else may train, most first."""
 
 
@@ -56,7 +56,7 @@ class MemoryNeeds:
     def with_changes(self, changed: dict[str, Any]) -> Variant:
         """The training with some settings changed."""
         settings, length = self.settings.model_copy(update=changed), self.sequence_length
-        shape = trained_as(self.shape, changed["trainable"]) if "trainable" in changed else self.shape
+        shape = self._trained_as(changed["trainable"]) if "trainable" in changed else self.shape
         tokens, scheme = settings.micro_batch(length), memory_scheme(settings, self.device)
         on_gpu = self.device == "cuda"
         batch = MicroBatch(
@@ -120,8 +120,13 @@ class MemoryNeeds:
                 yield change
         trained = sum(self.shape.trained.values())
         for name in FREEZING[bool(self.shape.experts)] if self.may_freeze else ():
-            if sum(trained_as(self.shape, name).trained.values()) < trained:
+            if name == "lora" and not isinstance(self.settings, Train):
+                continue
+            if sum(self._trained_as(name).trained.values()) < trained:
                 yield {"trainable": name}
+
+    def _trained_as(self, trainable: str) -> ModelShape:
+        return trained_as(self.shape, trainable, self.settings.lora.rank if isinstance(self.settings, Train) else 0)
 
 
 def halves(tokens: int, sequence_length: int) -> list[int]:
@@ -142,8 +147,17 @@ def memory_scheme(settings: Training, device: str) -> MemoryScheme:
                         arithmetic=2)  # fmt: skip
 
 
-def trained_as(shape: ModelShape, trainable: str) -> ModelShape:
-    """The shape of the same model with something else that trains: a name of `btx.choices.trainable`."""
+def trained_as(shape: ModelShape, trainable: str, lora_rank: int = 0) -> ModelShape:
+    """The shape of the same model with something else that trains: a name of `btx.choices.trainable`.
+
+    Args:
+        lora_rank: of the adapters on the feed-forward projections, where that is lora.
+    """
+    if trainable == "lora":
+        feed_forward, D, F = shape.total["feed_forward"], shape.width, shape.feed_forward
+        adapters = lora_rank * (D + F) * round(feed_forward / (D * F))
+        total = {**shape.total, "feed_forward": feed_forward + adapters}
+        return replace(shape, total=total, trained={"feed_forward": adapters})
     if trainable == "feed_forward":
         chosen = {"feed_forward"}
     else:

@@ -177,3 +177,22 @@ def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> N
     held = [parameter for parameter in cast(Any, model).base_model.parameters() if parameter.dtype == torch.bfloat16]
     assert held
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in held)
+
+
+def test_cuda_graphs_that_run_out_of_memory_are_left_out_and_layers_compiled_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    gradients, tried = compiled.accumulate_gradients, []
+
+    def once(*arguments: Any) -> Any:
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients(*arguments)
+
+    monkeypatch.setattr(compiled, "small_enough_for_graphs", lambda job, layers: True)
+    monkeypatch.setattr(compiled, "accumulate_gradients", once)
+    train(model_of("llama"), tmp_path / "run", said, compile=True)
+    assert said[0].startswith("layers are not compiled with CUDA graphs: OutOfMemoryError")
+    assert said[1].startswith("compiled 2 layers in ")

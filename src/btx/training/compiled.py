@@ -196,7 +196,7 @@ def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: 
                 return f"a gradient of norm {norms[0]:.4g} becomes {norms[-1]:.4g} when it is added up {passes} times"
             optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever goes wrong in there; a fault of the model's own will show without it
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and passes == 1:  # CUDA graphs keep memory of their own: without, it may do
             raise
         cause = getattr(error, "inner_exception", error)  # of torch's BackendCompilerFailed
         return f"{type(cause).__name__}: {first_line(cause)}"

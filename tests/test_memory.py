@@ -220,3 +220,13 @@ def test_the_loop_over_experts_is_counted_by_this_machines_tiles() -> None:
                      for how in (False, True))  # fmt: skip
     assert loop < grouped
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize(("settings", "bytes_a_weight"), [
+    ({}, 12), ({"optimizer": "adamw_8bit"}, 6), ({"optimizer": "adamw_8bit", "weights": "bfloat16"}, 4),
+])  # fmt: skip
+def test_a_checkpoint_holds_weights_and_moments_in_their_types(settings: dict[str, Any], bytes_a_weight: int) -> None:
+    given = Train(domains=["a"], tokens=1, precision="bfloat16", trainable="all", **settings)
+    cost = config_cost(LLAMA)
+    needs = MemoryNeeds(given, cost.shape, LENGTH, "cuda")
+    assert needs.checkpoint_bytes == bytes_a_weight * cost.total_params

@@ -53,10 +53,6 @@ class ModelCost:
         """The forward pass: 2·N + 4·L·H·Q·S."""
         return 2.0 * self.multiplied_params + 4.0 * self.attention_width * sequence_length
 
-    def checkpoint_bytes(self) -> int:
-        """A resumable checkpoint: the weights that train and AdamW's two moments, in float32."""
-        return 12 * self.trained_params
-
 
 def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None) -> ModelCost:
     """Count a model's parameters (a model on the meta device will do).

@@ -148,8 +148,8 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             tokens=training.tokens if training else 0,
             flops=flops,
             memory_bytes=training.memory_bytes if training else 0,
-            disk_bytes=disk + (2 * training.cost.checkpoint_bytes() if training else 0),
-            checkpoint_bytes=training.cost.checkpoint_bytes() if training else 0,
+            disk_bytes=disk + (2 * training.memory.checkpoint_bytes if training else 0),
+            checkpoint_bytes=training.memory.checkpoint_bytes if training else 0,
             hours=None if speed is None else _hours(graph, stage, flops, speed),
             trained=training.trained if training else None,
         )
@@ -191,7 +191,7 @@ class StageTraining:
     @property
     def memory_bytes(self) -> int:
         """Where it trains: at a step's peak, and on a CPU beside the copy of what is being written as a checkpoint."""
-        copied = self.cost.checkpoint_bytes() if self.memory.device == "cpu" else 0
+        copied = self.memory.checkpoint_bytes if self.memory.device == "cpu" else 0
         return self.memory.memory.peak + copied
 
     @property

@@ -77,6 +77,12 @@ class MemoryNeeds:
         """At the peak of a step."""
         return self.with_changes({}).memory
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A resumable checkpoint: the weights that train, in the type in which they do, and their moments."""
+        scheme = memory_scheme(self.settings, self.device)
+        return round((scheme.weight + scheme.moments) * sum(self.shape.trained.values()))
+
     def savings(self) -> list[tuple[Variant, int]]:
         """Each change that saves memory by itself (of micro-batches the half) and the bytes it saves, most first."""
         now = self.memory.peak

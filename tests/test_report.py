@@ -6,9 +6,11 @@ import io
 import itertools
 import json
 import math
+import pickle
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from btx.cli.terminal import show
 from btx.errors import RunFolderError
 from btx.number_texts import count_text, duration_text, flops_text, signed_percent
+from btx.reporting import report
 from btx.reporting.charts import CostPoint, bucket_means, cost_chart, spread
 from btx.reporting.headline import headline
 from btx.reporting.paired_bootstrap import compare_documents
@@ -65,6 +68,27 @@ HOSTILE = [
     "\ud83d",
     "\u202eevil",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_drawn_once() -> Iterator[None]:
+    """Pages differ in a number or two: a figure of the same values is drawn once, and is the same."""
+
+    def once(draw: Callable[..., str]) -> Callable[..., str]:
+        drawn: dict[bytes, str] = {}
+
+        def get(*arguments: Any, **named: Any) -> str:
+            key = pickle.dumps((arguments, sorted(named.items())))
+            if key not in drawn:
+                drawn[key] = draw(*arguments, **named)
+            return drawn[key]
+
+        return get
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bars_chart", "cost_chart", "curves_chart"):
+            patch.setattr(report, name, once(getattr(report, name)))
+        yield
 
 
 def results() -> dict[str, Any]:

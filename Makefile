@@ -25,8 +25,9 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-demo
 demo: $(VENV)/.stamp-demo
 	$(BIN)/btx run demo device=cpu
 
+# Tests start many processes of btx; compiled modules let them start sooner, whatever the environment says.
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks

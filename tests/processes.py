@@ -46,6 +46,21 @@ def btx(*arguments: str) -> None:
     main()
 
 
+def run_with_forked_jobs(*arguments: str) -> None:
+    """`btx run` whose jobs are forked from its own process, and are its children."""
+
+    def start_child(run: Path, stages: Sequence[str], log: Path) -> ForkedJob:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        job = multiprocessing.get_context("fork").Process(
+            target=_logged, args=(btx, ("work", str(run), *stages), log)
+        )  # fmt: skip
+        job.start()
+        return ForkedJob(job, log)
+
+    START["local"] = Launcher(start_child, START["local"].start_run)
+    btx("run", *arguments)
+
+
 @dataclass(frozen=True)
 class ForkedJob:
     """A job of `btx run` as such a process."""

@@ -30,7 +30,7 @@ from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
-from tests.processes import ForkedJob, btx, quick_jobs
+from tests.processes import ForkedJob, btx, quick_jobs, run_with_forked_jobs
 from tests.processes import start as start_process
 
 
@@ -123,9 +123,10 @@ def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[s
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_step(run: RunFolder, stage: str, step: int, job: subprocess.Popen[str]) -> None:
+def wait_for_step(run: RunFolder, stage: str, step: int, job: psutil.Process, log: Path) -> None:
     while (last_metrics(run.folder(stage) / "metrics.jsonl") or {"step": 0})["step"] < step:
-        assert job.poll() is None, job.communicate()
+        assert job.is_running(), log.read_text()
+        assert job.status() != psutil.STATUS_ZOMBIE, log.read_text()
         time.sleep(0.005)
 
 
@@ -176,17 +177,27 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path, whole_group: bool) -> None:
-    long = "seed_model.train.tokens=400000"
+    """Once to the processes that users start, once to the same code in forked ones."""
+    long, log = "seed_model.train.tokens=400000", tmp_path / "log"
     run, _ = run_here(pico_recipe(tmp_path, "runs/pico", long), ["data"])
-    running = start("run", tmp_path / "pico.yaml", f"data.root={tmp_path}", long, cwd=tmp_path)
-    wait_for_step(run, "seed", 3, running)
-    jobs = psutil.Process(running.pid).children()
+    arguments = (str(tmp_path / "pico.yaml"), f"data.root={tmp_path}", f"run={run.path}", long)
+    if whole_group:
+        forked = start_process(run_with_forked_jobs, *arguments, log=log)
+        running = psutil.Process(forked.pid)
+    else:
+        with log.open("w") as file:
+            real = subprocess.Popen([sys.executable, "-m", "btx", "run", *arguments], stdout=file, stderr=file)
+        running = psutil.Process(real.pid)
+    wait_for_step(run, "seed", 3, running, log)
+    jobs = running.children()
     assert jobs
     for process in [*jobs, running] if whole_group else [running]:  # scancel, systemctl stop: every process gets it
         process.send_signal(signal.SIGTERM)
-    _, errors = running.communicate()
-    assert running.returncode == 128 + signal.SIGTERM
-    assert "continues" in errors
+    if whole_group:
+        forked.join()
+    code = forked.exitcode if whole_group else real.wait()
+    assert code == 128 + signal.SIGTERM
+    assert "continues" in log.read_text()
     assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
     assert list((run.folder("seed") / "state").glob("step-*"))
     assert run.state(run.graph["seed"]) == "begun"

@@ -48,7 +48,7 @@ os._exit(0)
 def test_an_endless_loop_and_a_long_sleep_end_when_their_time_is_up() -> None:
     started = time.monotonic()
     busy, asleep = run_programs(["while True: pass", "import time\ntime.sleep(60)"], jobs=2,
-                                limits=Limits(seconds=2.5, cpu_s=1))  # fmt: skip
+                                limits=Limits(seconds=1.5, cpu_s=1))  # fmt: skip
     assert busy.why in ("signal SIGKILL", "signal SIGXCPU", "time")
     assert asleep.why == "time"
     assert time.monotonic() - started < 20
@@ -118,7 +118,7 @@ def test_nothing_outlives_a_program_and_it_makes_no_namespaces(call: str) -> Non
      "it left before its end (exit code 0)"),  # JSON deeper than the reader
 ])  # fmt: skip
 def test_no_end_of_a_program_ends_the_evaluation(program: str, why: str) -> None:
-    assert run_program(program, Limits(seconds=2.5)) == Outcome(False, why)
+    assert run_program(program, Limits(seconds=1 if why == "time" else 10)) == Outcome(False, why)
 
 
 def test_nothing_outside_its_folder_is_written_changed_or_removed(tmp_path: Path) -> None:

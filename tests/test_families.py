@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,16 @@ every_family = pytest.mark.parametrize(("dense", "moe", "config"), list(FIRST.va
 
 def make(folder: Path, dense: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
     """A pico dense model, everything random: with norms and biases at their defaults wrong mappings look right."""
+    folder.mkdir()
+    for name, content in _made(dense, json.dumps(config), dtype).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@cache
+def _made(dense: str, config_json: str, dtype: torch.dtype) -> dict[str, bytes]:
+    """The model's files. Several tests begin with the same model."""
+    config = json.loads(config_json)
     quiet_transformers()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -89,8 +101,9 @@ def make(folder: Path, dense: str, config: dict[str, Any], dtype: torch.dtype = 
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(float(parameter.dim() == 1), 0.2)
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(dtype).save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def branch(seed: Path, folder: Path, rng_seed: int) -> Path:

@@ -515,7 +515,7 @@ plain_values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(description=characters, value=plain_values)
 @example(description="1e-4", value=["1e-4", "no", "0o17", ".nan", "1_0", "2024-01-01", "<<", "=", "null", "", "\x85\r"])
 def test_any_text_and_any_model_config_survive_the_round_trip(description: str, value: Any) -> None:
@@ -558,14 +558,14 @@ yaml_pieces += [
 yaml_like = st.lists(st.sampled_from(yaml_pieces) | st.text(max_size=3), max_size=25).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text() | yaml_like)
 def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
     with pytest.raises(RecipeError, match=r"^my\.yaml:\d+:\d+: "):
         parse_recipe(text, "my.yaml")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_any_bytes_in_a_file_are_a_recipe_or_a_recipe_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "my.yaml"
@@ -574,7 +574,7 @@ def test_any_bytes_in_a_file_are_a_recipe_or_a_recipe_error(tmp_path: Path, cont
         load_recipe(str(file))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(name=st.text())
 @example(name="")
 @example(name="x" * 5000)
@@ -585,7 +585,7 @@ def test_any_name_is_a_recipe_or_a_user_error(name: str) -> None:
         load_recipe(name)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     key=st.sampled_from(["train.tokens", "data.domains.math", "seed_model", "mix", "finetune.mixture", "run", "name"])
     | st.text(),

@@ -195,9 +195,9 @@ def test_nothing_is_left_when_the_data_are_refused(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_bad_input_exits_with_2_and_leaves_no_folder(tmp_path: Path, override: str, expected: str) -> None:
     write_pico_recipe(tmp_path)
-    refused = btx("run", "pico.yaml", "data.root=.", override, cwd=tmp_path)
-    assert refused.returncode == 2, refused.stderr
-    assert expected in refused.stderr
+    code, _, errors = btx_here("run", "pico.yaml", "data.root=.", override, cwd=tmp_path)
+    assert code == 2, errors
+    assert expected in errors
     assert not (tmp_path / "runs").exists()
 
 

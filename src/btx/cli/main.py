@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from btx.cli import init as cli_init
 from btx.cli import mix as cli_mix
@@ -36,7 +38,7 @@ def main() -> None:
     """Run the command line; errors become one message and exit code 1, or 2 for the user's mistake."""
     prepare_streams()
     try:
-        app(prog_name="btx")  # also when it was started with python -m btx
+        _commands()(prog_name="btx")  # also when it was started with python -m btx
     except KeyboardInterrupt:
         end(130)
     except BrokenPipeError:
@@ -48,6 +50,12 @@ def main() -> None:
             raise
         text = "" if message.exit_code == READER_GONE else f"error: {message}"
         end(message.exit_code, text, try_output=isinstance(error, OSError) and error.filename is None)
+
+
+@cache
+def _commands() -> Any:
+    """All commands, built once in a process."""
+    return get_command(app)
 
 
 def _print_version(asked: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="btx-test-cache-")  # nothing of a test stays with the user
 
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # nohup and a shell's background; btx leaves what is ignored ignored
+        signal.signal(number, handler)
 # The same examples in every run: what fails on one machine fails on all. Widened by hand, with --hypothesis-seed.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")

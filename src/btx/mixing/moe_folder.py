@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    Any,
-    NotRequired,  # pydantic wants it below Python 3.12
-)
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.choices.families import Config, Family, moe_family_of
 from btx.choices.families.family import match

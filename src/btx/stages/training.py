@@ -21,7 +21,7 @@ from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
 from btx.models.adapters import merge_adapters
 from btx.models.cost import model_cost
-from btx.models.device import choose_device, in_bfloat16
+from btx.models.device import choose_device
 from btx.models.loading import (
     checkpoint_activations,
     load_model,
@@ -136,7 +136,7 @@ def train_stage(
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
             "threads": torch.get_num_threads(), "device": str(job.device), "data": job.mixture.fingerprint,
-            "precision": "bfloat16" if in_bfloat16(settings.precision, job.device) else "float32",
+            "precision": "bfloat16" if job.in_bfloat16 else "float32",
             "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(job.device),
             "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),

@@ -25,7 +25,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from btx.models.device import in_bfloat16
 from btx.moe.dispatch import can_group
 from btx.moe.layer import MoE, moe_blocks
 from btx.system_errors import first_line, is_out_of_memory
@@ -170,7 +169,7 @@ def _experts_are_traced(job: TrainingJob, block: MoE) -> bool:
     """Whether the experts of a layer are a grouped product in bfloat16; torch 2.13 cannot trace one in float32."""
     weight = block.experts.gate_up_proj
     x_TD = weight.new_empty(0, weight.shape[2], dtype=torch.bfloat16)
-    return in_bfloat16(job.settings.precision, job.device) and can_group(x_TD, weight, block.experts.down_proj)
+    return job.in_bfloat16 and can_group(x_TD, weight, block.experts.down_proj)
 
 
 def _before_graphs(base_model: nn.Module, arguments: object) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from btx.data.samples import Samples
+from btx.models.device import in_bfloat16
 from btx.moe.balancing import Balancing
 from btx.process import Log
 from btx.recipe.training import Training
@@ -39,3 +41,8 @@ class TrainingJob:
     settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
     """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
     (`btx.training.micro_batch`); None: there is one."""
+
+    @cached_property
+    def in_bfloat16(self) -> bool:
+        """Whether products are computed in bfloat16; asked once, for every micro-batch wants to know."""
+        return in_bfloat16(self.settings.precision, self.device)

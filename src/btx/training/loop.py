@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from btx.errors import LossSpike
-from btx.models.device import in_bfloat16, precision_text
+from btx.models.device import precision_text
 from btx.models.packed import dense_mask_because
 from btx.process import Interrupts
 from btx.training.compiled import compiled_layers
@@ -105,7 +105,7 @@ def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, t
         The job with a number for `micro_batch_tokens: auto`; the optimiser; finished steps.
     """
     settings = job.settings
-    if bfloat16 := in_bfloat16(settings.precision, job.device):
+    if job.in_bfloat16:
         hold_frozen_in_bfloat16(job.model)
     model = job.model.to(job.device).train()
     optimizer = adamw(model, settings)
@@ -115,7 +115,7 @@ def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, t
     if job.settled is not None:
         job = job.settled(job, optimizer, log)
     log(f"precision: {precision_text(settings, job.device)}")
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.in_bfloat16):
         if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
             log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
     return job, optimizer, done

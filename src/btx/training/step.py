@@ -15,7 +15,6 @@ from torch import Tensor
 
 from btx.data.mixture import NO_LABEL
 from btx.errors import LossSpike, NotFinite
-from btx.models.device import in_bfloat16
 from btx.moe.balancing import RoutingLoss, move_selection_bias
 from btx.moe.layer import at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
@@ -108,7 +107,7 @@ def samples_at_once(job: TrainingJob) -> int:
 
 def accumulate_gradients(job: TrainingJob, step: int, samples: range) -> Accumulated:
     """Forward and backward of a step over all its samples, in micro-batches."""
-    settings, model, count, micro = job.settings, job.model, len(samples), samples_at_once(job)
+    model, count, micro = job.model, len(samples), samples_at_once(job)
     # The random state of a step depends on nothing but its number: resuming needs no saved generator.
     torch.manual_seed((job.rng_seed << 32) + step)
     at_step(model, step)
@@ -121,7 +120,7 @@ def accumulate_gradients(job: TrainingJob, step: int, samples: range) -> Accumul
             torch.from_numpy(values[rows]) for values in (batch.input_ids, batch.position_ids, batch.labels)
         )
         share = len(input_ids) / count
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=in_bfloat16(settings.precision, job.device)):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.in_bfloat16):
             micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
             done.loss += micro_loss.detach()
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]

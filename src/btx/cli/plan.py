@@ -75,7 +75,7 @@ def _gpu_bytes(text: str) -> int:
     wanted = "write it as 24GB, 80GiB or 24e9 (bytes)"
     try:
         count = bytes_of(text)
-    except (UserError, OverflowError) as error:
+    except UserError as error:
         raise UserError(f"--gpu-memory {text}: this is no size of memory; {wanted}") from error
     if not 1e8 <= count < 1e15:
         raise UserError(f"--gpu-memory {text}: no GPU has {count:,} bytes; {wanted}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from btx.errors import UserError
@@ -18,7 +19,9 @@ def bytes_of(size: int | str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", str(size))
     if not found or found.group(2).upper() not in _UNITS:
         raise UserError(f"{size!r} is not a size; write 5GB, 500MB or a number of bytes")
-    value = int(float(found.group(1)) * _UNITS[found.group(2).upper()])
-    if value < 1:
+    count = float(found.group(1)) * _UNITS[found.group(2).upper()]
+    if count == math.inf:
+        raise UserError(f"{size!r} is not a size: no machine has so many bytes")
+    if (value := int(count)) < 1:
         raise UserError(f"{size!r}: a size has to be at least one byte")
     return value

@@ -55,14 +55,17 @@ def check_packages(recipe: Recipe) -> None:
     Raises:
         UserError: with what to install.
     """
+    trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
+    optimizers = {where: training.optimizer for where, training in trainings.items() if training is not None}
+    without_peft = recipe.train.trainable == "lora" and find_spec("peft") is None
+    if not without_peft and "adamw_8bit" not in optimizers.values():
+        return  # most runs: nothing has to be known of their stages
     run = RunFolder(Path(recipe.run_folder), recipe)
     if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
-        trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
-        for where, training in trainings.items():
-            if training is not None:
-                check_installed(training.optimizer, f"{where}.")
+        for where, optimizer in optimizers.items():
+            check_installed(optimizer, f"{where}.")
     waiting = [domain for domain in recipe.train.domains if run.state(run.graph[f"train/{domain}"]) != "done"]
-    if recipe.train.trainable == "lora" and waiting and find_spec("peft") is None:
+    if without_peft and waiting:
         raise UserError(
             "train.trainable: lora trains adapters with peft, which is not installed: pip install "
             '"branchtrainmix[lora]"; or train the weights themselves: train.trainable=feed_forward'

@@ -22,7 +22,8 @@ PLAIN = str.maketrans({"·": "-", "→": "->", "×": "x", "±": "+-", "…": "..
 
 
 def prepare_streams() -> None:
-    """Let standard output and error take any text, whatever their encoding, and be there even where they are closed."""
+    """Let standard output and error take any text, whatever their encoding, be there even where they are closed, and
+    show nothing of what libraries tell each other."""
     codecs.register_error("btx", _written_plainly)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

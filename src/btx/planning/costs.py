@@ -19,7 +19,7 @@ from btx.recipe.training import Training
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.threads import threads_of
-from btx.training.memory import MemoryNeeds
+from btx.training.memory import MemoryNeeds, may_freeze
 
 
 def dense_config(run: RunFolder) -> dict[str, Any]:
@@ -214,14 +214,13 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
     for domain in recipe.train.domains:
         found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
     found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
-    may_freeze = {*found} - {"seed"}
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):
             found[phase.stage] = phase.settings, phase.cost, phase.mixtures
     device = device or planned_device(recipe)
     return {
         stage: StageTraining(settings, cost, mixtures, MemoryNeeds(
-            settings, cost.shape, recipe.data.sequence_length, device, may_freeze=stage in may_freeze
+            settings, cost.shape, recipe.data.sequence_length, device, may_freeze=may_freeze(stage)
         ))
         for stage, (settings, cost, mixtures) in found.items()
     }  # fmt: skip

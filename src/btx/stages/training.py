@@ -40,7 +40,7 @@ from btx.run_folder.threads import jobs_at_once, shares_processors
 from btx.system_errors import is_out_of_memory
 from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
-from btx.training.memory import MemoryNeeds
+from btx.training.memory import MemoryNeeds, may_freeze
 from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
 from btx.training.out_of_memory import memory_advice
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
@@ -156,8 +156,7 @@ def _job_of(
     cost = model_cost(model, experts_per_token=experts_run_in_training(model))
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    freezes = stage.name.partition("/")[0] in ("train", "finetune")  # what trains there is the recipe's to say
-    needs = MemoryNeeds(settings, cost.shape, length, device.type, may_freeze=freezes)
+    needs = MemoryNeeds(settings, cost.shape, length, device.type, may_freeze=may_freeze(stage.name))
     together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
     automatic = AutoMicroBatch(needs, stage.inputs, together)
     switching = settings.switching if isinstance(settings, Finetune) else 0.0

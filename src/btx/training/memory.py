@@ -135,6 +135,11 @@ class MemoryNeeds:
         return trained_as(self.shape, trainable, self.settings.lora.rank if isinstance(self.settings, Train) else 0)
 
 
+def may_freeze(stage: str) -> bool:
+    """Whether the recipe says what trains in a stage: in branches and the finetuning."""
+    return stage.partition("/")[0] in ("train", "finetune")
+
+
 def halves(tokens: int, sequence_length: int) -> list[int]:
     """Micro-batches to try, largest first: the largest power of two of sequences within `tokens`, and its halves down
     to one sequence."""

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import pytest
 
 from btx.process import SAVE_AND_END
-from btx.running.launchers import START, Launcher
+from btx.recipe.launch import Launch
+from btx.running.launchers import START, Handle
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([
@@ -49,54 +49,48 @@ def btx(*arguments: str) -> None:
 def run_with_forked_jobs(*arguments: str) -> None:
     """`btx run` whose jobs are forked from its own process, and are its children."""
 
-    def start_child(run: Path, stages: Sequence[str], log: Path) -> ForkedJob:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        job = multiprocessing.get_context("fork").Process(
-            target=_logged, args=(btx, ("work", str(run), *stages), log)
-        )  # fmt: skip
-        job.start()
-        return ForkedJob(job, log)
+    class ChildLauncher(ForkedLauncher):
+        def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+            job = multiprocessing.get_context("fork").Process(
+                target=_logged, args=(btx, ("work", str(run), *stages), log)
+            )  # fmt: skip
+            job.start()
+            return job
 
-    START["local"] = Launcher(start_child, START["local"].start_run)
+    START["local"] = ChildLauncher
     btx("run", *arguments)
 
 
-@dataclass(frozen=True)
-class ForkedJob:
-    """A job of `btx run` as such a process."""
+class ForkedLauncher:
+    """Starts stages as the local launcher does, sooner: in processes forked from one that has imported all."""
 
-    process: BaseProcess
-    log: Path
+    takes_waiting = False
 
-    @property
-    def handle(self) -> dict[str, Any]:
-        """The process's number."""
-        return {"pid": self.process.pid}
+    def __init__(self, launch: Launch) -> None:
+        self.processes: dict[int, BaseProcess] = {}
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self.process.exitcode
+    def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+        return start_btx("work", run, *stages, log=log)
 
-    def terminate(self) -> None:
-        """Ask it to save and end."""
-        self.process.terminate()
+    def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        process = self.started(run, stages, log)
+        assert process.pid is not None
+        self.processes[process.pid] = process
+        return {"pid": process.pid}
 
-    def wait(self) -> None:
-        """Wait until it has ended."""
-        self.process.join()
+    def poll(self, handle: Handle) -> int | None:
+        return self.processes[handle["pid"]].exitcode
 
-
-def start_forked(run: Path, stages: Sequence[str], log: Path) -> ForkedJob:
-    """Start stages as the local launcher does, sooner."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return ForkedJob(start_btx("work", run, *stages, log=log), log)
+    def cancel(self, handle: Handle) -> None:
+        self.processes[handle["pid"]].terminate()
 
 
 @contextlib.contextmanager
 def quick_jobs() -> Iterator[None]:
     """Jobs of this process's runs are such processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(START, "local", Launcher(start_forked, START["local"].start_run))
+        patch.setitem(START, "local", ForkedLauncher)
         yield
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -25,12 +26,12 @@ from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.status import run_status
-from btx.running.launchers import START, Launcher
+from btx.running.launchers import START
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
-from tests.processes import ForkedJob, btx, quick_jobs, run_with_forked_jobs
+from tests.processes import ForkedLauncher, btx, quick_jobs, run_with_forked_jobs
 from tests.processes import start as start_process
 
 
@@ -248,11 +249,11 @@ def test_a_run_names_all_that_failed_and_status_has_it_too(tmp_path: Path, monke
     recipe = pico_recipe(tmp_path, "run", "launch.jobs=2")
     run, _ = run_here(recipe, ["data", "seed"])
 
-    def start_killed(path: Path, stages: Sequence[str], log: Path) -> ForkedJob:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        return ForkedJob(start_process(killed, log=log), log)
+    class KilledLauncher(ForkedLauncher):
+        def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+            return start_process(killed, log=log)
 
-    monkeypatch.setitem(START, "local", Launcher(start_killed, START["local"].start_run))
+    monkeypatch.setitem(START, "local", KilledLauncher)
     said = Said()
     with pytest.raises(StageFailed, match=r"micro_batch_tokens") as caught:
         run_pipeline(recipe, display=said)

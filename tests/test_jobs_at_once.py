@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import jobs_at_once, jobs_side_by_side, training_threads
 from btx.running import pipeline
-from btx.running.launchers import Launcher
+from btx.running.launchers import Handle
 from btx.running.progress import Display
 from btx.sweeps import variants
 from btx.sweeps.variants import plan_sweep
@@ -36,11 +35,8 @@ def graph(tmp_path: Path, request: pytest.FixtureRequest) -> Graph:
 class PretendedJob:
     """A job that leaves its stages done, one after the other, each after some looks at it."""
 
-    def __init__(self, run: RunFolder, stages: Sequence[Stage], working: set[str]) -> None:
-        self.run, self.left, self.working, self.name = run, list(stages), working, stages[0].name
-        self.looks = 0
-        self.handle: dict[str, int] = {}
-        working.add(self.name)
+    def __init__(self, run: RunFolder, stages: Sequence[Stage]) -> None:
+        self.run, self.left, self.looks = run, list(stages), 0
 
     def exit_code(self) -> int | None:
         stage = self.left[0]
@@ -50,37 +46,47 @@ class PretendedJob:
             write_json(self.run.folder(stage.name) / "started.json", started_json(stage))
             write_json(self.run.folder(stage.name) / "done.json", done_json(stage, {}))
             self.left, self.looks = self.left[1:], 0
-        if self.left:
-            return None
-        self.working.discard(self.name)
-        return 0
+        return None if self.left else 0
 
-    def terminate(self) -> None:
+
+class PretendingLauncher:
+    """Starts jobs that only pretend, and remembers which were under way, start by start."""
+
+    takes_waiting = False
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.jobs, self.working, self.seen = run, dict[str, PretendedJob](), set[str](), list[set[str]]()
+
+    def submit(self, path: Path, names: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
+        log.parent.mkdir(exist_ok=True)
+        log.touch()
+        name = names[0]
+        self.jobs[name] = PretendedJob(self.run, [self.run.graph[name] for name in names])
+        self.working.add(name)
+        if not name.startswith("data/"):
+            self.seen.append(set(self.working))
+        return {"name": name}
+
+    def poll(self, handle: Handle) -> int | None:
+        exit_code = self.jobs[handle["name"]].exit_code()
+        if exit_code is not None:
+            self.working.discard(handle["name"])
+        return exit_code
+
+    def cancel(self, handle: Handle) -> None:
         """It saves nothing."""
-
-    def wait(self) -> None:
-        """It ends with the test."""
 
 
 def under_way(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Run the real pipeline with jobs that only pretend; returns which jobs were under way, start by start."""
-    graph, working, seen = run.graph, set[str](), list[set[str]]()
-
-    def start(path: Path, names: Sequence[str], log: Path) -> Any:
-        log.parent.mkdir(exist_ok=True)
-        log.touch()
-        job = PretendedJob(run, [graph[name] for name in names], working)
-        if not job.name.startswith("data/"):
-            seen.append(set(working))
-        return job
-
-    monkeypatch.setitem(pipeline.START, "local", Launcher(start, start))
+    graph, launcher = run.graph, PretendingLauncher(run)
+    monkeypatch.setitem(pipeline.START, "local", lambda launch: launcher)
     monkeypatch.setattr(pipeline, "POLL_S", 0.0)
     run.path.mkdir()
     with Display() as display:
         pipeline._Pipeline(run, display, Interrupts()).run(graph.jobs())
     assert all(run.state(stage) == "done" for stage in graph)
-    return seen
+    return launcher.seen
 
 
 @pytest.mark.parametrize(("graph", "at_once"), AT_ONCE.items(), indirect=["graph"])

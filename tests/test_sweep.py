@@ -17,7 +17,7 @@ from btx.files import read_json
 from btx.process import Interrupted, Interrupts
 from btx.recipe.loading import load_recipe
 from btx.run_folder.folder import RunFolder
-from btx.running.launchers import start_run
+from btx.running.launchers.local import start_run
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep, sweep_state
 from btx.sweeps.table import paired, sweep_cells, sweep_rows

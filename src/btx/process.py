@@ -130,6 +130,16 @@ def ending_at_once(message: str) -> Iterator[None]:
         interrupts.unlisten()
 
 
+def rank() -> int:
+    """Number of this process among those that work on one model together, as torchrun tells it; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    """How many processes work on one model together: torchrun says so in their environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say_no_more() -> None:
     """Let what is still printed go nowhere: its reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from btx.running.launchers import Job
+    from btx.running.launchers.local import LocalProcess
     from btx.sweeps.sweep import Start
     from btx.sweeps.variants import SweepRun
 
@@ -95,12 +95,12 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
 
 def _start(jobs: int) -> Start:
     from btx.run_folder.threads import processors
-    from btx.running.launchers import START
+    from btx.running.launchers.local import start_run
 
     threads = max(1, processors() // jobs) if jobs > 1 else None
 
-    def start(run: SweepRun, output: Path) -> Job:
-        return START[run.recipe.launch.kind].start_run(run.folder, output, threads=threads)
+    def start(run: SweepRun, output: Path) -> LocalProcess:
+        return start_run(run.folder, output, threads=threads)
 
     return start
 

@@ -22,8 +22,9 @@ from btx.errors import RecipeError, UserError
 from btx.files import home_filled
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
+from btx.recipe.launch import Launch
 from btx.recipe.mix import Mix
-from btx.recipe.section import BaselineName, LauncherName, Name, PathText, PositiveInt, Section
+from btx.recipe.section import BaselineName, Name, PathText, PositiveInt, Section
 from btx.recipe.training import BaselineTraining, Finetune, SeedModel, Train
 
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
@@ -36,17 +37,6 @@ def _each_once(names: list[BaselineName]) -> list[BaselineName]:
     if twice:
         raise ValueError(f"{', '.join(twice)} is named twice")
     return names
-
-
-class Launch(Section):
-    """How jobs are started."""
-
-    kind: LauncherName = "local"
-    """Launcher: processes of this machine."""
-    jobs: PositiveInt | None = None
-    """Jobs (branches, finetuning, baselines) trained at the same time; default: as many as there are branches."""
-    threads: PositiveInt | None = None
-    """CPU threads a job; default: the processors shared among the jobs, at least one each."""
 
 
 class Sweep(Section):

@@ -23,7 +23,7 @@ from btx.run_folder.graph import Stage
 from btx.run_folder.status import at_work, last_line, note_failure, stage_status
 from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
-from btx.running.launchers import START, Job
+from btx.running.launchers import START, Handle
 from btx.running.log_tail import LogTail
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
@@ -107,8 +107,9 @@ class _Running:
     """A job under way."""
 
     stages: tuple[Stage, ...]
-    job: Job
-    log: LogTail
+    handle: Handle
+    log: Path
+    tail: LogTail
     finished: set[str] = field(default_factory=set)
 
     @property
@@ -123,6 +124,7 @@ class _Pipeline:
         self.run_folder = run
         self.display = display
         self.interrupts = interrupts
+        self.launcher = START[run.recipe.launch.kind](run.recipe.launch)
         self.at_once = jobs_at_once(run.graph)
         self.running: list[_Running] = []
         self.failures: dict[str, BtxError] = {}
@@ -228,17 +230,16 @@ class _Pipeline:
         tail = LogTail.from_now(log)
         if (node := at_work(self.run_folder, stages[0].name)) is not None:
             self.display.say(f"{stages[0].name}: another process, on {node}, is at it; waiting for it to end")
-        start = START[self.run_folder.recipe.launch.kind].start_stages
-        job = start(self.run_folder.path, [stage.name for stage in stages], log)
-        self.running.append(_Running(stages, job, tail))
+        handle = self.launcher.submit(self.run_folder.path, [stage.name for stage in stages], log)
+        self.running.append(_Running(stages, handle, log, tail))
         self.display.begin(stages[0].name)
-        self.run_folder.event("start", job=stages[0].name, **job.handle)
+        self.run_folder.event("start", job=stages[0].name, **handle)
 
     def _collect(self) -> None:
         """Show what running jobs report, and take note of those that ended."""
         for running in list(self.running):
-            exit_code = running.job.exit_code()
-            for line in running.log.new_lines():
+            exit_code = self.launcher.poll(running.handle)
+            for line in running.tail.new_lines():
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)
@@ -279,7 +280,7 @@ class _Pipeline:
             domain = name.removeprefix("train/")
             without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
             self.failures[name] = (
-                StageFailed(f"{name} failed ({how}); its log is {running.job.log}:\n{told or last_line(told)}\n"
+                StageFailed(f"{name} failed ({how}); its log is {running.log}:\n{told or last_line(told)}\n"
                             f"`btx run {self.run_folder.path}` continues from its last checkpoint{without}")
             )  # fmt: skip
         self.display.say(f"{name}: failed: {last_line(told)}")
@@ -292,9 +293,9 @@ class _Pipeline:
     def _end_jobs(self) -> None:
         """Ask every job to save and end, and wait for it."""
         for running in self.running:
-            running.job.terminate()
-        for running in self.running:
-            running.job.wait()
+            self.launcher.cancel(running.handle)
+        while any(self.launcher.poll(running.handle) is None for running in self.running):
+            time.sleep(POLL_S / 3)
 
 
 def _prepares(job: tuple[Stage, ...]) -> bool:

@@ -20,7 +20,7 @@ from btx.evaluation.aggregate import aggregate, read_results
 from btx.files import write_sealed, write_text
 from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder, exclusive
-from btx.running.launchers import Job
+from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import donor_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
@@ -32,7 +32,7 @@ POLL_S = 0.3
 LINES_SHOWN = 15  # of a failed run's log
 
 
-Start = Callable[[SweepRun, Path], Job]
+Start = Callable[[SweepRun, Path], LocalProcess]
 """Starts the run whose folder is made; its output goes to the given file."""
 
 
@@ -158,7 +158,7 @@ class _Running:
 
     run: SweepRun
     folder: RunFolder
-    job: Job
+    job: LocalProcess
     log: LogTail
     lines: list[str] = field(default_factory=list)
 

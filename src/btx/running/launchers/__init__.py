@@ -1,11 +1,14 @@
-"""How jobs are started: one file a launcher, one table that pipeline and sweeps go by (`launch.kind`). What launchers
-there are, for a recipe and `btx ls`, is in `btx.choices.launchers`.
+"""How jobs are started: one file a launcher, one table that the pipeline goes by (`launch.kind`). What launchers there
+are, for a recipe and `btx ls`, is in `btx.choices.launchers`.
 """
 
-from btx.running.launchers.job import Job, Launcher
-from btx.running.launchers.local import start_local, start_run
+from collections.abc import Callable
 
-START: dict[str, Launcher] = {"local": Launcher(start_local, start_run)}
-"""`launch.kind` → how stages and whole runs are started."""
+from btx.recipe.launch import Launch
+from btx.running.launchers.job import Handle, Launcher
+from btx.running.launchers.local import LocalLauncher
 
-__all__ = ["START", "Job", "Launcher"]
+START: dict[str, Callable[[Launch], Launcher]] = {"local": LocalLauncher}
+"""`launch.kind` → the launcher with a recipe's settings."""
+
+__all__ = ["START", "Handle", "Launcher"]

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+Handle = Mapping[str, Any]
+"""By what a launcher knows a job again, in another process and on another machine too: a JSON value that the run folder
+keeps."""
 
-class Job(Protocol):
-    """A job that was started."""
+
+class Launcher(Protocol):
+    """One way to start jobs, with the settings of one recipe."""
 
     @property
-    def log(self) -> Path:
-        """File its output goes to."""
+    def takes_waiting(self) -> bool:
+        """Whether jobs can be handed over before those they need have ended; else the pipeline holds them back."""
 
-    @property
-    def handle(self) -> Mapping[str, Any]:
-        """By what the launcher knows it again, as a JSON value: goes into the run's events."""
+    def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
+        """Have `stages` of the run folder done in one job; its output goes to `log`, behind what is there.
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
+        Args:
+            after: jobs that have to end well before this one starts; only where `takes_waiting`.
 
-    def terminate(self) -> None:
-        """Ask it to save and end."""
+        Raises:
+            UserError: the engine is not here, or refuses what the recipe asks of it.
+        """
 
-    def wait(self) -> None:
-        """Wait until it has ended."""
+    def poll(self, handle: Handle) -> int | None:
+        """Exit code of a job; negative: the signal that ended it. None while it waits or runs."""
 
-
-class StartStages(Protocol):
-    """Starts stages of a run folder."""
-
-    def __call__(self, run: Path, stages: Sequence[str], log: Path) -> Job:
-        """Start `stages` of the run folder; output goes to `log`."""
-
-
-class StartRun(Protocol):
-    """Starts everything that is left of a run folder."""
-
-    def __call__(self, run: Path, log: Path, *, threads: int | None = None) -> Job:
-        """Start it, with so many CPU threads for stages that run alone (None: all); output goes to `log`."""
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """One way to start jobs."""
-
-    start_stages: StartStages
-    start_run: StartRun
+    def cancel(self, handle: Handle) -> None:
+        """Ask a job to save and end; one that has not begun will not. Returns at once."""

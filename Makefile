@@ -1,5 +1,6 @@
 # make demo   the whole method on this machine, from nothing to a report
 # make test   the tests
+# make test-engines   tests on a Slurm and a Ray cluster of their own, and runs that are killed again and again
 # make lint   ruff (rules and formatting) and mypy
 # make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
 # make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench-mix bench-moe bench-train clean
+.PHONY: setup demo test test-engines lint bench-mix bench-moe bench-train clean
 
 setup: $(VENV)/.stamp-demo
 
@@ -28,6 +29,10 @@ demo: $(VENV)/.stamp-demo
 # Tests start many processes of btx; compiled modules let them start sooner, whatever the environment says.
 test: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Slurm: apt install slurm-wlm munge. What is not installed skips itself, with the reason.
+test-engines: $(VENV)/.stamp-test
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "slurm or ray or chaos" -rs
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks

@@ -30,6 +30,22 @@ settings.load_profile("suite")
 gc.disable()  # until all test modules are imported: what they make stays
 
 
+ENGINES = ("slurm", "ray", "chaos")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--engines: also run tests that start an engine of its own, which takes minutes."""
+    parser.addoption("--engines", action="store_true", help=f"run tests marked {', '.join(ENGINES)} too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --engines their tests skip themselves."""
+    if not config.getoption("--engines"):
+        for item in items:
+            if any(item.get_closest_marker(engine) for engine in ENGINES):
+                item.add_marker(pytest.mark.skip(reason="starts an engine and takes minutes: make test-engines"))
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage again, but not among what the imports have made."""
     gc.freeze()

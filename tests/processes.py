@@ -113,11 +113,11 @@ def btx_here(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
     return code, out, err
 
 
-def run_ranks(target: Callable[[int, str], None], folder: Path) -> None:
-    """Run target(rank, folder) in two processes at once, until both have ended."""
+def run_ranks(target: Callable[[int, str], None], folder: Path, count: int = 2) -> None:
+    """Run target(rank, folder) in several processes at once, until all have ended."""
     from torch.multiprocessing import start_processes
 
-    start_processes(target, (str(folder),), 2, start_method=FORKED.get_start_method())
+    start_processes(target, (str(folder),), count, start_method=FORKED.get_start_method())
 
 
 def _logged(target: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> None:

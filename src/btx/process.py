@@ -140,6 +140,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def say_no_more() -> None:
     """Let what is still printed go nowhere: its reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -16,6 +16,11 @@ def process_count() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def process_number() -> int:
+    """Number of this process among them."""
+    return distributed.get_rank() if process_count() > 1 else 0
+
+
 def shard(model: nn.Module, *, reshard: bool = False, policy: Any = None) -> None:
     """Spread `model` over all processes: one unit a decoder layer, what is left (embeddings, last norm, head) the
     root's.
@@ -47,6 +52,15 @@ def first_row(tensor: Tensor) -> int:
     return min(len(tensor), per_process * tensor.device_mesh.get_local_rank())
 
 
+def as_rows_of(rows: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor sharded as `tensor` is, of which this process holds `rows`; `rows` themselves if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from all processes, each of which has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -66,3 +80,12 @@ def same_everywhere(value: Any) -> Any:
     told = [value]
     distributed.broadcast_object_list(told, device=torch.device("cpu") if distributed.get_backend() == "gloo" else None)
     return told[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What every process has, a JSON value each, in order, on all of them."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    distributed.all_gather_object(values, value)
+    return values

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from btx.errors import RunFolderError
 from btx.models.device import in_bfloat16
+from btx.models.sharding import as_rows_of, local_rows
 from btx.models.trainable import weight_parts
 from btx.recipe.training import Finetune, Training
 from btx.training.eight_bit import PARTS, adamw_8bit, from_parts, parts_of
@@ -116,7 +117,12 @@ def kept_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
         for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
         for part, tensor in parts_of(optimizer.state[parameter][moment]).items()
     }  # fmt: skip
-    return trainable | _selection_biases(model), moments
+    return kept_weights(model), moments
+
+
+def kept_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The first of them."""
+    return _trainable(model) | _selection_biases(model)
 
 
 def restore_tensors(
@@ -124,22 +130,25 @@ def restore_tensors(
 ) -> None:
     """Put back what `kept_tensors` gave.
 
+    Args:
+        weights, moments: of sharded ones the rows that this process holds.
+
     Raises:
         RunFolderError: they are other weights than those that train.
     """
     trainable = _trainable(model)
-    moved: dict[str, Tensor] = trainable | _selection_biases(model)
+    moved = kept_weights(model)
     if weights.keys() != moved.keys():
         raise RunFolderError("holds other weights than this stage trains; remove the stage's folder")
     with torch.no_grad():
         for name, tensor in moved.items():
-            tensor.copy_(weights[name])
+            local_rows(tensor).copy_(weights[name])
     refresh_copies(model)
     for name, parameter in trainable.items():
         kept = {moment: _parts(moments, moment, name) for moment in MOMENTS}
         optimizer.state[parameter] = {
             moment: _step(parts[""], optimizer, parameter) if moment == "step" else
-            from_parts(parts, parameter, signed=moment == "exp_avg")
+            as_rows_of(from_parts(parts, parameter, signed=moment == "exp_avg"), parameter)
             for moment, parts in kept.items() if parts
         }  # fmt: skip
 

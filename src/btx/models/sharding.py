@@ -21,18 +21,21 @@ def process_number() -> int:
     return distributed.get_rank() if process_count() > 1 else 0
 
 
-def shard(model: nn.Module, *, reshard: bool = False, policy: Any = None) -> None:
+def shard(
+    model: nn.Module, *, reshard: bool = False, policy: Any = None, device: torch.device | None = None
+) -> None:  # fmt: skip
     """Spread `model` over all processes: one unit a decoder layer, what is left (embeddings, last norm, head) the
     root's.
 
     Args:
         reshard: give the other processes' rows back after a layer's forward; less memory, more traffic.
         policy: a MixedPrecisionPolicy; None computes in the weights' type.
+        device: where `model` will be, for one on the meta device (`btx.models.sharded_loading`).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (process_count(),))
+    mesh = init_device_mesh((device or next(model.parameters()).device).type, (process_count(),))
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
     for layer in cast(Any, model).base_model.layers:
         fully_shard(layer, reshard_after_forward=reshard, **options)

@@ -49,7 +49,7 @@ def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = N
 
     in_memory = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in weights_in_memory(model).items()
+        for name, tensor in sorted(weights_in_memory(model).items(), key=lambda item: _natural(item[0]))
     }  # fmt: skip
     if folder is not None and in_memory.keys() <= set(folder):
         return [Published(name, name, tuple(tensor.shape)) for name, tensor in in_memory.items()]
@@ -64,6 +64,11 @@ def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = N
         Published(name, renamed[name], tuple(tensor.shape)) if name in renamed else rows[name]
         for name, tensor in reverted.items()
     ]  # fmt: skip
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _expert_rows(model: PreTrainedModel, name: str, fused_ERC: Tensor) -> list[Published]:

@@ -92,5 +92,5 @@ def _expert_rows(model: PreTrainedModel, name: str, fused_ERC: Tensor) -> list[P
 
 
 def _unknown(model: PreTrainedModel, name: str) -> CheckpointError:
-    return CheckpointError(f"{type(model).__name__}: several processes cannot share {name}, which the class publishes in "
-                           f"a layout of its own; train it in one process (launch.processes: 1)")  # fmt: skip
+    return CheckpointError(f"{type(model).__name__}: several processes cannot share {name}, which the class publishes "
+                           f"in a layout of its own; train it in one process (launch.processes: 1)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writing one model out of several processes: the same bytes that `save_pretrained` writes of it in one process, piece by
+"""Writing one model out of several processes: the bytes that `save_pretrained` writes of it in one process, piece by
 piece, so that no process ever has more than its share and the rows of one tensor from one other.
 """
 
@@ -83,7 +83,7 @@ def _on_first(weight: Tensor, piece: Published, dtype: torch.dtype) -> Iterator[
     """The bytes of a published tensor in order, on the first process: from each the rows that it holds."""
     for number in range(process_count() if isinstance(weight, DTensor) else 1):
         held = rows_of(weight, number) if weight.ndim else range(1)
-        if piece.expert is not None and piece.expert not in held or not held:
+        if not held or piece.expert not in (None, *held):
             continue
         if number == process_number():
             rows = local_rows(weight).detach()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from btx.errors import RunFolderError
 from btx.models.device import in_bfloat16
-from btx.models.sharding import as_rows_of, local_rows
+from btx.models.sharding import as_rows_of, local_rows, process_count, whole
 from btx.models.trainable import weight_parts
 from btx.recipe.training import Finetune, Training
 from btx.training.eight_bit import PARTS, adamw_8bit, from_parts, parts_of
@@ -24,13 +24,14 @@ def adamw(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
 
     Each group has a `factor`: the multiple of the learning rate that its part of a MoE model trains with. Where `model`
     is to train in bfloat16 its matrices become copies of float32 masters, which the optimiser moves: see
-    `btx.training.working_weights`.
+    `btx.training.working_weights`. Of a sharded model each process's float32 rows are the masters, and FSDP2 puts the
+    copies together (`btx.models.sharding`).
 
     Raises:
         UserError: `optimizer` is adamw_8bit and torchao is not installed.
     """
     device = next(model.parameters()).device
-    if copies := in_bfloat16(settings.precision, device):
+    if copies := in_bfloat16(settings.precision, device) and process_count() == 1:
         hold_in_bfloat16(model, masters=settings.weights == "float32", gradients=_gradient_type(settings))
     factors = settings.learning_rate_factors.model_dump() if isinstance(settings, Finetune) else {}
     parts = weight_parts(model)
@@ -78,7 +79,7 @@ def clip_gradients(model: nn.Module, largest: float, *, wait: bool = True) -> Te
             the device, and those are multiplied by 1.
     """
     trained = [p for p in map(master_of, model.parameters()) if p.grad is not None]
-    norm = _total_norm([p.grad for p in trained if p.grad is not None])
+    norm = whole(_total_norm([p.grad for p in trained if p.grad is not None]))
     if not (wait and norm.item() + 1e-6 <= largest):
         nn.utils.clip_grads_with_norm_(trained, largest, norm)
     return norm

@@ -113,7 +113,7 @@ def train_stage(
     job, needs = _job_of(run, stage, model, settings, mixtures, log)
     job = replace(job, balancing=balancing or Balancing(), experts=experts)
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
-    with run.making(stage, log) as facts:
+    with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
         try:
             totals = run_training(job, interrupts, log)
@@ -143,6 +143,14 @@ def train_stage(
             **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
         }  # fmt: skip
     return totals
+
+
+@contextlib.contextmanager
+def _making(run: RunFolder, stage: Stage, log: Log) -> Iterator[Making]:
+    """`RunFolder.making`, by the first of several processes that train the stage's model."""
+    with run.making(stage, log) if process_number() == 0 else nullcontext(Making(run.folder(stage.name))) as facts:
+        same_everywhere(None)  # the folder is there
+        yield facts
 
 
 def _job_of(

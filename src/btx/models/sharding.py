@@ -73,12 +73,17 @@ def local_rows(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: Tensor) -> int:
-    """Number of the first of `local_rows`; FSDP2 cuts as torch.chunk does."""
+def rows_of(tensor: Tensor, number: int) -> range:
+    """Numbers of the rows that process `number` holds; all unless it is sharded. FSDP2 cuts as torch.chunk does."""
     if not isinstance(tensor, DTensor):
-        return 0
+        return range(len(tensor))
     per_process = -(-len(tensor) // tensor.device_mesh.size())
-    return min(len(tensor), per_process * tensor.device_mesh.get_local_rank())
+    return range(min(len(tensor), per_process * number), min(len(tensor), per_process * (number + 1)))
+
+
+def first_row(tensor: Tensor) -> int:
+    """Number of the first of `local_rows`."""
+    return rows_of(tensor, process_number()).start if isinstance(tensor, DTensor) else 0
 
 
 def as_rows_of(rows: Tensor, tensor: Tensor) -> Tensor:

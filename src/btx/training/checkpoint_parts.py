@@ -129,16 +129,17 @@ class JoinedFiles(Mapping[str, Tensor]):
         return len(self._holders)
 
     def __getitem__(self, name: str) -> Tensor:
-        pieces = [(rows.get(name, [0])[0], file.get_slice(name)) for file, rows in self._holders[name]]
-        first, count = pieces[0][0], [piece.get_shape() for _, piece in pieces]
-        like = self._like.get(name.rpartition("/")[2])
-        if not count[0] or like is None:
-            whole: Tensor = self._holders[name][0][0].get_tensor(name)
+        holders, like = self._holders[name], self._like.get(name.rpartition("/")[2])
+        file, _ = holders[0]
+        if like is None or not file.get_slice(name).get_shape():
+            whole: Tensor = file.get_tensor(name)
             return whole
-        start, stop = first_row(like), first_row(like) + len(local_rows(like))
-        overlaps = [
-            piece[max(start, first) - first : min(stop, first + shape[0]) - first]
-            for (first, piece), shape in zip(pieces, count, strict=True)
-            if max(start, first) < min(stop, first + shape[0])
-        ]
-        return torch.cat(overlaps) if overlaps else pieces[0][1][:0]
+        start = first_row(like)
+        stop = start + len(local_rows(like))
+        pieces = []
+        for file, rows in holders:
+            part, first = file.get_slice(name), rows[name][0] if name in rows else 0
+            low, high = max(start - first, 0), min(stop - first, part.get_shape()[0])
+            if low < high:
+                pieces.append(part[low:high])
+        return torch.cat(pieces) if pieces else torch.empty(0, *like.shape[1:])

@@ -29,8 +29,17 @@ from btx.models.sharding import from_all, process_count, process_number, same_ev
 from btx.process import Log, processes_here
 from btx.training.background_writer import BackgroundWriter
 from btx.training.checkpoint_parts import (
-    MOMENTS, STATE, WEIGHTS, PART, JoinedFiles, check_parts, complete_in, own_part, part_folder, step_name,
-)  # fmt: skip
+    MOMENTS,
+    PART,
+    STATE,
+    WEIGHTS,
+    JoinedFiles,
+    check_parts,
+    complete_in,
+    own_part,
+    part_folder,
+    step_name,
+)
 from btx.training.host_memory import HostCopy, fits_in_host_memory
 from btx.training.optimizer import kept_tensors, kept_weights, restore_tensors
 from btx.training.tensor_file import TensorFile
@@ -64,7 +73,7 @@ class StateFolder:
         self._copies: dict[str, HostCopy] | None = None
         """File → memory for what will be in it; None until it is known to fit, empty if it does not."""
         self._waited = False
-        self._together: str | None = None
+        self._together = ""
         """A word that the processes of this start share, and no other start's."""
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -74,7 +83,9 @@ class StateFolder:
             RunFolderError: it has other marks, or there are checkpoints and none is whole.
         """
         passed_over: list[str] = []
-        for name, count in same_everywhere(self._complete() if process_number() == 0 else None):
+        told = (self._complete(), uuid.uuid4().hex) if process_number() == 0 else None
+        complete, self._together = same_everywhere(told)
+        for name, count in complete:
             states, problem = self._checked(name, count)
             if problem is None:
                 return self._restore(self.folder / name, states, model, optimizer)
@@ -96,7 +107,7 @@ class StateFolder:
             if not list(checkpoint.glob(".*")):
                 self.log(f"{checkpoint}: not every process has written its part before the training died: it does not "
                          f"count and is removed")  # fmt: skip
-                shutil.rmtree(checkpoint)
+                shutil.rmtree(checkpoint, ignore_errors=True)
         return [(checkpoint.name, count) for checkpoint, counts in complete.items() for count in counts]
 
     def _checked(self, name: str, count: int) -> tuple[list[dict[str, Any]], str | None]:
@@ -145,8 +156,6 @@ class StateFolder:
             RunFolderError: the checkpoint before could not be written; the one before that is untouched.
         """
         self._wait_for_the_one_before()
-        if self._together is None:
-            self._together = same_everywhere(uuid.uuid4().hex)
         weights, moments = map(own_part, kept_tensors(model, optimizer))
         files = {WEIGHTS: weights.tensors, MOMENTS: moments.tensors}
         if self._copies is None:

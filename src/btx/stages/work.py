@@ -86,8 +86,8 @@ def _as_the_first_says(value: Any) -> Any:
 
 def use_all_processors() -> None:
     """A stage that runs alone takes every processor, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        _use_threads(processors())
+    if "OMP_NUM_THREADS" not in os.environ or processes_here() > 1:
+        _use_threads(int(os.environ.get("OMP_NUM_THREADS") or processors()))
 
 
 def _use_threads(count: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,16 @@ from btx.choices.routers import RoutingRule
 from btx.data.mixture import Batch
 from btx.models.adapters import add_adapters
 from btx.models.loading import checkpoint_activations, new_model
-from btx.models.sharding import process_count, shard, whole
+from btx.models.sharding import whole
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import moe_blocks, set_router, swap_in_moe, use_selection_bias
 from btx.process import Interrupts
 from btx.recipe.training import Finetune
-from btx.training import loop
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
-from btx.training.optimizer import adamw, kept_tensors
+from btx.training.optimizer import kept_tensors
 from tests.processes import run_ranks
 
 LENGTH, SAMPLES, STEPS = 12, 8, 4

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-
 ROOT_CALL = "call_as_forward"
 """Attribute of a sharded model: a forward of its root that runs any function."""
 

@@ -56,8 +56,7 @@ def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = N
     reverted: Mapping[str, Tensor] = revert_weight_conversion(model, dict(in_memory))
     whole = {id(tensor): name for name, tensor in in_memory.items()}
     renamed = {name: whole[id(tensor)] for name, tensor in reverted.items() if id(tensor) in whole}
-    fused = in_memory.keys() - set(renamed.values())
-    rows = {piece.name: piece for name in sorted(fused) for piece in _expert_rows(model, name, in_memory[name])}
+    rows = _expert_rows(model, {name: in_memory[name] for name in in_memory.keys() - set(renamed.values())})
     if reverted.keys() != renamed.keys() | rows.keys():
         raise _unknown(model, sorted(reverted.keys() ^ (renamed.keys() | rows.keys()))[0])
     return [
@@ -71,23 +70,27 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _expert_rows(model: PreTrainedModel, name: str, fused_ERC: Tensor) -> list[Published]:
-    """The tensors of single experts in a fused one of E experts, R rows and C columns."""
+def _expert_rows(model: PreTrainedModel, fused: Mapping[str, Tensor]) -> dict[str, Published]:
+    """Published name → tensor of one expert, for those fused in memory: E experts, R rows, C columns."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    if fused_ERC.ndim != 3:
-        raise _unknown(model, name)
-    experts, rows, columns = fused_ERC.shape
     # Every expert is two numbers here, one for each half of its rows: they tell where they went.
-    numbers = torch.arange(2 * experts).view(experts, 2, 1)
-    pieces = []
-    for published, tensor in revert_weight_conversion(model, {name: numbers}).items():
-        halves = tensor.flatten().tolist()
-        expert, first = divmod(halves[0], 2)
-        if tensor.ndim != 2 or halves not in ([2 * expert], [2 * expert + 1], [2 * expert, 2 * expert + 1]):
+    numbers: dict[str, Tensor] = {}
+    halves: list[tuple[str, int, int]] = []
+    for name, tensor_ERC in fused.items():
+        if tensor_ERC.ndim != 3:
             raise _unknown(model, name)
-        shape = (rows // 2 * len(halves), columns)
-        pieces.append(Published(published, name, shape, expert, rows // 2 * first))
+        new = [(name, expert, half) for expert in range(len(tensor_ERC)) for half in (0, 1)]
+        numbers[name] = torch.arange(len(halves), len(halves) + len(new)).view(-1, 2, 1)
+        halves += new
+    pieces = {}
+    for published, tensor in revert_weight_conversion(model, numbers).items():
+        (name, expert, first), *others = [halves[number] for number in tensor.flatten().tolist()]
+        if tensor.ndim != 2 or others not in ([], [(name, expert, 1)]):
+            raise _unknown(model, name)
+        _, rows, columns = fused[name].shape
+        shape = (rows // 2 * (1 + len(others)), columns)
+        pieces[published] = Published(published, name, shape, expert, rows // 2 * first)
     return pieces
 
 

@@ -184,7 +184,7 @@ def test_several_processes_train_what_one_does(ranks: Path, alone: Any, name: st
     assert len(several["lines"]) == len(one["lines"]) == STEPS
     for line, wanted in zip(several["lines"], one["lines"], strict=True):
         assert line.keys() == wanted.keys()
-        print(name, count, line["loss"]-wanted["loss"], line["grad_norm"]/ wanted["grad_norm"]-1)
+        print(name, count, line["loss"] - wanted["loss"], line["grad_norm"] / wanted["grad_norm"] - 1)
         assert abs(line["loss"] - wanted["loss"]) < 1e-6
         assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
         for fact in line.keys() & {"load", "dropped", "dead"}:

@@ -98,4 +98,4 @@ def changing(rank: int, folder: str) -> None:
 
 def test_any_number_of_processes_goes_on(tmp_path: Path) -> None:
     run_ranks(changing, tmp_path, 4)
-    print(sorted(p.relative_to(tmp_path) for p in (tmp_path/"state").rglob("*")))
+    print(sorted(p.relative_to(tmp_path) for p in (tmp_path / "state").rglob("*")))

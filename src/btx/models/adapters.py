@@ -27,6 +27,7 @@ def adapted_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float, *, rng_seed: int) -> None:
     """Put adapters on the FF projections, in place; nothing else trains. The model computes what it did before.
+    Adapters of a model on the meta device (`btx.models.sharded_loading`) have their numbers at once.
 
     Args:
         rng_seed: decides A.
@@ -36,12 +37,17 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, *, rng_seed: i
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = list(adapted_modules(model))
+    targets = adapted_modules(model)
+    on_meta = {module: module.weight for module in targets.values() if module.weight.is_meta}
+    for module, weight in on_meta.items():  # peft asks where they are; these are on the host and take no memory
+        module.weight = nn.Parameter(torch.empty(1).expand(weight.shape), requires_grad=False)
     scale: Any = int(alpha) if alpha == int(alpha) else alpha  # peft declares whole numbers; others divide as well
-    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=targets)
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng_seed)
         inject_adapter_in_model(config, model)
+    for module, weight in on_meta.items():
+        module.weight = weight.requires_grad_(False)
 
 
 def plan_adapters(model: PreTrainedModel, rank: int) -> None:

@@ -31,9 +31,12 @@ class Published(NamedTuple):
 
 
 def weights_in_memory(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Name → tensor of all that is saved of a model; of tied weights one."""
+    """Name → tensor of all that is saved of a model; of tied weights one, of adapters none."""
     tied = model.all_tied_weights_keys
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {
+        name.replace(".base_layer.", "."): tensor  # as an adapter's layer holds it (`btx.models.adapters`)
+        for name, tensor in model.state_dict().items() if name not in tied and ".lora_" not in name
+    }  # fmt: skip
 
 
 def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = None) -> list[Published]:

@@ -17,7 +17,7 @@ from btx.errors import CheckpointError
 from btx.model_files.headers import FLOATS, Entry, Headers, check_unquantised
 from btx.model_files.lazy_tensors import OpenFile
 from btx.models.configs import own_config, quiet_transformers, read_config
-from btx.models.published_layout import published_tensors
+from btx.models.published_layout import published_tensors, weights_in_memory
 from btx.models.sharding import first_row, local_rows
 from btx.models.whole import check_whole
 from btx.moe.layer import set_router, swap_in_moe
@@ -67,7 +67,8 @@ def _generation_settings(folder: Path) -> GenerationConfig:
 
 
 def read_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
-    """Give a skeleton, sharded or not, its numbers: of every weight the rows that this process holds, on `device`.
+    """Give a sharded skeleton its numbers: of every weight the rows that this process holds, on `device`. Adapters keep
+    those they have.
 
     Beside them, host memory holds the rows of one tensor at a time.
 
@@ -76,7 +77,7 @@ def read_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> 
     """
     headers = Headers(folder)
     _allocate(model, device)
-    weights = model.state_dict()
+    weights = weights_in_memory(model)
     with torch.no_grad():
         for piece in published_tensors(model, headers.tensors):
             whole, entry = weights[piece.of], headers.tensors[piece.name]
@@ -115,16 +116,21 @@ def _weights_on_meta() -> Iterator[None]:
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory for the weights on `device`; buffers move there as they are, and tied weights stay one."""
+    """Memory for the weights on `device`. Buffers and adapters, which have numbers, move there as they are, and tied
+    weights stay one."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     buffers: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((module, name))
         buffers += [(module, name, buffer.to(device)) for name, buffer in module.named_buffers(recurse=False)]
+    numbers = {name: local_rows(p).detach() for name, p in model.named_parameters() if not p.is_meta}
     model.to_empty(device=device)
     for module, name, buffer in buffers:
         setattr(module, name, buffer)
     for (first, its_name), *others in places.values():
         for module, name in others:
             setattr(module, name, getattr(first, its_name))
+    with torch.no_grad():
+        for name, rows in numbers.items():
+            local_rows(model.get_parameter(name)).copy_(rows)

@@ -13,9 +13,9 @@ StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "ev
 """First part of a stage's name: what a setting for some stages is given by."""
 SharedKind = Literal["seed", "train", "finetune", "baselines"]
 """Stages whose model several processes can train together."""
-OURS = ("output", "error", "input", "job-name", "open-mode", "dependency", "kill-on-invalid-dep", "requeue", "no-requeue",
-        "signal", "nodes", "ntasks", "ntasks-per-node", "array", "wrap", "parsable", "chdir", "clusters", "test-only",
-        "wait", "account", "partition", "gres", "time")  # fmt: skip
+OURS = ("output", "error", "input", "job-name", "open-mode", "dependency", "kill-on-invalid-dep", "requeue",
+        "no-requeue", "signal", "nodes", "ntasks", "ntasks-per-node", "array", "wrap", "parsable", "chdir", "clusters",
+        "test-only", "wait", "account", "partition", "gres", "time")  # fmt: skip
 """Options of sbatch that btx gives itself, by other fields of the recipe or because it depends on them."""
 
 
@@ -100,7 +100,6 @@ class Launch(Section):
     def nodes_of(self, stage: str) -> int:
         """Machines they are spread over."""
         return _of_kind(self.nodes, stage)
-
 
     def slurm_of(self, stage: str) -> SlurmJob:
         """What the job of a stage asks of Slurm."""

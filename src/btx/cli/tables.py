@@ -162,7 +162,9 @@ def sweep_status_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column == "rng seed" else "left")
     for row in rows:
         done, _, left = _by_state(row["stages"] or {"everything": "absent"})
-        begun = ", ".join(name for name, state in row["stages"].items() if state in ("begun", "running", "stale"))
+        begun = ", ".join(
+            name for name, state in row["stages"].items() if state in ("queued", "begun", "running", "stale")
+        )
         failed = ", ".join(name for name, state in row["stages"].items() if state == "failed")
         table.add_row(row["variant"], str(row["rng_seed"]), done, begun, failed, left)
     return table

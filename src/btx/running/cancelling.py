@@ -27,7 +27,7 @@ def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
         UserError: a process of another machine, which can only be asked there; an engine is not here.
         SystemFailed: an engine does not answer.
     """
-    jobs = [job for job in jobs_of(run.path) if not stages or set(stages) & set(job.stages)]
+    jobs = [job for job in jobs_of(run) if not stages or set(stages) & set(job.stages)]
     on_cluster = [job for job in jobs if START[job.launcher](run.recipe.launch).goes_on]
     for job in jobs:
         note_cancelled(run.path, job)

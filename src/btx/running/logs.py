@@ -70,7 +70,7 @@ class _Talker:
 
 def _logs(run: RunFolder, stage: str | None) -> dict[str, Path]:
     """Job → its log, of the jobs that do a stage, or of all."""
-    jobs = {job.name: job.stages for job in jobs_of(run.path)}
+    jobs = {job.name: job.stages for job in jobs_of(run)}
     jobs |= {job[0].name: tuple(stage.name for stage in job) for job in run.graph.jobs() if job[0].name not in jobs}
     if stage is not None:
         wanted = {each.name for each in run.graph.named([stage], where=str(run.path))}

@@ -31,7 +31,7 @@ def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]
     this machine, or has a `btx run` elsewhere, says itself that it is at work."""
     found: list[tuple[Job, Standing]] = []
     problems = []
-    jobs = jobs_of(run.path)
+    jobs = jobs_of(run)
     for kind in {job.launcher: None for job in jobs}:
         alike = [job for job in jobs if job.launcher == kind]
         try:

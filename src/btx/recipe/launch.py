@@ -6,12 +6,39 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from btx.recipe.section import LauncherName, PositiveInt, Section
+from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
 StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "evaluate", "analyze", "report"]
 """First part of a stage's name: what a setting for some stages is given by."""
 SharedKind = Literal["seed", "train", "finetune", "baselines"]
 """Stages whose model several processes can train together."""
+
+
+class Claims(Section):
+    """What a job claims of a Ray cluster; Ray starts it on a node that has it free."""
+
+    cpus: PositiveFloat | None = None
+    """CPUs a process reserves; default: `launch.threads`, or 1."""
+    gpus: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """GPUs a process reserves; a job sees no others. Jobs that prepare data reserve none unless `stages` says so."""
+    resources: dict[str, PositiveFloat] = {}
+    """Custom resource of the cluster → how much of it a job reserves."""
+
+
+class Ray(Claims):
+    """Where Ray is, and what jobs claim of it."""
+
+    address: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] | None = None
+    """Job server of a cluster, for example http://head:8265; default: a Ray of this machine, for this run alone."""
+    stages: dict[StageKind, Claims] = {}
+    """Stage kind → what its jobs claim instead; what is left out is as for all."""
+
+    def claims_of(self, stage: str) -> Claims:
+        """What a job of a stage claims."""
+        kind = stage.split("/")[0]
+        shared = self.model_dump(include=set(Claims.model_fields)) | ({"gpus": 0.0} if kind == "data" else {})
+        instead = {str(name): claims for name, claims in self.stages.items()}.get(kind, Claims())
+        return Claims.model_validate(shared | instead.model_dump(exclude_unset=True))
 
 
 class Launch(Section):
@@ -29,6 +56,8 @@ class Launch(Section):
     nodes: PositiveInt | dict[SharedKind, PositiveInt] = 1
     """Machines that the processes of one model are spread over, as many on each; more than one needs a launcher that
     gives out machines."""
+    ray: Ray = Ray()
+    """`kind: ray`: jobs of a Ray cluster."""
     retries: Annotated[int, Field(ge=0)] = 0
     """Times a job that failed is started again before the run gives it up; the others go on meanwhile. What the user
     has to mend is not tried again."""

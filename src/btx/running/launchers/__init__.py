@@ -7,8 +7,9 @@ from collections.abc import Callable
 from btx.recipe.launch import Launch
 from btx.running.launchers.job import Handle, Launcher
 from btx.running.launchers.local import LocalLauncher
+from btx.running.launchers.ray import RayLauncher
 
-START: dict[str, Callable[[Launch], Launcher]] = {"local": LocalLauncher}
+START: dict[str, Callable[[Launch], Launcher]] = {"local": LocalLauncher, "ray": RayLauncher}
 """`launch.kind` → the launcher with a recipe's settings."""
 
 __all__ = ["START", "Handle", "Launcher"]

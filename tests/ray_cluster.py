@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 ADDRESS = "http://127.0.0.1:8265"
+VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 START_S = 120.0
 
 
@@ -32,7 +33,7 @@ def missing() -> str | None:
     return None
 
 
-NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+NETWORK = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 """Runs a command in a network that has a loopback interface alone."""
 
 
@@ -58,8 +59,8 @@ class RayCluster:
             options += ["--address", "127.0.0.1:6379"]
         with open(self.log, "ab") as log:
             node = subprocess.Popen(
-                self.command(sys.executable, "-m", "ray.scripts.scripts", "start", *options),
-                stdout=log, stderr=log, start_new_session=True, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+                self.command("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "ray.scripts.scripts", "start",
+                             *options), stdout=log, stderr=log, start_new_session=True, env=os.environ | VARIABLES,
             )  # fmt: skip
         self.nodes.append(node)
         since = time.monotonic()

@@ -24,7 +24,6 @@ from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.stages_of_recipe import task_files
-from btx.running.launchers.ray import check_ray
 from btx.training.eight_bit import check_installed
 
 
@@ -51,13 +50,11 @@ def preflight(recipe: Recipe) -> None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse to begin a run whose launcher or trainings need a package that is not installed; a plan needs none.
+    """Refuse to begin a run whose trainings need a package that is not installed; a plan needs none.
 
     Raises:
         UserError: with what to install.
     """
-    if recipe.launch.kind == "ray":
-        check_ray(recipe.launch)
     trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
     optimizers = {where: training.optimizer for where, training in trainings.items() if training is not None}
     without_peft = recipe.train.trainable == "lora" and find_spec("peft") is None

@@ -71,7 +71,7 @@ class RayLauncher:
         """
         if find_spec("ray") is None:
             raise UserError(f"launch.kind: ray needs Ray, which is not installed: {INSTALL}")
-        if several := [stages[0] for stages in jobs if max(map(self._launch.nodes_of, stages)) > 1]:
+        if several := [stages[0] for stages in jobs if self._launch.nodes_of(stages[0]) > 1]:
             raise UserError(
                 f"launch.nodes: {several[0]}: a job of Ray has one node, on which launch.processes train its model "
                 f"together; for more nodes use launch.kind=slurm"
@@ -88,7 +88,7 @@ class RayLauncher:
         log = log.resolve()
         log.parent.mkdir(parents=True, exist_ok=True)
         work = shlex.join([sys.executable, "-m", "btx", "work", str(run), *stages])
-        claims = _claims(self._launch, stages)
+        claims = _claims(self._launch, stages[0])
         job = {
             "entrypoint": f"exec >> {shlex.quote(str(log))} 2>&1; cd {shlex.quote(str(Path.cwd()))} && exec {work}",
             "submission_id": re.sub(r"[^\w.-]", "-", f"{run.name}-{stages[0]}-{uuid.uuid4().hex[:8]}"),
@@ -177,14 +177,13 @@ def _answering(address: str) -> Iterator[None]:
         raise SystemFailed(f"Ray at {address} does not answer as it should: {error}") from error
 
 
-def _claims(launch: Launch, stages: Sequence[str]) -> dict[str, Any]:
-    """What a job claims, as Ray's job server takes it: of everything the most that one of its stages needs."""
-    claims = [(launch.processes_of(stage), launch.ray.claims_of(stage)) for stage in stages]
-    resources = {name for _, claim in claims for name in claim.resources}
+def _claims(launch: Launch, stage: str) -> dict[str, Any]:
+    """What a job claims for all its processes, as Ray's job server takes it."""
+    processes, job = launch.processes_of(stage), launch.ray_of(stage)
     return {
-        "entrypoint_num_cpus": max(count * (claim.cpus or launch.threads or 1) for count, claim in claims),
-        "entrypoint_num_gpus": max(count * claim.gpus for count, claim in claims),
-        "entrypoint_resources": {name: max(claim.resources.get(name, 0) for _, claim in claims) for name in resources},
+        "entrypoint_num_cpus": processes * (job.cpus or launch.threads or 1),
+        "entrypoint_num_gpus": processes * (job.gpus or 0),
+        "entrypoint_resources": job.resources or {},
     }
 
 

@@ -2,16 +2,108 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from btx.recipe.section import LauncherName, PositiveInt, Section
+from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
 StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "evaluate", "analyze", "report"]
 """First part of a stage's name: what a setting for some stages is given by."""
 SharedKind = Literal["seed", "train", "finetune", "baselines"]
 """Stages whose model several processes can train together."""
+OURS = ("output", "error", "input", "job-name", "open-mode", "dependency", "kill-on-invalid-dep", "requeue",
+        "no-requeue", "signal", "nodes", "ntasks", "ntasks-per-node", "array", "wrap", "parsable", "chdir", "clusters",
+        "test-only", "wait", "account", "partition", "gres", "time")  # fmt: skip
+"""Options of sbatch that btx gives itself, by other fields of the recipe or because it depends on them."""
+
+
+def _is_an_option(text: str) -> str:
+    """Refuse what sbatch would take for something else, and what would not be btx's job any more."""
+    found = re.fullmatch(r"--([a-z][a-z-]*)(=[^\n\r\0]*)?", text)
+    if found is None:
+        raise ValueError("an option of sbatch is one text, `--NAME` or `--NAME=VALUE`: write `--mem=8G`")
+    if found[1] in OURS:
+        raise ValueError(f"--{found[1]} is what btx gives sbatch itself; fields of the recipe say what can be chosen")
+    return text
+
+
+def _is_one_line(text: str) -> str:
+    if "\n" in text or "\r" in text or "\0" in text:
+        raise ValueError("a line of bash has no line break; give each line an entry of its own")
+    return text
+
+
+def _is_a_word(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.,:=@/*()\[\]-]*", text):
+        raise ValueError(f"letters, digits and _.,:=@/*()[]- only, got {text!r}")
+    return text
+
+
+def _is_a_time(text: str) -> str:
+    if not re.fullmatch(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}", text):
+        raise ValueError(f"minutes, hours:minutes:seconds or days-hours, got {text!r}")
+    return text
+
+
+SlurmWord = Annotated[str, AfterValidator(_is_a_word)]
+SlurmTime = Annotated[str, AfterValidator(_is_a_time)]
+ShellLine = Annotated[str, AfterValidator(_is_one_line)]
+SlurmOption = Annotated[str, AfterValidator(_is_an_option)]
+
+
+class SlurmJob(Section):
+    """What a job asks of Slurm."""
+
+    account: SlurmWord | None = None
+    """Whose hours it takes (`sbatch --account`)."""
+    partition: SlurmWord | None = None
+    """Queue, or several with commas (`sbatch --partition`)."""
+    gres: SlurmWord | None = None
+    """What it needs of each node, `gpu:4` for example (`sbatch --gres`); jobs that prepare data ask for none."""
+    time: SlurmTime | None = None
+    """Longest time a job may run at once, as `sbatch --time` has it: "90" (minutes), "12:00:00", "2-00:00:00"; in
+    quotes where it is a number. What trains saves before it is over, and goes on after it in a new turn."""
+    setup: list[ShellLine] | None = None
+    """Lines of bash before the job's own, in the run's working directory: `module load cuda`, for example."""
+    options: list[SlurmOption] | None = None
+    """Further options of sbatch, each as one text: `--constraint=a100`, `--mem=0`, `--qos=long`."""
+
+
+class Slurm(SlurmJob):
+    """Jobs of a Slurm cluster."""
+
+    grace_s: PositiveInt = 120
+    """Seconds before its time limit at which a job that trains is told to save; Slurm may tell it a minute sooner. How
+    long a job that is preempted may take is the partition's GraceTime."""
+    stages: dict[StageKind, SlurmJob] = {}
+    """Stage kind → what its jobs ask for otherwise; what it leaves out is as for the others, and `gres: ""` none."""
+
+
+class RayJob(Section):
+    """What a job claims of a Ray cluster: it starts on a node that has it free."""
+
+    cpus: PositiveFloat | None = None
+    """CPUs each of its processes claims; default: `launch.threads`, or 1."""
+    gpus: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """GPUs each of its processes claims; default: none. Jobs that prepare data claim none."""
+    resources: dict[str, PositiveFloat] | None = None
+    """What it claims of the cluster's own resources, by their names."""
+
+
+class Ray(RayJob):
+    """Jobs of a Ray cluster."""
+
+    address: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] | None = None
+    """The cluster's job server, `http://head:8265` for example; default: a Ray of this machine, which ends with
+    `btx run`."""
+    stages: dict[StageKind, RayJob] = {}
+    """Stage kind → what its jobs claim otherwise; what it leaves out is as for the others."""
+
+
+Job = TypeVar("Job", SlurmJob, RayJob)
 
 
 class Launch(Section):
@@ -20,9 +112,11 @@ class Launch(Section):
     kind: LauncherName = "local"
     """Launcher; `btx ls launchers` explains them."""
     jobs: PositiveInt | None = None
-    """Jobs (branches, finetuning, baselines) trained at the same time; default: as many as there are branches."""
+    """Jobs (branches, finetuning, baselines) trained at the same time on one machine; default: as many as there are
+    branches. How many run at once on a cluster is its queue's affair."""
     threads: PositiveInt | None = None
-    """CPU threads a job; default: the processors shared among the jobs, at least one each."""
+    """CPU threads a job; default: the processors shared among the jobs, at least one each; on a cluster those that the
+    job was given."""
     processes: PositiveInt | dict[SharedKind, PositiveInt] = 1
     """Processes that train one model together, over all nodes, each with a share of its weights and of every batch: a
     number for all training stages, or stage kind → number. On GPUs one process a GPU."""
@@ -32,6 +126,10 @@ class Launch(Section):
     retries: Annotated[int, Field(ge=0)] = 0
     """Times a job that failed is started again before the run gives it up; the others go on meanwhile. What the user
     has to mend is not tried again."""
+    slurm: Slurm = Slurm()
+    """With `kind: slurm`."""
+    ray: Ray = Ray()
+    """With `kind: ray`."""
 
     @model_validator(mode="after")
     def _machines_have_as_many_processes_each(self) -> Launch:
@@ -59,9 +157,37 @@ class Launch(Section):
             return 1
         return _of_kind(self.nodes, stage)
 
+    def slurm_of(self, stage: str) -> SlurmJob:
+        """What the job of a stage asks of Slurm."""
+        general = self.slurm if _kind(stage) != "data" else self.slurm.model_copy(update={"gres": None})
+        return _otherwise(general, self.slurm.stages, stage, SlurmJob)
+
+    def ray_of(self, stage: str) -> RayJob:
+        """What the job of a stage claims of Ray."""
+        general = self.ray if _kind(stage) != "data" else self.ray.model_copy(update={"gpus": None})
+        return _otherwise(general, self.ray.stages, stage, RayJob)
+
+    def resources_of(self, stage: str) -> tuple[object, ...]:
+        """What a stage's job needs: stages that need the same can be done by one job."""
+        engine = {"slurm": self.slurm_of, "ray": self.ray_of}.get(self.kind, lambda stage: None)(stage)
+        return self.processes_of(stage), self.nodes_of(stage), engine
+
+
+def _kind(stage: str) -> str:
+    return stage.split("/")[0]
+
+
+def _otherwise(general: Job, stages: Mapping[StageKind, Job], stage: str, job: type[Job]) -> Job:
+    """What a stage's kind says, and where it says nothing, what is said for all."""
+    special = {str(kind): settings for kind, settings in stages.items()}.get(_kind(stage), job())
+    return job.model_construct(**{
+        field: getattr(special, field) if getattr(special, field) is not None else getattr(general, field)
+        for field in job.model_fields
+    })  # fmt: skip
+
 
 def _of_kind(setting: int | dict[SharedKind, int], stage: str) -> int:
-    kind = stage.split("/")[0]
+    kind = _kind(stage)
     if kind not in SharedKind.__args__:  # type: ignore[attr-defined]
         return 1
     return setting if isinstance(setting, int) else {str(name): count for name, count in setting.items()}.get(kind, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from btx.choices.baselines import BASELINES, BTM, UPCYCLED, is_trained, stage_names
@@ -21,6 +22,11 @@ from btx.run_folder.decisive import as_it_was, decisive, shown
 Settings = dict[str, Any]
 Recorded = Callable[[str], Mapping[str, Any] | None]
 """Stage's name → its started.json where the stage is finished (or begun, where that is asked for), else None."""
+
+
+def trains(stage: str) -> bool:
+    """Whether the stage of this name runs the training loop, and so saves as it goes."""
+    return stage in ("seed", "finetune") or stage.startswith("train/") or is_trained(stage)
 
 
 def nothing_recorded(stage: str) -> None:
@@ -88,7 +94,7 @@ class Stage:
     @property
     def trains(self) -> bool:
         """True for the stages that run the training loop."""
-        return self.name in ("seed", "finetune") or self.name.startswith("train/") or is_trained(self.name)
+        return trains(self.name)
 
     @property
     def computes(self) -> bool:
@@ -158,9 +164,10 @@ class Graph:
         return [stage for stage in self.stages if stage.name.startswith("baselines/")]
 
     def jobs(self) -> list[tuple[Stage, ...]]:
-        """Stages grouped into processes: short stages share one, every branch and trained baseline has its own."""
+        """Stages grouped into processes: short stages share one where they need the same resources, every branch and
+        trained baseline has its own."""
         soup = [stage for stage in self.baselines if stage.name == "baselines/soup"]
-        return [
+        jobs = [
             *[(stage,) for stage in self.data],
             (self["seed"],),
             *[(branch,) for branch in self.branches],
@@ -168,6 +175,12 @@ class Graph:
             *self.baseline_jobs(),
             (self["evaluate"], self["analyze"], self["report"]),
         ]
+        return [part for job in jobs for part in self._by_resources(job)]
+
+    def _by_resources(self, job: tuple[Stage, ...]) -> list[tuple[Stage, ...]]:
+        """A job, cut where its stages need other processes, machines or settings of the launcher."""
+        launch = self.recipe.launch
+        return [tuple(part) for _, part in groupby(job, key=lambda stage: launch.resources_of(stage.name))]
 
     def baseline_stages(self, names: list[str] | None = None) -> list[Stage]:
         """The stages of some baselines, what they share included.

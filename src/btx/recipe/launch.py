@@ -26,8 +26,7 @@ def _is_an_option(text: str) -> str:
     if found is None:
         raise ValueError("an option of sbatch is one text, `--NAME` or `--NAME=VALUE`: write `--mem=8G`")
     if found[1] in OURS:
-        raise ValueError(f"--{found[1]} is what btx gives sbatch itself; launch.slurm and launch have fields for what "
-                         f"can be chosen")  # fmt: skip
+        raise ValueError(f"--{found[1]} is what btx gives sbatch itself; fields of the recipe say what can be chosen")
     return text
 
 
@@ -37,8 +36,20 @@ def _is_one_line(text: str) -> str:
     return text
 
 
-SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/*()\[\]-]*$")]
-SlurmTime = Annotated[str, Field(pattern=r"^(\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2})$")]
+def _is_a_word(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.,:=@/*()\[\]-]*", text):
+        raise ValueError(f"letters, digits and _.,:=@/*()[]- only, got {text!r}")
+    return text
+
+
+def _is_a_time(text: str) -> str:
+    if not re.fullmatch(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}", text):
+        raise ValueError(f"minutes, hours:minutes:seconds or days-hours, got {text!r}")
+    return text
+
+
+SlurmWord = Annotated[str, AfterValidator(_is_a_word)]
+SlurmTime = Annotated[str, AfterValidator(_is_a_time)]
 ShellLine = Annotated[str, AfterValidator(_is_one_line)]
 SlurmOption = Annotated[str, AfterValidator(_is_an_option)]
 

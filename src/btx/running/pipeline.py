@@ -243,10 +243,11 @@ class _Pipeline:
         because what they need was not finished when they began, or was another."""
         again = []
         for running, standing in self._standings():
-            if standing.state != "queued" and not running.has_begun:
+            lines = running.tail.new_lines()
+            if not running.has_begun and (standing.state == "running" or lines):
                 running.has_begun = True
                 self.display.begin(running.name)
-            for line in running.tail.new_lines():
+            for line in lines:
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)
@@ -277,10 +278,13 @@ class _Pipeline:
 
     def _end(self, running: Running, standing: Standing) -> bool:
         """A job has ended: note if it failed; True if it has to be done again."""
+        was_cancelled = running.job.cancelled
         is_cancelled = self.under_way.let_go(running).cancelled
         self.run_folder.event("end", job=running.name, exit_code=standing.exit_code)
         if self._is_done(running.stages) or self.interrupts.pending is not None:
             return False
+        if was_cancelled:  # before this `btx run`, which only waited for it to save
+            return True
         if is_cancelled:
             self.failures.cancelled(running.name)
             return False

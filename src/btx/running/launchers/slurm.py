@@ -26,7 +26,7 @@ QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED"}  # fmt: skip
 """States of jobs (https://slurm.schedmd.com/job_state_codes.html); in all others a job has nodes."""
-NOT_NOW = re.compile(r"contact slurm controller|timed out|connection refused|communication", re.IGNORECASE)
+NOT_NOW = re.compile(r"contact slurm controller|timed out|connection refused|communication|(establish|fetch|process) ?_?config", re.IGNORECASE)
 """What Slurm's programs say when it is not the request that is wrong."""
 
 
@@ -66,7 +66,7 @@ class SlurmLauncher:
             return _slurm("sbatch", *options, script=script)
         except SystemFailed as error:
             if NOT_NOW.search(str(error)):
-                raise
+                raise SystemFailed(f"Slurm does not answer: {error}") from error
             raise UserError(f"{stages[0]}: Slurm refuses the job that launch.slurm asks for: {error}") from error
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:

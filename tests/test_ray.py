@@ -115,10 +115,9 @@ def test_ctrl_c_stops_watching_and_a_job_that_is_cancelled_saves(
     assert "stopped watching; train/birds, train/tools go on" in said
     before = {branch: step(run, branch) for branch in BRANCHES}
     wait_until(lambda: all(step(run, branch) > before[branch] for branch in BRANCHES), "jobs go on alone")
-    program = "import sys, json; from btx.recipe.launch import Launch; from btx.running.launchers import START; " \
-              "[START['ray'](Launch()).cancel(json.load(open(file))['handle']) for file in sys.argv[1:]]"  # fmt: skip
-    files = map(str, (run / "jobs").glob("*.json"))
-    subprocess.run(cluster.command(sys.executable, "-c", program, *files), check=True, env=os.environ | VARIABLES)
+    command = cluster.command(sys.executable, "-m", "btx", "cancel", str(run))
+    asked = subprocess.run(command, capture_output=True, text=True, env=os.environ | VARIABLES)
+    assert "asked to save and end: train/" in asked.stdout, asked.stderr
     wait_until(lambda: not workers(run), "the jobs end")
     for branch in BRANCHES:
         saved = [int(path.name.removeprefix("step-")) for path in (run / branch / "state").glob("step-*")]

@@ -45,6 +45,9 @@ class RayCluster:
         self.folder, self.log = folder, log
         self.network = subprocess.Popen([*NETWORK, "sleep", "86400"])
         self.nodes: list[subprocess.Popen[bytes]] = []
+        while Path(f"/proc/{self.network.pid}/comm").read_text() != "sleep\n":  # its network is there and up
+            assert self.network.poll() is None
+            time.sleep(0.01)
 
     def command(self, *command: str) -> list[str]:
         """A command as it is run in the cluster's network."""
@@ -70,7 +73,7 @@ class RayCluster:
                     return node
                 time.sleep(0.1)
             self.nodes.remove(node)
-        raise AssertionError(self.log.read_text())
+        raise AssertionError(f"exit code {node.returncode}: {self.log.read_text()}")
 
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
         """A node dies as if its machine lost power: with everything that ran on it."""

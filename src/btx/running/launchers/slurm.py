@@ -26,10 +26,7 @@ QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED"}  # fmt: skip
 """States of jobs (https://slurm.schedmd.com/job_state_codes.html); in all others a job has nodes."""
-NOT_NOW = re.compile(
-    r"contact slurm controller|timed out|connection refused|communication|(establish|fetch|process) ?_?config",
-    re.IGNORECASE,
-)
+NOT_NOW = re.compile(r"contact slurm|timed out|refused|communication|fetch_config|establish|process conf", re.I)
 """What Slurm's programs say when it is not the request that is wrong."""
 
 

@@ -5,11 +5,12 @@
 # make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
 # make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
 # make bench-train   speed and memory of training steps against plain transformers and a dense floor -> benchmarks/train.json
+# make bench-asynchrony   N experts, P at once: how much longer than one alone -> benchmarks/asynchrony.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-engines lint bench-mix bench-moe bench-train clean
+.PHONY: setup demo test test-engines lint bench-mix bench-moe bench-train bench-asynchrony clean
 
 setup: $(VENV)/.stamp-demo
 
@@ -49,6 +50,10 @@ bench-moe: $(VENV)/.stamp-demo
 # On a GPU the shape of Llama-3.2-1B, 6 minutes; on a CPU a model of hidden size 256, 5 minutes on 2 cores.
 bench-train: $(VENV)/.stamp-demo
 	$(BIN)/python benchmarks/train.py
+
+# 45 minutes on an idle machine with two processors.
+bench-asynchrony: $(VENV)/.stamp-demo
+	$(BIN)/python benchmarks/asynchrony.py --output benchmarks/asynchrony.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

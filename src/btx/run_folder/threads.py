@@ -22,11 +22,13 @@ def shares_processors(graph: Graph, stage: Stage) -> bool:
 
 def training_threads(graph: Graph) -> int:
     """CPU threads of a job: the recipe's, or the processors shared among the jobs that may train at once; a job of
-    Slurm's has those that it was given to itself.
+    Slurm's has those that it was given to itself, one of Ray's those that it claims.
 
     It depends on the recipe alone, not on what is running, so that a job that is resumed has the same number again.
     """
     launch = graph.recipe.launch
+    if launch.kind == "ray":
+        return launch.threads or max(1, int(launch.ray.cpus or 1))
     return launch.threads or max(1, processors() // (1 if launch.kind == "slurm" else jobs_at_once(graph)))
 
 

@@ -41,8 +41,10 @@ class OwnRay:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as errors:
-            self._keeper = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=errors, start_new_session=True)  # fmt: skip
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import keep; keep()"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+            )  # fmt: skip
         assert self._keeper.stdout is not None
         self.address = self._keeper.stdout.readline().decode().strip()
         if not self.address:
@@ -74,7 +76,3 @@ def keep() -> None:
             client.stop_job(job)
         time.sleep(0.5)
     ray.shutdown()
-
-
-if __name__ == "__main__":
-    keep()

@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 import psutil
 
 from btx.errors import SystemFailed, UserError
-from btx.process import SAVE_AND_END
 from btx.recipe.launch import Launch
 from btx.running.launchers.job import Handle, Standing
 from btx.running.launchers.own_ray import OwnRay
@@ -126,13 +125,8 @@ class RayLauncher:
         return Standing("ended", SAVED if job.status == "STOPPED" else job.driver_exit_code)
 
     def cancel(self, handle: Handle) -> None:
-        """Ask a job to save and end; of another process's own Ray only that process can, and ends all its jobs."""
+        """Ask a job to save and end; those of another process's own Ray do when that process ends."""
         if self._is_anothers(handle):
-            if handle["node"] != platform.node():
-                raise UserError(f"a job of process {handle['pid']} on {handle['node']}, which has a Ray of its own; "
-                                f"ask it there")  # fmt: skip
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(handle["pid"], SAVE_AND_END)
             return
         job = self._job(handle)
         if job is not None and job.submission_id is not None:

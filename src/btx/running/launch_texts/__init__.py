@@ -7,8 +7,10 @@ from btx.running.launch_texts.jobs import Job, jobs_of
 from btx.running.launch_texts.jobset import jobset_text
 from btx.running.launch_texts.shell import shell_text
 from btx.running.launch_texts.sky import sky_text
+from btx.running.launch_texts.slurm import slurm_text
 
 TEXTS: dict[str, Callable[[Recipe, list[Job]], dict[str, str]]] = {
+    "slurm": slurm_text,
     "jobset": jobset_text,
     "sky": sky_text,
     "shell": shell_text,
@@ -23,6 +25,8 @@ def launch_text(recipe: Recipe, kind: str) -> dict[str, str]:
         UserError: the engine cannot do what the recipe's `launch` asks for.
     """
     recipe = recipe.model_copy(update={"run": recipe.run_folder})  # the same folder for all who read the text
+    if kind == "slurm":  # so that stages which ask Slurm for something else are jobs of their own
+        recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"kind": "slurm"})})
     return TEXTS[kind](recipe, jobs_of(recipe))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,11 @@ def dashed(stage: str) -> str:
     return stage.replace("/", "-")
 
 
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A script's text with `@NAME@` replaced by values; what these hold is left as it is."""
+    return re.sub("@([A-Z]+)@", lambda place: values[place[1]], template)
+
+
 def jobs_of(recipe: Recipe) -> list[Job]:
     """The jobs that `btx run` would start, finished ones too (`btx work` skips these), in an order that runs."""
     jobs = RunFolder(Path(recipe.run_folder), recipe).graph.jobs()
@@ -127,6 +133,11 @@ def _names(groups: Sequence[Sequence[Job]]) -> list[str]:
     names: list[str] = []
     for jobs in groups:
         name = dashed(jobs[0].name) if len(jobs) == 1 else jobs[0].kind
-        taken = sum(earlier == name or earlier.startswith(f"{name}-") for earlier in names)
-        names.append(f"{name}-{taken + 1}" if name in names else name)
+        names.append(unlike(name, names))
     return names
+
+
+def unlike(name: str, taken: Collection[str], length: int = 100) -> str:
+    """The name, with the first number that makes it another one than those that are taken; at most so long."""
+    tries = (name[:length], *(f"{name[: length - 3]}-{number}" for number in range(2, len(taken) + 2)))
+    return next(one for one in tries if one not in taken)

@@ -16,7 +16,7 @@ import yaml
 from btx.errors import UserError
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
-from btx.running.launch_texts.jobs import Group, Job, dashed, groups_of
+from btx.running.launch_texts.jobs import Group, Job, groups_of, unlike
 
 HEADER = """\
 # Every job of the run {run} as a Kubernetes JobSet; written by `btx launch --for jobset`.
@@ -101,7 +101,8 @@ def _replicated_job(
     shares = group.shares(None)
     retries = recipe.launch.retries
     numbers = (
-        {"completions": group.nodes, "parallelism": group.nodes, "backoffLimit": retries} if spread else
+        # Where one pod of a job fails, all its pods do: each counts.
+        {"completions": group.nodes, "parallelism": group.nodes, "backoffLimit": retries * group.nodes} if spread else
         {"completions": len(shares), "parallelism": min(recipe.launch.jobs or len(shares), len(shares)),
          "backoffLimitPerIndex": retries}
     )  # fmt: skip
@@ -115,7 +116,7 @@ def _replicated_job(
     }
     volumes: list[dict[str, Any]] = [{"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}}]
     if spread:
-        container["env"] = _meeting_point(group, labels)
+        container["env"] = _meeting_point(label(recipe.name), labels[group.name])
     if recipe.device == "cuda" and group.kind not in ("data", "report"):
         container["resources"] = {"limits": {"nvidia.com/gpu": group.processes_a_node}}
     if group.processes_a_node > 1:  # processes of one machine talk through shared memory, 64 MiB if nothing is said
@@ -139,6 +140,17 @@ def _replicated_job(
         "template": {"spec": {"completionMode": "Indexed", **numbers, "podFailurePolicy": {"rules": rules},
                               "template": {"spec": pod}}},
     }  # fmt: skip
+
+
+def _meeting_point(jobset: str, part: str) -> list[dict[str, Any]]:
+    """Where the machines of a job meet: at its first pod, by the name that JobSet gives it."""
+    job_index = "metadata.labels['jobset.sigs.k8s.io/job-index']"
+    pod_index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    return [
+        {"name": "BTX_JOB", "valueFrom": {"fieldRef": {"fieldPath": job_index}}},
+        {"name": "BTX_HEAD", "value": f"{jobset}-{part}-$(BTX_JOB)-0.{jobset}"},
+        {"name": "BTX_NODE", "valueFrom": {"fieldRef": {"fieldPath": pod_index}}},
+    ]
 
 
 def _script(group: Group, run: str, shares: list[tuple[str, ...]], index: str, *, begins: bool) -> str:
@@ -166,8 +178,5 @@ def _labels(groups: list[Group]) -> dict[str, str]:
     """Group → its name in Kubernetes; names that become the same get numbers."""
     labels: dict[str, str] = {}
     for group in groups:
-        plain, number = label(dashed(group.name)), 1
-        while (unique := plain if number == 1 else f"{plain[:NAME_LENGTH - 3]}-{number}") in labels.values():
-            number += 1
-        labels[group.name] = unique
+        labels[group.name] = unlike(label(group.name), labels.values(), NAME_LENGTH)
     return labels

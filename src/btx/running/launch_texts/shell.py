@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.threads import jobs_at_once
-from btx.running.launch_texts.jobs import Job
+from btx.running.launch_texts.jobs import Job, dashed, filled
 
 SCRIPT = r"""#!/usr/bin/env bash
 # Every job of a run on this machine; written by `btx launch --for shell`. Needs bash 4.4 or later.
@@ -146,7 +145,7 @@ def shell_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
         f"job {job.name:{names}}  {_quoted(' '.join(job.needs)):{needs}}  {_quoted(' '.join(job.stages))}"
         for job in jobs
     ]
-    values = {
+    script = filled(SCRIPT, {
         "RUN": shlex.quote(recipe.run_folder),
         "BTX": f"{shlex.quote(sys.executable)} -m btx",
         "SLOTS": str(jobs_at_once(RunFolder(Path(recipe.run_folder), recipe).graph)),
@@ -154,8 +153,8 @@ def shell_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
         "CWD": shlex.quote(str(Path.cwd())),
         "RECIPE": dump_recipe(recipe).rstrip("\n"),
         "JOBS": "\n".join(table),
-    }
-    return {"run.sh": re.sub("@([A-Z]+)@", lambda place: values[place[1]], SCRIPT)}
+    })  # fmt: skip
+    return {"run.sh": script}
 
 
 def _quoted(words: str) -> str:

@@ -80,7 +80,12 @@ def _script(group: Group, recipe: Recipe, shares: list[tuple[str, ...]], mount: 
         lines += ["btx begin /dev/stdin <<'RECIPE'", dump_recipe(recipe).rstrip("\n"), "RECIPE"]
     rank = "$SKYPILOT_NODE_RANK"
     if group.nodes > 1:
-        lines += _meeting_point(group)
+        first = f"$((SKYPILOT_NODE_RANK / {group.nodes} * {group.nodes} + 1))"
+        lines += [
+            f'BTX_HEAD=$(echo "$SKYPILOT_NODE_IPS" | sed -n "{first}p")',
+            f"BTX_NODE=$((SKYPILOT_NODE_RANK % {group.nodes}))",
+            "export BTX_HEAD BTX_NODE",
+        ]
         rank = f"$((SKYPILOT_NODE_RANK / {group.nodes}))"
     if len(works) == 1:
         return "\n".join([*lines, *works, ""])

@@ -19,12 +19,10 @@ import yaml
 
 from btx.choices.baselines import BASELINES
 from btx.errors import UserError
-from btx.files import file_sha256
 from btx.recipe.loading import load_recipe, packaged_recipes, parse_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.running.launch_texts import TEXTS, launch_text
-from tests import slurm_cluster
 from tests.pico_run import pico_recipe, write_pico_recipe
 from tests.processes import btx_here
 

@@ -140,7 +140,8 @@ def test_a_jobset_does_every_stage_after_all_it_needs(recipe: Recipe) -> None:
         assert {need["status"] for need in part.get("dependsOn", [])} <= {"Complete"}
         assert len(after) <= 5
         for number, stages in enumerate(works):  # indexes of one Job do not wait for each other
-            jobs[f"{part['name']} {number}"] = (stages, [job for need in after for job in jobs if job.startswith(f"{need} ")])
+            before = [job for job in jobs if job.split()[0] in after]
+            jobs[f"{part['name']} {number}"] = (stages, before)
     assert in_order(recipe, jobs)
     assert "dependsOn" not in parts[0]
 
@@ -165,8 +166,10 @@ def test_a_pod_that_is_evicted_goes_on_and_a_users_mistake_is_not_tried_again(re
         assert job["template"]["spec"]["restartPolicy"] == "Never"  # else there may be no podFailurePolicy
         assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
         assert job["backoffLimitPerIndex"] == recipe.launch.retries
-        assert [(rule["action"], rule.get("onExitCodes", {}).get("values"))
-                for rule in job["podFailurePolicy"]["rules"]] == [("Ignore", None), ("Ignore", [75, 143]), ("FailIndex", [2])]  # fmt: skip
+        rules = [
+            (rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in job["podFailurePolicy"]["rules"]
+        ]
+        assert rules == [("Ignore", None), ("Ignore", [75, 143]), ("FailIndex", [2])]
 
 
 def test_a_jobset_asks_for_gpus_and_for_machines_that_find_each_other(tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def tasks_of(recipe: Recipe) -> list[dict[str, Any]]:
 def nodes_do(task: dict[str, Any], folder: Path) -> list[str]:
     """What the nodes of a task run, as bash reads the script."""
     ips = "\n".join(f"10.0.0.{number}" for number in range(1, task["num_nodes"] + 1))
-    script = re.sub("exec btx|btx begin", lambda name: f"{name[0].replace('exec ', '')} ".replace("btx", "fake"), task["run"])
+    script = task["run"].replace("exec btx", "fake").replace("btx begin", "fake begin")
     script = 'fake() { cat >/dev/null; echo "${BTX_HEAD:-} ${BTX_NODE:-} $*"; }\ncd() { :; }\n' + script
     return [
         subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, check=True, input="",
@@ -251,7 +254,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     """shell(overrides) → the script of the pico recipe, in a folder where a program in btx's place writes."""
 
     def make(*overrides: str) -> Path:
-        folder = tmp_path / "it's $HOME; a \"place\""
+        folder = tmp_path / 'it\'s $HOME; a "place"'
         monkeypatch.setattr(sys, "executable", str(program(folder / "fake btx", FAKE_BTX)))
         monkeypatch.chdir(folder)
         script = folder / "run.sh"
@@ -368,8 +371,8 @@ def test_slurm_jobs_wait_for_those_they_need(recipe: Recipe, tmp_path: Path, mon
         told = re.fullmatch(r"--parsable (?:--dependency=afterok:([\d:]+) --kill-on-invalid-dep=yes )?(.*)", line)
         assert told is not None, line
         script = texts[Path(told[2]).name]
-        (stages,) = re.findall(r"btx work '?.*?/[^ ]*run'? (.*) \|\| exit_code|btx work \S+ (.*) \|\| exit_code", script)
-        jobs[str(number)] = ("".join(stages).split(), told[1].split(":") if told[1] else [])
+        (work,) = re.findall("btx work (.*) \\|\\| exit_code", script)
+        jobs[str(number)] = (shlex.split(work)[1:], told[1].split(":") if told[1] else [])
     assert in_order(recipe, jobs)
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(jobs)
     logs = Path(recipe.run_folder).absolute() / "logs"
@@ -384,7 +387,7 @@ def test_where_slurm_refuses_a_job_those_before_it_are_cancelled(
     for name, text in launch_text(pico_recipe(tmp_path), "slurm").items():
         (tmp_path / name).write_text(text)
     program(tmp_path / "sbatch", FAKE_SBATCH)
-    program(tmp_path / "scancel", "#!/usr/bin/env bash\necho \"$*\" >{folder}/cancelled\n")
+    program(tmp_path / "scancel", '#!/usr/bin/env bash\necho "$*" >{folder}/cancelled\n')
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAIL_AT": "4"}
     assert subprocess.run(["bash", tmp_path / "submit.sh"], env=environment, capture_output=True).returncode == 1
     assert len((tmp_path / "calls").read_text().splitlines()) == 4
@@ -392,7 +395,8 @@ def test_where_slurm_refuses_a_job_those_before_it_are_cancelled(
 
 
 def test_stages_that_ask_slurm_for_something_else_are_jobs_of_their_own(tmp_path: Path) -> None:
-    texts = launch_text(pico_recipe(tmp_path, "run", "launch.slurm={gres: 'gpu:1', stages: {mix: {gres: ''}}}"), "slurm")
+    asked = "launch.slurm={gres: 'gpu:1', stages: {mix: {gres: ''}}}"
+    texts = launch_text(pico_recipe(tmp_path, "run", asked), "slurm")
     assert "--gres" not in texts["mix.sbatch"] + texts["data-birds.sbatch"]
     assert "#SBATCH --gres=gpu:1" in texts["finetune.sbatch"]
 

@@ -23,9 +23,9 @@ class Engine(StrEnum):
 
 def launch(
     recipe: RecipeArgument,
-    overrides: Overrides = None,
     engine: Annotated[Engine, typer.Option(
-        "--for", help="slurm: batch scripts; jobset: Kubernetes; sky: SkyPilot; shell: a script of this machine.")] = ...,
+        "--for", help="slurm: batch scripts; jobset: Kubernetes; sky: SkyPilot; shell: a script of this machine.")],
+    overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the files; default: print.")] = None,
 ) -> None:  # fmt: skip
     """The jobs of a run as text to submit by hand; starts nothing and needs no engine."""
@@ -34,8 +34,7 @@ def launch(
     texts = launch_text(resolved_recipe(recipe, overrides), engine.value)
     if output is None:
         for name, text in texts.items():
-            typer.echo(f"# ==== {name} ====" if len(texts) > 1 else "", nl=len(texts) > 1)
-            typer.echo(text, nl=False)
+            typer.echo(f"# ==== {name} ====\n{text}" if len(texts) > 1 else text, nl=False)
         return
     from btx.files import write_text
 

@@ -11,21 +11,20 @@ import shlex
 from pathlib import PurePosixPath
 from typing import Any
 
-import yaml
-
 from btx.errors import UserError
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.running.launch_texts.jobs import Group, Job, groups_of, unlike
+from btx.running.launch_texts.yaml_text import Image, yaml_text
 
 HEADER = """\
-# Every job of the run {run} as a Kubernetes JobSet; written by `btx launch --for jobset`.
+# Every job of the run {run!r} as a Kubernetes JobSet; written by `btx launch --for jobset`.
 #   kubectl apply -f THIS_FILE          applied again after `kubectl delete jobset {name}`, it continues
 # Before: the JobSet controller (0.9 or later); an image with btx in it, to be named behind `&image`; a claim {claim}
 # of a file system that all nodes can write (ReadWriteMany), which is {mount} in the pods. Files that the recipe
 # names by relative paths are looked for there.
-# A pod that is evicted gets {grace} s to save, and its successor goes on from there; so it is with exit code 75 (what it
-# needs is just being made elsewhere). What the user has to mend (exit code 2) is not tried again.
+# A pod that is evicted gets {grace} s to save, and its successor goes on from there; so it is with exit code 75 (what
+# it needs is just being made elsewhere). What the user has to mend (exit code 2) is not tried again.
 # {gpus}
 """
 IMAGE = "branchtrainmix:latest"
@@ -39,26 +38,6 @@ MOST_NEEDS = 5
 """Items that `dependsOn` takes."""
 NAME_LENGTH = 24
 """Of the JobSet and of its parts: a pod's name is made of both, two numbers and 5 signs, 63 together."""
-
-
-class _Image(str):
-    """The image: said once, behind an anchor."""
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return not isinstance(data, _Image)
-
-    def generate_anchor(self, node: yaml.Node) -> str:
-        return "image"
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(_Image, _represent_text)
 
 
 def jobset_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
@@ -78,7 +57,7 @@ def jobset_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
                 f"--for jobset: {group.name} waits for {', '.join(group.needs)}, and a JobSet's dependsOn takes "
                 f"{MOST_NEEDS}; fewer baselines, or --for slurm"
             )
-    image = _Image(IMAGE)
+    image = Image(IMAGE)
     parts = [_replicated_job(group, recipe, image, mount, labels, config) for group in groups]
     documents = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": config}, "data": {"recipe.yaml":
@@ -89,12 +68,11 @@ def jobset_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     gpus = ("device: cuda, so every process has a GPU" if recipe.device == "cuda" else
             f"device: {recipe.device}, so no GPU is asked for; device=cuda asks for one a process")  # fmt: skip
     header = HEADER.format(run=recipe.run_folder, name=name, claim=CLAIM, mount=mount, grace=GRACE_S, gpus=gpus)
-    text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
-    return {"jobset.yaml": header + text}
+    return {"jobset.yaml": header + yaml_text(documents)}
 
 
 def _replicated_job(
-    group: Group, recipe: Recipe, image: _Image, mount: str, labels: dict[str, str], config: str
+    group: Group, recipe: Recipe, image: Image, mount: str, labels: dict[str, str], config: str
 ) -> dict[str, Any]:
     first = not group.needs
     spread = group.nodes > 1  # each of its jobs is a Job of several pods; else all of them are one Job

@@ -11,7 +11,7 @@ from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.threads import jobs_at_once
-from btx.running.launch_texts.jobs import Job, dashed, filled
+from btx.running.launch_texts.jobs import Job, filled
 
 SCRIPT = r"""#!/usr/bin/env bash
 # Every job of a run on this machine; written by `btx launch --for shell`. Needs bash 4.4 or later.

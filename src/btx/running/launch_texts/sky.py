@@ -9,17 +9,16 @@ import shlex
 from pathlib import PurePosixPath
 from typing import Any
 
-import yaml
-
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.running.launch_texts.jobs import Group, Job, groups_of
+from btx.running.launch_texts.yaml_text import yaml_text
 
 HEADER = """\
-# Every job of the run {run} as a SkyPilot pipeline of managed jobs; written by `btx launch --for sky`.
+# Every job of the run {run!r} as a SkyPilot pipeline of managed jobs; written by `btx launch --for sky`.
 #   sky jobs launch THIS_FILE           launched again, it continues: what is finished is skipped
-# Before: a volume {volume} (`sky volumes apply`) that all nodes can write, with renames and locks, which a bucket mounted
-# as a folder has not; it is {mount} on the nodes. Files that the recipe names by relative paths are looked for there.
+# Before: a volume {volume} (`sky volumes apply`) that all nodes can write, with renames and locks: not a mounted bucket.
+# It is {mount} on the nodes. Files that the recipe names by relative paths are looked for there.
 # What SkyPilot cannot say: it has no graph of jobs. Tasks run one after the other, in an order that the recipe allows;
 # jobs that may run side by side are the nodes of one task, which get their machines together and end together: where
 # one fails the others are stopped, and all go on from their last checkpoints.
@@ -29,16 +28,7 @@ VOLUME = "btx-runs"
 MOUNT = "/btx"
 ACCELERATOR = "H100"
 RECOVERED = [75, 143]
-"""Exit codes after which a task is started again: what it needs is not there yet; it was asked to end, and has saved."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Text of several lines as it is."""
-
-
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-)
+"""Exit codes after which a task is started again: what it needs is not there yet; it was told to end, and has saved."""
 
 
 def sky_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
@@ -50,8 +40,7 @@ def sky_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
                     f"device: {recipe.device}, so no GPU is asked for; device=cuda asks for one a process")  # fmt: skip
     header = HEADER.format(run=recipe.run_folder, volume=VOLUME, mount=mount, accelerators=accelerators)
     documents = [{"name": recipe.name.replace("_", "-").replace(".", "-").lower()}, *tasks]
-    text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
-    return {"sky.yaml": header + text}
+    return {"sky.yaml": header + yaml_text(documents)}
 
 
 def _task(group: Group, recipe: Recipe, mount: str) -> dict[str, Any]:

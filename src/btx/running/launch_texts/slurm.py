@@ -12,9 +12,9 @@ from btx.running.launch_texts.jobs import Job, dashed, filled
 from btx.running.launchers.slurm_script import sbatch_script
 
 SUBMIT = r"""#!/usr/bin/env bash
-# Submits every job of a run to Slurm, each to start when those it needs have ended well; written by
-# `btx launch --for slurm`, as the batch scripts beside it are. Submitted again, it continues: what is finished is skipped.
-# `btx status @STATUS@` says how it goes; scancel with the numbers that are printed ends it.
+# Submits every job of a run to Slurm, each to start when those it needs have ended well; written by `btx launch
+# --for slurm`, as the batch scripts beside it are. Submitted again, it continues: what is finished is skipped.
+# `btx status RUN` says how it goes; scancel with the numbers that are printed ends it.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -62,7 +62,6 @@ def slurm_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
         after = "".join(f' "${{id[{need}]}}"' for need in job.needs)
         lines.append(f"id[{job.name}]=$(submit {dashed(job.name)}.sbatch{after})")
     submit = filled(SUBMIT, {
-        "STATUS": shlex.quote(recipe.run_folder),
         "CWD": shlex.quote(str(Path.cwd())),
         "RUN": shlex.quote(recipe.run_folder),
         "BTX": f"{shlex.quote(sys.executable)} -m btx",

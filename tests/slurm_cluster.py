@@ -60,8 +60,8 @@ NODE = (
     "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN\n"
 )
 PARTITIONS = """\
-PartitionName=spot Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
-PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=spot Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} MaxTime=INFINITE Nodes={nodes}
+PartitionName=urgent PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE Nodes={nodes}
 """
 
 
@@ -124,8 +124,8 @@ class Cluster:
     def _start(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as output:
             self.daemons[name] = subprocess.Popen(  # it ends with this process, however that ends
-                ("setpriv", "--pdeathsig", "KILL", *command), env=os.environ | self.environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                ("setpriv", "--pdeathsig", "KILL", *command), env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def ask(self, *command: str) -> str:

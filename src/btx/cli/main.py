@@ -10,6 +10,7 @@ import typer
 from typer.main import get_command
 
 from btx.cli import init as cli_init
+from btx.cli import jobs as cli_jobs
 from btx.cli import launch as cli_launch
 from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
@@ -18,7 +19,7 @@ from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.terminal import end, prepare_streams
 from btx.cli.terminal import show as _print
 from btx.cli.terminal import show_json as _print_json
-from btx.errors import UserError
+from btx.errors import NOT_YET, NotYet, UserError
 from btx.outputs import read_output
 from btx.process import READER_GONE
 from btx.system_errors import told
@@ -107,6 +108,7 @@ def status(
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
     from btx.cli.tables import sweep_status_table
     from btx.run_folder.status import run_status
+    from btx.running.standing import add_standings
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)
@@ -114,8 +116,12 @@ def status(
         rows = [row for run in runs if verify and run["stages"]
                 for row in run_status(_run(Path(run["folder"])), verify=True)]  # fmt: skip
     else:
-        rows = run_status(_run(run_folder), verify=verify)
+        run = _run(run_folder)
+        rows = run_status(run, verify=verify)
+        problems = add_standings(run, rows)
         _print_json(rows) if as_json else _print_status(rows)
+        for problem in problems:
+            typer.echo(f"warning: {problem}", err=True)
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
         raise UserError("\n".join(damaged))
 
@@ -198,7 +204,8 @@ def adopt(
     adopt_model(run, domain, model, typer.echo)
 
 
-for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
+for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep, cli_jobs.cancel,
+                cli_jobs.logs):  # fmt: skip
     app.command()(command)
 app.command(hidden=True)(cli_sweep.run_of_sweep)
 app.command(hidden=True)(cli_launch.begin)
@@ -336,11 +343,14 @@ def chat(
 
 @app.command(hidden=True)
 def work(run_folder: Path, stages: list[str]) -> None:
-    """What a launcher starts: some stages of a run, in this process, ending with its parent."""
+    """What a launcher starts: some stages of a run, in this process, ending with its parent. Exit code 75: not yet."""
     from btx.process import end_with_parent
 
     end_with_parent()
-    _work(run_folder, stages)
+    try:
+        _work(run_folder, stages)
+    except NotYet as error:
+        end(NOT_YET, f"not yet: {error}")
 
 
 def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:

@@ -1,9 +1,9 @@
 """The text that sbatch gets for a job, by `btx run` as by hand (https://slurm.schedmd.com/sbatch.html).
 
 What was measured with Slurm 22.05 decides its form. Only processes that srun starts are told in time: at preemption
-with a grace time, and by `--signal` before the time limit, the batch script itself gets no signal. A job that then saves
-and ends has *failed* for Slurm, which requeues it only if it has to kill it; so the script asks for that, once all of the
-job's processes have ended. Jobs that wait for it wait on meanwhile.
+with a grace time, and by `--signal` before the time limit, the batch script itself gets no signal. A job that then
+saves and ends has *failed* for Slurm, which requeues by itself only what it has to kill; so the script asks for that,
+once all of the job's processes have ended. Jobs that wait for it wait on meanwhile.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *
     run, log, here = run.absolute(), log.absolute(), Path.cwd()
     for path in (log, here):
         if re.search(r"[\n\r\\]", str(path)):
-            raise UserError(f"{str(path)!r}: Slurm takes no path with a line break or a backslash in it; choose another "
-                            f"with run=FOLDER")  # fmt: skip
+            raise UserError(
+                f"{str(path)!r}: Slurm takes no path with a line break or a backslash in it; choose another"
+            )
     job, nodes = launch.slurm_of(stages[0]), launch.nodes_of(stages[0])
     asked = {
         "job-name": name or stages[0],

@@ -24,7 +24,7 @@ from tests.pico_run import pico_recipe, write_pico_recipe
 from tests.processes import btx_here
 
 MANY = ["device=cuda", f"baselines=[{','.join(BASELINES)}]", "launch.retries=2",
-        "launch.processes={train: 2, finetune: 8}", "launch.nodes={finetune: 2}"]  # fmt: skip
+        "launch.processes={train: 2, finetune: 8}", "launch.nodes={finetune: 2}", "launch.kind=slurm"]  # fmt: skip
 
 
 def recipes(folder: Path) -> list[Recipe]:

@@ -17,7 +17,7 @@ from btx.running.launch_texts.yaml_text import yaml_text
 HEADER = """\
 # Every job of the run {run!r} as a SkyPilot pipeline of managed jobs; written by `btx launch --for sky`.
 #   sky jobs launch THIS_FILE           launched again, it continues: what is finished is skipped
-# Before: a volume {volume} (`sky volumes apply`) that all nodes can write, with renames and locks: not a mounted bucket.
+# Before: a volume {volume} (`sky volumes apply`) that all nodes can write, with renames and locks: no mounted bucket.
 # It is {mount} on the nodes. Files that the recipe names by relative paths are looked for there.
 # What SkyPilot cannot say: it has no graph of jobs. Tasks run one after the other, in an order that the recipe allows;
 # jobs that may run side by side are the nodes of one task, which get their machines together and end together: where

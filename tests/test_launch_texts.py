@@ -398,7 +398,7 @@ def test_where_slurm_refuses_a_job_those_before_it_are_cancelled(
 
 def test_stages_that_ask_slurm_for_something_else_are_jobs_of_their_own(tmp_path: Path) -> None:
     asked = "launch.slurm={gres: 'gpu:1', stages: {mix: {gres: ''}}}"
-    texts = launch_text(pico_recipe(tmp_path, "run", asked), "slurm")
+    texts = launch_text(pico_recipe(tmp_path, "run", asked, "baselines=[]"), "slurm")
     assert "--gres" not in texts["mix.sbatch"] + texts["data-birds.sbatch"]
     assert "#SBATCH --gres=gpu:1" in texts["finetune.sbatch"]
 

@@ -83,8 +83,8 @@ def _gpu_bytes(text: str) -> int:
 
 
 def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
-    """What `btx plan` tells hours from: what is given, what the run itself reached, what this machine does now, or for a
-    recipe that needs a GPU where there is none what an H100 did."""
+    """What `btx plan` tells hours from: what is given, what the run itself reached, what this machine does now; or what
+    an H100 did, for a recipe that needs a GPU where there is none."""
     from btx.models.device import choose_device
     from btx.models.seed_config import seed_config
     from btx.planning.speed import H100, Speed, measured_speed, training_speed

@@ -7,7 +7,7 @@
 
 Hidden sizes, heads, rotations and vocabulary are those of the recipe's `plan_config`, and the run checks the folder
 against it; text is generated, its tokenizer has 2,048 entries. Prints a line a recipe: parameters, losses of the first
-and last step of every training, seconds, and the largest process.
+and last step of every training, seconds, and the largest process's memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from btx.recipe.loading import inline_yaml, load_recipe
 
 RECIPES = ("smollm2-135m", "qwen3-0.6b", "llama3.2-1b", "llama2-7b-paper")
 GENERATED = {"math": "math", "code": "code", "wiki": "knowledge", "general": "general"}
-STEPS, STEP_TOKENS = 4, 256
+STAGES = ["data", "seed", "train", "mix", "finetune", "evaluate", "analyze", "report"]
+STEPS, STEP_TOKENS = 3, 128
 SETTINGS = [
-    "device=cpu", "data.sequence_length=128", "train.domain_tokens={}", "mix.router_tokens=1000",
-    "evaluate.tokens=1000", "evaluate.mixed=4", "analyze.tokens=500", "launch={jobs: 1}",
+    "device=cpu", "data.sequence_length=64", "train.domain_tokens={}", "mix.router_tokens=500",
+    "evaluate.tokens=200", "evaluate.mixed=2", "analyze.tokens=200", "launch={jobs: 1}", "baselines=[]",
     *(f"{section}.{setting}" for section in ("train", "finetune") for setting in (
         f"tokens={STEPS * STEP_TOKENS}", f"batch_tokens={STEP_TOKENS}", f"micro_batch_tokens={STEP_TOKENS // 2}",
         "warmup_steps=1", "checkpoint_every=1000", "precision=auto")),
@@ -59,20 +60,18 @@ def random_model(recipe: str, layers: int, folder: Path) -> dict[str, object]:
 
 
 def tried(recipe: str, layers: int, overrides: list[str]) -> dict[str, object]:
-    """Run a recipe whole, in processes of its own, and say what was seen."""
+    """Run a recipe whole, all stages in one process, and say what was seen."""
     with tempfile.TemporaryDirectory() as folder:
         model, run = Path(folder) / "model", Path(folder) / "run"
         planned = random_model(recipe, layers, model)
         domains = {name: {"generate": kind, "max_bytes": 150_000} for name, kind in GENERATED.items()}
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "btx", "run", recipe, f"run={run}", f"seed_model.path={model}",
-             f"seed_model.plan_config={inline_yaml(planned)}", f"data.domains={inline_yaml(domains)}", *SETTINGS,
-             *overrides],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            sys.exit(f"{recipe}: exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        given = [recipe, f"run={run}", f"seed_model.path={model}", f"seed_model.plan_config={inline_yaml(planned)}",
+                 f"data.domains={inline_yaml(domains)}", *SETTINGS, *overrides]  # fmt: skip
+        for command in (["begin", *given], ["work", str(run), *STAGES]):
+            done = subprocess.run([sys.executable, "-m", "btx", *command], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                sys.exit(f"{recipe}: exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         losses = {}
         for file in sorted(run.glob("**/metrics.jsonl")):
             steps = [json.loads(line) for line in file.read_text("utf-8").splitlines()]

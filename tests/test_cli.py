@@ -206,12 +206,12 @@ def test_the_papers_recipe_has_the_papers_numbers_and_is_planned_without_network
     assert round(planned["models"]["btx"]["total_params"] / 1e9, 1) == 19.7
     assert round(planned["models"]["btx"]["active_params"] / 1e9, 1) == 11.1
     tokens = {stage["stage"]: stage["tokens"] for stage in planned["stages"]}
-    # Whole steps of 976 sequences of 4096 tokens: the paper's numbers but for half a step.
+    # Whole steps of 1024 sequences of 4096 tokens: the paper's numbers but for half a step.
     for stage, billions in (("train/math", 201), ("train/code", 210), ("train/wiki", 42), ("finetune", 80)):
         assert tokens[stage] == pytest.approx(billions * 1e9, rel=1e-4)
     mixture = next(stage["mixture"] for stage in planned["stages"] if stage["stage"] == "finetune")
     assert mixture == pytest.approx({"math": 0.3016, "code": 0.4031, "wiki": 0.103, "general": 0.1923})
-    assert planned["speed"] is planned["models"]["btx"]["hours"] is None  # too large to be timed in a moment
+    assert planned["speed"]["source"].startswith("one H100")
     recipe, train = planned["recipe"], planned["recipe"]["train"]
     assert (train["learning_rate"], train["weight_decay"], train["replay"]) == (1e-4, 0.1, 0)
     assert (recipe["mix"]["top_k"], recipe["finetune"]["load_balancing"]) == (2, 0.01)

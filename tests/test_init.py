@@ -87,5 +87,6 @@ def test_what_cannot_be_a_recipe_is_refused_and_nothing_written(
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_a_copied_recipe_takes_a_gpu_where_there_is_one(tmp_path: Path, name: str) -> None:
     copy_recipe(name, tmp_path / "mine.yaml")
-    expected = {"llama2-7b-paper": "cuda", "results": "cpu"}.get(name, "auto")  # docs/results.md was measured on CPUs
-    assert load_recipe(str(tmp_path / "mine.yaml")).device == expected
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    large = "cuda" if recipe.seed_model.plan_config else "auto"  # an existing model, too large for a CPU
+    assert recipe.device == {"results": "cpu"}.get(name, large)  # docs/results.md was measured on CPUs

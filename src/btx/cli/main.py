@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from btx.cli import init as cli_init
 from btx.cli import jobs as cli_jobs
+from btx.cli import launch as cli_launch
 from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
 from btx.cli import sweep as cli_sweep
@@ -94,6 +95,7 @@ def run(
 
 
 app.command()(cli_plan.plan)
+app.command()(cli_launch.launch)
 
 
 @app.command()
@@ -206,6 +208,7 @@ for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sw
                 cli_jobs.logs):  # fmt: skip
     app.command()(command)
 app.command(hidden=True)(cli_sweep.run_of_sweep)
+app.command(hidden=True)(cli_launch.begin)
 
 
 @app.command()

@@ -83,10 +83,11 @@ def _gpu_bytes(text: str) -> int:
 
 
 def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
-    """What `btx plan` tells hours from: what is given, what the run itself reached, or what this machine does now."""
+    """What `btx plan` tells hours from: what is given, what the run itself reached, what this machine does now; or what
+    an H100 did, for a recipe that needs a GPU where there is none."""
     from btx.models.device import choose_device
     from btx.models.seed_config import seed_config
-    from btx.planning.speed import Speed, measured_speed, training_speed
+    from btx.planning.speed import H100, Speed, measured_speed, training_speed
     from btx.run_folder.folder import RunFolder
     from btx.run_folder.threads import training_threads
 
@@ -98,7 +99,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
     try:
         device = choose_device(recipe.device)
     except UserError:  # a recipe for another machine
-        return None
+        return H100
     dense = seed_config(recipe)
     typer.echo("timing a few training steps: 5 seconds at most (--flops-per-second FIGURE does without) ...", err=True)
     return training_speed(recipe, dense, device, training_threads(run.graph))

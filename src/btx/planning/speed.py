@@ -47,6 +47,13 @@ class Speed:
     """CPU threads it was reached with; None: a stage's threads do not matter."""
 
 
+H100 = Speed(
+    2.6e14, "one H100, as an earlier version trained a model of 1.2B there (docs/gpu.md), for here is no GPU to time"
+)
+"""29,055 tokens/s of 9.0e9 FLOPs each: Llama-3.2-1B's shape, sequences of 4096, all weights. Small models are slower,
+bound by launching kernels."""
+
+
 def measured_speed(run: RunFolder) -> Speed | None:
     """That of the run's first training stage, once it is done; None before."""
     for stage in run.graph:

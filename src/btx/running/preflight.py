@@ -23,7 +23,7 @@ from btx.model_files.token_ids import read_vocabulary
 from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.planning.processes import check_processes
 from btx.recipe.schema import Recipe
-from btx.run_folder.folder import RunFolder
+from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.stages_of_recipe import task_files
 from btx.training.eight_bit import check_installed
 
@@ -73,6 +73,19 @@ def check_packages(recipe: Recipe) -> None:
             "train.trainable: lora trains adapters with peft, which is not installed: pip install "
             '"branchtrainmix[lora]"; or train the weights themselves: train.trainable=feed_forward'
         )
+
+
+def begin(recipe: Recipe) -> RunFolder:
+    """The run folder of a recipe and nothing in it, for jobs that somebody else starts; of one that is there already,
+    its recipe is this one from now on.
+
+    Raises:
+        UserError: as `preflight` and `check_packages`; or a `btx run` is at work in the folder.
+    """
+    preflight(recipe)
+    check_packages(recipe)
+    with exclusive(Path(recipe.run_folder), "run"):
+        return RunFolder.create(recipe)
 
 
 def _check_files(run: RunFolder, needed: Mapping[str, Path]) -> None:

@@ -1,0 +1,143 @@
+"""The jobs of a recipe as texts need them: each with the jobs it waits for, and in groups that may run side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one `btx work RUN STAGE...` does."""
+
+    stages: tuple[str, ...]
+    needs: tuple[str, ...]
+    """Names of the jobs that have to end well before it; what these wait for is not repeated."""
+    processes: int
+    """That train its model together, over all nodes."""
+    nodes: int
+    """Machines it runs on at once."""
+
+    @property
+    def name(self) -> str:
+        """That of its first stage."""
+        return self.stages[0]
+
+    @property
+    def kind(self) -> str:
+        """What its settings are given by: data, seed, train, ..."""
+        return self.name.partition("/")[0]
+
+    @property
+    def log(self) -> str:
+        """The file in the run folder's logs/ that its output goes to, as with `btx run`."""
+        return f"{dashed(self.name)}.log"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs alike: of one kind and size, and waiting for the same."""
+
+    name: str
+    jobs: tuple[Job, ...]
+    needs: tuple[str, ...]
+    """Names of the groups that have to end well before it; what these wait for is not repeated."""
+
+    @property
+    def kind(self) -> str:
+        """That of its jobs."""
+        return self.jobs[0].kind
+
+    @property
+    def processes_a_node(self) -> int:
+        """Processes of one of its jobs on one machine."""
+        return self.jobs[0].processes // self.jobs[0].nodes
+
+    @property
+    def nodes(self) -> int:
+        """Machines that one of its jobs runs on."""
+        return self.jobs[0].nodes
+
+    def shares(self, slots: int | None) -> list[tuple[str, ...]]:
+        """Stages of the group for each place where they are done at the same time, one after the other there.
+
+        Args:
+            slots: places at most; None: one for every job.
+        """
+        count = min(slots or len(self.jobs), len(self.jobs))
+        return [tuple(stage for job in self.jobs[place::count] for stage in job.stages) for place in range(count)]
+
+
+def dashed(stage: str) -> str:
+    """A stage's name without its slash."""
+    return stage.replace("/", "-")
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A script's text with `@NAME@` replaced by values; what these hold is left as it is."""
+    return re.sub("@([A-Z]+)@", lambda place: values[place[1]], template)
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """The jobs that `btx run` would start, finished ones too (`btx work` skips these), in an order that runs."""
+    jobs = RunFolder(Path(recipe.run_folder), recipe).graph.jobs()
+    maker = {stage.name: job[0].name for job in jobs for stage in job}
+    behind: dict[str, set[str]] = {}  # all jobs that one waits for
+    found = []
+    for job in jobs:
+        wanted = dict.fromkeys(maker[needed.name] for stage in job for needed in stage.needs)
+        wanted.pop(job[0].name, None)
+        needs = tuple(name for name in wanted if not any(name in behind[other] for other in wanted))
+        behind[job[0].name] = set(needs).union(*(behind[name] for name in needs))
+        found.append(
+            Job(
+                stages=tuple(stage.name for stage in job),
+                needs=needs,
+                processes=max(recipe.launch.processes_of(stage.name) for stage in job),
+                nodes=max(recipe.launch.nodes_of(stage.name) for stage in job),
+            )
+        )
+    return found
+
+
+def groups_of(jobs: Sequence[Job]) -> list[Group]:
+    """Jobs alike together, in an order that runs."""
+    place: dict[str, int] = {}
+    keys: list[tuple[str, int, int, frozenset[int]]] = []
+    members: list[list[Job]] = []
+    behind: list[set[int]] = []  # all groups that one waits for
+    for job in jobs:
+        wanted = {place[needed] for needed in job.needs}
+        needs = frozenset(group for group in wanted if not any(group in behind[other] for other in wanted))
+        key = (job.kind, job.processes, job.nodes, needs)
+        if key not in keys:
+            keys.append(key)
+            members.append([])
+            behind.append(set(needs).union(*(behind[group] for group in needs)))
+        place[job.name] = keys.index(key)
+        members[place[job.name]].append(job)
+    names = _names(members)
+    return [
+        Group(name, tuple(alike), tuple(names[group] for group in sorted(key[3])))
+        for name, alike, key in zip(names, members, keys, strict=True)
+    ]
+
+
+def _names(groups: Sequence[Sequence[Job]]) -> list[str]:
+    """A group of one is called like its job, a larger one like its kind; the second of a kind has a number."""
+    names: list[str] = []
+    for jobs in groups:
+        name = dashed(jobs[0].name) if len(jobs) == 1 else jobs[0].kind
+        names.append(unlike(name, names))
+    return names
+
+
+def unlike(name: str, taken: Collection[str], length: int = 100) -> str:
+    """The name, with the first number that makes it another one than those that are taken; at most so long."""
+    tries = (name[:length], *(f"{name[: length - 3]}-{number}" for number in range(2, len(taken) + 2)))
+    return next(one for one in tries if one not in taken)

@@ -85,6 +85,9 @@ class ForkedLauncher:
     def cancel(self, handle: Handle) -> None:
         self.processes[handle["pid"]].terminate()
 
+    def kill(self, handle: Handle) -> None:
+        self.processes[handle["pid"]].kill()
+
 
 @contextlib.contextmanager
 def quick_jobs() -> Iterator[None]:

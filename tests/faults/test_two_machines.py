@@ -10,7 +10,6 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -68,9 +67,9 @@ def elsewhere(run: RunFolder, answer: int, log: Path) -> BaseProcess:
 
 
 @pytest.fixture(params=NO_LOCKS.values(), ids=NO_LOCKS.keys())
-def answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     without_locks(monkeypatch, request.param)
-    yield request.param
+    return int(request.param)
 
 
 def test_of_two_coordinators_on_two_machines_one_is_refused_and_takes_over_when_the_other_machine_dies(

@@ -33,6 +33,10 @@ class Launch(Section):
     """Times a job that failed is started again before the run gives it up; the others go on meanwhile. What the user
     has to mend is not tried again."""
 
+    hung_after_s: PositiveInt | None = 3600
+    """Seconds without progress after which a job is taken to hang: it is asked to save, then ended, and has failed.
+    More than the longest step, batch of an evaluation or loading of a model takes; null waits for ever."""
+
     def processes_of(self, stage: str) -> int:
         """Processes that train the model of a stage together, over all nodes."""
         return _of_kind(self.processes, stage)

@@ -31,7 +31,7 @@ from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
-from btx.run_folder.lease import take_lease
+from btx.run_folder.lease import lease_file, take_lease
 from btx.run_folder.manifest import manifest, now
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.system_errors import blame
@@ -314,7 +314,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         except OSError as error:
             if isinstance(error, filelock.Timeout) or error.errno not in NO_LOCKS:
                 raise
-        lease = take_lease(locks / f"{name}.lease", patience_s)
+        lease = take_lease(lease_file(run, work), patience_s)
         owner.write_text(f"{os.getpid()} on {platform.node()}")
     except filelock.Timeout:
         lock.release()

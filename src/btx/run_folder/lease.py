@@ -51,6 +51,16 @@ def take_lease(file: Path, patience_s: float) -> filelock.SoftFileLease:
         time.sleep(LOOK_S)
 
 
+def lease_file(run: Path, work: str) -> Path:
+    """The lease on `work` in the run folder `run`."""
+    return run / ".locks" / f"{work.replace('/', '-')}.lease"
+
+
+def last_sign(run: Path, work: str) -> tuple[int, int] | None:
+    """What changes with each sign of life of the process that is at work; None if there is none."""
+    return _change(lease_file(run, work))
+
+
 def is_alive(file: Path) -> bool:
     """Whether the owner of a lease has touched it lately, by the clock of the file system both are on."""
     try:

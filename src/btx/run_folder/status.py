@@ -16,7 +16,7 @@ from btx.outputs import damage
 from btx.process import Interrupted
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.run_folder.lease import is_alive
+from btx.run_folder.lease import is_alive, lease_file
 from btx.run_folder.manifest import now
 from btx.system_errors import told
 
@@ -125,10 +125,10 @@ def at_work(run: RunFolder, work: str) -> str | None:
     """
     import psutil
 
-    name = work.replace("/", "-")
+    owner = run.path / ".locks" / f"{work.replace('/', '-')}.pid"
     try:
-        pid, _, node = (run.path / ".locks" / f"{name}.pid").read_text("utf-8").partition(" on ")
-        lives = is_alive(run.path / ".locks" / f"{name}.lease")
+        pid, _, node = owner.read_text("utf-8").partition(" on ")
+        lives = is_alive(lease_file(run.path, work))
         if node == platform.node():  # a number may be another process's by now, and a stopped process gives no sign
             lives = psutil.pid_exists(int(pid)) and (lives or psutil.Process(int(pid)).status() == "stopped")
         return node if lives else None

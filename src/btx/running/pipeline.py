@@ -27,8 +27,10 @@ from btx.running.launchers import START, Handle
 from btx.running.log_tail import LogTail
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
+from btx.running.silence import Silence
 
 POLL_S = 0.3
+SILENT_TEXT = "stopped from outside, or its machine is gone: it gave no sign of life"
 KILLED = 9
 """SIGKILL."""
 KILLED_TEXT = (
@@ -110,6 +112,9 @@ class _Running:
     handle: Handle
     log: Path
     tail: LogTail
+    silence: Silence
+    hung: bool = False
+    """Ended because it gave no sign of life."""
     finished: set[str] = field(default_factory=set)
 
     @property
@@ -231,7 +236,8 @@ class _Pipeline:
         if (node := at_work(self.run_folder, stages[0].name)) is not None:
             self.display.say(f"{stages[0].name}: another process, on {node}, is at it; waiting for it to end")
         handle = self.launcher.submit(self.run_folder.path, [stage.name for stage in stages], log)
-        self.running.append(_Running(stages, handle, log, tail))
+        silence = Silence(self.run_folder.path, [stage.name for stage in stages])
+        self.running.append(_Running(stages, handle, log, tail, silence))
         self.display.begin(stages[0].name)
         self.run_folder.event("start", job=stages[0].name, **handle)
 
@@ -244,11 +250,19 @@ class _Pipeline:
             for stage in running.stages:
                 self._show_stage(running, stage)
             if exit_code is None:
+                self._end_if_silent(running)
                 continue
             self.running.remove(running)
             self.run_folder.event("end", job=running.name, exit_code=exit_code)
             if exit_code != 0 and self.interrupts.pending is None:
                 self._note_failure(running, exit_code)
+
+    def _end_if_silent(self, running: _Running) -> None:
+        limit = self.run_folder.recipe.launch.hung_after_s
+        if limit is not None and not running.hung and running.silence.exceeds(limit):
+            running.hung = True
+            self.display.say(f"{running.name}: {SILENT_TEXT}; ended")
+            self.launcher.kill(running.handle)
 
     def _show_line(self, running: _Running, line: str) -> None:
         self.error_lines.setdefault(running.name, []).append(line)
@@ -267,7 +281,9 @@ class _Pipeline:
         """A job failed: the others go on to their end, nothing new is started."""
         lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith(TOLD)]
         told = "\n".join(lines[-30:]).removeprefix("error: ")
-        if exit_code == -KILLED:
+        if running.hung:
+            told += f"{SILENT_TEXT} for {self.run_folder.recipe.launch.hung_after_s} s, as launch.hung_after_s says"
+        elif exit_code == -KILLED:
             told += KILLED_TEXT
         # A process may do several stages: the one that failed is the first that is not done.
         unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]

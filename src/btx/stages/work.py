@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import cast
 
 from btx.outputs import check_outputs
-from btx.process import Interrupts, Log, quick_imports
+from btx.process import Interrupts, Log, ending_if_hung, quick_imports
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.status import trying
+from btx.run_folder.status import note_failure, trying
 from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
 
@@ -45,7 +46,8 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                     elif not stage.name.startswith("data/") and name != "report":
                         use_all_processors()
                     work = _work_of(stage)
-                work(run, stage, interrupts, log)
+                with ending_if_hung(run.recipe.launch.hung_after_s, partial(note_failure, run, name)):
+                    work(run, stage, interrupts, log)
             interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
 
 

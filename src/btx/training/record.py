@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import IO
 
 from btx.moe.routing_metrics import DeadExpertWatch
+from btx.process import note_progress
 from btx.training.job import TrainingJob
 from btx.training.metrics import Metrics
 from btx.training.spikes import spike_text
@@ -44,6 +45,7 @@ class StepRecord:
         Args:
             facts: what it gave; or what reads that, and may raise NotFinite.
         """
+        note_progress()
         self.read()
         if callable(facts):
             self._waiting = step, learning_rate, facts

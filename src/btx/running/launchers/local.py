@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,11 @@ class LocalLauncher:
     def cancel(self, handle: Handle) -> None:
         """Ask a process that this launcher has started to save and end."""
         self._started[handle["pid"]].terminate()
+
+    def kill(self, handle: Handle) -> None:
+        """End a process that this launcher has started, and those of its session."""
+        if self.poll(handle) is None:
+            os.killpg(handle["pid"], signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import filelock
 
-from btx.errors import RunFolderError, UserError
+from btx.errors import DataError, RunFolderError, UserError
 from btx.files import write_sealed, write_text, writing
 from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
@@ -34,7 +34,7 @@ from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.lease import lease_file, take_lease
 from btx.run_folder.manifest import manifest, now
 from btx.run_folder.stages_of_recipe import build_graph
-from btx.system_errors import blame
+from btx.system_errors import WRITING, blame
 
 State = Literal["done", "begun", "stale", "absent"]
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -251,7 +251,8 @@ class RunFolder:
         refused is refused before the block is entered; for all else, made beside, when the replacement is complete.
 
         Raises:
-            RunFolderError: a stage it needs is not finished, or finished for other inputs.
+            RunFolderError: a stage it needs is not finished, finished for other inputs, or has changed meanwhile: then
+                nothing is kept. Training asks itself before it keeps anything.
         """
         self.check_needs(stage)
         started, folder = time.perf_counter(), self.folder(stage.name)
@@ -264,9 +265,12 @@ class RunFolder:
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
             shutil.rmtree(working)  # left by a process that was killed and that made something else
         working.mkdir(parents=True, exist_ok=True)
-        write_sealed(working / STARTED, started_json(stage))  # anew: files may be elsewhere than when it was begun
+        begun = started_json(stage)
+        write_sealed(working / STARTED, begun)  # anew: files may be elsewhere than when it was begun
         facts = Making(working)
         yield facts
+        if not stage.trains:
+            self._discard_if_inputs_changed(stage, begun["files"], working)
         wall_s = round(time.perf_counter() - started, 3)
         finish(working, done_json(stage, {"wall_s": wall_s} | facts))
         if working != folder:
@@ -278,6 +282,16 @@ class RunFolder:
                 folder.rename(replaced)
             working.rename(folder)
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def _discard_if_inputs_changed(self, stage: Stage, files: Mapping[str, str], working: Path) -> None:
+        """Keep nothing of a stage whose needs, or whose own `files`, changed while it read them."""
+        try:
+            self.check_needs(stage)
+            if changed := changed_files(files, _names(stage)):
+                raise DataError(f"{stage.name}: {'; '.join(changed)} while it was read; run the same command again")
+        except UserError:
+            shutil.rmtree(working)
+            raise
 
     def _give_way(self, stage: Stage, why: str, log: Log) -> None:
         log(f"{stage.name}: stale ({why}); moved to {self.set_aside(stage.name)}")
@@ -326,7 +340,8 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         if lease is not None:
             lease.release()
         lock.release()
-        blame(error)
+        if error.errno not in WRITING:
+            blame(error)
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error

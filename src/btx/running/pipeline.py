@@ -31,12 +31,13 @@ from btx.running.silence import Silence
 
 POLL_S = 0.3
 SILENT_TEXT = "stopped from outside, or its machine is gone: it gave no sign of life"
-KILLED = 9
-"""SIGKILL."""
-KILLED_TEXT = (
-    "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
-    "gradient_checkpointing, a shorter data.sequence_length or fewer launch.jobs take less"
-)
+ENDED_BY = {
+    9: "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
+       "gradient_checkpointing, a shorter data.sequence_length or fewer launch.jobs take less",
+    7: "a file was cut off while it was read, or the disk it is on failed; the next start says which, if it is one "
+       "that btx has written",
+}  # fmt: skip
+"""Signal (SIGKILL, SIGBUS) → what it says about a job that it ended."""
 
 
 def run(
@@ -283,8 +284,8 @@ class _Pipeline:
         told = "\n".join(lines[-30:]).removeprefix("error: ")
         if running.hung:
             told += f"{SILENT_TEXT} for {self.run_folder.recipe.launch.hung_after_s} s, as launch.hung_after_s says"
-        elif exit_code == -KILLED:
-            told += KILLED_TEXT
+        else:
+            told += ENDED_BY.get(-exit_code, "")
         # A process may do several stages: the one that failed is the first that is not done.
         unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]
         name = unfinished[0] if unfinished else running.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,7 +168,9 @@ def _job_of(
         mixture=mixture,
         settings=settings,
         folder=folder,
-        checkpoints=StateFolder(folder / "state", marks, device=device.type, log=log),
+        checkpoints=StateFolder(
+            folder / "state", marks, device=device.type, log=log, check_inputs=partial(run.check_needs, stage)
+        ),
         flops_per_token=cost.training_flops_per_token(length),
         rng_seed=recipe.rng_seed,
         device=device,

@@ -90,7 +90,7 @@ class Chaos:
         whom = self.chance.choice(["coordinator", "worker", "all"])
         try:
             coordinator = psutil.Process(process.pid)
-            workers = coordinator.children(recursive=True)
+            workers = [child for child in coordinator.children(recursive=True) if _stages(child) != "run"]
         except psutil.Error:
             return ""
         victims = {"coordinator": [coordinator], "all": [coordinator, *workers]}.get(

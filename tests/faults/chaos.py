@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -33,6 +34,30 @@ GOES_ON_S = 1.0
 """Seconds within which the next call of `btx run` follows."""
 
 
+class Process(Protocol):
+    """A call of `btx run`; subprocess.Popen is one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Sequence[str], Path], Process]
+"""Arguments of `btx run`, and a log → the process."""
+
+
+def start_run(arguments: Sequence[str], log: Path) -> Process:
+    """`btx run` as users start it."""
+    with log.open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "btx", "run", *arguments],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
 @dataclass
 class Chaos:
     """Runs a recipe to its end whatever happens to it.
@@ -43,6 +68,7 @@ class Chaos:
         chance: decides when which process is killed.
         every_s: mean seconds between two kills; 0: nothing is disturbed.
         most: kills at most, so that it ends.
+        start: starts `btx run`.
     """
 
     arguments: Sequence[str]
@@ -50,6 +76,7 @@ class Chaos:
     chance: random.Random
     every_s: float
     most: int
+    start: Start
     kills: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
@@ -57,11 +84,7 @@ class Chaos:
         """Call `btx run` until it ends well; raises RuntimeError if it fails by itself."""
         log = self.run.with_name(f"{self.run.name}.log")
         while True:
-            with log.open("a") as output:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "btx", "run", *self.arguments, f"run={self.run}"],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                )  # fmt: skip
+            process = self.start([*self.arguments, f"run={self.run}"], log)
             finished, killed = self._finished(), self._disturb(process)
             code = process.wait()
             if code == 0:
@@ -72,7 +95,7 @@ class Chaos:
             self.lost += [f"{stage} after {killed}" for stage in finished if finished[stage] != now.get(stage)]
             time.sleep(self.chance.uniform(0, GOES_ON_S))
 
-    def _disturb(self, process: subprocess.Popen[bytes]) -> str:
+    def _disturb(self, process: Process) -> str:
         """Wait for the process's end, or kill something of its tree; says what was killed."""
         if not self.every_s or len(self.kills) >= self.most:
             process.wait()
@@ -85,12 +108,12 @@ class Chaos:
             time.sleep(0.02)
         return killed
 
-    def _kill(self, process: subprocess.Popen[bytes]) -> str:
+    def _kill(self, process: Process) -> str:
         number = self.chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
         whom = self.chance.choice(["coordinator", "worker", "all"])
         try:
             coordinator = psutil.Process(process.pid)
-            workers = [child for child in coordinator.children(recursive=True) if _stages(child) != "run"]
+            workers = [child for child in coordinator.children(recursive=True) if child.name() != "git"]
         except psutil.Error:
             return ""
         victims = {"coordinator": [coordinator], "all": [coordinator, *workers]}.get(
@@ -114,12 +137,12 @@ class Chaos:
 
 
 def _stages(process: psutil.Process) -> str:
-    """The stages of a job, or `run`."""
+    """The stages of a job, or its number."""
     try:
         command = process.cmdline()
     except psutil.Error:
         return "gone"
-    return " ".join(command[command.index("work") + 2 :]) if "work" in command else "run"
+    return " ".join(command[command.index("work") + 2 :]) if "work" in command else f"process {process.pid}"
 
 
 def compare(one: Path, other: Path) -> list[str]:
@@ -129,11 +152,13 @@ def compare(one: Path, other: Path) -> list[str]:
     return [name for name in names if came_to[0].get(name) != came_to[1].get(name)]
 
 
-def chaos(arguments: Sequence[str], folder: Path, *, rng_seed: int, every_s: float, most: int) -> list[str]:
+def chaos(
+    arguments: Sequence[str], folder: Path, *, rng_seed: int, every_s: float, most: int, start: Start = start_run
+) -> list[str]:
     """Run a recipe undisturbed and under kills in `folder`; what is wrong with the second, empty if nothing is."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads decides the last bits
-    calm = Chaos(arguments, folder / "calm", random.Random(rng_seed), 0.0, 0)
-    wild = Chaos(arguments, folder / "wild", random.Random(rng_seed), every_s, most)
+    calm = Chaos(arguments, folder / "calm", random.Random(rng_seed), 0.0, 0, start)
+    wild = Chaos(arguments, folder / "wild", random.Random(rng_seed), every_s, most, start)
     for one in (calm, wild):
         started = time.monotonic()
         one.to_the_end()

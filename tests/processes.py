@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 
 from btx.process import SAVE_AND_END
-from btx.recipe.launch import Launch
-from btx.running.launchers import START, Handle
+from btx.running.launchers import START
+from btx.running.launchers.local import LocalLauncher
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([
@@ -50,7 +51,7 @@ def run_with_forked_jobs(*arguments: str) -> None:
     """`btx run` whose jobs are forked from its own process, and are its children."""
 
     class ChildLauncher(ForkedLauncher):
-        def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+        def forked(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
             job = multiprocessing.get_context("fork").Process(
                 target=_logged, args=(btx, ("work", str(run), *stages), log)
             )  # fmt: skip
@@ -61,32 +62,37 @@ def run_with_forked_jobs(*arguments: str) -> None:
     btx("run", *arguments)
 
 
-class ForkedLauncher:
+@dataclass(frozen=True)
+class ForkedJob:
+    """As a `LocalProcess`."""
+
+    process: BaseProcess
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def exit_code(self) -> int | None:
+        return self.process.exitcode
+
+    def terminate(self) -> None:
+        if self.process.is_alive():
+            os.kill(self.pid, SAVE_AND_END)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+class ForkedLauncher(LocalLauncher):
     """Starts stages as the local launcher does, sooner: in processes forked from one that has imported all."""
 
-    takes_waiting = False
-
-    def __init__(self, launch: Launch) -> None:
-        self.processes: dict[int, BaseProcess] = {}
-
-    def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
-        return start_btx("work", run, *stages, log=log)
-
-    def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
+    def start(self, run: Path, stages: Sequence[str], log: Path) -> ForkedJob:  # type: ignore[override]
         log.parent.mkdir(parents=True, exist_ok=True)
-        process = self.started(run, stages, log)
-        assert process.pid is not None
-        self.processes[process.pid] = process
-        return {"pid": process.pid}
+        return ForkedJob(self.forked(run, stages, log))
 
-    def poll(self, handle: Handle) -> int | None:
-        return self.processes[handle["pid"]].exitcode
-
-    def cancel(self, handle: Handle) -> None:
-        self.processes[handle["pid"]].terminate()
-
-    def kill(self, handle: Handle) -> None:
-        self.processes[handle["pid"]].kill()
+    def forked(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+        return start_btx("work", run, *stages, log=log)
 
 
 @contextlib.contextmanager

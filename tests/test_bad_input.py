@@ -250,7 +250,7 @@ def test_a_run_names_all_that_failed_and_status_has_it_too(tmp_path: Path, monke
     run, _ = run_here(recipe, ["data", "seed"])
 
     class KilledLauncher(ForkedLauncher):
-        def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+        def forked(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
             return start_process(killed, log=log)
 
     monkeypatch.setitem(START, "local", KilledLauncher)

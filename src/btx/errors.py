@@ -12,6 +12,8 @@
         ├── DataError           missing, empty or broken data
         ├── CheckpointError     a folder that is no model, or does not fit the others
         └── RunFolderError      the run folder is busy, unwritable or belongs to another recipe
+            └── NotYet          what a stage needs is not finished, or another process is at it; of `btx work`, which
+                                launchers start, exit code 75 (EX_TEMPFAIL): start it again later
 
 The message of each says what is wrong, where, what is allowed and what to do.
 """
@@ -63,3 +65,11 @@ class CheckpointError(UserError):
 
 class RunFolderError(UserError):
     """A run folder that is busy, unwritable or belongs to another recipe."""
+
+
+NOT_YET = 75
+"""Exit code of a job that ends with `NotYet` (EX_TEMPFAIL of sysexits.h)."""
+
+
+class NotYet(RunFolderError):
+    """What a stage needs is not finished, or another process is at it: nothing is wrong but the time."""

@@ -80,15 +80,18 @@ class Chaos:
     kills: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
-    def to_the_end(self) -> None:
-        """Call `btx run` until it ends well; raises RuntimeError if it fails by itself."""
+    def to_the_end(self) -> float:
+        """Call `btx run` until it ends well; returns the seconds that took. Raises RuntimeError if it fails by itself."""
+        started = time.monotonic()
         log = self.run.with_name(f"{self.run.name}.log")
         while True:
             process = self.start([*self.arguments, f"run={self.run}"], log)
             finished, killed = self._finished(), self._disturb(process)
             code = process.wait()
             if code == 0:
-                return
+                seconds = time.monotonic() - started
+                print(f"{self.run.name}: {len(self.kills)} kills, {seconds:.0f} s", flush=True)
+                return seconds
             if not killed:
                 raise RuntimeError(f"ended with {code} though nothing was killed:\n{log.read_text()[-3000:]}")
             now = self._finished()
@@ -153,16 +156,24 @@ def compare(one: Path, other: Path) -> list[str]:
 
 
 def chaos(
-    arguments: Sequence[str], folder: Path, *, rng_seed: int, every_s: float, most: int, start: Start = start_run
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    rng_seed: int,
+    every_s: float = 0.0,
+    most: int = 12,
+    start: Start = start_run,
 ) -> list[str]:
-    """Run a recipe undisturbed and under kills in `folder`; what is wrong with the second, empty if nothing is."""
+    """Run a recipe undisturbed and under kills in `folder`; what is wrong with the second, empty if nothing is.
+
+    Args:
+        every_s: mean seconds between two kills; 0: an eighth of what the undisturbed run takes.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads decides the last bits
     calm = Chaos(arguments, folder / "calm", random.Random(rng_seed), 0.0, 0, start)
-    wild = Chaos(arguments, folder / "wild", random.Random(rng_seed), every_s, most, start)
-    for one in (calm, wild):
-        started = time.monotonic()
-        one.to_the_end()
-        print(f"{one.run.name}: {len(one.kills)} kills, {time.monotonic() - started:.0f} s", flush=True)
+    seconds = calm.to_the_end()
+    wild = Chaos(arguments, folder / "wild", random.Random(rng_seed), every_s or seconds / 8, most, start)
+    wild.to_the_end()
     return [f"lost: {what}" for what in wild.lost] + [f"differs: {what}" for what in compare(calm.run, wild.run)]
 
 
@@ -171,8 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="recipe and overrides, as for btx run", nargs="+")
     parser.add_argument("--rng-seed", type=int, default=0)
-    parser.add_argument("--every", type=float, default=20.0, help="mean seconds between two kills")
-    parser.add_argument("--most", type=int, default=30, help="kills at most")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=0.0,
+        help="mean seconds between two kills; default: an eighth of the undisturbed run's time",
+    )
+    parser.add_argument("--most", type=int, default=12, help="kills at most")
     parser.add_argument("--keep", type=Path, help="folder for both runs; default: a temporary one")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="btx-chaos-") as temporary:

@@ -152,7 +152,7 @@ def cutting(*arguments: str) -> None:
 class Cutting(ForkedLauncher):
     """Starts such jobs."""
 
-    def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+    def forked(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
         return start(cutting, str(run), *stages, log=log)
 
 

@@ -109,7 +109,7 @@ def stopped(*arguments: str) -> None:
 class Stopping(ForkedLauncher):
     """Starts such jobs."""
 
-    def started(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
+    def forked(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
         return start(stopped, str(run), *stages, log=log)
 
 

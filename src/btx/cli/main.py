@@ -17,7 +17,7 @@ from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.terminal import end, prepare_streams
 from btx.cli.terminal import show as _print
 from btx.cli.terminal import show_json as _print_json
-from btx.errors import UserError
+from btx.errors import NOT_YET, NotYet, UserError
 from btx.outputs import read_output
 from btx.process import READER_GONE
 from btx.system_errors import told
@@ -333,11 +333,14 @@ def chat(
 
 @app.command(hidden=True)
 def work(run_folder: Path, stages: list[str]) -> None:
-    """What a launcher starts: some stages of a run, in this process, ending with its parent."""
+    """What a launcher starts: some stages of a run, in this process, ending with its parent. Exit code 75: not yet."""
     from btx.process import end_with_parent
 
     end_with_parent()
-    _work(run_folder, stages)
+    try:
+        _work(run_folder, stages)
+    except NotYet as error:
+        end(NOT_YET, f"not yet: {error}")
 
 
 def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:

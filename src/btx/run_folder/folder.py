@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import filelock
 
-from btx.errors import DataError, RunFolderError, UserError
+from btx.errors import DataError, NotYet, RunFolderError, UserError
 from btx.files import write_sealed, write_text, writing
 from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
@@ -208,13 +208,13 @@ class RunFolder:
         """Refuse a stage whose needs are not finished, or are not as they were left.
 
         Raises:
-            RunFolderError: a stage it needs is not finished, or finished for other inputs, or one of its files was
-                damaged or replaced.
+            NotYet: a stage it needs is not finished.
+            RunFolderError: a stage it needs was finished for other inputs, or one of its files was damaged or replaced.
         """
         for needed in stage.needs:
             if (state := self.state(needed)) != "done":
                 why = f" ({self.why_stale(needed)})" if state == "stale" else ""
-                raise RunFolderError(
+                raise (RunFolderError if why else NotYet)(
                     f"{stage.name} needs {needed.name}, which is {state}{why}; run `btx run {self.path}` first"
                 )
             check_outputs(self.folder(needed.name))
@@ -314,7 +314,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         patience_s: seconds to wait for a process that is just ending.
 
     Raises:
-        RunFolderError: another process is at it; the message names its pid.
+        NotYet: another process is at it; the message names its pid.
     """
     locks = run / ".locks"
     name = work.replace("/", "-")
@@ -333,7 +333,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
     except filelock.Timeout:
         lock.release()
         holder = owner.read_text() if owner.exists() else "unknown"
-        raise RunFolderError(
+        raise NotYet(
             f"{run}: {work} is in use by process {holder}; wait for it, end it, or choose another with run=FOLDER"
         ) from None
     except OSError as error:

@@ -23,6 +23,11 @@ Recorded = Callable[[str], Mapping[str, Any] | None]
 """Stage's name → its started.json where the stage is finished (or begun, where that is asked for), else None."""
 
 
+def trains(stage: str) -> bool:
+    """Whether the stage of this name runs the training loop, and so saves as it goes."""
+    return stage in ("seed", "finetune") or stage.startswith("train/") or is_trained(stage)
+
+
 def nothing_recorded(stage: str) -> None:
     """For a recipe without a run folder."""
 
@@ -88,7 +93,7 @@ class Stage:
     @property
     def trains(self) -> bool:
         """True for the stages that run the training loop."""
-        return self.name in ("seed", "finetune") or self.name.startswith("train/") or is_trained(self.name)
+        return trains(self.name)
 
     @property
     def computes(self) -> bool:

@@ -10,26 +10,29 @@ import contextlib
 import shutil
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from btx.errors import BtxError, RunFolderError, StageFailed, UserError
+from btx.errors import NOT_YET, BtxError, RunFolderError, StageFailed, SystemFailed, UserError
 from btx.process import TOLD, Interrupts
 from btx.recipe.derived import training_notes
 from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
+from btx.run_folder.jobs import log_of
 from btx.run_folder.status import at_work, last_line, note_failure, stage_status
 from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
-from btx.running.launchers import START, Handle
-from btx.running.log_tail import LogTail
+from btx.running.launchers import START, Standing
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
-from btx.running.silence import Silence
+from btx.running.under_way import Running, UnderWay, told
 
 POLL_S = 0.3
+SRUN = "srun: "
+"""How lines begin that say a job's exit code once more."""
+SETTLING_S = 60.0
+"""Seconds after which every file system shows what another machine has written (NFS: `acdirmax`)."""
 SILENT_TEXT = "stopped from outside, or its machine is gone: it gave no sign of life"
 ENDED_BY = {
     9: "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
@@ -56,17 +59,19 @@ def run(
     Raises:
         UserError: bad input; a run folder made by this call is removed again.
         StageFailed: jobs failed; the message holds the end of each one's log.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; all jobs have saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; all jobs have saved, or go on where they do so by themselves.
     """
     recipe = recipe.without(without) if without else recipe
     preflight(recipe)
     check_packages(recipe)
     path = Path(recipe.run_folder)
-    _wanted(RunFolder(path, recipe), until)  # refused before anything is written
+    wanted = _wanted(RunFolder(path, recipe), until)  # refused before anything is written
+    START[recipe.launch.kind](recipe.launch).check(path, [[stage.name for stage in job] for job in wanted])
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     interrupts = Interrupts().listen()
     try:
         with exclusive(path, "run"):
+            UnderWay(RunFolder(path, recipe)).find()  # refused before the run folder has another recipe
             made = RunFolder.create(recipe)
             with display or Display() as shown:
                 clear_stumps(made)
@@ -105,45 +110,29 @@ def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
     return [job for job in cut if job]
 
 
-@dataclass
-class _Running:
-    """A job under way."""
-
-    stages: tuple[Stage, ...]
-    handle: Handle
-    log: Path
-    tail: LogTail
-    silence: Silence
-    hung: bool = False
-    """Ended because it gave no sign of life."""
-    finished: set[str] = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        return self.stages[0].name
-
-
 class _Pipeline:
     """One call of `run`."""
 
     def __init__(self, run: RunFolder, display: Display, interrupts: Interrupts) -> None:
         self.run_folder = run
+        self.under_way = UnderWay(run)
         self.display = display
         self.interrupts = interrupts
-        self.launcher = START[run.recipe.launch.kind](run.recipe.launch)
-        self.at_once = jobs_at_once(run.graph)
-        self.running: list[_Running] = []
+        self.at_once = jobs_at_once(self.run_folder.graph)
         self.failures: dict[str, BtxError] = {}
         self.error_lines: dict[str, list[str]] = {}
+        self.unheard = False
+        """Whether the engine did not answer when it was last asked."""
         self.compared = False
         """Whether stages of an earlier version have been looked at."""
 
     def run(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         self._announce(jobs)
-        waiting = [job for job in jobs if not self._is_done(job)]
+        waiting = [job for job in self._not_under_way(jobs) if not self._is_done(job)]
+        left: list[str] = []
         try:
-            while waiting or self.running:
-                self._collect()
+            while waiting or self.under_way.running:
+                waiting = self._in_order([*waiting, *self._collect()])
                 if self.interrupts.pending is not None:
                     break
                 if not self._preparing(waiting) and not self.compared:
@@ -151,19 +140,34 @@ class _Pipeline:
                 for job in self._ready(waiting):
                     waiting.remove(job)
                     self._start(job)
-                if not self.running and (waiting or self.failures):
+                if not self.under_way.running and (waiting or self.failures):
                     break
                 time.sleep(POLL_S)
+        except UserError:  # a job that cannot be submitted: the others would wait for it
+            self.under_way.cancel([running for running in self.under_way.running if running.is_ours])
+            raise
         finally:
-            self._end_jobs()
+            left = self.under_way.end()
         if self.failures:
             self.display.say(self._summary(waiting))
-        self.interrupts.raise_if_pending(f"stopped; `btx run {self.run_folder.path}` continues")
+        self.interrupts.raise_if_pending(self._stopped(left))
         if self.failures:
             first, *others = self.failures.values()
             raise type(first)("\n\n".join(map(str, (first, *others)))) if others else first
         if waiting:
             raise RunFolderError(self._why_waiting(waiting[0]))
+
+    def _not_under_way(self, jobs: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
+        """The jobs without the stages that an earlier `btx run` has submitted: those are watched from here on."""
+        for running in self.under_way.find():
+            self.display.say(f"{running.name}: submitted before ({told(running.job)}), watched from here on")
+        taken = {stage.name for running in self.under_way.running for stage in running.stages}
+        left = [tuple(stage for stage in job if stage.name not in taken) for job in jobs]
+        return [job for job in left if job]
+
+    def _in_order(self, waiting: list[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
+        places = {stage.name: place for place, stage in enumerate(self.run_folder.graph)}
+        return sorted(waiting, key=lambda job: places[job[0].name])
 
     def _announce(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         """Say what is finished and what is stale, and why."""
@@ -188,7 +192,7 @@ class _Pipeline:
         return all(self.run_folder.state(stage) == "done" or not self.run_folder.is_needed(stage) for stage in job)
 
     def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
-        """Jobs whose needs are met, up to `jobs_at_once` at a time.
+        """Jobs whose needs are met, up to `jobs_at_once` at a time; all where a queue can hold them until then.
 
         Data come first, as many jobs as there are processors: so all that is wrong with them is said before anything is
         trained.
@@ -196,17 +200,22 @@ class _Pipeline:
         if self.failures:
             return []
         preparing = self._preparing(waiting)
-        ready = []
-        for job in waiting:
-            inside = {stage.name for stage in job}
-            needs = [needed for stage in job for needed in stage.needs if needed.name not in inside]
-            if (not preparing or job in preparing) and all(self.run_folder.state(need) == "done" for need in needs):
-                ready.append(job)
-        return ready[: max(0, (processors() if preparing else self.at_once) - len(self.running))]
+        if self.under_way.launcher.takes_waiting:
+            is_settled = self.compared or not is_of_earlier_version(self.run_folder)
+            return [job for job in waiting if is_settled or job in preparing]
+        ready = [job for job in waiting if (not preparing or job in preparing) and not self._missing(job)]
+        return ready[: max(0, (processors() if preparing else self.at_once) - len(self.under_way.running))]
+
+    def _missing(self, job: Sequence[Stage]) -> dict[str, Stage]:
+        """What a job needs that is not done."""
+        inside = {stage.name for stage in job}
+        needs = {needed.name: needed for stage in job for needed in stage.needs if needed.name not in inside}
+        return {name: needed for name, needed in needs.items() if self.run_folder.state(needed) != "done"}
 
     def _preparing(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
         """Jobs that make data and are not finished."""
-        return [job for job in (*waiting, *(running.stages for running in self.running)) if _prepares(job)]
+        stages = [running.stages for running in self.under_way.running]
+        return [job for job in (*waiting, *stages) if _prepares(job)]
 
     def _compare_with_earlier(self, waiting: list[tuple[Stage, ...]]) -> None:
         """Let what an earlier version has trained on the same tokens stay, and wait for it no longer."""
@@ -217,14 +226,10 @@ class _Pipeline:
 
     def _why_waiting(self, job: tuple[Stage, ...]) -> str:
         """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
-        run, inside = self.run_folder, {stage.name for stage in job}
-        missing = {
-            needed.name: needed for stage in job for needed in stage.needs
-            if needed.name not in inside and run.state(needed) != "done"
-        }  # fmt: skip
+        run = self.run_folder
         found = [
             f"{name} is {run.state(needed)}" + (f" ({run.why_stale(needed)})" if run.state(needed) == "stale" else "")
-            for name, needed in missing.items()
+            for name, needed in self._missing(job).items()
         ]
         return (
             f"{run.path}: {job[0].name} cannot start: {', '.join(found)}. The recipe in the run folder, the data or "
@@ -232,45 +237,86 @@ class _Pipeline:
         )
 
     def _start(self, stages: tuple[Stage, ...]) -> None:
-        log = self.run_folder.path / "logs" / f"{stages[0].name.replace('/', '-')}.log"
-        tail = LogTail.from_now(log)
-        if (node := at_work(self.run_folder, stages[0].name)) is not None:
-            self.display.say(f"{stages[0].name}: another process, on {node}, is at it; waiting for it to end")
-        handle = self.launcher.submit(self.run_folder.path, [stage.name for stage in stages], log)
-        silence = Silence(self.run_folder.path, [stage.name for stage in stages])
-        self.running.append(_Running(stages, handle, log, tail, silence))
-        self.display.begin(stages[0].name)
-        self.run_folder.event("start", job=stages[0].name, **handle)
+        name, missing = stages[0].name, self._missing(stages)
+        if (node := at_work(self.run_folder, name)) is not None:
+            self.display.say(f"{name}: another process, on {node}, is at it; waiting for it to end")
+        needed = [running for running in self.under_way.running
+                  if running.makes(missing) or (_prepares(running.stages) and not _prepares(stages))]  # fmt: skip
+        running = self.under_way.submit(stages, needed)
+        self.run_folder.event("start", job=name, **running.job.handle)
+        if self.under_way.launcher.goes_on:
+            self.display.say(f"{name}: submitted ({told(running.job)})")
 
-    def _collect(self) -> None:
-        """Show what running jobs report, and take note of those that ended."""
-        for running in list(self.running):
-            exit_code = self.launcher.poll(running.handle)
+    def _collect(self) -> list[tuple[Stage, ...]]:
+        """Show what running jobs report, and take note of those that ended; returns those that have to be done again
+        because what they need was not finished when they began, or was another."""
+        again = []
+        for running, standing in self._standings():
+            if standing.state != "queued" and not running.has_begun:
+                running.has_begun = True
+                self.display.begin(running.name)
             for line in running.tail.new_lines():
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)
-            if exit_code is None:
+            if standing.state == "running":
                 self._end_if_silent(running)
-                continue
-            self.running.remove(running)
-            self.run_folder.event("end", job=running.name, exit_code=exit_code)
-            if exit_code != 0 and self.interrupts.pending is None:
-                self._note_failure(running, exit_code)
+            if standing.state == "ended" and self._has_settled(running, standing) and self._end(running, standing):
+                again.append(tuple(stage for stage in running.stages if self.run_folder.state(stage) != "done"))
+        return again
 
-    def _end_if_silent(self, running: _Running) -> None:
+    def _standings(self) -> list[tuple[Running, Standing]]:
+        """How the jobs under way stand; nothing while the engine does not answer."""
+        running = list(self.under_way.running)
+        try:
+            standings = self.under_way.poll([each.job for each in running])
+        except SystemFailed as error:
+            if not self.unheard:
+                self.display.say(f"warning: {error}; the jobs go on, and it is asked again")
+            self.unheard = True
+            return []
+        self.unheard = False
+        return list(zip(running, standings, strict=True))
+
+    def _has_settled(self, running: Running, standing: Standing) -> bool:
+        """Whether the run folder can be believed: a shared file system may show late what another machine has
+        written."""
+        if standing.exit_code not in (0, None) or not self.under_way.launcher_of(running.job.launcher).goes_on:
+            return True
+        running.ended = running.ended or time.monotonic()
+        return self._is_done(running.stages) or time.monotonic() - running.ended > SETTLING_S
+
+    def _end(self, running: Running, standing: Standing) -> bool:
+        """A job has ended: note if it failed; True if it has to be done again."""
+        is_cancelled = self.under_way.let_go(running).cancelled
+        self.run_folder.event("end", job=running.name, exit_code=standing.exit_code)
+        if self._is_done(running.stages) or self.interrupts.pending is not None:
+            return False
+        if is_cancelled:
+            path = self.run_folder.path
+            self.failures[running.name] = StageFailed(f"{running.name}: cancelled; `btx run {path}` goes on with it")
+            return False
+        if standing.exit_code == NOT_YET or self._missing(running.stages):
+            return True
+        if standing.exit_code in (0, None) and not running.is_ours:
+            return True  # nobody has seen its end, or it was begun before what it needs was made anew
+        if standing.exit_code != 0:
+            self._note_failure(running, standing)
+        return False
+
+    def _end_if_silent(self, running: Running) -> None:
         limit = self.run_folder.recipe.launch.hung_after_s
         if limit is not None and not running.hung and running.silence.exceeds(limit):
             running.hung = True
             self.display.say(f"{running.name}: {SILENT_TEXT}; ended")
-            self.launcher.kill(running.handle)
+            self.under_way.kill(running)
 
-    def _show_line(self, running: _Running, line: str) -> None:
+    def _show_line(self, running: Running, line: str) -> None:
         self.error_lines.setdefault(running.name, []).append(line)
         if line.startswith(TOLD):
             self.display.say(line.removeprefix(TOLD))
 
-    def _show_stage(self, running: _Running, stage: Stage) -> None:
+    def _show_stage(self, running: Running, stage: Stage) -> None:
         status = stage_status(self.run_folder, stage)
         if status.state == "done" and stage.name not in running.finished:
             running.finished.add(stage.name)
@@ -278,9 +324,10 @@ class _Pipeline:
         elif status.state in ("begun", "running"):
             self.display.update(status)
 
-    def _note_failure(self, running: _Running, exit_code: int) -> None:
+    def _note_failure(self, running: Running, standing: Standing) -> None:
         """A job failed: the others go on to their end, nothing new is started."""
-        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith(TOLD)]
+        exit_code = standing.exit_code or 0
+        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith((TOLD, SRUN))]
         told = "\n".join(lines[-30:]).removeprefix("error: ")
         if running.hung:
             told += f"{SILENT_TEXT} for {self.run_folder.recipe.launch.hung_after_s} s, as launch.hung_after_s says"
@@ -292,14 +339,16 @@ class _Pipeline:
         if exit_code == UserError.exit_code:
             self.failures[name] = UserError(told or last_line(told))
         else:
-            how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+            how = standing.why or (f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}" if exit_code
+                                   else "it has left the queue without a trace")  # fmt: skip
             note_failure(self.run_folder, name, told or how)  # a job that was killed could not
             domain = name.removeprefix("train/")
             without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
-            self.failures[name] = (
-                StageFailed(f"{name} failed ({how}); its log is {running.log}:\n{told or last_line(told)}\n"
-                            f"`btx run {self.run_folder.path}` continues from its last checkpoint{without}")
-            )  # fmt: skip
+            path = self.run_folder.path
+            self.failures[name] = StageFailed(
+                f"{name} failed ({how}); its log is {log_of(path, running.name)}:\n{told or last_line(told)}\n"
+                f"`btx run {path}` continues from its last checkpoint{without}"
+            )
         self.display.say(f"{name}: failed: {last_line(told)}")
 
     def _summary(self, waiting: Sequence[tuple[Stage, ...]]) -> str:
@@ -307,12 +356,17 @@ class _Pipeline:
         left = [stage.name for job in waiting for stage in job]
         return f"failed: {', '.join(self.failures)}; not begun: {', '.join(left) or 'nothing'}"
 
-    def _end_jobs(self) -> None:
-        """Ask every job to save and end, and wait for it."""
-        for running in self.running:
-            self.launcher.cancel(running.handle)
-        while any(self.launcher.poll(running.handle) is None for running in self.running):
-            time.sleep(POLL_S / 3)
+    def _stopped(self, left: Sequence[str]) -> str:
+        """What is said when a signal has ended this process.
+
+        Args:
+            left: jobs that go on.
+        """
+        path = self.run_folder.path
+        if left:
+            return (f"stopped watching; {', '.join(left)} go on. `btx run {path}` watches again, `btx cancel {path}` "
+                    f"ends them")  # fmt: skip
+        return f"stopped; `btx run {path}` continues"
 
 
 def _prepares(job: tuple[Stage, ...]) -> bool:

@@ -5,10 +5,11 @@ are, for a recipe and `btx ls`, is in `btx.choices.launchers`.
 from collections.abc import Callable
 
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import Handle, Launcher
+from btx.running.launchers.job import Handle, Launcher, Standing
 from btx.running.launchers.local import LocalLauncher
+from btx.running.launchers.slurm import SlurmLauncher
 
-START: dict[str, Callable[[Launch], Launcher]] = {"local": LocalLauncher}
+START: dict[str, Callable[[Launch], Launcher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
 """`launch.kind` → the launcher with a recipe's settings."""
 
-__all__ = ["START", "Handle", "Launcher"]
+__all__ = ["START", "Handle", "Launcher", "Standing"]

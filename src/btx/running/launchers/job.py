@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 Handle = Mapping[str, Any]
 """By what a launcher knows a job again, in another process and on another machine too: a JSON value that the run folder
 keeps."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a job stands, as its launcher knows it."""
+
+    state: Literal["queued", "running", "ended"]
+    exit_code: int | None = None
+    """Of a job that has ended; negative: the signal that ended it. None: the launcher knows no more of it, and the run
+    folder alone says how it went."""
+    node: str | None = None
+    """The machine or machines that a running job is on, as the engine calls them; None: this one."""
+    why: str = ""
+    """In the engine's words, why a job waits or what ended it."""
 
 
 class Launcher(Protocol):
@@ -18,6 +33,17 @@ class Launcher(Protocol):
     def takes_waiting(self) -> bool:
         """Whether jobs can be handed over before those they need have ended; else the pipeline holds them back."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether jobs go on when the process that submitted them ends; else that one ends them first."""
+
+    def check(self, run: Path, jobs: Sequence[Sequence[str]]) -> None:
+        """Refuse jobs (the stages of each) that cannot be submitted here, before anything is written.
+
+        Raises:
+            UserError: the engine is not here, or refuses what the recipe asks of it.
+        """
+
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
         """Have `stages` of the run folder done in one job; its output goes to `log`, behind what is there.
 
@@ -25,14 +51,20 @@ class Launcher(Protocol):
             after: jobs that have to end well before this one starts; only where `takes_waiting`.
 
         Raises:
-            UserError: the engine is not here, or refuses what the recipe asks of it.
+            UserError: as `check`.
+            SystemFailed: the engine does not answer.
         """
 
-    def poll(self, handle: Handle) -> int | None:
-        """Exit code of a job; negative: the signal that ended it. None while it waits or runs."""
+    def poll(self, handles: Sequence[Handle]) -> list[Standing]:
+        """How jobs stand, in this order.
+
+        Raises:
+            UserError: the engine is not here.
+            SystemFailed: the engine does not answer; it may do so when it is asked again.
+        """
 
     def cancel(self, handle: Handle) -> None:
-        """Ask a job to save and end; one that has not begun will not. Returns at once."""
+        """Ask a job to save and end, for good; one that has not begun will not. Returns at once; raises as `poll`."""
 
     def kill(self, handle: Handle) -> None:
-        """End a job that answers nothing any more, with all its processes. Returns at once."""
+        """End a job that answers nothing any more, with all its processes. Returns at once; raises as `poll`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from btx.errors import UserError
 from btx.process import SAVE_AND_END
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import Handle
+from btx.running.launchers.job import Handle, Standing
 
 
 class LocalLauncher:
@@ -20,28 +23,64 @@ class LocalLauncher:
     jobs in order."""
 
     takes_waiting = False
+    goes_on = False
 
     def __init__(self, launch: Launch) -> None:
         self._started: dict[int, LocalProcess] = {}
 
+    def check(self, run: Path, jobs: Sequence[Sequence[str]]) -> None:
+        """Every machine has processes."""
+
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
         """Start the job."""
-        started = start(["work", str(run), *stages], log, {"TOKENIZERS_PARALLELISM": "true"})
-        self._started[started.process.pid] = started
-        return {"pid": started.process.pid}
+        started = self.start(run, stages, log)
+        self._started[started.pid] = started
+        return {"pid": started.pid, "born": _born(started.pid), "node": platform.node()}
 
-    def poll(self, handle: Handle) -> int | None:
-        """Exit code of a process that this launcher has started; None while it runs."""
-        return self._started[handle["pid"]].exit_code()
+    def start(self, run: Path, stages: Sequence[str], log: Path) -> LocalProcess:
+        """Start `btx work`."""
+        return start(["work", str(run), *stages], log, {"TOKENIZERS_PARALLELISM": "true"})
+
+    def poll(self, handles: Sequence[Handle]) -> list[Standing]:
+        """How processes stand; only of those that this launcher has started the exit code is known."""
+        return [self._poll(handle) for handle in handles]
+
+    def _poll(self, handle: Handle) -> Standing:
+        if (started := self._started.get(handle["pid"])) is None:
+            return Standing("running" if _lives(handle) else "ended")
+        exit_code = started.exit_code()
+        return Standing("running" if exit_code is None else "ended", exit_code)
 
     def cancel(self, handle: Handle) -> None:
-        """Ask a process that this launcher has started to save and end."""
-        self._started[handle["pid"]].terminate()
+        """Ask a process to save and end."""
+        if handle["pid"] in self._started:
+            self._started[handle["pid"]].terminate()
+        elif handle["node"] != platform.node():
+            raise UserError(f"a process of {handle['node']}; ask it there")
+        elif _lives(handle):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(handle["pid"], SAVE_AND_END)
 
     def kill(self, handle: Handle) -> None:
         """End a process that this launcher has started, and those of its session."""
-        if self.poll(handle) is None:
-            os.killpg(handle["pid"], signal.SIGKILL)
+        if handle["pid"] in self._started:
+            self._started[handle["pid"]].kill()
+
+
+def _born(pid: int) -> float:
+    """When a process began: with its number it is known for certain. 0.0 if it has ended already."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
+
+
+def _lives(handle: Handle) -> bool:
+    """Whether a process of this machine is still there. `btx run` is alone in its run folder, so jobs that one on
+    another machine has left are ending or gone."""
+    return bool(handle["node"] == platform.node() and handle["born"] and _born(handle["pid"]) == handle["born"])
 
 
 @dataclass(frozen=True)
@@ -51,6 +90,11 @@ class LocalProcess:
     process: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self.process.pid
+
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self.process.poll()
@@ -59,6 +103,11 @@ class LocalProcess:
         """Ask it to save and end."""
         if self.exit_code() is None:
             self.process.send_signal(SAVE_AND_END)
+
+    def kill(self) -> None:
+        """End it, and what it has started."""
+        if self.exit_code() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
         """Wait until it has ended."""

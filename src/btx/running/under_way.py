@@ -1,0 +1,163 @@
+"""The jobs of a run that are under way, on whatever launcher: submitted, found again by a new `btx run`, asked how they
+stand, and let go. Plain Python.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from btx.errors import UserError
+from btx.files import value_hash
+from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.graph import Stage
+from btx.run_folder.jobs import Job, forget, job_of, jobs_of, log_of, note
+from btx.run_folder.manifest import now
+from btx.running.launchers import START, Launcher, Standing
+from btx.running.log_tail import LogTail
+from btx.running.silence import Silence
+
+DECIDES_NOTHING = {"name", "description", "launch", "sweep"}
+"""Sections of a recipe that may change while jobs are under way."""
+ENDING_S = 0.1
+
+
+@dataclass
+class Running:
+    """A job under way, in a queue or at work."""
+
+    stages: tuple[Stage, ...]
+    job: Job
+    tail: LogTail
+    is_ours: bool
+    """Whether this process has submitted it, and not one before."""
+    silence: Silence
+    has_begun: bool = False
+    hung: bool = False
+    """Ended because it gave no sign of life."""
+    finished: set[str] = field(default_factory=set)
+    ended: float | None = None
+    """When its end was first seen, by this process's clock."""
+
+    @property
+    def name(self) -> str:
+        """That of its first stage."""
+        return self.job.name
+
+    def makes(self, stages: Collection[str]) -> bool:
+        """Whether it does one of these stages."""
+        return any(stage.name in stages for stage in self.stages)
+
+
+class UnderWay:
+    """All of one run folder, for the process that holds it, or for one that only looks."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.running: list[Running] = []
+        self._launchers: dict[str, Launcher] = {}
+        self._recipe = recipe_hash(run.recipe)
+        self._attempts: dict[str, int] = {}
+
+    @property
+    def launcher(self) -> Launcher:
+        """The recipe's, which takes new jobs."""
+        return self.launcher_of(self.run.recipe.launch.kind)
+
+    def launcher_of(self, kind: str) -> Launcher:
+        """The launcher of a job that is under way."""
+        if kind not in self._launchers:
+            self._launchers[kind] = START[kind](self.run.recipe.launch)
+        return self._launchers[kind]
+
+    def find(self) -> list[Running]:
+        """The jobs that an earlier `btx run` has submitted and that have not ended.
+
+        Raises:
+            UserError: they do something else than what this run asks for; or their engine is not here.
+            SystemFailed: their engine does not answer.
+        """
+        jobs = jobs_of(self.run.path)
+        living = [job for job, standing in zip(jobs, self.poll(jobs), strict=True) if standing.state != "ended"]
+        names = {stage.name for stage in self.run.graph}
+        other = [job.name for job in living if self.launcher_of(job.launcher).goes_on
+                 and (job.recipe != self._recipe or not names.issuperset(job.stages))]  # fmt: skip
+        if other:
+            path = self.run.path
+            raise UserError(f"{path}: {', '.join(other)}: submitted with another recipe and not ended yet; `btx cancel "
+                            f"{path}` lets them save and end")  # fmt: skip
+        for job in jobs:
+            if job not in living:
+                forget(self.run.path, job)
+        self.running = [
+            Running(tuple(self.run.graph[name] for name in job.stages if name in names), job,
+                    LogTail.from_now(log_of(self.run.path, job.name)), False, Silence(self.run.path, job.stages))
+            for job in living
+        ]  # fmt: skip
+        return self.running
+
+    def submit(self, stages: Sequence[Stage], needed: Sequence[Running]) -> Running:
+        """Submit a job, to begin when those that it needs have ended well; raises as `Launcher.submit`."""
+        path, names = self.run.path, tuple(stage.name for stage in stages)
+        log = log_of(path, names[0])
+        tail = LogTail.from_now(log)
+        after = [running.job.handle for running in needed] if self.launcher.takes_waiting else []
+        handle = self.launcher.submit(path, names, log, after=after)
+        attempt = self._attempts[names[0]] = self._attempts.get(names[0], 0) + 1
+        job = Job(names, self.run.recipe.launch.kind, handle, self._recipe, now(), attempt)
+        running = Running(tuple(stages), job, tail, True, Silence(path, names))
+        self.running.append(running)
+        note(path, job)
+        return running
+
+    def poll(self, jobs: Sequence[Job]) -> list[Standing]:
+        """How jobs stand, each launcher asked once; raises as `Launcher.poll`."""
+        standings: dict[int, Standing] = {}
+        for kind in {job.launcher: None for job in jobs}:
+            alike = [job for job in jobs if job.launcher == kind]
+            found = self.launcher_of(kind).poll([job.handle for job in alike])
+            standings |= {id(job): standing for job, standing in zip(alike, found, strict=True)}
+        return [standings[id(job)] for job in jobs]
+
+    def let_go(self, running: Running) -> Job:
+        """A job has ended; returns what its file said at last."""
+        last = job_of(self.run.path, running.name) or running.job
+        forget(self.run.path, running.job)
+        self.running.remove(running)
+        return last
+
+    def cancel(self, running: Sequence[Running]) -> None:
+        """Ask jobs to save and end."""
+        for each in running:
+            self.launcher_of(each.job.launcher).cancel(each.job.handle)
+
+    def kill(self, running: Running) -> None:
+        """End a job that answers nothing any more."""
+        self.launcher_of(running.job.launcher).kill(running.job.handle)
+
+    def end(self) -> list[str]:
+        """Ask every job that ends with this process to save and end, and wait for it; names of those that go on."""
+        ending = [running for running in self.running if not self.launcher_of(running.job.launcher).goes_on]
+        self.cancel(ending)
+        while ending:
+            time.sleep(ENDING_S)
+            standings = self.poll([running.job for running in ending])
+            for running, standing in zip(list(ending), standings, strict=True):
+                if standing.state == "ended":
+                    ending.remove(running)
+                    self.let_go(running)
+        return [running.name for running in self.running]
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """By what it is known whether jobs were submitted for this recipe."""
+    decides: dict[str, Any] = recipe.model_dump(mode="json", exclude=DECIDES_NOTHING)
+    return value_hash(decides)
+
+
+def told(job: Job) -> str:
+    """A job as its engine knows it: `slurm, job 12`."""
+    return ", ".join([job.launcher, *(f"{key} {value}" for key, value in job.handle.items())])

@@ -81,7 +81,7 @@ class Chaos:
     lost: list[str] = field(default_factory=list)
 
     def to_the_end(self) -> float:
-        """Call `btx run` until it ends well; returns the seconds that took. Raises RuntimeError if it fails by itself."""
+        """Call `btx run` until it ends well; returns the seconds it took. Raises RuntimeError if it fails by itself."""
         started = time.monotonic()
         log = self.run.with_name(f"{self.run.name}.log")
         while True:

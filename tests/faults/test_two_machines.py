@@ -21,7 +21,7 @@ from btx.run_folder import lease
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.status import at_work
 from tests.pico_run import pico_recipe
-from tests.processes import start
+from tests.processes import start, start_btx
 
 NO_LOCKS = {"no locks": errno.ENOLCK, "not supported": errno.EOPNOTSUPP, "locks hold on one machine": 0}
 LEASE_S, BEAT_S = 1.0, 0.2
@@ -117,6 +117,33 @@ def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(run: RunFol
             assert time.monotonic() - began < 10
     finally:
         lease.LEASE_S = before
+
+
+@pytest.mark.parametrize("left", ["", "filelock/2\npid=1", "\0" * 100])
+def test_a_lease_whose_owner_was_killed_while_it_made_it_is_taken_over(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", LEASE_S)
+    monkeypatch.setattr(lease, "BEAT_S", 3 * BEAT_S)
+    lease.lease_file(run.path, "run").parent.mkdir()
+    lease.lease_file(run.path, "run").write_text(left)
+    with exclusive(run.path, "run", patience_s=10):
+        assert at_work(run, "run") == platform.node()
+
+
+def test_a_signal_ends_the_waiting_for_another_process(run: RunFolder, tmp_path: Path) -> None:
+    """Training would finish its step first; who waits has none."""
+    with exclusive(run.path, "data/tokenizer"):
+        RunFolder.create(pico_recipe(tmp_path))
+        waiting = start_btx("work", run.path, "data/tokenizer", log=tmp_path / "log")
+        process, lock = psutil.Process(waiting.pid), str(run.path / ".locks" / "data-tokenizer.lock")
+        while lock not in [file.path for file in process.open_files()]:
+            assert waiting.is_alive(), (tmp_path / "log").read_text()
+        process.terminate()
+        began = time.monotonic()
+        waiting.join()
+        assert time.monotonic() - began < 30
+    assert waiting.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("shift_s", [-7200.0, 7200.0])

@@ -46,6 +46,8 @@ def take_lease(file: Path, patience_s: float) -> filelock.SoftFileLease:
             return lease
         except filelock.Timeout:
             waited, now = time.monotonic() - started, _change(file)
+            if waited > LEASE_S and now == found is not None:
+                _fill_if_empty(file, found[0])
             if waited >= patience_s and (now != found or waited > LEASE_S + 2 * BEAT_S):
                 raise
         time.sleep(LOOK_S)
@@ -80,6 +82,15 @@ def _change(file: Path) -> tuple[int, int] | None:
         found = file.stat()
         return found.st_ino, found.st_mtime_ns
     return None
+
+
+def _fill_if_empty(file: Path, inode: int) -> None:
+    """Make a stump one that can be taken over: a process killed between making its lease and writing its name into it
+    leaves an empty file, which filelock takes for an old version's."""
+    with contextlib.suppress(OSError), open(file, "r+b") as opened:
+        found = os.fstat(opened.fileno())
+        if found.st_ino == inode and not found.st_size:
+            opened.write(b"of a process that was killed")
 
 
 def _end(lost: filelock.LeaseCompromise) -> None:

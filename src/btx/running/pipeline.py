@@ -70,7 +70,9 @@ def run(
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     interrupts = Interrupts().listen()
     try:
-        with exclusive(path, "run"):
+        with contextlib.ExitStack() as held:
+            with interrupts.at_once():
+                held.enter_context(exclusive(path, "run"))
             UnderWay(RunFolder(path, recipe)).find()  # refused before the run folder has another recipe
             made = RunFolder.create(recipe)
             with display or Display() as shown:

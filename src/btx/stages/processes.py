@@ -88,7 +88,10 @@ def train_in_processes(run: RunFolder, stage: Stage, interrupts: Interrupts, log
         logs_specs=DefaultLogsSpecs(log_dir=str(reports)),
         signals_to_handle="SIGQUIT",  # the others are `interrupts`'
     )  # fmt: skip
-    log(f"{stage.name}: {count} processes train its model" + f", {count // nodes} on each of {nodes} machines" * (nodes > 1))
+    log(
+        f"{stage.name}: {count} processes train its model"
+        + f", {count // nodes} on each of {nodes} machines" * (nodes > 1)
+    )
     try:
         with _silent_launcher(), _passing_on(interrupts, output.pids):
             stopped = elastic_launch(config, _process)(str(run.path), stage.name, output, str(reports))
@@ -201,7 +204,11 @@ class _Failed(NamedTuple):
     def error(self, stage: str, count: int) -> BtxError:
         """To be raised here."""
         kind = getattr(errors, self.kind, StageFailed)
-        return StageFailed(f"{stage}, trained by {count} processes: {self.message}") if kind is StageFailed else kind(self.message)
+        return (
+            StageFailed(f"{stage}, trained by {count} processes: {self.message}")
+            if kind is StageFailed
+            else kind(self.message)
+        )
 
 
 def _how(code: int) -> str:

@@ -53,7 +53,8 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     name, leads, trains = stage.name, rank() == 0, trains_here(run, stage)
     with contextlib.ExitStack() as held:
         if leads:
-            held.enter_context(exclusive(run.path, name, patience_s=ENDING_S))
+            with interrupts.at_once():  # waiting loses nothing
+                held.enter_context(exclusive(run.path, name, patience_s=ENDING_S))
             clear_stumps_of(run, name, stage)
         if _as_the_first_says(leads and run.state(stage) == "done" and name != "report"):
             if leads:

@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.slurm_cluster import Cluster, slurm_cluster, why_not
 
 IN_MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > 4e9:
@@ -56,6 +58,21 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Leave no cache behind."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A Slurm cluster with two nodes that all of Slurm's programs talk to while it is there."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    with (
+        tempfile.TemporaryDirectory(prefix="btx-slurm-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+        slurm_cluster(Path(folder)) as cluster,
+    ):
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        yield cluster
 
 
 PICO_LLAMA: dict[str, Any] = {

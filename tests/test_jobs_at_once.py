@@ -16,7 +16,7 @@ from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import jobs_at_once, jobs_side_by_side, training_threads
 from btx.running import pipeline
-from btx.running.launchers import Handle
+from btx.running.launchers import START, Handle, Standing
 from btx.running.progress import Display
 from btx.sweeps import variants
 from btx.sweeps.variants import plan_sweep
@@ -53,6 +53,7 @@ class PretendingLauncher:
     """Starts jobs that only pretend, and remembers which were under way, start by start."""
 
     takes_waiting = False
+    goes_on = False
 
     def __init__(self, run: RunFolder) -> None:
         self.run, self.jobs, self.working, self.seen = run, dict[str, PretendedJob](), set[str](), list[set[str]]()
@@ -67,11 +68,14 @@ class PretendingLauncher:
             self.seen.append(set(self.working))
         return {"name": name}
 
-    def poll(self, handle: Handle) -> int | None:
-        exit_code = self.jobs[handle["name"]].exit_code()
+    def poll(self, handles: Sequence[Handle]) -> list[Standing]:
+        return [self.standing(handle["name"]) for handle in handles]
+
+    def standing(self, name: str) -> Standing:
+        exit_code = self.jobs[name].exit_code()
         if exit_code is not None:
-            self.working.discard(handle["name"])
-        return exit_code
+            self.working.discard(name)
+        return Standing("running" if exit_code is None else "ended", exit_code)
 
     def cancel(self, handle: Handle) -> None:
         """It saves nothing."""
@@ -80,7 +84,7 @@ class PretendingLauncher:
 def under_way(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Run the real pipeline with jobs that only pretend; returns which jobs were under way, start by start."""
     graph, launcher = run.graph, PretendingLauncher(run)
-    monkeypatch.setitem(pipeline.START, "local", lambda launch: launcher)
+    monkeypatch.setitem(START, "local", lambda launch: launcher)
     monkeypatch.setattr(pipeline, "POLL_S", 0.0)
     run.path.mkdir()
     with Display() as display:

@@ -10,6 +10,7 @@ import typer
 from typer.main import get_command
 
 from btx.cli import init as cli_init
+from btx.cli import jobs as cli_jobs
 from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
 from btx.cli import sweep as cli_sweep
@@ -105,6 +106,7 @@ def status(
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
     from btx.cli.tables import sweep_status_table
     from btx.run_folder.status import run_status
+    from btx.running.standing import add_standings
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)
@@ -112,8 +114,12 @@ def status(
         rows = [row for run in runs if verify and run["stages"]
                 for row in run_status(_run(Path(run["folder"])), verify=True)]  # fmt: skip
     else:
-        rows = run_status(_run(run_folder), verify=verify)
+        run = _run(run_folder)
+        rows = run_status(run, verify=verify)
+        problems = add_standings(run, rows)
         _print_json(rows) if as_json else _print_status(rows)
+        for problem in problems:
+            typer.echo(f"warning: {problem}", err=True)
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
         raise UserError("\n".join(damaged))
 
@@ -196,7 +202,8 @@ def adopt(
     adopt_model(run, domain, model, typer.echo)
 
 
-for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep):
+for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep, cli_jobs.cancel,
+                cli_jobs.logs):  # fmt: skip
     app.command()(command)
 app.command(hidden=True)(cli_sweep.run_of_sweep)
 

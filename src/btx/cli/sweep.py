@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,6 +81,7 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
     """State of every run of a sweep's folder, as its stages' files say now."""
     from btx.run_folder.folder import RunFolder
     from btx.run_folder.status import stage_status
+    from btx.running.standing import add_standings
     from btx.sweeps.sweep import SweepFile
 
     written = read_json(folder / "sweep.json", SweepFile)
@@ -88,7 +90,10 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
         for run in variant["runs"]:
             path = Path(run["folder"])
             opened = RunFolder.open(path) if (path / "recipe.yaml").is_file() else None
-            stages = {stage.name: stage_status(opened, stage).state for stage in opened.graph} if opened else {}
+            found = [asdict(stage_status(opened, stage)) for stage in opened.graph] if opened else []
+            if opened:
+                add_standings(opened, found)
+            stages = {row["stage"]: row["state"] for row in found}
             rows.append({"variant": label, "rng_seed": run["rng_seed"], "folder": run["folder"], "stages": stages})
     return rows
 

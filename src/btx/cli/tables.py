@@ -13,6 +13,8 @@ from btx.choices.families import FAMILIES
 from btx.number_texts import clock_text, count_text, duration_text
 
 FAMILIES_WIDTH = 100
+UNDER_WAY = ("queued", "begun", "running", "stale")
+"""States of stages that a sweep's run is at."""
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
@@ -162,7 +164,7 @@ def sweep_status_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column == "rng seed" else "left")
     for row in rows:
         done, _, left = _by_state(row["stages"] or {"everything": "absent"})
-        begun = ", ".join(name for name, state in row["stages"].items() if state in ("begun", "running", "stale"))
+        begun = ", ".join(name for name, state in row["stages"].items() if state in UNDER_WAY)
         failed = ", ".join(name for name, state in row["stages"].items() if state == "failed")
         table.add_row(row["variant"], str(row["rng_seed"]), done, begun, failed, left)
     return table

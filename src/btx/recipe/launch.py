@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from btx.recipe.section import LauncherName, PositiveInt, Section
+from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
 StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "evaluate", "analyze", "report"]
 """First part of a stage's name: what a setting for some stages is given by."""
@@ -25,8 +26,7 @@ def _is_an_option(text: str) -> str:
     if found is None:
         raise ValueError("an option of sbatch is one text, `--NAME` or `--NAME=VALUE`: write `--mem=8G`")
     if found[1] in OURS:
-        raise ValueError(f"--{found[1]} is what btx gives sbatch itself; launch.slurm and launch have fields for what "
-                         f"can be chosen")  # fmt: skip
+        raise ValueError(f"--{found[1]} is what btx gives sbatch itself; fields of the recipe say what can be chosen")
     return text
 
 
@@ -36,8 +36,20 @@ def _is_one_line(text: str) -> str:
     return text
 
 
-SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/*()\[\]-]*$")]
-SlurmTime = Annotated[str, Field(pattern=r"^(\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2})$")]
+def _is_a_word(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.,:=@/*()\[\]-]*", text):
+        raise ValueError(f"letters, digits and _.,:=@/*()[]- only, got {text!r}")
+    return text
+
+
+def _is_a_time(text: str) -> str:
+    if not re.fullmatch(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}", text):
+        raise ValueError(f"minutes, hours:minutes:seconds or days-hours, got {text!r}")
+    return text
+
+
+SlurmWord = Annotated[str, AfterValidator(_is_a_word)]
+SlurmTime = Annotated[str, AfterValidator(_is_a_time)]
 ShellLine = Annotated[str, AfterValidator(_is_one_line)]
 SlurmOption = Annotated[str, AfterValidator(_is_an_option)]
 
@@ -70,6 +82,30 @@ class Slurm(SlurmJob):
     """Stage kind → what its jobs ask for otherwise; what it leaves out is as for the others, and `gres: ""` none."""
 
 
+class RayJob(Section):
+    """What a job claims of a Ray cluster: it starts on a node that has it free."""
+
+    cpus: PositiveFloat | None = None
+    """CPUs each of its processes claims; default: `launch.threads`, or 1."""
+    gpus: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """GPUs each of its processes claims; default: none. Jobs that prepare data claim none."""
+    resources: dict[str, PositiveFloat] | None = None
+    """What it claims of the cluster's own resources, by their names."""
+
+
+class Ray(RayJob):
+    """Jobs of a Ray cluster."""
+
+    address: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] | None = None
+    """The cluster's job server, `http://head:8265` for example; default: a Ray of this machine, which ends with
+    `btx run`."""
+    stages: dict[StageKind, RayJob] = {}
+    """Stage kind → what its jobs claim otherwise; what it leaves out is as for the others."""
+
+
+Job = TypeVar("Job", SlurmJob, RayJob)
+
+
 class Launch(Section):
     """How jobs are started. It decides no result but for rounding, so it may change between two `btx run`."""
 
@@ -92,6 +128,8 @@ class Launch(Section):
     has to mend is not tried again."""
     slurm: Slurm = Slurm()
     """With `kind: slurm`."""
+    ray: Ray = Ray()
+    """With `kind: ray`."""
 
     hung_after_s: PositiveInt | None = 3600
     """Seconds without progress after which a job is taken to hang: it is asked to save, then ended, and has failed.
@@ -107,22 +145,35 @@ class Launch(Section):
 
     def slurm_of(self, stage: str) -> SlurmJob:
         """What the job of a stage asks of Slurm."""
-        kind = stage.split("/")[0]
-        general = self.slurm if kind != "data" else self.slurm.model_copy(update={"gres": None})
-        special = {str(name): job for name, job in self.slurm.stages.items()}.get(kind, SlurmJob())
-        return SlurmJob.model_construct(**{
-            field: getattr(special, field) if getattr(special, field) is not None else getattr(general, field)
-            for field in SlurmJob.model_fields
-        })  # fmt: skip
+        general = self.slurm if _kind(stage) != "data" else self.slurm.model_copy(update={"gres": None})
+        return _otherwise(general, self.slurm.stages, stage, SlurmJob)
+
+    def ray_of(self, stage: str) -> RayJob:
+        """What the job of a stage claims of Ray."""
+        general = self.ray if _kind(stage) != "data" else self.ray.model_copy(update={"gpus": None})
+        return _otherwise(general, self.ray.stages, stage, RayJob)
 
     def resources_of(self, stage: str) -> tuple[object, ...]:
         """What a stage's job needs: stages that need the same can be done by one job."""
-        engine = self.slurm_of(stage) if self.kind == "slurm" else None
+        engine = {"slurm": self.slurm_of, "ray": self.ray_of}.get(self.kind, lambda stage: None)(stage)
         return self.processes_of(stage), self.nodes_of(stage), engine
 
 
+def _kind(stage: str) -> str:
+    return stage.split("/")[0]
+
+
+def _otherwise(general: Job, stages: Mapping[StageKind, Job], stage: str, job: type[Job]) -> Job:
+    """What a stage's kind says, and where it says nothing, what is said for all."""
+    special = {str(kind): settings for kind, settings in stages.items()}.get(_kind(stage), job())
+    return job.model_construct(**{
+        field: getattr(special, field) if getattr(special, field) is not None else getattr(general, field)
+        for field in job.model_fields
+    })  # fmt: skip
+
+
 def _of_kind(setting: int | dict[SharedKind, int], stage: str) -> int:
-    kind = stage.split("/")[0]
+    kind = _kind(stage)
     if kind not in SharedKind.__args__:  # type: ignore[attr-defined]
         return 1
     return setting if isinstance(setting, int) else {str(name): count for name, count in setting.items()}.get(kind, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from btx.choices.baselines import BASELINES, BTM, UPCYCLED, is_trained, stage_names
@@ -163,9 +164,10 @@ class Graph:
         return [stage for stage in self.stages if stage.name.startswith("baselines/")]
 
     def jobs(self) -> list[tuple[Stage, ...]]:
-        """Stages grouped into processes: short stages share one, every branch and trained baseline has its own."""
+        """Stages grouped into processes: short stages share one where they need the same resources, every branch and
+        trained baseline has its own."""
         soup = [stage for stage in self.baselines if stage.name == "baselines/soup"]
-        return [
+        jobs = [
             *[(stage,) for stage in self.data],
             (self["seed"],),
             *[(branch,) for branch in self.branches],
@@ -173,6 +175,12 @@ class Graph:
             *self.baseline_jobs(),
             (self["evaluate"], self["analyze"], self["report"]),
         ]
+        return [part for job in jobs for part in self._by_resources(job)]
+
+    def _by_resources(self, job: tuple[Stage, ...]) -> list[tuple[Stage, ...]]:
+        """A job, cut where its stages need other processes, machines or settings of the launcher."""
+        launch = self.recipe.launch
+        return [tuple(part) for _, part in groupby(job, key=lambda stage: launch.resources_of(stage.name))]
 
     def baseline_stages(self, names: list[str] | None = None) -> list[Stage]:
         """The stages of some baselines, what they share included.

@@ -13,6 +13,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from btx.files import read_json, write_json
+from btx.run_folder.folder import RunFolder
 
 JOBS = "jobs"
 
@@ -74,14 +75,16 @@ def forget(run: Path, job: Job) -> None:
     _file(run, job.name).unlink(missing_ok=True)
 
 
-def jobs_of(run: Path) -> list[Job]:
-    """All jobs with a file, in the order they were submitted.
+def jobs_of(run: RunFolder) -> list[Job]:
+    """All jobs with a file, in an order in which they can run.
 
     Raises:
         RunFolderError: a file is not as btx writes it.
     """
-    jobs = [_read(file) for file in sorted((run / JOBS).glob("*.json"))]
-    return sorted((job for job in jobs if job is not None), key=lambda job: job.submitted)
+    files = sorted((run.path / JOBS).glob("*.json"))
+    places = {stage.name: place for place, stage in enumerate(run.graph)} if files else {}
+    jobs = [job for file in files if (job := _read(file)) is not None]
+    return sorted(jobs, key=lambda job: places.get(job.name, len(places)))
 
 
 def job_of(run: Path, name: str) -> Job | None:

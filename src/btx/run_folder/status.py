@@ -28,7 +28,7 @@ class StageStatus:
     stage: str
     state: str
     """done, damaged (done, but a file is not as it was left), running, failed (and not tried again since), begun
-    (started, but nobody is at it), stale, absent."""
+    (started, but nobody is at it), stale, absent; `btx status` also has queued (a job that waits on a cluster)."""
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
@@ -36,7 +36,8 @@ class StageStatus:
     eta_s: float | None = None
     wall_s: float | None = None
     why: str | None = None
-    """For a stale stage what changed, for a failed one its last error line, for a damaged one the file."""
+    """For a stale stage what changed, for a failed one its last error line, for a damaged one the file, for a queued
+    one why it waits."""
     node: str | None = None
     """The machine that is at it, or that made it."""
 

@@ -21,11 +21,13 @@ def shares_processors(graph: Graph, stage: Stage) -> bool:
 
 
 def training_threads(graph: Graph) -> int:
-    """CPU threads of a job: the recipe's, or the processors shared among the jobs that may train at once.
+    """CPU threads of a job: the recipe's, or the processors shared among the jobs that may train at once; a job of
+    Slurm's has those that it was given to itself.
 
     It depends on the recipe alone, not on what is running, so that a job that is resumed has the same number again.
     """
-    return graph.recipe.launch.threads or max(1, processors() // jobs_at_once(graph))
+    launch = graph.recipe.launch
+    return launch.threads or max(1, processors() // (1 if launch.kind == "slurm" else jobs_at_once(graph)))
 
 
 def jobs_at_once(graph: Graph) -> int:
@@ -50,5 +52,6 @@ def jobs_side_by_side(graph: Graph) -> tuple[list[tuple[Stage, ...]], list[tuple
 
 
 def processors() -> int:
-    """Processors this process may use: not those that its container or `taskset` keeps from it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors this process may use: not those that its container, `taskset` or Slurm keeps from it."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here))

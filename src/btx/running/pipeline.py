@@ -12,17 +12,17 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from btx.errors import NOT_YET, BtxError, RunFolderError, StageFailed, SystemFailed, UserError
+from btx.errors import NOT_YET, RunFolderError, SystemFailed, UserError
 from btx.process import TOLD, Interrupts
 from btx.recipe.derived import training_notes
 from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.jobs import log_of
-from btx.run_folder.status import at_work, last_line, note_failure, stage_status
+from btx.run_folder.status import at_work, stage_status
 from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
+from btx.running.failures import SILENT, Failures
 from btx.running.launchers import START, Standing
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
@@ -33,14 +33,6 @@ SRUN = "srun: "
 """How lines begin that say a job's exit code once more."""
 SETTLING_S = 60.0
 """Seconds after which every file system shows what another machine has written (NFS: `acdirmax`)."""
-SILENT_TEXT = "stopped from outside, or its machine is gone: it gave no sign of life"
-ENDED_BY = {
-    9: "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
-       "gradient_checkpointing, a shorter data.sequence_length or fewer launch.jobs take less",
-    7: "a file was cut off while it was read, or the disk it is on failed; the next start says which, if it is one "
-       "that btx has written",
-}  # fmt: skip
-"""Signal (SIGKILL, SIGBUS) → what it says about a job that it ended."""
 
 
 def run(
@@ -121,7 +113,7 @@ class _Pipeline:
         self.display = display
         self.interrupts = interrupts
         self.at_once = jobs_at_once(self.run_folder.graph)
-        self.failures: dict[str, BtxError] = {}
+        self.failures = Failures(run, display.say)
         self.error_lines: dict[str, list[str]] = {}
         self.unheard = False
         """Whether the engine did not answer when it was last asked."""
@@ -151,11 +143,9 @@ class _Pipeline:
         finally:
             left = self.under_way.end()
         if self.failures:
-            self.display.say(self._summary(waiting))
+            self.display.say(self.failures.summary(waiting))
         self.interrupts.raise_if_pending(self._stopped(left))
-        if self.failures:
-            first, *others = self.failures.values()
-            raise type(first)("\n\n".join(map(str, (first, *others)))) if others else first
+        self.failures.raise_first()
         if waiting:
             raise RunFolderError(self._why_waiting(waiting[0]))
 
@@ -199,13 +189,14 @@ class _Pipeline:
         Data come first, as many jobs as there are processors: so all that is wrong with them is said before anything is
         trained.
         """
-        if self.failures:
-            return []
         preparing = self._preparing(waiting)
+        waiting = self.failures.hold_back(waiting)
         if self.under_way.launcher.takes_waiting:
             is_settled = self.compared or not is_of_earlier_version(self.run_folder)
             return [job for job in waiting if is_settled or job in preparing]
         ready = [job for job in waiting if (not preparing or job in preparing) and not self._missing(job)]
+        if self.under_way.launcher.goes_on:  # a cluster has as many at once as it has room for
+            return ready
         return ready[: max(0, (processors() if preparing else self.at_once) - len(self.under_way.running))]
 
     def _missing(self, job: Sequence[Stage]) -> dict[str, Stage]:
@@ -254,10 +245,11 @@ class _Pipeline:
         because what they need was not finished when they began, or was another."""
         again = []
         for running, standing in self._standings():
-            if standing.state != "queued" and not running.has_begun:
+            lines = running.tail.new_lines()
+            if not running.has_begun and (standing.state == "running" or lines):
                 running.has_begun = True
                 self.display.begin(running.name)
-            for line in running.tail.new_lines():
+            for line in lines:
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)
@@ -290,27 +282,30 @@ class _Pipeline:
 
     def _end(self, running: Running, standing: Standing) -> bool:
         """A job has ended: note if it failed; True if it has to be done again."""
+        was_cancelled = running.job.cancelled
         is_cancelled = self.under_way.let_go(running).cancelled
         self.run_folder.event("end", job=running.name, exit_code=standing.exit_code)
         if self._is_done(running.stages) or self.interrupts.pending is not None:
             return False
+        if was_cancelled:  # before this `btx run`, which only waited for it to save
+            return True
         if is_cancelled:
-            path = self.run_folder.path
-            self.failures[running.name] = StageFailed(f"{running.name}: cancelled; `btx run {path}` goes on with it")
+            self.failures.cancelled(running.name)
             return False
         if standing.exit_code == NOT_YET or self._missing(running.stages):
             return True
         if standing.exit_code in (0, None) and not running.is_ours:
             return True  # nobody has seen its end, or it was begun before what it needs was made anew
-        if standing.exit_code != 0:
-            self._note_failure(running, standing)
-        return False
+        if standing.exit_code == 0:
+            return False
+        lines = [line for line in self.error_lines.pop(running.name, []) if not line.startswith((TOLD, SRUN))]
+        return self.failures.note(running.stages, standing, lines, silent=running.hung)
 
     def _end_if_silent(self, running: Running) -> None:
         limit = self.run_folder.recipe.launch.hung_after_s
         if limit is not None and not running.hung and running.silence.exceeds(limit):
             running.hung = True
-            self.display.say(f"{running.name}: {SILENT_TEXT}; ended")
+            self.display.say(f"{running.name}: {SILENT}; ended")
             self.under_way.kill(running)
 
     def _show_line(self, running: Running, line: str) -> None:
@@ -325,38 +320,6 @@ class _Pipeline:
             self.display.finish(stage.name, status)
         elif status.state in ("begun", "running"):
             self.display.update(status)
-
-    def _note_failure(self, running: Running, standing: Standing) -> None:
-        """A job failed: the others go on to their end, nothing new is started."""
-        exit_code = standing.exit_code or 0
-        lines = [line for line in self.error_lines.get(running.name, []) if not line.startswith((TOLD, SRUN))]
-        told = "\n".join(lines[-30:]).removeprefix("error: ")
-        if running.hung:
-            told += f"{SILENT_TEXT} for {self.run_folder.recipe.launch.hung_after_s} s, as launch.hung_after_s says"
-        else:
-            told += ENDED_BY.get(-exit_code, "")
-        # A process may do several stages: the one that failed is the first that is not done.
-        unfinished = [stage.name for stage in running.stages if self.run_folder.state(stage) != "done"]
-        name = unfinished[0] if unfinished else running.name
-        if exit_code == UserError.exit_code:
-            self.failures[name] = UserError(told or last_line(told))
-        else:
-            how = standing.why or (f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}" if exit_code
-                                   else "it has left the queue without a trace")  # fmt: skip
-            note_failure(self.run_folder, name, told or how)  # a job that was killed could not
-            domain = name.removeprefix("train/")
-            without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
-            path = self.run_folder.path
-            self.failures[name] = StageFailed(
-                f"{name} failed ({how}); its log is {log_of(path, running.name)}:\n{told or last_line(told)}\n"
-                f"`btx run {path}` continues from its last checkpoint{without}"
-            )
-        self.display.say(f"{name}: failed: {last_line(told)}")
-
-    def _summary(self, waiting: Sequence[tuple[Stage, ...]]) -> str:
-        """What failed and what was not begun for it."""
-        left = [stage.name for job in waiting for stage in job]
-        return f"failed: {', '.join(self.failures)}; not begun: {', '.join(left) or 'nothing'}"
 
     def _stopped(self, left: Sequence[str]) -> str:
         """What is said when a signal has ended this process.

@@ -80,7 +80,7 @@ class UnderWay:
             UserError: they do something else than what this run asks for; or their engine is not here.
             SystemFailed: their engine does not answer.
         """
-        jobs = jobs_of(self.run.path)
+        jobs = jobs_of(self.run)
         living = [job for job, standing in zip(jobs, self.poll(jobs), strict=True) if standing.state != "ended"]
         names = {stage.name for stage in self.run.graph}
         other = [job.name for job in living if self.launcher_of(job.launcher).goes_on
@@ -139,7 +139,8 @@ class UnderWay:
         self.launcher_of(running.job.launcher).kill(running.job.handle)
 
     def end(self) -> list[str]:
-        """Ask every job that ends with this process to save and end, and wait for it; names of those that go on."""
+        """Ask every job that ends with this process to save and end, and wait for it; names of those that go on and
+        are meant to."""
         ending = [running for running in self.running if not self.launcher_of(running.job.launcher).goes_on]
         self.cancel(ending)
         while ending:
@@ -149,7 +150,8 @@ class UnderWay:
                 if standing.state == "ended":
                     ending.remove(running)
                     self.let_go(running)
-        return [running.name for running in self.running]
+        files = [job_of(self.run.path, running.name) for running in self.running]
+        return [job.name for job in files if job is not None and not job.cancelled]
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from btx.recipe.launch import Launch
 from btx.running.launchers.job import Handle, Launcher, Standing
 from btx.running.launchers.local import LocalLauncher
+from btx.running.launchers.ray import RayLauncher
 from btx.running.launchers.slurm import SlurmLauncher
 
-START: dict[str, Callable[[Launch], Launcher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
+START: dict[str, Callable[[Launch], Launcher]] = {
+    "local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher,
+}  # fmt: skip
 """`launch.kind` → the launcher with a recipe's settings."""
 
 __all__ = ["START", "Handle", "Launcher", "Standing"]

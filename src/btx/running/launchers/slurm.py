@@ -26,7 +26,7 @@ QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED", "REVOKED"}  # fmt: skip
 """States of jobs (https://slurm.schedmd.com/job_state_codes.html); in all others a job has nodes."""
-NOT_NOW = re.compile(r"contact slurm controller|timed out|connection refused|communication", re.IGNORECASE)
+NOT_NOW = re.compile(r"contact slurm|timed out|refused|communication|fetch_config|establish|process conf", re.I)
 """What Slurm's programs say when it is not the request that is wrong."""
 
 
@@ -54,11 +54,11 @@ class SlurmLauncher:
         log.parent.mkdir(parents=True, exist_ok=True)
         options = []
         if after:  # a job whose need has failed is cancelled: else it would wait for ever
-            options = [f"--dependency=afterok:{':'.join(handle['job'] for handle in after)}",
+            options = [f"--dependency=afterok:{':'.join(handle['job_id'] for handle in after)}",
                        "--kill-on-invalid-dep=yes"]  # fmt: skip
         job = self._sbatch(run, stages, log, "--parsable", *options).strip().partition(";")[0]
         self._standings[job] = Standing("queued")
-        return {"job": job}
+        return {"job_id": job}
 
     def _sbatch(self, run: Path, stages: Sequence[str], log: Path, *options: str) -> str:
         script = sbatch_script(run, stages, log, self._launch)
@@ -66,12 +66,12 @@ class SlurmLauncher:
             return _slurm("sbatch", *options, script=script)
         except SystemFailed as error:
             if NOT_NOW.search(str(error)):
-                raise
+                raise SystemFailed(f"Slurm does not answer: {error}") from error
             raise UserError(f"{stages[0]}: Slurm refuses the job that launch.slurm asks for: {error}") from error
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:
         """How jobs stand. Slurm forgets those that ended some minutes ago (`MinJobAge`)."""
-        jobs = [str(handle["job"]) for handle in handles]
+        jobs = [str(handle["job_id"]) for handle in handles]
         if not self._standings.keys() >= set(jobs) or time.monotonic() - self._asked > ASK_EVERY_S:
             self._standings |= dict.fromkeys(jobs, Standing("ended")) | _queue(jobs)
             self._asked = time.monotonic()
@@ -79,7 +79,7 @@ class SlurmLauncher:
 
     def cancel(self, handle: Handle) -> None:
         """Ask a job to save and end: it is told by a signal, as at preemption, but is not put back into the queue."""
-        job = str(handle["job"])
+        job = str(handle["job_id"])
         if self._is_over(job):
             return
         try:
@@ -99,7 +99,7 @@ class SlurmLauncher:
 
     def _is_over(self, job: str) -> bool:
         self._asked = float("-inf")
-        return self.poll([{"job": job}])[0].state == "ended"
+        return self.poll([{"job_id": job}])[0].state == "ended"
 
 
 def _queue(jobs: Sequence[str]) -> dict[str, Standing]:

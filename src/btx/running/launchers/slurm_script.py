@@ -53,7 +53,7 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *
     for path in (log, here):
         if re.search(r"[\n\r\\]", str(path)):
             raise UserError(
-                f"{str(path)!r}: Slurm takes no path with a line break or a backslash in it; choose another with run=FOLDER"
+                f"{str(path)!r}: Slurm takes no path with a line break or a backslash in it; choose another"
             )
     job, nodes = launch.slurm_of(stages[0]), launch.nodes_of(stages[0])
     asked = {

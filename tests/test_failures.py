@@ -1,0 +1,152 @@
+"""Jobs that fail: who is tried again, who goes on all the same, what the run says. The jobs only pretend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from btx.errors import BtxError, StageFailed, UserError
+from btx.process import Interrupts
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.status import stage_status
+from btx.running import pipeline
+from btx.running.launchers import START, Handle, Standing
+from btx.running.progress import Display
+from tests.pico_run import pico_recipe
+from tests.test_jobs_at_once import PretendingLauncher
+
+FAILED, KILLED, LOST = Standing("ended", 1), Standing("ended", -9), Standing("ended", 1, why="NODE_FAIL")
+MISTAKEN = Standing("ended", 2)
+
+
+class Said(Display):
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class FailingLauncher(PretendingLauncher):
+    """As it; a job listed fails so often, in these ways."""
+
+    def __init__(self, run: RunFolder, fail: Mapping[str, Sequence[Standing]]) -> None:
+        super().__init__(run)
+        self.fail = {name: list(ways) for name, ways in fail.items()}
+        self.events: list[tuple[str, str]] = []
+
+    def submit(self, path: Path, names: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
+        self.events.append(("begin", names[0]))
+        return super().submit(path, names, log, after=after)
+
+    def standing(self, name: str) -> Standing:
+        if self.fail.get(name):
+            self.working.discard(name)
+            standing = self.fail[name].pop(0)
+        else:
+            standing = super().standing(name)
+        if standing.state == "ended":
+            self.events.append(("end", name))
+        return standing
+
+    @property
+    def begun(self) -> list[str]:
+        return [name for event, name in self.events if event == "begin"]
+
+
+def run_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Mapping[str, Sequence[Standing]], *overrides: str
+) -> tuple[RunFolder, FailingLauncher, list[str], BtxError | None]:
+    """The real pipeline over three branches; what it said and how it ended."""
+    recipe = pico_recipe(
+        tmp_path, "run", "train.domains=[birds,tools,general]", "baselines=[soup,dense_dm]", *overrides
+    )
+    run = RunFolder(tmp_path / "run", recipe)
+    launcher = FailingLauncher(run, fail)
+    monkeypatch.setitem(START, "local", lambda launch: launcher)
+    monkeypatch.setattr(pipeline, "POLL_S", 0.0)
+    run.path.mkdir()
+    error = None
+    with Said() as said:
+        try:
+            pipeline._Pipeline(run, said, Interrupts()).run(run.graph.jobs())
+        except BtxError as raised:
+            error = raised
+    return run, launcher, said.lines, error
+
+
+def test_a_failed_expert_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail = {"train/birds": [FAILED]}
+    run, launcher, said, error = run_with(tmp_path, monkeypatch, fail, "launch.jobs=1")
+    assert type(error) is StageFailed
+    assert "train/birds failed (exit code 1); its log is " in str(error)
+    assert f"`btx run {run.path}` continues from its last checkpoint; with --without birds it goes on" in str(error)
+    done = {stage.name for stage in run.graph if run.state(stage) == "done" and not stage.name.startswith("data/")}
+    assert done == {"seed", "train/tools", "train/general", "baselines/dense_dm_domains", "baselines/dense_dm"}
+    assert said[-1].startswith("failed: train/birds; not begun: mix, baselines/soup, finetune, evaluate")
+    assert launcher.begun.count("train/birds") == 1
+    assert stage_status(run, run.graph["train/birds"]).state == "failed"
+
+
+def test_a_run_names_every_failure_and_nothing_waits_for_what_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = {"train/birds": [KILLED], "baselines/dense_dm_domains": [LOST], "train/general": [MISTAKEN]}
+    run, _, said, error = run_with(tmp_path, monkeypatch, fail, "launch.jobs=2")
+    assert error is not None
+    assert error.exit_code == 1  # not only mistakes of the user
+    assert "train/birds failed (signal 9)" in str(error)
+    assert "killed from outside" in str(error)
+    assert "baselines/dense_dm_domains failed (NODE_FAIL)" in str(error)
+    assert run.state(run.graph["train/tools"]) == "done"
+    assert "train/general: failed: it left no message" in said
+
+
+@pytest.mark.parametrize("ways", [[FAILED], [KILLED, LOST]])
+def test_a_job_that_failed_is_tried_again_and_the_run_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: list[Standing]
+) -> None:
+    run, launcher, said, error = run_with(tmp_path, monkeypatch, {"train/birds": ways}, "launch.retries=2")
+    assert error is None
+    assert all(run.state(stage) == "done" for stage in run.graph)
+    assert launcher.begun.count("train/birds") == 1 + len(ways)
+    again = [line for line in said if line.startswith("train/birds: failed")]
+    assert [line.rpartition("; ")[2] for line in again] == ["tried again, 1 of 2", "tried again, 2 of 2"][: len(ways)]
+
+
+def test_it_is_given_up_after_so_many_times_and_what_the_user_has_to_mend_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = {"train/birds": [FAILED] * 9, "train/tools": [MISTAKEN] * 9}
+    _, launcher, _, error = run_with(tmp_path, monkeypatch, fail, "launch.retries=2")
+    assert "train/birds failed 3 times (exit code 1)" in str(error)
+    assert {name: launcher.begun.count(name) for name in fail} == {"train/birds": 3, "train/tools": 1}
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_bad_data_end_the_run_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retries: int
+) -> None:
+    run, launcher, _, error = run_with(
+        tmp_path, monkeypatch, {"data/birds": [MISTAKEN]}, f"launch.retries={retries}"
+    )  # fmt: skip
+    assert type(error) is UserError
+    assert all(name.startswith("data/") for name in launcher.begun)
+    assert run.state(run.graph["seed"]) == "absent"
+
+
+def test_a_place_that_is_free_is_taken_at_once_after_a_failure_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = {"train/birds": [FAILED]}
+    _, launcher, _, _ = run_with(tmp_path, monkeypatch, fail, "launch.jobs=2")
+    branches = [event for event in launcher.events if event[1].startswith(("train/", "baselines/dense"))]
+    assert branches[:6] == [
+        ("begin", "train/birds"), ("begin", "train/tools"), ("end", "train/birds"), ("begin", "train/general"),
+        ("end", "train/tools"), ("begin", "baselines/dense_dm_domains"),
+    ]  # fmt: skip

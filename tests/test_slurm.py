@@ -1,0 +1,209 @@
+"""A real Slurm cluster of two nodes: jobs, their dependencies, signals, queues and ends are Slurm's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btx.run_folder.folder import RunFolder
+from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+from tests.slurm_cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LONG = ["seed_model.train.tokens=256000", "train.tokens=128000", "finetune.tokens=128000",
+        "seed_model.train.checkpoint_every=100", "train.checkpoint_every=100", "finetune.checkpoint_every=100",
+        "evaluate.tasks={}"]  # fmt: skip
+"""Training that is still at it when something happens to it."""
+
+
+def start(*arguments: str | Path, cwd: Path, to: Path | None = None) -> subprocess.Popen[str]:
+    """A command of btx in a process of its own."""
+    output = subprocess.PIPE if to is None else open(to, "w")  # noqa: SIM115
+    return subprocess.Popen(
+        [sys.executable, "-m", "btx", *map(str, arguments)], cwd=cwd, text=True, stdout=output,
+        stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT,
+    )  # fmt: skip
+
+
+def btx(*arguments: str | Path, cwd: Path) -> tuple[int, str]:
+    """Exit code of a command of btx, and what it printed."""
+    process = start(*arguments, cwd=cwd)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def until(holds: Callable[[], Any], patience_s: float = 300.0) -> Any:
+    ends = time.monotonic() + patience_s
+    while not (found := holds()):
+        assert time.monotonic() < ends, "it did not come to that"
+        time.sleep(0.2)
+    return found
+
+
+def states(run: str, cwd: Path) -> dict[str, dict[str, Any]]:
+    """Stage → its line of `btx status --json`."""
+    code, output = btx("status", run, "--json", cwd=cwd)
+    assert code == 0, output
+    return {row["stage"]: row for row in json.loads(output)}
+
+
+def job_of(run: Path, stage: str) -> str:
+    """Number of the job that does a stage."""
+    return str(json.loads((run / "jobs" / f"{stage.replace('/', '-')}.json").read_text())["handle"]["job_id"])
+
+
+def steps(run: Path, stage: str) -> int:
+    """How many steps a stage's metrics have."""
+    path = run / stage / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def weights(run: Path, stage: str = "finetune") -> str:
+    return hashlib.sha256((run / stage / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def queue(cluster: Cluster) -> str:
+    return cluster.ask("squeue", "--noheader", "--format=%i %j %T %r")
+
+
+def test_a_run_that_is_preempted_requeued_out_of_time_and_left_alone_gives_the_weights_of_a_local_one(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    write_pico_recipe(tmp_path)
+    settings = [*LONG, "launch.threads=1"]
+    command = ("run", "pico.yaml", "run=s", *settings, "launch.kind=slurm", "launch.slurm.partition=spot",
+               "launch.slurm.stages.seed.time='1'", "launch.slurm.grace_s=55")  # fmt: skip
+    run, output = tmp_path / "s", tmp_path / "first.txt"
+    first = start(*command, cwd=tmp_path, to=output)
+
+    until(lambda: steps(run, "seed") > 5)  # its minute less the grace time is over soon: it saves and goes on
+    until(lambda: "saved" in (run / "logs" / "seed.log").read_text())
+    rows = states("s", tmp_path)
+    assert rows["train/birds"]["state"] == "queued"
+    assert rows["data/birds"]["state"] == "done"
+    hurry(slurm, job_of(run, "seed"))
+
+    until(lambda: steps(run, "train/birds") > 5 and steps(run, "train/tools") > 5)
+    rows = states("s", tmp_path)
+    assert {rows[f"train/{domain}"]["node"] for domain in ("birds", "tools")} <= {"n1", "n2"}
+    first.kill()  # nobody watches, and all goes on
+    first.wait()
+    tools = job_of(run, "train/tools")
+    slurm.ask("scontrol", "requeue", tools)
+    urgent = slurm.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=2",
+                       "--output=/dev/null", "--wrap=sleep 1")  # fmt: skip
+    until(lambda: slurm.ask("squeue", "--noheader", f"--jobs={urgent}", "--states=COMPLETED"))
+    for domain in ("birds", "tools"):
+        hurry(slurm, job_of(run, f"train/{domain}"))
+
+    second = start(*command, cwd=tmp_path, to=tmp_path / "second.txt")
+    assert second.wait() == 0, (tmp_path / "second.txt").read_text()
+    assert "submitted before" in (tmp_path / "second.txt").read_text()
+    assert list((run / "jobs").iterdir()) == []
+    for stage in ("seed", "train/birds", "train/tools"):
+        log = (run / "logs" / f"{stage.replace('/', '-')}.log").read_text()
+        assert "continu" in log or "resum" in log, log
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    submitted = [event["job"] for event in events if event["event"] == "start"]
+    assert len(submitted) == len(set(submitted))  # each job once, whoever watched
+
+    local, _ = run_here(pico_recipe(tmp_path, "local", *settings), ["data", "seed", "train", "mix", "finetune"])
+    assert weights(run) == weights(local.path)
+
+
+def hurry(cluster: Cluster, job: str) -> None:
+    """Slurm lets a job that was requeued wait until its credential is void: begin as soon as it may."""
+    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    command = ("run", "pico.yaml", "run=s", "launch.kind=slurm", "--until", "mix")
+    code, output = btx(*command, "launch.slurm.stages.train.setup=[echo no such module >&2, exit 3]", cwd=tmp_path)
+    assert code == 1, output
+    assert "train/birds failed (exit code 3)" in output
+    assert "no such module" in output
+    assert "not begun: mix" in output
+    assert queue(slurm) == ""
+    assert states("s", tmp_path)["train/birds"]["state"] == "failed"
+    code, output = btx(*command, cwd=tmp_path)
+    assert code == 0, output
+
+
+def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slurm: Cluster, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    command = ("run", "pico.yaml", "run=s", *LONG, "seed_model.train.tokens=25600000", "launch.kind=slurm",
+               "--until", "train/birds")  # fmt: skip
+    run = tmp_path / "s"
+    watching = start(*command, cwd=tmp_path)
+    until(lambda: steps(run, "seed") > 5)
+    following = start("logs", "s", "seed", "-f", cwd=tmp_path, to=tmp_path / "logs.txt")
+    refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
+    assert refused[0] == 2, refused[1]  # `btx run` is there
+    code, output = btx("cancel", "s", "seed", cwd=tmp_path)
+    assert code == 0, output
+    assert "seed (slurm, job_id" in output
+    said, _ = watching.communicate(timeout=200)
+    assert watching.returncode == 1, said
+    assert "seed: cancelled" in said
+    assert following.wait(100) == 0
+    assert "precision: float32" in (tmp_path / "logs.txt").read_text()
+    until(lambda: queue(slurm) == "")
+    assert states("s", tmp_path)["seed"]["state"] == "begun"
+
+    again = start(*command, cwd=tmp_path)
+    before = steps(run, "seed")
+    until(lambda: steps(run, "seed") > before)
+    again.send_signal(2)
+    said, _ = again.communicate()
+    assert again.returncode == 130
+    assert "`btx cancel s` ends them" in said
+    assert states("s", tmp_path)["seed"]["state"] == "running"
+    refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
+    assert refused[0] == 2
+    assert "submitted with another recipe" in refused[1]
+    assert btx("cancel", "s", cwd=tmp_path)[0] == 0
+    until(lambda: queue(slurm) == "")
+    assert "nothing is under way" in btx("cancel", "s", cwd=tmp_path)[1]
+
+
+def test_a_job_that_begins_too_early_says_so_and_one_that_is_done_ends_at_once(slurm: Cluster, tmp_path: Path) -> None:
+    run = RunFolder.create(pico_recipe(tmp_path, "s"))
+    work = ["srun", "--ntasks=1", sys.executable, "-m", "btx", "work", str(run.path)]
+    codes = [subprocess.run([*work, stage], env=os.environ | ENVIRONMENT).returncode
+             for stage in ("data/birds", "data/tokenizer", "data/tokenizer")]  # fmt: skip
+    assert codes == [75, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["-a b", 'it\'s "q"', "$HOME%j%%", "#é*"])
+def test_names_that_shells_and_slurm_take_for_something_else_are_names(
+    slurm: Cluster, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    write_pico_recipe(folder)
+    command = ("run", "./pico.yaml", f"run={json.dumps('./' + name)}", "launch.kind=slurm", "--until", "tokenizer")
+    code, output = btx(*command, cwd=folder)
+    assert code == 0, output
+    assert (folder / name / "data" / "tokenizer" / "done.json").is_file()
+    assert "tokenizer" in (folder / name / "logs" / "data-tokenizer.log").read_text()
+
+
+def test_what_slurm_refuses_is_refused_before_anything_is_written(slurm: Cluster, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    for setting in ("partition=nowhere", "stages.evaluate.partition=nowhere", "stages.train.gres='gpu:1'"):
+        code, output = btx("run", "pico.yaml", "launch.kind=slurm", f"launch.slurm.{setting}", cwd=tmp_path)
+        assert code == 2, output
+        assert "Slurm refuses" in output
+        assert not (tmp_path / "runs").exists()

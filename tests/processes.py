@@ -80,6 +80,9 @@ class ForkedJob:
         if self.process.is_alive():
             os.kill(self.pid, SAVE_AND_END)
 
+    def kill(self) -> None:
+        self.process.kill()
+
 
 class ForkedLauncher(LocalLauncher):
     """Starts stages as the local launcher does, sooner: in processes forked from one that has imported all."""

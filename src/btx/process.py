@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -23,8 +24,18 @@ TOLD = "· "
 """How such a line begins in a job's output: what else stands there is libraries' and errors'."""
 
 
+_progress = 0
+
+
+def note_progress() -> None:
+    """Work has come further: a step, a batch, a document, a block of a file. Who only waits does not call it."""
+    global _progress
+    _progress += 1
+
+
 def tell(line: str) -> None:
     """Print a line for the user; `btx run` shows what its jobs tell."""
+    note_progress()
     print(f"{TOLD}{line}", flush=True)
 
 
@@ -129,6 +140,58 @@ def ending_at_once(message: str) -> Iterator[None]:
             yield
     finally:
         interrupts.unlisten()
+
+
+GRACE_S = 60.0
+"""Seconds that work which hangs is given to save and end."""
+LOOK_S = 1.0
+ERRORS = 2
+"""The descriptor of standard error: what holds a Python stream's lock may be what hangs."""
+
+
+@contextlib.contextmanager
+def ending_if_hung(after_s: float | None, note: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block, end this process if its work comes no further (`note_progress`).
+
+    After `after_s` seconds without progress it prints where each of its threads stands and is asked to save and end;
+    `GRACE_S` later it ends all the same, with exit code 1. A thread watches, so it needs the interpreter to run: a
+    process that is stopped as a whole is for whoever started it to notice (`btx.running.silence`).
+
+    Args:
+        after_s: None watches nothing. Only time in which this process runs counts, by a clock that nobody can set.
+        note: called with a line that says so.
+    """
+    if after_s is None:
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch_progress, args=(after_s, note, ended), name="watches progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _watch_progress(after_s: float, note: Callable[[str], None], ended: threading.Event) -> None:
+    look_s = min(LOOK_S, after_s / 10)
+    seen, still_s, asked, before = _progress, 0.0, False, time.monotonic()
+    while not ended.wait(look_s):
+        now = time.monotonic()
+        # Of a long pause only a little counts: then this process, and not its work, was stopped.
+        seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
+        if still_s < after_s + asked * GRACE_S:
+            continue
+        line = f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang"
+        if not asked:
+            asked = True
+            faulthandler.dump_traceback(file=ERRORS)
+            os.write(ERRORS, f"{line}: asked to save and end\n".encode())
+            note(line)
+            os.kill(os.getpid(), SAVE_AND_END)
+        else:
+            os.write(ERRORS, f"{line}: ended where it stood\n".encode())
+            os._exit(1)
 
 
 def rank() -> int:

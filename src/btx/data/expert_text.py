@@ -17,6 +17,7 @@ from btx.data.document_files import find_files, read
 from btx.data.mixture import Mixture
 from btx.data.token_files import DocumentEncoder, TokenFile
 from btx.errors import DataError
+from btx.process import note_progress
 from btx.recipe.data import Source
 from btx.recipe.mixtures import resolve
 
@@ -50,6 +51,7 @@ class TextRows:
     def batches(self, rows: int = ROWS_AT_ONCE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Input ids and position ids of a few rows at a time."""
         for start in range(0, len(self.input_ids_BS), rows):
+            note_progress()
             part = slice(start, start + rows)
             yield self.input_ids_BS[part], self.position_ids_BS[part]
 

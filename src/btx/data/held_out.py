@@ -20,6 +20,7 @@ from torch import Tensor
 from btx.data.mixture import NO_LABEL
 from btx.data.token_files import TokenFile
 from btx.errors import DataError
+from btx.process import note_progress
 from btx.recipe.mixtures import resolve
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Packed:
         """The rows in groups of at most `tokens` positions, one row at least."""
         rows = max(1, tokens // self.input_ids_BS.shape[1])
         for start in range(0, len(self.input_ids_BS), rows):
+            note_progress()
             part = slice(start, start + rows)
             yield Packed(self.input_ids_BS[part], self.labels_BS[part], self.position_ids_BS[part],
                          self.document_ids_BS[part], self.bytes_N)  # fmt: skip

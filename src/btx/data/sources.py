@@ -26,6 +26,7 @@ from typing import Literal
 from btx.data import document_files
 from btx.data.document_files import find_files
 from btx.errors import DataError
+from btx.process import note_progress
 from btx.recipe.data import Data, Source
 
 Split = Literal["train", "val"]
@@ -182,6 +183,7 @@ def _distinct(texts: Iterable[str], seen: set[bytes], skipped: Counter[str]) -> 
     Two different texts have the same 64 bit digest with a probability of 3e-4 in a hundred million documents.
     """
     for text in texts:
+        note_progress()
         if not text or text.isspace():
             skipped["empty"] += 1
         elif (digest := _digest(text)) in seen:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
+from btx.process import note_progress
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +30,14 @@ class HarnessModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.truncated = 0
         """Prompts so far that did not fit and lost their beginning; the choices of a question share one."""
+
+    def _model_call(self, *arguments: Any, **named: Any) -> Any:
+        note_progress()
+        return super()._model_call(*arguments, **named)
+
+    def _model_generate(self, *arguments: Any, **named: Any) -> Any:
+        note_progress()
+        return super()._model_generate(*arguments, **named)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As lm-eval, without a progress bar."""

@@ -15,6 +15,7 @@ import torch
 from btx.data.domains import Question
 from btx.data.token_files import DocumentEncoder
 from btx.models.outputs import SideBySide, open_reader
+from btx.process import note_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,6 +146,7 @@ def _greedy(
     new_ids: list[list[int]] = [[] for _ in prompts]
     running, reader = list(range(len(prompts))), open_reader(model)
     while True:
+        note_progress()
         next_B = reader.scores(ids_BS, mask_BS).argmax(dim=-1)
         for row, token in zip(running, next_B.tolist(), strict=True):
             new_ids[row].append(token)

@@ -17,6 +17,8 @@ from types import TracebackType
 
 import numpy as np
 
+from btx.process import note_progress
+
 BUFFER_BYTES = 2**23
 """A multiple of every disk's block size."""
 _BUFFERS = 3
@@ -77,6 +79,7 @@ class DirectFile:
             if self._error is None:
                 try:
                     self._write(memoryview(buffer)[:size])
+                    note_progress()
                 except OSError as error:
                     self._error = OSError(error.errno, error.strerror, str(self._path))
             self._free.put(buffer)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
+
 from btx.errors import CheckpointError
+from btx.files import read_json
 from btx.model_files.adapter_folder import AdapterFolder, is_adapter
 from btx.model_files.headers import Headers, check_unquantised
 from btx.model_files.hub import check_hub_name
@@ -16,6 +20,12 @@ from btx.system_errors import blame
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
+
+
+class BtmMembers(TypedDict):
+    """btm.json, as far as it says where its models are; more may stand in it."""
+
+    members: dict[str, str]
 
 
 def check_model(path: str | Path) -> dict[str, Any] | None:
@@ -41,9 +51,13 @@ def check_expert_folder(folder: Path) -> None:
 
 
 def check_model_or_btm(path: str | Path) -> None:
-    """Refuse a folder that holds neither a model nor Branch-Train-Merge's; hub names are left for the hub."""
+    """Refuse a folder that holds neither a model nor Branch-Train-Merge's, or one of whose models was damaged; hub
+    names are left for the hub."""
     if (Path(path) / BTM_FILE).is_file():
         check_model_of_stage(Path(path))
+        members = read_json(Path(path) / BTM_FILE, BtmMembers)["members"]
+        for member in members.values():
+            check_model_of_stage(Path(os.path.normpath(Path(path).absolute() / member)))
     else:
         check_model(path)
 

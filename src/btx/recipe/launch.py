@@ -131,6 +131,10 @@ class Launch(Section):
     ray: Ray = Ray()
     """With `kind: ray`."""
 
+    hung_after_s: PositiveInt | None = 3600
+    """Seconds without progress after which a job is taken to hang: it is asked to save, then ended, and has failed.
+    More than the longest step, batch of an evaluation or loading of a model takes; null waits for ever."""
+
     @model_validator(mode="after")
     def _machines_have_as_many_processes_each(self) -> Launch:
         for kind in SharedKind.__args__:  # type: ignore[attr-defined]

@@ -8,11 +8,11 @@ stale: it is moved aside into `stale/` once its replacement can start, never mix
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,19 +23,22 @@ from typing import Any, Literal
 
 import filelock
 
-from btx.errors import NotYet, RunFolderError, UserError
-from btx.files import file_sha256, write_sealed, write_text, writing
-from btx.model_files.provenance import PACKAGES, package_versions
+from btx.errors import DataError, NotYet, RunFolderError, UserError
+from btx.files import write_sealed, write_text, writing
 from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
+from btx.run_folder.lease import lease_file, take_lease
+from btx.run_folder.manifest import manifest, now
 from btx.run_folder.stages_of_recipe import build_graph
-from btx.system_errors import blame
+from btx.system_errors import WRITING, blame
 
 State = Literal["done", "begun", "stale", "absent"]
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+"""What a file system without locks answers who asks for one."""
 
 
 class Making(dict[str, Any]):
@@ -75,7 +78,7 @@ class RunFolder:
         run = cls(Path(recipe.run_folder), recipe)
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.path / "recipe.yaml", dump_recipe(recipe))
-        write_sealed(run.path / "manifest.json", _manifest(run.path / "recipe.yaml"))
+        write_sealed(run.path / "manifest.json", manifest(run.path / "recipe.yaml"))
         return run
 
     @cached_property
@@ -193,7 +196,10 @@ class RunFolder:
     def set_aside(self, stage: str) -> Path:
         """Move a stage's folder to stale/<time>/<stage>."""
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        numbers = itertools.count()  # a clock that was set back says the same time twice
         target = self.path / "stale" / stamp / stage
+        while target.exists():
+            target = self.path / "stale" / f"{stamp}-{next(numbers)}" / stage
         target.parent.mkdir(parents=True, exist_ok=True)
         self.folder(stage).rename(target)
         return target
@@ -245,7 +251,8 @@ class RunFolder:
         refused is refused before the block is entered; for all else, made beside, when the replacement is complete.
 
         Raises:
-            RunFolderError: a stage it needs is not finished, or finished for other inputs.
+            RunFolderError: a stage it needs is not finished, finished for other inputs, or has changed meanwhile: then
+                nothing is kept. Training asks itself before it keeps anything.
         """
         self.check_needs(stage)
         started, folder = time.perf_counter(), self.folder(stage.name)
@@ -258,9 +265,12 @@ class RunFolder:
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
             shutil.rmtree(working)  # left by a process that was killed and that made something else
         working.mkdir(parents=True, exist_ok=True)
-        write_sealed(working / STARTED, started_json(stage))  # anew: files may be elsewhere than when it was begun
+        begun = started_json(stage)
+        write_sealed(working / STARTED, begun)  # anew: files may be elsewhere than when it was begun
         facts = Making(working)
         yield facts
+        if not stage.trains:
+            self._discard_if_inputs_changed(stage, begun["files"], working)
         wall_s = round(time.perf_counter() - started, 3)
         finish(working, done_json(stage, {"wall_s": wall_s} | facts))
         if working != folder:
@@ -272,6 +282,16 @@ class RunFolder:
                 folder.rename(replaced)
             working.rename(folder)
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def _discard_if_inputs_changed(self, stage: Stage, files: Mapping[str, str], working: Path) -> None:
+        """Keep nothing of a stage whose needs, or whose own `files`, changed while it read them."""
+        try:
+            self.check_needs(stage)
+            if changed := changed_files(files, _names(stage)):
+                raise DataError(f"{stage.name}: {'; '.join(changed)} while it was read; run the same command again")
+        except UserError:
+            shutil.rmtree(working)
+            raise
 
     def _give_way(self, stage: Stage, why: str, log: Log) -> None:
         log(f"{stage.name}: stale ({why}); moved to {self.set_aside(stage.name)}")
@@ -287,7 +307,8 @@ class RunFolder:
 
 @contextlib.contextmanager
 def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None]:
-    """Be the only process that does `work` ("run", or a stage's name) in the run folder `run`.
+    """Be the only process that does `work` ("run", or a stage's name) in the run folder `run`, on any machine that sees
+    it, whether or not its file system has locks (`btx.run_folder.lease`).
 
     Args:
         patience_s: seconds to wait for a process that is just ending.
@@ -298,19 +319,29 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
     locks = run / ".locks"
     name = work.replace("/", "-")
     owner = locks / f"{name}.pid"
-    lock = filelock.FileLock(locks / f"{name}.lock", timeout=patience_s)
+    lock = filelock.FileLock(locks / f"{name}.lock", timeout=patience_s, fallback_to_soft=False)
+    lease = None
     try:
         locks.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire()
+        except OSError as error:
+            if isinstance(error, filelock.Timeout) or error.errno not in NO_LOCKS:
+                raise
+        lease = take_lease(lease_file(run, work), patience_s)
         owner.write_text(f"{os.getpid()} on {platform.node()}")
     except filelock.Timeout:
+        lock.release()
         holder = owner.read_text() if owner.exists() else "unknown"
         raise NotYet(
             f"{run}: {work} is in use by process {holder}; wait for it, end it, or choose another with run=FOLDER"
         ) from None
     except OSError as error:
+        if lease is not None:
+            lease.release()
         lock.release()
-        blame(error)
+        if error.errno not in WRITING:
+            blame(error)
         raise RunFolderError(
             f"{run}: cannot be written ({error.strerror or error}); choose another folder with run=FOLDER"
         ) from error
@@ -318,6 +349,7 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         yield
     finally:
         owner.unlink(missing_ok=True)
+        lease.release()
         lock.release()
 
 
@@ -364,32 +396,3 @@ def _settings_known(stage: Stage) -> bool:
         return stage.settings is not None
     except UserError:
         return False
-
-
-def now() -> str:
-    """The time, in UTC, as the run folder's files have it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _manifest(recipe: Path) -> dict[str, Any]:
-    """What made this run: versions, command, git commit of the working directory, hash of the recipe."""
-    packages = (*PACKAGES, "tokenizers", "numpy")
-    return {
-        "time": now(),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "versions": package_versions(packages),
-        "git": _git_commit(),
-        "recipe_sha256": file_sha256(recipe),
-        "timezone": time.tzname[0],
-    }
-
-
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -14,8 +14,10 @@ from btx.files import read_json, write_json
 from btx.metrics_file import NUMBERS, last_metrics
 from btx.outputs import damage
 from btx.process import Interrupted
-from btx.run_folder.folder import RunFolder, now
+from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
+from btx.run_folder.lease import is_alive, lease_file
+from btx.run_folder.manifest import now
 from btx.system_errors import told
 
 
@@ -124,14 +126,16 @@ def _failure_file(run: RunFolder, stage: str) -> Path:
 def at_work(run: RunFolder, work: str) -> str | None:
     """The machine on which a process is at work on a stage ("run" asks for `btx run` itself); None if there is none.
 
-    A process of this machine is looked for; of one of another machine there is only its own word, which it takes back
-    when it ends.
+    A process shows signs of life (`btx.run_folder.lease`); one of this machine is also looked for.
     """
     import psutil
 
     owner = run.path / ".locks" / f"{work.replace('/', '-')}.pid"
     try:
         pid, _, node = owner.read_text("utf-8").partition(" on ")
-        return node if node != platform.node() or psutil.pid_exists(int(pid)) else None
-    except (OSError, ValueError):
+        lives = is_alive(lease_file(run.path, work))
+        if node == platform.node():  # a number may be another process's by now, and a stopped process gives no sign
+            lives = psutil.pid_exists(int(pid)) and (lives or psutil.Process(int(pid)).status() == "stopped")
+        return node if lives else None
+    except (OSError, ValueError, psutil.Error):
         return None

@@ -54,7 +54,7 @@ def clear_stumps_of(run: RunFolder, name: str, stage: Stage | None) -> None:
     if (making / DONE).is_file() and not folder.exists():
         making.rename(folder)
     unfinished = stage is not None and run.state(stage) != "done"
-    for path in (*_beside(folder), *_inside(folder)):
+    for path in (*_beside(folder), *_inside(folder), *_inside(making)):
         if not (unfinished and path == making):
             _remove(path)
 

@@ -11,12 +11,14 @@ from btx.run_folder.jobs import log_of
 from btx.run_folder.status import last_line, note_failure
 from btx.running.launchers import Standing
 
-KILLED = 9
-"""SIGKILL."""
-KILLED_TEXT = (
-    "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
-    "gradient_checkpointing, a shorter data.sequence_length or fewer launch.jobs take less"
-)
+SILENT = "stopped from outside, or its machine is gone: it gave no sign of life"
+ENDED_BY = {
+    9: "killed from outside; so the system ends what takes too much memory: a smaller micro_batch_tokens, "
+       "gradient_checkpointing, a shorter data.sequence_length or fewer launch.jobs take less",
+    7: "a file was cut off while it was read, or the disk it is on failed; the next start says which, if it is one "
+       "that btx has written",
+}  # fmt: skip
+"""Signal (SIGKILL, SIGBUS) → what it says about a job that it ended."""
 
 
 class Failures:
@@ -40,16 +42,21 @@ class Failures:
         self._ends_run = True
         self._errors[job] = StageFailed(f"{job}: cancelled; `btx run {self._run.path}` goes on with it")
 
-    def note(self, stages: Sequence[Stage], standing: Standing, lines: Sequence[str]) -> bool:
+    def note(
+        self, stages: Sequence[Stage], standing: Standing, lines: Sequence[str], *, silent: bool = False
+    ) -> bool:  # fmt: skip
         """A job has failed; True if it is to be tried again.
 
         Args:
             lines: what it said.
+            silent: it gave no sign of life, and was ended for it.
         """
         exit_code = standing.exit_code or 0
         told = "\n".join(lines[-30:]).removeprefix("error: ")
-        if exit_code == -KILLED:
-            told += KILLED_TEXT
+        if silent:
+            told += f"{SILENT} for {self._run.recipe.launch.hung_after_s} s, as launch.hung_after_s says"
+        else:
+            told += ENDED_BY.get(-exit_code, "")
         how = standing.why or (f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}" if exit_code
                                else "it has left the queue without a trace")  # fmt: skip
         # A process may do several stages: the one that failed is the first that is not done.

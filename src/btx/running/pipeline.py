@@ -22,7 +22,7 @@ from btx.run_folder.graph import Stage
 from btx.run_folder.status import at_work, stage_status
 from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
-from btx.running.failures import Failures
+from btx.running.failures import SILENT, Failures
 from btx.running.launchers import START, Standing
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
@@ -62,7 +62,9 @@ def run(
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     interrupts = Interrupts().listen()
     try:
-        with exclusive(path, "run"):
+        with contextlib.ExitStack() as held:
+            with interrupts.at_once():
+                held.enter_context(exclusive(path, "run"))
             UnderWay(RunFolder(path, recipe)).find()  # refused before the run folder has another recipe
             made = RunFolder.create(recipe)
             with display or Display() as shown:
@@ -251,6 +253,8 @@ class _Pipeline:
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)
+            if standing.state == "running":
+                self._end_if_silent(running)
             if standing.state == "ended" and self._has_settled(running, standing) and self._end(running, standing):
                 again.append(tuple(stage for stage in running.stages if self.run_folder.state(stage) != "done"))
         return again
@@ -295,7 +299,14 @@ class _Pipeline:
         if standing.exit_code == 0:
             return False
         lines = [line for line in self.error_lines.pop(running.name, []) if not line.startswith((TOLD, SRUN))]
-        return self.failures.note(running.stages, standing, lines)
+        return self.failures.note(running.stages, standing, lines, silent=running.hung)
+
+    def _end_if_silent(self, running: Running) -> None:
+        limit = self.run_folder.recipe.launch.hung_after_s
+        if limit is not None and not running.hung and running.silence.exceeds(limit):
+            running.hung = True
+            self.display.say(f"{running.name}: {SILENT}; ended")
+            self.under_way.kill(running)
 
     def _show_line(self, running: Running, line: str) -> None:
         self.error_lines.setdefault(running.name, []).append(line)

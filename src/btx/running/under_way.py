@@ -12,11 +12,13 @@ from typing import Any
 from btx.errors import UserError
 from btx.files import value_hash
 from btx.recipe.schema import Recipe
-from btx.run_folder.folder import RunFolder, now
+from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import Job, forget, job_of, jobs_of, log_of, note
+from btx.run_folder.manifest import now
 from btx.running.launchers import START, Launcher, Standing
 from btx.running.log_tail import LogTail
+from btx.running.silence import Silence
 
 DECIDES_NOTHING = {"name", "description", "launch", "sweep"}
 """Sections of a recipe that may change while jobs are under way."""
@@ -32,7 +34,10 @@ class Running:
     tail: LogTail
     is_ours: bool
     """Whether this process has submitted it, and not one before."""
+    silence: Silence
     has_begun: bool = False
+    hung: bool = False
+    """Ended because it gave no sign of life."""
     finished: set[str] = field(default_factory=set)
     ended: float | None = None
     """When its end was first seen, by this process's clock."""
@@ -89,7 +94,7 @@ class UnderWay:
                 forget(self.run.path, job)
         self.running = [
             Running(tuple(self.run.graph[name] for name in job.stages if name in names), job,
-                    LogTail.from_now(log_of(self.run.path, job.name)), is_ours=False)
+                    LogTail.from_now(log_of(self.run.path, job.name)), False, Silence(self.run.path, job.stages))
             for job in living
         ]  # fmt: skip
         return self.running
@@ -103,7 +108,7 @@ class UnderWay:
         handle = self.launcher.submit(path, names, log, after=after)
         attempt = self._attempts[names[0]] = self._attempts.get(names[0], 0) + 1
         job = Job(names, self.run.recipe.launch.kind, handle, self._recipe, now(), attempt)
-        running = Running(tuple(stages), job, tail, is_ours=True)
+        running = Running(tuple(stages), job, tail, True, Silence(path, names))
         self.running.append(running)
         note(path, job)
         return running
@@ -128,6 +133,10 @@ class UnderWay:
         """Ask jobs to save and end."""
         for each in running:
             self.launcher_of(each.job.launcher).cancel(each.job.handle)
+
+    def kill(self, running: Running) -> None:
+        """End a job that answers nothing any more."""
+        self.launcher_of(running.job.launcher).kill(running.job.handle)
 
     def end(self) -> list[str]:
         """Ask every job that ends with this process to save and end, and wait for it; names of those that go on and

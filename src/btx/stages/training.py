@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,7 +207,9 @@ def _job_of(
         mixture=mixture,
         settings=settings,
         folder=folder,
-        checkpoints=StateFolder(folder / "state", marks, device=device.type, log=log),
+        checkpoints=StateFolder(
+            folder / "state", marks, device=device.type, log=log, check_inputs=partial(run.check_needs, stage)
+        ),
         flops_per_token=cost.training_flops_per_token(length),
         rng_seed=recipe.rng_seed,
         device=device,

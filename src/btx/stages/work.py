@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
 from btx.outputs import check_outputs
-from btx.process import Interrupts, Log, processes_here, quick_imports, rank, world_size
+from btx.process import Interrupts, Log, ending_if_hung, processes_here, quick_imports, rank, world_size
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.status import trying
+from btx.run_folder.status import note_failure, trying
 from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
 from btx.stages.meeting import node_number
@@ -52,7 +53,8 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     name, leads, trains = stage.name, rank() == 0, trains_here(run, stage)
     with contextlib.ExitStack() as held:
         if leads:
-            held.enter_context(exclusive(run.path, name, patience_s=ENDING_S))
+            with interrupts.at_once():  # waiting loses nothing
+                held.enter_context(exclusive(run.path, name, patience_s=ENDING_S))
             clear_stumps_of(run, name, stage)
         if _as_the_first_says(leads and run.state(stage) == "done" and name != "report"):
             if leads:
@@ -62,6 +64,7 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
         if leads:
             run.check_needs(stage)  # for all stages, and before their modules import torch
             held.enter_context(trying(run, name))
+            held.enter_context(ending_if_hung(run.recipe.launch.hung_after_s, partial(note_failure, run, name)))
         # Training saves before it stops; what the other stages have not written yet is soon made again.
         held.enter_context(contextlib.nullcontext() if stage.trains else interrupts.at_once())
         if trains or leads:

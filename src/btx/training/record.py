@@ -8,6 +8,7 @@ from typing import IO
 
 from btx.models.sharding import process_count
 from btx.moe.routing_metrics import DeadExpertWatch
+from btx.process import note_progress
 from btx.training.job import TrainingJob
 from btx.training.metrics import Metrics
 from btx.training.spikes import spike_text
@@ -45,6 +46,7 @@ class StepRecord:
         Args:
             facts: what it gave; or what reads that, and may raise NotFinite.
         """
+        note_progress()
         self.read()
         if callable(facts):
             self._waiting = step, learning_rate, facts

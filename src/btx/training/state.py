@@ -15,7 +15,7 @@ import hashlib
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,17 @@ class StateFolder:
         marks: what a resume must find unchanged, for example the data's fingerprint: name → value.
         device: where the job runs. On another one it may go on, but not bit for bit as it would have.
         log: told so.
+        check_inputs: called before a state is kept; raises if what the training reads is not as it was when it began.
     """
 
     def __init__(
-        self, folder: Path, marks: Mapping[str, str], *, device: str = "cpu", log: Log = lambda line: None
+        self, folder: Path, marks: Mapping[str, str], *, device: str = "cpu", log: Log = lambda line: None,
+        check_inputs: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.marks = dict(marks)
         self.device, self.log = device, log
+        self._check_inputs = check_inputs
         self._writer = BackgroundWriter()
         self._copies: dict[str, HostCopy] | None = None
         """File → memory for what will be in it; None until it is known to fit, empty if it does not."""
@@ -153,9 +156,11 @@ class StateFolder:
         where memory has no room for the copy; both are said once.
 
         Raises:
-            RunFolderError: the checkpoint before could not be written; the one before that is untouched.
+            RunFolderError: the checkpoint before could not be written, or an input has changed; what is whole is
+                untouched.
         """
         self._wait_for_the_one_before()
+        self._check_inputs()
         weights, moments = map(own_part, kept_tensors(model, optimizer))
         files = {WEIGHTS: weights.tensors, MOMENTS: moments.tensors}
         if self._copies is None:

@@ -65,3 +65,6 @@ class Launcher(Protocol):
 
     def cancel(self, handle: Handle) -> None:
         """Ask a job to save and end, for good; one that has not begun will not. Returns at once; raises as `poll`."""
+
+    def kill(self, handle: Handle) -> None:
+        """End a job that answers nothing any more, with all its processes. Returns at once; raises as `poll`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ class LocalLauncher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(handle["pid"], SAVE_AND_END)
 
+    def kill(self, handle: Handle) -> None:
+        """End a process that this launcher has started, and those of its session."""
+        if handle["pid"] in self._started:
+            self._started[handle["pid"]].kill()
+
 
 def _born(pid: int) -> float:
     """When a process began: with its number it is known for certain. 0.0 if it has ended already."""
@@ -97,6 +103,11 @@ class LocalProcess:
         """Ask it to save and end."""
         if self.exit_code() is None:
             self.process.send_signal(SAVE_AND_END)
+
+    def kill(self) -> None:
+        """End it, and what it has started."""
+        if self.exit_code() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
         """Wait until it has ended."""

@@ -133,6 +133,10 @@ class RayLauncher:
             with _answering(handle["address"]):
                 self._client(handle["address"]).stop_job(job.submission_id)
 
+    def kill(self, handle: Handle) -> None:
+        """Ask a job to end: Ray kills one only when it has not ended long after."""
+        self.cancel(handle)
+
     def _is_anothers(self, handle: Handle) -> bool:
         """Whether a job's Ray is one that another process has started for itself."""
         return "pid" in handle and (self._own is None or handle["address"] != self._own.address)

@@ -93,6 +93,10 @@ class SlurmLauncher:
             if not self._is_over(job):
                 raise
 
+    def kill(self, handle: Handle) -> None:
+        """End a job: it is asked to, and killed after `KillWait` seconds."""
+        _slurm("scancel", str(handle["job_id"]))
+
     def _is_over(self, job: str) -> bool:
         self._asked = float("-inf")
         return self.poll([{"job_id": job}])[0].state == "ended"

@@ -51,6 +51,7 @@ class Done(TypedDict):
     started_from: NotRequired[str]
     data: NotRequired[str]
     peak_memory_bytes: NotRequired[int | None]
+    mfu: NotRequired[float]
     outputs: NotRequired[dict[str, Output]]
 
 
@@ -175,11 +176,12 @@ def read_output(path: Path, shape: Any = None) -> Any:
 
 def _recorded(folder: Path) -> Iterator[tuple[str, Output]]:
     """Every file of a stage that is read later. Not those of checkpoints, which say themselves what they are, nor those
-    of a model that is only linked, which is known by what it holds."""
+    of trackers, which other programs alter, nor those of a model that is only linked, which is known by what it
+    holds."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] == "state" or name.as_posix() in (STARTED, DONE) or path.suffix in FOR_PEOPLE:
+        if hidden or name.parts[0] in ("state", "trackers") or name.as_posix() in (STARTED, DONE) or path.suffix in FOR_PEOPLE:
             continue
         if path.is_file():
             yield name.as_posix(), {"size": path.stat().st_size, "sha256": content_sha256(path)}

@@ -15,6 +15,7 @@ from btx.run_folder.graph import Stage
 from btx.run_folder.status import trying
 from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
+from btx.training.trackers.follow import check_trackers
 
 ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
 
@@ -36,6 +37,8 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
                 check_outputs(run.folder(name))
                 log(f"{name}: already done, skipped")
                 continue
+            if stage.is_tracked:
+                check_trackers(run.recipe.track)
             run.check_needs(stage)  # for all stages, and before their modules import torch
             # Training saves before it stops; what the other stages have not written yet is soon made again.
             with trying(run, name), contextlib.nullcontext() if stage.trains else interrupts.at_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,10 @@ class TrainingJob:
     """Losses on the routers, for MoE models."""
     experts: Sequence[str] = ()
     """Names of the experts, for warnings."""
+    followed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered while metrics.jsonl grows: trackers follow it (`btx.training.trackers.follow`)."""
+    peak_tokens_per_s: float | None = None
+    """Tokens a second at the peak of all devices, of which `mfu` is a share; None: not known."""
     settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
     """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
     (`btx.training.micro_batch`); None: there is one."""

@@ -13,11 +13,16 @@ from btx.training.spikes import WINDOW
 
 
 class Metrics:
-    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first."""
+    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first.
 
-    def __init__(self, path: Path, done: int) -> None:
+    Args:
+        peak_tokens_per_s: of all devices, of which `mfu` is a share; None: lines have none.
+    """
+
+    def __init__(self, path: Path, done: int, peak_tokens_per_s: float | None = None) -> None:
         kept = [line for line in read_metrics(path, skip_broken=True) if line["step"] <= done]
         self.path = path
+        self.peak_tokens_per_s = peak_tokens_per_s
         self.wall_s = 0.0
         self.last_loss = math.nan
         self.loads: list[list[list[float]]] = []
@@ -39,6 +44,8 @@ class Metrics:
         self.wall_s += seconds
         self.last_loss = facts["loss"]
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
+        if self.peak_tokens_per_s is not None:
+            line["mfu"] = round(tokens / seconds / self.peak_tokens_per_s, 4)
         with writing(self.path):
             file.write(json.dumps(line) + "\n")
             file.flush()

@@ -23,6 +23,8 @@ FORMAT = 2
 STARTED, DONE = "started.json", "done.json"
 FOR_PEOPLE = {".md", ".html", ".svg"}
 """Endings of files that nothing reads again: anybody may change them."""
+NOT_READ = {"state", "trackers"}
+"""Folders of a stage that are no outputs: checkpoints, and what trackers keep there."""
 SMALL = 1 << 20
 """Bytes up to which a file is always read whole."""
 
@@ -180,8 +182,8 @@ def _recorded(folder: Path) -> Iterator[tuple[str, Output]]:
     holds."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] in ("state", "trackers") or name.as_posix() in (STARTED, DONE) or path.suffix in FOR_PEOPLE:
+        left_out = name.parts[0] in NOT_READ or any(part.startswith(".") for part in name.parts)
+        if left_out or name.as_posix() in (STARTED, DONE) or path.suffix in FOR_PEOPLE:
             continue
         if path.is_file():
             yield name.as_posix(), {"size": path.stat().st_size, "sha256": content_sha256(path)}

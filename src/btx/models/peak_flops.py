@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from btx.models.cost import ModelCost
 
 PEAK_TFLOPS: dict[str, tuple[float | None, float]] = {
-    "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "H800": (989, 67), "GH200": (989, 67),
-    "H200 NVL": (836, 60), "H200": (989, 67), "B200": (2250, 75), "A100": (312, 19.5), "A800": (312, 19.5),
-    "A30": (165, 10.3), "A10": (125, 31.2), "A40": (150, 37.4), "RTX A6000": (155, 38.7), "L4": (121, 30.3),
-    "L40": (181, 90.5), "L40S": (362, 91.6), "RTX 3090": (71, 35.6), "RTX 4090": (165, 82.6), "RTX 5090": (209.5, 104.8),
+    "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "GH200": (989, 67),
+    "H200 NVL": (835, 60), "H200": (989, 67), "B200": (2250, 75), "GB200": (2500, 80),
+    "A100": (312, 19.5), "A30": (165, 10.3), "A10": (125, 31.2), "A40": (150, 37.4), "RTX A6000": (155, 38.7),
+    "L4": (121, 30.3), "L40": (181, 90.5), "L40S": (362, 91.6),
+    "RTX 3090": (71, 35.6), "RTX 4090": (165, 82.6), "RTX 5090": (209.5, 104.8),
     "V100-SXM2": (None, 15.7), "V100-PCIE": (None, 14.0), "T4": (None, 8.1),
 }  # fmt: skip
 """GPU, as torch names it → dense TFLOP/s in bfloat16 with sums in float32 (None: no units) and in float32; the first
@@ -55,3 +56,8 @@ def peak_tokens_per_s(
     """
     peak = peak_flops(torch.cuda.get_device_name(device), bfloat16=bfloat16) if device.type == "cuda" else None
     return None if peak is None else processes * peak / cost.training_flops_per_token(sequence_length / 2)
+
+
+def mfu_fact(tokens: int, seconds: float, peak_tokens_per_s: float | None) -> dict[str, float]:
+    """{"mfu": share of the peak}, nothing where that is not known."""
+    return {} if peak_tokens_per_s is None else {"mfu": round(tokens / seconds / peak_tokens_per_s, 4)}

@@ -93,7 +93,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     track: Annotated[list[TrackerName], AfterValidator(_each_once)] = []
-    """Where the numbers of metrics.jsonl go as well, while a stage trains, and its results in the end; `btx ls trackers`
+    """Where the numbers of metrics.jsonl go as well, while stages train, and the results in the end; `btx ls trackers`
     explains them. It decides no result."""
     launch: Launch = Launch()
     sweep: Sweep | None = None

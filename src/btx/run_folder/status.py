@@ -61,7 +61,8 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
     return StageStatus(
         stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
-        remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], line.get("mfu"), why, node,
+        remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], line.get("mfu"), why,
+        node,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from btx.models.loading import (
     load_tokenizer,
     save_model,
 )
-from btx.models.peak_flops import peak_tokens_per_s
+from btx.models.peak_flops import mfu_fact, peak_tokens_per_s
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
@@ -150,7 +150,7 @@ def train_stage(
             "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
             **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
-            **({"mfu": round(totals.tokens / totals.wall_s / job.peak_tokens_per_s, 4)} if job.peak_tokens_per_s else {}),
+            **mfu_fact(totals.tokens, totals.wall_s, job.peak_tokens_per_s),
         }  # fmt: skip
     return totals
 

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from btx.files import writing
 from btx.metrics_file import read_metrics
+from btx.models.peak_flops import mfu_fact
 from btx.training.spikes import WINDOW
 
 
@@ -44,8 +45,7 @@ class Metrics:
         self.wall_s += seconds
         self.last_loss = facts["loss"]
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
-        if self.peak_tokens_per_s is not None:
-            line["mfu"] = round(tokens / seconds / self.peak_tokens_per_s, 4)
+        line |= mfu_fact(tokens, seconds, self.peak_tokens_per_s)
         with writing(self.path):
             file.write(json.dumps(line) + "\n")
             file.flush()

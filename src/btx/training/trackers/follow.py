@@ -28,6 +28,8 @@ FOLDER = "trackers"
 """In a stage's folder: what trackers keep of it."""
 LOOKS_S = 2.0
 """Seconds between two looks at the file."""
+LONGEST = 200
+"""Characters told of why a tracker failed."""
 BATCH = 500
 """Steps handed on at once."""
 PATIENCE_S: dict[Ending, float] = {"finished": 60.0, "interrupted": 5.0, "failed": 5.0}
@@ -41,9 +43,10 @@ def check_trackers(names: Sequence[str]) -> None:
         UserError: with the line that installs it.
     """
     if missing := [name for name in names if find_spec(name) is None]:
+        extras = ",".join(missing)
         raise UserError(
-            f"track: {', '.join(missing)}: not installed: pip install \"branchtrainmix[{','.join(missing)}]\"; or leave "
-            f"it out of track: metrics.jsonl is written anyway"
+            f'track: {", ".join(missing)}: not installed: pip install "branchtrainmix[{extras}]"; or leave it out of '
+            f"track: metrics.jsonl is written anyway"
         )
 
 
@@ -73,7 +76,8 @@ def followed(names: Sequence[str], tracked: Tracked, file: Path, experts: Sequen
         for follower in followers:
             follower.join(max(0.0, deadline - time.monotonic()))
             if follower.is_alive():
-                log(f"warning: {follower.name} has not taken everything in {PATIENCE_S[ending]:.0f} s; not waited for")
+                seconds = PATIENCE_S[ending]
+                log(f"warning: track: {follower.name} has not taken every step after {seconds:g} s; not waited for")
 
 
 class Follower(threading.Thread):
@@ -102,7 +106,7 @@ class Follower(threading.Thread):
                     self._hand_on(lines, tracker)
             tracker.close(self._ending)
         except Exception as error:
-            why = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+            why = next((line[:LONGEST] for line in str(error).splitlines() if line.strip()), "no reason given")
             self._log(
                 f"warning: track: {self.name} failed ({type(error).__name__}: {why}); training goes on without it, and "
                 f"metrics.jsonl has every step. The next start of this stage tries again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from filelock import FileLock
 
@@ -36,10 +37,10 @@ class MlflowRun:
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("alembic").setLevel(logging.WARNING)  # tells every table it makes
-        store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{tracked.run.absolute() / 'mlflow.db'}"
         locks = tracked.run / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / "mlflow.lock", timeout=60):  # branches start together, and each would make the tables
+        with FileLock(locks / "mlflow.lock", timeout=60):  # branches start together
+            store = os.environ.get("MLFLOW_TRACKING_URI") or _database(tracked.run.absolute() / "mlflow.db")
             self._client = MlflowClient(tracking_uri=store)
             experiment = self._client.get_experiment_by_name(tracked.project)
             number = experiment.experiment_id if experiment else self._client.create_experiment(tracked.project)
@@ -66,7 +67,8 @@ class MlflowRun:
 
         waiting: list[Metric] = []
         for point in points:
-            metrics = [Metric(name, value, round(1000 * point.time), point.step) for name, value in point.values.items()]
+            time = round(1000 * point.time)  # milliseconds
+            metrics = [Metric(name, value, time, point.step) for name, value in point.values.items()]
             if waiting and len(waiting) + len(metrics) > MOST:
                 self._client.log_batch(self._id, metrics=waiting)
                 waiting = []
@@ -77,3 +79,15 @@ class MlflowRun:
     def close(self, ending: Ending) -> None:
         """Say how it ended."""
         self._client.set_terminated(self._id, STATUS[ending])
+
+
+def _database(path: Path) -> str:
+    """The store in a file, made beside if it is not there: MLflow refuses for ever one whose making was cut off."""
+    from mlflow.tracking import MlflowClient
+
+    if not path.exists():
+        beside = path.with_name(".mlflow.db.making")
+        beside.unlink(missing_ok=True)
+        MlflowClient(tracking_uri=f"sqlite:///{beside}").search_experiments()
+        beside.rename(path)
+    return f"sqlite:///{path}"

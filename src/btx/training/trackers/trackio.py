@@ -1,8 +1,8 @@
 """trackio: a project in RUN/trackio, unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names a place. It sends
 nothing anywhere of itself. Checked with trackio 0.43, locally.
 
-`TRACKIO_DIR=RUN/trackio trackio show --project NAME` shows it. A step that is done again after a kill stays what it was:
-the project is only added to.
+`TRACKIO_DIR=RUN/trackio trackio show --project NAME` shows it. A step that is done again after a kill stays what it
+was: the project is only added to.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from btx.models.cost import ModelCost
 
 PEAK_TFLOPS: dict[str, tuple[float | None, float]] = {
@@ -54,6 +54,8 @@ def peak_tokens_per_s(
     Args:
         processes: that train the model, each on such a device.
     """
+    import torch
+
     peak = peak_flops(torch.cuda.get_device_name(device), bfloat16=bfloat16) if device.type == "cuda" else None
     return None if peak is None else processes * peak / cost.training_flops_per_token(sequence_length / 2)
 

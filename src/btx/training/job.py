@@ -43,6 +43,8 @@ class TrainingJob:
     """Entered while metrics.jsonl grows: trackers follow it (`btx.training.trackers.follow`)."""
     peak_tokens_per_s: float | None = None
     """Tokens a second at the peak of all devices, of which `mfu` is a share; None: not known."""
+    drawn_at_once: tuple[int, int] = (0, 0)
+    """Random numbers that a micro-batch draws, where several processes share a step (`btx.training.random_state`)."""
     settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
     """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
     (`btx.training.micro_batch`); None: there is one."""

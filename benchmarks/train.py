@@ -9,7 +9,7 @@ CPU they take turns, step by step, so that a machine that slows down slows all o
 several blocks of steps after the warm-up; compilation and all else that only the first steps take is told apart.
 
 MFU: (4·N + 2·M + 6·L·H·Q·S) FLOPs a token (`training_flops_per_token`) times tokens/s over the device's dense bfloat16
-peak; None on devices that PEAK_FLOPS does not know.
+peak; None on devices that `btx.models.peak_flops` does not know.
 
 --baseline times btx's rows a second time with the source tree at that path, on a CPU in turns with this one's, and
 tells the ratio; on a machine that others use, --threads 1 --clock cpu counts what each one took of it. Rows are written
@@ -35,6 +35,9 @@ from typing import Any
 from train_candidate import Order, Shape
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "src"))  # where btx is not installed
+from btx.models.peak_flops import peak_flops  # noqa: E402 - plain Python
+
 BEFORE = "@baseline"
 SHAPES = {
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128_256, 4096, 800, 32_768, 8192),
@@ -81,10 +84,6 @@ RATIOS = {  # (row, compared with): what is aimed at on one H100 at the shape of
     ("btx-moe", "floor"): 0.75,
     ("small", "small" + BEFORE): 2.0,
 }
-PEAK_FLOPS = {  # dense bfloat16 with float32 accumulation, as NVIDIA's data sheets say; the first name that fits
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 WARM_UP, LEAST_BLOCKS = 2, 3
 BLOCK_S = 0.5
 """A timed block has as many steps as fit: the device is waited for once a block, not once a step."""
@@ -177,7 +176,10 @@ class Worker:
                "precision": order.precision, "settings": order.settings, **asdict(order.shape)}  # fmt: skip
         if self.blocks:
             step_s = statistics.median(seconds / steps for steps, seconds in self.blocks)
-            speed, peak = order.shape.step_tokens / step_s, peak_flops(str(row["machine"]))
+            speed, peak = (
+                order.shape.step_tokens / step_s,
+                peak_flops(str(row["machine"]), bfloat16=True),
+            )
             warm_up = facts["warm_up"]
             row |= {
                 "step_s": round(step_s, 5), "blocks": len(self.blocks), "block_steps": self.block_steps,
@@ -186,11 +188,6 @@ class Worker:
                 "first_steps_s": round(max(0.0, warm_up["wall_s"] - warm_up["steps"] * step_s), 2),
             }  # fmt: skip
         return row | facts
-
-
-def peak_flops(machine: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by its name; None: not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in machine), None)
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -23,6 +23,8 @@ FORMAT = 2
 STARTED, DONE = "started.json", "done.json"
 FOR_PEOPLE = {".md", ".html", ".svg"}
 """Endings of files that nothing reads again: anybody may change them."""
+NOT_READ = {"state", "trackers"}
+"""Folders of a stage that are no outputs: checkpoints, and what trackers keep there."""
 SMALL = 1 << 20
 """Bytes up to which a file is always read whole."""
 
@@ -51,6 +53,7 @@ class Done(TypedDict):
     started_from: NotRequired[str]
     data: NotRequired[str]
     peak_memory_bytes: NotRequired[int | None]
+    mfu: NotRequired[float]
     outputs: NotRequired[dict[str, Output]]
 
 
@@ -177,11 +180,12 @@ def read_output(path: Path, shape: Any = None) -> Any:
 
 def _recorded(folder: Path) -> Iterator[tuple[str, Output]]:
     """Every file of a stage that is read later. Not those of checkpoints, which say themselves what they are, nor those
-    of a model that is only linked, which is known by what it holds."""
+    of trackers, which other programs alter, nor those of a model that is only linked, which is known by what it
+    holds."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] == "state" or name.as_posix() in (STARTED, DONE) or path.suffix in FOR_PEOPLE:
+        left_out = name.parts[0] in NOT_READ or any(part.startswith(".") for part in name.parts)
+        if left_out or name.as_posix() in (STARTED, DONE) or path.suffix in FOR_PEOPLE:
             continue
         if path.is_file():
             yield name.as_posix(), {"size": path.stat().st_size, "sha256": content_sha256(path)}

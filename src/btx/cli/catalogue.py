@@ -10,6 +10,7 @@ from btx.choices.generators import GENERATORS
 from btx.choices.launchers import LAUNCHERS
 from btx.choices.merges import MERGE_METHODS
 from btx.choices.routers import ROUTERS
+from btx.choices.trackers import TRACKERS
 from btx.recipe.loading import packaged_recipes
 
 CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
@@ -20,6 +21,7 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
     "baselines": lambda: {name: kind.summary for name, kind in BASELINES.items()},
     "families": family_table,
     "launchers": lambda: dict(LAUNCHERS),
+    "trackers": lambda: dict(TRACKERS),
 }
 
 

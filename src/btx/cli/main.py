@@ -136,7 +136,7 @@ def _print_status(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def ls(
     what: Annotated[
-        str, typer.Argument(help="recipes, domains, routers, merges, baselines, families or launchers.")
+        str, typer.Argument(help="recipes, domains, routers, merges, baselines, families, launchers or trackers.")
     ] = "recipes",
     as_json: AsJson = False,
 ) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from btx.choices.families import FAMILIES
-from btx.number_texts import clock_text, count_text, duration_text
+from btx.number_texts import clock_text, count_text, duration_text, percent_text
 
 FAMILIES_WIDTH = 100
 UNDER_WAY = ("queued", "begun", "running", "stale")
@@ -131,8 +131,8 @@ def _baselines_table(baselines: dict[str, Any]) -> Table:
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
     """`btx status`: one line a stage."""
-    table = Table()
-    for column in ("stage", "state", "step", "loss", "tokens/s", "ETA"):
+    table, mfu = Table(), any(row["mfu"] is not None for row in rows)
+    for column in ("stage", "state", "step", "loss", "tokens/s", *(["MFU"] if mfu else []), "ETA"):
         table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=column == "stage")
     for row in rows:
         step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
@@ -142,6 +142,7 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
             row["stage"], row["state"] + where + (f": {row['why']}" if row["why"] else ""), step,
             f"{row['loss']:.3f}" if row["loss"] is not None else "",
             f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "",
+            *([percent_text(row["mfu"]) if row["mfu"] is not None else ""] if mfu else []),
             clock_text(row["eta_s"]) if row["eta_s"] is not None else "",
         )  # fmt: skip
     return table

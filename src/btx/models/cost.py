@@ -44,7 +44,7 @@ class ModelCost:
     shape: ModelShape
     """From which the memory of a training is counted (`btx.models.memory`)."""
 
-    def training_flops_per_token(self, sequence_length: int) -> float:
+    def training_flops_per_token(self, sequence_length: float) -> float:
         """4·N + 2·M + 12·L·H·Q·S, M of the N multiplied parameters train."""
         products = 4.0 * self.multiplied_params + 2.0 * self.trained_multiplied_params
         return products + 12.0 * self.attention_width * sequence_length

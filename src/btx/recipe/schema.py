@@ -24,15 +24,15 @@ from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.launch import Launch
 from btx.recipe.mix import Mix
-from btx.recipe.section import BaselineName, Name, PathText, PositiveInt, Section
+from btx.recipe.section import BaselineName, Name, PathText, PositiveInt, Section, TrackerName
 from btx.recipe.training import BaselineTraining, Finetune, SeedModel, Train
 
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
 """Section → settings whose default is not the paper's, and what they are there (sections 3.1 and 3.2)."""
 
 
-def _each_once(names: list[BaselineName]) -> list[BaselineName]:
-    """Refuse a baseline that is named twice."""
+def _each_once(names: list[str]) -> list[str]:
+    """Refuse what is named twice."""
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{', '.join(twice)} is named twice")
@@ -92,6 +92,9 @@ class Recipe(Section):
     """Baseline → training settings of its own, for example from a learning-rate search."""
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
+    track: Annotated[list[TrackerName], AfterValidator(_each_once)] = []
+    """Where the numbers of metrics.jsonl go as well, while stages train, and the results in the end; `btx ls trackers`
+    explains them. It decides no result."""
     launch: Launch = Launch()
     sweep: Sweep | None = None
     """Variants `btx sweep` runs; `btx run` takes no notice of it."""

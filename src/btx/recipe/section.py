@@ -12,6 +12,7 @@ from btx.choices.launchers import LAUNCHERS
 from btx.choices.merges import MERGE_METHODS
 from btx.choices.router_inits import ROUTER_INITS
 from btx.choices.routers import ROUTERS
+from btx.choices.trackers import TRACKERS
 from btx.choices.trainable import DENSE_TRAINABLE, MOE_TRAINABLE
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     GeneratorName = str
     QuestionsName = str
     LauncherName = str
+    TrackerName = str
     RouterName = str
     MergeName = str
     RouterInitName = str
@@ -50,6 +52,7 @@ else:
     GeneratorName = Literal[tuple(GENERATORS)]
     QuestionsName = Literal[tuple(name for name, generator in GENERATORS.items() if generator.questions)]
     LauncherName = Literal[tuple(LAUNCHERS)]
+    TrackerName = Literal[tuple(TRACKERS)]
     RouterName = Literal[tuple(ROUTERS)]
     MergeName = Literal[tuple(MERGE_METHODS)]
     RouterInitName = Literal[tuple(ROUTER_INITS)]

@@ -5,21 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from btx.number_texts import MISSING, count_text, duration_text, flops_text, is_number
+from btx.number_texts import MISSING, count_text, duration_text, flops_text, is_number, percent_text
 
 TITLES = ("tokens planned", "tokens", "FLOPs planned", "FLOPs", "memory planned", "peak memory", "machine time planned",
           "machine time", "FLOPs to btx's", "machine time to btx's", "inference FLOPs a token")  # fmt: skip
+MFU = "MFU of the last training"
+"""One more title, where a device's peak was known."""
+
+
+def cost_titles(results: Mapping[str, Any]) -> list[str]:
+    """Titles of the cells of `cost_rows`."""
+    return [*TITLES, *([MFU] if _knows_mfu(results) else [])]
 
 
 def cost_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """(model, a cell for each of `TITLES`) of every model of results.json that has a prediction.
+    """(model, a cell for each of `cost_titles`) of every model of results.json that has a prediction.
 
     Planned memory is that of weights, gradients, optimiser state and activations; what is measured holds the
     interpreter and its libraries too. Planned machine time is the planned FLOPs at the speed that the run's first
     training stage had, so that one is right by definition.
     """
-    found = results.get("models", {})
-    return [(name, _cells(model)) for name, model in found.items() if model.get("predicted")]
+    mfu = _knows_mfu(results)
+    return [
+        (name, [*_cells(model), *([percent_text(model.get("mfu"))] if mfu else [])])
+        for name, model in results.get("models", {}).items() if model.get("predicted")
+    ]  # fmt: skip
+
+
+def _knows_mfu(results: Mapping[str, Any]) -> bool:
+    return any(model.get("mfu") is not None for model in results.get("models", {}).values())
 
 
 def _cells(model: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ from btx.reporting.charts import (
     curves_chart,
     stacked_svg,
 )
-from btx.reporting.costs import TITLES, cost_rows
+from btx.reporting.costs import cost_rows, cost_titles
 from btx.reporting.headline import headline, paired_differences
 from btx.reporting.paired_bootstrap import read_documents
 from btx.reporting.results import EXPERT, report_table, results_table
@@ -389,7 +389,7 @@ def render(run: Run, figures: Mapping[str, str]) -> str:
             gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
             costs=stage_costs(run),
             predicted=cost_rows(run.results),
-            cost_titles=TITLES,
+            cost_titles=cost_titles(run.results),
             cost_figure=figures.get("cost", ""),
             domains_figure=figures.get("domains", ""),
             losses=loss_charts(run),

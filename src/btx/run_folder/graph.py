@@ -97,6 +97,11 @@ class Stage:
         return trains(self.name)
 
     @property
+    def is_tracked(self) -> bool:
+        """True for the stages that `track` is told of."""
+        return self.trains or self.name == "evaluate"
+
+    @property
     def computes(self) -> bool:
         """True for the stages whose FLOPs count: those that train, and the mix, which may compute routers from text."""
         return self.trains or self.name == "mix"

@@ -35,6 +35,8 @@ class StageStatus:
     tokens_per_s: float | None = None
     eta_s: float | None = None
     wall_s: float | None = None
+    mfu: float | None = None
+    """Share of the devices' peak, where that is known."""
     why: str | None = None
     """For a stale stage what changed, for a failed one its last error line, for a damaged one the file, for a queued
     one why it waits."""
@@ -50,7 +52,7 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     if state == "done":
         facts = run.done(stage) or {}
         return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"), loss=facts.get("loss"),
-                           wall_s=facts.get("wall_s"), node=facts.get("node"),
+                           wall_s=facts.get("wall_s"), mfu=facts.get("mfu"), node=facts.get("node"),
                            processes=facts.get("processes", 1))  # fmt: skip
     why, node, has_metrics = None, at_work(run, stage.name), state == "begun"
     if node is None and (failure := _failure(run, stage.name)) is not None:
@@ -65,8 +67,8 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
     return StageStatus(
         stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
-        remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], why=why, node=node,
-        processes=line.get("processes", 1),
+        remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], line.get("mfu"), why,
+        node, line.get("processes", 1),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.stages_of_recipe import task_files
 from btx.training.eight_bit import check_installed
+from btx.training.trackers.follow import check_trackers
 
 
 def preflight(recipe: Recipe) -> None:
@@ -61,9 +62,11 @@ def check_packages(recipe: Recipe) -> None:
     trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
     optimizers = {where: training.optimizer for where, training in trainings.items() if training is not None}
     without_peft = recipe.train.trainable == "lora" and find_spec("peft") is None
-    if not without_peft and "adamw_8bit" not in optimizers.values():
+    if not without_peft and "adamw_8bit" not in optimizers.values() and not recipe.track:
         return  # most runs: nothing has to be known of their stages
     run = RunFolder(Path(recipe.run_folder), recipe)
+    if any(stage.is_tracked and run.state(stage) != "done" for stage in run.graph):
+        check_trackers(recipe.track)
     if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
         for where, optimizer in optimizers.items():
             check_installed(optimizer, f"{where}.")

@@ -40,6 +40,7 @@ def _entry(run: RunFolder, stage: Stage, predicted: TrainingCost) -> ModelEntry:
             "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind() if behind.trains) / 3600,
             "peak_memory_bytes": max(peaks, default=None),
             "predicted": predicted.as_json(),
+            **({"mfu": done[-1]["mfu"]} if done and "mfu" in done[-1] else {}),
         },
     )
 

@@ -23,19 +23,20 @@ from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
 from btx.models.adapters import merge_adapters
 from btx.models.cost import model_cost
-from btx.models.device import choose_device
+from btx.models.device import choose_device, in_bfloat16
 from btx.models.loading import (
     checkpoint_activations,
     load_model,
     load_tokenizer,
     save_model,
 )
+from btx.models.peak_flops import mfu_fact, peak_tokens_per_s
 from btx.models.sharded_loading import load_skeleton, read_weights
 from btx.models.sharding import largest, process_count, process_number, same_everywhere, shard
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
-from btx.process import Interrupts, Log
+from btx.process import Interrupts, Log, rank, world_size
 from btx.recipe.training import Finetune, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import Making, RunFolder
@@ -50,6 +51,8 @@ from btx.training.out_of_memory import memory_advice
 from btx.training.parallel import has_dropout, why_not_shared
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
+from btx.training.trackers.follow import FOLDER, followed
+from btx.training.trackers.tracker import Tracked
 from btx.training.working_weights import give_back_frozen
 
 if TYPE_CHECKING:
@@ -133,6 +136,11 @@ def train_stage(
         if any(parameter.is_meta for parameter in model.parameters()) and start is not None:
             read_weights(model, start, job.device)
     job = replace(job, balancing=balancing or Balancing(), experts=experts)
+    if run.recipe.track and rank() == 0:
+        tracked = Tracked(run.recipe.name, run.path, stage.name, folder / FOLDER, stage.shown)
+        job = replace(
+            job, followed=partial(followed, run.recipe.track, tracked, folder / "metrics.jsonl", experts, log)
+        )  # fmt: skip
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
@@ -163,6 +171,7 @@ def train_stage(
             "peak_memory_bytes": largest(peak_memory_bytes(job.device)), "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
             **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
+            **mfu_fact(totals.tokens, totals.wall_s, job.peak_tokens_per_s),
         }  # fmt: skip
     return totals
 
@@ -213,6 +222,9 @@ def _job_of(
         flops_per_token=cost.training_flops_per_token(length),
         rng_seed=recipe.rng_seed,
         device=device,
+        peak_tokens_per_s=peak_tokens_per_s(
+            cost, length, device, bfloat16=in_bfloat16(settings.precision, device), processes=world_size()
+        ),
         settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
     )
     return job, needs

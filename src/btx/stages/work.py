@@ -18,6 +18,7 @@ from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
 from btx.stages.meeting import node_number
 from btx.stages.processes import is_shared, train_in_processes, trains_here
+from btx.training.trackers.follow import check_trackers
 
 ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
 
@@ -34,6 +35,8 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
     """
     for stage in run.graph.named(names, where=str(run.path)):
         message = f"stopped after {stage.name}; run it again to continue"
+        if run.recipe.track and stage.is_tracked and rank() == 0 and run.state(stage) != "done":
+            check_trackers(run.recipe.track)
         if world_size() > 1:
             from btx.stages.joined import joined  # and torch with it
 

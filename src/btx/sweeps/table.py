@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ALL = "all variants"
 """What stands for the variant where a model is the same in all of them."""
-NOT_OF_THE_MODEL = {"eval_tokens_per_s", "hours", "machine_hours", "peak_memory_bytes", "matched"}
+NOT_OF_THE_MODEL = {"eval_tokens_per_s", "hours", "machine_hours", "peak_memory_bytes", "matched", "mfu"}
 """Numbers that may differ between two runs of the very same model, or are about another model too."""
 
 Stat = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,10 @@ class TrainingJob:
     """Losses on the routers, for MoE models."""
     experts: Sequence[str] = ()
     """Names of the experts, for warnings."""
+    followed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered while metrics.jsonl grows: trackers follow it (`btx.training.trackers.follow`)."""
+    peak_tokens_per_s: float | None = None
+    """Tokens a second at the peak of all devices, of which `mfu` is a share; None: not known."""
     drawn_at_once: tuple[int, int] = (0, 0)
     """Random numbers that a micro-batch draws, where several processes share a step (`btx.training.random_state`)."""
     settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None

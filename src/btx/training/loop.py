@@ -64,7 +64,7 @@ def run_training(
     total_steps = settings.steps(job.mixture.sequence_length)
     if read_later is None:
         read_later = job.device.type == "cuda" and settings.on_spike == "log" and skips_on_device(optimizer)
-    metrics = Metrics(job.folder / "metrics.jsonl", done)
+    metrics = Metrics(job.folder / "metrics.jsonl", done, job.peak_tokens_per_s)
     spikes, stopped = SpikeWatch(metrics.recent), torch.zeros((), device=job.device)
 
     def take(step: int) -> Facts | Callable[[], Facts]:
@@ -79,6 +79,7 @@ def run_training(
     with (
         compiled_layers(job, optimizer, range(done, total_steps), log) as compile_s,
         metrics.open() as file,
+        job.followed(),
         closing(job.checkpoints),
     ):
         record = StepRecord(job, metrics, file, total_steps, tokens_per_step, log)

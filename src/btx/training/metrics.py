@@ -10,19 +10,25 @@ from typing import IO, Any
 
 from btx.files import writing
 from btx.metrics_file import read_metrics
+from btx.models.peak_flops import mfu_fact
 from btx.models.sharding import process_number, same_everywhere
 from btx.training.spikes import WINDOW
 
 
 class Metrics:
     """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first. All of
-    several processes know what it holds."""
+    several processes know what it holds.
 
-    def __init__(self, path: Path, done: int) -> None:
+    Args:
+        peak_tokens_per_s: of all devices, of which `mfu` is a share; None: lines have none.
+    """
+
+    def __init__(self, path: Path, done: int, peak_tokens_per_s: float | None = None) -> None:
         writes = process_number() == 0
         found = read_metrics(path, skip_broken=True) if writes else []
         kept = same_everywhere([line for line in found if line["step"] <= done])
         self.path = path if writes else Path(os.devnull)
+        self.peak_tokens_per_s = peak_tokens_per_s
         self.wall_s = 0.0
         self.last_loss = math.nan
         self.loads: list[list[list[float]]] = []
@@ -44,6 +50,7 @@ class Metrics:
         self.wall_s += seconds
         self.last_loss = facts["loss"]
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
+        line |= mfu_fact(tokens, seconds, self.peak_tokens_per_s)
         with writing(self.path):
             file.write(json.dumps(line) + "\n")
             file.flush()

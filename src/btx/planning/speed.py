@@ -37,7 +37,7 @@ MOST_VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Speed:
-    """What one training job reaches."""
+    """What one device reaches in training: a GPU, or the processors of a job."""
 
     flops_per_s: float
     """As FLOPs are counted in `btx.models.cost`."""
@@ -54,7 +54,8 @@ def measured_speed(run: RunFolder) -> Speed | None:
         if done and done.get("wall_s") and done["flops"]:
             on_gpu = run.recipe.device != "cpu" and torch.cuda.is_available()  # where threads do not matter
             threads = None if on_gpu else done.get("threads")
-            return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}", threads)
+            devices = run.recipe.launch.processes_of(stage.name) if on_gpu else run.recipe.launch.nodes_of(stage.name)
+            return Speed(done["flops"] / done["wall_s"] / devices, f"as measured in {stage.name}", threads)
     return None
 
 

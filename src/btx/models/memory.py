@@ -232,8 +232,8 @@ def _memory_of_each(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) 
                           (shape.total, shape.trained))  # fmt: skip
     shares, layers = FLOAT32 * sum(shape.total.values()) / P, c * (sum(shape.total.values()) - root)
     together = FLOAT32 * root + c * shape.vocabulary * shape.width * (c < FLOAT32)  # the head in both types
-    # A layer's gradients, whole, and what is added up over the processes of them, in float32: of two layers at a time.
-    reduced = 2 * (c + FLOAT32) * (trained - root_trained) / shape.layers
+    # A layer's gradients, whole, and in float32 those that are being added up over the processes.
+    reduced = (c + FLOAT32) * (trained - root_trained) / shape.layers
     buffers = (0, 0, reduced - _gradient_copy(shape, scheme), FLOAT32 * root_trained)
     weights = (shares + layers + together,) * 3 + (shares + FLOAT32 * root,)  # at the end the layers' are gone
     moments = [

@@ -106,11 +106,12 @@ def _spread(path: str | Path, place: Place, weights: int, room: Mapping[int | st
     where = getattr(model, "hf_device_map", {"all": HOST})
     free = ", ".join(f"{bytes_text(room[name])} on {_name(name)}" for name in room if _computes(name, place))
     if cast(Any, model).get_input_embeddings().weight.is_meta:
-        raise UserError(
-            f"{path}: in {place.dtype} it has {bytes_text(weights)} of weights, and with room for {free} not even its "
-            f"embedding and its largest layer fit; give it a larger device or more of this one "
-            f"(launch.weights_per_device), or measure on the CPU (device: cpu)"
-        )
+        said = (f"{path}: of {bytes_text(weights)} of weights not even the embedding and the largest layer fit into "
+                f"{free}")  # fmt: skip
+        if place.device == HOST:
+            raise UserError(f"{said}; it needs more memory, or a higher launch.weights_per_device")
+        place.log(f"{said}: it is run on the CPU, which is slow")
+        return load_placed(path, replace(place, device=HOST, weights_per_device=None))
     place.log(f"{path}: {bytes_text(weights)} of weights, room for {free}: {spread_text(where, folder)}")
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from btx.models.memory import MemoryScheme, MicroBatch, training_memory
 from btx.planning.gpu_memory import memory_rows
 from btx.planning.measuring import measuring_rows
 from btx.planning.plan import plan
-from btx.planning.speed import Speed
+from btx.planning.speed import Speed, measured_speed
 from btx.recipe.loading import load_recipe
 from btx.recipe.training import Finetune
 from btx.training.memory import MemoryNeeds
@@ -84,6 +85,20 @@ def test_hours_are_those_of_all_gpus_and_processors_are_shared(tmp_path: Path) -
     assert gpus["train/birds"] == pytest.approx(one["train/birds"] / 4)
     assert gpus["finetune"] == pytest.approx(one["finetune"])
     assert hours("launch.processes=4") == pytest.approx(one), "four processes on the same processors"
+
+
+@pytest.mark.parametrize(("gpu", "reached", "threads"), [(True, 25.0, None), (False, 100.0, 8)])
+def test_what_several_processes_reached_is_told_of_one_gpu_or_of_all_threads(
+    gpu: bool, reached: float, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    done = {"flops": 1000.0, "wall_s": 10.0, "processes": 4, "threads": 2}
+    run: Any = SimpleNamespace(
+        graph=[SimpleNamespace(name="seed", trains=True)],
+        done=lambda stage: done,
+        recipe=SimpleNamespace(device="auto"),
+    )
+    assert measured_speed(run) == Speed(reached, "as measured in seed", threads)
 
 
 def test_the_memory_of_a_machine_is_that_of_all_processes_on_it(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from btx.data.expert_text import text_from_run
 from btx.data.held_out import Packed, held_out_documents, pack
 from btx.evaluation.evaluate import bits_per_byte
 from btx.mixing.mix import mix, soup
-from btx.models.device import load_to_measure
+from btx.models.device import measuring_place
+from btx.models.placement import load_placed
 from btx.run_folder.folder import RunFolder
 
 INITIALISATIONS = {
@@ -34,7 +35,7 @@ ROUTER_TOKENS = 50_000
 
 def measure(path: Path, run: RunFolder, packed: dict[str, Packed]) -> dict[str, float]:
     """Domain → bits per byte of a model folder."""
-    model = load_to_measure(path, run.recipe)
+    model = load_placed(path, measuring_place(run.recipe, print))
     return {domain: bits_per_byte(model, rows).bits_per_byte for domain, rows in packed.items()}
 
 

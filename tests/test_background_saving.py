@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from btx.errors import RunFolderError
 from btx.files import file_sha256, read_json
 from btx.model_files.direct_file import DirectFile
+from btx.models.free_memory import free_memory
 from btx.models.loading import load_model
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupted, Interrupts
 from btx.recipe.training import Training
 from btx.training import host_memory, state, tensor_file
 from btx.training.background_writer import BackgroundWriter
-from btx.training.host_memory import HostCopy, free_memory, tensor_bytes
+from btx.training.host_memory import HostCopy, tensor_bytes
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.state import StateFolder

@@ -25,6 +25,7 @@ from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models
 from btx.evaluation.tasks import complete
 from btx.models.loading import load_model
 from btx.models.outputs import token_nll
+from btx.models.placement import Place
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.serving.completing import completion
@@ -151,7 +152,7 @@ def test_the_temperature_is_the_one_that_predicts_text_put_aside_best(folder, bt
     texts = [pack([HeldOutDocument(ids, 1) for ids in encoded([text_of(kind, 30, seed) for seed in (77, 78)])], 256)
              for kind in WORDS]  # fmt: skip
     paths = [folder.parent / kind for kind in WORDS]
-    found = best_temperature(btm.similarity, paths, texts, top_k=2, window=WINDOW, device="cpu", dtype=torch.float32)
+    found = best_temperature(btm.similarity, paths, texts, top_k=2, window=WINDOW, place=Place())
     nlls = {}
     for temperature in tries:
         tried = BtmModel(btm.members, replace(btm.similarity, temperature=temperature), top_k=2, window=WINDOW)

@@ -114,10 +114,13 @@ def test_looking_at_a_model_leaves_it_as_it_was(make_llama: MakeLlama, tmp_path:
     model = load_model(tmp_path / "moe")
     before = [(block.rule, block.gate.weight.clone()) for block in moe_blocks(model)]
     with experts_in_equal_parts(model):
-        assert all(block.rule.experts_per_token(2) == 2 and not block.gate.weight.any() for block in moe_blocks(model))
+        for block in moe_blocks(model):
+            assert block.rule.experts_per_token(2) == 2
+            assert not block.gate(torch.ones_like(block.gate.weight)).any(), "logits of zero"
     for block, (rule, weight) in zip(moe_blocks(model), before, strict=True):
         assert block.rule == rule
         assert torch.equal(block.gate.weight, weight)
+        assert block.gate(torch.ones_like(weight)).all()
 
 
 @pytest.mark.parametrize("method", ["ridge", "hidden_mean"])

@@ -20,13 +20,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import nn
 
-from btx.baselines.btm_model import SIMILARITY, weights_of
+from btx.baselines.btm_model import ON_CPU, SIMILARITY, weights_of
 from btx.baselines.text_similarity import WINDOW, TextSimilarity
 from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
@@ -34,11 +32,9 @@ from btx.data.tokenizer import save_tokenizer
 from btx.errors import UserError
 from btx.files import atomic_folder, write_json
 from btx.model_files.model_folder import BTM_FILE
-from btx.models.loading import load_model, load_tokenizer
+from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS, token_nll
-
-if TYPE_CHECKING:
-    pass
+from btx.models.placement import Place, load_placed
 
 Log = Callable[[str], None]
 
@@ -54,7 +50,7 @@ MOST_ASIDE = 32
 
 def write_btm_folder(
     folder: Path, models: Mapping[str, Path], texts: Mapping[str, TextRows], *, top_k: int, window: int = WINDOW,
-    device: str = "cpu", dtype: torch.dtype = torch.float32,
+    place: Place = ON_CPU,
 ) -> float:  # fmt: skip
     """Write a folder that `BtmModel.load` reads.
 
@@ -68,8 +64,7 @@ def write_btm_folder(
         texts: name → rows of the text it was trained on.
         top_k: models mixed for a token.
         window: tokens after which the context is looked at again.
-        device: where the models are run, one after the other, to choose T.
-        dtype: of their weights.
+        place: where the models are run, one after the other, to choose T.
 
     Returns:
         T, the temperature of the weights.
@@ -99,7 +94,7 @@ def write_btm_folder(
         similarity = replace(
             similarity,
             temperature=best_temperature(
-                similarity, list(models.values()), rows, top_k=top_k, window=window, device=device, dtype=dtype
+                similarity, list(models.values()), rows, top_k=top_k, window=window, place=place
             ),
         )
     with atomic_folder(folder) as beside:
@@ -115,7 +110,7 @@ def write_btm_folder(
 
 def best_temperature(
     similarity: TextSimilarity, models: Sequence[Path], texts: Sequence[Packed], *, top_k: int, window: int,
-    device: str, dtype: torch.dtype,
+    place: Place,
 ) -> float:  # fmt: skip
     """The one of `TEMPERATURES` with the lowest mixed negative log-likelihood a token; every text counts the same.
 
@@ -123,8 +118,7 @@ def best_temperature(
     """
     nll_TNR = [torch.empty(len(models), int(rows.scored_BS.sum())) for rows in texts]
     for number, path in enumerate(models):
-        model = load_model(path, dtype=dtype)
-        cast(nn.Module, model).to(device)
+        model = load_placed(path, place)
         for nll_NR, rows in zip(nll_TNR, texts, strict=True):
             nll_NR[number] = torch.cat([token_nll(model, part).cpu() for part in rows.batches(MICRO_BATCH_TOKENS)])
     totals = []

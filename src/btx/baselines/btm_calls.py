@@ -53,7 +53,7 @@ class CalledLikeTransformers:
         mixed_BSV: Tensor | None = None
         for member, weights_BS in zip(self.members.values(), self.weights(rows).unbind(dim=-1), strict=True):
             if weights_BS.any():
-                logits_BSV = cast(Any, member)(input_ids=input_ids, use_cache=False).logits
+                logits_BSV = cast(Any, member)(input_ids=input_ids.to(member.device), use_cache=False).logits.to(device)
                 log_probs_BSV = logits_BSV.float().log_softmax(dim=-1) + weights_BS.to(device).log()[..., None]
                 mixed_BSV = log_probs_BSV if mixed_BSV is None else torch.logaddexp(mixed_BSV, log_probs_BSV)
         return SimpleNamespace(logits=mixed_BSV)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from btx.baselines.btm_calls import CalledLikeTransformers
 from btx.baselines.text_similarity import WINDOW, TextSimilarity, looks
@@ -20,21 +20,22 @@ from btx.data.held_out import Packed
 from btx.errors import CheckpointError
 from btx.model_files.model_folder import BTM_FILE
 from btx.models.cost import ModelCost, model_cost, side_by_side
-from btx.models.loading import load_model
 from btx.models.outputs import ModelReader, SideBySide, token_nll
+from btx.models.placement import Place, load_placed
 from btx.system_errors import blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SIMILARITY = "similarity.npz"
+ON_CPU = Place()
 
 
 class BtmModel(CalledLikeTransformers):
     """The members of a Branch-Train-Merge folder, answering as one (`btx.models.outputs.SideBySide`).
 
     Args:
-        members: name → dense model; all on one device, with one vocabulary.
+        members: name → dense model, all with one vocabulary; each where it found room.
         similarity: compares contexts with the members' training text.
         top_k: members mixed for a token.
         window: tokens after which the context is looked at again.
@@ -47,7 +48,7 @@ class BtmModel(CalledLikeTransformers):
         self.similarity, self.top_k, self.window = similarity, top_k, window
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BtmModel:
+    def load(cls, folder: Path, place: Place = ON_CPU) -> BtmModel:
         """The models of a folder that `write_btm_folder` wrote.
 
         Raises:
@@ -61,10 +62,8 @@ class BtmModel(CalledLikeTransformers):
             blame(error)
             raise CheckpointError(f"{folder / BTM_FILE}: cannot be read ({error!r}); run its stage again") from error
         similarity = TextSimilarity.load(folder / SIMILARITY, list(paths), temperature)
-        members = {}
-        for name, path in paths.items():
-            members[name] = load_model(path.resolve(), dtype=dtype)
-            cast(nn.Module, members[name]).to(device)
+        share = place.shared_by(len(paths))
+        members = {name: load_placed(path.resolve(), share) for name, path in paths.items()}
         sizes = {name: cast(Any, member.config).vocab_size for name, member in members.items()}
         if len(set(sizes.values())) > 1:
             raise CheckpointError(f"{folder}: distributions can be mixed over one vocabulary only; there are {sizes}")
@@ -72,7 +71,7 @@ class BtmModel(CalledLikeTransformers):
 
     @property
     def device(self) -> torch.device:
-        """Where all members are."""
+        """Where the first member reads tokens, and where all give their scores."""
         return next(iter(self.members.values())).device
 
     def cost(self) -> ModelCost:
@@ -133,7 +132,7 @@ class BtmReader:
             found = self._model.similarity.weights(contexts, self._model.top_k)
             self._weights_BN, self._looked = torch.from_numpy(found).float().to(ids_BS.device), ids_BS.shape[1]
         terms = [
-            weights_B.log()[:, None] + reader.scores(ids_BS, mask_BS).float().log_softmax(dim=-1)
+            weights_B.log()[:, None] + reader.scores(ids_BS, mask_BS).float().log_softmax(dim=-1).to(ids_BS.device)
             for reader, weights_B in zip(self._readers, self._weights_BN.T, strict=True)
             if weights_B.any()
         ]
@@ -171,12 +170,13 @@ def weights_of(rows: Packed, similarity: TextSimilarity, top_k: int, window: int
     return weights_BSN
 
 
-def load_model_or_btm(
-    path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> PreTrainedModel | SideBySide:
-    """What a model folder or a Branch-Train-Merge folder holds; raises CheckpointError if it cannot be loaded."""
-    if (path / BTM_FILE).is_file():
-        return BtmModel.load(path, dtype=dtype, device=device)
-    model = load_model(path, dtype=dtype)
-    cast(nn.Module, model).to(device)
-    return model
+def load_model_or_btm(path: str | Path, place: Place = ON_CPU) -> PreTrainedModel | SideBySide:
+    """What a model folder, a hub name or a Branch-Train-Merge folder holds, where it is measured.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        UserError: no device has room for it.
+    """
+    if isinstance(path, Path) and (path / BTM_FILE).is_file():
+        return BtmModel.load(path, place)
+    return load_placed(path, place)

@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -57,7 +58,7 @@ def chat(
     """
     check_completion(model_path, temperature, prompt)
     console = console or Console(highlight=False)
-    model, tokenizer = load_to_chat(model_path), load_tokenizer(model_path)
+    model, tokenizer = load_to_chat(model_path, _say), load_tokenizer(model_path)
     if show_experts:
         _print_legend(console, expert_names(model_path, model))
     random = torch.Generator().manual_seed(rng_seed)
@@ -74,6 +75,11 @@ def chat(
                 style = pair_style(token.pair, count_experts(model)) if show_experts else ""
                 _print(console, token.text, style)
         console.print()
+
+
+def _say(line: str) -> None:
+    """A remark that is no part of the answer."""
+    print(line, file=sys.stderr)
 
 
 def _print(console: Console, text: str, style: str) -> None:

@@ -37,7 +37,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     baselines = [_baselines_table(planned["baselines"])] if planned["baselines"] else []
     speed = _speed_text(planned["speed"])
     work = work_text(planned["to_do"], planned["stays"])
-    gpu = [_gpu_table(planned["gpu"])] if planned["gpu"] else []
+    gpu = [_gpu_table(planned["gpu"]), _measuring_table(planned["gpu"])] if planned["gpu"] else []
     tables = [*_data_tables(planned["data"]), _models_table(planned), stages, *baselines, *gpu]
     return [*tables, speed, work, *_disk_note(totals),
             *(f"note: {note}" for note in (*planned["notes"], *planned["router"]["notes"]))]  # fmt: skip
@@ -92,20 +92,37 @@ def _models_table(planned: dict[str, Any]) -> Table:
 
 def _gpu_table(gpu: Mapping[str, Any]) -> Table:
     """Which trainings fit into a GPU's memory, and what makes the others fit."""
-    table = Table(title=f"in a GPU of {_size(gpu['memory_bytes'])}, one training at a time",
+    table = Table(title=f"in a GPU of {_size(gpu['memory_bytes'])}, one training at a time, a GPU a process",
                   caption="peak of a step to about 10 %; 3 % of the memory and 0.6 GB are left for CUDA")  # fmt: skip
-    for column in ("stage", "memory", "micro-batch", "fits", "with these settings it does", "then"):
-        table.add_column(column, justify="right" if column in ("memory", "micro-batch", "then") else "left",
-                         no_wrap=column == "stage")  # fmt: skip
+    left = ("stage", "fits", "with these settings it does")
+    for column in ("stage", "processes", "memory", "micro-batch", "fits", "with these settings it does", "then",
+                   "or with processes"):  # fmt: skip
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column == "stage")
     for row in gpu["stages"]:
         change = row["change"]
         settings = [f"{row['section']}.{name}: {str(value).lower() if isinstance(value, bool) else value}"
                     for name, value in (change or {}).items()]  # fmt: skip
         table.add_row(
-            row["stage"], _size(row["memory_bytes"]), f"{row['micro_batch_tokens']:,}", "yes" if row["fits"] else "no",
-            "\n".join(settings) if change is not None else "none does; a smaller model or several GPUs",
+            row["stage"], str(row["processes"]), _size(row["memory_bytes"]), f"{row['micro_batch_tokens']:,}",
+            "yes" if row["fits"] else "no",
+            "\n".join(settings) if change is not None else "none does",
             _size(row["memory_bytes_after"]) if settings else "",
+            "" if row["fits"] else str(row["processes_that_fit"] or "none"),
         )  # fmt: skip
+    return table
+
+
+def _measuring_table(gpu: Mapping[str, Any]) -> Table:
+    """Which models fit into a GPU's memory where they are measured."""
+    table = Table(
+        title=f"measuring in a GPU of {_size(gpu['memory_bytes'])}",
+        caption="GPUs: the fewest that hold a model by layers; with fewer, host memory or disk has the rest",
+    )
+    for column in ("model", "weights", "memory", "fits", "GPUs"):
+        table.add_column(column, justify="left" if column in ("model", "fits") else "right", no_wrap=column == "model")
+    for row in gpu["measuring"]:
+        table.add_row(row["model"], _size(row["weights_bytes"]), _size(row["memory_bytes"]),
+                      "yes" if row["fits"] else "no", str(row["gpus"] or "none"))  # fmt: skip
     return table
 
 

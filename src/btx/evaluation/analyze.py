@@ -18,10 +18,11 @@ from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
 from btx.data.token_texts import token_texts
 from btx.errors import CheckpointError
 from btx.files import write_json
-from btx.models.device import load_to_measure
+from btx.models.device import measuring_place
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS
 from btx.models.packed import packed_hidden
+from btx.models.placement import load_placed
 from btx.moe.layer import Routing, moe_blocks
 from btx.moe.routing_metrics import DEAD_LOAD
 from btx.reporting.tokens import own_expert
@@ -53,7 +54,8 @@ class RoutingTotals:
         E = self.load_LE.shape[1]
         self.tokens += int(mask_T.sum())
         for layer, routing in enumerate(routings_L):
-            ids_TK, logits_TE = routing.expert_ids_TK[mask_T].cpu(), routing.logits_TE[mask_T].double().cpu()
+            # Layers may be on several devices; the mask is on the host.
+            ids_TK, logits_TE = routing.expert_ids_TK.cpu()[mask_T], routing.logits_TE.cpu()[mask_T].double()
             self.load_LE[layer] += ids_TK.flatten().bincount(minlength=E)
             first_T, second_T = ids_TK[:, :2].min(dim=1).values, ids_TK[:, :2].max(dim=1).values
             self.pairs_LEE[layer] += (first_T * E + second_T).bincount(minlength=E * E).view(E, E)
@@ -89,7 +91,7 @@ def domain_routing(model: PreTrainedModel, documents: Sequence[HeldOutDocument],
     blocks = moe_blocks(model)
     totals = RoutingTotals(len(blocks), blocks[0].gate.weight.shape[0])
     for rows in pack(documents, sequence_length).batches(MICRO_BATCH_TOKENS):
-        totals.add(routing_of(model, rows), rows.text_BS.flatten().to(model.device))
+        totals.add(routing_of(model, rows), rows.text_BS.flatten())
     return totals
 
 
@@ -114,7 +116,7 @@ def analyze(
         DataError: held-out data are missing.
     """
     folder = folder or run_folder / "analyze"
-    model, tokenizer = load_to_measure(model_path, recipe), load_tokenizer(model_path)
+    model, tokenizer = load_placed(model_path, measuring_place(recipe, log)), load_tokenizer(model_path)
     experts = recipe.expert_names
     blocks = moe_blocks(model)
     if not blocks or blocks[0].gate.weight.shape[0] != len(experts):

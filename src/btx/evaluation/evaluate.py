@@ -28,7 +28,7 @@ from btx.evaluation.mixed_set import mixed_documents
 from btx.evaluation.questions import read_questions
 from btx.evaluation.tasks import exact_match
 from btx.files import read_json, value_hash, write_json, write_sealed
-from btx.models.device import device_and_type
+from btx.models.device import device_and_type, measuring_place
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS, SideBySide, cost_of, token_nll
 from btx.number_texts import score_text
@@ -188,7 +188,7 @@ def evaluate_models(
         kept, key = folder / "models" / kept_file(name), measures.key(entry, recipe)
         record = read_json(kept, Kept)
         if record is None or record["key"] != key:
-            record = {"key": key, **_measure(entry, recipe, measures)}
+            record = {"key": key, **_measure(entry, recipe, measures, log)}
             write_sealed(kept, record)
             log(_summary(name, record["measured"]))
         else:
@@ -232,11 +232,12 @@ def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, Mode
     return _Measures(packed, mixed, questions, harness)
 
 
-def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures) -> dict[str, Any]:
+def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures, log: Log) -> dict[str, Any]:
     """`measured`: everything results.json says of a model except what it cost to train; `documents`: its part of
     documents.json."""
-    device, dtype = device_and_type(recipe)
-    model, tokenizer = load_model_or_btm(entry.path, dtype=dtype, device=device), load_tokenizer(entry.path)
+    answers = bool(measures.questions) or bool(measures.harness)
+    model = load_model_or_btm(entry.path, measuring_place(recipe, log, answers=answers))
+    tokenizer = load_tokenizer(entry.path)
     cost = cost_of(model)
     domains = {name: bits_per_byte(model, packed) for name, packed in measures.packed.items()}
     mixed = bits_per_byte(model, measures.mixed) if measures.mixed is not None else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
+from btx.models.measuring_memory import ANSWERING
 from btx.process import note_progress
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 2**27
 """Logits of one forward pass: 512 MiB in float32, which lm-eval holds twice."""
-TOKENS_AT_ONCE = 32_768
-"""Prompt and new tokens of all questions answered at once."""
 MOST_ROWS = 64
 
 
@@ -64,5 +63,5 @@ class HarnessModel(HFLM):
             length, room = len(self.tok_encode(prompt)), self.max_length - settings["max_gen_toks"]
             self.truncated += length > room
             lengths.append(min(length, room) + settings["max_gen_toks"])
-        self.batch_size_per_gpu = max(1, min(TOKENS_AT_ONCE // max(lengths, default=1), MOST_ROWS))
+        self.batch_size_per_gpu = max(1, min(ANSWERING.tokens // max(lengths, default=1), MOST_ROWS))
         return super().generate_until(requests, disable_tqdm=True)

@@ -14,6 +14,7 @@ import torch
 
 from btx.data.domains import Question
 from btx.data.token_files import DocumentEncoder
+from btx.models.measuring_memory import ANSWERING
 from btx.models.outputs import SideBySide, open_reader
 from btx.process import note_progress
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from btx.recipe.evaluate import Task
 
-BATCH_TOKENS = 32_768
+BATCH_TOKENS = ANSWERING.tokens
 """Prompt and new tokens of all questions answered at once."""
 EXAMPLES = 6
 """Questions shown with their answers; the same ones for every model."""

@@ -27,7 +27,7 @@ from btx.files import atomic_folder, write_json
 from btx.mixing.extend_checks import DenseExpert, open_expert
 from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import FINETUNE_NEXT, parameters
-from btx.mixing.router_fit import load_for_text, moe_routers, router_sums
+from btx.mixing.router_fit import load_for_text, router_sums
 from btx.mixing.router_init import hidden_mean, initial_router, ridge
 from btx.mixing.settings import seeded
 from btx.model_files.beside_weights import copy_beside_weights
@@ -39,6 +39,7 @@ from btx.model_files.shard_writer import OutputTensor, require_space, write_shar
 from btx.model_files.vocabularies import check_ids
 from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
+from btx.models.placement import Place
 from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
 
@@ -159,7 +160,7 @@ def hidden_mean_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterIni
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
         return torch.eye(len(texts), device=x_TD.device)[text].expand(len(x_TD), -1)
 
-    sums = router_sums(load_for_text(model.path, choose_device("auto")), texts, len(texts), labels)
+    sums = router_sums(load_for_text(model.path, _place()), texts, len(texts), labels)
     return [hidden_mean(layer, scale=init.factor)[-1].cpu() for layer in sums]
 
 
@@ -168,17 +169,22 @@ def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> 
 
     Hidden states as in `hidden_mean_row`.
     """
-    network, new = load_for_text(model.path, choose_device("auto")), len(texts) - 1
-    old_weights = [router.weight.data.float() for router in moe_routers(network)]
+    new = len(texts) - 1
+    old_weights = [model.tensors[model.family.router.format(layer=layer)].load().float()
+                   for layer in range(model.num_layers)]  # fmt: skip
 
     def beside_the_old_rows(layer: int, text: int, x_TD: Tensor) -> Tensor:
-        logits_TE = x_TD.float() @ old_weights[layer].T
+        logits_TE = x_TD.float() @ old_weights[layer].to(x_TD.device).T
         largest_T, smallest_T = logits_TE.max(dim=1).values, logits_TE.min(dim=1).values
         wanted_T = largest_T + (largest_T - smallest_T) / 2 if text == new else smallest_T
         return wanted_T[:, None]
 
-    sums = router_sums(network, texts, 1, beside_the_old_rows)
+    sums = router_sums(load_for_text(model.path, _place()), texts, 1, beside_the_old_rows)
     return [ridge(layer, ridge=init.ridge, scale=1.0)[0].cpu() for layer in sums]
+
+
+def _place() -> Place:
+    return Place(choose_device("auto").type)
 
 
 ROW_FROM_TEXT: dict[str, Callable[[MoeFolder, Sequence[TextRows], RouterInit], list[Tensor]]] = {

@@ -46,6 +46,7 @@ from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
 from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
+from btx.models.placement import Place
 from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
 
@@ -59,6 +60,7 @@ def mix(
     record: Path | None = None,
     texts: Mapping[str, Path | TextRows] | None = None,
     device: str = "auto",
+    weights_per_device: int | None = None,
     progress: Progress = no_progress,
     log: Callable[[str], None] = lambda line: None,
     **knobs: Any,
@@ -74,6 +76,7 @@ def mix(
         record: where to write what came from where; default: mix.json in `output`.
         texts: expert name → file with text of its domain, for routers that need text; the generalist's is general text.
         device: where routers are computed from text: auto, cpu or cuda.
+        weights_per_device: bytes of weights that a device is given at most then (`launch.weights_per_device`).
         progress: called with bytes written and bytes in all, many times; raising stops the mix and discards the output.
         log: called with lines for the user.
         **knobs: instead of `settings`, any of the attributes that `MixSettings` lists: `top_k=1`, `merge="ties"`, ...
@@ -123,7 +126,8 @@ def mix(
         if text_rows:
             log(f"mix: routers from {sum(text.tokens for text in text_rows.values()):,} tokens of text ({init.method})")
             owners = [list(text_rows).index(expert.origin["of"]) for expert in first_layer]
-            fit_routers(folder, inputs.family, list(text_rows.values()), owners, init, choose_device(device))
+            place = Place(choose_device(device).type, weights_per_device=weights_per_device, log=log)
+            fit_routers(folder, inputs.family, list(text_rows.values()), owners, init, place)
         report = _record(inputs, names, config, top_k, settings) | {
             "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in text_rows.items()},
             "bytes": written,

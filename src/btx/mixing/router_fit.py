@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -28,15 +27,16 @@ from btx.errors import CheckpointError
 from btx.mixing.router_init import FROM_TEXT, RouterSums
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.lazy_tensors import rounded
+from btx.models.free_memory import free_memory
+from btx.models.measuring_memory import FITTING, SCORING
 from btx.models.packed import packed_hidden
+from btx.models.placement import Place, load_placed
 from btx.moe.layer import MoE
 from btx.moe.routers import LayerRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS_AT_ONCE = 16384
-"""Tokens of a forward pass on a GPU, at most."""
 Targets = Callable[[int, int, Tensor], Tensor]
 """(layer, number of the text, router inputs (T, D)) → what the router should say of them, (T, E)."""
 
@@ -65,7 +65,7 @@ def fit_routers(
     texts: Sequence[TextRows],
     owners: Sequence[int],
     init: RouterInit,
-    device: torch.device,
+    place: Place,
 ) -> None:
     """Compute the routers of the MoE model in `folder` from text and write them into its files.
 
@@ -74,9 +74,9 @@ def fit_routers(
         texts: one of each domain.
         owners: for every expert of a layer the number of the text that is its own.
         init: a start that needs text.
-        device: where the model runs, if there is room for it.
+        place: where the model runs, as far as there is room for it.
     """
-    model = load_for_text(folder, device)
+    model = load_for_text(folder, place)
 
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
         return torch.tensor([float(owner == text) for owner in owners], device=x_TD.device).expand(len(x_TD), -1)
@@ -86,24 +86,17 @@ def fit_routers(
     write_routers(folder, family, [FROM_TEXT[init.method](layer, init) for layer in sums])
 
 
-def load_for_text(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The mixed model on `device`, in float32 if that fits into two thirds of the free memory, else in its own type; on
-    the CPU if a GPU has no room for that either."""
-    from btx.models.loading import load_model
-
+def load_for_text(folder: Path, place: Place) -> PreTrainedModel:
+    """The mixed model where routers are fitted, in float32 if that fits into two thirds of the free memory of its
+    devices, else in its own type."""
     tensors = TensorFolder(folder)
     elements = sum(tensors[name].numel for name in tensors.names)
-    free = psutil.virtual_memory().available
+    free = free_memory()
+    if place.device == "cuda":
+        free = sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     own_type = tensors[tensors.names[0]].dtype
-    if device.type == "cuda":
-        free_there, _ = torch.cuda.mem_get_info(device)
-        if own_type.itemsize * elements < free_there * 2 / 3:
-            free = min(free, free_there)
-        else:
-            device = torch.device("cpu")
-    model = load_model(folder, dtype=torch.float32 if 4 * elements < free * 2 / 3 else own_type)
-    cast(nn.Module, model).to(device)
-    return model
+    dtype = torch.float32 if 4 * elements < free * 2 / 3 else own_type
+    return load_placed(folder, replace(place, dtype=dtype, reading=FITTING if place.device == "cuda" else SCORING))
 
 
 @torch.inference_mode()
@@ -117,22 +110,27 @@ def router_sums(
     """
     device, routers = model.device, moe_routers(model)
     in_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    sums = [RouterSums.zeros(router.weight.shape[1], num_targets, device) for router in routers]
+    sums: list[RouterSums | None] = [None] * len(routers)  # each where its layer is, which the first batch says
     now: dict[str, Any] = {}
 
     def hook(layer: int) -> Callable[[Any, tuple[Tensor]], None]:
         def take(module: Any, inputs: tuple[Tensor]) -> None:
             with torch.autocast(device.type, enabled=False):
-                x_TD = inputs[0].flatten(0, -2)[now["counting"]]
-                sums[layer].add(x_TD, targets(layer, now["text"], x_TD), now["weight"])
+                x_TD = inputs[0].flatten(0, -2)
+                x_TD = x_TD[now["counting"].to(x_TD.device)]
+                total = sums[layer] or RouterSums.zeros(x_TD.shape[1], num_targets, x_TD.device)
+                total.add(x_TD, targets(layer, now["text"], x_TD), now["weight"])
+                sums[layer] = total
 
         return take
 
-    handles = [router.module.register_forward_pre_hook(hook(layer)) for layer, router in enumerate(routers)]
+    # First of all hooks: what comes after may change what the router sees.
+    handles = [router.module.register_forward_pre_hook(hook(layer), prepend=True)
+               for layer, router in enumerate(routers)]  # fmt: skip
     try:
         for number, text in enumerate(texts):
             now.update(text=number, weight=1.0 / text.tokens)
-            rows = ROWS_AT_ONCE if device.type == "cpu" else max(1, TOKENS_AT_ONCE // text.input_ids_BS.shape[1])
+            rows = ROWS_AT_ONCE if device.type == "cpu" else max(1, FITTING.tokens // text.input_ids_BS.shape[1])
             for input_ids, position_ids in text.batches(rows):
                 # Places, not a mask: a GPU that selects by a mask has to tell the host how many there are.
                 now["counting"] = torch.from_numpy(position_ids).flatten().nonzero().flatten().to(device)
@@ -141,7 +139,7 @@ def router_sums(
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return [total for total in sums if total is not None]
 
 
 @dataclass(frozen=True)
@@ -188,16 +186,18 @@ def moe_routers(model: nn.Module) -> list[MoeRouter]:
 def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
     """All experts of every MoE layer with the same gate weight, 1/E."""
     routers = moe_routers(model)
-    before = [router.weight.data for router in routers]
     undo = [router.choose(router.weight.shape[0]) for router in routers]
-    for router in routers:
-        router.weight.data = torch.zeros_like(router.weight.data)
+    undo += [router.module.register_forward_pre_hook(_nothing_in).remove for router in routers]
     try:
         yield
     finally:
-        for router, weight, restore in zip(routers, before, undo, strict=True):
-            router.weight.data = weight
+        for restore in undo:
             restore()
+
+
+def _nothing_in(router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A router that sees zeros has logits of zero. Its weights need not be there: they may lie in host memory."""
+    return torch.zeros_like(inputs[0]), *inputs[1:]
 
 
 def write_routers(folder: Path, family: Family, weights: Sequence[Tensor]) -> None:

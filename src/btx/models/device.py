@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from btx.errors import UserError
-from btx.models.loading import load_model
+from btx.models.measuring_memory import ANSWERING, SCORING
+from btx.models.placement import Place
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from btx.recipe.schema import Recipe
     from btx.recipe.training import Training
 
@@ -42,12 +40,18 @@ def device_and_type(recipe: Recipe) -> tuple[str, torch.dtype]:
     return device.type, torch.bfloat16 if in_bfloat16(precision, device) else torch.float32
 
 
-def load_to_measure(path: Path, recipe: Recipe) -> PreTrainedModel:
-    """A model where and in the type it is measured; raises CheckpointError if it cannot be loaded."""
+def measuring_place(recipe: Recipe, log: Callable[[str], None], *, answers: bool = False) -> Place:
+    """Where and in which type the models of a run are measured.
+
+    Args:
+        log: called with a line where a model does not fit one device.
+        answers: whether they answer questions, whose keys and values then need room too.
+
+    Raises:
+        UserError: the recipe wants a GPU and there is none.
+    """
     device, dtype = device_and_type(recipe)
-    model = load_model(path, dtype=dtype)
-    cast(nn.Module, model).to(device)
-    return model
+    return Place(device, dtype, ANSWERING if answers else SCORING, recipe.launch.weights_per_device, log)
 
 
 def in_bfloat16(precision: str, device: torch.device) -> bool:

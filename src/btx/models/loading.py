@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 
 
 @quick_imports()
-def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model with btx's MoE blocks in place, on CPU, in evaluation mode.
+def load_model(
+    path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32,
+    max_memory: Mapping[int | str, int] | None = None, offload_folder: Path | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A causal language model with btx's MoE blocks in place, in evaluation mode; on CPU, unless `max_memory` is given.
 
     A folder that only btx reads (`btx.model_files.btx_folder`) has its own router; other MoE models route by Top-K.
 
@@ -44,6 +47,9 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
         path: folder as `save_pretrained` writes it, or a hub name.
         revision: git revision of a hub name.
         dtype: type of the weights in memory.
+        max_memory: bytes of weights by device (number of a GPU, or cpu): accelerate spreads the layers over them, the
+            rest stays on disk. `btx.models.placement` knows what there is.
+        offload_folder: where weights on disk are written if the model's files do not hold them as they are needed.
 
     Raises:
         CheckpointError: no such model, pickled or quantised weights, unknown class, tensors that do not fit.
@@ -51,6 +57,9 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
+    spread: dict[str, Any] = {}
+    if max_memory is not None:
+        spread = {"device_map": "auto", "max_memory": dict(max_memory), "offload_folder": offload_folder}
     config, router = own_config(path)
     if Path(path).is_dir() and (plain := read_config(path))["model_type"] in FAMILY_CLASSES:
         check_whole(Path(path), plain, loading=True)
@@ -63,6 +72,7 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: torch.dt
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **spread,
         )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         blame(error)

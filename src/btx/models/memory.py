@@ -138,7 +138,7 @@ def model_shape(model: PreTrainedModel, *, experts_per_token: float = 0.0) -> Mo
         heads=config.num_attention_heads,
         queries=config.num_attention_heads * head_size,
         keys=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size,
-        feed_forward=expert_width or config.intermediate_size,
+        feed_forward=expert_width or getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         tied=head is not None and head.weight is embedding.weight,
         experts=experts,
@@ -193,6 +193,8 @@ class MicroBatch:
     """Routed rows go through torch's grouped product (GPUs), not through the loop over experts (CPUs)."""
     logit_rows: int = CPU_ROWS
     """Rows of logits that the loss holds at a time."""
+    processes: int = 1
+    """P: several train the model together, and T are the tokens that each has at a time (`btx.models.sharding`)."""
 
 
 def logit_rows(vocabulary: int, *, on_gpu: bool) -> int:
@@ -201,7 +203,13 @@ def logit_rows(vocabulary: int, *, on_gpu: bool) -> int:
 
 
 def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> TrainingMemory:
-    """The peak of a training step, by what takes it."""
+    """The peak of a training step, by what takes it; of several processes, that of each.
+
+    Each of P processes has 1/P of the float32 weights, gradients and moments, and besides, from the forward pass to the
+    end of the backward pass, every layer's weights put together in the arithmetic's type: a whole copy.
+    """
+    if batch.processes > 1:
+        return _memory_of_each(shape, scheme, batch)
     trained, matrices = sum(shape.trained.values()), _held(shape.trained)
     frozen = _held(shape.total) - matrices
     others = sum(shape.total.values()) - matrices - frozen
@@ -214,6 +222,27 @@ def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) 
         TrainingMemory(*map(round, (weights, there * gradients, optimizer, activations, logits, workspace)))
         for there, activations, logits, workspace in _moments(shape, scheme, batch)
     ]
+    return max(moments, key=lambda moment: moment.peak)
+
+
+def _memory_of_each(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> TrainingMemory:
+    """`training_memory` of one of several processes."""
+    c, P, trained = scheme.arithmetic, batch.processes, sum(shape.trained.values())
+    root, root_trained = (sum(parts.get(part, 0) for part in ("embedding", "head")) for parts in
+                          (shape.total, shape.trained))  # fmt: skip
+    shares, layers = FLOAT32 * sum(shape.total.values()) / P, c * (sum(shape.total.values()) - root)
+    together = FLOAT32 * root + c * shape.vocabulary * shape.width * (c < FLOAT32)  # the head in both types
+    # A layer's gradients, whole, and in float32 those that are being added up over the processes.
+    reduced = (c + FLOAT32) * (trained - root_trained) / shape.layers
+    buffers = (0, 0, reduced - _gradient_copy(shape, scheme), FLOAT32 * root_trained)
+    weights = (shares + layers + together,) * 3 + (shares + FLOAT32 * root,)  # at the end the layers' are gone
+    moments = [
+        TrainingMemory(*map(round, (
+            held, there * FLOAT32 * trained / P, scheme.moments * trained / P, activations, logits, workspace + buffer
+        )))
+        for (there, activations, logits, workspace), held, buffer in
+        zip(_moments(shape, scheme, batch), weights, buffers, strict=True)
+    ]  # fmt: skip
     return max(moments, key=lambda moment: moment.peak)
 
 

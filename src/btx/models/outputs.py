@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from btx.models.cost import ModelCost, model_cost
 from btx.models.kv_cache import cache_arguments, new_cache
+from btx.models.measuring_memory import LOGITS_AT_ONCE, SCORING
 from btx.models.packed import packed_hidden
 
 if TYPE_CHECKING:
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 
     from btx.data.held_out import Packed
 
-MICRO_BATCH_TOKENS = 8192
+MICRO_BATCH_TOKENS = SCORING.tokens
 """Tokens of a forward pass that measures, at most."""
-LOGITS_AT_ONCE = 2**25
-"""Logits held in float32 at once: 128 MiB, whatever the vocabulary."""
 
 
 class Reader(Protocol):
@@ -70,16 +69,18 @@ def token_nll(model: PreTrainedModel | SideBySide, rows: Packed) -> Tensor:
     """
     if isinstance(model, SideBySide):
         return model.token_nll(rows)
-    device = model.device
     hidden_BSD = packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
-    hidden_RD = hidden_BSD[rows.scored_BS.to(device)]
-    labels_R = rows.labels_BS[rows.scored_BS].to(device)
+    hidden_RD = hidden_BSD[rows.scored_BS.to(hidden_BSD.device)]
+    labels_R = rows.labels_BS[rows.scored_BS]
     head = cast(torch.nn.Module, model.get_output_embeddings())
     slices = max(1, LOGITS_AT_ONCE // cast(int, model.config.vocab_size))
-    return torch.cat([
-        F.cross_entropy(head(hidden).float(), labels, reduction="none")
-        for hidden, labels in zip(hidden_RD.split(slices), labels_R.split(slices), strict=True)
-    ])  # fmt: skip
+    parts = zip(hidden_RD.split(slices), labels_R.split(slices), strict=True)
+    return torch.cat([_nll(head(hidden), labels) for hidden, labels in parts])
+
+
+def _nll(logits_RV: Tensor, labels_R: Tensor) -> Tensor:
+    """Where the logits are: a model may have its head on another device than its embedding."""
+    return F.cross_entropy(logits_RV.float(), labels_R.to(logits_RV.device), reduction="none")
 
 
 def open_reader(model: PreTrainedModel | SideBySide) -> Reader:
@@ -102,6 +103,7 @@ class ModelReader:
 
     @torch.inference_mode()
     def scores(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        ids_BS, mask_BS = ids_BS.to(self._model.device), mask_BS.to(self._model.device)
         position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
         output = cast(Any, self._model)(
             input_ids=ids_BS[:, self._read :], attention_mask=mask_BS, position_ids=position_ids_BS[:, self._read :],
@@ -112,4 +114,4 @@ class ModelReader:
 
     def keep(self, rows_B: Tensor) -> None:
         if self._read:
-            self._cache.batch_select_indices(rows_B)
+            self._cache.batch_select_indices(rows_B.cpu())  # its layers may be on several devices

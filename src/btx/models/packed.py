@@ -20,7 +20,7 @@ TOKENS_PER_DOCUMENT = 256
 
 
 def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
-    """Last hidden states (B, S, D), on the model's device, of rows that hold several documents each.
+    """Last hidden states (B, S, D), on the last layer's device, of rows that hold several documents each.
 
     Args:
         model: a causal language model of transformers.

@@ -171,9 +171,20 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
             Router(gate.weight), Experts(old.gate_up_proj, old.down_proj, old.act_fn), rule,
             router_name="gate" if "gate" in parts else "router", shared_expert=shared,
         )  # fmt: skip
+        for before, after in ((gate, moe.gate), (old, moe.experts)):
+            _take_over_hook(before, after)
         setattr(module, place, moe)
         blocks.append(moe)
     return blocks
+
+
+def _take_over_hook(before: nn.Module, after: nn.Module) -> None:
+    """Give a module the accelerate hook of the one whose place it takes: it brings weights that lie elsewhere
+    (`btx.models.placement`) and is kept in the module itself."""
+    if (hook := getattr(before, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(after, hook)
 
 
 def moe_blocks(model: nn.Module) -> list[MoE]:

@@ -60,12 +60,15 @@ class StageCost:
     hours: float | None
     """None where no speed is known."""
     trained: Trained | None
+    processes: int = 1
+    """That train the model together; the memory is that of each."""
 
     def as_json(self) -> dict[str, Any]:
         """Its row of `btx plan --json`."""
         return {
             "stage": self.stage.name, "tokens": self.tokens, "flops": self.flops, "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes, **(asdict(self.trained) if self.trained else {}), "hours": self.hours,
+            "processes": self.processes,
         }  # fmt: skip
 
 
@@ -131,7 +134,8 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
 
     Args:
         dense: the seed model's config, completed with its class's defaults.
-        speed: of one training job; a stage with half the CPU threads is taken to be half as fast. None: no hours.
+        speed: of one device (`devices_of`); a stage with half the CPU threads is taken to be half as fast, one of
+            several devices to be so many times as fast. None: no hours.
     """
     recipe, graph = run.recipe, run.graph
     seed, btx = config_cost(dense), moe_cost(recipe, dense, recipe.routing)
@@ -152,13 +156,20 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             checkpoint_bytes=training.memory.checkpoint_bytes if training else 0,
             hours=None if speed is None else _hours(graph, stage, flops, speed),
             trained=training.trained if training else None,
+            processes=recipe.launch.processes_of(stage.name) if training else 1,
         )
     return Costs(graph, found)
 
 
 def _hours(graph: Graph, stage: Stage, flops: float, speed: Speed) -> float:
     share = threads_of(graph, stage) / speed.threads if speed.threads and stage.trains else 1.0
-    return flops / (share * speed.flops_per_s) / 3600
+    return flops / (share * devices_of(graph.recipe, stage.name) * speed.flops_per_s) / 3600
+
+
+def devices_of(recipe: Recipe, stage: str) -> int:
+    """Devices that a stage trains on: a GPU a process, or the processors of its machines, which processes share."""
+    on_gpus = planned_device(recipe) == "cuda"
+    return recipe.launch.processes_of(stage) if on_gpus else recipe.launch.nodes_of(stage)
 
 
 def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
@@ -191,7 +202,7 @@ class StageTraining:
     @property
     def memory_bytes(self) -> int:
         """Where it trains: at a step's peak, and on a CPU beside the copy of what is being written as a checkpoint."""
-        copied = self.memory.checkpoint_bytes if self.memory.device == "cpu" else 0
+        copied = self.memory.checkpoint_bytes // self.memory.processes if self.memory.device == "cpu" else 0
         return self.memory.memory.peak + copied
 
     @property
@@ -220,7 +231,8 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
     device = device or planned_device(recipe)
     return {
         stage: StageTraining(settings, cost, mixtures, MemoryNeeds(
-            settings, cost.shape, recipe.data.sequence_length, device, may_freeze=may_freeze(stage)
+            settings, cost.shape, recipe.data.sequence_length, device, may_freeze=may_freeze(stage),
+            processes=recipe.launch.processes_of(stage),
         ))
         for stage, (settings, cost, mixtures) in found.items()
     }  # fmt: skip

@@ -22,25 +22,33 @@ def memory_rows(recipe: Recipe, dense: dict[str, Any], gpu_memory: int) -> list[
 
     Args:
         dense: the seed model's config, completed with its class's defaults.
-        gpu_memory: bytes.
+        gpu_memory: bytes of each GPU; a stage has as many as `launch.processes` says.
 
     Returns:
-        {"stage", "memory_bytes": the predicted peak, "parts": {"weights", "gradients", "optimizer", "activations",
-        "logits", "workspace"} in bytes, "micro_batch_tokens", "fits", "section": where the recipe has its settings,
-        "change": {setting: value} that makes it fit, empty where it fits, None where nothing does, "memory_bytes_after"
-        and "micro_batch_tokens_after": with these changes, None likewise}.
+        {"stage", "processes", "memory_bytes": the predicted peak of each, "processes_that_fit": the fewest with which
+        it fits and all else stays, None where no number does, "parts": {"weights", "gradients", "optimizer",
+        "activations", "logits", "workspace"} in bytes, "micro_batch_tokens", "fits", "section": where the recipe has
+        its settings, "change": {setting: value} that makes it fit, empty where it fits, None where nothing does,
+        "memory_bytes_after" and "micro_batch_tokens_after": with these changes, None likewise}.
     """
     trainings = stage_trainings(recipe, dense, device="cuda")
     return [_row(stage, training, gpu_memory) for stage, training in trainings.items()]
 
 
+def usable(gpu_memory: int) -> int:
+    """What tensors can take of a GPU's memory."""
+    return int(USABLE_SHARE * gpu_memory) - CONTEXT
+
+
 def _row(stage: str, training: StageTraining, gpu_memory: int) -> dict[str, Any]:
     now = training.memory.with_changes({})
-    fitting = training.memory.that_fits(int(USABLE_SHARE * gpu_memory) - CONTEXT)
+    fitting = training.memory.that_fits(usable(gpu_memory))
     if fitting is not None and not fitting.changed:
         now = fitting  # with `micro_batch_tokens: auto` the largest that fits
     return {
         "stage": stage,
+        "processes": training.memory.processes,
+        "processes_that_fit": training.memory.processes_that_fit(usable(gpu_memory)),
         "memory_bytes": now.memory.peak,
         "parts": asdict(now.memory),
         "micro_batch_tokens": now.micro_batch_tokens,

@@ -12,6 +12,7 @@ from btx.models.device import precision_notes
 from btx.planning.costs import Costs, dense_config, run_costs
 from btx.planning.disk import bytes_to_write, free_bytes
 from btx.planning.gpu_memory import gpu_here, memory_rows
+from btx.planning.measuring import measuring_rows
 from btx.planning.models import model_rows
 from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed, measured_speed
@@ -39,7 +40,8 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
     Returns:
         {"name", "run", "formula", "notes", "router", "speed", "models": {name in the results: {"total_params",
         "active_params", "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}},
-        "stages": [...], "gpu": None or {"memory_bytes", "stages": rows of `btx.planning.gpu_memory`}, "stays": stages
+        "stages": [...], "gpu": None or {"memory_bytes", "stages": rows of `btx.planning.gpu_memory`, "measuring":
+        rows of `btx.planning.measuring`}, "stays": stages
         that are done, "to_do": stages that a run would make, "baselines", "totals"}.
         A model's training is counted from the seed model on (`TrainingCost`).
         `router` says how tokens are routed, what the result is saved as, and what a user should know: {"kind",
@@ -75,7 +77,12 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
         "speed": speed and {"flops_per_s": speed.flops_per_s, "source": speed.source},
         "models": model_rows(recipe, dense, costs),
         "stages": [cost.as_json() | state for cost, state in zip(costs, states, strict=True)],
-        "gpu": gpu_memory and {"memory_bytes": gpu_memory, "stages": memory_rows(recipe, dense, gpu_memory)},
+        "gpu": gpu_memory
+        and {
+            "memory_bytes": gpu_memory,
+            "stages": memory_rows(recipe, dense, gpu_memory),
+            "measuring": measuring_rows(recipe, dense, gpu_memory),
+        },
         "stays": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] == "done"],
         "to_do": [stage.name for stage in costs.graph if run.state(stage) != "done" and run.is_needed(stage)],
         "baselines": {
@@ -98,8 +105,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
 def _state(run: RunFolder, stage: Stage) -> dict[str, Any]:
     """Where a stage of the run folder stands."""
     state = run.state(stage)
-    found: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs],
-                             "processes": run.recipe.launch.processes_of(stage.name) if stage.trains else 1}  # fmt: skip
+    found: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs]}
     return found | ({"why_stale": run.why_stale(stage)} if state == "stale" else {})
 
 
@@ -116,10 +122,15 @@ def _disk(costs: Costs, name: str) -> int:
 
 
 def _memory_at_once(costs: Costs) -> int:
-    """Memory of the jobs that train at the same time on this machine, where the largest come together."""
-    limit = jobs_at_once(costs.graph)
+    """Memory of the jobs that train at the same time on a machine, where the largest come together, each with all its
+    processes there."""
+    limit, launch = jobs_at_once(costs.graph), costs.graph.recipe.launch
+
+    def memory(stage: str) -> int:
+        return costs[stage].memory_bytes * costs[stage].processes // launch.nodes_of(stage)
+
     together = [
-        sorted((max(costs[stage.name].memory_bytes for stage in job) for job in jobs), reverse=True)
+        sorted((max(memory(stage.name) for stage in job) for job in jobs), reverse=True)
         for jobs in jobs_side_by_side(costs.graph)
     ]
     return max(sum(memory[:limit]) for memory in together)

@@ -37,7 +37,7 @@ MOST_VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Speed:
-    """What one training job reaches."""
+    """What one device reaches in training: a GPU, or the processors of a job."""
 
     flops_per_s: float
     """As FLOPs are counted in `btx.models.cost`."""
@@ -60,8 +60,11 @@ def measured_speed(run: RunFolder) -> Speed | None:
         done = run.done(stage) if stage.trains else None
         if done and done.get("wall_s") and done["flops"]:
             on_gpu = run.recipe.device != "cpu" and torch.cuda.is_available()  # where threads do not matter
-            threads = None if on_gpu else done.get("threads")
-            return Speed(done["flops"] / done["wall_s"], f"as measured in {stage.name}", threads)
+            reached, source = done["flops"] / done["wall_s"], f"as measured in {stage.name}"
+            processes, threads = done.get("processes", 1), done.get("threads")  # each has so many
+            if on_gpu:
+                return Speed(reached / processes, source)
+            return Speed(reached, source, threads and threads * processes)
     return None
 
 

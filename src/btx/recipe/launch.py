@@ -151,6 +151,11 @@ class Launch(Section):
                 )
         return self
 
+    weights_per_device: PositiveInt | None = None
+    """Bytes of weights that a GPU (on a machine without one: the CPU) is given at most where models are measured and
+    routers fitted; what is above goes to the next GPU, to host memory, to disk, the last two slowly. Default: as much
+    as fits."""
+
     def processes_of(self, stage: str) -> int:
         """Processes that train the model of a stage together, over all nodes."""
         return _of_kind(self.processes, stage)

@@ -20,6 +20,7 @@ from btx.errors import CheckpointError
 from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, open_reader
+from btx.models.placement import Place
 from btx.moe.balancing import sparse_gates
 from btx.moe.layer import moe_blocks
 from btx.outputs import read_output
@@ -143,13 +144,17 @@ def top_pairs(model: PreTrainedModel, tokens: int) -> list[tuple[int, ...]]:
     routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
     if not routings:
         return [()] * tokens
-    gates_TE = torch.stack([sparse_gates(routing) for routing in routings]).sum(dim=0)
+    gates_TE = torch.stack([sparse_gates(routing).cpu() for routing in routings]).sum(dim=0)  # of several devices
     return [tuple(sorted(pair)) for pair in gates_TE.topk(min(2, gates_TE.shape[1]), dim=-1).indices.tolist()]
 
 
-def load_to_chat(model_path: Path) -> PreTrainedModel | SideBySide:
-    """A model, or several side by side, where it answers: on the GPU if there is one."""
-    return load_model_or_btm(model_path, device=choose_device("auto").type)
+def load_to_chat(model_path: Path, log: Callable[[str], None] = lambda line: None) -> PreTrainedModel | SideBySide:
+    """A model, or several side by side, where it answers: on GPUs if there are any.
+
+    Args:
+        log: called with a line where it does not fit one device.
+    """
+    return load_model_or_btm(model_path, Place(choose_device("auto").type, log=log))
 
 
 def count_experts(model: PreTrainedModel | SideBySide) -> int:

@@ -17,7 +17,7 @@ from btx.errors import UserError
 from btx.mixing.mix import mix, soup
 from btx.mixing.settings import upcycling_settings
 from btx.models.configs import read_config
-from btx.models.device import device_and_type
+from btx.models.device import measuring_place
 from btx.models.trainable import set_trainable
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder
@@ -102,10 +102,9 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     if recipe.mix.generalist:
         models["generalist"] = run.model("seed")
     texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens), known_as=run.graph.known_as)
-    device, dtype = device_and_type(recipe)
     with run.making(stage, log) as facts:
         temperature = write_btm_folder(
-            facts.folder / "model", models, texts, top_k=int(found[1]), device=device, dtype=dtype
+            facts.folder / "model", models, texts, top_k=int(found[1]), place=measuring_place(recipe, log)
         )
     log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
         f"{temperature:.3g})")  # fmt: skip

@@ -27,6 +27,7 @@ def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) 
             run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
             facts.folder / "model", settings, record=facts.folder / "mix.json",
             texts=texts, device=run.recipe.device,
+            weights_per_device=run.recipe.launch.weights_per_device,
             log=lambda line: log(line.replace(str(facts.folder), str(run.folder(stage.name)))),
             progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
         )  # fmt: skip

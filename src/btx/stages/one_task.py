@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from btx.errors import UserError
 from btx.evaluation.harness import Harness
@@ -45,7 +46,7 @@ def evaluate_task(
     if harness.note:
         log(harness.note)
     results: dict[str, Any] = {"models": {}}
-    for name, path, load in _models(where):
+    for name, path, load in _models(where, log):
         score = harness.measure(load(), load_tokenizer(path))[request.label]
         entry = results["models"].setdefault(name, {"tasks": {}})["tasks"][request.label] = score.as_json()
         error = f" ± {100 * score.stderr:.1f}" if score.stderr is not None else ""
@@ -55,26 +56,28 @@ def evaluate_task(
     return results
 
 
-def _models(where: Path) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel | SideBySide]]]:
+def _models(
+    where: Path, log: Callable[[str], None]
+) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel | SideBySide]]]:
     """Name, path and loader of each model."""
     if not (where / "recipe.yaml").is_file():
         path = _name_or_folder(where)
-        yield where.name, path, partial(_load, path)
+        yield where.name, path, partial(_load, path, log)
         return
     from btx.baselines.btm_model import load_model_or_btm
-    from btx.models.device import device_and_type
+    from btx.models.device import measuring_place
     from btx.run_folder.folder import RunFolder
     from btx.stages.models_of_run import models_of_run
 
     run = RunFolder.open(where)
-    device, dtype = device_and_type(run.recipe)
+    place = measuring_place(run.recipe, log, answers=True)
     finished = {name: entry.path for name, entry in models_of_run(run).items()
                 if any((entry.path / file).exists() for file in ("config.json", BTM_FILE))}  # fmt: skip
     if not finished:
         raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
     for name, folder in finished.items():
         check_model_of_stage(folder)
-        yield name, folder, partial(load_model_or_btm, folder, dtype=dtype, device=device)
+        yield name, folder, partial(load_model_or_btm, folder, place)
 
 
 def _name_or_folder(where: Path) -> str | Path:
@@ -82,24 +85,21 @@ def _name_or_folder(where: Path) -> str | Path:
     return where if where.exists() else str(where)
 
 
-def _load(path: str | Path) -> PreTrainedModel | SideBySide:
-    """A model on the GPU in its own type, where there is one; else on the CPU in float32."""
+def _load(path: str | Path, log: Callable[[str], None]) -> PreTrainedModel | SideBySide:
+    """A model on GPUs in its own type, where there are any; else on the CPU in float32."""
     import torch
 
     from btx.baselines.btm_model import load_model_or_btm
     from btx.models.configs import as_the_files_say, read_config
     from btx.models.device import choose_device
-    from btx.models.loading import load_model
+    from btx.models.measuring_memory import ANSWERING
+    from btx.models.placement import Place
 
-    device = choose_device("auto").type
-    if isinstance(path, Path) and (path / BTM_FILE).is_file():
-        return load_model_or_btm(path, device=device)
-    if device == "cpu":
-        return load_model(path)
+    place = Place(choose_device("auto").type, reading=ANSWERING, log=log)
+    if place.device == "cpu" or (isinstance(path, Path) and (path / BTM_FILE).is_file()):
+        return load_model_or_btm(path, place)
     config = read_config(path)
     if Path(path).is_dir():
         config = as_the_files_say(config, Path(path))
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
-    model = load_model(path, dtype=dtype)
-    cast(torch.nn.Module, model).to(device)
-    return model
+    return load_model_or_btm(path, replace(place, dtype=dtype))

@@ -22,6 +22,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )
 """Settings that save memory beside a smaller micro-batch and fewer weights that train; the first change results least.
 A section that has no such field is not told of it."""
+MOST_PROCESSES = 1024
 FREEZING = {False: ("feed_forward", "lora"), True: ("all_but_experts", "routers")}
 """For dense and MoE models: what else may train, most first."""
 
@@ -52,17 +53,19 @@ class MemoryNeeds:
     """`cuda` or `cpu`."""
     may_freeze: bool = False
     """Whether the recipe says what trains in this stage."""
+    processes: int = 1
+    """That train the model together; memory is that of each."""
 
     def with_changes(self, changed: dict[str, Any]) -> Variant:
         """The training with some settings changed."""
         settings, length = self.settings.model_copy(update=changed), self.sequence_length
         shape = self._trained_as(changed["trainable"]) if "trainable" in changed else self.shape
-        tokens, scheme = settings.micro_batch(length), memory_scheme(settings, self.device)
-        on_gpu = self.device == "cuda"
+        scheme, on_gpu, share = memory_scheme(settings, self.device), self.device == "cuda", self._share(settings)
+        tokens = min(settings.micro_batch(length), share)
         batch = MicroBatch(
-            tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= settings.step_tokens(length),
-            grouped=on_gpu, dense_mask=not (on_gpu and scheme.arithmetic == 2),
-            logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu),
+            tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= share, grouped=on_gpu,
+            dense_mask=not (on_gpu and scheme.arithmetic == 2),
+            logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu), processes=self.processes,
         )  # fmt: skip
         return Variant(changed, tokens, training_memory(shape, scheme, batch))
 
@@ -72,6 +75,11 @@ class MemoryNeeds:
             return self
         return replace(self, settings=self.settings.model_copy(update={"micro_batch_tokens": micro_batch_tokens}))
 
+    def _share(self, settings: Training) -> int:
+        """Tokens of a step that each process has: whole sequences."""
+        length = self.sequence_length
+        return -(-settings.step_tokens(length) // length // self.processes) * length
+
     @property
     def memory(self) -> TrainingMemory:
         """At the peak of a step."""
@@ -79,7 +87,8 @@ class MemoryNeeds:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A resumable checkpoint: the weights that train, in the type in which they do, and their moments."""
+        """A resumable checkpoint of all processes: the weights that train, in the type in which they do, and their
+        moments."""
         scheme = memory_scheme(self.settings, self.device)
         return round((scheme.weight + scheme.moments) * sum(self.shape.trained.values()))
 
@@ -105,8 +114,8 @@ class MemoryNeeds:
     def _largest_micro_batch(self, made: dict[str, Any], most: int) -> Variant | None:
         """With some changes made, the micro-batch of the recipe or the largest smaller one that fits."""
         automatic = self.settings.micro_batch_tokens == "auto"
-        sizes = halves(self.settings.step_tokens(self.sequence_length), self.sequence_length) if automatic else [
-            self.settings.micro_batch(self.sequence_length), *self._smaller_micro_batches()
+        sizes = halves(self._share(self.settings), self.sequence_length) if automatic else [
+            self.with_changes({}).micro_batch_tokens, *self._smaller_micro_batches()
         ]  # fmt: skip
         variants = (self.with_changes(made | {"micro_batch_tokens": tokens}) for tokens in sizes)
         found = next((variant for variant in variants if variant.memory.peak <= most), None)
@@ -114,14 +123,24 @@ class MemoryNeeds:
             return replace(found, changed=made)
         return found
 
+    def processes_that_fit(self, most: int) -> int | None:
+        """The fewest processes with which the peak of each is `most` bytes at most, all else as it is; they share a
+        step's sequences equally. None: no number helps."""
+        sequences = self.settings.step_tokens(self.sequence_length) // self.sequence_length
+        numbers = (count for count in range(1, min(sequences, MOST_PROCESSES) + 1) if sequences % count == 0)
+        return next((count for count in numbers
+                     if replace(self, processes=count).memory.peak <= most), None)  # fmt: skip
+
     def _smaller_micro_batches(self) -> list[int]:
         """Powers of two of sequences below the micro-batch, largest first."""
-        tokens = self.settings.micro_batch(self.sequence_length)
+        tokens = self.with_changes({}).micro_batch_tokens
         return [half for half in halves(tokens, self.sequence_length) if half < tokens]
 
     def _other_changes(self) -> Iterator[dict[str, Any]]:
         fields = type(self.settings).model_fields
         for change in CHANGES:
+            if self.processes > 1 and change.get("optimizer") == "adamw_8bit":
+                continue  # its blocks of numbers are not cut among processes
             if change.keys() <= fields.keys() and any(getattr(self.settings, name) != change[name] for name in change):
                 yield change
         trained = sum(self.shape.trained.values())

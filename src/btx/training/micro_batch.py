@@ -18,11 +18,11 @@ import torch
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.files import read_json, write_sealed
+from btx.models.free_memory import free_memory
 from btx.moe.layer import moe_blocks
 from btx.number_texts import bytes_text
 from btx.process import Log
 from btx.system_errors import is_out_of_memory
-from btx.training.host_memory import free_memory
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
 from btx.training.peak_memory import reset_peak_memory

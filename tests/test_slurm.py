@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,35 @@ LONG = ["seed_model.train.tokens=256000", "train.tokens=128000", "finetune.token
 """Training that is still at it when something happens to it."""
 
 
-def start(*arguments: str | Path, cwd: Path, to: Path | None = None) -> subprocess.Popen[str]:
-    """A command of btx in a process of its own."""
-    output = subprocess.PIPE if to is None else open(to, "w")  # noqa: SIM115
-    return subprocess.Popen(
-        [sys.executable, "-m", "btx", *map(str, arguments)], cwd=cwd, text=True, stdout=output,
-        stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT,
-    )  # fmt: skip
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(slurm: Cluster) -> Iterator[None]:
+    """What a test has started ends with it."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+    slurm.empty()
+
+
+def start(*arguments: str | Path, cwd: Path, to: Path) -> subprocess.Popen[bytes]:
+    """A command of btx in a process of its own, which prints to a file."""
+    with open(to, "wb") as output:
+        STARTED.append(subprocess.Popen(
+            [sys.executable, "-m", "btx", *map(str, arguments)], cwd=cwd, stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+        ))  # fmt: skip
+    return STARTED[-1]
 
 
 def btx(*arguments: str | Path, cwd: Path) -> tuple[int, str]:
     """Exit code of a command of btx, and what it printed."""
-    process = start(*arguments, cwd=cwd)
-    output, _ = process.communicate()
-    return process.returncode, output
+    with tempfile.NamedTemporaryFile(suffix=".txt") as output:
+        code = start(*arguments, cwd=cwd, to=Path(output.name)).wait()
+        return code, Path(output.name).read_text()
 
 
 def until(holds: Callable[[], Any], patience_s: float = 300.0) -> Any:
@@ -143,10 +159,11 @@ def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster,
 
 def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slurm: Cluster, tmp_path: Path) -> None:
     write_pico_recipe(tmp_path)
-    command = ("run", "pico.yaml", "run=s", *LONG, "seed_model.train.tokens=25600000", "launch.kind=slurm",
+    command = ("run", "pico.yaml", "run=s", *LONG, "seed_model.train.tokens=480000", "launch.kind=slurm",
+               "seed_model.train.batch_tokens=64", "seed_model.train.micro_batch_tokens=64",
                "--until", "train/birds")  # fmt: skip
     run = tmp_path / "s"
-    watching = start(*command, cwd=tmp_path)
+    watching = start(*command, cwd=tmp_path, to=tmp_path / "watching.txt")
     until(lambda: steps(run, "seed") > 5)
     following = start("logs", "s", "seed", "-f", cwd=tmp_path, to=tmp_path / "logs.txt")
     refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
@@ -154,21 +171,20 @@ def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slu
     code, output = btx("cancel", "s", "seed", cwd=tmp_path)
     assert code == 0, output
     assert "seed (slurm, job_id" in output
-    said, _ = watching.communicate(timeout=200)
-    assert watching.returncode == 1, said
+    assert watching.wait(200) == 1, (tmp_path / "watching.txt").read_text()
+    said = (tmp_path / "watching.txt").read_text()
     assert "seed: cancelled" in said
     assert following.wait(100) == 0
     assert "precision: float32" in (tmp_path / "logs.txt").read_text()
     until(lambda: queue(slurm) == "")
     assert states("s", tmp_path)["seed"]["state"] == "begun"
 
-    again = start(*command, cwd=tmp_path)
+    again = start(*command, cwd=tmp_path, to=tmp_path / "again.txt")
     before = steps(run, "seed")
     until(lambda: steps(run, "seed") > before)
     again.send_signal(2)
-    said, _ = again.communicate()
-    assert again.returncode == 130
-    assert "`btx cancel s` ends them" in said
+    assert again.wait() == 130
+    assert "`btx cancel s` ends them" in (tmp_path / "again.txt").read_text()
     assert states("s", tmp_path)["seed"]["state"] == "running"
     refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
     assert refused[0] == 2

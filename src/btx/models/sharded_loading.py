@@ -25,7 +25,7 @@ from btx.process import quick_imports
 from btx.system_errors import blame
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 @quick_imports()
@@ -47,6 +47,7 @@ def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTra
         config.tie_word_embeddings = plain.get("tie_word_embeddings", False)
         with _weights_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.generation_config = _generation_settings(folder)
     except Exception as error:
         blame(error)
         raise CheckpointError(f"{folder}: this is no model that can be loaded: {error}") from error
@@ -54,6 +55,15 @@ def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTra
     if router is not None:
         set_router(model, router)
     return model.eval()
+
+
+def _generation_settings(folder: Path) -> GenerationConfig:
+    """Those that a model has whose weights are loaded with it."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
 def read_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:

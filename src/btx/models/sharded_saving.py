@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -32,6 +32,20 @@ WIDE_FIRST = (torch.int64, torch.float64, torch.float32, torch.int32, torch.bflo
 """The order of types in a file that the safetensors library writes; within a type names are sorted."""
 
 
+class _Stacked(NamedTuple):
+    """What `save_pretrained` has in one piece of memory, and so in one file: an expert's tensor with all other experts'
+    of its kind."""
+
+    of: str
+    first_row: int
+    nbytes: int
+
+    @classmethod
+    def of_piece(cls, piece: Published, planned: Tensor, weight: Tensor) -> _Stacked:
+        """That of a published tensor."""
+        return cls(piece.of, piece.first_row, planned.nbytes * (1 if piece.expert is None else len(weight)))
+
+
 def stream_model(
     model: PreTrainedModel, folder: Path, types: Mapping[str, torch.dtype], layout: Collection[str] | None
 ) -> None:
@@ -49,8 +63,9 @@ def stream_model(
     }  # fmt: skip
     largest: int | str = inspect.signature(model.save_pretrained).parameters["max_shard_size"].default
     split = split_state_dict_into_shards_factory(
-        planned, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern="model{suffix}.safetensors",
-        max_shard_size=largest,
+        {name: _Stacked.of_piece(piece, planned[name], weights[piece.of]) for name, piece in pieces.items()},
+        get_storage_size=lambda stacked: stacked.nbytes, get_storage_id=lambda stacked: stacked[:2],
+        filename_pattern="model{suffix}.safetensors", max_shard_size=largest,
     )  # fmt: skip
     if first:
         _write_settings(model, folder)

@@ -88,10 +88,8 @@ def train_in_processes(run: RunFolder, stage: Stage, interrupts: Interrupts, log
         logs_specs=DefaultLogsSpecs(log_dir=str(reports)),
         signals_to_handle="SIGQUIT",  # the others are `interrupts`'
     )  # fmt: skip
-    log(
-        f"{stage.name}: {count} processes train its model"
-        + f", {count // nodes} on each of {nodes} machines" * (nodes > 1)
-    )
+    spread = f", {count // nodes} on each of {nodes} machines" if nodes > 1 else ""
+    log(f"{stage.name}: {count} processes train its model{spread}")
     try:
         with _silent_launcher(), _passing_on(interrupts, output.pids):
             stopped = elastic_launch(config, _process)(str(run.path), stage.name, output, str(reports))
@@ -131,7 +129,7 @@ class _Output:
 
     def __reduce__(self) -> tuple[Callable[..., None], tuple[Any, Any]]:
         self.started.append(context.get_spawning_popen())
-        return _take_output, (reduction.DupFd(1), reduction.DupFd(2))  # type: ignore[attr-defined]
+        return _take_output, (reduction.DupFd(1), reduction.DupFd(2))
 
     def pids(self) -> list[int]:
         """Of those that run."""
@@ -204,11 +202,9 @@ class _Failed(NamedTuple):
     def error(self, stage: str, count: int) -> BtxError:
         """To be raised here."""
         kind = getattr(errors, self.kind, StageFailed)
-        return (
-            StageFailed(f"{stage}, trained by {count} processes: {self.message}")
-            if kind is StageFailed
-            else kind(self.message)
-        )
+        if kind is StageFailed:
+            return StageFailed(f"{stage}, trained by {count} processes: {self.message}")
+        return kind(self.message)
 
 
 def _how(code: int) -> str:

@@ -157,10 +157,10 @@ def train_stage(
         facts |= {
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
-            "processes": process_count(), "threads": torch.get_num_threads(), "device": str(job.device), "data": job.mixture.fingerprint,
-            "precision": "bfloat16" if job.in_bfloat16 else "float32",
-            "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": largest(peak_memory_bytes(job.device)),
-            "unused_tokens": unused,
+            "processes": process_count(), "threads": torch.get_num_threads(), "device": str(job.device),
+            "data": job.mixture.fingerprint, "precision": "bfloat16" if job.in_bfloat16 else "float32",
+            "micro_batch_tokens": totals.micro_batch_tokens,
+            "peak_memory_bytes": largest(peak_memory_bytes(job.device)), "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
             **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
         }  # fmt: skip

@@ -92,9 +92,8 @@ def run_training(
                 record.read()
                 job.checkpoints.save(finished, model, optimizer)
                 record.go_on()
-            stop_if_asked(
-                interrupts, ending, f"stopped after step {finished} of {total_steps}; run it again to continue"
-            )
+            stopped_after = f"stopped after step {finished} of {total_steps}; run it again to continue"
+            stop_if_asked(interrupts, ending, stopped_after)
     give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,

@@ -54,8 +54,10 @@ def why_not_shared(
     count, micro = settings.step_tokens(length) // length, settings.micro_batch(length) // length
     batches, step = math.ceil(count / micro), f"a step has {count:,} sequences of {length:,} tokens"
     if (reason := _needs_whole_batch(settings, router)) is not None and batches > 1:
-        return (f"{reason}, which several micro-batches on several processes do not see alike; raise "
-                f"micro_batch_tokens to batch_tokens ({settings.batch_tokens:,}), or balance over micro_batch")  # fmt: skip
+        return (
+            f"{reason}, {batches} of them, and several processes do not: that is another function; raise "
+            f"micro_batch_tokens to batch_tokens, {settings.batch_tokens:,}, or balance over micro_batch"
+        )
     if batches % processes == 0:
         return None
     by_micro_batch = _goes_by_micro_batch(settings, router, has_dropout)

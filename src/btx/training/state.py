@@ -248,6 +248,7 @@ class StateFolder:
     def _remove_all_but(self, newest: int) -> None:
         """Remove what is older than the `newest` complete checkpoints; others may still be writing younger ones."""
         complete = [checkpoint for checkpoint in self._all() if complete_in(checkpoint)]
-        for old in [checkpoint for checkpoint in self._all() if checkpoint < min(complete[-newest:])]:
-            shutil.rmtree(old)
+        for oldest in complete[-newest:][:1]:
+            for old in [checkpoint for checkpoint in self._all() if checkpoint < oldest]:
+                shutil.rmtree(old)
         remove_left_overs(self.folder, r"step-\d+")

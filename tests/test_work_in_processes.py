@@ -19,7 +19,7 @@ import yaml
 
 from btx.files import read_json
 from btx.run_folder.folder import exclusive
-from btx.stages.meeting import first_host, meeting
+from btx.training.meeting import first_host, meeting
 from tests.pico_run import pico_recipe, run_here
 from tests.processes import btx_with_quick_ranks, start
 

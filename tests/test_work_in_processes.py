@@ -19,9 +19,9 @@ import yaml
 
 from btx.files import read_json
 from btx.run_folder.folder import exclusive
-from btx.stages.meeting import first_host, meeting
+from btx.training.meeting import first_host, meeting
 from tests.pico_run import pico_recipe, run_here
-from tests.processes import start_btx
+from tests.processes import btx_with_quick_ranks, start
 
 STAGE, STEPS = "train/birds", 30
 
@@ -37,7 +37,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def work(run: Path) -> BaseProcess:
-    return start_btx("work", run, STAGE, log=run / "log")
+    return start(btx_with_quick_ranks, "work", str(run), STAGE, log=run / "log")
 
 
 def ended(process: BaseProcess) -> int | None:

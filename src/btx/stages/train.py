@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def branch(run: RunFolder) -> PreTrainedModel:
     """A copy of the run's seed model with the weights that a branch trains set to require gradients."""
     train = run.recipe.train
-    model = start_model(run.model("seed"), whole=train.trainable == "lora")
+    model = start_model(run.model("seed"))
     if train.trainable == "lora":
         add_adapters(model, train.lora.rank, train.lora.alpha, rng_seed=run.recipe.rng_seed)
     else:

@@ -94,13 +94,9 @@ def train_moe(
     )  # fmt: skip
 
 
-def start_model(folder: Path, *, whole: bool = False) -> PreTrainedModel:
-    """The model that a training starts from. On several processes its weights are read when they are shared out.
-
-    Args:
-        whole: every process reads all of them, for adapters need the weights that they go on.
-    """
-    return load_skeleton(folder) if process_count() > 1 and not whole else load_model(folder)
+def start_model(folder: Path) -> PreTrainedModel:
+    """The model that a training starts from. On several processes its weights are read when they are shared out."""
+    return load_skeleton(folder) if process_count() > 1 else load_model(folder)
 
 
 def train_stage(

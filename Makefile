@@ -32,8 +32,9 @@ test: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Slurm: apt install slurm-wlm munge. What is not installed skips itself, with the reason.
+ENGINES ?= slurm or ray or chaos
 test-engines: $(VENV)/.stamp-test
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "slurm or ray or chaos" -rs
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "$(ENGINES)" -rs
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks

@@ -133,15 +133,18 @@ class Cluster:
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    def empty(self) -> None:
+        """End all jobs, those that wait first."""
+        self.ask("scancel", "--state=PENDING", f"--user={getuser()}")
+        self.ask("scancel", "--signal=KILL", "--full", f"--user={getuser()}")
+        self.ask("scancel", f"--user={getuser()}")
+        ends = time.monotonic() + STARTING_S
+        while self.ask("squeue", "-h") and time.monotonic() < ends:
+            time.sleep(0.2)
+
     def stop(self) -> None:
         """End all jobs and daemons, and whatever they have started."""
-        with contextlib.suppress(OSError):
-            self.ask("scancel", "--state=PENDING", f"--user={getuser()}")
-            self.ask("scancel", f"--user={getuser()}")
-            self.ask("scancel", "--signal=KILL", "--full", f"--user={getuser()}")
-            ends = time.monotonic() + 10
-            while self.ask("squeue", "-h") and time.monotonic() < ends:
-                time.sleep(0.2)
+        self.empty()
         for name in reversed(list(self.daemons)):
             daemon = self.daemons.pop(name)
             daemon.send_signal(signal.SIGTERM)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,41 @@ from tests.slurm_cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-LONG = ["seed_model.train.tokens=256000", "train.tokens=128000", "finetune.tokens=128000",
+LONG = ["seed_model.train.tokens=76800", "train.tokens=76800", "finetune.tokens=25600",
         "seed_model.train.checkpoint_every=100", "train.checkpoint_every=100", "finetune.checkpoint_every=100",
         "evaluate.tasks={}"]  # fmt: skip
 """Training that is still at it when something happens to it."""
 
 
-def start(*arguments: str | Path, cwd: Path, to: Path | None = None) -> subprocess.Popen[str]:
-    """A command of btx in a process of its own."""
-    output = subprocess.PIPE if to is None else open(to, "w")  # noqa: SIM115
-    return subprocess.Popen(
-        [sys.executable, "-m", "btx", *map(str, arguments)], cwd=cwd, text=True, stdout=output,
-        stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT,
-    )  # fmt: skip
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(slurm: Cluster) -> Iterator[None]:
+    """What a test has started ends with it."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+    slurm.empty()
+
+
+def start(*arguments: str | Path, cwd: Path, to: Path) -> subprocess.Popen[bytes]:
+    """A command of btx in a process of its own, which prints to a file."""
+    with open(to, "wb") as output:
+        STARTED.append(subprocess.Popen(
+            [sys.executable, "-m", "btx", *map(str, arguments)], cwd=cwd, stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+        ))  # fmt: skip
+    return STARTED[-1]
 
 
 def btx(*arguments: str | Path, cwd: Path) -> tuple[int, str]:
     """Exit code of a command of btx, and what it printed."""
-    process = start(*arguments, cwd=cwd)
-    output, _ = process.communicate()
-    return process.returncode, output
+    with tempfile.NamedTemporaryFile(suffix=".txt") as output:
+        code = start(*arguments, cwd=cwd, to=Path(output.name)).wait()
+        return code, Path(output.name).read_text()
 
 
 def until(holds: Callable[[], Any], patience_s: float = 300.0) -> Any:
@@ -69,6 +86,12 @@ def steps(run: Path, stage: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def log(run: Path, stage: str) -> str:
+    """What a job has printed; named as its first stage."""
+    path = run / "logs" / f"{stage.replace('/', '-')}.log"
+    return path.read_text() if path.exists() else ""
+
+
 def weights(run: Path, stage: str = "finetune") -> str:
     return hashlib.sha256((run / stage / "model" / "model.safetensors").read_bytes()).hexdigest()
 
@@ -83,48 +106,37 @@ def test_a_run_that_is_preempted_requeued_out_of_time_and_left_alone_gives_the_w
     write_pico_recipe(tmp_path)
     settings = [*LONG, "launch.threads=1"]
     command = ("run", "pico.yaml", "run=s", *settings, "launch.kind=slurm", "launch.slurm.partition=spot",
-               "launch.slurm.stages.seed.time='1'", "launch.slurm.grace_s=55")  # fmt: skip
+               "launch.slurm.stages.seed.time='2'", "launch.slurm.grace_s=65")  # fmt: skip
     run, output = tmp_path / "s", tmp_path / "first.txt"
     first = start(*command, cwd=tmp_path, to=output)
 
-    until(lambda: steps(run, "seed") > 5)  # its minute less the grace time is over soon: it saves and goes on
-    until(lambda: "saved" in (run / "logs" / "seed.log").read_text())
+    until(lambda: "stopped after step" in log(run, "seed"))  # its time less the grace time is over
     rows = states("s", tmp_path)
     assert rows["train/birds"]["state"] == "queued"
     assert rows["data/birds"]["state"] == "done"
-    hurry(slurm, job_of(run, "seed"))
+    slurm.ask("scontrol", "update", f"JobId={job_of(run, 'seed')}", "TimeLimit=UNLIMITED")  # once is enough
 
     until(lambda: steps(run, "train/birds") > 5 and steps(run, "train/tools") > 5)
     rows = states("s", tmp_path)
     assert {rows[f"train/{domain}"]["node"] for domain in ("birds", "tools")} <= {"n1", "n2"}
     first.kill()  # nobody watches, and all goes on
     first.wait()
-    tools = job_of(run, "train/tools")
-    slurm.ask("scontrol", "requeue", tools)
+    slurm.ask("scontrol", "requeue", job_of(run, "train/tools"))
     urgent = slurm.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=2",
                        "--output=/dev/null", "--wrap=sleep 1")  # fmt: skip
     until(lambda: slurm.ask("squeue", "--noheader", f"--jobs={urgent}", "--states=COMPLETED"))
-    for domain in ("birds", "tools"):
-        hurry(slurm, job_of(run, f"train/{domain}"))
-
     second = start(*command, cwd=tmp_path, to=tmp_path / "second.txt")
     assert second.wait() == 0, (tmp_path / "second.txt").read_text()
     assert "submitted before" in (tmp_path / "second.txt").read_text()
     assert list((run / "jobs").iterdir()) == []
     for stage in ("seed", "train/birds", "train/tools"):
-        log = (run / "logs" / f"{stage.replace('/', '-')}.log").read_text()
-        assert "continu" in log or "resum" in log, log
+        assert "resumed after step" in log(run, stage), log(run, stage)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     submitted = [event["job"] for event in events if event["event"] == "start"]
     assert len(submitted) == len(set(submitted))  # each job once, whoever watched
 
     local, _ = run_here(pico_recipe(tmp_path, "local", *settings), ["data", "seed", "train", "mix", "finetune"])
     assert weights(run) == weights(local.path)
-
-
-def hurry(cluster: Cluster, job: str) -> None:
-    """Slurm lets a job that was requeued wait until its credential is void: begin as soon as it may."""
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster, tmp_path: Path) -> None:
@@ -143,10 +155,11 @@ def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster,
 
 def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slurm: Cluster, tmp_path: Path) -> None:
     write_pico_recipe(tmp_path)
-    command = ("run", "pico.yaml", "run=s", *LONG, "seed_model.train.tokens=25600000", "launch.kind=slurm",
+    command = ("run", "pico.yaml", "run=s", *LONG, "seed_model.train.tokens=480000", "launch.kind=slurm",
+               "seed_model.train.batch_tokens=64", "seed_model.train.micro_batch_tokens=64",
                "--until", "train/birds")  # fmt: skip
     run = tmp_path / "s"
-    watching = start(*command, cwd=tmp_path)
+    watching = start(*command, cwd=tmp_path, to=tmp_path / "watching.txt")
     until(lambda: steps(run, "seed") > 5)
     following = start("logs", "s", "seed", "-f", cwd=tmp_path, to=tmp_path / "logs.txt")
     refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
@@ -154,21 +167,20 @@ def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slu
     code, output = btx("cancel", "s", "seed", cwd=tmp_path)
     assert code == 0, output
     assert "seed (slurm, job_id" in output
-    said, _ = watching.communicate(timeout=200)
-    assert watching.returncode == 1, said
+    assert watching.wait(200) == 1, (tmp_path / "watching.txt").read_text()
+    said = (tmp_path / "watching.txt").read_text()
     assert "seed: cancelled" in said
     assert following.wait(100) == 0
     assert "precision: float32" in (tmp_path / "logs.txt").read_text()
     until(lambda: queue(slurm) == "")
     assert states("s", tmp_path)["seed"]["state"] == "begun"
 
-    again = start(*command, cwd=tmp_path)
+    again = start(*command, cwd=tmp_path, to=tmp_path / "again.txt")
     before = steps(run, "seed")
     until(lambda: steps(run, "seed") > before)
     again.send_signal(2)
-    said, _ = again.communicate()
-    assert again.returncode == 130
-    assert "`btx cancel s` ends them" in said
+    assert again.wait() == 130
+    assert "`btx cancel s` ends them" in (tmp_path / "again.txt").read_text()
     assert states("s", tmp_path)["seed"]["state"] == "running"
     refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
     assert refused[0] == 2
@@ -207,3 +219,17 @@ def test_what_slurm_refuses_is_refused_before_anything_is_written(slurm: Cluster
         assert code == 2, output
         assert "Slurm refuses" in output
         assert not (tmp_path / "runs").exists()
+
+
+def test_two_machines_train_one_model_as_two_processes_of_this_machine_do(slurm: Cluster, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    processes = "launch.processes={finetune: 2}"
+    run, _ = run_here(pico_recipe(tmp_path, "s", "evaluate.tasks={}"), ["data", "seed", "train", "mix"])
+    shutil.copytree(run.path, tmp_path / "l")
+    for name, settings in {"s": ["launch.kind=slurm", "launch.nodes={finetune: 2}"], "l": []}.items():
+        code, output = btx("run", run.path / "recipe.yaml", f"run={tmp_path / name}", processes, *settings, "--until",
+                           "finetune", cwd=tmp_path)  # fmt: skip
+        assert code == 0, output
+    assert weights(tmp_path / "s") == weights(tmp_path / "l")
+    done = json.loads((tmp_path / "s" / "finetune" / "done.json").read_text())
+    assert done["processes"] == 2

@@ -96,13 +96,15 @@ class Metrics(TypedDict):
 
 
 class CheckpointState(TypedDict):
-    """state.json of a checkpoint."""
+    """state.json of a checkpoint, or of one process's part of it."""
 
     step: int
     marks: dict[str, str]
     sha256: Hashes
     device: NotRequired[str]
     metrics: NotRequired[Metrics]
+    together: NotRequired[str]
+    rows: NotRequired[dict[str, list[int]]]
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -140,6 +141,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Number of this process among those on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def say_no_more() -> None:
     """Let what is still printed go nowhere: its reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -148,14 +159,15 @@ def say_no_more() -> None:
 
 
 def end_with_parent() -> None:
-    """Ask this process to save and end when its parent is gone, so that a killed run leaves no jobs behind.
+    """Ask this process to save and end when its parent is gone, so that a killed run leaves no jobs behind. Where
+    multiprocessing has started it, that is the process that asked for it, which may not be the system's parent.
 
     Watching from a thread works on every system; Linux alone could ask the kernel.
     """
-    parent = os.getppid()
+    parent, starter = os.getppid(), multiprocessing.parent_process()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and (starter is None or starter.is_alive()):
             time.sleep(0.5)
         os.kill(os.getpid(), SAVE_AND_END)
 

@@ -157,6 +157,11 @@ def file_header(tensors: Mapping[str, OutputTensor | Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor's elements in order, (bytes,), where the tensor is; not copied if it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def _blocks(tensors: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, Tensor]]:
     """All blocks in order; the next ones are read and computed meanwhile."""
     waiting: deque[tuple[OutputTensor, int, Future[Tensor]]] = deque()

@@ -6,6 +6,7 @@ This is the one place where torch models are read; every stage gets its weights 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from btx.model_files.headers import FLOATS, Headers, check_unquantised, main_typ
 from btx.model_files.token_ids import read_object
 from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.models.configs import as_the_files_say, own_config, quiet_transformers, read_config
+from btx.models.sharded_saving import stream_model
+from btx.models.sharding import process_count, process_number
 from btx.models.whole import FAMILY_CLASSES, check_whole
 from btx.moe.layer import set_router, swap_in_moe
 from btx.process import quick_imports
@@ -140,7 +143,8 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a model folder that any engine reads, in the published layout, without btx.
+    """Write a model folder that any engine reads, in the published layout, without btx. Of several processes that share
+    the model all have to call it, and the first one writes what one process would write.
 
     Args:
         folder: an existing folder.
@@ -149,25 +153,44 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
         tokenizer: written when there is no `like`.
     """
     if like is None:
-        model.save_pretrained(folder)
+        _save_weights(model, folder, {}, None)
+    else:
+        headers = Headers(like)
+        types = {name: getattr(torch, FLOATS[entry.dtype]) for name, entry in headers.tensors.items()
+                 if entry.dtype in FLOATS}  # fmt: skip
+        main: torch.dtype = getattr(torch, main_type(headers))
+        _save_weights(model, folder, {name: types.get(name, main) for name in model.state_dict()}, headers.tensors)
+    if process_number() == 0:
+        _save_beside_weights(folder, like, tokenizer)
+
+
+def _save_weights(
+    model: PreTrainedModel, folder: Path, types: Mapping[str, torch.dtype], layout: Collection[str] | None
+) -> None:  # fmt: skip
+    """Weights, each in its type in `types` or else as it is, and what `save_pretrained` writes beside them."""
+    if process_count() > 1:
+        stream_model(model, folder, types, layout)
+        return
+    state: dict[str, torch.Tensor] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in model.state_dict().items():
+        # Tied weights stay one tensor, or transformers would write each of them.
+        same = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        state[name] = state[same] if same in state else tensor.to(types.get(name, tensor.dtype))
+    model.save_pretrained(folder, state_dict=state)
+
+
+def _save_beside_weights(folder: Path, like: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The rest of a model folder; arguments as `save_model`."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if like is None:
         save_tokenizer(tokenizer, folder)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
         rope = config.get("rope_parameters")
         if rope and "rope_theta" in rope:
             config = with_rope(config, rope)
         write_json(folder / "config.json", with_dtype(config, str(config.get("dtype") or "float32")))
         write_generation_config(folder, config)
         return
-    headers = Headers(like)
-    types = {name: FLOATS[entry.dtype] for name, entry in headers.tensors.items() if entry.dtype in FLOATS}
-    main = main_type(headers)
-    state: dict[str, torch.Tensor] = {}
-    first: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in model.state_dict().items():
-        # Tied weights stay one tensor, or transformers would write each of them.
-        same = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
-        state[name] = state[same] if same in state else tensor.to(getattr(torch, types.get(name, main)))
-    model.save_pretrained(folder, state_dict=state)
     copy_beside_weights(like, folder)
     declared = json.loads((folder / "config.json").read_text("utf-8"))
     if (true := as_the_files_say(declared, folder)) != declared:

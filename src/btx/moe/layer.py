@@ -221,7 +221,8 @@ def experts_run_in_training(model: nn.Module) -> float | None:
 def use_selection_bias(model: nn.Module) -> None:
     """Give every MoE layer a selection bias, zero at first; `btx.moe.balancing.move_selection_bias` moves it."""
     for block in moe_blocks(model):
-        block.selection_bias = block.gate.weight.new_zeros(block.num_experts, dtype=torch.float32)
+        device = None if block.gate.weight.is_meta else block.gate.weight.device  # weights of a skeleton come later
+        block.selection_bias = torch.zeros(block.num_experts, dtype=torch.float32, device=device)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
@@ -131,12 +131,30 @@ class Launch(Section):
     ray: Ray = Ray()
     """With `kind: ray`."""
 
+    @model_validator(mode="after")
+    def _machines_have_as_many_processes_each(self) -> Launch:
+        for kind in SharedKind.__args__:  # type: ignore[attr-defined]
+            count, nodes = self.processes_of(kind), self.nodes_of(kind)
+            if count % nodes:
+                raise ValueError(
+                    f"launch.nodes is {nodes} for {kind}, and its launch.processes, {count}, cannot be spread over as "
+                    f"many machines equally; launch.processes counts those of all machines: a multiple of {nodes}"
+                )
+            if nodes > 1 and self.kind == "local":
+                raise ValueError(
+                    f"launch.nodes is {nodes} for {kind}, and launch.kind: local has this machine alone; launch.nodes: "
+                    f"1, or a launcher that gives out machines (`btx ls launchers`)"
+                )
+        return self
+
     def processes_of(self, stage: str) -> int:
         """Processes that train the model of a stage together, over all nodes."""
         return _of_kind(self.processes, stage)
 
     def nodes_of(self, stage: str) -> int:
-        """Machines they are spread over."""
+        """Machines they are spread over; a number is for the stages that `processes`, where it names some, names."""
+        if isinstance(self.nodes, int) and isinstance(self.processes, dict) and self.processes_of(stage) == 1:
+            return 1
         return _of_kind(self.nodes, stage)
 
     def slurm_of(self, stage: str) -> SlurmJob:

@@ -21,6 +21,7 @@ from btx.model_files.hub import check_hub_name
 from btx.model_files.model_folder import check_model_folder
 from btx.model_files.token_ids import read_vocabulary
 from btx.model_files.vocabularies import check_ids, missing_packages
+from btx.planning.processes import check_processes
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.stages_of_recipe import task_files
@@ -32,7 +33,8 @@ def preflight(recipe: Recipe) -> None:
 
     Raises:
         DataError: a domain's or task's file is missing, or a line of a task's file is broken.
-        RecipeError: sequences are longer than what the seed model reads at once.
+        RecipeError: sequences are longer than what the seed model reads at once; or several processes cannot share a
+            training.
         CheckpointError: the seed model's folder is no model, of a family that cannot be mixed, or its tokenizer does
             not fit it.
         RunFolderError: the run folder lies where nothing can be written, or the disk is full.
@@ -46,6 +48,7 @@ def preflight(recipe: Recipe) -> None:
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
+    check_processes(recipe)
     _check_run_folder(run.path)
 
 

@@ -18,7 +18,7 @@ from btx.run_folder.jobs import Job, forget, job_of, jobs_of, log_of, note
 from btx.running.launchers import START, Launcher, Standing
 from btx.running.log_tail import LogTail
 
-DECIDES_NOTHING = {"name", "description", "launch", "sweep"}
+DECIDES_NOTHING = {"name", "description", "run", "launch", "sweep"}
 """Sections of a recipe that may change while jobs are under way."""
 ENDING_S = 0.1
 

@@ -18,12 +18,11 @@ from btx.mixing.mix import mix, soup
 from btx.mixing.settings import upcycling_settings
 from btx.models.configs import read_config
 from btx.models.device import device_and_type
-from btx.models.loading import load_model
 from btx.models.trainable import set_trainable
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.stages.training import train_moe, train_stage
+from btx.stages.training import start_model, train_moe, train_stage
 
 
 def make_baseline(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -71,9 +70,10 @@ def _train(run: RunFolder, stage: Stage, name: str, interrupts: Interrupts, log:
     phase = next(phase for phase in phases if phase.stage == stage.name)
     log(f"{stage.name}: {phase.settings.tokens:,} tokens, matched by {matched_by(recipe, name)}")
     if not kind.has_routers:
-        model = load_model(start)
+        model = start_model(start)
         set_trainable(model, "all")
-        train_stage(run, stage, model, phase.settings, phase.mixtures, interrupts, log, like=run.model("seed"))
+        train_stage(run, stage, model, phase.settings, phase.mixtures, interrupts, log, start=start,
+                    like=run.model("seed"))  # fmt: skip
         return
     train_moe(
         run, stage, start, phase.settings, phase.mixtures, interrupts, log, routing=routing_of(recipe, name),

@@ -51,7 +51,7 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     check_disk(run, model.config.to_dict())
-    train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, like=None)
+    train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, start=None, like=None)
 
 
 def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: bool = False) -> Path:

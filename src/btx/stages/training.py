@@ -6,7 +6,8 @@ hand on any machine that sees the run folder, in any order, and fails alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch
 
 from btx.choices.routers import RoutingRule
 from btx.data.samples import open_mixtures, unused_tokens
-from btx.errors import OutOfMemory
+from btx.errors import OutOfMemory, UserError
 from btx.files import atomic_folder
 from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
@@ -28,13 +29,15 @@ from btx.models.loading import (
     load_tokenizer,
     save_model,
 )
+from btx.models.sharded_loading import load_skeleton, read_weights
+from btx.models.sharding import largest, process_count, process_number, same_everywhere, shard
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.process import Interrupts, Log
 from btx.recipe.training import Finetune, Training
 from btx.run_folder.data_stages import TOKENIZER
-from btx.run_folder.folder import RunFolder
+from btx.run_folder.folder import Making, RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.threads import jobs_at_once, shares_processors
 from btx.system_errors import is_out_of_memory
@@ -43,6 +46,7 @@ from btx.training.loop import Totals, run_training
 from btx.training.memory import MemoryNeeds, may_freeze
 from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
 from btx.training.out_of_memory import memory_advice
+from btx.training.parallel import has_dropout, why_not_shared
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.state import StateFolder
 from btx.training.working_weights import give_back_frozen
@@ -71,7 +75,7 @@ def train_moe(
         routing: how the model routes, in training and as it is saved; may be another router than the start's.
         experts: names of its experts, for warnings.
     """
-    model = load_model(start)
+    model = start_model(start)
     if not moe_blocks(model):
         log(f"warning: {type(model).__name__} has routers of its own kind: no load balancing, no routing metrics")
     set_router(model, routing)
@@ -82,8 +86,17 @@ def train_moe(
     set_trainable(model, settings.trainable)
     return train_stage(
         run, stage, model, settings, mixtures, interrupts, log,
-        like=start, balancing=Balancing.of(settings), routing=routing, experts=experts,
+        start=start, like=start, balancing=Balancing.of(settings), routing=routing, experts=experts,
     )  # fmt: skip
+
+
+def start_model(folder: Path, *, whole: bool = False) -> PreTrainedModel:
+    """The model that a training starts from. On several processes its weights are read when they are shared out.
+
+    Args:
+        whole: every process reads all of them, for adapters need the weights that they go on.
+    """
+    return load_skeleton(folder) if process_count() > 1 and not whole else load_model(folder)
 
 
 def train_stage(
@@ -95,6 +108,7 @@ def train_stage(
     interrupts: Interrupts,
     log: Log,
     *,
+    start: Path | None,
     like: Path | None,
     balancing: Balancing | None = None,
     routing: RoutingRule | None = None,
@@ -104,16 +118,22 @@ def train_stage(
 
     Args:
         mixtures: domain → sampling weight; of several mixtures samples are taken in turn.
+        start: model folder that `start_model` gave the model of; None for a model from scratch.
         like: model folder whose config and tokenizer the result keeps; None for a model from scratch.
         balancing: losses on the routers of a MoE model; None: none.
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
     """
     folder = run.folder(stage.name)
+    refuse_what_is_not_shared(settings, run.recipe.data.sequence_length, model, routing)
     job, needs = _job_of(run, stage, model, settings, mixtures, log)
+    if process_count() > 1:
+        shard(model, device=job.device.type, in_bfloat16=job.in_bfloat16)
+        if any(parameter.is_meta for parameter in model.parameters()) and start is not None:
+            read_weights(model, start, job.device)
     job = replace(job, balancing=balancing or Balancing(), experts=experts)
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
-    with run.making(stage, log) as facts:
+    with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
         try:
             totals = run_training(job, interrupts, log)
@@ -126,23 +146,42 @@ def train_stage(
         if like is not None:
             give_back_frozen(model, like)
         merge_adapters(model)
-        with atomic_folder(folder / "model") as target:
+        leads = process_number() == 0
+        with atomic_folder(folder / "model") if leads else contextlib.nullcontext(folder) as target:
             save_model(model, target, like=like, tokenizer=tokenizer)
-            if routing is not None:
+            if routing is not None and leads:
                 change_router(target, routing)
         job.checkpoints.keep_only_last()
         cost = model_cost(model)
         facts |= {
             "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
             "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
-            "threads": torch.get_num_threads(), "device": str(job.device), "data": job.mixture.fingerprint,
-            "precision": "bfloat16" if job.in_bfloat16 else "float32",
-            "micro_batch_tokens": totals.micro_batch_tokens, "peak_memory_bytes": peak_memory_bytes(job.device),
-            "unused_tokens": unused,
+            "processes": process_count(), "threads": torch.get_num_threads(), "device": str(job.device),
+            "data": job.mixture.fingerprint, "precision": "bfloat16" if job.in_bfloat16 else "float32",
+            "micro_batch_tokens": totals.micro_batch_tokens,
+            "peak_memory_bytes": largest(peak_memory_bytes(job.device)), "unused_tokens": unused,
             **({"started_from": weights_fingerprint(like)} if like is not None else {}),
             **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
         }  # fmt: skip
     return totals
+
+
+@contextlib.contextmanager
+def _making(run: RunFolder, stage: Stage, log: Log) -> Iterator[Making]:
+    """`RunFolder.making`, by the first of several processes that train the stage's model."""
+    others = contextlib.nullcontext(Making(run.folder(stage.name)))
+    with run.making(stage, log) if process_number() == 0 else others as facts:
+        same_everywhere(None)  # the folder is there
+        yield facts
+
+
+def refuse_what_is_not_shared(
+    settings: Training, length: int, model: PreTrainedModel, routing: RoutingRule | None
+) -> None:
+    """Raise UserError if the processes that are here would not train what one would."""
+    dropout = has_dropout(model.config.to_dict())
+    if problem := why_not_shared(settings, length, process_count(), router=routing, has_dropout=dropout):
+        raise UserError(problem)
 
 
 def _job_of(

@@ -6,21 +6,24 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 from btx.outputs import check_outputs
-from btx.process import Interrupts, Log, quick_imports
+from btx.process import Interrupts, Log, processes_here, quick_imports, rank, world_size
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import trying
 from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
+from btx.stages.meeting import node_number
+from btx.stages.processes import is_shared, train_in_processes, trains_here
 
 ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
 
 
 def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log: Log) -> None:
-    """Run stages one after the other in this process; finished ones are skipped, stale ones made anew.
+    """Run stages one after the other in this process; finished ones are skipped, stale ones made anew. One whose model
+    several processes train starts these; where this is one of them already, it does its share.
 
     Args:
         names: stages; a group's name (data, train, baselines) stands for all in it.
@@ -29,38 +32,69 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
         UserError: no such stage, or a stage it needs is not finished.
     """
     for stage in run.graph.named(names, where=str(run.path)):
-        name = stage.name
-        with exclusive(run.path, name, patience_s=ENDING_S):
+        message = f"stopped after {stage.name}; run it again to continue"
+        if world_size() > 1:
+            from btx.stages.joined import joined  # and torch with it
+
+            with joined(run.recipe.device, interrupts, message):
+                _do(run, stage, interrupts, log if rank() == 0 else lambda line: None)
+            continue
+        if is_shared(run, stage):
+            train_in_processes(run, stage, interrupts, log)
+        elif node_number() == 0 or run.recipe.launch.nodes_of(stage.name) > 1:
+            _do(run, stage, interrupts, log)
+        interrupts.raise_if_pending(message)
+
+
+def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    """A stage in this process. Of several that share its model the first alone holds it and says what is so; the others
+    are there for its training only."""
+    name, leads, trains = stage.name, rank() == 0, trains_here(run, stage)
+    with contextlib.ExitStack() as held:
+        if leads:
+            held.enter_context(exclusive(run.path, name, patience_s=ENDING_S))
             clear_stumps_of(run, name, stage)
-            if run.state(stage) == "done" and name != "report":
+        if _as_the_first_says(leads and run.state(stage) == "done" and name != "report"):
+            if leads:
                 check_outputs(run.folder(name))
                 log(f"{name}: already done, skipped")
-                continue
+            return
+        if leads:
             run.check_needs(stage)  # for all stages, and before their modules import torch
-            # Training saves before it stops; what the other stages have not written yet is soon made again.
-            with trying(run, name), contextlib.nullcontext() if stage.trains else interrupts.at_once():
-                with quick_imports():
-                    if stage.trains and shares_processors(run.graph, stage):
-                        _use_threads(training_threads(run.graph))
-                    elif not stage.name.startswith("data/") and name != "report":
-                        use_all_processors()
-                    work = _work_of(stage)
-                work(run, stage, interrupts, log)
-            interrupts.raise_if_pending(f"stopped after {name}; run it again to continue")
+            held.enter_context(trying(run, name))
+        # Training saves before it stops; what the other stages have not written yet is soon made again.
+        held.enter_context(contextlib.nullcontext() if stage.trains else interrupts.at_once())
+        if trains or leads:
+            with quick_imports():
+                if stage.trains and shares_processors(run.graph, stage):
+                    _use_threads(training_threads(run.graph))
+                elif not name.startswith("data/") and name != "report":
+                    use_all_processors()
+                work = _work_of(stage)
+            work(run, stage, interrupts, log)
+        _as_the_first_says(None)
+
+
+def _as_the_first_says(value: Any) -> Any:
+    """What the first of several processes has, on all of them, as soon as it is there."""
+    if world_size() == 1:
+        return value
+    from btx.models.sharding import same_everywhere
+
+    return same_everywhere(value)
 
 
 def use_all_processors() -> None:
     """A stage that runs alone takes every processor, unless OMP_NUM_THREADS says otherwise."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(processors())
+    if "OMP_NUM_THREADS" not in os.environ or processes_here() > 1:
+        _use_threads(int(os.environ.get("OMP_NUM_THREADS") or processors()))
 
 
 def _use_threads(count: int) -> None:
+    """Of the job, shared by its processes on this machine."""
     import torch
 
-    torch.set_num_threads(count)
+    torch.set_num_threads(max(1, count // processes_here()))
 
 
 WORK = {

@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from btx.models.sharding import is_sharded, whole
 from btx.moe.dispatch import can_group
 from btx.moe.layer import MoE, moe_blocks
 from btx.system_errors import first_line, is_out_of_memory
@@ -85,6 +86,8 @@ def small_enough_for_graphs(job: TrainingJob, layers: int) -> bool:
     Activation checkpointing runs a layer in its backward pass, where no graph can be replayed."""
     settings = job.settings
     if job.device.type != "cuda" or settings.compile != "auto" or settings.gradient_checkpointing or not layers:
+        return False
+    if is_sharded(job.model):  # its weights are put together in memory that is another in every step
         return False
     tokens = samples_at_once(job) * job.mixture.sequence_length
     return job.flops_per_token * tokens / layers < GRAPHS_FLOPS
@@ -206,4 +209,4 @@ def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: 
 
 def _gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return nn.utils.get_total_norm(gradients).item()
+    return whole(nn.utils.get_total_norm(gradients)).item()

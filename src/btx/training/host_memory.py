@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from btx.model_files.shard_writer import tensor_bytes
 from btx.training.peak_memory import peak_memory_bytes
 
 BLOCK_BYTES = 2**27
@@ -57,11 +58,6 @@ class HostCopy:
                 torch.empty(min(BLOCK_BYTES, size - start), dtype=torch.uint8, pin_memory=pinned)
                 for start in range(0, size, BLOCK_BYTES)
             ]
-
-
-def tensor_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor's elements in order, (bytes,), where the tensor is; not copied if it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def fits_in_host_memory(size: int) -> bool:

@@ -38,6 +38,8 @@ class TrainingJob:
     """Losses on the routers, for MoE models."""
     experts: Sequence[str] = ()
     """Names of the experts, for warnings."""
+    drawn_at_once: tuple[int, int] = (0, 0)
+    """Random numbers that a micro-batch draws, where several processes share a step (`btx.training.random_state`)."""
     settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
     """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
     (`btx.training.micro_batch`); None: there is one."""

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from btx.errors import LossSpike
 from btx.models.device import precision_text
 from btx.models.packed import dense_mask_because
-from btx.process import Interrupts
+from btx.models.sharding import is_sharded, largest, process_count, shard
+from btx.process import Interrupted, Interrupts
 from btx.training.compiled import compiled_layers
 from btx.training.job import TrainingJob
 from btx.training.metrics import Metrics
@@ -22,7 +23,7 @@ from btx.training.optimizer import adamw, set_learning_rate, skips_on_device
 from btx.training.record import StepRecord
 from btx.training.schedule import learning_rate
 from btx.training.spikes import SpikeWatch
-from btx.training.step import Facts, launch_step, training_step
+from btx.training.step import Facts, launch_step, numbers_of_micro_batch, training_step
 from btx.training.working_weights import give_back_float32, hold_frozen_in_bfloat16
 
 
@@ -86,11 +87,13 @@ def run_training(
             set_learning_rate(optimizer, rate)
             record.launched(finished, rate, take(step))
             job.checkpoints.check()
-            if finished % settings.checkpoint_every == 0 or finished == total_steps or interrupts.pending:
+            ending = largest(interrupts.pending or 0)  # a signal may reach processes in different steps
+            if finished % settings.checkpoint_every == 0 or finished == total_steps or ending:
                 record.read()
                 job.checkpoints.save(finished, model, optimizer)
                 record.go_on()
-            interrupts.raise_if_pending(f"stopped after step {finished} of {total_steps}; run it again to continue")
+            stopped_after = f"stopped after step {finished} of {total_steps}; run it again to continue"
+            stop_if_asked(interrupts, ending, stopped_after)
     give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
@@ -105,7 +108,10 @@ def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, t
         The job with a number for `micro_batch_tokens: auto`; the optimiser; finished steps.
     """
     settings = job.settings
-    if job.in_bfloat16:
+    if process_count() > 1:
+        if not is_sharded(job.model):
+            shard(job.model, device=job.device.type, in_bfloat16=job.in_bfloat16)
+    elif job.in_bfloat16:
         hold_frozen_in_bfloat16(job.model)
     model = job.model.to(job.device).train()
     optimizer = adamw(model, settings)
@@ -114,8 +120,18 @@ def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, t
         log(f"resumed after step {done} of {settings.steps(job.mixture.sequence_length)}")
     if job.settled is not None:
         job = job.settled(job, optimizer, log)
+    if process_count() > 1:
+        job = replace(job, drawn_at_once=numbers_of_micro_batch(job, optimizer))
     log(f"precision: {precision_text(settings, job.device)}")
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.in_bfloat16):
         if (reason := dense_mask_because(model)) is not None and job.device.type == "cuda":
             log(f"attention reads packed rows with a mask over the whole row, not document by document: {reason}")
     return job, optimizer, done
+
+
+def stop_if_asked(interrupts: Interrupts, ending: int, message: str) -> None:
+    """Raise `Interrupted` if a signal came; of several processes in all of them, as they agreed on `ending`."""
+    if process_count() == 1:
+        interrupts.raise_if_pending(message)
+    elif ending:
+        raise Interrupted(message, ending)

@@ -1,23 +1,28 @@
-"""metrics.jsonl: one line an optimiser step."""
+"""metrics.jsonl: one line an optimiser step, written by the first of several processes."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import IO, Any
 
 from btx.files import writing
 from btx.metrics_file import read_metrics
+from btx.models.sharding import process_number, same_everywhere
 from btx.training.spikes import WINDOW
 
 
 class Metrics:
-    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first."""
+    """metrics.jsonl: one line a step. After a resume, lines of steps that are done again are dropped first. All of
+    several processes know what it holds."""
 
     def __init__(self, path: Path, done: int) -> None:
-        kept = [line for line in read_metrics(path, skip_broken=True) if line["step"] <= done]
-        self.path = path
+        writes = process_number() == 0
+        found = read_metrics(path, skip_broken=True) if writes else []
+        kept = same_everywhere([line for line in found if line["step"] <= done])
+        self.path = path if writes else Path(os.devnull)
         self.wall_s = 0.0
         self.last_loss = math.nan
         self.loads: list[list[list[float]]] = []
@@ -27,8 +32,8 @@ class Metrics:
         for line in kept:
             self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", math.nan)
             self.loads += [line["load"]] if "load" in line else []
-        with writing(path):
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        with writing(self.path):
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
     def open(self) -> IO[str]:
         """The file, for appending."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from btx.errors import RunFolderError
 from btx.models.device import in_bfloat16
+from btx.models.sharding import as_rows_of, local_rows, process_count, whole
 from btx.models.trainable import weight_parts
 from btx.recipe.training import Finetune, Training
 from btx.training.eight_bit import PARTS, adamw_8bit, from_parts, parts_of
@@ -23,13 +24,14 @@ def adamw(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
 
     Each group has a `factor`: the multiple of the learning rate that its part of a MoE model trains with. Where `model`
     is to train in bfloat16 its matrices become copies of float32 masters, which the optimiser moves: see
-    `btx.training.working_weights`.
+    `btx.training.working_weights`. Of a sharded model each process's float32 rows are the masters, and FSDP2 puts the
+    copies together (`btx.models.sharding`).
 
     Raises:
         UserError: `optimizer` is adamw_8bit and torchao is not installed.
     """
     device = next(model.parameters()).device
-    if copies := in_bfloat16(settings.precision, device):
+    if copies := in_bfloat16(settings.precision, device) and process_count() == 1:
         hold_in_bfloat16(model, masters=settings.weights == "float32", gradients=_gradient_type(settings))
     factors = settings.learning_rate_factors.model_dump() if isinstance(settings, Finetune) else {}
     parts = weight_parts(model)
@@ -77,7 +79,7 @@ def clip_gradients(model: nn.Module, largest: float, *, wait: bool = True) -> Te
             the device, and those are multiplied by 1.
     """
     trained = [p for p in map(master_of, model.parameters()) if p.grad is not None]
-    norm = _total_norm([p.grad for p in trained if p.grad is not None])
+    norm = whole(_total_norm([p.grad for p in trained if p.grad is not None]))
     if not (wait and norm.item() + 1e-6 <= largest):
         nn.utils.clip_grads_with_norm_(trained, largest, norm)
     return norm
@@ -116,7 +118,12 @@ def kept_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
         for name, parameter in trainable.items() for moment in MOMENTS if parameter in optimizer.state
         for part, tensor in parts_of(optimizer.state[parameter][moment]).items()
     }  # fmt: skip
-    return trainable | _selection_biases(model), moments
+    return kept_weights(model), moments
+
+
+def kept_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The first of them."""
+    return _trainable(model) | _selection_biases(model)
 
 
 def restore_tensors(
@@ -124,22 +131,25 @@ def restore_tensors(
 ) -> None:
     """Put back what `kept_tensors` gave.
 
+    Args:
+        weights, moments: of sharded ones the rows that this process holds.
+
     Raises:
         RunFolderError: they are other weights than those that train.
     """
     trainable = _trainable(model)
-    moved: dict[str, Tensor] = trainable | _selection_biases(model)
+    moved = kept_weights(model)
     if weights.keys() != moved.keys():
         raise RunFolderError("holds other weights than this stage trains; remove the stage's folder")
     with torch.no_grad():
         for name, tensor in moved.items():
-            tensor.copy_(weights[name])
+            local_rows(tensor).copy_(weights[name])
     refresh_copies(model)
     for name, parameter in trainable.items():
         kept = {moment: _parts(moments, moment, name) for moment in MOMENTS}
         optimizer.state[parameter] = {
             moment: _step(parts[""], optimizer, parameter) if moment == "step" else
-            from_parts(parts, parameter, signed=moment == "exp_avg")
+            as_rows_of(from_parts(parts, parameter, signed=moment == "exp_avg"), parameter)
             for moment, parts in kept.items() if parts
         }  # fmt: skip
 

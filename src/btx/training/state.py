@@ -1,4 +1,5 @@
-"""Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, each checked by SHA-256.
+"""Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, each checked by SHA-256. How they
+are laid out, and shared among several processes, is in `btx.training.checkpoint_parts`.
 
 A checkpoint holds the trainable weights (and selection biases of routers), AdamW's moments and the step. The step
 decides everything else: the data position is step · samples per step (`btx.data.mixture`), the learning rate is a
@@ -13,33 +14,47 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, file_sha256, read_json, remove_left_overs, write_sealed
-from btx.outputs import CheckpointState
-from btx.process import Log
+from btx.files import atomic_folder, remove_left_overs, write_sealed
+from btx.models.sharding import from_all, process_count, process_number, same_everywhere
+from btx.process import Log, processes_here
 from btx.training.background_writer import BackgroundWriter
+from btx.training.checkpoint_parts import (
+    MOMENTS,
+    PART,
+    STATE,
+    WEIGHTS,
+    JoinedFiles,
+    check_parts,
+    complete_in,
+    own_part,
+    part_folder,
+    step_name,
+)
 from btx.training.host_memory import HostCopy, fits_in_host_memory
-from btx.training.optimizer import kept_tensors, restore_tensors
+from btx.training.optimizer import kept_tensors, kept_weights, restore_tensors
 from btx.training.tensor_file import TensorFile
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
-STATE, METRICS = "state.json", "metrics.jsonl"
-WEIGHTS, MOMENTS = "weights.safetensors", "optimizer.safetensors"
+METRICS = "metrics.jsonl"
 LONG_WAIT_S = 1.0
 """Seconds that training waits for the checkpoint before without a word."""
 
 
 class StateFolder:
     """A stage's checkpoints in its folder state/; one of `btx.training.checkpoints.Checkpoints`.
+
+    Each of several processes has one and writes its own part of a checkpoint, without waiting for the others'. They
+    call `load` together, and `save` after the same steps. The first process alone removes checkpoints.
 
     Args:
         folder: the state/ folder.
@@ -58,6 +73,8 @@ class StateFolder:
         self._copies: dict[str, HostCopy] | None = None
         """File → memory for what will be in it; None until it is known to fit, empty if it does not."""
         self._waited = False
+        self._together = ""
+        """A word that the processes of this start share, and no other start's."""
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore the newest whole checkpoint; a damaged one is passed over, which is logged. 0 if there is none.
@@ -66,31 +83,69 @@ class StateFolder:
             RunFolderError: it has other marks, or there are checkpoints and none is whole.
         """
         passed_over: list[str] = []
-        for checkpoint in reversed(self._all()):
-            try:
-                state = _whole_state(checkpoint)
-            except RunFolderError as error:
-                passed_over.append(str(error))
-                self.log(f"a damaged checkpoint is passed over: {error}")
-                continue
-            if state["marks"] != self.marks:
-                differing = [key for key in self.marks if state["marks"].get(key) != self.marks[key]]
-                raise RunFolderError(
-                    f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
-                    f"Restore them, or remove {self.folder.parent} to train anew"
-                )
-            if (before := state.get("device", self.device)) != self.device:
-                self.log(f"resumed on {self.device} what was trained on {before}: from here on the result is not bit "
-                         f"for bit that of one device")  # fmt: skip
-            self._compare_metrics(state.get("metrics"))
-            _restore(checkpoint, model, optimizer)
-            return int(state["step"])
+        told = (self._complete(), uuid.uuid4().hex) if process_number() == 0 else None
+        complete, self._together = same_everywhere(told)
+        for name, count in complete:
+            states, problem = self._checked(name, count)
+            if problem is None:
+                return self._restore(self.folder / name, states, model, optimizer)
+            passed_over.append(problem)
+            self.log(f"a damaged checkpoint is passed over: {problem}")
         if passed_over:
             raise RunFolderError(
                 f"{self.folder}: no checkpoint is whole: {'; '.join(passed_over)}. Restore one from a copy, or remove "
                 f"{self.folder.parent} to train anew"
             )
         return 0
+
+    def _complete(self) -> list[tuple[str, int]]:
+        """Checkpoints of which no part is missing, and their numbers of parts, newest first. What a training has left
+        that died while it wrote others is removed, unless it is still writing."""
+        complete = {checkpoint: complete_in(checkpoint) for checkpoint in reversed(self._all())}
+        for checkpoint in [checkpoint for checkpoint, counts in complete.items() if not counts]:
+            remove_left_overs(checkpoint, PART.pattern)
+            if not list(checkpoint.glob(".*")):
+                self.log(f"{checkpoint}: not every process has written its part before the training died: it does not "
+                         f"count and is removed")  # fmt: skip
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        return [(checkpoint.name, count) for checkpoint, counts in complete.items() for count in counts]
+
+    def _checked(self, name: str, count: int) -> tuple[list[dict[str, Any]], str | None]:
+        """state.json of a checkpoint's parts, and what is wrong with one, on whichever process that was found."""
+        states, problem = [], None
+        try:
+            states = check_parts(self.folder / name, count)
+        except RunFolderError as error:
+            problem = str(error)
+        return states, next((problem for problem in from_all(problem) if problem is not None), None)
+
+    def _restore(
+        self, checkpoint: Path, states: list[dict[str, Any]], model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> int:  # fmt: skip
+        """Restore a whole checkpoint; returns its step."""
+        state = states[0]
+        if state["marks"] != self.marks:
+            differing = [key for key in self.marks if state["marks"].get(key) != self.marks[key]]
+            raise RunFolderError(
+                f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
+                f"Restore them, or remove {self.folder.parent} to train anew"
+            )
+        if (before := state.get("device", self.device)) != self.device:
+            self.log(f"resumed on {self.device} what was trained on {before}: from here on the result is not bit "
+                     f"for bit that of one device")  # fmt: skip
+        self._compare_metrics(state.get("metrics"))
+        like = kept_weights(model)
+        folders = [part_folder(checkpoint, number, len(states)) for number in range(len(states))]
+        rows = [state.get("rows", {}) for state in states]
+        weights, moments = (
+            JoinedFiles([(folder / file, own) for folder, own in zip(folders, rows, strict=True)], like)
+            for file in (WEIGHTS, MOMENTS)
+        )  # fmt: skip
+        try:
+            restore_tensors(model, optimizer, weights, moments)
+        except RunFolderError as error:
+            raise RunFolderError(f"{checkpoint}: {error}") from error
+        return int(state["step"])
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state after `step` finished optimiser steps and let a thread write it as a checkpoint, then remove
@@ -101,14 +156,17 @@ class StateFolder:
             RunFolderError: the checkpoint before could not be written; the one before that is untouched.
         """
         self._wait_for_the_one_before()
-        weights, moments = kept_tensors(model, optimizer)
-        files = {WEIGHTS: weights, MOMENTS: moments}
+        weights, moments = map(own_part, kept_tensors(model, optimizer))
+        files = {WEIGHTS: weights.tensors, MOMENTS: moments.tensors}
         if self._copies is None:
             self._copies = self._room_for(files)
         contents = {file: TensorFile.of(tensors, self._copies.get(file)) for file, tensors in files.items()}
         metrics = self.folder.parent / METRICS
         metrics_bytes = metrics.stat().st_size if metrics.exists() else 0
-        self._writer.start(partial(self._write, step, contents, metrics_bytes))
+        number, count = process_number(), process_count()
+        part = part_folder(self.folder / step_name(step), number, count)
+        facts = {"together": self._together, "rows": weights.rows | moments.rows} if count > 1 else {}
+        self._writer.start(partial(self._write, step, part, contents, None if number else metrics_bytes, facts))
         if not self._copies:
             self._writer.wait()
 
@@ -133,32 +191,38 @@ class StateFolder:
     def _room_for(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, HostCopy]:
         """Memory for a copy of each file's tensors; empty if it does not fit, which is said."""
         size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-        if fits_in_host_memory(size):
+        if fits_in_host_memory(size * processes_here()):
             return {file: HostCopy() for file in files}
         self.log(f"memory has no room for a copy of what a checkpoint holds ({size / 1e9:.1f} GB): training stands "
                  f"still while one is written")  # fmt: skip
         return {}
 
-    def _write(self, step: int, contents: Mapping[str, TensorFile], metrics_bytes: int) -> None:
-        """Write a checkpoint and remove all but the last two; its files are hashed as they are written."""
-        with atomic_folder(self.folder / _name(step)) as target:
+    def _write(
+        self, step: int, part: Path, contents: Mapping[str, TensorFile], metrics_bytes: int | None,
+        facts: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Write this process's part; its files are hashed as they are written. The first process, which alone has
+        metrics, then removes all but the last two checkpoints."""
+        with atomic_folder(part) as target:
             sha256 = {file: content.write(target / file) for file, content in contents.items()}
+            metrics = {"metrics": self._metrics(metrics_bytes)} if metrics_bytes is not None else {}
             write_sealed(target / STATE, {
-                "step": step, "marks": self.marks, "device": self.device, "sha256": sha256,
-                "metrics": self._metrics(metrics_bytes),
+                "step": step, "marks": self.marks, "device": self.device, "sha256": sha256, **metrics, **facts
             })  # fmt: skip
-        self._remove_all_but(KEPT)
+        if metrics_bytes is not None:
+            self._remove_all_but(KEPT)
 
     def last(self) -> str:
-        """Path of the newest checkpoint, once it is written; raises as `close`."""
+        """Path of the newest checkpoint that is complete, once this process's part is written; raises as `close`."""
         self._writer.wait()
-        found = self._all()
-        return str(found[-1]) if found else "none yet"
+        complete = [checkpoint for checkpoint in self._all() if complete_in(checkpoint)]
+        return str(complete[-1]) if complete else "none yet"
 
     def keep_only_last(self) -> None:
-        """Remove all checkpoints but the newest, once it is written; raises as `close`."""
+        """Remove all checkpoints but the newest, once this process's part is written; raises as `close`."""
         self.close()
-        self._remove_all_but(1)
+        if process_number() == 0:
+            self._remove_all_but(1)
 
     def _metrics(self, size: int | None = None) -> dict[str, Any]:
         """What metrics.jsonl holds, up to `size` bytes: seconds and loss of a resumed training go on from there."""
@@ -177,34 +241,9 @@ class StateFolder:
         return sorted(self.folder.glob("step-*"))
 
     def _remove_all_but(self, newest: int) -> None:
-        for old in self._all()[:-newest]:
-            shutil.rmtree(old)
+        """Remove what is older than the `newest` complete checkpoints; others may still be writing younger ones."""
+        complete = [checkpoint for checkpoint in self._all() if complete_in(checkpoint)]
+        for oldest in complete[-newest:][:1]:
+            for old in [checkpoint for checkpoint in self._all() if checkpoint < oldest]:
+                shutil.rmtree(old)
         remove_left_overs(self.folder, r"step-\d+")
-
-
-def _whole_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are all as they were written; raises RunFolderError if one is not."""
-    path = checkpoint / STATE
-    state: dict[str, Any] | None = read_json(path, CheckpointState)
-    if state is None:
-        raise RunFolderError(f"{path}: there is no such file")
-    if checkpoint.name != _name(state["step"]):
-        raise RunFolderError(f"{path}: it is of step {state['step']}")
-    for name, sha256 in state["sha256"].items():
-        if not (checkpoint / name).is_file():
-            raise RunFolderError(f"{checkpoint / name}: there is no such file")
-        if file_sha256(checkpoint / name) != sha256:
-            raise RunFolderError(f"{checkpoint / name}: its bytes are others than those that were written")
-    return state
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    weights, moments = (load_file(checkpoint / name) for name in (WEIGHTS, MOMENTS))
-    try:
-        restore_tensors(model, optimizer, weights, moments)
-    except RunFolderError as error:
-        raise RunFolderError(f"{checkpoint}: {error}") from error

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from btx.data.mixture import NO_LABEL
 from btx.errors import LossSpike, NotFinite
+from btx.models.sharding import added_up, as_forward, process_count, process_number
 from btx.moe.balancing import RoutingLoss, move_selection_bias
 from btx.moe.layer import at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
 from btx.training.job import TrainingJob
 from btx.training.losses import next_token_loss
 from btx.training.optimizer import clip_gradients, step_unless
+from btx.training.parallel import own_samples
+from btx.training.random_state import leave_out, numbers_drawn, seed_step
 from btx.training.readings import Readings
 from btx.training.spikes import SpikeWatch, spike_text
 
@@ -30,16 +34,30 @@ Facts = dict[str, Any]
 
 @dataclass
 class Accumulated:
-    """What the micro-batches of a step have left besides gradients; on the device."""
+    """What the micro-batches of a step on this process have left besides gradients; on the device."""
 
     loss: Tensor
-    """Mean next-token loss, nats."""
+    """Their part of the mean next-token loss, nats."""
     routing_loss: RoutingLoss
     meter: RoutingMeter
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Of all processes, after `add_up`: the loss, and what the routers did."""
+
+    def add_up(self) -> None:
+        """Put the parts of all processes together."""
+        own = {"loss": self.loss} | self.routing_loss.values() | self.meter.values()
+        if process_count() == 1:
+            self.values = own
+            return
+        if "load_balancing" in own:
+            own["load_balancing"] = own["load_balancing"] / process_count()
+        flat = added_up(torch.cat([value.flatten() for value in own.values()]))
+        parts = flat.split([value.numel() for value in own.values()])
+        self.values = {name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)}
 
     def readings(self, grad_norm: Tensor) -> Readings:
         """All values on their way to the host."""
-        return Readings({"loss": self.loss, "grad_norm": grad_norm} | self.routing_loss.values() | self.meter.values())
+        return Readings({"grad_norm": grad_norm} | self.values)
 
     def routing_facts(self, values: dict[str, Tensor]) -> Facts:
         """What the routers did."""
@@ -60,7 +78,7 @@ def training_step(
         NotFinite: the loss or gradient is NaN or infinite; the weights were not updated.
         LossSpike: it is a spike and `on_spike` is stop; the weights were not updated.
     """
-    done = accumulate_gradients(job, step, range(step * samples_per_step, (step + 1) * samples_per_step))
+    done = step_gradients(job, step, samples_per_step)
     norm = clip_gradients(job.model, job.settings.clip)
     values = done.readings(norm).wait()
     facts = judged(job, step, values, spikes)
@@ -84,9 +102,9 @@ def launch_step(
             while it is 1 no step moves weights, moments or selection biases: so those launched before the bad one was
             read leave everything as it was before it.
     """
-    done = accumulate_gradients(job, step, range(step * samples_per_step, (step + 1) * samples_per_step))
+    done = step_gradients(job, step, samples_per_step)
     norm = clip_gradients(job.model, job.settings.clip, wait=False)
-    stopped.logical_or_(~(done.loss.isfinite() & norm.isfinite()))
+    stopped.logical_or_(~(done.values["loss"].isfinite() & norm.isfinite()))
     step_unless(optimizer, stopped)
     if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
         move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias * (1 - stopped))
@@ -105,28 +123,63 @@ def samples_at_once(job: TrainingJob) -> int:
     return job.settings.micro_batch(job.mixture.sequence_length) // job.mixture.sequence_length
 
 
-def accumulate_gradients(job: TrainingJob, step: int, samples: range) -> Accumulated:
-    """Forward and backward of a step over all its samples, in micro-batches."""
-    model, count, micro = job.model, len(samples), samples_at_once(job)
-    # The random state of a step depends on nothing but its number: resuming needs no saved generator.
-    torch.manual_seed((job.rng_seed << 32) + step)
+def step_gradients(job: TrainingJob, step: int, count: int) -> Accumulated:
+    """Forward and backward of a step's `count` samples, on this process those of its own micro-batches; gradients and
+    values are of all."""
+    first = step * count
+    if process_count() == 1:
+        done = accumulate_gradients(job, step, range(first, first + count))
+    else:
+        micro = samples_at_once(job)
+        own = own_samples(count, micro, process_count(), process_number())
+        samples = range(first + own.start, first + own.stop)
+        done = accumulate_gradients(job, step, samples, of=count, before=own.start // micro)
+    done.meter.tokens = count * job.mixture.sequence_length
+    done.add_up()
+    return done
+
+
+def numbers_of_micro_batch(job: TrainingJob, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Random numbers that a micro-batch draws, found by computing one whose gradients are thrown away."""
+    accumulate_gradients(job, 0, range(samples_at_once(job)))
+    optimizer.zero_grad(set_to_none=True)
+    return numbers_drawn(job.device)
+
+
+def accumulate_gradients(
+    job: TrainingJob, step: int, samples: range, *, of: int | None = None, before: int = 0
+) -> Accumulated:
+    """Forward and backward of samples of a step, in micro-batches.
+
+    Args:
+        of: samples of the whole step, if these are not all.
+        before: micro-batches of the step before these, on other processes: their random numbers are left out.
+    """
+    model, micro, count = job.model, samples_at_once(job), of or len(samples)
+    seed_step(job.rng_seed, step)
+    if before:
+        leave_out(before, job.drawn_at_once, job.device)
     at_step(model, step)
-    batch = job.mixture.batch(samples.start, count)
-    scored = int((batch.labels != NO_LABEL).sum())
+    batch = job.mixture.batch(samples.start, len(samples))
+    scored: int | Tensor = int((batch.labels != NO_LABEL).sum())
+    if process_count() > 1:
+        scored = added_up(torch.tensor(scored, device=job.device))
     done = Accumulated(torch.zeros((), device=job.device), RoutingLoss(job.balancing), RoutingMeter())
-    for start in range(0, count, micro):
+    for start in range(0, len(samples), micro):
         rows = slice(start, start + micro)
         input_ids, position_ids, labels = (
             torch.from_numpy(values[rows]) for values in (batch.input_ids, batch.position_ids, batch.labels)
         )
-        share = len(input_ids) / count
+        share = len(input_ids) * process_count() / count  # of what this process computes
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.in_bfloat16):
-            micro_loss = next_token_loss(model, input_ids, position_ids, labels) / scored
+            total = as_forward(model, partial(next_token_loss, model, input_ids, position_ids, labels))
+            micro_loss = total / scored
             done.loss += micro_loss.detach()
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
         if routings:
             # Packed sequences hold no padding to mask.
-            micro_loss = micro_loss + done.routing_loss.add(routings, share)
+            balance = done.routing_loss.add(routings, share)
+            micro_loss = micro_loss + (balance if process_count() == 1 else balance / process_count())
             done.meter.add(routings)
         with routing_unchanged(model):
             micro_loss.backward()

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from btx.model_files.direct_file import BUFFER_BYTES, DirectFile
-from btx.model_files.shard_writer import file_header
-from btx.training.host_memory import HostCopy, tensor_bytes
+from btx.model_files.shard_writer import file_header, tensor_bytes
+from btx.training.host_memory import HostCopy
 
 
 @dataclass(frozen=True)

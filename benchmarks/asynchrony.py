@@ -3,14 +3,15 @@
     python benchmarks/asynchrony.py [--seconds 60] [--rounds 3] [--experts 1 2 4] [--jobs 1 2] [--output FILE]
 
 Each measurement is a whole `btx run --until train` over data and a seed model that are there, its experts trained by
-jobs in processes of their own (launch.kind: local), one thread each, equally long. Two figures:
+jobs in processes of their own (launch.kind: local), one thread each, equally long. Three figures:
 
 - `ratio`: from the first expert's start to the last one's end, over ceil(N / P) times the same with one expert alone.
   It holds the machine's own share too: cores that share their memory or are busy elsewhere. Rounds take turns; medians.
+- `ratio_here`: the same over ceil(N / P) times the mean of these very experts: for machines that are busy elsewhere.
 - `waste`: the time in which a place was free though an expert waited for it, and the time until the last one's end
   was seen, over the whole: what btx itself adds. It is as good on a busy machine.
 
-With --fail one expert fails at its start; the others' times must be what they are without it.
+With --fail one expert more is killed at its start; it takes no time, and the others' must be what it is without it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def write_recipe(folder: Path, experts: int) -> Path:
         },
         "train": {"domains": names[1:], "tokens": BATCH, "learning_rate": 1e-3,
                   **training},
-        "finetune": {"tokens": BATCH, "learning_rate": 1e-3, **training},
+        "finetune": {"tokens": BATCH * 4, "learning_rate": 1e-3, **training},
         "launch": {"threads": 1},
     }  # fmt: skip
     (path := folder / "recipe.yaml").write_text(json.dumps(recipe), "utf-8")
@@ -125,7 +126,7 @@ def figures(clock: Clock, jobs: int) -> dict[str, Any]:
     whole = max(ended.values()) - min(begun.values())
     return {
         "whole_s": round(whole, 2),
-        "experts_s": [round(ended[name] - begun[name], 2) for name in begun],
+        "experts_s": [round(ended[name] - begun[name], 2) for name in begun if name != TimedLauncher.failing],
         "gaps_s": [round(gap, 3) for gap in gaps],
         "waste": round((sum(gaps) / jobs + clock.ended["seen"] - max(ended.values())) / whole, 4),
     }
@@ -158,13 +159,15 @@ def main() -> None:
                 clock = train(recipe, prepared, experts + (failing is not None), jobs, tokens, failing)
                 row = {"jobs": jobs, "experts": experts} | figures(clock, jobs)
                 alone = alone or row["whole_s"]
-                row["ratio"] = round(row["whole_s"] / alone / math.ceil(experts / jobs), 4)
+                turns = math.ceil(experts / jobs)
+                row["ratio"] = round(row["whole_s"] / alone / turns, 4)
+                row["ratio_here"] = round(row["whole_s"] / statistics.mean(row["experts_s"]) / turns, 4)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     summary = [
         {"jobs": jobs, "experts": experts, "rounds": options.rounds, "failed_one": options.fail}
         | {figure: statistics.median(row[figure] for row in rows if (row["jobs"], row["experts"]) == (jobs, experts))
-           for figure in ("whole_s", "ratio", "waste")}
+           for figure in ("whole_s", "ratio", "ratio_here", "waste")}
         for jobs, experts in cases
     ]  # fmt: skip
     print(json.dumps(summary, indent=1))

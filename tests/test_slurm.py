@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -218,3 +219,17 @@ def test_what_slurm_refuses_is_refused_before_anything_is_written(slurm: Cluster
         assert code == 2, output
         assert "Slurm refuses" in output
         assert not (tmp_path / "runs").exists()
+
+
+def test_two_machines_train_one_model_as_two_processes_of_this_machine_do(slurm: Cluster, tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    processes = "launch.processes={finetune: 2}"
+    run, _ = run_here(pico_recipe(tmp_path, "s", "evaluate.tasks={}"), ["data", "seed", "train", "mix"])
+    shutil.copytree(run.path, tmp_path / "l")
+    for name, settings in {"s": ["launch.kind=slurm", "launch.nodes={finetune: 2}"], "l": []}.items():
+        code, output = btx("run", run.path / "recipe.yaml", f"run={tmp_path / name}", processes, *settings, "--until",
+                           "finetune", cwd=tmp_path)  # fmt: skip
+        assert code == 0, output
+    assert weights(tmp_path / "s") == weights(tmp_path / "l")
+    done = json.loads((tmp_path / "s" / "finetune" / "done.json").read_text())
+    assert done["processes"] == 2

@@ -57,8 +57,10 @@ def run(
     preflight(recipe)
     check_packages(recipe)
     path = Path(recipe.run_folder)
-    wanted = _wanted(RunFolder(path, recipe), until)  # refused before anything is written
-    START[recipe.launch.kind](recipe.launch).check(path, [[stage.name for stage in job] for job in wanted])
+    before = RunFolder(path, recipe)
+    left = [job for job in _wanted(before, until) if not _is_done(before, job)]  # refused before anything is written
+    if left:
+        START[recipe.launch.kind](recipe.launch).check(path, [[stage.name for stage in job] for job in left])
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     interrupts = Interrupts().listen()
     try:
@@ -122,7 +124,7 @@ class _Pipeline:
 
     def run(self, jobs: Sequence[tuple[Stage, ...]]) -> None:
         self._announce(jobs)
-        waiting = [job for job in self._not_under_way(jobs) if not self._is_done(job)]
+        waiting = [job for job in self._not_under_way(jobs) if not _is_done(self.run_folder, job)]
         left: list[str] = []
         try:
             while waiting or self.under_way.running:
@@ -180,9 +182,6 @@ class _Pipeline:
                 elif state == "begun":
                     self.display.say(f"{stage.name}: begun, will be continued")
 
-    def _is_done(self, job: tuple[Stage, ...]) -> bool:
-        return all(self.run_folder.state(stage) == "done" or not self.run_folder.is_needed(stage) for stage in job)
-
     def _ready(self, waiting: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
         """Jobs whose needs are met, up to `jobs_at_once` at a time; all where a queue can hold them until then.
 
@@ -215,7 +214,7 @@ class _Pipeline:
         self.compared = True
         if is_of_earlier_version(self.run_folder) and not self.failures:
             carry_over(self.run_folder, self.display.say)
-            waiting[:] = [job for job in waiting if not self._is_done(job)]
+            waiting[:] = [job for job in waiting if not _is_done(self.run_folder, job)]
 
     def _why_waiting(self, job: tuple[Stage, ...]) -> str:
         """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
@@ -278,14 +277,14 @@ class _Pipeline:
         if standing.exit_code not in (0, None) or not self.under_way.launcher_of(running.job.launcher).goes_on:
             return True
         running.ended = running.ended or time.monotonic()
-        return self._is_done(running.stages) or time.monotonic() - running.ended > SETTLING_S
+        return _is_done(self.run_folder, running.stages) or time.monotonic() - running.ended > SETTLING_S
 
     def _end(self, running: Running, standing: Standing) -> bool:
         """A job has ended: note if it failed; True if it has to be done again."""
         was_cancelled = running.job.cancelled
         is_cancelled = self.under_way.let_go(running).cancelled
         self.run_folder.event("end", job=running.name, exit_code=standing.exit_code)
-        if self._is_done(running.stages) or self.interrupts.pending is not None:
+        if _is_done(self.run_folder, running.stages) or self.interrupts.pending is not None:
             return False
         if was_cancelled:  # before this `btx run`, which only waited for it to save
             return True
@@ -332,6 +331,10 @@ class _Pipeline:
             return (f"stopped watching; {', '.join(left)} go on. `btx run {path}` watches again, `btx cancel {path}` "
                     f"ends them")  # fmt: skip
         return f"stopped; `btx run {path}` continues"
+
+
+def _is_done(run: RunFolder, job: tuple[Stage, ...]) -> bool:
+    return all(run.state(stage) == "done" or not run.is_needed(stage) for stage in job)
 
 
 def _prepares(job: tuple[Stage, ...]) -> bool:

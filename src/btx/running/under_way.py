@@ -20,7 +20,7 @@ from btx.running.launchers import START, Launcher, Standing
 from btx.running.log_tail import LogTail
 from btx.running.silence import Silence
 
-DECIDES_NOTHING = {"name", "description", "launch", "sweep"}
+DECIDES_NOTHING = {"name", "description", "run", "launch", "sweep"}
 """Sections of a recipe that may change while jobs are under way."""
 ENDING_S = 0.1
 

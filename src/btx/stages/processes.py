@@ -230,10 +230,11 @@ def _process(
     is reported in a file."""
     end_with_parent()
     interrupts = Interrupts().listen()
+    outcome = None
     try:
         run_stages(RunFolder.open(Path(folder)), [stage], interrupts, interrupts.tell)
     except Interrupted as stopped:
-        return str(stopped), stopped.exit_code - 128
+        outcome = str(stopped), stopped.exit_code - 128
     except BaseException as error:
         known, lost = told(error) if isinstance(error, Exception) else None, is_lost(error)
         if known is None and not lost:
@@ -246,7 +247,16 @@ def _process(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(known.exit_code if known is not None else 1)  # others may be gone: nothing here may wait for them
-    return None
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+    return outcome
+
+
+def _end_with_starter() -> None:
+    """The launcher's part of this process waits until the launcher has read what it hands back: for ever, if that is
+    gone."""
+    if (starter := multiprocessing.parent_process()) is not None:
+        starter.join()
+        os._exit(0)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -192,11 +192,26 @@ class _Pipeline:
         waiting = self.failures.hold_back(waiting)
         if self.under_way.launcher.takes_waiting:
             is_settled = self.compared or not is_of_earlier_version(self.run_folder)
-            return [job for job in waiting if is_settled or job in preparing]
+            return self._can_be_handed_over([job for job in waiting if is_settled or job in preparing])
         ready = [job for job in waiting if (not preparing or job in preparing) and not self._missing(job)]
         if self.under_way.launcher.goes_on:  # a cluster has as many at once as it has room for
             return ready
         return ready[: max(0, (processors() if preparing else self.at_once) - len(self.under_way.running))]
+
+    def _can_be_handed_over(self, jobs: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
+        """Jobs all of whose needs are done or with the same launcher, so that it can let them wait."""
+        kind, with_it, elsewhere = self.run_folder.recipe.launch.kind, set[str](), []
+        for running in self.under_way.running:
+            if running.job.launcher == kind:
+                with_it |= {stage.name for stage in running.stages}
+            else:
+                elsewhere.append(running.stages)
+        ready = []
+        for job in jobs:
+            if self._missing(job).keys() <= with_it and (_prepares(job) or not any(map(_prepares, elsewhere))):
+                ready.append(job)
+                with_it |= {stage.name for stage in job}
+        return ready
 
     def _missing(self, job: Sequence[Stage]) -> dict[str, Stage]:
         """What a job needs that is not done."""

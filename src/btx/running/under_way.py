@@ -9,12 +9,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from btx.errors import UserError
+from btx.errors import RunFolderError, UserError
 from btx.files import value_hash
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.run_folder.jobs import Job, forget, job_of, jobs_of, log_of, note
+from btx.run_folder.jobs import JOBS, Job, forget, job_of, jobs_of, log_of, note
 from btx.run_folder.manifest import now
 from btx.running.launchers import START, Launcher, Standing
 from btx.running.log_tail import LogTail
@@ -69,6 +69,8 @@ class UnderWay:
 
     def launcher_of(self, kind: str) -> Launcher:
         """The launcher of a job that is under way."""
+        if kind not in START:
+            raise RunFolderError(f"{self.run.path / JOBS}: submitted by {kind!r}, which this version does not know")
         if kind not in self._launchers:
             self._launchers[kind] = START[kind](self.run.recipe.launch)
         return self._launchers[kind]

@@ -92,6 +92,6 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--trainable", default="all_but_experts", help="finetune.trainable")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     for name in [given.recipe] if given.recipe else RECIPES:
         print(json.dumps(tried(name, given.layers, [f"finetune.trainable={given.trainable}", *given.overrides])))

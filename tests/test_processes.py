@@ -10,9 +10,9 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from btx.moe.balancing import Balancing
 from btx.moe.layer import moe_blocks, set_router, swap_in_moe, use_selection_bias
 from btx.process import Interrupted, Interrupts
 from btx.recipe.training import Finetune
+from btx.training import compiled
 from btx.training.checkpoints import NoCheckpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
@@ -50,7 +51,7 @@ class Counted:
     """Sample g is a function of g alone, as in a mixture; documents restart within it."""
 
     sequence_length = LENGTH
-    fingerprint = "counted"
+    fingerprint = "0123456789abcdef" * 4
 
     def batch(self, start: int, count: int) -> Batch:
         ids = np.stack([np.random.default_rng(g).integers(0, 64, LENGTH + 1) for g in range(start, start + count)])
@@ -99,8 +100,9 @@ CASES = {
 }
 
 
-FOUR = ("dense", "tied", "feed-forward only", "lora", "shared micro-batches", "top_k", "switch", "sample_top1", "soft",
-        "frozen experts", "selection bias", "gradient checkpointing", "switching", "global batch", "float64")  # fmt: skip
+FOUR = ("dense", "tied", "feed-forward only", "lora", "shared micro-batches", "top_k", "switch", "sample_top1",
+        "soft", "frozen experts", "selection bias", "gradient checkpointing", "switching", "global batch",
+        "float64")  # fmt: skip
 """Cases that four processes do too."""
 
 
@@ -135,7 +137,7 @@ def job_of(case: Case, folder: Path) -> TrainingJob:
         set_trainable(model, case.trainable)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    mixture = Switching(Counted(), case.switching, 3) if case.switching else Counted()
+    mixture = Switching(cast(Any, Counted()), case.switching) if case.switching else Counted()
     return TrainingJob(
         model=model, mixture=mixture, settings=settings, folder=folder, checkpoints=Kept(), flops_per_token=1.0,
         rng_seed=5, balancing=Balancing.of(settings) if moe_blocks(model) else Balancing(),
@@ -178,7 +180,9 @@ class Disturbed(Counted):
         return super().batch(start, count)
 
 
-def disturbed(folder: Path, case: Case, read_later: bool, happens: Callable[[nn.Module, Interrupts], None]) -> list[Any]:
+def disturbed(
+    folder: Path, case: Case, read_later: bool, happens: Callable[[nn.Module, Interrupts], None]
+) -> list[Any]:
     """How a training ends in which something happens to the second process in the third step."""
     folder.mkdir(parents=True, exist_ok=True)
     job, interrupts = job_of(case, folder), Interrupts()
@@ -250,12 +254,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 def test_several_processes_train_what_one_does(ranks: Path, alone: Any, name: str, count: int) -> None:
     one, several = alone(name), torch.load(ranks / f"{count}-{name}.pt", weights_only=True)
     loss_near, weights_near = CASES[name].near
-    exact = loss_near == 0 or CASES[name].dtype == torch.float64
+    exact = CASES[name].dtype == torch.float64
     assert [line["step"] for line in several["lines"]] == list(range(1, STEPS + 1))
     for line, wanted in zip(several["lines"], one["lines"], strict=True):
         assert line.keys() == wanted.keys()
         assert abs(line["loss"] - wanted["loss"]) <= loss_near
-        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-12 if exact else max(1e-5, loss_near * 30))
+        assert line["grad_norm"] == pytest.approx(
+            wanted["grad_norm"], rel=1e-12 if exact else max(1e-5, loss_near * 30)
+        )
         for fact in line.keys() & {"load", "dropped", "dead", "tokens", "flops"}:
             assert line[fact] == wanted[fact]
         for fact in line.keys() & {"router_entropy", "load_balancing"}:

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def btx(*arguments: str) -> None:
 
     sys.argv = ["btx", *arguments]
     main()
+
+
+def btx_with_quick_ranks(*arguments: str) -> None:
+    """The command line, in a process that was forked here; processes it starts itself are forked from the same one."""
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    btx(*arguments)
 
 
 def run_with_forked_jobs(*arguments: str) -> None:

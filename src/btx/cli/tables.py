@@ -137,6 +137,7 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
         where = f" on {row['node']}" if row["state"] == "running" else ""
+        where += f", {row['processes']} processes" if row["processes"] > 1 else ""
         table.add_row(
             row["stage"], row["state"] + where + (f": {row['why']}" if row["why"] else ""), step,
             f"{row['loss']:.3f}" if row["loss"] is not None else "",

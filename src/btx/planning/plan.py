@@ -98,7 +98,9 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
 def _state(run: RunFolder, stage: Stage) -> dict[str, Any]:
     """Where a stage of the run folder stands."""
     state = run.state(stage)
-    found: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs]}
+    processes = run.recipe.launch.processes_of(stage.name) if stage.trains else 1
+    needs = [needed.name for needed in stage.needs]
+    found: dict[str, Any] = {"state": state, "needs": needs, "processes": processes}
     return found | ({"why_stale": run.why_stale(stage)} if state == "stale" else {})
 
 

@@ -40,6 +40,8 @@ class StageStatus:
     one why it waits."""
     node: str | None = None
     """The machine that is at it, or that made it."""
+    processes: int = 1
+    """How many train it together, or have; tokens_per_s is of all."""
 
 
 def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
@@ -48,7 +50,8 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     if state == "done":
         facts = run.done(stage) or {}
         return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"), loss=facts.get("loss"),
-                           wall_s=facts.get("wall_s"), node=facts.get("node"))  # fmt: skip
+                           wall_s=facts.get("wall_s"), node=facts.get("node"),
+                           processes=facts.get("processes", 1))  # fmt: skip
     why, node, has_metrics = None, at_work(run, stage.name), state == "begun"
     if node is None and (failure := _failure(run, stage.name)) is not None:
         state, why, node = "failed", failure["error"], failure["node"]
@@ -63,6 +66,7 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     return StageStatus(
         stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
         remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], why=why, node=node,
+        processes=line.get("processes", 1),
     )  # fmt: skip
 
 

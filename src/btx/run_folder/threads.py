@@ -32,14 +32,16 @@ def training_threads(graph: Graph) -> int:
 
 def jobs_at_once(graph: Graph) -> int:
     """Jobs under way at the same time, at most: `launch.jobs`, or as many as there are branches, which is what the
-    method itself can use; never more than can be side by side at all.
+    method itself can use, but one on a machine whose processors or GPUs a job's several processes take; never more than
+    can be side by side at all.
 
     The one answer for all who ask: the pipeline starts no more, their processors are shared among so many, `btx plan`
     adds up the memory of so many. So a job that can never run takes no processors from those that do, and a job that
     is started has its share of processors and memory, a baseline like a branch.
     """
-    most = max(len(jobs) for jobs in jobs_side_by_side(graph))
-    return min(graph.recipe.launch.jobs or len(graph.branches), most)
+    most, launch = max(len(jobs) for jobs in jobs_side_by_side(graph)), graph.recipe.launch
+    takes_all = launch.kind == "local" and any(launch.processes_of(stage.name) > 1 for stage in graph)
+    return min(launch.jobs or (1 if takes_all else len(graph.branches)), most)
 
 
 def jobs_side_by_side(graph: Graph) -> tuple[list[tuple[Stage, ...]], list[tuple[Stage, ...]]]:

@@ -6,7 +6,7 @@ All print where this process prints. One that fails ends the others. A signal, t
 same step; each hands back that it was stopped, so the launcher, which would kill the others 30 seconds after the first
 one failed, sees none fail.
 
-On several machines `btx work` runs once on each, and they meet where `btx.stages.meeting` says.
+On several machines `btx work` runs once on each, and they meet where `btx.training.meeting` says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import context, reduction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +35,13 @@ from btx.process import SAVE_AND_END, Interrupted, Interrupts, Log, end_with_par
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import note_failure
-from btx.stages.meeting import meeting
 from btx.system_errors import told
+from btx.training.meeting import meeting
 
 PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "transformers.generation.utils"]
 """What takes seconds to import: on a CPU once for all processes of a machine, which are forked from one that has."""
+RunStages = Callable[[RunFolder, Sequence[str], Interrupts, Log], None]
+"""`btx.stages.work.run_stages`."""
 OFTEN_S = 0.1
 KILLED = "killed from outside; so the system ends what takes too much memory"
 
@@ -54,8 +56,11 @@ def trains_here(run: RunFolder, stage: Stage) -> bool:
     return stage.trains and (stage.name != "seed" or run.recipe.seed_model.path is None)
 
 
-def train_in_processes(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+def train_in_processes(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log, run_stages: RunStages) -> None:
     """Do a stage in as many processes as the recipe says, this machine's share of them.
+
+    Args:
+        run_stages: what each of them does; a function of a module.
 
     Raises:
         UserError: a stage it needs is not finished, there are fewer GPUs than processes, or what one of the processes
@@ -92,7 +97,7 @@ def train_in_processes(run: RunFolder, stage: Stage, interrupts: Interrupts, log
     log(f"{stage.name}: {count} processes train its model{spread}")
     try:
         with _silent_launcher(), _passing_on(interrupts, output.pids):
-            stopped = elastic_launch(config, _process)(str(run.path), stage.name, output, str(reports))
+            stopped = elastic_launch(config, _process)(run_stages, str(run.path), stage.name, output, str(reports))
     except ChildFailedError as error:
         interrupts.raise_if_pending("stopped before anything was trained; run it again to continue")
         failed = _Failed.of(reports, output, error.failures)
@@ -218,17 +223,18 @@ def _how(code: int) -> str:
 # --- in each of the processes -----------------------------------------------------------------------------------------
 
 
-def _process(folder: str, stage: str, output: None, reports: str) -> tuple[str, int] | None:
+def _process(
+    run_stages: RunStages, folder: str, stage: str, output: None, reports: str
+) -> tuple[str, int] | None:  # fmt: skip
     """Do the stage in this process, one of several; returns the message and signal if one stopped it. What else ends it
     is reported in a file."""
-    from btx.stages.work import run_stages
-
     end_with_parent()
     interrupts = Interrupts().listen()
+    outcome = None
     try:
         run_stages(RunFolder.open(Path(folder)), [stage], interrupts, interrupts.tell)
     except Interrupted as stopped:
-        return str(stopped), stopped.exit_code - 128
+        outcome = str(stopped), stopped.exit_code - 128
     except BaseException as error:
         known, lost = told(error) if isinstance(error, Exception) else None, is_lost(error)
         if known is None and not lost:
@@ -241,7 +247,16 @@ def _process(folder: str, stage: str, output: None, reports: str) -> tuple[str, 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(known.exit_code if known is not None else 1)  # others may be gone: nothing here may wait for them
-    return None
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+    return outcome
+
+
+def _end_with_starter() -> None:
+    """The launcher's part of this process waits until the launcher has read what it hands back: for ever, if that is
+    gone."""
+    if (starter := multiprocessing.parent_process()) is not None:
+        starter.join()
+        os._exit(0)
 
 
 def is_lost(error: BaseException) -> bool:

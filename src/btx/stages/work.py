@@ -16,8 +16,8 @@ from btx.run_folder.graph import Stage
 from btx.run_folder.status import note_failure, trying
 from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
-from btx.stages.meeting import node_number
 from btx.stages.processes import is_shared, train_in_processes, trains_here
+from btx.training.meeting import node_number
 
 ENDING_S = 60.0  # how long a job waits for an earlier process of the same job that is just saving
 
@@ -35,13 +35,13 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
     for stage in run.graph.named(names, where=str(run.path)):
         message = f"stopped after {stage.name}; run it again to continue"
         if world_size() > 1:
-            from btx.stages.joined import joined  # and torch with it
+            from btx.training.joined import joined  # and torch with it
 
             with joined(run.recipe.device, interrupts, message):
                 _do(run, stage, interrupts, log if rank() == 0 else lambda line: None)
             continue
         if is_shared(run, stage):
-            train_in_processes(run, stage, interrupts, log)
+            train_in_processes(run, stage, interrupts, log, run_stages)
         elif node_number() == 0 or run.recipe.launch.nodes_of(stage.name) > 1:
             _do(run, stage, interrupts, log)
         interrupts.raise_if_pending(message)

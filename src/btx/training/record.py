@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import IO
 
+from btx.models.sharding import process_count
 from btx.moe.routing_metrics import DeadExpertWatch
 from btx.process import note_progress
 from btx.training.job import TrainingJob
@@ -69,5 +70,6 @@ class StepRecord:
         self._metrics.write(self._file, {
             "step": step, "steps": self._steps, "tokens": tokens, **facts, "learning_rate": learning_rate,
             "flops": tokens * self._job.flops_per_token,
+            **({"processes": process_count()} if process_count() > 1 else {}),
         }, self._tokens_per_step, now - self._since)  # fmt: skip
         self._since = now

@@ -1,0 +1,145 @@
+"""`btx work` of a stage that two processes train: real processes, signals to them, deaths among them, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from btx.files import read_json
+from btx.run_folder.folder import exclusive
+from btx.training.meeting import first_host, meeting
+from tests.pico_run import pico_recipe, run_here
+from tests.processes import btx_with_quick_ranks, start
+
+STAGE, STEPS = "train/birds", 30
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its seed model, whose branches two processes train."""
+    folder = tmp_path_factory.mktemp("prepared")
+    recipe = pico_recipe(folder, "run", f"train.tokens={256 * STEPS}", "train.checkpoint_every=4",
+                         "launch.processes={train: 2}", "launch.threads=2")  # fmt: skip
+    run, _ = run_here(recipe, ["data", "seed"])
+    return run.path
+
+
+def work(run: Path) -> BaseProcess:
+    return start(btx_with_quick_ranks, "work", str(run), STAGE, log=run / "log")
+
+
+def ended(process: BaseProcess) -> int | None:
+    process.join(120)
+    return process.exitcode
+
+
+def steps(run: Path) -> list[int]:
+    file = run / STAGE / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    until = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def weights(run: Path) -> bytes:
+    return (run / STAGE / "model" / "model.safetensors").read_bytes()
+
+
+def forked() -> set[int]:
+    """Processes that there are beside this one's."""
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return {child.pid for child in psutil.Process(server).children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(prepared, run, symlinks=True)
+    assert ended(work(run)) == 0, (run / "log").read_text()
+    assert steps(run) == list(range(1, STEPS + 1))
+    assert read_json(run / STAGE / "done.json")["processes"] == 2
+    assert "2 processes train its model" in (run / "log").read_text()
+    return weights(run)
+
+
+@pytest.mark.parametrize("who", ["told", "one killed", "starter killed"])
+def test_whatever_stops_it_all_end_and_it_goes_on_bit_for_bit(
+    prepared: Path, undisturbed: bytes, tmp_path: Path, who: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run, symlinks=True)
+    before, process = forked(), work(run)
+    wait_for(lambda: len(steps(run)) >= 6)
+    first = int((run / ".locks" / "train-birds.pid").read_text().split()[0])
+    assert first != process.pid
+    if who == "one killed":
+        os.kill(first, signal.SIGKILL)
+    else:
+        os.kill(process.pid or 0, signal.SIGTERM if who == "told" else signal.SIGKILL)
+    code, said = ended(process), (run / "log").read_text()
+    if who == "told":
+        assert code == 128 + signal.SIGTERM
+        assert said.count(f"stopped after step {steps(run)[-1]} of {STEPS}") == 1, said
+    elif who == "one killed":
+        assert code == 1
+        assert said.count("process 0 of them was ended by signal 9 (SIGKILL)") == 1, said
+        assert "Traceback" not in said
+    wait_for(lambda: forked() <= before)
+    with exclusive(run, STAGE):
+        assert not (run / STAGE / "done.json").exists()
+    if who != "one killed":
+        saved = sorted((run / STAGE / "state").glob("step-*"))[-1]
+        assert saved.name == f"step-{steps(run)[-1]:08d}", "all have saved the step that was the last"
+        assert len(list(saved.glob("part-*"))) == 2
+    assert ended(work(run)) == 0, (run / "log").read_text()
+    assert "resumed after step" in (run / "log").read_text()
+    assert weights(run) == undisturbed
+
+
+def test_what_the_user_has_to_mend_is_told_once(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run, symlinks=True)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["launch"]["processes"] = 3
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    process = work(run)
+    assert ended(process) == 2
+    lines = [line for line in (run / "log").read_text().splitlines() if "cannot share equally" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: batch_tokens 256: a step has 8 sequences of 32 tokens, which 3 processes")
+
+
+def test_machines_meet_where_slurm_or_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from btx.errors import UserError
+
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "BTX_"))]:
+        monkeypatch.delenv(name)
+    assert meeting("train/x", 1).endpoint == "localhost:0"
+    with pytest.raises(UserError, match="srun --nodes=2 --ntasks-per-node=1 btx work RUN train/x"):
+        meeting("train/x", 2)
+    for name, value in {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "10042",
+                        "SLURM_JOB_NODELIST": "localhost,other[1-2]"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    met = meeting("train/x", 2)
+    assert (met.endpoint, met.options) == ("localhost:20042", {"is_host": False})
+    monkeypatch.setenv("BTX_HEAD", "head.example")
+    monkeypatch.setenv("BTX_NODE", "0")
+    met = meeting("train/x", 3)
+    assert (met.endpoint, met.options) == ("head.example:29400", {"is_host": True})
+    assert [first_host(names) for names in ("n1", "n[03-05,9],m1", "a,b", "gpu[7]x,b")] == ["n1", "n03", "a", "gpu7x"]

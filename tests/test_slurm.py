@@ -100,21 +100,19 @@ def queue(cluster: Cluster) -> str:
     return cluster.ask("squeue", "--noheader", "--format=%i %j %T %r")
 
 
-def test_a_run_that_is_preempted_requeued_out_of_time_and_left_alone_gives_the_weights_of_a_local_one(
+def test_a_run_that_is_preempted_requeued_and_left_alone_gives_the_weights_of_a_local_one(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     write_pico_recipe(tmp_path)
     settings = [*LONG, "launch.threads=1"]
-    command = ("run", "pico.yaml", "run=s", *settings, "launch.kind=slurm", "launch.slurm.partition=spot",
-               "launch.slurm.stages.seed.time='2'", "launch.slurm.grace_s=65")  # fmt: skip
+    command = ("run", "pico.yaml", "run=s", *settings, "launch.kind=slurm", "launch.slurm.partition=spot")
     run, output = tmp_path / "s", tmp_path / "first.txt"
     first = start(*command, cwd=tmp_path, to=output)
 
-    until(lambda: "stopped after step" in log(run, "seed"))  # its time less the grace time is over
+    until(lambda: steps(run, "seed") > 5)
     rows = states("s", tmp_path)
     assert rows["train/birds"]["state"] == "queued"
     assert rows["data/birds"]["state"] == "done"
-    slurm.ask("scontrol", "update", f"JobId={job_of(run, 'seed')}", "TimeLimit=UNLIMITED")  # once is enough
 
     until(lambda: steps(run, "train/birds") > 5 and steps(run, "train/tools") > 5)
     rows = states("s", tmp_path)
@@ -129,7 +127,7 @@ def test_a_run_that_is_preempted_requeued_out_of_time_and_left_alone_gives_the_w
     assert second.wait() == 0, (tmp_path / "second.txt").read_text()
     assert "submitted before" in (tmp_path / "second.txt").read_text()
     assert list((run / "jobs").iterdir()) == []
-    for stage in ("seed", "train/birds", "train/tools"):
+    for stage in ("train/birds", "train/tools"):
         assert "resumed after step" in log(run, stage), log(run, stage)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     submitted = [event["job"] for event in events if event["event"] == "start"]
@@ -153,17 +151,21 @@ def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster,
     assert code == 0, output
 
 
-def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slurm: Cluster, tmp_path: Path) -> None:
+def test_jobs_out_of_time_go_on_and_are_followed_and_cancelled_from_elsewhere(slurm: Cluster, tmp_path: Path) -> None:
     write_pico_recipe(tmp_path)
     command = ("run", "pico.yaml", "run=s", *LONG, "seed_model.train.tokens=480000", "launch.kind=slurm",
                "seed_model.train.batch_tokens=64", "seed_model.train.micro_batch_tokens=64",
-               "--until", "train/birds")  # fmt: skip
+               "launch.slurm.time='60'", "launch.slurm.grace_s=600", "--until", "train/birds")  # fmt: skip
     run = tmp_path / "s"
     watching = start(*command, cwd=tmp_path, to=tmp_path / "watching.txt")
     until(lambda: steps(run, "seed") > 5)
     following = start("logs", "s", "seed", "-f", cwd=tmp_path, to=tmp_path / "logs.txt")
     refused = btx(*command, "train.learning_rate=0.5", cwd=tmp_path)
     assert refused[0] == 2, refused[1]  # `btx run` is there
+    slurm.ask("scontrol", "update", f"JobId={job_of(run, 'seed')}", "TimeLimit=9")  # less than the grace time is left
+    until(lambda: "stopped after step" in log(run, "seed"))
+    slurm.ask("scontrol", "update", f"JobId={job_of(run, 'seed')}", "TimeLimit=60")
+    until(lambda: "resumed after step" in log(run, "seed"))
     code, output = btx("cancel", "s", "seed", cwd=tmp_path)
     assert code == 0, output
     assert "seed (slurm, job_id" in output
@@ -171,7 +173,7 @@ def test_jobs_are_seen_followed_and_cancelled_from_elsewhere_and_go_on_later(slu
     said = (tmp_path / "watching.txt").read_text()
     assert "seed: cancelled" in said
     assert following.wait(100) == 0
-    assert "precision: float32" in (tmp_path / "logs.txt").read_text()
+    assert "resumed after step" in (tmp_path / "logs.txt").read_text()  # it went on reading meanwhile
     until(lambda: queue(slurm) == "")
     assert states("s", tmp_path)["seed"]["state"] == "begun"
 

@@ -12,8 +12,7 @@ from btx.process import SAVE_AND_END, Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import jobs_of, note_cancelled
 from btx.run_folder.status import at_work
-from btx.running.launchers import START
-from btx.running.under_way import told
+from btx.running.under_way import UnderWay, told
 
 
 def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
@@ -27,8 +26,10 @@ def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
         UserError: a process of another machine, which can only be asked there; an engine is not here.
         SystemFailed: an engine does not answer.
     """
+    under_way = UnderWay(run)
     jobs = [job for job in jobs_of(run) if not stages or set(stages) & set(job.stages)]
-    on_cluster = [job for job in jobs if START[job.launcher](run.recipe.launch).goes_on]
+    jobs = [job for job, standing in zip(jobs, under_way.poll(jobs), strict=True) if standing.state != "ended"]
+    on_cluster = [job for job in jobs if under_way.launcher_of(job.launcher).goes_on]
     for job in jobs:
         note_cancelled(run.path, job)
     queued = {name for job in on_cluster for name in job.stages}
@@ -41,7 +42,7 @@ def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
         elif node not in (None, platform.node()) and not (work == "run" and on_cluster):
             elsewhere.append(f"{name} on {node}")
     for job in reversed(on_cluster):  # so that nothing begins because what it waits for has ended
-        START[job.launcher](run.recipe.launch).cancel(job.handle)
+        under_way.launcher_of(job.launcher).cancel(job.handle)
         asked.append(f"{job.name} ({told(job)})")
     log(f"asked to save and end: {', '.join(asked)}" if asked else f"{run.path}: nothing is under way here")
     if elsewhere:

@@ -173,7 +173,8 @@ def with_its_files(tmp_path: Path, make_llama: Callable[..., Path]) -> Callable[
             text = b'{"text": "a document", "prompt": "1 + 1?", "answer": "2"}\n'
             path.write_bytes(gzip.compress(text) if path.name.endswith(".gz") else text)
         mine = [f"seed_model.path={make_llama('mine', max_position_embeddings=4096)}"] if recipe.seed_model.path else []
-        return [f"data.root={tmp_path / 'data'}", f"run={tmp_path / 'run'}", *mine]
+        alone = ["launch.processes=1", "launch.nodes=1"]  # hours are those of one GPU
+        return [f"data.root={tmp_path / 'data'}", f"run={tmp_path / 'run'}", *mine, *alone]
 
     return make
 

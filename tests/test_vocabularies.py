@@ -218,7 +218,10 @@ def test_a_special_token_alone_can_be_beyond_and_its_file_is_named(saved: Path) 
     check_ids(saved, 321)
 
 
-def test_what_makes_a_run_useless_is_refused_before_it_begins(make_llama: MakeLlama, tmp_path: Path) -> None:
+def test_what_makes_a_run_useless_is_refused_before_it_begins(
+    make_llama: MakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btx.model_files.vocabularies._is_installed", lambda module: False)
     seed = make_llama("seed")
     from_seed = f"seed_model={{path: {seed}}}"
     preflight(pico_recipe(tmp_path, "run", from_seed))

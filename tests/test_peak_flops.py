@@ -72,7 +72,8 @@ def test_a_step_tells_its_share_where_the_peak_is_known(tmp_path: Path) -> None:
 
 
 def test_status_and_report_have_a_column_for_it_only_where_it_is_known() -> None:
-    row = {"stage": "seed", "state": "done", "processes": 1, "step": 1, "steps": 1, "loss": 2.0, "tokens_per_s": None, "eta_s": None,
+    row = {"stage": "seed", "state": "done", "processes": 1, "step": 1, "steps": 1, "loss": 2.0, "tokens_per_s": None,
+           "eta_s": None,
            "wall_s": 1.0, "mfu": None, "why": None, "node": None}  # fmt: skip
     titles = [[str(column.header) for column in status_table([row | {"mfu": mfu}]).columns] for mfu in (None, 0.25)]
     assert [title for title in titles[1] if title not in titles[0]] == ["MFU"]

@@ -34,7 +34,10 @@ if [ "$3" = begin ]; then cat "$4" >begun.yaml; exit; fi
 file=codes-${{5//\\//-}} code=0
 echo "start ${{*:5}}" >>calls
 trap 'echo "told $5" >>calls; exit 143' TERM
-if [ "$5" = train/tools ]; then rm -f hold-train-birds; fi
+if [ "$5" = train/tools ] && [ -e hold-train-birds ]; then
+    until grep -qx "start train/birds" calls; do sleep 0.05; done
+    rm hold-train-birds
+fi
 while [ -e "hold-${{5//\\//-}}" ]; do sleep 0.05; done
 if [ -s "$file" ]; then code=$(head -n 1 "$file"); sed -i 1d "$file"; fi
 echo "what $5 says"

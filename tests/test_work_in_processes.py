@@ -78,7 +78,10 @@ def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
     return weights(run)
 
 
-@pytest.mark.parametrize("who", ["told", "one killed", "starter killed"])
+@pytest.mark.parametrize("who", [
+    "one killed", pytest.param("told", marks=pytest.mark.chaos),
+    pytest.param("starter killed", marks=pytest.mark.chaos),
+])  # fmt: skip
 def test_whatever_stops_it_all_end_and_it_goes_on_bit_for_bit(
     prepared: Path, undisturbed: bytes, tmp_path: Path, who: str
 ) -> None:

@@ -52,7 +52,9 @@ def few_seconds(tmp_path: Path) -> RunFolder:
     return RunFolder.create(pico_recipe(tmp_path, "run", LONG, "launch.hung_after_s=2"))
 
 
-@pytest.mark.parametrize(("wakes", "code"), [(False, 1), (True, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(("wakes", "code"), [
+    (False, 1), pytest.param(True, 128 + signal.SIGTERM, marks=pytest.mark.chaos),
+])  # fmt: skip
 def test_a_job_that_comes_no_further_is_asked_to_save_then_ended_and_has_failed(
     tmp_path: Path, wakes: bool, code: int
 ) -> None:

@@ -323,6 +323,13 @@ def test_what_the_user_has_to_mend_is_not_tried_again(shell: Callable[..., Path]
     assert told.count(("start", "seed")) == 1
 
 
+def test_a_job_that_was_told_to_end_ends_the_script_and_is_not_tried_again(shell: Callable[..., Path]) -> None:
+    code, told, said = run_script(shell("launch.retries=5"), train_birds=[143])
+    assert code == 143
+    assert told.count(("start", "train/birds")) == 1
+    assert "stopped; run this script again and it continues" in said
+
+
 def test_a_script_that_is_told_to_end_has_its_jobs_save(shell: Callable[..., Path]) -> None:
     script = shell()
     hold = script.with_name("hold-train-tools")

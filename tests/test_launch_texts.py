@@ -101,6 +101,8 @@ def test_every_packaged_recipe_can_be_launched_by_hand(kind: str, name: str) -> 
         assert text.endswith("\n")
         if file.endswith(".yaml"):
             assert all(yaml.safe_load_all(text))
+        if recipe.device == "cuda" and file.startswith(("train", "finetune")):
+            assert "#SBATCH --gres=gpu:" in text
 
 
 def test_the_text_holds_the_recipe_and_the_folder_it_is_run_in(tmp_path: Path) -> None:

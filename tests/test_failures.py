@@ -123,8 +123,9 @@ def test_it_is_given_up_after_so_many_times_and_what_the_user_has_to_mend_at_onc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail = {"train/birds": [FAILED] * 9, "train/tools": [MISTAKEN] * 9}
-    _, launcher, _, error = run_with(tmp_path, monkeypatch, fail, "launch.retries=2")
+    run, launcher, _, error = run_with(tmp_path, monkeypatch, fail, "launch.retries=2")
     assert "train/birds failed 3 times (exit code 1)" in str(error)
+    assert f"it left no message\n`btx run {run.path} --without tools` goes on without this expert" in str(error)
     assert {name: launcher.begun.count(name) for name in fail} == {"train/birds": 3, "train/tools": 1}
 
 

@@ -104,6 +104,8 @@ def test_every_packaged_recipe_can_be_launched_by_hand(kind: str, name: str) -> 
         assert text.endswith("\n")
         if file.endswith(".yaml"):
             assert all(yaml.safe_load_all(text))
+        if recipe.device == "cuda" and file.startswith(("train", "finetune")):
+            assert "#SBATCH --gres=gpu:" in text
 
 
 def test_the_text_holds_the_recipe_and_the_folder_it_is_run_in(tmp_path: Path) -> None:
@@ -324,6 +326,13 @@ def test_what_the_user_has_to_mend_is_not_tried_again(shell: Callable[..., Path]
     code, told, _ = run_script(shell("launch.retries=5"), seed=[2])
     assert code == 2
     assert told.count(("start", "seed")) == 1
+
+
+def test_a_job_that_was_told_to_end_ends_the_script_and_is_not_tried_again(shell: Callable[..., Path]) -> None:
+    code, told, said = run_script(shell("launch.retries=5"), train_birds=[143])
+    assert code == 143
+    assert told.count(("start", "train/birds")) == 1
+    assert "stopped; run this script again and it continues" in said
 
 
 def test_a_script_that_is_told_to_end_has_its_jobs_save(shell: Callable[..., Path]) -> None:

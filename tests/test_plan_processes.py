@@ -102,9 +102,10 @@ def test_what_several_processes_reached_is_told_of_one_gpu_or_of_all_threads(
 
 
 def test_the_memory_of_a_machine_is_that_of_all_processes_on_it(tmp_path: Path) -> None:
-    planned = plan(pico_recipe(tmp_path, "run", "launch.jobs=1", "launch.processes=2"))
-    memory = {row["stage"]: row["memory_bytes"] for row in planned["stages"]}
-    assert planned["totals"]["memory_bytes"] == 2 * max(memory.values())
+    for launch in ("launch.jobs=1", "launch.kind=slurm"):  # on a cluster a job has its machine alone
+        planned = plan(pico_recipe(tmp_path, "run", launch, "launch.processes=2"))
+        memory = {row["stage"]: row["memory_bytes"] for row in planned["stages"]}
+        assert planned["totals"]["memory_bytes"] == 2 * max(memory.values())
 
 
 def big(*overrides: str) -> Any:

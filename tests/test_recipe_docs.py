@@ -37,6 +37,7 @@ def test_values_and_defaults_are_in_words() -> None:
     assert "| `replay` | number, 0 to 1 | `0.1` |" in page
     assert "| `trainable` | `all`, `feed_forward`" in page
     assert "All [Training settings](#training-settings), and:" in page
+    assert "All [Slurm job settings](#slurm-job-settings), and:" in page
     assert page.count("| `warmup_steps` |") == 2  # said once for all training stages, and once for `baseline_training`
 
 

@@ -95,6 +95,15 @@ def test_jobs_are_followed_cancelled_found_again_and_go_on(
     def steps() -> int:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
+    early = start_run(tmp_path / "early.txt")
+    until(lambda: jobs_of(run))  # its job has begun but holds no work yet
+    os.kill(jobs_of(run)[0].handle["pid"], signal.SIGSTOP)
+    assert btx_here("cancel", "run", "seed", cwd=tmp_path)[:2] == (0, "asked to save and end: seed\n")
+    os.kill(jobs_of(run)[0].handle["pid"], signal.SIGCONT)
+    early.join(60)
+    assert (early.exitcode, jobs_of(run)) == (1, [])
+    assert "seed: cancelled" in (tmp_path / "early.txt").read_text()
+
     first = start_run(tmp_path / "first.txt")
     until(lambda: steps() > 2)
     (job,) = jobs_of(run)

@@ -19,7 +19,8 @@ UNDER_WAY = ("queued", "begun", "running", "stale")
 
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
     """`btx plan`: data, models, stages, totals."""
-    stages = Table(title=f"stages, in {planned['run']}", caption=planned["formula"])
+    stages = Table(title=f"stages, in {planned['run']}",
+                   caption=f"memory of each process; all: of a machine at once\n{planned['formula']}")  # fmt: skip
     for column in ("stage", "needs", "tokens", "FLOPs", "time", "memory", "disk", "state"):
         stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right",
                           no_wrap=column == "stage")  # fmt: skip

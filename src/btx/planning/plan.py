@@ -123,8 +123,9 @@ def _disk(costs: Costs, name: str) -> int:
 
 def _memory_at_once(costs: Costs) -> int:
     """Memory of the jobs that train at the same time on a machine, where the largest come together, each with all its
-    processes there."""
-    limit, launch = jobs_at_once(costs.graph), costs.graph.recipe.launch
+    processes there. On a cluster a job is taken to have its machines alone."""
+    launch = costs.graph.recipe.launch
+    limit = jobs_at_once(costs.graph) if launch.kind == "local" else 1
 
     def memory(stage: str) -> int:
         return costs[stage].memory_bytes * costs[stage].processes // launch.nodes_of(stage)

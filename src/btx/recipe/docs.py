@@ -6,6 +6,7 @@ python -m btx.recipe.docs docs        writes docs/recipe.md and docs/recipe.sche
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,8 @@ def _is_shared(base: type) -> TypeGuard[type[Section]]:
 
 
 def _title(base: type) -> str:
-    return f"{base.__name__} settings".capitalize()
+    """`SlurmJob` as words: Slurm job settings."""
+    return re.sub("(?<=[a-z])[A-Z]", lambda capital: f" {capital[0].lower()}", base.__name__) + " settings"
 
 
 def _anchor(title: str) -> str:

@@ -25,8 +25,14 @@ def _is_an_option(text: str) -> str:
     found = re.fullmatch(r"--([a-z][a-z-]*)(=[^\n\r\0]*)?", text)
     if found is None:
         raise ValueError("an option of sbatch is one text, `--NAME` or `--NAME=VALUE`: write `--mem=8G`")
-    if found[1] in OURS:
+    if any(name.startswith(found[1]) for name in OURS):  # sbatch takes beginnings of names too
         raise ValueError(f"--{found[1]} is what btx gives sbatch itself; fields of the recipe say what can be chosen")
+    return text
+
+
+def _is_an_address(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s]+/?", text):
+        raise ValueError(f"the address of a Ray cluster's job server, as http://head:8265, got {text!r}")
     return text
 
 
@@ -96,7 +102,7 @@ class RayJob(Section):
 class Ray(RayJob):
     """Jobs of a Ray cluster."""
 
-    address: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] | None = None
+    address: Annotated[str, AfterValidator(_is_an_address)] | None = None
     """The cluster's job server, `http://head:8265` for example; default: a Ray of this machine, which ends with
     `btx run`."""
     stages: dict[StageKind, RayJob] = {}

@@ -34,7 +34,7 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Iterator[Problem]:
     """One problem per pydantic error, placed at the nearest key or value the user wrote."""
-    errors = list(errors)
+    errors = _without_options(errors)
     words = {error["loc"][:-1]: error["ctx"]["expected"].strip("'") for error in errors if _is_word(error)}
     for error in errors:
         kind, path = error["type"], error["loc"]
@@ -62,6 +62,24 @@ def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Itera
         else:
             shown = path if here == path[:-1] else here  # a default that does not fit: `name` from the file's name
             yield Problem(place, dotted(shown), _words(error, path, words.get(path)))
+
+
+def _without_options(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
+    """What pydantic says of a field that takes a number or a mapping: only of the one that was written, and without
+    its name for the two."""
+    errors = list(errors)
+    paths = [error["loc"] for error in errors]
+    places = {path[:depth] for path in paths for depth, part in enumerate(path) if str(part).startswith("dict[")}
+    found = []
+    for error in errors:
+        depth = next((len(place) for place in places if error["loc"][: len(place)] == place), None)
+        if depth is not None:
+            option, *behind = error["loc"][depth:]
+            if not behind and isinstance(error["input"], dict) is str(option).startswith("constrained-"):
+                continue
+            error = {**error, "loc": (*error["loc"][:depth], *behind)}
+        found.append(error)
+    return found
 
 
 def _is_word(error: ErrorDetails) -> bool:

@@ -41,6 +41,10 @@ def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
             asked.append(name)
         elif node not in (None, platform.node()) and not (work == "run" and on_cluster):
             elsewhere.append(f"{name} on {node}")
+    for job in jobs:
+        if job not in on_cluster and not set(job.stages) & set(asked):  # just begun, it holds no work yet
+            under_way.launcher_of(job.launcher).cancel(job.handle)
+            asked.append(job.name)
     for job in reversed(on_cluster):  # so that nothing begins because what it waits for has ended
         under_way.launcher_of(job.launcher).cancel(job.handle)
         asked.append(f"{job.name} ({told(job)})")

@@ -61,8 +61,10 @@ class Failures:
                                else "it has left the queue without a trace")  # fmt: skip
         # A process may do several stages: the one that failed is the first that is not done.
         name = next((stage.name for stage in stages if self._run.state(stage) != "done"), stages[0].name)
+        domain = name.removeprefix("train/")
         if exit_code == UserError.exit_code:
-            self._errors[name] = UserError(told or last_line(told))
+            without = f"\n`btx run {self._run.path} --without {domain}` goes on without this expert"
+            self._errors[name] = UserError((told or last_line(told)) + (without if domain != name else ""))
         else:
             note_failure(self._run, name, told or how)  # a job that was killed could not
             retry, retries = self._retries.get(name, 0) + 1, self._run.recipe.launch.retries
@@ -70,7 +72,6 @@ class Failures:
                 self._retries[name] = retry
                 self._say(f"{name}: failed ({how}): {last_line(told)}; tried again, {retry} of {retries}")
                 return True
-            domain = name.removeprefix("train/")
             without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
             times = f" {retries + 1} times" if retries else ""
             self._errors[name] = StageFailed(

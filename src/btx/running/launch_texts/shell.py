@@ -65,6 +65,10 @@ ended() {  # NAME EXIT_CODE
     echo "$1: done"
   elif ((stopped)); then
     state[$1]=stopped
+  elif (($2 == 143)); then  # by `btx cancel` for example, as all others are
+    state[$1]=stopped
+    echo "$1: told to end, and has saved"
+    stop 143
   elif (($2 == 75)); then
     state[$1]=waiting begin_at[$1]=$((SECONDS + again_s))
     echo "$1: not yet: $(tail -n 1 -- "$(log_of "$1")")"

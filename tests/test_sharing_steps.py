@@ -70,7 +70,6 @@ def test_what_four_processes_cannot_share(
     (["launch.processes={baselines: 3}", "baselines=[upcycling_dm]"],
      "launch.processes: 3 for baselines/upcycling_dm_domains: baseline_training.upcycling_dm or train.batch_tokens"),
     (["launch.processes=3", "launch.nodes=2"], "launch.nodes is 2 for seed, and its launch.processes, 3, cannot be"),
-    (["launch.processes=2", "launch.nodes=2"], "launch.kind: local has this machine alone"),
 ])  # fmt: skip
 def test_a_recipe_that_asks_for_it_is_refused_with_its_keys(tmp_path: Path, overrides: list[str], problem: str) -> None:
     with pytest.raises(RecipeError) as refused:
@@ -80,6 +79,7 @@ def test_a_recipe_that_asks_for_it_is_refused_with_its_keys(tmp_path: Path, over
 
 def test_a_recipe_whose_steps_can_be_shared_is_not(tmp_path: Path) -> None:
     check_processes(pico_recipe(tmp_path, "run", "launch.processes=2"))
+    check_processes(pico_recipe(tmp_path, "run", "launch.processes=3"), left=["evaluate"])  # finished: nothing to share
     recipe = pico_recipe(tmp_path, "run", "launch.processes={finetune: 2}", "launch.kind=local")
     assert (recipe.launch.processes_of("finetune"), recipe.launch.processes_of("train/birds")) == (2, 1)
 

@@ -144,11 +144,6 @@ class Launch(Section):
                     f"launch.nodes is {nodes} for {kind}, and its launch.processes, {count}, cannot be spread over as "
                     f"many machines equally; launch.processes counts those of all machines: a multiple of {nodes}"
                 )
-            if nodes > 1 and self.kind == "local":
-                raise ValueError(
-                    f"launch.nodes is {nodes} for {kind}, and launch.kind: local has this machine alone; launch.nodes: "
-                    f"1, or a launcher that gives out machines (`btx ls launchers`)"
-                )
         return self
 
     weights_per_device: PositiveInt | None = None

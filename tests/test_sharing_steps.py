@@ -70,11 +70,14 @@ def test_what_four_processes_cannot_share(
     (["launch.processes={baselines: 3}", "baselines=[upcycling_dm]"],
      "launch.processes: 3 for baselines/upcycling_dm_domains: baseline_training.upcycling_dm or train.batch_tokens"),
     (["launch.processes=3", "launch.nodes=2"], "launch.nodes is 2 for seed, and its launch.processes, 3, cannot be"),
+    (["launch.processes={mix: 2}"], ": launch.processes.mix: expected one of seed, train, finetune, baselines"),
+    (["launch.nodes=many"], ": launch.nodes: expected a whole number, got 'many'"),
 ])  # fmt: skip
 def test_a_recipe_that_asks_for_it_is_refused_with_its_keys(tmp_path: Path, overrides: list[str], problem: str) -> None:
     with pytest.raises(RecipeError) as refused:
         check_processes(pico_recipe(tmp_path, "run", *overrides))
     assert problem in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_recipe_whose_steps_can_be_shared_is_not(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Iterator[Problem]:
     """One problem per pydantic error, placed at the nearest key or value the user wrote."""
-    errors = list(errors)
+    errors = list(_about_what_was_given(errors))
     words = {error["loc"][:-1]: error["ctx"]["expected"].strip("'") for error in errors if _is_word(error)}
     for error in errors:
         kind, path = error["type"], error["loc"]
@@ -62,6 +62,17 @@ def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Itera
         else:
             shown = path if here == path[:-1] else here  # a default that does not fit: `name` from the file's name
             yield Problem(place, dotted(shown), _words(error, path, words.get(path)))
+
+
+def _about_what_was_given(errors: Iterable[ErrorDetails]) -> Iterator[ErrorDetails]:
+    """Of a field that takes a number or a mapping (stage kind → number), the errors about the one that was given."""
+    for error in errors:
+        branch = str(error["loc"][-1]) if error["loc"] else ""
+        if branch == "constrained-int":
+            if not isinstance(error["input"], dict):
+                yield {**error, "loc": error["loc"][:-1]}
+        elif not (branch.startswith("dict[") and error["type"] == "dict_type"):
+            yield error
 
 
 def _is_word(error: ErrorDetails) -> bool:

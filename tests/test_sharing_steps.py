@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError
 from btx.planning.processes import check_processes
+from btx.recipe.launch import Launch
 from btx.recipe.training import Finetune
 from btx.training.parallel import has_dropout, own_samples, why_not_shared
 from btx.training.random_state import leave_out, numbers_drawn, seed_step
@@ -85,6 +86,11 @@ def test_a_recipe_whose_steps_can_be_shared_is_not(tmp_path: Path) -> None:
     check_processes(pico_recipe(tmp_path, "run", "launch.processes=3"), left=["evaluate"])  # finished: nothing to share
     recipe = pico_recipe(tmp_path, "run", "launch.processes={finetune: 2}", "launch.kind=local")
     assert (recipe.launch.processes_of("finetune"), recipe.launch.processes_of("train/birds")) == (2, 1)
+    everywhere = Launch.model_validate({"processes": 4, "nodes": 2})
+    for stage in ("seed", "finetune", "baselines", "baselines/dense_dm"):
+        assert (everywhere.processes_of(stage), everywhere.nodes_of(stage)) == (4, 2), stage
+    for stage in ("mix", "baselines/soup", "baselines/upcycled", "evaluate"):
+        assert (everywhere.processes_of(stage), everywhere.nodes_of(stage)) == (1, 1), stage
 
 
 def test_dropout_is_seen_in_a_config() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
+from btx.choices.baselines import is_trained
 from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
 StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "evaluate", "analyze", "report"]
@@ -193,5 +194,7 @@ def _otherwise(general: Job, stages: Mapping[StageKind, Job], stage: str, job: t
 def _of_kind(setting: int | dict[SharedKind, int], stage: str) -> int:
     kind = _kind(stage)
     if kind not in SharedKind.__args__:  # type: ignore[attr-defined]
+        return 1
+    if stage.startswith("baselines/") and not is_trained(stage):  # a soup is made by one process
         return 1
     return setting if isinstance(setting, int) else {str(name): count for name, count in setting.items()}.get(kind, 1)

@@ -42,7 +42,7 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
         _check_trackers(run, stage)
         if is_shared(run, stage):
             train_in_processes(run, stage, interrupts, log, run_stages)
-        elif node_number() == 0 or run.recipe.launch.nodes_of(stage.name) > 1:
+        elif node_number() == 0:
             _do(run, stage, interrupts, log)
         interrupts.raise_if_pending(_stopped_after(stage))
 

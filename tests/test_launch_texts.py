@@ -179,7 +179,7 @@ def test_a_pod_that_is_evicted_goes_on_and_a_users_mistake_is_not_tried_again(re
 
 def test_a_jobset_asks_for_gpus_and_for_machines_that_find_each_other(tmp_path: Path) -> None:
     recipe = pico_recipe(tmp_path, "run", "device=cuda", "launch.processes={train: 2, finetune: 8}",
-                         "launch.kind=slurm", "launch.nodes={finetune: 2}", "launch.jobs=1",
+                         "launch.nodes={finetune: 2}", "launch.jobs=1",
                          "launch.retries=3", "baselines=[]")  # fmt: skip
     parts = {part["name"]: part for part in jobset_of(recipe)[1]}
     gpus = {name: container_of(part).get("resources", {}).get("limits", {}) for name, part in parts.items()}
@@ -354,7 +354,7 @@ def test_a_script_that_is_told_to_end_has_its_jobs_save(shell: Callable[..., Pat
 
 
 def test_a_shell_script_is_of_one_machine(tmp_path: Path) -> None:
-    recipe = pico_recipe(tmp_path, "run", "launch.kind=slurm", "launch.processes=4", "launch.nodes={finetune: 2}")
+    recipe = pico_recipe(tmp_path, "run", "launch.processes=4", "launch.nodes={finetune: 2}")
     with pytest.raises(UserError, match=r"--for shell: launch.nodes gives (mix|finetune) 2 machines"):
         launch_text(recipe, "shell")
 

@@ -18,6 +18,7 @@ from btx.errors import UserError
 from btx.files import file_sha256
 from btx.metrics_file import last_metrics
 from btx.recipe.launch import Launch
+from btx.running.launchers.local import LocalLauncher
 from btx.running.launchers.ray import RayLauncher
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 from tests.ray_cluster import ADDRESS, NETWORK, VARIABLES, RayCluster, missing, ray_cluster
@@ -164,12 +165,15 @@ def test_without_ray_a_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_nodes_for_a_model_are_not_what_a_job_of_ray_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_ray_or_of_this_machine_has_one_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("btx.running.launchers.ray.find_spec", lambda name: True)
-    launcher = RayLauncher(Launch.model_validate({"kind": "ray", "nodes": {"finetune": 2}, "processes": 2}))
-    launcher.check(Path("run"), [["train/birds"]])
-    with pytest.raises(UserError, match=r"launch\.nodes: finetune: .*launch\.kind=slurm"):
-        launcher.check(Path("run"), [["train/birds"], ["finetune"]])
+    for kind, launcher in {"ray": RayLauncher, "local": LocalLauncher}.items():
+        started = launcher(Launch.model_validate({"kind": kind, "nodes": {"finetune": 2}, "processes": 2}))
+        started.check(Path("run"), [["train/birds"]])
+        with pytest.raises(UserError, match=r"launch\.nodes: 2 for finetune: .*launch\.kind=slurm"):
+            started.check(Path("run"), [["train/birds"], ["finetune"]])
 
 
 @pytest.mark.parametrize(("stage", "cpus", "gpus", "resources"), [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError
 from btx.planning.processes import check_processes
+from btx.recipe.launch import Launch
 from btx.recipe.training import Finetune
 from btx.training.parallel import has_dropout, own_samples, why_not_shared
 from btx.training.random_state import leave_out, numbers_drawn, seed_step
@@ -70,18 +71,26 @@ def test_what_four_processes_cannot_share(
     (["launch.processes={baselines: 3}", "baselines=[upcycling_dm]"],
      "launch.processes: 3 for baselines/upcycling_dm_domains: baseline_training.upcycling_dm or train.batch_tokens"),
     (["launch.processes=3", "launch.nodes=2"], "launch.nodes is 2 for seed, and its launch.processes, 3, cannot be"),
-    (["launch.processes=2", "launch.nodes=2"], "launch.kind: local has this machine alone"),
+    (["launch.processes={mix: 2}"], ": launch.processes.mix: expected one of seed, train, finetune, baselines"),
+    (["launch.nodes=many"], ": launch.nodes: expected a whole number, got 'many'"),
 ])  # fmt: skip
 def test_a_recipe_that_asks_for_it_is_refused_with_its_keys(tmp_path: Path, overrides: list[str], problem: str) -> None:
     with pytest.raises(RecipeError) as refused:
         check_processes(pico_recipe(tmp_path, "run", *overrides))
     assert problem in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_recipe_whose_steps_can_be_shared_is_not(tmp_path: Path) -> None:
     check_processes(pico_recipe(tmp_path, "run", "launch.processes=2"))
+    check_processes(pico_recipe(tmp_path, "run", "launch.processes=3"), left=["evaluate"])  # finished: nothing to share
     recipe = pico_recipe(tmp_path, "run", "launch.processes={finetune: 2}", "launch.kind=local")
     assert (recipe.launch.processes_of("finetune"), recipe.launch.processes_of("train/birds")) == (2, 1)
+    everywhere = Launch.model_validate({"processes": 4, "nodes": 2})
+    for stage in ("seed", "finetune", "baselines", "baselines/dense_dm"):
+        assert (everywhere.processes_of(stage), everywhere.nodes_of(stage)) == (4, 2), stage
+    for stage in ("mix", "baselines/soup", "baselines/upcycled", "evaluate"):
+        assert (everywhere.processes_of(stage), everywhere.nodes_of(stage)) == (1, 1), stage
 
 
 def test_dropout_is_seen_in_a_config() -> None:

@@ -21,7 +21,7 @@ from btx.files import read_json
 from btx.run_folder.folder import exclusive
 from btx.training.meeting import first_host, meeting
 from tests.pico_run import pico_recipe, run_here
-from tests.processes import btx_with_quick_ranks, start
+from tests.processes import btx, btx_with_quick_ranks, start
 
 STAGE, STEPS = "train/birds", 30
 
@@ -126,6 +126,40 @@ def test_what_the_user_has_to_mend_is_told_once(prepared: Path, tmp_path: Path) 
     lines = [line for line in (run / "log").read_text().splitlines() if "cannot share equally" in line]
     assert len(lines) == 1
     assert lines[0].startswith("error: batch_tokens 256: a step has 8 sequences of 32 tokens, which 3 processes")
+
+
+def test_under_a_torchrun_of_ones_own_needs_are_made_first_and_all_is_told_once(
+    prepared: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(prepared, run, symlinks=True)
+    shutil.rmtree(run / "data" / "birds")
+    shutil.rmtree(run / "data" / "general")
+    assert torchrun("finetune", run, log=log) == [2, 2]
+    assert log.read_text() == f"error: finetune needs data/birds, which is absent; run `btx run {run}` first\n"
+    assert torchrun("work", run, "finetune", log=log)[0] == 75
+    assert torchrun("train", run, "birds", log=log) == [0, 0], log.read_text()
+    assert log.read_text().count("data/birds: not there, made first") == 1
+    assert weights(run) == undisturbed
+    assert torchrun("train", run, "tools", log=log, count=3) == [2, 2, 2]
+    assert log.read_text().count("cannot share equally") == 1
+
+
+def torchrun(*arguments: str | Path, log: Path, count: int = 2) -> list[int | None]:
+    """A command of btx as each of several processes that find each other as torchrun's do: by a store that it keeps."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    processes = [start(as_rank, rank, count, store.port, *map(str, arguments), log=log) for rank in range(count)]
+    return [ended(process) for process in processes]
+
+
+def as_rank(rank: int, count: int, port: int, *arguments: str) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    btx(*arguments)
 
 
 def test_machines_meet_where_slurm_or_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

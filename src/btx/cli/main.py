@@ -19,9 +19,9 @@ from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.terminal import end, prepare_streams
 from btx.cli.terminal import show as _print
 from btx.cli.terminal import show_json as _print_json
-from btx.errors import NOT_YET, NotYet, UserError
+from btx.errors import NOT_YET, NotYet, StageFailed, UserError
 from btx.outputs import read_output
-from btx.process import READER_GONE
+from btx.process import READER_GONE, Interrupted, rank, world_size
 from btx.system_errors import told
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def main() -> None:
     except Exception as error:
         if (message := told(error)) is None:
             raise
-        text = "" if message.exit_code == READER_GONE else f"error: {message}"
+        # Of processes that train one model all stop together, and the first says so.
+        is_said = message.exit_code == READER_GONE or (isinstance(message, Interrupted) and rank() > 0)
+        text = "" if is_said else f"error: {message}"
         end(message.exit_code, text, try_output=isinstance(error, OSError) and error.filename is None)
 
 
@@ -181,7 +183,7 @@ def train(
     run = _run(run_folder)
     (stage,) = run.graph.named(["seed" if domain == "seed" else f"train/{domain}"], where=str(run_folder))
     needs = [] if run.state(stage) == "done" else run.unfinished_needs(stage)
-    for needed in needs:
+    for needed in needs if rank() == 0 else ():
         typer.echo(f"· {needed.name}: not there, made first")
     _work(run_folder, [needed.name for needed in (*needs, stage)])
 
@@ -358,7 +360,14 @@ def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
     from btx.stages.work import run_stages
 
     interrupts = Interrupts().listen()
-    run_stages(_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
+    try:
+        run_stages(_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
+    except RuntimeError as error:  # under a torchrun of the user's
+        from btx.stages.processes import is_lost
+
+        if world_size() == 1 or not is_lost(error):
+            raise
+        raise StageFailed(f"process {rank()} has lost another one of the {world_size()} that train a model") from None
 
 
 def _run(path: Path) -> RunFolder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ from btx.recipe.training import Training
 from btx.training.parallel import has_dropout, why_not_shared
 
 
-def check_processes(recipe: Recipe) -> None:
+def check_processes(recipe: Recipe, *, left: Collection[str] | None = None) -> None:
     """Refuse `launch.processes` for a training that they cannot share.
+
+    Args:
+        left: stages that are still to be trained; None: all.
 
     Raises:
         RecipeError: names the settings.
     """
     dropout = has_dropout(_seed_config(recipe))
     for where, stage, settings, router in _trainings(recipe):
+        if left is not None and stage not in left:
+            continue
         processes = recipe.launch.processes_of(stage)
         problem = why_not_shared(
             settings, recipe.data.sequence_length, processes, router=router, has_dropout=dropout

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
+from btx.choices.baselines import is_trained
 from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
 StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "evaluate", "analyze", "report"]
@@ -150,11 +151,6 @@ class Launch(Section):
                     f"launch.nodes is {nodes} for {kind}, and its launch.processes, {count}, cannot be spread over as "
                     f"many machines equally; launch.processes counts those of all machines: a multiple of {nodes}"
                 )
-            if nodes > 1 and self.kind == "local":
-                raise ValueError(
-                    f"launch.nodes is {nodes} for {kind}, and launch.kind: local has this machine alone; launch.nodes: "
-                    f"1, or a launcher that gives out machines (`btx ls launchers`)"
-                )
         return self
 
     weights_per_device: PositiveInt | None = None
@@ -204,5 +200,7 @@ def _otherwise(general: Job, stages: Mapping[StageKind, Job], stage: str, job: t
 def _of_kind(setting: int | dict[SharedKind, int], stage: str) -> int:
     kind = _kind(stage)
     if kind not in SharedKind.__args__:  # type: ignore[attr-defined]
+        return 1
+    if stage.startswith("baselines/") and not is_trained(stage):  # a soup is made by one process
         return 1
     return setting if isinstance(setting, int) else {str(name): count for name, count in setting.items()}.get(kind, 1)

@@ -49,7 +49,9 @@ def preflight(recipe: Recipe) -> None:
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
-    check_processes(recipe)
+    if any(recipe.launch.processes_of(stage.name) > 1 for stage in run.graph):
+        left = [stage.name for stage in run.graph if run.state(stage) != "done" and run.is_needed(stage)]
+        check_processes(recipe, left=left)
     _check_run_folder(run.path)
 
 

@@ -236,7 +236,8 @@ def _process(
     except Interrupted as stopped:
         outcome = str(stopped), stopped.exit_code - 128
     except BaseException as error:
-        known, lost = told(error) if isinstance(error, Exception) else None, is_lost(error)
+        known = told(error) if isinstance(error, Exception) else None
+        lost = is_lost(error) or isinstance(error, SystemExit)  # the first one says why it failed
         if known is None and not lost:
             traceback.print_exc()
         report = {

@@ -187,7 +187,7 @@ def refuse_what_is_not_shared(
     """Raise UserError if the processes that are here would not train what one would."""
     dropout = has_dropout(model.config.to_dict())
     if problem := why_not_shared(settings, length, process_count(), router=routing, has_dropout=dropout):
-        raise UserError(problem)
+        raise UserError(problem) if process_number() == 0 else SystemExit(UserError.exit_code)  # all find the same
 
 
 def _job_of(

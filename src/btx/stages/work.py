@@ -10,13 +10,14 @@ from importlib import import_module
 from typing import Any, cast
 
 from btx.outputs import check_outputs
-from btx.process import Interrupts, Log, ending_if_hung, processes_here, quick_imports, rank, world_size
+from btx.process import Interrupted, Interrupts, Log, ending_if_hung, processes_here, quick_imports, rank, world_size
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import note_failure, trying
 from btx.run_folder.stumps import clear_stumps_of
 from btx.run_folder.threads import processors, shares_processors, training_threads
 from btx.stages.processes import is_shared, train_in_processes, trains_here
+from btx.system_errors import told
 from btx.training.meeting import node_number
 from btx.training.trackers.follow import check_trackers
 
@@ -33,21 +34,38 @@ def run_stages(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log
     Raises:
         UserError: no such stage, or a stage it needs is not finished.
     """
-    for stage in run.graph.named(names, where=str(run.path)):
-        message = f"stopped after {stage.name}; run it again to continue"
-        if run.recipe.track and stage.is_tracked and rank() == 0 and run.state(stage) != "done":
-            check_trackers(run.recipe.track)
-        if world_size() > 1:
-            from btx.training.joined import joined  # and torch with it
-
-            with joined(run.recipe.device, interrupts, message):
-                _do(run, stage, interrupts, log if rank() == 0 else lambda line: None)
-            continue
+    stages = run.graph.named(names, where=str(run.path))
+    if world_size() > 1:
+        _take_part(run, stages, interrupts, log)
+        return
+    for stage in stages:
+        _check_trackers(run, stage)
         if is_shared(run, stage):
             train_in_processes(run, stage, interrupts, log, run_stages)
-        elif node_number() == 0 or run.recipe.launch.nodes_of(stage.name) > 1:
+        elif node_number() == 0:
             _do(run, stage, interrupts, log)
-        interrupts.raise_if_pending(message)
+        interrupts.raise_if_pending(_stopped_after(stage))
+
+
+def _take_part(run: RunFolder, stages: Sequence[Stage], interrupts: Interrupts, log: Log) -> None:
+    """The stages as one of the processes that torchrun has started; all of them stop if a signal came to one."""
+    with quick_imports():
+        from btx.models.sharding import largest
+        from btx.training.joined import joined
+        from btx.training.loop import stop_if_asked
+    with joined(run.recipe.device):
+        for stage in stages:
+            _do(run, stage, interrupts, log if rank() == 0 else lambda line: None)
+            stop_if_asked(interrupts, largest(interrupts.pending or 0), _stopped_after(stage))
+
+
+def _stopped_after(stage: Stage) -> str:
+    return f"stopped after {stage.name}; run it again to continue"
+
+
+def _check_trackers(run: RunFolder, stage: Stage) -> None:
+    if run.recipe.track and stage.is_tracked and run.state(stage) != "done":
+        check_trackers(run.recipe.track)
 
 
 def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -55,39 +73,71 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     are there for its training only."""
     name, leads, trains = stage.name, rank() == 0, trains_here(run, stage)
     with contextlib.ExitStack() as held:
-        if leads:
+
+        def is_done() -> bool:
+            _check_trackers(run, stage)
             with interrupts.at_once():  # waiting loses nothing
                 held.enter_context(exclusive(run.path, name, patience_s=ENDING_S))
             clear_stumps_of(run, name, stage)
-        if _as_the_first_says(leads and run.state(stage) == "done" and name != "report"):
+            if run.state(stage) == "done" and name != "report":
+                return True
+            run.check_needs(stage)  # for all stages, and before their modules import torch
+            return False
+
+        if _as_the_first_finds(is_done):
             if leads:
                 check_outputs(run.folder(name))
                 log(f"{name}: already done, skipped")
             return
         if leads:
-            run.check_needs(stage)  # for all stages, and before their modules import torch
             held.enter_context(trying(run, name))
             held.enter_context(ending_if_hung(run.recipe.launch.hung_after_s, partial(note_failure, run, name)))
         # Training saves before it stops; what the other stages have not written yet is soon made again.
         held.enter_context(contextlib.nullcontext() if stage.trains else interrupts.at_once())
-        if trains or leads:
-            with quick_imports():
-                if stage.trains and shares_processors(run.graph, stage):
-                    _use_threads(training_threads(run.graph))
-                elif not name.startswith("data/") and name != "report":
-                    use_all_processors()
-                work = _work_of(stage)
-            work(run, stage, interrupts, log)
-        _as_the_first_says(None)
+        work = partial(_work, run, stage, interrupts, log)
+        if trains:
+            work()
+            _as_the_first_finds(lambda: None)
+        else:
+            _as_the_first_finds(work)
 
 
-def _as_the_first_says(value: Any) -> Any:
-    """What the first of several processes has, on all of them, as soon as it is there."""
+def _work(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
+    with quick_imports():
+        if stage.trains and shares_processors(run.graph, stage):
+            _use_threads(training_threads(run.graph))
+        elif not stage.name.startswith("data/") and stage.name != "report":
+            use_all_processors()
+        work = _work_of(stage)
+    work(run, stage, interrupts, log)
+
+
+def _as_the_first_finds(look: Callable[[], Any]) -> Any:
+    """What the first of several processes finds, on all of them, as soon as it has. Where it fails, it says why, and
+    the others end without a word.
+
+    Args:
+        look: returns a JSON value.
+    """
     if world_size() == 1:
-        return value
+        return look()
     from btx.models.sharding import same_everywhere
 
-    return same_everywhere(value)
+    if rank() > 0:
+        found, exit_code = same_everywhere(None)
+        if exit_code is not None and exit_code > 128:
+            raise Interrupted("stopped; run it again to continue", exit_code - 128)
+        if exit_code is not None:
+            raise SystemExit(exit_code)
+        return found
+    try:
+        found = look()
+    except BaseException as error:
+        known = told(error) if isinstance(error, Exception) else None
+        same_everywhere((None, known.exit_code if known is not None else 1))
+        raise
+    same_everywhere((found, None))
+    return found
 
 
 def use_all_processors() -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from btx.errors import UserError
+from btx.recipe.launch import Launch
+
 Handle = Mapping[str, Any]
 """By what a launcher knows a job again, in another process and on another machine too: a JSON value that the run folder
 keeps."""
@@ -68,3 +71,17 @@ class Launcher(Protocol):
 
     def kill(self, handle: Handle) -> None:
         """End a job that answers nothing any more, with all its processes. Returns at once; raises as `poll`."""
+
+
+def refuse_several_nodes(launch: Launch, jobs: Sequence[Sequence[str]], why: str) -> None:
+    """Raise UserError if models are to be trained on several machines by a launcher that gives each job one.
+
+    Args:
+        why: it does not.
+    """
+    for stages in jobs:
+        if (nodes := launch.nodes_of(stages[0])) > 1:
+            raise UserError(
+                f"launch.nodes: {nodes} for {stages[0]}: {why}, on which launch.processes train its model together; "
+                f"launch.nodes=1, or launch.kind=slurm (`btx launch --for jobset` and `sky` also write text for more)"
+            )

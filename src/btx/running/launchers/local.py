@@ -15,7 +15,7 @@ from pathlib import Path
 from btx.errors import UserError
 from btx.process import SAVE_AND_END
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import Handle, Standing
+from btx.running.launchers.job import Handle, Standing, refuse_several_nodes
 
 
 class LocalLauncher:
@@ -26,10 +26,12 @@ class LocalLauncher:
     goes_on = False
 
     def __init__(self, launch: Launch) -> None:
+        self._launch = launch
         self._started: dict[int, LocalProcess] = {}
 
     def check(self, run: Path, jobs: Sequence[Sequence[str]]) -> None:
-        """Every machine has processes."""
+        """Refuse models that several machines train."""
+        refuse_several_nodes(self._launch, jobs, "launch.kind: local has this machine alone")
 
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
         """Start the job."""

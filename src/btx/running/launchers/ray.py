@@ -25,7 +25,7 @@ import psutil
 
 from btx.errors import SystemFailed, UserError
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import Handle, Standing
+from btx.running.launchers.job import Handle, Standing, refuse_several_nodes
 from btx.running.launchers.own_ray import OwnRay
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ class RayLauncher:
         """
         if find_spec("ray") is None:
             raise UserError(f"launch.kind: ray needs Ray, which is not installed: {INSTALL}")
-        if several := [stages[0] for stages in jobs if self._launch.nodes_of(stages[0]) > 1]:
-            raise UserError(
-                f"launch.nodes: {several[0]}: a job of Ray has one node, on which launch.processes train its model "
-                f"together; for more nodes use launch.kind=slurm"
-            )
+        refuse_several_nodes(self._launch, jobs, "a job of Ray has one node")
         if (address := self._launch.ray.address) is not None:
             try:
                 self._client(address)

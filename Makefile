@@ -32,7 +32,7 @@ test: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Slurm: apt install slurm-wlm munge. What is not installed skips itself, with the reason.
-ENGINES ?= slurm or ray or chaos or texts
+ENGINES ?= slurm or ray or chaos or texts or long
 test-engines: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "$(ENGINES)" -rs
 

@@ -26,7 +26,7 @@ from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.status import run_status
-from btx.running.launchers import START
+from btx.running.launchers import START, Handle
 from btx.running.pipeline import run as run_pipeline
 from btx.running.preflight import preflight
 from btx.running.progress import Display
@@ -266,23 +266,23 @@ def test_a_run_names_all_that_failed_and_status_has_it_too(tmp_path: Path, monke
         assert row["state"] != "failed" or "killed from outside" in row["why"]
 
 
-class Editor(Display):
-    """Edits the run folder's recipe while the run is under way."""
+class EditingLauncher(ForkedLauncher):
+    """Somebody edits the run folder's recipe just before its first job starts."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    def say(self, line: str) -> None:
-        text = self.path.read_text("utf-8")
-        self.path.write_text(text.replace("vocab_size: 320", "vocab_size: 300"), "utf-8")
+    def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
+        recipe = run / "recipe.yaml"
+        recipe.write_text(recipe.read_text("utf-8").replace("vocab_size: 320", "vocab_size: 300"), "utf-8")
+        return super().submit(run, stages, log, after=after)
 
 
-def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(tmp_path: Path) -> None:
+def test_a_recipe_edited_under_a_running_run_ends_it_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = pico_recipe(tmp_path, "run", "launch.jobs=1")
     run, _ = run_here(recipe, ["data/tokenizer"])
     shutil.rmtree(run.path / "data")
+    monkeypatch.setitem(START, "local", EditingLauncher)
     expected = r"data/birds cannot start: data/tokenizer is stale \(seed_model\.tokenizer\.vocab_size: 300 → 320\)"
-    with pytest.raises(RunFolderError, match=expected), quick_jobs():
-        run_pipeline(recipe, display=Editor(run.path / "recipe.yaml"))
+    with pytest.raises(RunFolderError, match=expected):
+        run_pipeline(recipe)
     assert not (run.path / "data" / "birds").exists()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -196,10 +197,10 @@ def prepare(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(device, "has_bfloat16_units", lambda: True)
 
 
-def rank_main(rank: int, folder: str) -> None:
+def rank_main(rank: int, folder: str, *, counts: Sequence[int]) -> None:
     torch.set_num_threads(1)
     prepare(pytest.MonkeyPatch())
-    for count in (4, 2):
+    for count in counts:
         with together(Path(folder), rank, count) as takes_part:
             for name in names_for(count) if takes_part else ():
                 found = trained(CASES[name], Path(folder) / f"{count}" / name)
@@ -217,9 +218,10 @@ def names_for(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranks(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(rank_main, folder, 4)
+    counts = (4, 2) if request.config.getoption("--engines") else (2,)
+    run_ranks(partial(rank_main, counts=counts), folder, max(counts))
     return folder
 
 
@@ -237,7 +239,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         yield one
 
 
-@pytest.mark.parametrize(("name", "count"), [(name, count) for count in (2, 4) for name in names_for(count)])
+@pytest.mark.parametrize(("name", "count"), [
+    pytest.param(name, count, marks=[pytest.mark.long] * (count == 4)) for count in (2, 4) for name in names_for(count)
+])  # fmt: skip
 def test_several_processes_train_what_one_does(ranks: Path, alone: Any, name: str, count: int) -> None:
     one, several = alone(name), torch.load(ranks / f"{count}-{name}.pt", weights_only=True)
     loss_near, weights_near = CASES[name].near

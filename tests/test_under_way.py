@@ -82,6 +82,7 @@ def start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         process.join()
 
 
+@pytest.mark.long
 def test_jobs_are_followed_cancelled_found_again_and_go_on(
     tmp_path: Path, start_run: Callable[[Path], BaseProcess]
 ) -> None:

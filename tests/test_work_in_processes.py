@@ -78,10 +78,8 @@ def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
     return weights(run)
 
 
-@pytest.mark.parametrize("who", [
-    "one killed", pytest.param("told", marks=pytest.mark.chaos),
-    pytest.param("starter killed", marks=pytest.mark.chaos),
-])  # fmt: skip
+@pytest.mark.long
+@pytest.mark.parametrize("who", ["told", "one killed", "starter killed"])
 def test_whatever_stops_it_all_end_and_it_goes_on_bit_for_bit(
     prepared: Path, undisturbed: bytes, tmp_path: Path, who: str
 ) -> None:
@@ -128,6 +126,7 @@ def test_what_the_user_has_to_mend_is_told_once(prepared: Path, tmp_path: Path) 
     assert lines[0].startswith("error: batch_tokens 256: a step has 8 sequences of 32 tokens, which 3 processes")
 
 
+@pytest.mark.long
 def test_under_a_torchrun_of_ones_own_needs_are_made_first_and_all_is_told_once(
     prepared: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:

@@ -156,7 +156,7 @@ class Cutting(ForkedLauncher):
         return start(cutting, str(run), *stages, log=log)
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_a_file_cut_off_while_it_is_mapped_ends_the_job_and_is_named_at_the_next_start(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

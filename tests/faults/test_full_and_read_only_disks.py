@@ -106,6 +106,7 @@ def report_of(target: Any, run: RunFolder, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_in_a_checkpoint_and_then_in_the_model_costs_nothing_that_was_whole(
     branchable: RunFolder, tmp_path: Path
 ) -> None:

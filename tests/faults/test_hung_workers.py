@@ -53,7 +53,7 @@ def few_seconds(tmp_path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize(("wakes", "code"), [
-    (False, 1), pytest.param(True, 128 + signal.SIGTERM, marks=pytest.mark.chaos),
+    (False, 1), pytest.param(True, 128 + signal.SIGTERM, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_a_job_that_comes_no_further_is_asked_to_save_then_ended_and_has_failed(
     tmp_path: Path, wakes: bool, code: int
@@ -115,6 +115,7 @@ class Stopping(ForkedLauncher):
         return start(stopped, str(run), *stages, log=log)
 
 
+@pytest.mark.long
 def test_a_job_that_is_stopped_is_ended_by_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = few_seconds(tmp_path)
     monkeypatch.setitem(START, "local", Stopping)

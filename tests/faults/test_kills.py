@@ -25,7 +25,7 @@ SMALL = ("seed_model.train.tokens=768", "train.tokens=512", "finetune.tokens=512
          "evaluate.tasks={}", "analyze.tokens=100", "seed_model.train.checkpoint_every=1")  # fmt: skip
 """Trains in two or three steps."""
 CASES = [
-    pytest.param("mix", 0, id="mix"),
+    pytest.param("mix", 0, marks=pytest.mark.long, id="mix"),
     *(pytest.param("report", seed, marks=pytest.mark.chaos, id=f"report-{seed}") for seed in range(12)),
 ]
 """Up to which stage, and the rng seed that says at which change each stage is killed."""

@@ -120,7 +120,9 @@ def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(run: RunFol
         lease.LEASE_S = before
 
 
-@pytest.mark.parametrize("left", ["", "filelock/2\npid=1", "\0" * 100])
+@pytest.mark.parametrize("left", [
+    "", *(pytest.param(left, marks=pytest.mark.long) for left in ("filelock/2\npid=1", "\0" * 100)),
+])  # fmt: skip
 def test_a_lease_whose_owner_was_killed_while_it_made_it_is_taken_over(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:

@@ -31,10 +31,15 @@ def _is_an_option(text: str) -> str:
     return text
 
 
-def _is_an_address(text: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s]+/?", text):
-        raise ValueError(f"the address of a Ray cluster's job server, as http://head:8265, got {text!r}")
-    return text
+def _text_like(pattern: str, what: str) -> AfterValidator:
+    """Refuse text that does not match `pattern` as a whole; `what` says in words what would."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{what}, got {text!r}")
+        return text
+
+    return AfterValidator(check)
 
 
 def _is_one_line(text: str) -> str:
@@ -43,20 +48,13 @@ def _is_one_line(text: str) -> str:
     return text
 
 
-def _is_a_word(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.,:=@/*()\[\]-]*", text):
-        raise ValueError(f"letters, digits and _.,:=@/*()[]- only, got {text!r}")
-    return text
-
-
-def _is_a_time(text: str) -> str:
-    if not re.fullmatch(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}", text):
-        raise ValueError(f"minutes, hours:minutes:seconds or days-hours, got {text!r}")
-    return text
-
-
-SlurmWord = Annotated[str, AfterValidator(_is_a_word)]
-SlurmTime = Annotated[str, AfterValidator(_is_a_time)]
+SlurmWord = Annotated[str, _text_like(r"[A-Za-z0-9_.,:=@/*()\[\]-]*", "letters, digits and _.,:=@/*()[]- only")]
+SlurmTime = Annotated[str, _text_like(
+    r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}", "minutes, hours:minutes:seconds or days-hours"
+)]  # fmt: skip
+RayAddress = Annotated[str, _text_like(
+    r"https?://[^/\s]+/?", "the address of a Ray cluster's job server, as http://head:8265"
+)]  # fmt: skip
 ShellLine = Annotated[str, AfterValidator(_is_one_line)]
 SlurmOption = Annotated[str, AfterValidator(_is_an_option)]
 
@@ -103,7 +101,7 @@ class RayJob(Section):
 class Ray(RayJob):
     """Jobs of a Ray cluster."""
 
-    address: Annotated[str, AfterValidator(_is_an_address)] | None = None
+    address: RayAddress | None = None
     """The cluster's job server, `http://head:8265` for example; default: a Ray of this machine, which ends with
     `btx run`."""
     stages: dict[StageKind, RayJob] = {}
@@ -137,10 +135,13 @@ class Launch(Section):
     """With `kind: slurm`."""
     ray: Ray = Ray()
     """With `kind: ray`."""
-
     hung_after_s: PositiveInt | None = 3600
     """Seconds without progress after which a job is taken to hang: it is asked to save, then ended, and has failed.
     More than the longest step, batch of an evaluation or loading of a model takes; null waits for ever."""
+    weights_per_device: PositiveInt | None = None
+    """Bytes of weights that a GPU (on a machine without one: the CPU) is given at most where models are measured and
+    routers fitted; what is above goes to the next GPU, to host memory, to disk, the last two slowly. Default: as much
+    as fits."""
 
     @model_validator(mode="after")
     def _machines_have_as_many_processes_each(self) -> Launch:
@@ -152,11 +153,6 @@ class Launch(Section):
                     f"many machines equally; launch.processes counts those of all machines: a multiple of {nodes}"
                 )
         return self
-
-    weights_per_device: PositiveInt | None = None
-    """Bytes of weights that a GPU (on a machine without one: the CPU) is given at most where models are measured and
-    routers fitted; what is above goes to the next GPU, to host memory, to disk, the last two slowly. Default: as much
-    as fits."""
 
     def processes_of(self, stage: str) -> int:
         """Processes that train the model of a stage together, over all nodes."""

@@ -36,7 +36,7 @@ from btx.models.sharding import largest, process_count, process_number, same_eve
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
-from btx.process import Interrupts, Log, rank, world_size
+from btx.process import Interrupts, Log
 from btx.recipe.training import Finetune, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import Making, RunFolder
@@ -132,7 +132,7 @@ def train_stage(
         if any(parameter.is_meta for parameter in model.parameters()) and start is not None:
             read_weights(model, start, job.device)
     job = replace(job, balancing=balancing or Balancing(), experts=experts)
-    if run.recipe.track and rank() == 0:
+    if run.recipe.track and process_number() == 0:
         tracked = Tracked(run.recipe.name, run.path, stage.name, folder / FOLDER, stage.shown)
         job = replace(
             job, followed=partial(followed, run.recipe.track, tracked, folder / "metrics.jsonl", experts, log)
@@ -219,7 +219,7 @@ def _job_of(
         rng_seed=recipe.rng_seed,
         device=device,
         peak_tokens_per_s=peak_tokens_per_s(
-            cost, length, device, bfloat16=in_bfloat16(settings.precision, device), processes=world_size()
+            cost, length, device, bfloat16=in_bfloat16(settings.precision, device), processes=process_count()
         ),
         settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
     )

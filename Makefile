@@ -32,7 +32,7 @@ test: $(VENV)/.stamp-test
 
 # Slurm: apt install slurm-wlm munge. What is not installed skips itself, with the reason.
 test-engines: $(VENV)/.stamp-test
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "slurm or ray or chaos" -rs
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "slurm or ray or chaos or browser" -rs
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests benchmarks

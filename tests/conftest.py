@@ -30,7 +30,7 @@ settings.load_profile("suite")
 gc.disable()  # until all test modules are imported: what they make stays
 
 
-ENGINES = ("slurm", "ray", "chaos")
+ENGINES = ("slurm", "ray", "chaos", "browser")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -35,14 +35,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     folder = mixtral(tmp_path_factory.mktemp("served") / "moe")
     (folder / "mix.json").write_text(json.dumps({"experts": ["math", "code", "wiki", "generalist"]}))
-    serving = subprocess.Popen(
-        [sys.executable, "-m", "btx", "serve", str(folder), "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
-    assert serving.stdout is not None
-    said = iter(serving.stdout.readline, "")
-    yield next(found[0] for line in said if (found := re.search(r"http://\S+:\d+", line)))
-    serving.terminate()
-    assert serving.wait(20) is not None
+    command = [sys.executable, "-m", "btx", "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        said = iter(serving.stdout.readline, "")
+        yield next(address[0] for line in said if (address := re.search(r"http://\S+:\d+", line)))
+        serving.terminate()
+        assert serving.wait(20) is not None
 
 
 class Watched:
@@ -107,7 +106,7 @@ def test_an_answer_can_be_stopped_and_a_refusal_is_shown(browser: Any, address: 
     page.fill("#max_tokens", "200")
     page.fill("#text", "the sum")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".tokens i.pair")
+    page.wait_for_selector(".tokens i.pair", state="attached")
     page.keyboard.press("Escape")
     page.wait_for_selector("#send:not([disabled])")
     assert page.locator("#problem").is_hidden()

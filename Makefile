@@ -1,6 +1,6 @@
 # make demo   the whole method on this machine, from nothing to a report
 # make test   the tests
-# make test-engines   tests on a Slurm and a Ray cluster of their own, and runs that are killed again and again
+# make test-engines   tests on a Slurm and a Ray cluster of their own, a browser, and runs that are killed again and again
 # make lint   ruff (rules and formatting) and mypy
 # make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
 # make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
@@ -32,7 +32,7 @@ test: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Slurm: apt install slurm-wlm munge. What is not installed skips itself, with the reason.
-ENGINES ?= slurm or ray or chaos or texts or long
+ENGINES ?= slurm or ray or chaos or texts or long or browser
 test-engines: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "$(ENGINES)" -rs
 

@@ -32,7 +32,7 @@ settings.load_profile("suite")
 gc.disable()  # until all test modules are imported: what they make stays
 
 
-ENGINES = ("slurm", "ray", "chaos", "texts", "long")
+ENGINES = ("slurm", "ray", "chaos", "texts", "long", "browser")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

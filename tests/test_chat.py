@@ -16,7 +16,10 @@ from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.tasks import complete
 from btx.models.loading import load_model, load_tokenizer
-from btx.serving import completing
+from btx.moe.layer import moe_blocks, only_experts
+from btx.serving import completing, speaker
+from btx.serving.expert_choice import ExpertChoice
+from btx.serving.speaker import Sampling
 from tests.pico_models import llama, mixtral, tokenizer
 
 PROMPT = "the sum of three €"
@@ -25,7 +28,8 @@ PROMPT = "the sum of three €"
 def said(model: Path, *, colours: bool = False, **options: object) -> str:
     output = io.StringIO()
     console = Console(file=output, force_terminal=colours, color_system="standard" if colours else None, width=10_000)
-    chat.chat(model, console=console, **({"prompt": PROMPT, "max_new_tokens": 12} | options))
+    drawn = {name: options.pop(name) for name in ("temperature", "rng_seed", "top_p") if name in options}
+    chat.chat(model, console=console, sampling=Sampling(12, **drawn), **({"prompt": PROMPT} | options))
     return output.getvalue()
 
 
@@ -55,7 +59,7 @@ def test_every_token_is_coloured_by_the_two_experts_with_the_most_gate_weight(tm
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         model(input_ids=torch.tensor([ids]))
     pairs = [token.pair for token in tokens if token.pair]  # a cut-off last character comes without experts
-    assert pairs == completing.top_pairs(model, len(ids))[1:]
+    assert pairs == completing.top_pairs(completing.gates_of_last(model, len(ids)))[1:]
     assert len({token.pair for token in tokens}) > 2
     assert "\x1b[" in said(folder, colours=True, show_experts=True)
     assert "\x1b[" not in said(folder, colours=True)
@@ -83,9 +87,9 @@ def test_lines_are_completed_until_the_input_ends(tmp_path, monkeypatch):
 
 def test_a_chat_template_is_used_where_there_is_one():
     templated = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer, eos_token="<|endoftext|>")
-    assert completing.prompt_ids(templated, "x") == DocumentEncoder(templated)(["x"])[0]
+    assert speaker.prompt_ids(templated, "x") == DocumentEncoder(templated)(["x"])[0]
     templated.chat_template = "{% for m in messages %}<|endoftext|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
-    assert tokenizer().decode(completing.prompt_ids(templated, "x")) == "<|endoftext|>user: x"
+    assert tokenizer().decode(speaker.prompt_ids(templated, "x")) == "<|endoftext|>user: x"
 
 
 @pytest.mark.parametrize("template", ["", "{% for m in messages %}<|endoftext|>{{ m['content'] }}{% endfor %}"])
@@ -95,7 +99,7 @@ def test_every_character_of_an_answer_is_printed_from_its_first_token_on(templat
     (folder / "chat_template.jinja").write_text(template) if template else None
     model, texts = load_model(folder), load_tokenizer(folder)
     for prompt, rng_seed in (("the sum", 1), ("€", 2), ("a\n", 3), ("", 4)):
-        ids, new = completing.prompt_ids(texts, prompt), []
+        ids, new = speaker.prompt_ids(texts, prompt), []
         choose = completing.pick(temperature, torch.Generator().manual_seed(rng_seed))
         while len(new) < 12:
             with torch.no_grad():
@@ -105,14 +109,14 @@ def test_every_character_of_an_answer_is_printed_from_its_first_token_on(templat
             new.append(token)
         printed = said(folder, prompt=prompt, temperature=temperature, rng_seed=rng_seed)
         assert printed == texts.decode(ids + new)[len(texts.decode(ids)) :] + "\n"
-        found = completing.completion(folder, prompt, max_new_tokens=12, temperature=temperature, rng_seed=rng_seed)
+        found = speaker.completion(folder, prompt, Sampling(12, temperature, rng_seed=rng_seed))
         assert found["completion"] + "\n" == printed
 
 
 def test_an_answer_is_printed_as_it_is(tmp_path, monkeypatch):
     folder, shown = llama(tmp_path / "model"), ["\t", "a[b]\r\n", " :smile: ", "\x0b"]
     tokens = [completing.ShownToken(text, (), from_prompt=False) for text in shown]
-    monkeypatch.setattr(chat, "complete_token_by_token", lambda *arguments: iter(tokens))
+    monkeypatch.setattr(chat.Speaker, "answer", lambda *arguments: tokens)
     assert said(folder) == "".join(shown) + "\n"
     assert not {"\r", "\x0b"} & set(said(folder, colours=True)), "nothing that steers a terminal"
 
@@ -157,3 +161,97 @@ def test_a_dense_model_has_no_experts_to_show(tmp_path):
 def test_a_negative_temperature_is_refused(tmp_path):
     with pytest.raises(UserError, match="temperature"):
         said(tmp_path, temperature=-1.0)
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}assistant:"
+
+
+def test_lines_are_one_conversation_where_there_is_a_template_until_it_is_begun_anew(tmp_path, monkeypatch):
+    folder = llama(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the sum\nof three\n/new\nthe sum\n"))
+    asked: list[list[int]] = []
+    answer = speaker.Speaker.answer
+    monkeypatch.setattr(
+        speaker.Speaker, "answer", lambda self, ids, *more: asked.append(ids) or answer(self, ids, *more)
+    )
+    said(folder, prompt=None)
+    first, second, third = (tokenizer().decode(ids) for ids in asked)
+    assert first == third == "user: the sum<|endoftext|>assistant:"
+    assert second.startswith("user: the sum<|endoftext|>assistant: ")
+    assert second.endswith("<|endoftext|>user: of three<|endoftext|>assistant:")
+
+
+def test_a_conversation_too_long_for_the_model_forgets_its_beginning(tmp_path, monkeypatch):
+    folder = llama(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    lines = [f"the sum of {'three and ' * 20}{number}" for number in range(8)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert "error" not in said(folder, prompt=None)
+    with pytest.raises(UserError, match="reads 256 at most; shorten it"):
+        said(folder, prompt="three and " * 200)
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(tmp_path, monkeypatch):
+    folder = llama(tmp_path / "model")
+
+    def answer(self, *arguments):
+        yield completing.ShownToken("half", (), from_prompt=False)
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        yield completing.ShownToken(" and whole", (), from_prompt=False)
+
+    interrupted: list[bool] = []
+    monkeypatch.setattr(speaker.Speaker, "answer", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n{PROMPT}\n"))
+    assert said(folder, prompt=None) == "half\nhalf and whole\n"
+
+
+def test_experts_can_be_used_alone_or_left_out(tmp_path):
+    folder = mixtral(tmp_path / "model")
+    model = speaker.Speaker(folder)
+    ids = model.prompt_ids(PROMPT)
+
+    def used(experts: ExpertChoice) -> set[int]:
+        tokens = list(model.answer(ids, Sampling(6), experts))
+        return {e for token in tokens for layer in token.gates_LE for e, gate in enumerate(layer) if gate > 0}
+
+    assert used(ExpertChoice()) == {0, 1, 2, 3}
+    assert used(ExpertChoice(only=("expert 2",))) == {2}
+    assert used(ExpertChoice(without=("expert 2", "expert 0"))) == {1, 3}
+    assert used(ExpertChoice()) == {0, 1, 2, 3}
+    with pytest.raises(UserError, match="no expert 'law'; the model's are: expert 0, "):
+        said(folder, experts=ExpertChoice(only=("law",)))
+    with pytest.raises(UserError, match="no expert is left"):
+        said(folder, experts=ExpertChoice(only=("expert 1",), without=("expert 1",)))
+    with pytest.raises(UserError, match="dense model has no experts"):
+        said(llama(tmp_path / "dense"), experts=ExpertChoice(without=("expert 1",)))
+
+
+def test_where_one_expert_is_allowed_a_layer_is_that_expert(tmp_path):
+    model = load_model(mixtral(tmp_path / "model"))
+    block, x_BSD = moe_blocks(model)[0], torch.randn(2, 5, 32)
+    gate_up, down = block.experts.gate_up_proj[3], block.experts.down_proj[3]
+    gate, up = (x_BSD @ gate_up.T).chunk(2, dim=-1)
+    with torch.no_grad(), only_experts(model, torch.tensor([False, False, False, True])):
+        torch.testing.assert_close(block(x_BSD), (torch.nn.functional.silu(gate) * up) @ down.T)
+    assert block.allowed_E is None
+
+
+def test_top_p_draws_from_the_likeliest_alone():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    choose = completing.pick(1.0, torch.Generator().manual_seed(0), 0.7)
+    assert {choose(logits) for _ in range(60)} == {0, 1}
+    assert {completing.pick(1.0, torch.Generator().manual_seed(s), 0.1)(logits) for s in range(20)} == {0}
+
+
+@pytest.mark.parametrize(("texts", "stops", "shown"), [
+    (["ab", "c", "d"], ["cd"], "ab"), (["ab", "c", "e"], ["cd"], "abce"), (["abcd"], ["bc"], "a"),
+    (["a", "b"], ["a"], ""), (["a\n", "\nb"], ["\n\n", "x"], "a"), (["a", "b"], [], "ab"),
+])  # fmt: skip
+def test_an_answer_ends_before_a_stop_string(texts, stops, shown):
+    tokens, met = [completing.ShownToken(text, (), from_prompt=False) for text in texts], []
+    left = completing.until_stop(iter(tokens), stops, lambda: met.append(True))
+    assert "".join(token.text for token in left) == shown
+    assert bool(met) == (shown != "".join(texts))

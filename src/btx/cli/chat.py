@@ -1,80 +1,124 @@
-"""Complete prompts with a model, token by token, coloured by the pair of experts that made each token.
-
-Shape letters: B batch, S sequence, V vocabulary, E experts.
-"""
+"""Talk to a model in the terminal: answers token by token, coloured by the pair of experts that made each token."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import cast
 from unicodedata import category
 
-import torch
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from btx.errors import UserError
-from btx.models.loading import load_tokenizer
-from btx.serving.completing import (
-    complete_token_by_token,
-    count_experts,
-    expert_names,
-    load_to_chat,
-    pick,
-    prompt_ids,
-)
-from btx.serving.refusals import check_completion
+from btx.errors import CheckpointError, UserError
+from btx.serving.completing import ShownToken
+from btx.serving.expert_choice import ExpertChoice
+from btx.serving.refusals import check_completion, check_sampling
+from btx.serving.speaker import Message, Sampling, Speaker
 
 PALETTE = (
     "bright_blue", "bright_green", "bright_magenta", "bright_yellow", "bright_cyan", "bright_red",
     "blue", "green", "magenta", "yellow", "cyan", "red",
 )  # fmt: skip
+ANEW = "/new"
+"""Line that begins a new conversation."""
 
 
 def chat(
-    model_path: Path, *, prompt: str | None = None, show_experts: bool = False, max_new_tokens: int = 200,
-    temperature: float = 0.0, rng_seed: int = 0, console: Console | None = None,
+    model_path: Path, *, prompt: str | None = None, show_experts: bool = False, sampling: Sampling = Sampling(),
+    experts: ExpertChoice = ExpertChoice(), console: Console | None = None,
 ) -> None:  # fmt: skip
-    """Print the completion of a prompt, or of every line that is typed until Ctrl-D.
+    """Print the answer to a prompt, or to every line that is typed until Ctrl-D.
 
-    A tokenizer with a chat template gets the prompt as a user's message; a base model completes it.
+    With a chat template lines are the messages of a conversation, which `/new` begins anew; a base model completes each
+    line for itself. Ctrl-C ends an answer, and between answers the program.
 
     Args:
         model_path: model folder.
-        prompt: text to complete; None reads prompts from the terminal.
-        show_experts: print prompt and completion, each token in the colour of its top pair of experts, with a legend.
-        max_new_tokens: tokens generated at most.
-        temperature: 0 takes the likeliest token; above, tokens are sampled.
-        rng_seed: random number seed of the sampling.
+        prompt: text to answer; None reads lines from the terminal, or from whatever is piped in.
+        show_experts: print prompt and answer, each token in the colour of its top pair of experts, with a legend.
+        sampling: how answers are drawn.
+        experts: which experts may be used.
         console: where to print; default: standard output.
 
     Raises:
         CheckpointError: no such model, or a dense one with `show_experts`.
-        UserError: a negative temperature, or a prompt that is no valid text.
+        UserError: a prompt that is no valid text, experts that are not there, or sampling that cannot be.
     """
-    check_completion(model_path, temperature, prompt)
+    check_sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+    check_completion(model_path, prompt)
     console = console or Console(highlight=False)
-    model, tokenizer = load_to_chat(model_path, _say), load_tokenizer(model_path)
-    if show_experts:
-        _print_legend(console, expert_names(model_path, model))
-    random = torch.Generator().manual_seed(rng_seed)
-    for text in _typed(console) if prompt is None else [prompt]:
+    speaker = Speaker(model_path, _say)
+    if show_experts and not speaker.expert_names:
+        raise CheckpointError(f"{model_path}: a dense model has no experts to show; leave out --show-experts")
+    experts.allowed(speaker.expert_names)  # refused before the first line is typed
+    talk = _Talk(speaker, sampling, experts, console, show_experts)
+    talk.legend()
+    if prompt is not None:
+        talk.answer(prompt)
+        return
+    for line in _typed(console):
         try:
-            ids = prompt_ids(tokenizer, text)
+            talk.answer(line)
         except UserError as error:
-            if prompt is not None:
-                raise
             console.out(f"error: {error}", highlight=False)  # the next line may be better
-            continue
-        for token in complete_token_by_token(model, tokenizer, ids, max_new_tokens, pick(temperature, random)):
-            if show_experts or not token.from_prompt:
-                style = pair_style(token.pair, count_experts(model)) if show_experts else ""
-                _print(console, token.text, style)
-        console.print()
+        except KeyboardInterrupt:
+            console.print()
+
+
+class _Talk:
+    """A conversation, and how it is printed."""
+
+    def __init__(
+        self, speaker: Speaker, sampling: Sampling, experts: ExpertChoice, console: Console, show_experts: bool
+    ) -> None:
+        self.speaker, self.sampling, self.experts = speaker, sampling, experts
+        self.console, self.show_experts = console, show_experts
+        self.messages: list[Message] = []
+        self.answers = 0
+
+    def answer(self, line: str) -> None:
+        """Print the answer to a line."""
+        if line.strip() == ANEW:
+            self.messages = []
+            return
+        text = ""
+        try:
+            for token in self._answer(line):
+                text += "" if token.from_prompt else token.text
+                if self.show_experts or not token.from_prompt:
+                    style = pair_style(token.pair, len(self.speaker.expert_names)) if self.show_experts else ""
+                    _print(self.console, token.text, style)
+        finally:  # what was said before Ctrl-C was said
+            if self.speaker.has_template and text:
+                self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": text}]
+        self.console.print()
+
+    def _answer(self, line: str) -> Iterator[ShownToken]:
+        sampling = replace(self.sampling, rng_seed=self.sampling.rng_seed + self.answers)
+        self.answers += 1
+        if not self.speaker.has_template:
+            return iter(self.speaker.answer(self.speaker.prompt_ids(line), sampling, self.experts))
+        while True:
+            ids = self.speaker.prompt_ids([*self.messages, {"role": "user", "content": line}])
+            if len(ids) + sampling.max_new_tokens <= self.speaker.longest or not self.messages:
+                return iter(self.speaker.answer(ids, sampling, self.experts))
+            self.messages = self.messages[2:]  # the oldest question and its answer
+
+    def legend(self) -> None:
+        """One line with every pair of experts in its colour."""
+        if not self.show_experts:
+            return
+        names = self.speaker.expert_names
+        legend = Text("   ").join(
+            Text(f"{names[a]} + {names[b]}", style=pair_style((a, b), len(names)))
+            for a, b in combinations(range(len(names)), 2)
+        )
+        self.console.print(legend, end="\n\n")
 
 
 def _say(line: str) -> None:
@@ -89,30 +133,26 @@ def _print(console: Console, text: str, style: str) -> None:
     console.print(Segments([Segment(text, console.get_style(style))]), end="", soft_wrap=True)
 
 
-def pair_style(pair: tuple[int, ...], num_experts: int) -> str:
-    """Colour of a pair of experts; after twelve pairs colours come again, underlined."""
+def pair_style(pair: Sequence[int], num_experts: int) -> str:
+    """Colour of a pair of experts; after twelve pairs colours come again, underlined. A single expert has that of its
+    first pair, in bold."""
     if not pair:
         return ""
-    number = list(combinations(range(num_experts), 2)).index(cast(tuple[int, int], pair))
+    if len(pair) == 1:
+        return PALETTE[pair[0] % len(PALETTE)] + " bold"
+    number = list(combinations(range(num_experts), 2)).index(cast(tuple[int, int], tuple(pair)))
     return PALETTE[number % len(PALETTE)] + (" underline" if number >= len(PALETTE) else "")
 
 
-def _print_legend(console: Console, names: Sequence[str]) -> None:
-    """One line with every pair of experts in its colour."""
-    legend = Text("   ").join(
-        Text(f"{names[a]} + {names[b]}", style=pair_style((a, b), len(names)))
-        for a, b in combinations(range(len(names)), 2)
-    )
-    console.print(legend, end="\n\n")
-
-
 def _typed(console: Console) -> Iterator[str]:
-    """Lines from the terminal until Ctrl-D; empty ones are skipped."""
+    """Lines from the terminal, or piped in, until they end or Ctrl-C; empty ones are skipped."""
+    asks = sys.stdin.isatty()
     while True:
         try:
-            line = console.input("[bold]> [/bold]")
-        except EOFError:
-            console.print()
+            line = console.input("[bold]> [/bold]" if asks else "")
+        except (EOFError, KeyboardInterrupt):
+            if asks:
+                console.print()
             return
         if line.strip():
             yield line

@@ -14,6 +14,7 @@ from btx.cli import jobs as cli_jobs
 from btx.cli import launch as cli_launch
 from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
+from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.terminal import end, prepare_streams
@@ -315,32 +316,8 @@ def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
     _print_json({"report": str(path)}) if as_json else typer.echo(path)
 
 
-@app.command()
-def chat(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
-    prompt: Annotated[str | None, typer.Option(help="Complete this text and end; default: ask for lines.")] = None,
-    show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Complete text with a run's model, or any model folder."""
-    from btx.serving.refusals import check_completion
-
-    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
-    if as_json and prompt is None:
-        raise UserError("btx chat --json needs --prompt TEXT")
-    check_completion(path, temperature, prompt)
-    from btx.cli.chat import chat as start_chat
-    from btx.serving.completing import completion
-
-    if as_json and prompt is not None:
-        _print_json(completion(path, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
-                               rng_seed=rng_seed))  # fmt: skip
-        return
-    start_chat(path, prompt=prompt, show_experts=show_experts, max_new_tokens=max_new_tokens, temperature=temperature,
-               rng_seed=rng_seed)  # fmt: skip
+app.command()(cli_serve.chat)
+app.command()(cli_serve.serve)
 
 
 @app.command(hidden=True)

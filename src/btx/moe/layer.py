@@ -26,7 +26,8 @@ from btx.moe.routers import LayerRule, Routing, straight_through, top_k_gates
 
 __all__ = [
     "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
-    "routing_unchanged", "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias", "weight_parts",
+    "only_experts", "routing_unchanged", "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias",
+    "weight_parts",
 ]  # fmt: skip
 
 
@@ -84,6 +85,8 @@ class MoE(nn.Module):
         self.routing: Routing | None = None
         self.keeps_routing = True
         """Whether a forward pass leaves its decisions in `routing`; see `routing_unchanged`."""
+        self.allowed_E: Tensor | None = None
+        """Experts that may be used, True or False; None: all. See `only_experts`."""
         self.selection_bias: Tensor | None
         # (E,), for balancing without a loss; in no saved model, for a plain class has nothing of the kind.
         self.register_buffer("selection_bias", None, persistent=False)
@@ -109,9 +112,10 @@ class MoE(nn.Module):
 
     def route(self, x_TD: Tensor) -> Routing:
         """Which experts each of T tokens uses."""
-        return self.rule(
-            self.gate(x_TD).float(), training=self.training, step=self.step, selection_bias_E=self.selection_bias
-        )
+        logits_TE = self.gate(x_TD).float()
+        if self.allowed_E is not None:
+            logits_TE = logits_TE.masked_fill(~self.allowed_E.to(logits_TE.device), -torch.inf)
+        return self.rule(logits_TE, training=self.training, step=self.step, selection_bias_E=self.selection_bias)
 
     @property
     def num_experts(self) -> int:
@@ -234,6 +238,20 @@ def use_selection_bias(model: nn.Module) -> None:
     for block in moe_blocks(model):
         device = None if block.gate.weight.is_meta else block.gate.weight.device  # weights of a skeleton come later
         block.selection_bias = torch.zeros(block.num_experts, dtype=torch.float32, device=device)
+
+
+@contextmanager
+def only_experts(model: nn.Module, allowed_E: Tensor | None) -> Iterator[None]:
+    """Within, tokens use no expert but those where `allowed_E` is True: the router's other logits count as -inf. Where
+    fewer than K are left, the gates of the rest are 0. None allows all."""
+    blocks = moe_blocks(model)
+    for block in blocks:
+        block.allowed_E = allowed_E
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.allowed_E = None
 
 
 @contextmanager

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from btx.errors import UserError
 from btx.model_files.model_folder import check_model_or_btm
 
 
-def check_completion(model_path: Path, temperature: float, prompt: str | None) -> None:
+def check_completion(model_path: Path, prompt: str | None = None) -> None:
     """Refuse what cannot be completed with.
 
     Raises:
         CheckpointError: the folder is no model.
-        UserError: a negative temperature, or a prompt that is no valid text.
+        UserError: the prompt is no valid text.
     """
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
     if prompt is not None:
         check_prompt(prompt)
     check_model_or_btm(model_path)
+
+
+def check_sampling(temperature: float, top_p: float = 1.0, max_new_tokens: int = 1) -> None:
+    """Refuse what no answer can be drawn with.
+
+    Raises:
+        UserError: names it, and what it may be.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature is {temperature}; it has to be 0 (always the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it has to be above 0 and at most 1")
+    if max_new_tokens < 0:
+        raise UserError(f"{max_new_tokens} new tokens were asked for; it has to be 0 or more")
 
 
 def check_prompt(prompt: str) -> None:

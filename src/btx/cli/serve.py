@@ -1,0 +1,83 @@
+"""The commands that talk: chat in the terminal, serve in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from btx.cli.terminal import show_json
+from btx.errors import UserError
+
+Only = Annotated[list[str] | None, typer.Option("--only", help="Use this expert alone; repeat for several.")]
+Without = Annotated[list[str] | None, typer.Option("--without", help="Never use this expert; repeat for several.")]
+
+
+def chat(
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this text and end; default: ask for lines.")] = None,
+    show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
+    only: Only = None,
+    without: Without = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,
+    rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Talk to a run's model, or any model folder."""
+    from btx.serving.expert_choice import ExpertChoice
+    from btx.serving.refusals import check_completion, check_sampling
+
+    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    if as_json and prompt is None:
+        raise UserError("btx chat --json needs --prompt TEXT")
+    check_sampling(temperature, top_p, max_new_tokens)
+    check_completion(path, prompt)
+    from btx.cli.chat import chat as start_chat
+    from btx.serving.speaker import Sampling, completion
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, rng_seed)
+    experts = ExpertChoice(tuple(only or ()), tuple(without or ()))
+    if as_json and prompt is not None:
+        show_json(completion(path, prompt, sampling, experts))
+        return
+    start_chat(path, prompt=prompt, show_experts=show_experts, sampling=sampling, experts=experts)
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")] = (
+        "127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+) -> None:  # fmt: skip
+    """A web page to talk to a run's models, and an interface as OpenAI's."""
+    paths = _served(model)
+    from btx.serving.server import serve as start_server
+
+    start_server(paths, host=host, port=port, log=typer.echo)
+
+
+def _served(model: Path) -> dict[str, Path]:
+    """Name → model folder: of a run all that are finished, the mixed and finetuned one first.
+
+    Raises:
+        UserError: it is neither a run nor a model, or nothing of the run is finished.
+    """
+    from btx.serving.refusals import check_completion
+
+    if not (model / "recipe.yaml").is_file():
+        check_completion(model)
+        return {model.resolve().name: model}
+    from btx.planning.models import model_stages
+    from btx.run_folder.folder import RunFolder
+
+    run = RunFolder.open(model)
+    stages = list(reversed(model_stages(run.recipe).items()))
+    finished = {name: run.model(stage) for name, stage in stages if run.done(stage) and run.model(stage).exists()}
+    if not finished:
+        raise UserError(f"{model}: no model of this run is finished yet; `btx run {model}` goes on")
+    for path in finished.values():
+        check_completion(path)
+    return finished

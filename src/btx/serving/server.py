@@ -1,0 +1,250 @@
+"""`btx serve`: a page to talk to the models of a run, and OpenAI's interface to them.
+
+It listens on loopback unless told otherwise, asks nothing of anybody else, and a browser lets no other page speak to
+it: requests have to be JSON, from the page's own origin, to a host name that is its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btx.errors import BtxError, CheckpointError, UserError
+from btx.process import Log
+from btx.serving.replies import Reply, error_event, error_reply
+from btx.serving.requests import ChatRequest, CompletionRequest, read_request
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from btx.serving.speaker import Speaker
+
+LARGEST_REQUEST = 4_000_000
+"""Bytes."""
+NEW_TOKENS = 256
+"""Of an answer, where the request does not say."""
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+
+
+class Speakers:
+    """The models that are served, each loaded when it is first asked for.
+
+    Args:
+        paths: name → model folder; the first is the one that answers where none is named.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], log: Log) -> None:
+        self.paths, self.log = dict(paths), log
+        self._loaded: dict[str, Speaker] = {}
+        self._loading = threading.Lock()
+
+    @property
+    def first(self) -> str:
+        """Name of the model that answers where none is named."""
+        return next(iter(self.paths))
+
+    def get(self, name: str | None) -> tuple[str, Speaker]:
+        """A model by its name, and the name.
+
+        Raises:
+            UserError: there is none of this name.
+            CheckpointError: it cannot be loaded.
+        """
+        name = name or self.first
+        if name not in self.paths:
+            raise UserError(f"there is no model {name!r} here; there are: {', '.join(self.paths)}")
+        with self._loading:
+            if name not in self._loaded:
+                from btx.serving.speaker import Speaker
+
+                self.log(f"loading {name} ({self.paths[name]})")
+                self._loaded[name] = Speaker(self.paths[name])
+        return name, self._loaded[name]
+
+
+def make_app(speakers: Speakers, hosts: list[str]) -> Starlette:
+    """The application, for uvicorn or a test.
+
+    Args:
+        hosts: host names that it answers to.
+    """
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.routing import Route
+
+    answers = _Answers(speakers)
+    return Starlette(
+        routes=[
+            *[Route(f"/{'' if file == 'index.html' else file}", _page(file, kind)) for file, kind in FILES.items()],
+            Route("/v1/models", answers.models), Route("/model", _refusing(answers.described)),
+            Route("/v1/chat/completions", _refusing(partial(answers.completion, ChatRequest)), methods=["POST"]),
+            Route("/v1/completions", _refusing(partial(answers.completion, CompletionRequest)), methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+    )  # fmt: skip
+
+
+Endpoint = Callable[["Request"], Awaitable["Response"]]
+
+
+class _Answers:
+    """The endpoints. What computes is done in threads, so that others are answered meanwhile."""
+
+    def __init__(self, speakers: Speakers) -> None:
+        self.speakers = speakers
+
+    async def models(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "btx"} for name in self.speakers.paths]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def described(self, request: Request) -> Response:
+        from starlette.concurrency import run_in_threadpool
+        from starlette.responses import JSONResponse
+
+        name, speaker = await run_in_threadpool(self.speakers.get, request.query_params.get("model"))
+        return JSONResponse({"model": name, "experts": speaker.expert_names, "has_template": speaker.has_template,
+                             "longest": speaker.longest})  # fmt: skip
+
+    async def completion(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
+        from starlette.concurrency import run_in_threadpool
+        from starlette.responses import JSONResponse, StreamingResponse
+
+        asked = read_request(kind, await _body(request))
+        reply = await run_in_threadpool(begin, self.speakers, asked)
+        if asked.stream:
+            headers = {"cache-control": "no-store"}
+            return StreamingResponse(_guarded(reply), media_type="text/event-stream", headers=headers)
+        return JSONResponse(await run_in_threadpool(reply.whole))
+
+
+def _refusing(endpoint: Endpoint) -> Endpoint:
+    """Errors become replies as OpenAI's."""
+
+    async def answered(request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        try:
+            return await endpoint(request)
+        except BtxError as error:
+            ours = isinstance(error, CheckpointError) or not isinstance(error, UserError)
+            kind, status = ("server_error", 500) if ours else ("invalid_request_error", 400)
+            return JSONResponse(error_reply(str(error), kind), status)
+
+    return answered
+
+
+async def _body(request: Request) -> bytes:
+    """The request's JSON. A form, which a browser would send for any page, is no JSON."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UserError("a request has to say content-type: application/json")
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > LARGEST_REQUEST:
+            raise UserError(f"a request may have {LARGEST_REQUEST:,} bytes")
+    return body
+
+
+def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
+    """The reply to a request, not yet computed.
+
+    Raises:
+        UserError: the request cannot be answered.
+        CheckpointError: the model cannot be loaded.
+    """
+    from btx.serving.speaker import Sampling
+
+    name, speaker = speakers.get(asked.model)
+    limit = asked.max_tokens
+    if isinstance(asked, ChatRequest):
+        limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else limit
+        messages = [message.as_message() for message in asked.messages]
+        # A base model takes the last message as the text to complete: so the page can show it beside the others.
+        ids = speaker.prompt_ids(messages if speaker.has_template else messages[-1]["content"])
+    else:
+        ids = speaker.text_ids(asked.text)
+    sampling = Sampling(NEW_TOKENS if limit is None else limit, asked.temperature, asked.top_p, asked.seed or 0,
+                        asked.stops)  # fmt: skip
+    answer = speaker.answer(ids, sampling, asked.choice)
+    with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+    chat = isinstance(asked, ChatRequest)
+    return Reply(chat, name, speaker.expert_names, asked.routing, answer, with_usage)
+
+
+def _guarded(reply: Reply) -> Iterator[bytes]:
+    """A stream that tells of what fails in its middle: its head has been sent by then."""
+    try:
+        yield from reply.stream()
+    except Exception as error:
+        from btx.system_errors import told
+
+        yield error_event(str(told(error) or f"{type(error).__name__}: {error}"))
+
+
+def _page(file: str, kind: str) -> Endpoint:
+    content = (resources.files("btx.serving") / "page" / file).read_bytes()
+
+    async def page(request: Request) -> Response:
+        from starlette.responses import Response
+
+        return Response(content, media_type=kind, headers={
+            "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+            "cache-control": "no-store",
+        })  # fmt: skip
+
+    return page
+
+
+def serve(paths: Mapping[str, Path], *, host: str, port: int, log: Log) -> None:
+    """Serve models until Ctrl-C.
+
+    Args:
+        paths: name → model folder; the first answers where none is named.
+        host: address to listen on.
+        port: 0 takes a free one.
+
+    Raises:
+        UserError: a package is missing, or the address cannot be listened on.
+        CheckpointError: the first model cannot be loaded.
+    """
+    import socket
+
+    uvicorn = _uvicorn()
+    speakers = Speakers(paths, log)
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"btx serve: {host}:{port} cannot be listened on: {error.strerror or error}; "
+                        f"choose another --port, or 0 for a free one") from error  # fmt: skip
+    with listening:
+        speakers.get(None)
+        port = listening.getsockname()[1]
+        loopback = host in ("127.0.0.1", "localhost", "::1")
+        hosts = ["localhost", "127.0.0.1", "::1", "[::1]"] if loopback else ["*"]
+        if not loopback:
+            log(f"warning: listening on {host}: whoever reaches this machine can use the models; there is no password")
+        shown = f"[{host}]" if ":" in host else host
+        log(f"http://{shown}:{port}   (the same interface as OpenAI's: http://{shown}:{port}/v1; Ctrl-C ends)")
+        config = uvicorn.Config(make_app(speakers, hosts), log_level="warning", access_log=False,
+                                timeout_graceful_shutdown=1)  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _uvicorn() -> Any:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UserError(f'btx serve needs a package more ({error.name}): pip install "branchtrainmix[serve]"') from None
+    return uvicorn

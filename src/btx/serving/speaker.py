@@ -1,0 +1,210 @@
+"""A model that answers: what chat, `btx.serving.server` and Python programs talk to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from btx.baselines.btm_model import BtmModel, load_model_or_btm
+from btx.data.token_files import DocumentEncoder
+from btx.errors import CheckpointError, UserError
+from btx.models.device import choose_device
+from btx.models.loading import load_tokenizer
+from btx.models.outputs import SideBySide
+from btx.models.placement import Place
+from btx.moe.layer import moe_blocks
+from btx.outputs import read_output
+from btx.reporting.shapes import MixRecord
+from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop
+from btx.serving.expert_choice import ExpertChoice
+from btx.serving.refusals import check_completion, check_prompt, check_sampling
+from btx.system_errors import blame, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+"""{"role": system, user or assistant, "content": text}."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Share of the probability that the tokens drawn from have together."""
+    rng_seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer, and are no part of it."""
+
+
+class Answer:
+    """An answer under way: its tokens as they come, those of the prompt first."""
+
+    def __init__(self, tokens: Iterator[ShownToken], sampling: Sampling, prompt_tokens: int, limit: int) -> None:
+        self.prompt_tokens, self.new_tokens = prompt_tokens, 0
+        self.finish_reason: str = "stop"
+        """Why it ended: `stop`, by itself or at a stop string; `length`, by its limit."""
+        self._tokens, self._stops, self._limit = tokens, sampling.stop, limit
+
+    def __iter__(self) -> Iterator[ShownToken]:
+        stopped: list[bool] = []
+        yield from until_stop(self._counted(), self._stops, lambda: stopped.append(True))
+        if not stopped and self.new_tokens >= self._limit:
+            self.finish_reason = "length"
+
+    def _counted(self) -> Iterator[ShownToken]:
+        for token in self._tokens:
+            self.new_tokens += not token.from_prompt and token.token_id is not None
+            yield token
+
+
+class Speaker:
+    """A model folder, loaded where it answers: on the GPU if there is one. Several threads may ask at once; their
+    forward passes take turns.
+
+    Args:
+        path: model folder, or a Branch-Train-Merge folder.
+        log: called with a line where it does not fit one device.
+
+    Raises:
+        CheckpointError: no such model.
+    """
+
+    def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
+        check_completion(path)
+        self.path = path
+        self.model: PreTrainedModel | SideBySide = load_model_or_btm(path, Place(choose_device("auto").type, log=log))
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
+        self.expert_names: list[str] = expert_names(path, self.model)
+        """Names of its experts; of Branch-Train-Merge its models; empty for a dense model."""
+        self._turn = threading.Lock()
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it is for conversations: its tokenizer writes messages as text."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        config = cast(Any, next(iter(self.model.members.values())) if isinstance(self.model, BtmModel) else self.model)
+        return int(getattr(config.config, "max_position_embeddings", None) or 2**31)
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Tokens of a prompt: messages as the chat template says, and so is a text where there is one; else a text is
+        like a document's start.
+
+        Raises:
+            UserError: the prompt is no valid text, or messages for a model without a template.
+            CheckpointError: the chat template is broken, refuses the messages or makes nothing of them.
+        """
+        return prompt_ids(self.tokenizer, prompt)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text to complete, like a document's start; raises UserError if it is no valid text."""
+        return text_ids(self.tokenizer, text)
+
+    def answer(
+        self, prompt: Sequence[int], sampling: Sampling = Sampling(), experts: ExpertChoice = ExpertChoice()
+    ) -> Answer:
+        """Begin to answer; nothing is computed before the first token is asked for.
+
+        Raises:
+            UserError: what `sampling` or `experts` ask for cannot be, or the prompt is as long as the model can read.
+        """
+        check_sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+        if len(prompt) >= self.longest:
+            raise UserError(f"the prompt has {len(prompt)} tokens, and with its answer the model reads "
+                            f"{self.longest} at most; shorten it")  # fmt: skip
+        allowed = experts.allowed(self.expert_names)
+        if allowed is not None and isinstance(self.model, BtmModel):
+            raise UserError("experts cannot be chosen in Branch-Train-Merge, whose models answer side by side")
+        limit = min(sampling.max_new_tokens, self.longest - len(prompt))
+        choose = pick(sampling.temperature, torch.Generator().manual_seed(sampling.rng_seed), sampling.top_p)
+        tokens = complete_token_by_token(
+            self.model, self.tokenizer, prompt, limit, choose, turn=self._turn,
+            allowed_E=None if allowed is None else torch.tensor(allowed),
+        )  # fmt: skip
+        return Answer(tokens, sampling, len(prompt), limit)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """Tokens of a prompt; see `Speaker.prompt_ids`."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for message in messages:
+        check_prompt(message["content"])
+    if not getattr(tokenizer, "chat_template", None):
+        if not isinstance(prompt, str):
+            raise UserError("this model has no chat template: it completes a text, and takes no messages")
+        return text_ids(tokenizer, prompt)
+    where = f"{tokenizer.name_or_path}: its chat template"
+    otherwise = "Mend chat_template.jinja, or move it away and the prompt is completed as plain text"
+    try:
+        rendered = cast(str, tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True))  # fmt: skip
+    except Exception as error:  # a template may raise anything
+        blame(error)
+        raise CheckpointError(
+            f"{where} does not take the message: {first_line(error)} ({type(error).__name__}). {otherwise}"
+        ) from error
+    ids = cast(list[int], tokenizer.encode(rendered, add_special_tokens=False))
+    if not ids:
+        raise CheckpointError(f"{where} makes nothing of the message. {otherwise}")
+    return ids
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text to complete; see `Speaker.text_ids`."""
+    check_prompt(text)
+    encoder = DocumentEncoder(tokenizer)
+    ids = encoder([text])[0]
+    return ids[:-1] if encoder.trailing_eos else ids
+
+
+def expert_names(model_path: Path, model: PreTrainedModel | SideBySide) -> list[str]:
+    """Names of the experts from the mix's record where one lies beside the model or in its run, else their numbers;
+    empty for a dense model."""
+    if isinstance(model, BtmModel):
+        return list(model.members)
+    blocks = moe_blocks(cast(nn.Module, model))
+    if not blocks:
+        return []
+    count, folder = blocks[0].num_experts, model_path.resolve()
+    for record in (folder / "mix.json", folder.parent / "mix.json", folder.parent.parent / "mix" / "mix.json"):
+        if record.is_file():
+            names = list(read_output(record, MixRecord).get("experts", ()))
+            if len(names) == count:
+                return names
+    return [f"expert {i}" for i in range(count)]
+
+
+def completion(
+    model_path: Path, prompt: str, sampling: Sampling = Sampling(), experts: ExpertChoice = ExpertChoice()
+) -> dict[str, Any]:
+    """A completion as a JSON value: {"prompt", "completion", "experts": names or null, "tokens"}.
+
+    Each of `tokens` is {"text", "experts": [names of the two with the most gate weight], "from_prompt"}, prompt's and
+    completion's in order. Raises as `Speaker`, `prompt_ids` and `answer`.
+    """
+    check_completion(model_path, prompt)
+    speaker = Speaker(model_path)
+    names, shown = speaker.expert_names, list(speaker.answer(speaker.prompt_ids(prompt), sampling, experts))
+    return {
+        "prompt": prompt,
+        "completion": "".join(token.text for token in shown if not token.from_prompt),
+        "experts": names or None,
+        "tokens": [
+            {"text": token.text, "experts": [names[i] for i in token.pair], "from_prompt": token.from_prompt}
+            for token in shown
+        ],
+    }  # fmt: skip

@@ -1,0 +1,198 @@
+"""btx serve: the page, OpenAI's interface with routing besides, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="btx serve is an extra")
+from starlette.testclient import TestClient
+
+from btx.cli.serve import _served
+from btx.errors import CheckpointError, UserError
+from btx.serving import server
+from btx.serving.server import Speakers, make_app, serve
+from btx.serving.speaker import Sampling, Speaker
+from tests.pico_models import llama, mixtral
+
+EXPERTS = ["math", "code", "wiki", "generalist"]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}assistant:"
+ASKED = {"messages": [{"role": "user", "content": "the sum of"}], "max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A mixture with a chat template, and a dense model without."""
+    folder = tmp_path_factory.mktemp("served")
+    paths = {"btx": mixtral(folder / "btx"), "seed": llama(folder / "seed")}
+    (paths["btx"] / "chat_template.jinja").write_text(TEMPLATE)
+    (paths["btx"] / "mix.json").write_text(json.dumps({"experts": EXPERTS}))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def client(folders: dict[str, Path]) -> Iterator[TestClient]:
+    speakers = Speakers(folders, lambda line: None)
+    with TestClient(
+        make_app(speakers, ["127.0.0.1"]), base_url="http://127.0.0.1", raise_server_exceptions=False
+    ) as it:
+        yield it
+
+
+def pieces(reply: Any) -> list[dict[str, Any]]:
+    """What a stream held, its end left out."""
+    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_a_conversation_is_answered_with_the_experts_of_every_token(
+    client: TestClient, folders: dict[str, Path]
+) -> None:
+    reply = client.post("/v1/chat/completions", json=ASKED).json()
+    speaker = Speaker(folders["btx"])
+    expected = list(speaker.answer(speaker.prompt_ids(ASKED["messages"]), Sampling(6)))  # type: ignore[arg-type]
+    (choice,) = reply["choices"]
+    assert reply["object"] == "chat.completion"
+    assert choice["message"] == {
+        "role": "assistant", "content": "".join(token.text for token in expected if not token.from_prompt)
+    }  # fmt: skip
+    assert choice["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == 6
+    routing = choice["routing"]
+    assert routing["experts"] == EXPERTS
+    assert "".join(token["text"] for token in routing["tokens"]) == "".join(token.text for token in expected)
+    for shown in routing["tokens"]:
+        if shown["pair"]:  # cut-off characters at the end have none
+            assert len(shown["gates"]) == 2
+            assert all(abs(sum(layer) - 1) < 0.01 for layer in shown["gates"])
+
+
+def test_a_stream_holds_what_the_whole_reply_holds(client: TestClient) -> None:
+    whole = client.post("/v1/chat/completions", json=ASKED).json()
+    asked = ASKED | {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = pieces(client.post("/v1/chat/completions", json=asked))
+    assert streamed[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert streamed.pop()["usage"] == whole["usage"]
+    choices = [piece["choices"][0] for piece in streamed]
+    text = "".join(choice["delta"].get("content", "") for choice in choices)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert choices[-1]["finish_reason"] == "length"
+    tokens = [token for choice in choices for token in choice.get("routing", {"tokens": []})["tokens"]]
+    assert tokens == whole["choices"][0]["routing"]["tokens"]
+
+
+def test_a_text_is_completed_without_the_template(client: TestClient, folders: dict[str, Path]) -> None:
+    asked = {"prompt": "the sum of", "max_tokens": 4, "temperature": 0, "routing": False}
+    reply = client.post("/v1/completions", json=asked).json()
+    assert reply["object"] == "text_completion"
+    assert "routing" not in reply["choices"][0]
+    speaker = Speaker(folders["btx"])
+    expected = "".join(
+        token.text for token in speaker.answer(speaker.text_ids("the sum of"), Sampling(4)) if not token.from_prompt
+    )
+    assert reply["choices"][0]["text"] == expected
+    streamed = pieces(client.post("/v1/completions", json=asked | {"stream": True}))
+    assert "".join(piece["choices"][0]["text"] for piece in streamed) == expected
+
+
+def test_experts_can_be_chosen_and_models_are_told_apart(client: TestClient) -> None:
+    chosen = client.post("/v1/chat/completions", json=ASKED | {"experts": {"only": ["code"]}}).json()
+    used = {tuple(token["pair"]) for token in chosen["choices"][0]["routing"]["tokens"]}
+    assert used - {()} == {(1,)}
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["btx", "seed"]
+    assert client.get("/model").json()["experts"] == EXPERTS
+    assert client.get("/model", params={"model": "seed"}).json() == {
+        "model": "seed", "experts": [], "has_template": False, "longest": 256
+    }  # fmt: skip
+    dense = client.post("/v1/chat/completions", json=ASKED | {"model": "seed"}).json()
+    assert dense["model"] == "seed"
+    assert all(token["pair"] == [] for token in dense["choices"][0]["routing"]["tokens"])
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> None:
+    text = client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"]["content"]
+    stop = text[2:4]
+    reply = client.post("/v1/chat/completions", json=ASKED | {"stop": stop}).json()["choices"][0]
+    assert reply["message"]["content"] == text[: text.index(stop)]
+    assert reply["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"temperature": -1}, "temperature: "), ({"messages": []}, "messages: "), ({"max_tokens": "many"}, "max_tokens: "),
+    ({"model": "law"}, "no model 'law' here; there are: btx, seed"), ({"n": 2}, "n: "),
+    ({"experts": {"only": ["law"]}}, "no expert 'law'; the model's are: math, code, wiki, generalist"),
+    ({"experts": {"forbid": ["math"]}}, "experts.forbid: "), ({"tools": [{}]}, "tools: "),
+    ({"logprobs": True}, "logprobs"),
+    ({"messages": [{"role": "user", "content": "three and " * 300}]}, "the model reads|reads 256 at most; shorten it"),
+    ({"messages": [{"role": "user"}]}, "content"), ({"model": "seed", "experts": {"without": ["math"]}}, "dense model"),
+])  # fmt: skip
+def test_what_cannot_be_answered_is_refused_in_a_sentence(client: TestClient, change: Any, message: str) -> None:
+    reply = client.post("/v1/chat/completions", json=ASKED | change)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert any(part in error["message"] for part in message.split("|"))
+
+
+def test_what_is_no_json_is_refused_and_so_is_another_host(client: TestClient) -> None:
+    assert client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+    form = client.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert "content-type: application/json" in form.json()["error"]["message"]
+    large = client.post("/v1/completions", json={"prompt": "x" * server.LARGEST_REQUEST})
+    assert "bytes" in large.json()["error"]["message"]
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    assert client.get("/nothing").status_code == 404
+
+
+def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.headers["content-security-policy"] == server.POLICY
+    for file in server.FILES:
+        text = client.get(f"/{'' if file == 'index.html' else file}").text
+        assert "http" not in text.replace("http-equiv", ""), file
+        assert "innerHTML" not in text
+        assert " style=" not in text
+        assert " onclick=" not in text
+
+
+def test_two_users_at_once_get_the_answers_that_each_would_get_alone(client: TestClient) -> None:
+    asked = [ASKED | {"experts": {"only": [name]}, "max_tokens": 12} for name in EXPERTS]
+    alone = [client.post("/v1/chat/completions", json=each).json()["choices"] for each in asked]
+    together: dict[int, Any] = {}
+
+    def ask(number: int) -> None:
+        together[number] = client.post("/v1/chat/completions", json=asked[number]).json()["choices"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[number] for number in range(len(asked))] == alone
+
+
+def test_what_fails_in_the_middle_ends_the_stream_with_the_reason(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> Any:
+        raise RuntimeError("no more memory")
+        yield
+
+    monkeypatch.setattr("btx.serving.speaker.Answer._counted", fails)
+    reply = client.post("/v1/chat/completions", json=ASKED | {"stream": True})
+    last = json.loads(reply.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert "no more memory" in last["error"]["message"]
+
+
+def test_what_is_no_model_is_refused_before_anything_listens(tmp_path: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="nothing"):
+        _served(tmp_path / "nothing")
+    assert _served(folders["seed"]) == {"seed": folders["seed"]}
+    with pytest.raises(UserError, match=r"203\.0\.113\.1:80 cannot be listened on"):
+        serve(folders, host="203.0.113.1", port=80, log=lambda line: None)

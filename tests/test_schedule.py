@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from btx.models.loading import load_model
@@ -21,7 +22,7 @@ from btx.training.loop import run_training
 from btx.training.schedule import learning_rate
 
 
-def rates(steps: int, **settings: float) -> list[float]:
+def rates(steps: int, **settings: float | str) -> list[float]:
     given = Training.model_validate({"tokens": 1, "learning_rate": 2.0, "warmup_steps": 0, **settings})
     return [learning_rate(step, steps, given) for step in range(steps)]
 
@@ -46,6 +47,35 @@ def test_the_last_step_has_the_final_share(share: float) -> None:
 
 def test_a_training_shorter_than_its_warm_up_ends_at_the_peak() -> None:
     assert rates(4, warmup_steps=100) == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+def test_a_constant_rate_stays_at_the_peak_so_that_a_longer_training_begins_with_a_shorter_one() -> None:
+    shorter, longer = (rates(steps, warmup_steps=3, schedule="constant") for steps in (8, 20))
+    assert shorter == longer[:8]
+    assert shorter[3:] == [2.0] * 5
+
+
+@pytest.mark.parametrize(("shape", "left"), [
+    ("linear", [0.75, 0.5, 0.25, 0.0]), ("cosine", [0.853553, 0.5, 0.146447, 0.0]),
+    ("sqrt", [0.5, 0.292893, 0.133975, 0.0]),
+])  # fmt: skip
+def test_wsd_stays_at_the_peak_and_falls_in_its_last_share(shape: str, left: list[float]) -> None:
+    settings = {"schedule": "wsd", "decay_share": 0.2, "decay_shape": shape, "final_learning_rate_share": 0.0}
+    wsd = [rate / 2.0 for rate in rates(20, warmup_steps=4, **settings)]
+    assert wsd[:16] == [*[0.25, 0.5, 0.75], *[1.0] * 13]
+    assert wsd[16:] == pytest.approx(left, abs=1e-6)
+    assert rates(20, warmup_steps=4, **settings | {"final_learning_rate_share": 0.1})[-1] == pytest.approx(0.2)
+
+
+def test_wsd_that_falls_from_the_first_step_is_the_shape_alone() -> None:
+    everything = rates(8, schedule="wsd", decay_share=1.0, decay_shape="cosine")
+    assert everything == pytest.approx(rates(8))
+    assert rates(6, warmup_steps=4, schedule="wsd", decay_share=1.0)[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+def test_a_decay_without_wsd_is_refused() -> None:
+    with pytest.raises(ValidationError, match="decay_share goes with schedule: wsd; here it is cosine"):
+        rates(4, decay_share=0.5)
 
 
 class Watching(NoCheckpoints):

@@ -25,6 +25,8 @@ from btx.recipe.section import (
 )
 
 OnSpike = Literal["log", "skip", "stop"]
+Schedule = Literal["cosine", "wsd", "constant"]
+DecayShape = Literal["linear", "cosine", "sqrt"]
 MicroBatchTokens = PositiveInt | Literal["auto"]
 UNTRIED_MICRO_BATCH = 16_384
 """What `micro_batch_tokens: auto` counts as where nothing was tried: in plans."""
@@ -42,8 +44,16 @@ class Training(Section):
     `batch_tokens`. auto is tried out when the training begins, and noted (docs/memory.md)."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up. cosine: falls from the first step to the last (the paper's); constant: stays at
+    the peak, so that a training can be gone on with, or branched from, as if it had been longer from the start; wsd:
+    stays there and falls at the end (warm-up, stable, decay: arXiv 2404.06395, section 4)."""
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """wsd: share of the steps in which it falls."""
+    decay_shape: DecayShape = "sqrt"
+    """wsd: how it falls. linear, cosine, or sqrt: 1 - √progress, fastest at its start (arXiv 2405.18392, section 4)."""
     final_learning_rate_share: Share = 0.1
-    """Learning rate at the end of the cosine, as a share of the peak (paper: 10 %)."""
+    """Learning rate at the end of a cosine or decay, as a share of the peak (paper: 10 %)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Optimiser steps of linear warm-up."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -74,6 +84,13 @@ class Training(Section):
     on_spike: OnSpike = "log"
     """What to do about a step whose loss or gradient norm stands far out from the last 100 (docs/footguns.md). log: say
     so; skip: say so and leave weights and moments as they were; stop: save what was before it, and fail."""
+
+    @model_validator(mode="after")
+    def _what_falls_is_wsd(self) -> Training:
+        for name in ("decay_share", "decay_shape"):
+            if self.schedule != "wsd" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} goes with schedule: wsd; here it is {self.schedule}")
+        return self
 
     @model_validator(mode="after")
     def _weights_go_with_the_rest(self) -> Training:
@@ -242,6 +259,12 @@ class BaselineTraining(Section):
     """Peak learning rate of every phase."""
     domains_learning_rate: PositiveFloat | None = None
     """dense, upcycling: peak learning rate of the first phase; default: learning_rate."""
+    schedule: Schedule | None = None
+    """Learning rate after the warm-up of each phase: cosine, constant or wsd."""
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """wsd: share of each phase's steps in which it falls."""
+    decay_shape: DecayShape | None = None
+    """wsd: how it falls."""
     final_learning_rate_share: Share | None = None
     """Learning rate at the end of each phase, as a share of its peak."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None

@@ -17,7 +17,7 @@ from btx import outputs
 from btx.errors import RunFolderError, UserError
 from btx.files import SEAL, read_json, write_json, write_sealed
 from btx.outputs import Done, check_model_of_stage, check_outputs, damage, read_done, read_output
-from btx.reporting.report import read_run
+from btx.reporting.run_files import read_run
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.status import run_status
 from btx.run_folder.stumps import clear_stumps

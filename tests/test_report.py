@@ -567,7 +567,7 @@ def test_an_unfinished_last_line_of_metrics_is_left_out_and_any_other_broken_lin
 
 
 def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
-    from btx.reporting.report import read_run
+    from btx.reporting.run_files import read_run
 
     write(
         tmp_path / "seed" / "metrics.jsonl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,29 +13,26 @@ from typer.main import get_command
 from btx.cli import init as cli_init
 from btx.cli import jobs as cli_jobs
 from btx.cli import launch as cli_launch
+from btx.cli import measuring as cli_measuring
 from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
-from btx.cli.terminal import end, prepare_streams
-from btx.cli.terminal import show as _print
-from btx.cli.terminal import show_json as _print_json
-from btx.errors import NOT_YET, NotYet, StageFailed, UserError
-from btx.outputs import read_output
-from btx.process import READER_GONE, Interrupted, rank, world_size
+from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
+from btx.cli.terminal import end, prepare_streams, show, show_json
+from btx.errors import NOT_YET, NotYet, UserError
+from btx.process import READER_GONE, Interrupted, rank
 from btx.system_errors import told
 
 if TYPE_CHECKING:
-    from btx.run_folder.folder import RunFolder
+    pass
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Branch-Train-MiX: branch a language model, train domain experts apart, mix them into one MoE model.",
 )  # fmt: skip
-
-RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
 
 
 def main() -> None:
@@ -94,11 +92,7 @@ def run(
     from btx.running.pipeline import run as run_recipe
 
     finished = run_recipe(resolved_recipe(recipe, overrides), until=until, without=without or (), verify=verify)
-    _print_results(finished)
-
-
-app.command()(cli_plan.plan)
-app.command()(cli_launch.launch)
+    show_results(finished)
 
 
 @app.command()
@@ -115,14 +109,14 @@ def status(
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)
-        _print_json(runs) if as_json else _print(sweep_status_table(runs))
+        show_json(runs) if as_json else show(sweep_status_table(runs))
         rows = [row for run in runs if verify and run["stages"]
-                for row in run_status(_run(Path(run["folder"])), verify=True)]  # fmt: skip
+                for row in run_status(open_run(Path(run["folder"])), verify=True)]  # fmt: skip
     else:
-        run = _run(run_folder)
+        run = open_run(run_folder)
         rows = run_status(run, verify=verify)
         problems = add_standings(run, rows)
-        _print_json(rows) if as_json else _print_status(rows)
+        show_json(rows) if as_json else _print_status(rows)
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
@@ -133,7 +127,7 @@ def _print_status(rows: list[dict[str, Any]]) -> None:
     from btx.cli.tables import status_table, work_text
 
     stays = [row["stage"] for row in rows if row["state"] == "done"]
-    _print(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
+    show(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
 
 
 @app.command()
@@ -149,11 +143,11 @@ def ls(
     if what not in CATALOGUE:
         raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
     if as_json:
-        _print_json(entries(what))
+        show_json(entries(what))
         return
     from btx.cli.tables import families_table, pairs_table
 
-    _print(families_table() if what == "families" else pairs_table(what, entries(what)))
+    show(families_table() if what == "families" else pairs_table(what, entries(what)))
 
 
 @app.command()
@@ -169,7 +163,7 @@ def cp(recipe: str, target: Path) -> None:
 @app.command()
 def prepare(run_folder: RunArgument) -> None:
     """Make the token files of a run."""
-    _work(run_folder, ["data"])
+    work_on(run_folder, ["data"])
 
 
 @app.command()
@@ -181,12 +175,12 @@ def train(
 
     What it needs and is not there, data and seed model, is made first.
     """
-    run = _run(run_folder)
+    run = open_run(run_folder)
     (stage,) = run.graph.named(["seed" if domain == "seed" else f"train/{domain}"], where=str(run_folder))
     needs = [] if run.state(stage) == "done" else run.unfinished_needs(stage)
     for needed in needs if rank() == 0 else ():
         typer.echo(f"· {needed.name}: not there, made first")
-    _work(run_folder, [needed.name for needed in (*needs, stage)])
+    work_on(run_folder, [needed.name for needed in (*needs, stage)])
 
 
 @app.command()
@@ -200,16 +194,13 @@ def adopt(
     """Take an expert model that was trained elsewhere for a branch's; it is checked, copied and never trained here."""
     from btx.model_files.model_folder import check_expert_folder
 
-    run = _run(run_folder)
+    run = open_run(run_folder)
     check_expert_folder(model)
     from btx.stages.adopt import adopt as adopt_model
 
     adopt_model(run, domain, model, typer.echo)
 
 
-for command in (cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep, cli_jobs.cancel,
-                cli_jobs.logs):  # fmt: skip
-    app.command()(command)
 app.command(hidden=True)(cli_sweep.run_of_sweep)
 app.command(hidden=True)(cli_launch.begin)
 
@@ -217,7 +208,7 @@ app.command(hidden=True)(cli_launch.begin)
 @app.command()
 def finetune(run_folder: RunArgument) -> None:
     """Finetune the mixed model of a run."""
-    _work(run_folder, ["finetune"])
+    work_on(run_folder, ["finetune"])
 
 
 @app.command()
@@ -226,98 +217,19 @@ def baselines(
     names: Annotated[list[str] | None, typer.Argument(help="Baselines of the recipe; default: all of them.")] = None,
 ) -> None:
     """Make the baselines of a run, or some of them."""
-    stages = [stage.name for stage in _run(run_folder).graph.baseline_stages(names)]
-    _work(run_folder, stages)
+    stages = [stage.name for stage in open_run(run_folder).graph.baseline_stages(names)]
+    work_on(run_folder, stages)
 
 
-@app.command()
-def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder; with --task also any model folder or hub name.")],
-    task: Annotated[str | None, typer.Option(
-        help="Measure one task of lm-evaluation-harness only, and write nothing: gsm8k, arc_easy, mmlu, ...")] = None,
-    file: Annotated[Path | None, typer.Option(help="Its JSONL file; without it lm-eval asks the hub.")] = None,
-    shots_file: Annotated[Path | None, typer.Option(help="JSONL file of shots; default: the start of FILE.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples shown; default: the paper's.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents scored at most.")] = None,
-    allow_code_execution: Annotated[bool, typer.Option(
-        "--allow-code-execution", help="Let programs that the model writes run, fenced in: humaneval, mbpp.")] = False,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Measure every model of a run on held-out text and tasks, or any model on one task."""
-    if task is not None:
-        from btx.evaluation.harness_files import TaskRequest
-        from btx.stages.one_task import evaluate_task
-
-        request = TaskRequest(task, task, file, shots_file, shots, limit)
-        found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
-                              log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
-        if as_json:
-            _print_json(found)
-        return
-    if any((file, shots_file, shots is not None, limit, allow_code_execution)):
-        raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
-    if (run_folder / "config.json").is_file():
-        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE")
-    _work(run_folder, ["evaluate"], quiet=as_json)
-    if as_json:
-        _print_json(read_output(run_folder / "evaluate" / "results.json"))
-    else:
-        _print_results(_run(run_folder))
-
-
-@app.command()
-def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
-    """Find out which expert each token of a run's model uses."""
-    _work(run_folder, ["analyze"], quiet=as_json)
-    if as_json:
-        _print_json(read_output(run_folder / "analyze" / "routing.json"))
-
-
-@app.command()
-def compare(
-    run_folder: RunArgument,
-    model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
-    model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
-    other_run: Annotated[
-        Path | None,
-        typer.Option(
-            "--with",
-            help="Run folder whose models it is compared with, another variant of a sweep for example.",
-        ),
-    ] = None,
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
-    rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """How sure the differences between models are: paired bootstrap over documents and questions."""
-    from btx.evaluation.compare import compare_models
-
-    others = None if other_run is None else _run(other_run).path
-    found = compare_models(
-        _run(run_folder).path, model_a, model_b, other_run=others, resamples=resamples, rng_seed=rng_seed
-    )
-    if as_json:
-        _print_json(found)
-    else:
-        from btx.cli.tables import comparison_table
-
-        _print(comparison_table(found))
-
-
-@app.command()
-def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
-    """Write the run's report, whatever stage it has reached."""
-    from btx.reporting.report import write_report
-    from btx.run_folder.folder import exclusive
-
-    run = _run(run_folder)
-    with exclusive(run.path, "report", patience_s=60.0):
-        path = write_report(run.path)
-    _print_json({"report": str(path)}) if as_json else typer.echo(path)
-
-
-app.command()(cli_serve.chat)
-app.command()(cli_serve.serve)
+ELSEWHERE: tuple[Callable[..., None], ...] = (
+    cli_plan.plan, cli_launch.launch, cli_jobs.cancel, cli_jobs.logs,
+    cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep,
+    cli_measuring.evaluate, cli_measuring.analyze, cli_measuring.compare, cli_measuring.report,
+    cli_serve.chat, cli_serve.serve,
+)  # fmt: skip
+"""Commands with a file of their own."""
+for command in ELSEWHERE:
+    app.command()(command)
 
 
 @app.command(hidden=True)
@@ -327,39 +239,6 @@ def work(run_folder: Path, stages: list[str]) -> None:
 
     end_with_parent()
     try:
-        _work(run_folder, stages)
+        work_on(run_folder, stages)
     except NotYet as error:
         end(NOT_YET, f"not yet: {error}")
-
-
-def _work(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
-    from btx.process import Interrupts
-    from btx.stages.work import run_stages
-
-    interrupts = Interrupts().listen()
-    try:
-        run_stages(_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
-    except RuntimeError as error:  # under a torchrun of the user's
-        from btx.stages.processes import is_lost
-
-        if world_size() == 1 or not is_lost(error):
-            raise
-        raise StageFailed(f"process {rank()} has lost another one of the {world_size()} that train a model") from None
-
-
-def _run(path: Path) -> RunFolder:
-    from btx.run_folder.folder import RunFolder
-
-    return RunFolder.open(path)
-
-
-def _print_results(finished: RunFolder) -> None:
-    from btx.reporting.shapes import Results
-
-    if (results := read_output(finished.path / "evaluate" / "results.json", Results)) is not None:
-        from btx.reporting.results import report_table
-
-        _print(report_table(results))
-    page = finished.path / "report" / "index.html"
-    if page.is_file():
-        typer.echo(f"report: {page}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
+from btx.cli.run_folders import open_run, work_on
 from btx.errors import CheckpointError, UserError
 from btx.process import ending_at_once
 
@@ -217,10 +218,5 @@ def _refuse_missing(model: Path, experts: Iterable[Path] = ()) -> None:
 
 
 def _mix_run(run_folder: Path) -> None:
-    from btx.process import Interrupts
-    from btx.run_folder.folder import RunFolder
-    from btx.stages.work import run_stages
-
-    run, interrupts = RunFolder.open(run_folder), Interrupts().listen()
-    soup = ["baselines/soup"] if "soup" in run.recipe.baselines else []
-    run_stages(run, ["mix", *soup], interrupts, interrupts.tell)
+    soup = ["baselines/soup"] if "soup" in open_run(run_folder).recipe.baselines else []
+    work_on(run_folder, ["mix", *soup])

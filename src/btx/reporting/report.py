@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from btx.choices.routers import ROUTERS
-from btx.errors import RunFolderError
 from btx.files import write_text
-from btx.metrics_file import read_metrics
 from btx.number_texts import (
     count_text,
     decimal_text,
@@ -30,22 +25,15 @@ from btx.number_texts import (
     percent_text,
     signed_percent,
 )
-from btx.outputs import check_outputs, read_done, read_output
 from btx.reporting.charts import (
     COLOURS,
-    Bars,
-    CostPoint,
-    Curve,
-    bars_chart,
-    cost_chart,
-    curves_chart,
     stacked_svg,
 )
 from btx.reporting.costs import cost_rows, cost_titles
-from btx.reporting.headline import headline, paired_differences
-from btx.reporting.paired_bootstrap import read_documents
-from btx.reporting.results import EXPERT, report_table, results_table
-from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Tokens
+from btx.reporting.figures import loss_charts, models_figures
+from btx.reporting.headline import headline
+from btx.reporting.results import report_table, results_table
+from btx.reporting.run_files import Run, read_run
 from btx.reporting.tokens import own_expert, token_view
 
 if TYPE_CHECKING:
@@ -58,51 +46,6 @@ FIGURE_TITLES = {
     "domains": "Bits per byte saved against the seed model, in percent",
 }
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the run that has left something: its `done.json` (None while it runs) and its metrics."""
-
-    name: str
-    done: dict[str, Any] | None
-    metrics: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds for the report; files that are missing are empty."""
-
-    folder: Path
-    recipe_text: str
-    recipe: dict[str, Any]
-    manifest: dict[str, Any]
-    results: dict[str, Any]
-    documents: dict[str, Any]
-    routing: dict[str, Any]
-    tokens: dict[str, Any]
-    mix: dict[str, Any]
-    stages: list[Stage]
-
-    @property
-    def experts(self) -> list[str]:
-        """Names of the MoE model's experts, from the first file that knows them."""
-        trained = [stage.name.removeprefix("train/") for stage in self.stages if stage.name.startswith("train/")]
-        return self.routing.get("experts") or self.mix.get("experts") or self.tokens.get("experts") or trained
-
-    @property
-    def general(self) -> str:
-        """The general domain, which is the generalist's."""
-        return self.recipe.get("data", {}).get("general", "general")
-
-    def stage(self, name: str) -> Stage:
-        """The stage of this name, empty if it has left nothing."""
-        return next((stage for stage in self.stages if stage.name == name), Stage(name, None, []))
-
-    def colour(self, domain: str) -> str:
-        """Palette name of a domain's expert."""
-        own = own_expert(domain, self.experts, self.general)
-        return "quiet" if own is None else f"c{own % COLOURS}"
 
 
 def write_report(run: Path, folder: Path | None = None) -> Path:
@@ -125,150 +68,7 @@ def write_report(run: Path, folder: Path | None = None) -> Path:
     return target
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def read_run(folder: Path) -> Run:
-    """Read what the report shows. Missing files are fine; broken ones raise RunFolderError."""
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder}: no such run folder; `btx run RECIPE` makes one")
-    recipe_file = folder / "recipe.yaml"
-    recipe_text = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
-    try:
-        recipe = yaml.safe_load(recipe_text) or {}
-    except yaml.YAMLError as error:
-        raise RunFolderError(f"{recipe_file}: not valid YAML ({error}); `btx run` writes it again") from error
-    return Run(
-        folder,
-        recipe_text,
-        recipe,
-        manifest=read_output(folder / "manifest.json", Manifest) or {},
-        results=read_output(folder / "evaluate" / "results.json", Results) or {},
-        documents=read_documents(folder / "evaluate" / "documents.json") or {},
-        routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
-        tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},
-        mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
-        stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
-    )
-
-
-def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
-    """Stages in the order of the method; data and branches in the recipe's order."""
-
-    def below(group: str) -> list[str]:
-        names = [path.name for path in (folder / group).glob("*/") if not path.name.startswith(".")]
-        known = {name: number for number, name in enumerate(["tokenizer", *domains])}
-        return [f"{group}/{name}" for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))]
-
-    names = [*below("data"), "seed", *below("train"), "mix", "finetune", *below("baselines"), "evaluate", "analyze"]
-    there = [name for name in names if (folder / name).is_dir()]
-    for name in there:
-        check_outputs(folder / name, suffixes={".jsonl"})
-    return [Stage(name, read_done(folder / name), read_metrics(folder / name / "metrics.jsonl")) for name in there]
-
-
 # --- views ----------------------------------------------------------------------------------------------------------
-
-
-def loss_charts(run: Run) -> list[dict[str, str]]:
-    """Training curves as figures: losses, the load-balancing loss, the experts' load during finetuning."""
-    branches = [stage for stage in run.stages if stage.name.startswith("train/")]
-    seed, finetune = run.stage("seed"), run.stage("finetune")
-    loads = [_load_curve(finetune, i, name) for i, name in enumerate(run.experts)]
-    loss, balance = "loss (nats per token)", "load-balancing loss"
-    drawn: list[tuple[str, str, list[Curve], str]] = [
-        ("seed", "Seed model: training loss.", [_curve(seed, "loss", "seed model", "ink")], loss),
-        (
-            "experts",
-            "Expert models: training loss, each on its own domain, so levels differ between domains.",
-            [_curve(stage, "loss", stage.name[6:], run.colour(stage.name[6:])) for stage in branches],
-            loss,
-        ),
-        (
-            "finetune",
-            "Finetuning of the mixed model: training loss on the mixture.",
-            [_curve(finetune, "loss", "btx", "accent")],
-            loss,
-        ),
-        (
-            "balancing",
-            "Finetuning: load-balancing loss, mean over layers; 1 is an even load.",
-            [_curve(finetune, "load_balancing", "btx", "accent")],
-            balance,
-        ),
-        ("load", "Finetuning: expert load, mean over layers.", loads, "share of routed tokens"),
-    ]
-    charts = []
-    for name, caption, curves, y_label in drawn:
-        filled = [curve for curve in curves if len(curve.x) > 1]
-        if filled:
-            charts.append({"svg": curves_chart(name, filled, "training tokens", y_label), "caption": caption})
-    return charts
-
-
-def _curve(stage: Stage, key: str, label: str, colour: str) -> Curve:
-    rows = [row for row in stage.metrics if is_number(row.get(key)) and is_number(row.get("tokens"))]
-    return Curve(label, colour, [row["tokens"] for row in rows], [row[key] for row in rows])
-
-
-def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
-    rows = [row for row in stage.metrics if row.get("load") and all(expert < len(layer) for layer in row["load"])]
-    means = [math.fsum(layer[expert] for layer in row["load"]) / len(row["load"]) for row in rows]
-    return Curve(label, f"c{expert % COLOURS}", [row["tokens"] for row in rows], means)
-
-
-def cost_figure(run: Run) -> str:
-    """The figure of quality against training FLOPs; empty before two models are evaluated."""
-    points = [
-        CostPoint(
-            name,
-            _model_colour(run, name),
-            # All others start from the seed model: what is compared is what came after it.
-            0.0 if name == "seed" else model["flops"],
-            model["mean_bits_per_byte"],
-            model["active_params"],
-        )
-        for name, model in run.results.get("models", {}).items()
-        if all(is_number(model.get(key)) for key in ("flops", "mean_bits_per_byte", "active_params"))
-    ]
-    return cost_chart(points) if len(points) > 1 else ""
-
-
-def domains_figure(run: Run) -> str:
-    """Bars of what each model saves against the seed model, per domain; empty before two models are evaluated."""
-    models = run.results.get("models", {})
-    seed = models.get("seed", {}).get("domains", {})
-    bars = []
-    for name, model in models.items():
-        if name != "seed" and seed:
-            paired = paired_differences(run.documents, name, "seed").get("domains", {})
-            saved = (_saved(model, seed[domain], domain, paired.get(domain)) for domain in seed)
-            bars.append(Bars(name, _model_colour(run, name), *zip(*saved, strict=True)))
-    return bars_chart("domains", list(seed), bars) if bars else ""
-
-
-def models_figures(run: Run) -> dict[str, str]:
-    """SVG of the figures that compare models, `cost` and `domains`; none before two models are evaluated."""
-    figures = {"cost": cost_figure(run), "domains": domains_figure(run)}
-    return {name: svg for name, svg in figures.items() if svg}
-
-
-def _model_colour(run: Run, name: str) -> str:
-    named = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
-    return named.get(name) or run.colour(name.removeprefix(EXPERT))
-
-
-def _saved(
-    model: Mapping[str, Any], seed: Mapping[str, Any], domain: str, paired: Mapping[str, float] | None
-) -> tuple[float | None, tuple[float, float]]:
-    """Percent of the seed model's bits per byte that a model saves in a domain, and how far the interval reaches to the
-    left and right of it."""
-    bits, before = model.get("domains", {}).get(domain, {}).get("bits_per_byte"), seed.get("bits_per_byte")
-    if not is_number(bits) or not is_number(before) or not before:
-        return None, (0.0, 0.0)
-    around = paired or {"low": 0.0, "difference": 0.0, "high": 0.0}
-    reach = (around["high"] - around["difference"], around["difference"] - around["low"])  # fewer bits are more saved
-    return 100 * (1 - bits / before), (100 * max(reach[0], 0.0) / before, 100 * max(reach[1], 0.0) / before)
 
 
 def stage_costs(run: Run) -> dict[str, Any]:

@@ -79,6 +79,58 @@ class DomainRouting(TypedDict):
     pairs: NotRequired[dict[str, list[float]]]
 
 
+class Interval(TypedDict):
+    """A statistic with the bounds of its 95 % interval, documents drawn anew (bootstrap)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Statistics(TypedDict):
+    """What the routing says as a whole."""
+
+    load: dict[str, list[list[Interval]]]
+    """Domain → layer → expert."""
+    specialisation: list[Interval]
+    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer."""
+    similarity: list[list[float]]
+    """Of two layers: mutual information of their first experts over the mean of their entropies (L, L)."""
+    positions: dict[str, list[list[float]]]
+    """"0-15", "16-63" ... of the document → layer → share of each expert."""
+    classes: dict[str, list[list[float]]]
+    """Class of the token (word, number, punctuation, space, ...) → layer → share of each expert."""
+
+
+class UsedFor(TypedDict):
+    """What an expert is used for."""
+
+    tokens: list[tuple[str, float, int]]
+    """Tokens it gets more often than an even load would say: text, share of its occurrences, occurrences."""
+    classes: dict[str, float]
+    """Class of the token → share of the tokens the expert gets."""
+
+
+class Lag(TypedDict):
+    """How fast the routing follows a change of domain inside a document."""
+
+    positions: list[int]
+    """Tokens since the change; negative before it."""
+    old: list[float]
+    """Share of the load of the old domain's expert, mean over layers and documents."""
+    new: list[float]
+    documents: int
+
+
+class Kept(TypedDict):
+    """Quality with some of the experts only, dropped one by one, the least used first."""
+
+    experts: list[str]
+    domains: dict[str, float]
+    """Bits per byte."""
+    mean: float
+
+
 class Routing(TypedDict):
     """routing.json."""
 
@@ -86,12 +138,33 @@ class Routing(TypedDict):
     experts: list[str]
     domains: dict[str, DomainRouting]
     dead: NotRequired[list[list[int]]]
+    statistics: NotRequired[Statistics]
+    used_for: NotRequired[dict[str, UsedFor]]
+    lag: NotRequired[Lag]
+    kept: NotRequired[list[Kept]]
 
 
 class Example(TypedDict):
     """A document token by token: its texts, and the experts and gate weights of each in every layer."""
 
     domain: str
+    tokens: list[str]
+    experts: list[list[list[int]]]
+    gates: list[list[list[float]]]
+    losses: NotRequired[dict[str, list[float]]]
+    """Model (seed, expert/D, btx, the best baseline) → bits of every token."""
+
+
+class ShownAnswer(TypedDict):
+    """A question of a domain, what models answered, and the tokens of the run's model as an example's."""
+
+    domain: str
+    task: NotRequired[str]
+    prompt: str
+    gold: NotRequired[str]
+    answers: dict[str, str]
+    """Model (btx, seed, the domain's expert) → its answer."""
+    correct: NotRequired[dict[str, bool]]
     tokens: list[str]
     experts: list[list[list[int]]]
     gates: list[list[list[float]]]
@@ -103,6 +176,7 @@ class Tokens(TypedDict):
     layers: int
     experts: list[str]
     examples: list[Example]
+    answers: NotRequired[list[ShownAnswer]]
 
 
 class MixRecord(TypedDict):

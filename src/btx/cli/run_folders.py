@@ -1,0 +1,54 @@
+"""What commands do with a run folder: open it, work on its stages, print its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from btx.cli.terminal import show
+from btx.errors import StageFailed
+from btx.outputs import read_output
+from btx.process import rank, world_size
+
+if TYPE_CHECKING:
+    from btx.run_folder.folder import RunFolder
+
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+
+
+def work_on(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
+    """Work on some stages of a run in this process; what else they need has to be there."""
+    from btx.process import Interrupts
+    from btx.stages.work import run_stages
+
+    interrupts = Interrupts().listen()
+    try:
+        run_stages(open_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
+    except RuntimeError as error:  # under a torchrun of the user's
+        from btx.stages.processes import is_lost
+
+        if world_size() == 1 or not is_lost(error):
+            raise
+        raise StageFailed(f"process {rank()} has lost another one of the {world_size()} that train a model") from None
+
+
+def open_run(path: Path) -> RunFolder:
+    """The run in a folder; raises RunFolderError if there is none."""
+    from btx.run_folder.folder import RunFolder
+
+    return RunFolder.open(path)
+
+
+def show_results(finished: RunFolder) -> None:
+    """Print the table of results, as far as there are any, and where the report is."""
+    from btx.reporting.shapes import Results
+
+    if (results := read_output(finished.path / "evaluate" / "results.json", Results)) is not None:
+        from btx.reporting.results import report_table
+
+        show(report_table(results))
+    page = finished.path / "report" / "index.html"
+    if page.is_file():
+        typer.echo(f"report: {page}")

@@ -1,0 +1,114 @@
+"""The figures of a run: its training curves, and its models' quality against cost and by domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from btx.number_texts import is_number
+from btx.reporting.charts import COLOURS, Bars, CostPoint, Curve, bars_chart, cost_chart, curves_chart
+from btx.reporting.headline import paired_differences
+from btx.reporting.results import EXPERT
+from btx.reporting.run_files import Run, Stage
+
+
+def loss_charts(run: Run) -> list[dict[str, str]]:
+    """Training curves as figures: losses, the load-balancing loss, the experts' load during finetuning."""
+    branches = [stage for stage in run.stages if stage.name.startswith("train/")]
+    seed, finetune = run.stage("seed"), run.stage("finetune")
+    loads = [_load_curve(finetune, i, name) for i, name in enumerate(run.experts)]
+    loss, balance = "loss (nats per token)", "load-balancing loss"
+    drawn: list[tuple[str, str, list[Curve], str]] = [
+        ("seed", "Seed model: training loss.", [_curve(seed, "loss", "seed model", "ink")], loss),
+        (
+            "experts",
+            "Expert models: training loss, each on its own domain, so levels differ between domains.",
+            [_curve(stage, "loss", stage.name[6:], run.colour(stage.name[6:])) for stage in branches],
+            loss,
+        ),
+        (
+            "finetune",
+            "Finetuning of the mixed model: training loss on the mixture.",
+            [_curve(finetune, "loss", "btx", "accent")],
+            loss,
+        ),
+        (
+            "balancing",
+            "Finetuning: load-balancing loss, mean over layers; 1 is an even load.",
+            [_curve(finetune, "load_balancing", "btx", "accent")],
+            balance,
+        ),
+        ("load", "Finetuning: expert load, mean over layers.", loads, "share of routed tokens"),
+    ]
+    charts = []
+    for name, caption, curves, y_label in drawn:
+        filled = [curve for curve in curves if len(curve.x) > 1]
+        if filled:
+            charts.append({"svg": curves_chart(name, filled, "training tokens", y_label), "caption": caption})
+    return charts
+
+
+def _curve(stage: Stage, key: str, label: str, colour: str) -> Curve:
+    rows = [row for row in stage.metrics if is_number(row.get(key)) and is_number(row.get("tokens"))]
+    return Curve(label, colour, [row["tokens"] for row in rows], [row[key] for row in rows])
+
+
+def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
+    rows = [row for row in stage.metrics if row.get("load") and all(expert < len(layer) for layer in row["load"])]
+    means = [math.fsum(layer[expert] for layer in row["load"]) / len(row["load"]) for row in rows]
+    return Curve(label, f"c{expert % COLOURS}", [row["tokens"] for row in rows], means)
+
+
+def cost_figure(run: Run) -> str:
+    """The figure of quality against training FLOPs; empty before two models are evaluated."""
+    points = [
+        CostPoint(
+            name,
+            _model_colour(run, name),
+            # All others start from the seed model: what is compared is what came after it.
+            0.0 if name == "seed" else model["flops"],
+            model["mean_bits_per_byte"],
+            model["active_params"],
+        )
+        for name, model in run.results.get("models", {}).items()
+        if all(is_number(model.get(key)) for key in ("flops", "mean_bits_per_byte", "active_params"))
+    ]
+    return cost_chart(points) if len(points) > 1 else ""
+
+
+def domains_figure(run: Run) -> str:
+    """Bars of what each model saves against the seed model, per domain; empty before two models are evaluated."""
+    models = run.results.get("models", {})
+    seed = models.get("seed", {}).get("domains", {})
+    bars = []
+    for name, model in models.items():
+        if name != "seed" and seed:
+            paired = paired_differences(run.documents, name, "seed").get("domains", {})
+            saved = (_saved(model, seed[domain], domain, paired.get(domain)) for domain in seed)
+            bars.append(Bars(name, _model_colour(run, name), *zip(*saved, strict=True)))
+    return bars_chart("domains", list(seed), bars) if bars else ""
+
+
+def models_figures(run: Run) -> dict[str, str]:
+    """SVG of the figures that compare models, `cost` and `domains`; none before two models are evaluated."""
+    figures = {"cost": cost_figure(run), "domains": domains_figure(run)}
+    return {name: svg for name, svg in figures.items() if svg}
+
+
+def _model_colour(run: Run, name: str) -> str:
+    named = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
+    return named.get(name) or run.colour(name.removeprefix(EXPERT))
+
+
+def _saved(
+    model: Mapping[str, Any], seed: Mapping[str, Any], domain: str, paired: Mapping[str, float] | None
+) -> tuple[float | None, tuple[float, float]]:
+    """Percent of the seed model's bits per byte that a model saves in a domain, and how far the interval reaches to the
+    left and right of it."""
+    bits, before = model.get("domains", {}).get(domain, {}).get("bits_per_byte"), seed.get("bits_per_byte")
+    if not is_number(bits) or not is_number(before) or not before:
+        return None, (0.0, 0.0)
+    around = paired or {"low": 0.0, "difference": 0.0, "high": 0.0}
+    reach = (around["high"] - around["difference"], around["difference"] - around["low"])  # fewer bits are more saved
+    return 100 * (1 - bits / before), (100 * max(reach[0], 0.0) / before, 100 * max(reach[1], 0.0) / before)

@@ -1,0 +1,102 @@
+"""What a report reads of a run folder. Missing files are fine, broken ones an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btx.errors import RunFolderError
+from btx.metrics_file import read_metrics
+from btx.outputs import check_outputs, read_done, read_output
+from btx.reporting.charts import COLOURS
+from btx.reporting.paired_bootstrap import read_documents
+from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Tokens
+from btx.reporting.tokens import own_expert
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the run that has left something: its `done.json` (None while it runs) and its metrics."""
+
+    name: str
+    done: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds for the report; files that are missing are empty."""
+
+    folder: Path
+    recipe_text: str
+    recipe: dict[str, Any]
+    manifest: dict[str, Any]
+    results: dict[str, Any]
+    documents: dict[str, Any]
+    routing: dict[str, Any]
+    tokens: dict[str, Any]
+    mix: dict[str, Any]
+    stages: list[Stage]
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the MoE model's experts, from the first file that knows them."""
+        trained = [stage.name.removeprefix("train/") for stage in self.stages if stage.name.startswith("train/")]
+        return self.routing.get("experts") or self.mix.get("experts") or self.tokens.get("experts") or trained
+
+    @property
+    def general(self) -> str:
+        """The general domain, which is the generalist's."""
+        return self.recipe.get("data", {}).get("general", "general")
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name, empty if it has left nothing."""
+        return next((stage for stage in self.stages if stage.name == name), Stage(name, None, []))
+
+    def colour(self, domain: str) -> str:
+        """Palette name of a domain's expert."""
+        own = own_expert(domain, self.experts, self.general)
+        return "quiet" if own is None else f"c{own % COLOURS}"
+
+
+def read_run(folder: Path) -> Run:
+    """Read what the report shows. Missing files are fine; broken ones raise RunFolderError."""
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: no such run folder; `btx run RECIPE` makes one")
+    recipe_file = folder / "recipe.yaml"
+    recipe_text = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
+    try:
+        recipe = yaml.safe_load(recipe_text) or {}
+    except yaml.YAMLError as error:
+        raise RunFolderError(f"{recipe_file}: not valid YAML ({error}); `btx run` writes it again") from error
+    return Run(
+        folder,
+        recipe_text,
+        recipe,
+        manifest=read_output(folder / "manifest.json", Manifest) or {},
+        results=read_output(folder / "evaluate" / "results.json", Results) or {},
+        documents=read_documents(folder / "evaluate" / "documents.json") or {},
+        routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
+        tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},
+        mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
+        stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
+    )
+
+
+def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
+    """Stages in the order of the method; data and branches in the recipe's order."""
+
+    def below(group: str) -> list[str]:
+        names = [path.name for path in (folder / group).glob("*/") if not path.name.startswith(".")]
+        known = {name: number for number, name in enumerate(["tokenizer", *domains])}
+        return [f"{group}/{name}" for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))]
+
+    names = [*below("data"), "seed", *below("train"), "mix", "finetune", *below("baselines"), "evaluate", "analyze"]
+    there = [name for name in names if (folder / name).is_dir()]
+    for name in there:
+        check_outputs(folder / name, suffixes={".jsonl"})
+    return [Stage(name, read_done(folder / name), read_metrics(folder / name / "metrics.jsonl")) for name in there]

@@ -107,6 +107,7 @@ class CheckpointState(TypedDict):
     device: NotRequired[str]
     metrics: NotRequired[Metrics]
     together: NotRequired[str]
+    trunk: NotRequired[str]
     rows: NotRequired[dict[str, list[int]]]
 
 

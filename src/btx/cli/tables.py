@@ -41,7 +41,8 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
     gpu = [_gpu_table(planned["gpu"]), _measuring_table(planned["gpu"])] if planned["gpu"] else []
     tables = [*_data_tables(planned["data"]), _models_table(planned), stages, *baselines, *gpu]
     return [*tables, speed, work, *_disk_note(totals),
-            *(f"note: {note}" for note in (*planned["notes"], *planned["router"]["notes"]))]  # fmt: skip
+            *(note if note.startswith("warning: ") else f"note: {note}"
+              for note in (*planned["notes"], *planned["router"]["notes"]))]  # fmt: skip
 
 
 def _data_tables(rows: list[dict[str, Any]]) -> list[Table]:

@@ -11,9 +11,10 @@ from btx.choices.families import family_of
 from btx.models.device import precision_notes
 from btx.planning.costs import Costs, dense_config, run_costs
 from btx.planning.disk import bytes_to_write, free_bytes
+from btx.planning.gain import gain_notes, predict_gain
 from btx.planning.gpu_memory import gpu_here, memory_rows
 from btx.planning.measuring import measuring_rows
-from btx.planning.models import model_rows
+from btx.planning.models import cost_in_use, model_rows
 from btx.planning.router_notes import router_notes, saved_as
 from btx.planning.speed import Speed, measured_speed
 from btx.recipe.derived import training_notes
@@ -38,7 +39,8 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
             and the recipe may use it.
 
     Returns:
-        {"name", "run", "formula", "notes", "router", "speed", "models": {name in the results: {"total_params",
+        {"name", "run", "formula", "notes", "prediction": `Prediction`, or None where nobody says how many tokens an
+        existing seed model has read, "router", "speed", "models": {name in the results: {"total_params",
         "active_params", "inference_flops_per_token", "tokens", "flops", "memory_bytes", "hours", "machine_hours"}},
         "stages": [...], "gpu": None or {"memory_bytes", "stages": rows of `btx.planning.gpu_memory`, "measuring":
         rows of `btx.planning.measuring`}, "stays": stages
@@ -62,12 +64,14 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
     costs = run_costs(run, dense, speed)
     states = [_state(run, cost.stage) for cost in costs]
     gpu_memory = gpu_memory or gpu_here(recipe)
+    prediction = predict_gain(run, dense, cost_in_use(recipe, dense, "btx"), costs)
     return {
         "name": recipe.name,
         "run": recipe.run_folder,
         "experts": recipe.expert_names,
         "formula": FLOPS_FORMULA,
-        "notes": [*training_notes(recipe), *precision_notes(recipe)],
+        "notes": [*training_notes(recipe), *precision_notes(recipe), *gain_notes(prediction)],
+        "prediction": prediction and prediction.as_json(),
         "router": {
             "kind": recipe.routing.kind,
             "experts_per_token": used,

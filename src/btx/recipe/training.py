@@ -142,6 +142,9 @@ class SeedModel(Section):
     plan_config: dict[str, Any] | None = None
     """Config of the model at `path`, so that `btx plan` needs neither the hub nor the folder; a run checks that the
     model is what is said here."""
+    pretrained_tokens: PositiveFloat | None = None
+    """Tokens that the model at `path` has read: with them `btx plan` predicts what a mixture gains. Default: what its
+    card says."""
     config: dict[str, Any] | None = None
     """Config of a model to train from scratch: `model_type` and what its config class takes."""
     tokenizer: TokenizerTraining = TokenizerTraining()
@@ -163,8 +166,9 @@ class SeedModel(Section):
             raise ValueError("seed_model.config needs seed_model.train: a model from scratch has to be trained")
         if self.path is not None and self.train is not None:
             raise ValueError("seed_model.path is taken as it is; seed_model.train goes with seed_model.config only")
-        if self.plan_config is not None and self.path is None:
-            raise ValueError("seed_model.plan_config goes with seed_model.path; a model from scratch has its config")
+        for name in ("plan_config", "pretrained_tokens"):
+            if getattr(self, name) is not None and self.path is None:
+                raise ValueError(f"seed_model.{name} goes with seed_model.path; a model from scratch has its own")
         for name, config in (("config", self.config), ("plan_config", self.plan_config)):
             if config is not None and "model_type" not in config:
                 raise ValueError(f"seed_model.{name} needs model_type, for example llama")

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -34,6 +34,7 @@ from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.lease import lease_file, take_lease
 from btx.run_folder.manifest import manifest, now
 from btx.run_folder.stages_of_recipe import build_graph
+from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.system_errors import WRITING, blame
 
 State = Literal["done", "begun", "stale", "absent"]
@@ -294,7 +295,19 @@ class RunFolder:
             raise
 
     def _give_way(self, stage: Stage, why: str, log: Log) -> None:
-        log(f"{stage.name}: stale ({why}); moved to {self.set_aside(stage.name)}")
+        aside = self.set_aside(stage.name)
+        log(f"{stage.name}: stale ({why}); moved to {aside}")
+        if stage.trains:
+            self.take_trunk(stage, [aside], log)
+
+    def take_trunk(self, stage: Stage, donors: Sequence[Path], log: Log) -> None:
+        """Let a training go on from the furthest checkpoint that another of the same trunk has left.
+
+        Args:
+            donors: folders of the same stage in other runs, or of this one's as it was.
+        """
+        if stage.trunk is not None:
+            take_trunk(stage.trunk, trunk_steps(stage.shown), self.folder(stage.name), donors, log)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl (written by `btx run` alone)."""

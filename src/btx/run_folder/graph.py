@@ -18,6 +18,7 @@ from btx.errors import UserError
 from btx.files import value_hash
 from btx.recipe.schema import Recipe
 from btx.run_folder.decisive import as_it_was, decisive, shown
+from btx.run_folder.trunk import trunk_settings
 
 Settings = dict[str, Any]
 Recorded = Callable[[str], Mapping[str, Any] | None]
@@ -80,6 +81,13 @@ class Stage:
     def inputs(self) -> str:
         """Hash of the settings and of everything upstream; raises as `settings`."""
         return inputs_hash(self.settings, self.upstream)
+
+    @cached_property
+    def trunk(self) -> str | None:
+        """Hash of the training without its length and its end, where longer ones begin alike (`btx.run_folder.trunk`);
+        raises as `settings`."""
+        settings = trunk_settings(self.settings)
+        return None if settings is None else inputs_hash(settings, self.upstream)
 
     @cached_property
     def label(self) -> str:

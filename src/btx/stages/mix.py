@@ -5,6 +5,8 @@ from __future__ import annotations
 from btx.baselines.matching import router_flops
 from btx.data.expert_text import text_from_run
 from btx.errors import CheckpointError
+from btx.evaluation.oracle_gap import oracle_gap
+from btx.files import write_json
 from btx.mixing.mix import mix
 from btx.mixing.settings import mix_settings
 from btx.model_files.provenance import weights_fingerprint
@@ -31,6 +33,10 @@ def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) 
             log=lambda line: log(line.replace(str(facts.folder), str(run.folder(stage.name)))),
             progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
         )  # fmt: skip
+        if run.prepared().keys() == run.recipe.data.domains.keys():  # a machine that only mixes may not have them
+            experts = {f"expert/{domain}": run.model(f"train/{domain}") for domain in run.recipe.train.domains}
+            models = {"seed": run.model("seed"), **experts, "mix": facts.folder / "model"}
+            write_json(facts.folder / "oracle.json", oracle_gap(run.path, run.recipe, models, log))
         facts["flops"] = router_flops(run.recipe, read_config(run.model("seed")))
 
 

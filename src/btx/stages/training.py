@@ -50,6 +50,7 @@ from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
 from btx.training.out_of_memory import memory_advice
 from btx.training.parallel import has_dropout, why_not_shared
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
+from btx.training.schedule import steps_before_decay
 from btx.training.state import StateFolder
 from btx.training.trackers.follow import FOLDER, followed
 from btx.training.trackers.tracker import Tracked
@@ -213,7 +214,12 @@ def _job_of(
         settings=settings,
         folder=folder,
         checkpoints=StateFolder(
-            folder / "state", marks, device=device.type, log=log, check_inputs=partial(run.check_needs, stage)
+            folder / "state",
+            marks,
+            device=device.type,
+            log=log,
+            check_inputs=partial(run.check_needs, stage),
+            trunk=(stage.trunk, steps_before_decay(settings.steps(length), settings)) if stage.trunk else None,
         ),
         flops_per_token=cost.training_flops_per_token(length),
         rng_seed=recipe.rng_seed,

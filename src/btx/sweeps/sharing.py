@@ -67,7 +67,8 @@ def _whole_donor(stage: Stage, donors: Sequence[Path], log: Log) -> Path | None:
 
 
 def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
-    """Take over every stage that is done elsewhere and not here, and measurements of models that stay the same.
+    """Take over every stage that is done elsewhere and not here, the trunk of what is to be trained, and measurements
+    of models that stay the same.
 
     Args:
         run: a run folder that exists; nobody may be at work in it.
@@ -84,7 +85,11 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
     taken = []
     with exclusive(run.path, "run", patience_s=PATIENCE_S):
         for stage in run.graph:
-            if run.state(stage) == "done" or (donor := _whole_donor(stage, others, log)) is None:
+            if run.state(stage) == "done":
+                continue
+            if (donor := _whole_donor(stage, others, log)) is None:
+                if stage.trains and run.state(stage) == "absent":
+                    run.take_trunk(stage, [donor / stage.name for donor in others], log)
                 continue
             with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
                 if run.state(stage) == "stale":

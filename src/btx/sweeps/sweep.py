@@ -152,6 +152,12 @@ def _run_facts(run: SweepRun, failures: dict[str, str]) -> dict[str, Any]:
     return facts | ({"failure": failures[run.name]} if state == "failed" else {})
 
 
+def missing(folder: RunFolder, run: SweepRun) -> set[str]:
+    """Hashes of the stages that a run has yet to make, and of the trunks of those that train."""
+    stages = [stage for stage in run.stages if folder.state(stage) != "done"]
+    return {stage.inputs for stage in stages} | {stage.trunk for stage in stages if stage.trains and stage.trunk}
+
+
 @dataclass
 class _Running:
     """A run under way."""
@@ -169,8 +175,8 @@ class _Running:
         return found
 
     def claims(self) -> set[str]:
-        """Hashes of the stages it has yet to make."""
-        return {stage.inputs for stage in self.run.stages if self.folder.state(stage) != "done"}
+        """Hashes of the stages it has yet to make, and of their trunks."""
+        return missing(self.folder, self.run)
 
 
 class _Sweep:
@@ -218,11 +224,7 @@ class _Sweep:
     def _next(self, waiting: Sequence[SweepRun]) -> SweepRun | None:
         """The first run none of whose missing stages is being made by another one."""
         claimed = set[str]().union(*(running.claims() for running in self.running))
-        return next((run for run in waiting if not self._missing(run) & claimed), None)
-
-    def _missing(self, run: SweepRun) -> set[str]:
-        folder = RunFolder(run.folder, run.recipe)
-        return {stage.inputs for stage in run.stages if folder.state(stage) != "done"}
+        return next((run for run in waiting if not missing(RunFolder(run.folder, run.recipe), run) & claimed), None)
 
     def _begin(self, run: SweepRun) -> None:
         number = self.plan.runs.index(run) + 1

@@ -26,11 +26,20 @@ def learning_rate(step: int, total_steps: int, settings: Training) -> float:
         return settings.learning_rate * (step + 1) / warmup
     if settings.schedule == "constant":
         return settings.learning_rate
-    falling, shape = total_steps - warmup, "cosine"
-    if settings.schedule == "wsd":
-        falling, shape = min(falling, max(1, round(settings.decay_share * total_steps))), settings.decay_shape
-    if step < total_steps - falling:
+    if step < (begins := steps_before_decay(total_steps, settings)):
         return settings.learning_rate
-    progress = min(1.0, (step - (total_steps - falling) + 1) / max(1, falling))
+    begins, shape = (begins, settings.decay_shape) if settings.schedule == "wsd" else (warmup, "cosine")
+    progress = min(1.0, (step - begins + 1) / max(1, total_steps - begins))
     share = settings.final_learning_rate_share
     return settings.learning_rate * (share + (1 - share) * SHAPES[shape](progress))
+
+
+def steps_before_decay(total_steps: int, settings: Training) -> int:
+    """Steps whose learning rate is the same however long the training is: none of a cosine, or of a training that is
+    shorter than its warm-up."""
+    if settings.schedule == "cosine" or total_steps < settings.warmup_steps:
+        return 0
+    if settings.schedule == "constant":
+        return total_steps
+    falling = max(1, round(settings.decay_share * total_steps))
+    return max(settings.warmup_steps, total_steps - falling)

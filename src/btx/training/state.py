@@ -61,16 +61,19 @@ class StateFolder:
         marks: what a resume must find unchanged, for example the data's fingerprint: name → value.
         device: where the job runs. On another one it may go on, but not bit for bit as it would have.
         log: told so.
+        trunk: hash of the trunk that the training begins with (`btx.run_folder.trunk`), and the steps that are on it;
+            None: none. A checkpoint on it may be another training's.
         check_inputs: called before a state is kept; raises if what the training reads is not as it was when it began.
     """
 
     def __init__(
         self, folder: Path, marks: Mapping[str, str], *, device: str = "cpu", log: Log = lambda line: None,
-        check_inputs: Callable[[], None] = lambda: None,
+        trunk: tuple[str, int] | None = None, check_inputs: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.marks = dict(marks)
         self.device, self.log = device, log
+        self.trunk = trunk
         self._check_inputs = check_inputs
         self._writer = BackgroundWriter()
         self._copies: dict[str, HostCopy] | None = None
@@ -127,7 +130,7 @@ class StateFolder:
     ) -> int:  # fmt: skip
         """Restore a whole checkpoint; returns its step."""
         state = states[0]
-        if state["marks"] != self.marks:
+        if state["marks"] != self.marks and not self._is_on_trunk(state):
             differing = [key for key in self.marks if state["marks"].get(key) != self.marks[key]]
             raise RunFolderError(
                 f"{checkpoint}: made with other {', '.join(differing)}; resuming would mix old and new. "
@@ -150,6 +153,12 @@ class StateFolder:
             raise RunFolderError(f"{checkpoint}: {error}") from error
         return int(state["step"])
 
+    def _is_on_trunk(self, state: Mapping[str, Any]) -> bool:
+        """Whether another training's checkpoint is one that this training would have made too."""
+        if self.trunk is None or state.get("trunk") != self.trunk[0] or state["step"] > self.trunk[1]:
+            return False
+        return all(state["marks"].get(key) == mark for key, mark in self.marks.items() if key != "inputs")
+
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state after `step` finished optimiser steps and let a thread write it as a checkpoint, then remove
         all but the last two. Waits while the checkpoint before is still being written, and writes before it returns
@@ -170,7 +179,9 @@ class StateFolder:
         metrics_bytes = metrics.stat().st_size if metrics.exists() else 0
         number, count = process_number(), process_count()
         part = part_folder(self.folder / step_name(step), number, count)
-        facts = {"together": self._together, "rows": weights.rows | moments.rows} if count > 1 else {}
+        facts: dict[str, Any] = {"together": self._together, "rows": weights.rows | moments.rows} if count > 1 else {}
+        if self.trunk is not None and step <= self.trunk[1]:
+            facts["trunk"] = self.trunk[0]
         self._writer.start(partial(self._write, step, part, contents, None if number else metrics_bytes, facts))
         if not self._copies:
             self._writer.wait()

@@ -1,0 +1,164 @@
+"""What a run's model gains over dense training at equal FLOPs, predicted before anything is trained.
+
+More experts lower the part of a loss that parameters are to blame for, and raise the part that data are (Ludziejewski
+et al., arXiv 2502.05172, section 4): a mixture loses while the seed model has read few tokens a parameter, and wins
+when it has read many. Continued from the seed model's loss on the law of either kind, that gives the sign and size of
+dense minus mixture. Nothing of it is fitted to our runs; how far off it was in them is its uncertainty.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from btx.models.cost import ModelCost, config_cost
+from btx.planning.costs import Costs
+from btx.recipe.schema import Recipe
+from btx.run_folder.folder import RunFolder
+
+ENOUGH = 10
+"""Tokens a parameter from which the law says that a mixture of small models wins (docs/results.md)."""
+BYTES_PER_TOKEN = 4.0
+"""Where the text is not prepared yet."""
+UNCERTAINTY = 0.02
+"""Bits per byte: root mean square of outcome minus prediction in earlier runs (docs/results.md)."""
+
+# Table 2 of the paper: loss in nats a token of N active parameters after D tokens with E experts,
+# A·Ê^δ·N^(α + γ ln Ê) + B·Ê^ω·D^(β + ζ ln Ê) + C, with 1/Ê = 1/(E - 1 + 1/(1/Es - 1/Em)) + 1/Em.
+A, ALPHA, GAMMA, DELTA = 35.91, -0.1889, 0.0098, -0.2285
+B, BETA, ZETA, OMEGA = 35.98, -0.1775, -0.0259, 0.5529
+C, E_START, E_MAX = 1.3637, 2.0732, 290.4521
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Dense minus btx at equal training FLOPs, mean over domains: positive where btx is better."""
+
+    seed_tokens: float
+    """That the seed model has read."""
+    tokens_per_parameter: float
+    source: str
+    """Where its tokens are known from."""
+    gain: float
+    """Bits per byte."""
+    low: float
+    high: float
+    """One standard error to either side."""
+    bytes_per_token: float
+
+    def as_json(self) -> dict[str, Any]:
+        """As `btx plan --json` and results.json have it."""
+        return asdict(self)
+
+    @property
+    def enough(self) -> bool:
+        """Whether the seed model has read as many tokens a parameter as a mixture wants."""
+        return self.tokens_per_parameter >= ENOUGH
+
+
+def law_loss(active_params: float, tokens: float, experts: float) -> float:
+    """Nats a token of a model of `experts` experts (1: dense), as the law says."""
+    hat = 1 / (1 / (experts - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)
+    log = math.log(hat)
+    of_parameters = A * hat**DELTA * active_params ** (ALPHA + GAMMA * log)
+    of_data = B * hat**OMEGA * tokens ** (BETA + ZETA * log)
+    return of_parameters + of_data + C
+
+
+def law_tokens(active_params: float, loss: float, experts: float) -> float:
+    """Tokens after which the law has this loss; infinite where it never has."""
+    low, high = 1.0, 1e30
+    if law_loss(active_params, high, experts) > loss:
+        return math.inf
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if law_loss(active_params, middle, experts) > loss else (low, middle)
+    return high
+
+
+def law_gain(dense: ModelCost, mixture: ModelCost, experts: int, seed_tokens: float, flops: float,
+             sequence_length: int) -> float:  # fmt: skip
+    """Nats a token that a mixture gains over a dense model when both train with `flops` more from the same seed model.
+
+    Each goes on from the tokens after which its own law has the seed model's loss.
+    """
+    loss = law_loss(dense.active_params, seed_tokens, 1)
+    begun = law_tokens(mixture.active_params, loss, experts)
+    more_dense, more = (flops / cost.training_flops_per_token(sequence_length) for cost in (dense, mixture))
+    return (law_loss(dense.active_params, seed_tokens + more_dense, 1)
+            - law_loss(mixture.active_params, begun + more, experts))  # fmt: skip
+
+
+def predict_gain(run: RunFolder, dense_config: dict[str, Any], mixture: ModelCost, costs: Costs) -> Prediction | None:
+    """What `btx plan` predicts of a run; None where nobody says how much the seed model has read.
+
+    Args:
+        mixture: size and cost of the run's own model.
+        costs: of the run's stages.
+    """
+    recipe, dense = run.recipe, config_cost(dense_config)
+    seed_tokens, source = tokens_read(recipe, costs)
+    if not seed_tokens:
+        return None
+    bytes_per_token = bytes_per_token_of(run) or BYTES_PER_TOKEN
+    nats = law_gain(dense, mixture, len(recipe.expert_names), seed_tokens, costs.behind("finetune").flops,
+                    recipe.data.sequence_length)  # fmt: skip
+    gain = nats / math.log(2) / bytes_per_token
+    return Prediction(seed_tokens, seed_tokens / dense.total_params, source, gain, gain - UNCERTAINTY,
+                      gain + UNCERTAINTY, bytes_per_token)  # fmt: skip
+
+
+def tokens_read(recipe: Recipe, costs: Costs) -> tuple[float, str]:
+    """Tokens that the seed model has read, and where that is known from; 0 where nobody says."""
+    seed = recipe.seed_model
+    if seed.config is not None:
+        return costs["seed"].tokens, "the recipe"
+    if seed.pretrained_tokens is not None:
+        return seed.pretrained_tokens, "seed_model.pretrained_tokens"
+    card = Path(seed.path or "") / "README.md"
+    if card.is_file() and (tokens := card_tokens(card.read_text("utf-8", errors="replace"))):
+        return tokens, str(card)
+    return 0, ""
+
+
+SCALES = {"trillion": 1e12, "t": 1e12, "billion": 1e9, "b": 1e9}
+TOKENS = re.compile(
+    r"(\d+(?:[.,]\d+)?)\s*\+?\s*(trillion|billion|T|B)\b\**(?:\s+(?!parameters|and)[a-z-]+){0,2}\s+tokens", re.I
+)
+
+
+def card_tokens(card: str) -> float:
+    """The most tokens that a model card names; 0 if it names none."""
+    counts = [float(count.replace(",", ".")) * SCALES[scale.lower()] for count, scale in TOKENS.findall(card)]
+    return max(counts, default=0.0)
+
+
+def bytes_per_token_of(run: RunFolder) -> float | None:
+    """Mean over the prepared domains; None before any is."""
+    ratios = []
+    for domain in run.prepared():
+        done = run.done(f"data/{domain}") or {}
+        if tokens := done.get("train_tokens", 0) + done.get("val_tokens", 0):
+            ratios.append(done["bytes"] / tokens)
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def gain_notes(prediction: Prediction | None) -> list[str]:
+    """What `btx plan` says of it."""
+    if prediction is None:
+        return ["gain over dense training: not predicted, as nobody says how many tokens the seed model has read; "
+                "seed_model.pretrained_tokens does"]  # fmt: skip
+    ratio = prediction.tokens_per_parameter
+    said = (
+        f"the seed model has read {ratio:,.{0 if ratio >= 100 else 1}f} tokens a parameter (by {prediction.source}); "
+        f"predicted gain over dense training at equal FLOPs: {prediction.gain:+.3f} ± {UNCERTAINTY:.2f} bits per byte "
+        f"(law of arXiv 2502.05172, docs/results.md)"
+    )
+    few = (
+        f"warning: below {ENOUGH} tokens a parameter a mixture is expected to gain nothing over dense training, or to "
+        f"lose: train the seed model longer, or branch one that was"
+    )
+    return [said] if prediction.enough else [said, few]

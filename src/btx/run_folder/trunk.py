@@ -1,0 +1,105 @@
+"""What trainings of different lengths have in common: while the learning rate stays at its peak (schedule constant, and
+wsd before its decay), a longer training takes the very steps of a shorter one. So the steps they share, the trunk, are
+made once: one training with a constant rate serves every point at which models branch from it.
+
+A checkpoint on the trunk carries the trunk's hash, which leaves out how long the training is and how it ends; it is
+gone on with wherever that hash is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from btx.files import atomic_folder, read_json
+from btx.process import Log
+from btx.recipe.training import Training
+from btx.training.schedule import steps_before_decay
+
+SECTIONS = ("train", "finetune")
+"""Where the settings of a stage that trains hold its training; those of the seed model have it in `seed_model`."""
+OF_ITS_END = ("tokens", "schedule", "decay_share", "decay_shape", "final_learning_rate_share")
+"""What decides how long a training is and how it ends, and nothing before its decay."""
+STATE_FOLDER, METRICS = "state", "metrics.jsonl"
+
+
+def trunk_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A stage's settings without what decides its end; None where the rate falls from the start, or nothing trains."""
+    where = settings.get("seed_model", settings)
+    section = next((name for name in SECTIONS if isinstance(where.get(name), dict)), None)
+    if section is None or where[section].get("schedule") not in ("constant", "wsd"):
+        return None
+    training = {name: value for name, value in where[section].items() if name not in OF_ITS_END}
+    if where is settings:
+        return {**settings, section: training}
+    return {**settings, "seed_model": {**where, section: training}}
+
+
+def trunk_steps(shown: Mapping[str, Any]) -> int:
+    """Steps of a stage that are on its trunk.
+
+    Args:
+        shown: the stage's settings with all defaults filled in.
+    """
+    where = shown.get("seed_model", shown)
+    section = next(where[name] for name in SECTIONS if isinstance(where.get(name), dict))
+    training = Training.model_validate({name: section[name] for name in Training.model_fields if name in section})
+    return steps_before_decay(training.steps(shown["sequence_length"]), training)
+
+
+def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], log: Log) -> bool:
+    """Put the furthest checkpoint of a trunk into a stage's folder that has none yet, so that its training goes on
+    from there.
+
+    Args:
+        trunk: hash of the trunk (`Stage.trunk`).
+        at_most: steps of the stage that are on it.
+        folder: the stage's folder.
+        donors: folders of the same stage, elsewhere; they stay as they are.
+        log: told which one it goes on from.
+
+    Returns:
+        Whether there was one.
+    """
+    if list((folder / STATE_FOLDER).glob("step-*")):
+        return False
+    checkpoints = [(step, checkpoint) for donor in donors for step, checkpoint in _on_trunk(donor, trunk)
+                   if step <= at_most]  # fmt: skip
+    if not checkpoints:
+        return False
+    step, checkpoint = max(checkpoints, key=lambda pair: pair[0])
+    donor = checkpoint.parent.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if (donor / METRICS).is_file():
+        shutil.copy2(donor / METRICS, folder / METRICS)
+    with atomic_folder(folder / STATE_FOLDER / checkpoint.name) as beside:
+        for path in sorted(checkpoint.rglob("*")):
+            target = beside / path.relative_to(checkpoint)
+            target.mkdir(exist_ok=True) if path.is_dir() else _linked(path, target)
+    log(f"{folder.name}: goes on from step {step} of {donor}, which is the same training until there")
+    return True
+
+
+def _on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
+    """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
+    found = []
+    for state in sorted((donor / STATE_FOLDER).glob("step-*/**/state.json")):
+        facts = read_json(state) or {}
+        if facts.get("trunk") == trunk:
+            checkpoint = state.parent if state.parent.name.startswith("step-") else state.parent.parent
+            found.append((int(facts["step"]), checkpoint))
+    return found
+
+
+def _linked(source: Path, target: Path) -> None:
+    """A hard link to weights, which nobody alters in place; a copy where there are no links, and of small files."""
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another disk, or one without hard links
+            pass
+    shutil.copy2(source, target)

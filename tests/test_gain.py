@@ -1,0 +1,76 @@
+"""What a run gains, predicted: the law that plan goes by, model cards, the oracle gap before the finetuning."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from btx.evaluation.oracle_gap import gap_of
+from btx.planning.gain import card_tokens, law_loss, law_tokens
+from btx.planning.plan import plan
+from tests.pico_run import pico_recipe
+
+
+def test_more_experts_want_more_tokens_a_parameter() -> None:
+    def crossing(params: float) -> float:
+        """Tokens a parameter from which four experts have the lower loss."""
+        ratio = 0.1
+        while law_loss(params, ratio * params, 4) > law_loss(params, ratio * params, 1):
+            ratio *= 1.01
+        return ratio
+
+    crossings = [crossing(params) for params in (4e5, 7e6, 3e7, 1e9)]
+    assert crossings == sorted(crossings, reverse=True)  # larger models cross earlier
+    assert law_loss(1e9, 1e12, 1) - law_loss(1e9, 1e12, 8) > law_loss(1e9, 1e12, 1) - law_loss(1e9, 1e12, 2) > 0
+
+
+def test_the_law_is_the_papers() -> None:
+    # E = 1: 1/Ê = 1/(0 + 1/(1/2.0732 - 1/290.4521)) + 1/290.4521 = 1/2.0732.
+    log = math.log(2.0732)
+    of_parameters = 35.91 * 2.0732**-0.2285 * 1e9 ** (-0.1889 + 0.0098 * log)
+    of_data = 35.98 * 2.0732**0.5529 * 2e10 ** (-0.1775 - 0.0259 * log)
+    assert law_loss(1e9, 2e10, 1) == pytest.approx(of_parameters + of_data + 1.3637, rel=1e-12)
+
+
+def test_tokens_after_which_a_loss_is_reached_undo_the_law() -> None:
+    assert law_tokens(3e6, law_loss(3e6, 5e7, 4), 4) == pytest.approx(5e7, rel=1e-9)
+    assert law_tokens(3e6, 1.4, 4) == math.inf
+
+
+@pytest.mark.parametrize(("card", "tokens"), [
+    ("It was pretrained on 2 trillion tokens of text.", 2e12), ("trained on up to 9T tokens", 9e12),
+    ("**36 trillion** tokens", 3.6e13),
+    ("135M parameters, 600B tokens, then 1.5B more tokens", 6e11), ("a nice model", 0),
+    ("has 7B parameters and 32k tokens of context", 0), ("11 trillion high-quality tokens", 1.1e13),
+])  # fmt: skip
+def test_a_card_says_how_many_tokens_were_read(card: str, tokens: float) -> None:
+    assert card_tokens(card) == tokens
+
+
+def test_plan_predicts_from_the_tokens_a_parameter_and_warns_below_ten(tmp_path: Path) -> None:
+    short, long = (
+        plan(pico_recipe(tmp_path, "run", f"seed_model.train.tokens={tokens}")) for tokens in (256, 256 * 20_000)
+    )
+    for planned, enough in ((short, False), (long, True)):
+        prediction = planned["prediction"]
+        params = planned["models"]["seed"]["total_params"]
+        assert prediction["tokens_per_parameter"] == prediction["seed_tokens"] / params
+        assert prediction["low"] < prediction["gain"] < prediction["high"]
+        assert any(note.startswith("warning: below 10 tokens a parameter") for note in planned["notes"]) != enough
+    assert short["prediction"]["gain"] < 0 < long["prediction"]["gain"]
+
+
+def test_the_oracle_is_the_best_model_of_each_domain_and_divergence_is_what_was_won_at_home() -> None:
+    told = gap_of({
+        "seed": {"math": 2.0, "code": 1.0, "general": 1.5}, "expert/math": {"math": 1.5, "code": 1.3, "general": 1.7},
+        "expert/code": {"math": 2.2, "code": 0.9, "general": 1.6}, "mix": {"math": 1.7, "code": 0.9, "general": 1.4},
+    })  # fmt: skip
+    assert {domain: facts["best"] for domain, facts in told["domains"].items()} == {
+        "math": "expert/math", "code": "expert/code", "general": "seed"
+    }  # fmt: skip
+    assert [facts["gap"] for facts in told["domains"].values()] == pytest.approx([0.2, 0.0, -0.1])
+    assert told["mean_gap"] == pytest.approx(0.1 / 3)
+    assert told["divergence"] == pytest.approx({"math": 25.0, "code": 10.0})
+    assert told["predicted_gain"] == pytest.approx(0.82 * 17.5 - 2.72)

@@ -1,0 +1,95 @@
+"""A trunk: trainings of other lengths with a constant rate take its steps once, and end as if each had been alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from btx.files import file_sha256, read_json
+from btx.metrics_file import read_metrics
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.trunk import trunk_steps
+from btx.sweeps.sharing import take_over
+from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+
+TO_THE_SEED = ["data/tokenizer", "data/general", "seed"]
+CONSTANT, LONGER = "seed_model.train.schedule=constant", "seed_model.train.tokens=1024"
+WSD = ["seed_model.train.schedule=wsd", "seed_model.train.decay_share=0.25"]
+
+
+def seed_of(folder: Path, name: str, *settings: str, share: Path | None = None) -> tuple[RunFolder, list[str]]:
+    """A run up to its seed model, of 512 tokens unless said otherwise; with what it has said."""
+    recipe = pico_recipe(folder, name, "seed_model.train.tokens=512", "seed_model.train.warmup_steps=2", *settings)
+    lines: list[str] = []
+    if share is not None:
+        take_over(RunFolder.create(recipe), [share], lines.append)
+    run, said = run_here(recipe, TO_THE_SEED)
+    return run, lines + said
+
+
+def weights(run: RunFolder) -> str:
+    return file_sha256(run.path / "seed/model/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_pico_recipe(folder := tmp_path_factory.mktemp("trunk"))
+    seed_of(folder, "short", CONSTANT)
+    return folder
+
+
+@pytest.mark.parametrize("settings", [(CONSTANT, LONGER), (*WSD, LONGER)], ids=["constant", "wsd"])
+def test_a_longer_training_goes_on_from_a_shorter_one_of_its_trunk_and_ends_as_if_alone(
+    here: Path, settings: tuple[str, ...]
+) -> None:
+    kind = settings[0].split("=")[1]
+    alone, _ = seed_of(here, f"{kind}-alone", *settings)
+    shared, lines = seed_of(here, f"{kind}-shared", *settings, share=here / "short")
+    steps = read_metrics(here / "short/seed/metrics.jsonl")[-1]["step"]
+    assert f"seed: goes on from step {steps} of {here / 'short/seed'}, which is the same training until there" in lines
+    assert any(line.startswith(f"resumed after step {steps} of {2 * steps}") for line in lines)
+    assert weights(shared) == weights(alone)
+    losses = [[line["loss"] for line in read_metrics(run.path / "seed/metrics.jsonl")] for run in (shared, alone)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2 * steps
+
+
+def test_in_one_run_folder_more_tokens_are_more_steps_and_no_new_training(here: Path) -> None:
+    seed_of(here, "grows", CONSTANT, share=here / "short")
+    grown, lines = seed_of(here, "grows", CONSTANT, LONGER)
+    assert any("goes on from step" in line for line in lines)
+    alone, _ = seed_of(here, "constant-alone", CONSTANT, LONGER)
+    assert weights(grown) == weights(alone)
+
+
+@pytest.mark.parametrize("settings", [
+    (LONGER,), (CONSTANT, LONGER, "seed_model.train.beta2=0.9"), (CONSTANT, "seed_model.train.tokens=256"),
+    (CONSTANT, LONGER, "rng_seed=1"), (CONSTANT, LONGER, "seed_model.train.warmup_steps=3"),
+], ids=["cosine", "another optimiser", "shorter", "another rng seed", "another warm-up"])  # fmt: skip
+def test_a_training_of_another_trunk_begins_anew(here: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = pico_recipe(here, str(tmp_path), "seed_model.train.tokens=512", "seed_model.train.warmup_steps=2",
+                         *settings)  # fmt: skip
+    run, lines = RunFolder.create(recipe), list[str]()
+    take_over(run, [here / "short"], lines.append)
+    assert not (run.path / "seed/state").exists()
+    assert not any("goes on" in line for line in lines)
+
+
+def test_a_checkpoint_of_the_decay_is_on_no_trunk(here: Path) -> None:
+    run, _ = seed_of(here, "decayed", *WSD, LONGER, share=here / "short")
+    (state,) = (run.path / "seed/state").glob("step-*/state.json")
+    assert "trunk" not in read_json(state)
+    (constant,) = (here / "short/seed/state").glob("step-*/state.json")
+    assert read_json(constant)["trunk"] == run.graph["seed"].trunk
+
+
+def test_the_steps_on_a_trunk_are_those_before_the_decay(here: Path) -> None:
+    def steps(*settings: str) -> int:
+        recipe = pico_recipe(here, "steps", "seed_model.train.tokens=1024", *settings)
+        return trunk_steps(RunFolder(here / "steps", recipe).graph["seed"].shown)
+
+    whole = steps(CONSTANT)
+    assert steps(*WSD) == whole - round(0.25 * whole)
+    assert steps() == 0
+    assert steps(CONSTANT, "seed_model.train.warmup_steps=1000") == 0

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from btx.outputs import read_output
 from btx.reporting.shapes import MixRecord
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 KEY = "btx_experts"
 
@@ -51,3 +55,11 @@ def expert_names(config: Mapping[str, Any], count: int, folder: Path | None) -> 
             if len(names) == count:
                 return names
     return [f"expert {i}" for i in range(count)]
+
+
+def names_of_experts(model: PreTrainedModel, path: Path) -> list[str]:
+    """The names of the experts of a model in memory; empty for a dense one. Raises as `expert_names`."""
+    from btx.moe.any_moe import num_experts  # here, so that a folder can be looked at without torch
+
+    count = num_experts(cast("nn.Module", model))
+    return expert_names(model.config.to_dict(), count, path if path.is_dir() else None) if count else []

@@ -13,7 +13,7 @@ import torch
 
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents
 from btx.evaluation.bits_per_byte import bits_per_byte
-from btx.moe.layer import only_experts
+from btx.moe.any_moe import only_experts
 from btx.reporting.shapes import Kept
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def kept_curve(
     A dropped expert's router logit counts as -inf, in every layer; where fewer than K are left, a token uses those.
 
     Args:
-        model: its MoE layers are `btx.moe.layer.MoE`.
+        model: any MoE model.
         packed: domain → held-out documents.
         names: the experts' names, E.
         order: experts in the order in which they go, the least used first: all E of them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,7 +50,10 @@ def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedToken
 
         texts = mixed_texts(recipe.rng_seed, mixed.documents, recipe.data.held_out)
     else:
-        texts = joined_halves(_texts_of_domains(run_folder, recipe, tokenizer), mixed.documents)
+        halves = math.ceil(2 * mixed.documents / len(recipe.data.domains))
+        texts = joined_halves(
+            texts_to_halve(run_folder, recipe, tokenizer, recipe.data.domains, halves), mixed.documents
+        )
     encoder = DocumentEncoder(tokenizer)
     end = -1 if encoder.trailing_eos else None
     return [HeldOutDocument(np.array(ids[:end], np.int64), len(text.encode()))
@@ -93,12 +97,17 @@ def split_in_the_middle(text: str) -> tuple[str, str]:
     return text, text
 
 
-def _texts_of_domains(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Held-out documents of every domain as text, enough for all halves if there are so many; of longer ones the
-    middle."""
+def texts_to_halve(
+    run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Iterable[str], halves: int
+) -> dict[str, list[str]]:  # fmt: skip
+    """Held-out documents of some domains as text, `halves` of each if there are so many; of longer ones the middle, so
+    that two halves fit one training sequence.
+
+    Raises:
+        DataError: a domain has no held-out document of two words.
+    """
     # Halves may have two thirds of their texts, and two of them should fit.
-    domains, longest = recipe.data.domains, int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
-    halves = math.ceil(2 * recipe.evaluate.mixed.documents / len(domains))
+    longest = int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
     texts: dict[str, list[str]] = {}
     for domain in domains:
         texts[domain] = []

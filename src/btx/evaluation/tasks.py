@@ -131,6 +131,16 @@ def complete(
     return outputs
 
 
+def go_on(
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+) -> list[str]:
+    """How a model goes on with each text: `new_tokens` greedy tokens, fewer where the end-of-text token comes."""
+    encoder = DocumentEncoder(tokenizer)
+    encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    new_ids = _greedy(model, encoded, new_tokens, lambda ids: ids[-1] == tokenizer.eos_token_id) if prompts else []
+    return [_decode(tokenizer, ids) for ids in new_ids]
+
+
 @torch.inference_mode()
 def _greedy(
     model: PreTrainedModel | SideBySide, prompts: Sequence[list[int]], max_new_tokens: int,

@@ -105,8 +105,9 @@ class Statistics(TypedDict):
 class UsedFor(TypedDict):
     """What an expert is used for."""
 
-    tokens: list[tuple[str, float, int]]
-    """Tokens it gets more often than an even load would say: text, share of its occurrences, occurrences."""
+    tokens: list[list[Any]]
+    """Tokens it gets more often than an even load would say, each [text, share of its occurrences at which the expert
+    is chosen (mean over layers; of an even load K / E), occurrences]."""
     classes: dict[str, float]
     """Class of the token → share of the tokens the expert gets."""
 
@@ -131,8 +132,12 @@ class Kept(TypedDict):
     mean: float
 
 
+Loads = dict[str, list[list[float]]]
+"""Domain → layer → share of each expert."""
+
+
 class Routing(TypedDict):
-    """routing.json."""
+    """routing.json; `loads` comes from evaluate/shown.json."""
 
     layers: int
     experts: list[str]
@@ -142,6 +147,8 @@ class Routing(TypedDict):
     used_for: NotRequired[dict[str, UsedFor]]
     lag: NotRequired[Lag]
     kept: NotRequired[list[Kept]]
+    loads: NotRequired[dict[str, Loads]]
+    """Models with these experts (mix, btx, an aligned one) → their load, all on the same text: before and after."""
 
 
 class Example(TypedDict):
@@ -151,8 +158,11 @@ class Example(TypedDict):
     tokens: list[str]
     experts: list[list[list[int]]]
     gates: list[list[list[float]]]
+    document: NotRequired[str]
+    """Name of the document, made from its tokens."""
     losses: NotRequired[dict[str, list[float]]]
-    """Model (seed, expert/D, btx, the best baseline) → bits of every token."""
+    """Model (seed, expert/D, mix, btx, baselines) → bits of every token, read as for bits per byte; from
+    evaluate/shown.json."""
 
 
 class ShownAnswer(TypedDict):
@@ -170,8 +180,17 @@ class ShownAnswer(TypedDict):
     gates: list[list[list[float]]]
 
 
+class Shown(TypedDict):
+    """evaluate/shown.json: what the evaluation adds to tokens.json and routing.json, as it reads every model."""
+
+    losses: dict[str, dict[str, list[float]]]
+    """Document → model → bits of every token."""
+    answers: list[ShownAnswer]
+    loads: dict[str, Loads]
+
+
 class Tokens(TypedDict):
-    """tokens.json."""
+    """tokens.json; `answers` and the examples' `losses` come from evaluate/shown.json."""
 
     layers: int
     experts: list[str]

@@ -1,5 +1,6 @@
 """The shapes of what a run says of itself and has measured, as it is read again: manifest.json, evaluate/results.json
-and documents.json, analyze/routing.json, align.json and tokens.json, mix/mix.json. They say what has to be there; more may be.
+and documents.json, analyze/routing.json, align.json and tokens.json, mix/mix.json. They say what has to be there; more
+may be.
 """
 
 from __future__ import annotations

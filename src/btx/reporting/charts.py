@@ -244,7 +244,8 @@ class HeatMap(Chart):
                 axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=colour("heat"), alpha=value,
                                          linewidth=0))  # fmt: skip
                 if len(shown) <= 8:
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_SIZE, color=colour("ink"))
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_SIZE,
+                              color=colour("on-heat" if value > 0.6 else "ink"))  # fmt: skip
         some = range(0, len(shown), -(-len(shown) // 12))
         for one in (axes.xaxis, axes.yaxis):
             one.set_ticks(list(some), [str(shown[i]) for i in some])

@@ -32,10 +32,10 @@ LONGEST_LABEL = 20  # letters
 PNG_DPI = 200
 
 Colour = Callable[[str], str]
-"""Name of one of the page's colours (c0...c7, ink, grid, accent, quiet, heat) → the colour for matplotlib."""
+"""Name of one of the page's colours (c0...c7, ink, grid, accent, quiet, heat, on-heat) → the colour for matplotlib."""
 
 _CSS = {"ink": "currentColor", "grid": "var(--rule)", "accent": "var(--accent)", "quiet": "var(--quiet)",
-        "heat": "var(--heat)"}  # fmt: skip
+        "heat": "var(--heat)", "on-heat": "var(--on-heat)"}  # fmt: skip
 _CSS |= {f"c{i}": f"var(--c{i})" for i in range(COLOURS)}
 # matplotlib knows no CSS variables, so unlikely greys stand for them while it draws.
 _PLACEHOLDER = {name: f"#0{i:x}0d0{i:x}" for i, name in enumerate(_CSS)}
@@ -140,7 +140,7 @@ def label_column(axes: Axes, points: Sequence[tuple[str, str, float, float]], co
         axes.annotate(
             shortened(label), xy=(x, min(max(y, low), high)), xytext=(1.05, height), textcoords="axes fraction",
             va="center", ha="left", fontsize=FONT_SIZE, color=colour("ink"), annotation_clip=False, parse_math=False,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": colour(shade), "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": colour(shade), "shrinkB": 0, "relpos": (0.0, 0.5)},
         )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ def gains(table: Results) -> str:
     if not by_domain:
         return ""
     (most, best), (least, worst) = max(by_domain), min(by_domain)
-    if best == worst:
-        return f"btx {_saves(most)} on {best}."
+    if _saves(most) == _saves(least):
+        return f"btx {_saves(most)} on {'every domain' if best != worst else best}."
     return f"btx {_saves(most)} on {best}, where it gains most, and {_saves(least)} on {worst}, where it gains least."
 
 

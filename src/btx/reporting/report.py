@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,22 +191,24 @@ def _results(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
 
 def _routing(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
     """What the sections on the routing show."""
-    routing = routing_view(run)
+    by_position, by_class = (shares_by(run.statistics, key) for key in ("positions", "classes"))
     kept = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
     return {
-        "routing": routing,
+        "routing": routing_view(run),
         "top_k": run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
         "own_experts": own_experts(run),
         "not_measured": not_measured(run),
         "own_load_figure": _svg(views["routing"].chart),
         "specialisation_figure": _svg(views["specialisation"].chart),
         "similarity_figure": _svg(views["similarity"].chart),
-        "by_position": shares_by(run.statistics, "positions"),
-        "by_class": shares_by(run.statistics, "classes"),
+        "by_position": by_position,
+        "by_class": by_class,
+        "largest_share": max((share for _, row in by_position + by_class for share in row), default=0.0) or 1.0,
         "uses": uses(run),
         "lag_figure": _svg(views["lag"].chart),
         "kept_figure": _svg(views["kept"].chart),
         "kept": kept,
+        "dropped": [name for more, fewer in pairwise(kept) for name in more["experts"] if name not in fewer["experts"]],
     }
 
 

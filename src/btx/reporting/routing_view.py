@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from btx.number_texts import percent_text
@@ -27,7 +28,7 @@ def routing_view(run: Run) -> dict[str, Any] | None:
             "own": own.get(name),
             "load": domain["load"],
             "own_load": mean_load(domain["load"], own[name]) if name in own else None,
-            "intervals": _intervals(run, name),
+            "titles": _titles(run, name, domain["load"]),
             "pairs": [(pair, [experts.index(expert) for expert in pair.split("+")], shares)
                       for pair, shares in most_frequent(domain.get("pairs", {})).items()],
         }
@@ -94,11 +95,16 @@ def not_measured(run: Run) -> list[str]:
     return [what for key, what in asked.items() if not run.routing.get(key)]
 
 
-def _intervals(run: Run, domain: str) -> list[list[str]]:
-    """The 95 % interval of each share as text, layer by layer; empty where it was not measured."""
+def _titles(run: Run, domain: str, load: Sequence[Sequence[float]]) -> list[list[str]]:
+    """Each share with its expert, and its 95 % interval where there is one, layer by layer."""
+    experts, intervals = run.routing["experts"], run.statistics.get("load", {}).get(domain, [])
     return [
-        [f"{percent_text(share['low'])} to {percent_text(share['high'])} (95 %)" for share in layer]
-        for layer in run.statistics.get("load", {}).get(domain, [])
+        [
+            f"{expert}: {percent_text(share)}"
+            + (f", 95 %: {percent_text(around['low'])} to {percent_text(around['high'])}" if around else "")
+            for expert, share, around in zip_longest(experts, layer, intervals[number] if intervals else [])
+        ]
+        for number, layer in enumerate(load)
     ]
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import ceil, isqrt
+from typing import Self
 
 import numpy as np
-from typing_extensions import Self
 
 from btx.data.token_files import TokenFile
 from btx.errors import DataError

@@ -1,5 +1,5 @@
-"""LoRA adapters (Hu et al., arXiv 2106.09685), by peft: added before training, merged into the weights after it. So what
-is written is a plain model, and nothing else knows of adapters.
+"""LoRA adapters (Hu et al., arXiv 2106.09685), by peft: added before training, merged into the weights after it. So
+what is written is a plain model, and nothing else knows of adapters.
 
 On a dense model every FF projection W (out, in) gets A (rank, in), random, and B (out, rank), zero, and computes
 W x + (alpha / rank) B A x. On a MoE model the experts get them, each expert its own, and the attention's projections;

@@ -105,10 +105,11 @@ def merge_adapters(model: nn.Module) -> None:
         return
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            projection = layer.get_base_layer()
-            projection.float()
-            layer.merge()
-            model.set_submodule(name, projection)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for layer in layers.values():
+        layer.get_base_layer().float()
+        layer.merge()
+    for name, layer in layers.items():
+        if not any(name.startswith(f"{outer}.") for outer in layers):  # of two on a module one holds the other
+            model.set_submodule(name, layer.get_base_layer())
     del model.peft_config

@@ -2,7 +2,7 @@
 
     {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
     {"prompt": "2 + 3 = ", "completion": "5"}           texts, or both lists of messages
-    {"prompt": "2 + 3 = ", "chosen": "5", "rejected": "6"}      likewise; `prompt` may be left out where both begin alike
+    {"prompt": "2 + 3 = ", "chosen": "5", "rejected": "6"}  likewise; without `prompt` it is what both begin with
 
 These are the formats that TRL reads (https://huggingface.co/docs/trl/dataset_formats).
 """
@@ -41,7 +41,9 @@ class Conversation:
     @property
     def size(self) -> int:
         """UTF-8 bytes of its text."""
-        return sum(len(text.encode()) for text in (self.prompt, self.completion, *(m["content"] for m in self.messages)))
+        return sum(
+            len(text.encode()) for text in (self.prompt, self.completion, *(m["content"] for m in self.messages))
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def data_files(section: Alignment, root: str | None, name: str) -> list[Path]:
             raise DataError(f"align.{name}.data: {file}: {what}; relative paths start from "
                             f"{'data.root' if root else 'the working directory'}")  # fmt: skip
         if not file.name.lower().endswith(SUFFIXES):
-            raise DataError(f"align.{name}.data: {file}: one JSON object a line is read; formats: {', '.join(SUFFIXES)}")
+            raise DataError(
+                f"align.{name}.data: {file}: one JSON object a line is read; formats: {', '.join(SUFFIXES)}"
+            )
     return files
 
 

@@ -1,4 +1,4 @@
-"""Recipe section: what the finetuned model is trained on after Branch-Train-MiX, chats and preferences. Plain Python."""
+"""Recipe section: what the finetuned model is trained on afterwards, conversations and preferences. Plain Python."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ class Dpo(Alignment):
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) on pairs of a better and a worse answer, after
     SFT where there is one. The reference is the model before DPO; what it says of the pairs is computed once.
 
-    A line is {"prompt": ..., "chosen": ..., "rejected": ...}, all texts or all lists of messages; without `prompt` it is
-    what both lists of messages begin with.
+    A line is {"prompt": ..., "chosen": ..., "rejected": ...}, all texts or all lists of messages; without `prompt` it
+    is what both answers begin with.
     """
 
     beta: PositiveFloat = 0.1

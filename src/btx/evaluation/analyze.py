@@ -16,8 +16,7 @@ from torch import Tensor
 
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
 from btx.errors import CheckpointError
-from btx.evaluation import kept_experts
-from btx.evaluation.kept_experts import kept_curve
+from btx.evaluation.kept_experts import documents_for_curve, kept_curve
 from btx.evaluation.lag import changing_documents, lag
 from btx.evaluation.mixed_set import texts_to_halve
 from btx.evaluation.routed_text import example_documents, name_of, routing_of, token_by_token
@@ -137,7 +136,7 @@ def analyze(
     for domain in recipe.data.domains:
         documents = held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens)
         totals[domain] = domain_routing(model, documents, length, token_totals)
-        packed[domain] = pack(held_out_documents(run_folder, recipe, domain, kept_experts.TOKENS), length)
+        packed[domain] = pack(documents_for_curve(run_folder, recipe, domain, tokenizer), length)
         shown = example_documents(run_folder, recipe, domain, recipe.analyze.examples)
         examples += [
             {"domain": domain, "document": name_of(document)} | token_by_token(model, tokenizer, document.tokens)
@@ -166,12 +165,11 @@ def _lag(
     run_folder: Path, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Lag]:  # fmt: skip
     """`lag`, of a run in which two domains at least have an expert of their own."""
-    own = {domain: own_expert(domain, recipe.expert_names, recipe.data.general) for domain in recipe.data.domains}
-    if len(with_own := [domain for domain, expert in own.items() if expert is not None]) < 2:
-        return {}
+    owners = {domain: own_expert(domain, recipe.expert_names, recipe.data.general) for domain in recipe.data.domains}
+    with_own = [domain for domain, expert in owners.items() if expert is not None]
     texts = texts_to_halve(run_folder, recipe, tokenizer, with_own, HALVES)
-    by_expert = {expert: texts[domain] for domain, expert in own.items() if expert is not None}
-    return {"lag": lag(model, changing_documents(by_expert, tokenizer))}
+    by_expert = {expert: texts[domain] for domain, expert in owners.items() if expert is not None and texts[domain]}
+    return {"lag": lag(model, changing_documents(by_expert, tokenizer))} if len(by_expert) > 1 else {}
 
 
 def least_used_first(totals: Sequence[RoutingTotals]) -> list[int]:

@@ -135,7 +135,7 @@ def evaluate_models(
         results["models"][name] = record["measured"] | cost
         documents["models"][name] = record["documents"]
         shown[name] = record["shown"]
-    write_json(folder / "shown.json", measures.shown.together(results["models"], shown))
+    write_json(folder / "shown.json", measures.shown.together(shown))
     write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
@@ -171,29 +171,29 @@ def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, Mode
         for name, task in settings.tasks.items()
     }
     harness = Harness(requests_of(recipe), allow_code_execution=settings.harness.allow_code_execution)
-    return _Measures(packed, mixed, questions, harness, to_show(run_folder, recipe, tokenizer))
+    return _Measures(packed, mixed, questions, harness, to_show(run_folder, recipe, tokenizer, questions))
 
 
 def _record(
     name: str, entry: ModelEntry, recipe: Recipe, measures: _Measures, file: Path, log: Log
 ) -> dict[str, Any]:  # fmt: skip
     """What is kept of a model in `file`: what is missing there, or was made of something else, is measured."""
-    record: dict[str, Any] | None = read_json(file, Kept)
+    before: dict[str, Any] | None = read_json(file, Kept)
     key, shown_key = measures.key(entry, recipe), measures.shown_key(entry, recipe)
-    kept = record is not None and record["key"] == key
-    if kept:
+    record = before if before is not None and before["key"] == key else None
+    if record is not None:
         log(f"{name}: measured before, kept")
-    if record is not None and kept and record.get("shown", {}).get("key") == shown_key:
-        return record
+        if record.get("shown", {}).get("key") == shown_key:
+            return record
     answers = bool(measures.questions) or bool(measures.harness)
     model = load_model_or_btm(entry.path, measuring_place(recipe, log, answers=answers))
     tokenizer = load_tokenizer(entry.path)
-    if record is None or not kept:
-        record = {"key": key, **_measure(model, tokenizer, recipe, measures)}
-        log(_summary(name, record["measured"]))
-    record["shown"] = {"key": shown_key, **measures.shown.of(name, model, tokenizer, record["measured"])}
-    write_sealed(file, record)
-    return record
+    measured = record or {"key": key, **_measure(model, tokenizer, recipe, measures)}
+    shown = measures.shown.of(name, model, tokenizer, measured["measured"])
+    write_sealed(file, measured | {"shown": {"key": shown_key, **shown}})
+    if record is None:
+        log(_summary(name, measured["measured"]))
+    return measured | {"shown": shown}
 
 
 def _measure(

@@ -6,22 +6,39 @@ Shape letters: E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from btx.data.held_out import Packed
+from btx.data.held_out import HeldOutDocument, Packed, held_out_documents
 from btx.evaluation.bits_per_byte import bits_per_byte
-from btx.moe.layer import only_experts
+from btx.moe.any_moe import only_experts
 from btx.reporting.shapes import Kept
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from btx.recipe.schema import Recipe
 
 TOKENS = 2_000
 """Tokens a domain that are enough for the curve."""
 POINTS = 12
 """Points of the curve: of a model with more experts several are dropped at once."""
+
+
+def documents_for_curve(
+    run_folder: Path, recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase
+) -> list[HeldOutDocument]:  # fmt: skip
+    """Held-out documents of a domain for the curve: about TOKENS, longer ones cut."""
+    documents = []
+    for document in held_out_documents(run_folder, recipe, domain, TOKENS):
+        if len(document.tokens) > 1 + TOKENS:
+            ids = document.tokens[: 1 + TOKENS]
+            text = cast(str, tokenizer.decode(ids[1:].tolist(), clean_up_tokenization_spaces=False))
+            document = HeldOutDocument(ids, len(text.encode()))
+        documents.append(document)
+    return documents
 
 
 def kept_curve(
@@ -32,7 +49,7 @@ def kept_curve(
     A dropped expert's router logit counts as -inf, in every layer; where fewer than K are left, a token uses those.
 
     Args:
-        model: its MoE layers are `btx.moe.layer.MoE`.
+        model: any MoE model.
         packed: domain → held-out documents.
         names: the experts' names, E.
         order: experts in the order in which they go, the least used first: all E of them.

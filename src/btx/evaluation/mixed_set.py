@@ -51,9 +51,11 @@ def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedToken
         texts = mixed_texts(recipe.rng_seed, mixed.documents, recipe.data.held_out)
     else:
         halves = math.ceil(2 * mixed.documents / len(recipe.data.domains))
-        texts = joined_halves(
-            texts_to_halve(run_folder, recipe, tokenizer, recipe.data.domains, halves), mixed.documents
-        )
+        halved = texts_to_halve(run_folder, recipe, tokenizer, recipe.data.domains, halves)
+        for domain in (domain for domain, of_it in halved.items() if not of_it):
+            raise DataError(f"evaluate.mixed: domain {domain!r} has no held-out document of two words to halve; "
+                            f"leave evaluate.mixed out")  # fmt: skip
+        texts = joined_halves(halved, mixed.documents)
     encoder = DocumentEncoder(tokenizer)
     end = -1 if encoder.trailing_eos else None
     return [HeldOutDocument(np.array(ids[:end], np.int64), len(text.encode()))
@@ -100,12 +102,8 @@ def split_in_the_middle(text: str) -> tuple[str, str]:
 def texts_to_halve(
     run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Iterable[str], halves: int
 ) -> dict[str, list[str]]:  # fmt: skip
-    """Held-out documents of some domains as text, `halves` of each if there are so many; of longer ones the middle, so
-    that two halves fit one training sequence.
-
-    Raises:
-        DataError: a domain has no held-out document of two words.
-    """
+    """Held-out documents of some domains as text, those of two words at least: `halves` of each if there are so many;
+    of longer ones the middle, so that two halves fit one training sequence."""
     # Halves may have two thirds of their texts, and two of them should fit.
     longest = int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
     texts: dict[str, list[str]] = {}
@@ -119,7 +117,4 @@ def texts_to_halve(
                 text = re.sub(r"\A\S*\s+|\s+\S*\Z", "", text)  # a word may have been cut at either end
             if len(text.split()) > 1:
                 texts[domain].append(text)
-        if not texts[domain]:
-            raise DataError(f"evaluate.mixed: domain {domain!r} has no held-out document of two words to halve; "
-                            f"leave evaluate.mixed out")  # fmt: skip
     return texts

@@ -16,7 +16,8 @@ import torch
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
 from btx.data.token_texts import token_texts
 from btx.models.packed import packed_hidden
-from btx.moe.layer import Routing, moe_blocks
+from btx.moe.any_moe import watched
+from btx.moe.routers import Routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,8 +45,9 @@ def name_of(document: HeldOutDocument) -> str:
 @torch.inference_mode()
 def routing_of(model: PreTrainedModel, rows: Packed) -> list[Routing]:
     """What every MoE layer decides for the positions of `rows`, in row order."""
-    packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
-    return [block.routing for block in moe_blocks(model) if block.routing is not None]
+    with watched(model) as routings:
+        packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
+    return routings
 
 
 def token_by_token(

@@ -2,25 +2,27 @@
 
 Kept for each model in evaluate/models/, put together in evaluate/shown.json.
 
-Shape letters: T tokens.
+Shape letters: T tokens, E experts, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from btx.choices.baselines import BASELINES
+from btx.data.domains import Question
 from btx.data.held_out import HeldOutDocument, held_out_documents
 from btx.data.token_files import DocumentEncoder
-from btx.evaluation.analyze import RoutingTotals, domain_routing
+from btx.evaluation.analyze import domain_routing
 from btx.evaluation.bits_per_byte import token_bits
 from btx.evaluation.routed_text import example_documents, name_of, token_by_token
-from btx.evaluation.tasks import go_on
+from btx.evaluation.tasks import example_numbers, go_on, gold_answer
 from btx.files import value_hash
 from btx.models.outputs import SideBySide
 from btx.moe.layer import moe_blocks
@@ -45,11 +47,14 @@ RUN_MODEL = "btx"
 
 
 @dataclass(frozen=True)
-class Start:
-    """The start of a document, and how it goes on."""
+class Asked:
+    """A question, or the start of a document that a model goes on with."""
 
+    domain: str
     prompt: str
     gold: str
+    task: str | None = None
+    """None: a document."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,7 @@ class ToShow:
     recipe: Recipe
     examples: dict[str, HeldOutDocument]
     """Name of the document → the document."""
-    starts: dict[str, list[Start]]
-    """Domain without a task → what there is to go on with."""
-    tasks: dict[str, str]
-    """Domain → the task that asks of it."""
+    asked: list[Asked]
     texts: dict[str, list[HeldOutDocument]]
     """Domain → the text on which loads are compared."""
 
@@ -73,110 +75,121 @@ class ToShow:
             measured: hash of everything that decides the model's numbers.
         """
         return value_hash({
-            "version": VERSION, "measured": measured, "examples": list(self.examples), "tasks": self.tasks,
-            "starts": {domain: [start.prompt for start in starts] for domain, starts in self.starts.items()},
+            "version": VERSION, "measured": measured, "examples": list(self.examples),
+            "asked": [asdict(asked) for asked in self.asked], "experts": self.recipe.expert_names,
             "texts": {domain: [name_of(text) for text in texts] for domain, texts in self.texts.items()},
-            "experts": self.recipe.expert_names,
         })  # fmt: skip
 
     def of(
         self, name: str, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase,
         measured: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
-        """What is kept of a model.
+        """What is kept of a model: `losses` (document → bits of every token), `answers` (number of the question →
+        `output`, of a task also `correct`), of the run's own kind of MoE model `loads`, of the run's model `tokens`
+        (those of each answer).
 
         Args:
             name: in the results.
             measured: what results.json says of it.
         """
-        length, prompts = self.recipe.data.sequence_length, self._starts_for(name)
-        outputs = go_on(model, tokenizer, [prompt for _, prompt in prompts], NEW_TOKENS)
-        answers: dict[str, dict[str, str]] = {domain: {} for domain, _ in prompts}
-        for (domain, prompt), output in zip(prompts, outputs, strict=True):
-            answers[domain][prompt] = output
+        length = self.recipe.data.sequence_length
+        answers = self._answers(name, model, tokenizer, measured)
         kept: dict[str, Any] = {
             "losses": {key: token_bits(model, document, length) for key, document in self.examples.items()},
             "answers": answers,
         }
-        blocks = [] if isinstance(model, SideBySide) else moe_blocks(model)
-        experts_are_ours = name not in self.recipe.baselines or BASELINES[name].start == "mix"
-        if blocks and experts_are_ours and blocks[0].num_experts == len(self.recipe.expert_names):
-            routed = cast("PreTrainedModel", model)
+        if not isinstance(model, SideBySide) and self._has_experts_of_the_run(name, model):
             kept["loads"] = {
-                domain: _load(domain_routing(routed, texts, length)) for domain, texts in self.texts.items()
+                domain: _rounded(domain_routing(model, texts, length).load()) for domain, texts in self.texts.items()
             }
             if name == RUN_MODEL:
-                kept["tokens"] = [
-                    routed_answer(routed, tokenizer, answer["prompt"], answer["answers"][name])
-                    for answer in self.answers({name: measured}, {name: kept})
-                ]
+                kept["tokens"] = {
+                    number: routed_answer(model, tokenizer, self.asked[int(number)].prompt, answer["output"])
+                    for number, answer in answers.items()
+                }
         return kept
 
-    def _starts_for(self, name: str) -> list[tuple[str, str]]:
-        """(domain, prompt) of what a model goes on with: an expert only with its own domain's texts."""
+    def _answers(
+        self, name: str, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase,
+        measured: Mapping[str, Any],
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Of baselines none, of an expert those in its own domain. Answers in tasks are those that were measured."""
         if name in self.recipe.baselines or name == "mix":
-            return []
+            return {}
         own = name.removeprefix("expert/") if name.startswith("expert/") else None
-        return [(domain, start.prompt) for domain, starts in self.starts.items() if own in (None, domain)
-                for start in starts]  # fmt: skip
+        to_answer = {str(i): asked for i, asked in enumerate(self.asked) if own in (None, asked.domain)}
+        answers: dict[str, dict[str, Any]] = {}
+        for number, asked in to_answer.items():
+            if asked.task is not None:
+                examples = measured["tasks"][asked.task]["examples"]
+                one = next(example for example in examples if example["prompt"] == asked.prompt)
+                answers[number] = {"output": one["output"], "correct": one["correct"]}
+        documents = {number: asked.prompt for number, asked in to_answer.items() if asked.task is None}
+        outputs = go_on(model, tokenizer, list(documents.values()), NEW_TOKENS)
+        return answers | {number: {"output": text} for number, text in zip(documents, outputs, strict=True)}
 
-    def answers(
-        self, measured: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """The questions of every domain with the answers of those who answer, without tokens.
+    def _has_experts_of_the_run(self, name: str, model: PreTrainedModel) -> bool:
+        """Whether its experts are those that the run has trained, so that their names are right for it."""
+        if name in self.recipe.baselines and BASELINES[name].start != "mix":
+            return False
+        blocks = moe_blocks(model)
+        return bool(blocks) and blocks[0].num_experts == len(self.recipe.expert_names)
+
+    def together(self, kept: Mapping[str, Mapping[str, Any]]) -> Shown:
+        """shown.json; it has no answers where the run's model is not among the models.
 
         Args:
-            measured: model → what results.json says of it.
             kept: model → what `of` gave.
         """
-        shown = []
-        for domain in self.recipe.data.domains:
-            who = [name for name in measured if name not in self.recipe.baselines and name != "mix"
-                   and (not name.startswith("expert/") or name == f"expert/{domain}")]  # fmt: skip
-            for start in self.starts.get(domain, []):
-                given = {name: kept[name]["answers"][domain][start.prompt] for name in who}
-                shown.append({"domain": domain, "prompt": start.prompt, "gold": start.gold, "answers": given})
-            if (task := self.tasks.get(domain)) is not None:
-                examples = {name: measured[name]["tasks"][task]["examples"] for name in who}
-                for number, asked in enumerate(_some(examples[who[0]]) if who else []):
-                    said = {name: _some(found)[number] for name, found in examples.items()}
-                    shown.append({
-                        "domain": domain, "task": task, "prompt": asked["prompt"], "gold": asked["gold"],
-                        "answers": {name: answer["output"] for name, answer in said.items()},
-                        "correct": {name: answer["correct"] for name, answer in said.items()},
-                    })  # fmt: skip
-        return shown
-
-    def together(self, measured: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Mapping[str, Any]]) -> Shown:
-        """shown.json; its answers are empty where the run's model is not among the models."""
-        answers = self.answers(measured, kept) if "tokens" in kept.get(RUN_MODEL, {}) else []
-        tokens = kept[RUN_MODEL]["tokens"] if answers else []
+        answers = []
+        for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
+            asked, said = self.asked[int(number)], {name: found["answers"].get(number) for name, found in kept.items()}
+            answers.append({
+                "domain": asked.domain, "prompt": asked.prompt, "gold": asked.gold,
+                "answers": {name: answer["output"] for name, answer in said.items() if answer},
+                **({"task": asked.task, "correct": {name: answer["correct"] for name, answer in said.items() if answer}}
+                   if asked.task is not None else {}),
+                **tokens,
+            })  # fmt: skip
         return {
             "losses": {key: {name: found["losses"][key] for name, found in kept.items()} for key in self.examples},
-            "answers": [cast(ShownAnswer, answer | routed) for answer, routed in zip(answers, tokens, strict=True)],
+            "answers": cast(list[ShownAnswer], answers),
             "loads": {name: found["loads"] for name, found in kept.items() if "loads" in found},
         }
 
 
-def to_show(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ToShow:
+def to_show(
+    run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Sequence[Question]]
+) -> ToShow:  # fmt: skip
     """What the models of a run are shown on.
 
     Args:
         run_folder: holds the prepared data.
         tokenizer: the one that made the data's token files.
+        questions: those of every task.
 
     Raises:
         DataError: held-out data are missing.
     """
-    tasks = {domain: task for domain in recipe.data.domains if (task := task_of(recipe, domain)) is not None}
-    examples, starts, texts = {}, {}, {}
+    examples: dict[str, HeldOutDocument] = {}
+    asked: list[Asked] = []
+    texts: dict[str, list[HeldOutDocument]] = {}
     for domain in recipe.data.domains:
         documents = example_documents(run_folder, recipe, domain, recipe.analyze.scored_examples)
         examples |= {name_of(document): document for document in documents}
-        texts[domain] = held_out_documents(run_folder, recipe, domain, LOAD_TOKENS)
-        if domain not in tasks:
-            starts[domain] = [start for document in documents if (start := _start(tokenizer, document))][:ANSWERS]
-    return ToShow(recipe, examples, starts, tasks, texts)
+        texts[domain] = [
+            HeldOutDocument(text.tokens[: 1 + LOAD_TOKENS], text.bytes)
+            for text in held_out_documents(run_folder, recipe, domain, LOAD_TOKENS)
+        ]
+        if (task := task_of(recipe, domain)) is not None:
+            some, after = questions[task], recipe.evaluate.tasks[task].answer_after
+            numbers = example_numbers(len(some))
+            numbers = numbers[:: max(1, len(numbers) // ANSWERS)][:ANSWERS]
+            asked += [Asked(domain, some[i].prompt, gold_answer(some[i].answer, after), task) for i in numbers]
+        else:
+            starts = (_start(tokenizer, domain, document) for document in documents)
+            asked += [start for start in starts if start is not None][:ANSWERS]
+    return ToShow(recipe, examples, asked, texts)
 
 
 def task_of(recipe: Recipe, domain: str) -> str | None:
@@ -195,16 +208,11 @@ def routed_answer(
     return token_by_token(model, tokenizer, np.array([*asked, *said[1:]], np.int64), shown_from=len(asked))
 
 
-def _load(totals: RoutingTotals) -> list[list[float]]:
-    return [[round(share, 4) for share in load_E] for load_E in totals.load().tolist()]
+def _rounded(load_LE: Tensor) -> list[list[float]]:
+    return [[round(share, 4) for share in load_E] for load_E in load_LE.tolist()]
 
 
-def _some(examples: Sequence[Any]) -> list[Any]:
-    """ANSWERS of the questions that results.json shows, spread over them."""
-    return list(examples[:: max(1, len(examples) // ANSWERS)][:ANSWERS])
-
-
-def _start(tokenizer: PreTrainedTokenizerBase, document: HeldOutDocument) -> Start | None:
+def _start(tokenizer: PreTrainedTokenizerBase, domain: str, document: HeldOutDocument) -> Asked | None:
     """The start of a document and the tokens after it, halves of a short one; None where there are not two."""
     ids_T = document.tokens[1:]
     cut = min(PROMPT_TOKENS, len(ids_T) // 2)
@@ -212,4 +220,4 @@ def _start(tokenizer: PreTrainedTokenizerBase, document: HeldOutDocument) -> Sta
         cast(str, tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
         for ids in (ids_T[:cut], ids_T[cut : cut + NEW_TOKENS])
     )
-    return Start(prompt, gold) if prompt.strip() and gold.strip() else None
+    return Asked(domain, prompt, gold) if prompt.strip() and gold.strip() else None

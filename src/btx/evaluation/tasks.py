@@ -57,11 +57,15 @@ class ExactMatch:
 
     def as_json(self) -> dict[str, Any]:
         """The entry of results.json."""
-        step = max(1, len(self.answers) // EXAMPLES)
         return {
             "exact_match": self.exact_match, "stderr": self.stderr, "questions": len(self.answers),
-            "examples": [asdict(answer) for answer in self.answers[::step][:EXAMPLES]],
+            "examples": [asdict(self.answers[i]) for i in example_numbers(len(self.answers))],
         }  # fmt: skip
+
+
+def example_numbers(questions: int) -> range:
+    """Which of so many questions are shown."""
+    return range(0, questions, max(1, questions // EXAMPLES))[:EXAMPLES]
 
 
 def exact_match(

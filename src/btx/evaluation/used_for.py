@@ -30,9 +30,9 @@ class TokenTotals:
     """Sums over text tokens and layers: how often each token of the vocabulary went to each expert."""
 
     def __init__(self, vocabulary: int, num_experts: int) -> None:
-        self.count_V = torch.zeros(vocabulary, dtype=torch.float64)
         self.layers = 0
-        self.rows_VE = torch.zeros(vocabulary, num_experts, dtype=torch.float64)
+        self.count_V = torch.zeros(vocabulary, dtype=torch.int64)
+        self.rows_VE = torch.zeros(vocabulary, num_experts, dtype=torch.int32)
 
     def add(self, routings_L: Sequence[Routing], ids_T: Tensor, mask_T: Tensor) -> None:
         """Count the tokens `ids_T` where `mask_T` is True."""
@@ -41,8 +41,8 @@ class TokenTotals:
         self.layers = len(routings_L)
         self.count_V += ids_T.bincount(minlength=V)
         for routing in routings_L:
-            experts_TK = routing.expert_ids_TK.cpu()[mask_T]
-            self.rows_VE += (ids_T[:, None] * E + experts_TK).flatten().bincount(minlength=V * E).view(V, E)
+            rows = (ids_T[:, None] * E + routing.expert_ids_TK.cpu()[mask_T]).flatten()
+            self.rows_VE.view(-1).scatter_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
 
     def used_for(self, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str]) -> dict[str, UsedFor]:
         """What every expert is used for; its tokens with the largest share first.
@@ -55,7 +55,7 @@ class TokenTotals:
             raise ValueError("no token was counted")
         there = self.count_V.nonzero().flatten()
         texts = texts_of_vocabulary(tokenizer, there.tolist())
-        rows_NE, count_N = self.rows_VE[there], self.count_V[there]
+        rows_NE, count_N = self.rows_VE[there].double(), self.count_V[there]
         share_NE, even = rows_NE / (count_N[:, None] * self.layers), float(rows_NE.sum()) / (total * self.layers * E)
         class_N = torch.tensor([CLASSES.index(token_class(text)) for text in texts])
         class_CE = torch.zeros(len(CLASSES), E, dtype=torch.float64).index_add_(0, class_N, rows_NE)

@@ -88,19 +88,31 @@ class Interval(TypedDict):
     high: float
 
 
+class Bounds(TypedDict):
+    """[low, high] of the 95 % intervals of statistics that are plain numbers beside."""
+
+    similarity: list[list[list[float]]]
+    positions: dict[str, list[list[list[float]]]]
+    classes: dict[str, list[list[list[float]]]]
+
+
 class Statistics(TypedDict):
     """What the routing says as a whole."""
 
     load: dict[str, list[list[Interval]]]
     """Domain → layer → expert."""
+    pairs: NotRequired[dict[str, dict[str, list[Interval]]]]
+    """Domain → pair of experts, as in the domain's `pairs` → layer by layer, share of the tokens."""
     specialisation: list[Interval]
-    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer."""
+    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer; empty where
+    there is one domain only."""
     similarity: list[list[float]]
     """Of two layers: mutual information of their first experts over the mean of their entropies (L, L)."""
     positions: dict[str, list[list[float]]]
     """"0-15", "16-63" ... of the document → layer → share of each expert."""
     classes: dict[str, list[list[float]]]
     """Class of the token (word, number, punctuation, space, ...) → layer → share of each expert."""
+    bounds: NotRequired[Bounds]
 
 
 class UsedFor(TypedDict):

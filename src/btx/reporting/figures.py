@@ -41,6 +41,18 @@ def loss_charts(run: Run) -> dict[str, TrainingCurves]:
             balance,
         ),
         ("load", "Finetuning: expert load, mean over layers.", loads, "share of routed tokens"),
+        (
+            "sft",
+            "Alignment on chats: loss on the answers.",
+            [_curve(run.stage("align/sft"), "loss", "sft", "accent")],
+            loss,
+        ),
+        (
+            "dpo",
+            "Alignment on preferences: DPO's loss; the logarithm of 2 is no preference.",
+            [_curve(run.stage("align/dpo"), "loss", "dpo", "accent")],
+            "loss (nats per pair)",
+        ),
     ]
     charts = {}
     for name, caption, curves, y_label in captions:

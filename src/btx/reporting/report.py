@@ -1,6 +1,6 @@
 """`btx report`: one offline HTML page that shows a run: results, cost, losses, routing, tokens, diagnostics.
 
-The page loads nothing and runs no script; a Content-Security-Policy says so. Everything read from the run folder
+The page loads nothing; a Content-Security-Policy says so. Everything read from the run folder
 reaches it through jinja2's escaping, whatever a token or an answer contains. A stage the run has not reached yet is
 named as missing, never an error.
 """
@@ -33,8 +33,9 @@ from btx.reporting.drawing import COLOURS, Chart, stacked_svg
 from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
 from btx.reporting.results import report_table, results_table
-from btx.reporting.routing_figures import shares_by
-from btx.reporting.routing_view import not_measured, own_experts, routing_view, uses
+from btx.reporting.page_data import page_data, script_text
+from btx.reporting.routing_figures import shift_figures
+from btx.reporting.routing_view import not_measured, own_experts, routing_view, shares_by, uses
 from btx.reporting.run_files import Run, read_run
 from btx.reporting.short_report import short_report
 from btx.reporting.tokens import token_view
@@ -150,6 +151,8 @@ def facts(run: Run) -> dict[str, str]:
 
 def render(run: Run, views: Mapping[str, View]) -> str:
     """The page's HTML. Pure: the same run folder gives the same page."""
+    losses = loss_charts(run)
+    charts = losses | {view.question: view.chart for view in views.values() if view.chart} | shift_figures(run)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -165,13 +168,14 @@ def render(run: Run, views: Mapping[str, View]) -> str:
             diagnostics=mix_diagnostics(run.mix),
             model_path=json.dumps((run.folder / "finetune" / "model").as_posix(), ensure_ascii=False),
             model_exists=(run.folder / "finetune" / "model").is_dir(),
-            **_results(run, views),
+            run_data=script_text(page_data(run, charts)),
+            **_results(run, views, losses),
             **_routing(run, views),
         )
     )
 
 
-def _results(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
+def _results(run: Run, views: Mapping[str, View], losses: Mapping[str, Chart]) -> dict[str, Any]:
     """What the sections on training and quality show."""
     table = results_table(run.results)
     domains = views["domains"].chart
@@ -184,14 +188,14 @@ def _results(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
         "predicted": cost_rows(run.results),
         "cost_titles": cost_titles(run.results),
         "cost_figure": _svg(views["cost"].chart),
-        "losses": {caption: chart.svg() for caption, chart in loss_charts(run).items()},
+        "losses": {caption: chart.svg() for caption, chart in losses.items()},
         "aligned": aligned_models(run),
     }
 
 
 def _routing(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
     """What the sections on the routing show."""
-    by_position, by_class = (shares_by(run.statistics, key) for key in ("positions", "classes"))
+    by_position, by_class = (shares_by(run, key) for key in ("positions", "classes"))
     kept = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
     return {
         "routing": routing_view(run),
@@ -203,7 +207,7 @@ def _routing(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
         "similarity_figure": _svg(views["similarity"].chart),
         "by_position": by_position,
         "by_class": by_class,
-        "largest_share": max((share for _, row in by_position + by_class for share in row), default=0.0) or 1.0,
+        "largest_share": max((share for _, row in by_position + by_class for share, _ in row), default=0.0) or 1.0,
         "uses": uses(run),
         "lag_figure": _svg(views["lag"].chart),
         "kept_figure": _svg(views["kept"].chart),

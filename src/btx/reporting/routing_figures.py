@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,14 +80,6 @@ def shift_figures(run: Run) -> dict[str, Lines]:
         if curves:
             charts[model] = Lines(f"shift-{model}", curves, "layer", "tokens with another first expert", from_zero=True)
     return charts
-
-
-def shares_by(statistics: Mapping[str, Any], key: str) -> list[tuple[str, list[float]]]:
-    """(name, share of each expert in the mean over layers) of `positions` or `classes`."""
-    return [
-        (name, [math.fsum(layer[expert] for layer in layers) / len(layers) for expert in range(len(layers[0]))])
-        for name, layers in statistics.get(key, {}).items() if layers
-    ]  # fmt: skip
 
 
 def _colour(run: Run, domain: str, number: int) -> str:

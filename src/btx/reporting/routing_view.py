@@ -9,10 +9,12 @@ from typing import Any
 
 from btx.number_texts import percent_text
 from btx.reporting.run_files import Run
-from btx.reporting.tokens import own_expert
+from btx.reporting.tokens import own_expert, shown_layers
 
 MOST_PAIRS = 10
 """Pairs of experts shown of a domain: a page has room for no more columns."""
+MOST_LAYERS = 8
+"""Layers named where one points at a share."""
 
 
 def routing_view(run: Run) -> dict[str, Any] | None:
@@ -63,6 +65,27 @@ def most_frequent(pairs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[fl
 def mean_load(layers: Sequence[Sequence[float]], expert: int) -> float:
     """An expert's share of the load, mean over layers."""
     return math.fsum(layer[expert] for layer in layers) / len(layers)
+
+
+def shares_by(run: Run, key: str) -> list[tuple[str, list[tuple[float, str]]]]:
+    """Rows of `positions` or `classes`: name, and per expert its share (mean over layers) with what it is in single
+    layers and their 95 % intervals, as text."""
+    rows = []
+    for name, layers in run.statistics.get(key, {}).items():
+        bounds = run.statistics.get("bounds", {}).get(key, {}).get(name, [])
+        if layers:
+            rows.append((name, [_share(run.experts[e], e, layers, bounds) for e in range(len(layers[0]))]))
+    return rows
+
+
+def _share(
+    name: str, expert: int, layers: Sequence[Sequence[float]], bounds: Sequence[Sequence[Sequence[float]]]
+) -> tuple[float, str]:
+    lines = [name]
+    for layer in shown_layers(len(layers), MOST_LAYERS):
+        around = " to ".join(percent_text(bound) for bound in bounds[layer][expert]) if bounds else ""
+        lines.append(f"layer {layer}: {percent_text(layers[layer][expert])}" + (f" (95 %: {around})" if around else ""))
+    return mean_load(layers, expert), "\n".join(lines)
 
 
 def uses(run: Run) -> list[dict[str, Any]]:

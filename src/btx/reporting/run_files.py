@@ -127,7 +127,8 @@ def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:
         known = {name: number for number, name in enumerate(["tokenizer", *domains])}
         return [f"{group}/{name}" for name in sorted(names, key=lambda name: (known.get(name, len(known)), name))]
 
-    names = [*below("data"), "seed", *below("train"), "mix", "finetune", *below("baselines"), "evaluate", "analyze"]
+    names = [*below("data"), "seed", *below("train"), "mix", "finetune", "align/sft", "align/dpo", *below("baselines"),
+             "evaluate", "analyze"]  # fmt: skip
     there = [name for name in names if (folder / name).is_dir()]
     for name in there:
         check_outputs(folder / name, suffixes={".jsonl"})

@@ -55,7 +55,7 @@ def results(names: Sequence[str], aligned: Sequence[str], rng: random.Random) ->
         flops = (0.5 + number / 3) * 1e13
         score = min(1.0, 0.1 + 2 * gain + (0.3 if kind in aligned else 0.0))
         models[kind] = {
-            "domains": {name: {"bits_per_byte": x, "stderr": 0.01, "tokens": 9, "bytes": 9} for name, x in bits.items()},
+            "domains": {name: {"bits_per_byte": x, "stderr": 0.01} for name, x in bits.items()},
             "tasks": {"arithmetic": {"exact_match": score, "stderr": 0.02, "questions": 200, "examples": []}},
             "mean_bits_per_byte": sum(bits.values()) / len(bits),
             "flops": flops, "tokens": 1_900_000, "hours": 0.14, "machine_hours": 0.2,
@@ -91,7 +91,7 @@ def routing(names: Sequence[str], experts: Sequence[str], layers: int, rng: rand
             "load": {name: [[_interval(share) for share in layer] for layer in rows] for name, rows in load.items()},
             "specialisation": [_interval(0.1 + 0.5 * layer / layers) for layer in range(layers)],
             "similarity": [[math.exp(-abs(a - b) / 2) for b in range(layers)] for a in range(layers)],
-            "positions": {place: [_shares(E, rng, 0, 0.3) for _ in range(layers)] for place in ("0-15", "16-63", "64-255")},
+            "positions": {place: [_shares(E, rng, 0, 0.3) for _ in range(layers)] for place in ("0-15", "16-63")},
             "classes": {kind: [_shares(E, rng, i, 0.5) for _ in range(layers)] for i, kind in enumerate(CLASSES)},
         },
         "used_for": {
@@ -110,7 +110,7 @@ def routing(names: Sequence[str], experts: Sequence[str], layers: int, rng: rand
         "kept": [
             {
                 "experts": list(experts[:count]),
-                "domains": {name: 1.2 + own / 9 + 0.5 * math.exp(-1.2 * count) * (own % 3) for own, name in enumerate(names)},
+                "domains": {name: 1.2 + own / 9 + own % 3 * math.exp(-count) for own, name in enumerate(names)},
                 "mean": 1.5 + 0.5 * math.exp(-1.2 * count),
             }
             for count in range(E, 0, -1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from btx.number_texts import decimal_text, is_number, is_share, percent_text, signed_percent
 from btx.reporting import findings
+from btx.reporting.charts import Lines
 from btx.reporting.headline import paired_differences
 from btx.reporting.paired_bootstrap import SIGNIFICANT
 from btx.reporting.results import task_score
@@ -40,8 +41,8 @@ class Aligned:
     changes: list[Change]
     routing: str
     """What became of the routing, in a sentence."""
-    chart: str
-    """Its figure, as SVG."""
+    chart: Lines | None
+    """Tokens that go elsewhere, layer by layer."""
 
     @property
     def answer(self) -> str:
@@ -63,7 +64,7 @@ def aligned_models(run: Run) -> list[Aligned]:
     return [
         Aligned(
             name, before, _changes(run, before, name), findings.shift(run, name),
-            charts[name].svg() if name in charts else "",
+            charts.get(name),
         )
         for name in names
     ]  # fmt: skip

@@ -175,7 +175,7 @@ class BarPanels(Chart):
     unit: str = "%"
 
     def panels(self) -> list[BarPanels]:
-        """Every column as a chart of its own, so that a page can put them beside or below each other."""
+        """Every column as a chart of its own."""
         return [
             BarPanels(f"{self.name}-{number}", [column],
                       [Bars(bar.label, bar.colour, [bar.values[number]], [bar.errors[number]]) for bar in self.bars],

@@ -50,6 +50,10 @@ class Chart(ABC):
     def draw(self, colour: Colour) -> Figure:
         """The figure, in these colours."""
 
+    def panels(self) -> Sequence[Chart]:
+        """Charts that say the same, for a page to put beside or below each other: this one, or its parts."""
+        return [self]
+
     def svg(self) -> str:
         """An `<svg>` element to put into the page: no size, no metadata, the page's colours and font."""
         import matplotlib
@@ -140,7 +144,8 @@ def label_column(axes: Axes, points: Sequence[tuple[str, str, float, float]], co
         axes.annotate(
             shortened(label), xy=(x, min(max(y, low), high)), xytext=(1.05, height), textcoords="axes fraction",
             va="center", ha="left", fontsize=FONT_SIZE, color=colour("ink"), annotation_clip=False, parse_math=False,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": colour(shade), "shrinkB": 0, "relpos": (0.0, 0.5)},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "color": colour(shade), "shrinkB": 0,
+                        "relpos": (0.0, 0.5)},
         )  # fmt: skip
 
 
@@ -161,11 +166,10 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def stacked_svg(charts: Sequence[tuple[str, Chart]]) -> str:
-    """Charts below each other, each under its title, as the text of an .svg file that stands alone."""
+def stacked_svg(charts: Sequence[tuple[str, str]]) -> str:
+    """Charts' SVG below each other, each under its title, as the text of an .svg file that stands alone."""
     parts, y, width = [], 0.0, 0.0
-    for title, chart in charts:
-        svg = chart.svg()
+    for title, svg in charts:
         _, _, chart_width, chart_height = map(float, re.search(r'viewBox="([^"]+)"', svg)[1].split())  # type: ignore[index]
         parts.append(f'<text x="8" y="{y + 20:g}" font-size="13" fill="currentColor">{escape(title)}</text>')
         parts.append(svg.replace("<svg ", f'<svg y="{y + 28:g}" width="{chart_width:g}" height="{chart_height:g}" ', 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,13 +27,12 @@ from btx.number_texts import (
     signed_percent,
 )
 from btx.reporting.alignment import aligned_models
-from btx.reporting.charts import BarPanels
 from btx.reporting.costs import cost_rows, cost_titles
 from btx.reporting.drawing import COLOURS, Chart, stacked_svg
 from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
-from btx.reporting.results import report_table, results_table
 from btx.reporting.page_data import page_data, script_text
+from btx.reporting.results import report_table, results_table
 from btx.reporting.routing_figures import shift_figures
 from btx.reporting.routing_view import not_measured, own_experts, routing_view, shares_by, uses
 from btx.reporting.run_files import Run, read_run
@@ -60,9 +59,10 @@ def write_report(run: Path, folder: Path | None = None) -> Path:
     """
     read = read_run(run)
     views = run_views(read)
-    html = render(read, views)
+    drawn = {name: [panel.svg() for panel in view.chart.panels()] for name, view in views.items() if view.chart}
+    html = render(read, views, drawn)
     target = (folder or run / "report") / "index.html"
-    titled = [(views[name].question, chart) for name in ("cost", "domains") if (chart := views[name].chart)]
+    titled = [(views[name].question, svg) for name in ("cost", "domains") for svg in drawn.get(name, [])]
     if titled:
         _write(target.with_name("models.svg"), stacked_svg(titled))
     for name, view in views.items():
@@ -149,8 +149,12 @@ def facts(run: Run) -> dict[str, str]:
 # --- page -----------------------------------------------------------------------------------------------------------
 
 
-def render(run: Run, views: Mapping[str, View]) -> str:
-    """The page's HTML. Pure: the same run folder gives the same page."""
+def render(run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str]]) -> str:
+    """The page's HTML. Pure: the same run folder gives the same page.
+
+    Args:
+        drawn: view → SVG of its chart's panels, of every view that has one.
+    """
     losses = loss_charts(run)
     charts = losses | {view.question: view.chart for view in views.values() if view.chart} | shift_figures(run)
     return (
@@ -162,6 +166,7 @@ def render(run: Run, views: Mapping[str, View]) -> str:
             description=run.recipe.get("description"),
             facts=facts(run),
             views=views,
+            drawn=drawn,
             colours=COLOURS,
             tokens=token_view(run.tokens, run.general) if run.tokens else None,
             tasks=task_examples(run.results),
@@ -169,31 +174,28 @@ def render(run: Run, views: Mapping[str, View]) -> str:
             model_path=json.dumps((run.folder / "finetune" / "model").as_posix(), ensure_ascii=False),
             model_exists=(run.folder / "finetune" / "model").is_dir(),
             run_data=script_text(page_data(run, charts)),
-            **_results(run, views, losses),
-            **_routing(run, views),
+            **_results(run, losses),
+            **_routing(run),
         )
     )
 
 
-def _results(run: Run, views: Mapping[str, View], losses: Mapping[str, Chart]) -> dict[str, Any]:
+def _results(run: Run, losses: Mapping[str, Chart]) -> dict[str, Any]:
     """What the sections on training and quality show."""
     table = results_table(run.results)
-    domains = views["domains"].chart
     return {
         "headline": headline(run.results, run.documents),
         "table": table,
         "gain_scale": max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
-        "domain_panels": [panel.svg() for panel in domains.panels()] if isinstance(domains, BarPanels) else [],
         "costs": stage_costs(run),
         "predicted": cost_rows(run.results),
         "cost_titles": cost_titles(run.results),
-        "cost_figure": _svg(views["cost"].chart),
         "losses": {caption: chart.svg() for caption, chart in losses.items()},
         "aligned": aligned_models(run),
     }
 
 
-def _routing(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
+def _routing(run: Run) -> dict[str, Any]:
     """What the sections on the routing show."""
     by_position, by_class = (shares_by(run, key) for key in ("positions", "classes"))
     kept = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
@@ -202,22 +204,13 @@ def _routing(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
         "top_k": run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
         "own_experts": own_experts(run),
         "not_measured": not_measured(run),
-        "own_load_figure": _svg(views["routing"].chart),
-        "specialisation_figure": _svg(views["specialisation"].chart),
-        "similarity_figure": _svg(views["similarity"].chart),
         "by_position": by_position,
         "by_class": by_class,
         "largest_share": max((share for _, row in by_position + by_class for share, _ in row), default=0.0) or 1.0,
         "uses": uses(run),
-        "lag_figure": _svg(views["lag"].chart),
-        "kept_figure": _svg(views["kept"].chart),
         "kept": kept,
         "dropped": [name for more, fewer in pairwise(kept) for name in more["experts"] if name not in fewer["experts"]],
     }
-
-
-def _svg(chart: Chart | None) -> str:
-    return chart.svg() if chart else ""
 
 
 @cache

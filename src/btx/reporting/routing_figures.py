@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from btx.reporting.charts import Curve, HeatMap, Lines
 from btx.reporting.drawing import COLOURS

@@ -11,7 +11,7 @@ from typing import Any
 
 from btx.number_texts import count_text, duration_text, flops_text, is_number, percent_text, signed_percent
 from btx.reporting.results import Results
-from btx.reporting.run_files import Run
+from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import own_expert
 
 AS_GOOD = 0.01
@@ -51,16 +51,22 @@ def cost(run: Run) -> str:
 
 
 def training(run: Run) -> str:
-    """From where to where finetuning brought the loss."""
-    losses = [row["loss"] for row in run.stage("finetune").metrics if is_number(row.get("loss"))]
+    """From where to where training brought the loss: finetuning, or before that the expert models in the mean."""
+    branches = [stage for stage in run.stages if stage.name.startswith("train/")]
+    for whose, stages in (("Finetuning's loss", [run.stage("finetune")]), ("The expert models' mean loss", branches)):
+        ends = [found for stage in stages if (found := _first_and_last(stage))]
+        if ends:
+            first, last = (math.fsum(values) / len(ends) for values in zip(*ends, strict=True))
+            verb = "fell" if last < first else "rose"
+            return f"{whose} {verb} from {first:.2f} to {last:.2f} nats per token (first and last tenth of the steps)."
+    return ""
+
+
+def _first_and_last(stage: Stage) -> tuple[float, float] | None:
+    """Mean loss of the first and of the last tenth of a stage's steps."""
+    losses = [row["loss"] for row in stage.metrics if is_number(row.get("loss"))]
     tenth = max(1, len(losses) // 10)
-    if len(losses) < 2:
-        return ""
-    first, last = (math.fsum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    verb = "fell" if last < first else "rose"
-    return (
-        f"Finetuning's loss {verb} from {first:.2f} to {last:.2f} nats per token (first and last tenth of its steps)."
-    )
+    return (math.fsum(losses[:tenth]) / tenth, math.fsum(losses[-tenth:]) / tenth) if len(losses) > 1 else None
 
 
 def routing(run: Run) -> str:

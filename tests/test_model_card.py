@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from btx.cli.terminal import show
+from btx.markdown_text import literal
 from btx.mixing.extend import extend
 from btx.mixing.mix import mix
-from btx.model_files.model_card import literal
 
 MakeLlama = Callable[..., Path]
 HOSTILE = (

@@ -186,7 +186,9 @@ class Analysis:
         routing: dict[str, Any] = layers | {
             "domains": {domain: total.summary(self.experts) for domain, total in totals.items()},
             "dead": dead_experts(list(totals.values())),
-            "statistics": routing_statistics(routed, self.experts, classes_of_tokens(tokenizer, vocabulary, routed), told),
+            "statistics": routing_statistics(
+                routed, self.experts, classes_of_tokens(tokenizer, vocabulary, routed), told
+            ),
             "used_for": token_totals.used_for(tokenizer, self.experts),
             **self._lag(model, tokenizer, domains),
         }

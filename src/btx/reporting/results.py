@@ -33,6 +33,8 @@ _DESCRIPTIONS = {
     "seed": "seed model, untouched",
     "mix": "mixed, not finetuned",
     "btx": "mixed and finetuned",
+    "sft": "finetuned on chats",
+    "dpo": "trained on preferences",
 }
 
 
@@ -80,7 +82,7 @@ def describe(name: str) -> str:
     if name.startswith(EXPERT):
         return f"expert model of {name.removeprefix(EXPERT)}"
     baseline = {str(known): kind.label for known, kind in BASELINES.items()}
-    return (_DESCRIPTIONS | baseline).get(name, "baseline")
+    return (_DESCRIPTIONS | baseline).get(name, "another model")
 
 
 def results_table(results: Mapping[str, Any]) -> Results:

@@ -1,0 +1,64 @@
+"""What the page shows, as the JSON that it carries: numbers of tables and charts, to be read by programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from btx.reporting.charts import DETAIL_POINTS, bucket_means
+from btx.reporting.drawing import Chart
+from btx.reporting.routing_view import most_frequent
+from btx.reporting.run_files import Run
+
+
+def page_data(run: Run, charts: Mapping[str, Chart]) -> dict[str, Any]:
+    """The run's results, routing, changes by alignment and diagnostics as they stand in its files, and the values of
+    every chart. Curves of training are averaged to `DETAIL_POINTS` points."""
+    return {
+        "name": run.name,
+        "results": run.results,
+        "routing": _routing(run),
+        "aligned": run.aligned,
+        "mix": run.mix.get("diagnostics", {}),
+        "stages": {stage.name: stage.done for stage in run.stages},
+        "charts": {chart.name: _values(chart) for chart in charts.values()},
+    }
+
+
+def script_text(data: Mapping[str, Any]) -> str:
+    """JSON that a script element may hold: nothing in it ends the element or opens a comment. A half of a surrogate
+    pair stays an escape, and what is no finite number becomes null."""
+    text = json.dumps(_finite(data), separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _routing(run: Run) -> dict[str, Any]:
+    """routing.json, of many pairs of experts those that the page shows: of 128 experts there are 8128."""
+    domains = {
+        name: domain | ({"pairs": most_frequent(domain["pairs"])} if "pairs" in domain else {})
+        for name, domain in run.routing.get("domains", {}).items()
+    }
+    pairs = {
+        name: {pair: shares for pair, shares in found.items() if pair in domains.get(name, {}).get("pairs", {})}
+        for name, found in run.statistics.get("pairs", {}).items()
+    }
+    statistics = run.statistics | ({"pairs": pairs} if pairs else {})
+    return run.routing | ({"domains": domains} if domains else {}) | ({"statistics": statistics} if statistics else {})
+
+
+def _values(chart: Chart) -> dict[str, Any]:
+    values = dataclasses.asdict(chart)  # type: ignore[call-overload]
+    for curve in values.get("curves", []):
+        if not curve["low"]:
+            curve["x"], curve["y"] = bucket_means(curve["x"], curve["y"], DETAIL_POINTS)
+    return values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not -1e308 < value < 1e308 else value

@@ -41,7 +41,7 @@ def watch(find: Callable[[], Watched | None], path: Path, screen: Screen, *, htm
         watched = _appearing(find, path, screen)
         if html and not isinstance(watched, WatchedRun):
             raise UserError(f"{path}: --html is for one run; a sweep's runs have reports of their own")
-        report = _Report(path) if html else None
+        report = Report(path) if html else None
         _look_on(watched, screen, report)
         if report is not None and (remark := report.write()):
             screen.say(remark)
@@ -59,7 +59,7 @@ def _appearing(find: Callable[[], Watched | None], path: Path, screen: Screen) -
     raise RunFolderError(f"{path}: no run has begun here; `btx run RECIPE run={path}` begins one")
 
 
-def _look_on(watched: Watched, screen: Screen, report: _Report | None) -> None:
+def _look_on(watched: Watched, screen: Screen, report: Report | None) -> None:
     """Look until there is nothing more to see."""
     look: Look | None = None
     quiet = failing = 0.0
@@ -86,7 +86,7 @@ def _look_on(watched: Watched, screen: Screen, report: _Report | None) -> None:
         screen.wait(QUIET_S if quiet else None)
 
 
-class _Report:
+class Report:
     """A run's page, written beside and renamed as `btx report` does it, and never while the run writes it itself."""
 
     def __init__(self, run: Path) -> None:

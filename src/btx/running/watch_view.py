@@ -53,14 +53,12 @@ class View:
         blocks = PLAIN_BLOCKS if options.ascii_only else BLOCKS
         details = [line for row in self.look.rows for line in _details(row, blocks)]
         details += [Text(printable(remark), "yellow") for remark in (*self.look.remarks, *self.remarks)]
-        room = len(self.look.rows) if self.whole else max(1, height - 2 - len(details))
-        rows, folded = fold(self.look.rows, room)
-        lines: list[Text | Table] = [
-            Text(printable(self.look.title), "bold"),
-            _table(rows, width, blocks),
-            *folded,
-            *details,
-        ]
+        rows, folded = list(self.look.rows), ""
+        if not self.whole:
+            details = details[: max(1, (height - 3) // 3)] if len(rows) + len(details) > height - 3 else details
+            rows, folded = fold(rows, height - 3 - len(details))
+        lines: list[Text | Table] = [Text(printable(self.look.title), "bold"), _table(rows, width, blocks)]
+        lines += [*([Text(folded, "dim")] if folded else []), *details]
         for line in lines:
             if isinstance(line, Text) and not self.whole:
                 line.no_wrap, line.overflow = True, "ellipsis"
@@ -80,21 +78,20 @@ def _details(row: Row, blocks: str) -> Iterator[Text]:
         yield Text(f"{name} {row.state}: {printable(row.note)}", STYLES[row.state])
 
 
-def fold(rows: Sequence[Row], room: int) -> tuple[list[Row], list[Text]]:
-    """The rows to show in `room` lines, and a line for those that are finished or still to come and are left out."""
-    kept, folded = list(rows), list[Text]()
+def fold(rows: Sequence[Row], room: int) -> tuple[list[Row], str]:
+    """The rows that are shown in `room` lines, and what is said of the others in one of them: first what is finished is
+    left out, then what is still to come."""
+    kept, left_out = list(rows), list[str]()
     for states, what in ((("done",), "done"), (("absent", "stale"), "to come"), (("queued",), "queued")):
-        if len(kept) + len(folded) <= room:
-            break
-        left_out = [row for row in kept if row.state in states]
-        if left_out:
+        count = sum(row.state in states for row in kept)
+        if len(kept) + bool(left_out) > room and count:
             kept = [row for row in kept if row.state not in states]
-            folded.append(Text(f"{len(left_out)} {what}", "dim"))
-    if len(kept) + len(folded) > room:
-        shown_rows = max(0, room - len(folded) - 1)
-        folded.append(Text(f"{len(kept) - shown_rows} more", "dim"))
-        kept = kept[:shown_rows]
-    return kept, folded
+            left_out.append(f"{count} {what}")
+    if len(kept) + bool(left_out) > room:
+        most = max(0, room - 1)
+        left_out.append(f"{len(kept) - most} more")
+        kept = kept[:most]
+    return kept, ", ".join(left_out)
 
 
 def _table(rows: Sequence[Row], width: int, blocks: str) -> Table:

@@ -21,7 +21,8 @@ from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import CheckpointError, UserError
-from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models
+from btx.evaluation.bits_per_byte import bits_per_byte
+from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.tasks import complete
 from btx.models.loading import load_model
 from btx.models.outputs import token_nll

@@ -15,7 +15,7 @@ from markdown_it.token import Token
 from btx.cli.terminal import show
 from btx.mixing.extend import extend
 from btx.mixing.mix import mix
-from btx.model_files.model_card import literal
+from btx.markdown_text import literal
 
 MakeLlama = Callable[..., Path]
 HOSTILE = (

@@ -22,8 +22,8 @@ import pytest
 from btx.cli.terminal import show
 from btx.errors import RunFolderError
 from btx.number_texts import count_text, duration_text, flops_text, signed_percent
-from btx.reporting import charts, report
-from btx.reporting.charts import CostPoint, bucket_means, cost_chart, spread
+from btx.reporting.charts import CostChart, CostPoint, bucket_means
+from btx.reporting.drawing import Chart, spread
 from btx.reporting.headline import headline
 from btx.reporting.paired_bootstrap import compare_documents
 from btx.reporting.report import write_report
@@ -33,7 +33,6 @@ from btx.reporting.tokens import own_expert, shown_layers, token_view
 DOMAINS = ["math", "code", "knowledge", "general"]
 EXPERTS = ["math", "code", "knowledge", "generalist"]
 LAYERS = 4
-CHARTS = ("bars_chart", "cost_chart", "curves_chart")
 BITS = {
     "seed": (0.954, 2.063, 1.446, 2.088),
     "expert/math": (0.719, 2.091, 1.471, 2.101),
@@ -71,24 +70,26 @@ HOSTILE = [
 ]
 
 
+DRAWN: dict[bytes, Any] = {}
+DRAW = {"svg": Chart.svg, "png": Chart.png}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def figures_drawn_once() -> Iterator[None]:
     """Pages differ in a number or two: a figure of the same values is drawn once, and is the same."""
 
-    def once(draw: Callable[..., str]) -> Callable[..., str]:
-        drawn: dict[bytes, str] = {}
-
-        def get(*arguments: Any, **named: Any) -> str:
-            key = pickle.dumps((arguments, sorted(named.items())))
-            if key not in drawn:
-                drawn[key] = draw(*arguments, **named)
-            return drawn[key]
+    def once(kind: str) -> Callable[[Chart], Any]:
+        def get(chart: Chart) -> Any:
+            key = pickle.dumps((kind, chart))
+            if key not in DRAWN:
+                DRAWN[key] = DRAW[kind](chart)
+            return DRAWN[key]
 
         return get
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in CHARTS:
-            patch.setattr(report, name, once(getattr(report, name)))
+        for kind in DRAW:
+            patch.setattr(Chart, kind, once(kind))
         yield
 
 
@@ -324,8 +325,8 @@ def test_the_report_is_one_file_under_two_megabytes_with_its_figures_as_a_file_b
 
 
 def test_equal_runs_give_equal_pages(run: Path, html: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CHARTS:
-        monkeypatch.setattr(report, name, getattr(charts, name))  # drawn again
+    for kind, draw in DRAW.items():
+        monkeypatch.setattr(Chart, kind, draw)  # drawn again
     assert write_report(run).read_text(encoding="utf-8") == html
 
 
@@ -600,7 +601,7 @@ def test_the_figures_file_is_an_image_that_stands_alone(run: Path, html: str) ->
 
 def test_a_circles_area_is_the_active_parameters_and_error_bars_are_as_long_as_the_error() -> None:
     points = [CostPoint("small", "c0", 0.0, 2.0, 1e6), CostPoint("large", "c1", 1e9, 1.0, 4e6, error=0.1)]
-    svg = cost_chart(points)
+    svg = CostChart(points).svg()
     small, large = (float(radius) for radius in re.findall(r'd="M 0 ([\d.]+) \nC', svg))
     assert (large / small) ** 2 == pytest.approx(4.0, rel=1e-4)
     line = re.search(r'd="M [\d.]+ ([\d.]+) \nL [\d.]+ ([\d.]+) \n"[^>]*stroke: var\(--c1\)', svg)

@@ -44,16 +44,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 by rename; raises as `write_json`. Folders are made where needed, but none that is written
-    beside another: who has removed it does not want it back."""
+    """Write `text` in UTF-8 as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file by rename; raises as `write_json`. Folders are made where needed, but none that is written beside
+    another: who has removed it does not want it back."""
     beside = _beside(path)
     with writing(path):
         if not WRITTEN_BESIDE.fullmatch(path.parent.name):
             above = any(WRITTEN_BESIDE.fullmatch(part) for part in path.parent.parts)
             path.parent.mkdir(parents=not above, exist_ok=True)
         try:
-            with open(beside, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(beside, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)

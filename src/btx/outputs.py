@@ -21,7 +21,7 @@ from btx.files import content_sha256, file_sha256, read_json, write_sealed
 FORMAT = 2
 """Of started.json; 1, without a number, was of the time when all data were one stage."""
 STARTED, DONE = "started.json", "done.json"
-FOR_PEOPLE = {".md", ".html", ".svg"}
+FOR_PEOPLE = {".md", ".html", ".svg", ".png"}
 """Endings of files that nothing reads again: anybody may change them."""
 NOT_READ = {"state", "trackers"}
 """Folders of a stage that are no outputs: checkpoints, and what trackers keep there."""

@@ -1,4 +1,5 @@
-"""Which weights may be told to train: the names behind `train.trainable` and `finetune.trainable`. No torch.
+"""Which weights may be told to train: the names behind `train.trainable`, `finetune.trainable` and
+those of `align`. No torch.
 
 Which parameters of a model these are is in `btx.models.trainable`.
 """
@@ -13,3 +14,6 @@ MOE_TRAINABLE: dict[str, set[str]] = {
     "shared": {"shared"},
 }
 """`trainable` of a MoE model → parts that train; shared are all but experts and routers."""
+
+ALIGN_TRAINABLE = (*MOE_TRAINABLE, "lora")
+"""`trainable` in the sections of `align`; lora are adapters on the experts and on the attention."""

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
-from btx.data.token_texts import token_texts
 from btx.errors import CheckpointError
+from btx.evaluation.kept_experts import documents_for_curve, kept_curve
+from btx.evaluation.lag import changing_documents, lag
+from btx.evaluation.mixed_set import texts_to_halve
+from btx.evaluation.routed_text import example_documents, name_of, routing_of, token_by_token
+from btx.evaluation.used_for import TokenTotals
 from btx.files import write_json
 from btx.models.device import measuring_place
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS
-from btx.models.packed import packed_hidden
 from btx.models.placement import load_placed
 from btx.moe.layer import Routing, moe_blocks
 from btx.moe.routing_metrics import DEAD_LOAD
+from btx.reporting.shapes import Lag
 from btx.reporting.tokens import own_expert
 
 if TYPE_CHECKING:
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 
     from btx.recipe.schema import Recipe
 
-EXAMPLE_TOKENS = 200
-"""Tokens shown of a document."""
+HALVES = 24
+"""Documents of a domain that are halved for the lag of the routing."""
 PAIRS = 66
 """Pairs of experts kept of a domain: all of 12 experts, of more the most used; every pair would be the cube of the
 experts in numbers."""
@@ -63,6 +67,10 @@ class RoutingTotals:
             self.entropy_L[layer] -= (log_probs_TE.exp() * log_probs_TE).sum()
             self.confidence_L[layer] += log_probs_TE.max(dim=-1).values.exp().sum()
 
+    def load(self) -> Tensor:
+        """Share of each expert (L, E)."""
+        return self.load_LE / self.load_LE.sum(dim=1, keepdim=True)
+
     def summary(self, experts: Sequence[str]) -> dict[str, Any]:
         """A domain's entry in routing.json: shares of the load, of the two largest gates' pairs, means."""
         top_k = round(float(self.load_LE[0].sum()) / self.tokens)
@@ -72,26 +80,25 @@ class RoutingTotals:
             pairs = sorted(sorted(pairs, key=lambda pair: -float(share_EE[pair]))[:PAIRS])
         return {
             "tokens": self.tokens,
-            "load": (self.load_LE / self.load_LE.sum(dim=1, keepdim=True)).tolist(),
+            "load": self.load().tolist(),
             "pairs": {f"{experts[a]}+{experts[b]}": (self.pairs_LEE[:, a, b] / self.tokens).tolist() for a, b in pairs},
             "entropy": (self.entropy_L / self.tokens).tolist(),
             "confidence": (self.confidence_L / self.tokens).tolist(),
         }
 
 
-@torch.inference_mode()
-def routing_of(model: PreTrainedModel, rows: Packed) -> list[Routing]:
-    """What every MoE layer decides for the positions of `rows`, in row order."""
-    packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
-    return [block.routing for block in moe_blocks(model) if block.routing is not None]
-
-
-def domain_routing(model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int) -> RoutingTotals:
-    """Routing of the text tokens of `documents`; separators and padding do not count."""
+def domain_routing(
+    model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int,
+    tokens: TokenTotals | None = None,
+) -> RoutingTotals:  # fmt: skip
+    """Routing of the text tokens of `documents`; separators and padding do not count. `tokens` counts them too."""
     blocks = moe_blocks(model)
     totals = RoutingTotals(len(blocks), blocks[0].gate.weight.shape[0])
     for rows in pack(documents, sequence_length).batches(MICRO_BATCH_TOKENS):
-        totals.add(routing_of(model, rows), rows.text_BS.flatten())
+        routings_L, mask_T = routing_of(model, rows), rows.text_BS.flatten()
+        totals.add(routings_L, mask_T)
+        if tokens is not None:
+            tokens.add(routings_L, rows.input_ids_BS.flatten(), mask_T)
     return totals
 
 
@@ -115,7 +122,7 @@ def analyze(
         CheckpointError: a dense model, or one with another number of experts than the recipe.
         DataError: held-out data are missing.
     """
-    folder = folder or run_folder / "analyze"
+    folder, length = folder or run_folder / "analyze", recipe.data.sequence_length
     model, tokenizer = load_placed(model_path, measuring_place(recipe, log)), load_tokenizer(model_path)
     experts = recipe.expert_names
     blocks = moe_blocks(model)
@@ -123,17 +130,26 @@ def analyze(
         found = f"{blocks[0].gate.weight.shape[0]} experts" if blocks else "no MoE layer"
         raise CheckpointError(f"{model_path}: this model has {found}; the recipe's are {', '.join(experts)}")
     totals: dict[str, RoutingTotals] = {}
+    token_totals = TokenTotals(model.config.vocab_size, len(experts))
+    packed: dict[str, Packed] = {}
     examples: list[dict[str, Any]] = []
     for domain in recipe.data.domains:
         documents = held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens)
-        totals[domain] = domain_routing(model, documents, recipe.data.sequence_length)
-        shown = spread(documents, recipe.analyze.examples)
-        examples += [{"domain": domain} | example(model, tokenizer, document) for document in shown]
+        totals[domain] = domain_routing(model, documents, length, token_totals)
+        packed[domain] = pack(documents_for_curve(run_folder, recipe, domain, tokenizer), length)
+        shown = example_documents(run_folder, recipe, domain, recipe.analyze.examples)
+        examples += [
+            {"domain": domain, "document": name_of(document)} | token_by_token(model, tokenizer, document.tokens)
+            for document in spread(shown, recipe.analyze.examples)
+        ]
     routing: dict[str, Any] = {
         "layers": len(blocks),
         "experts": experts,
         "domains": {domain: total.summary(experts) for domain, total in totals.items()},
         "dead": dead_experts(list(totals.values())),
+        "used_for": token_totals.used_for(tokenizer, experts),
+        **_lag(run_folder, recipe, model, tokenizer),
+        "kept": kept_curve(model, packed, experts, least_used_first(list(totals.values()))),
     }
     write_json(folder / "routing.json", routing)
     write_json(folder / "tokens.json",
@@ -145,9 +161,30 @@ def analyze(
     return routing
 
 
+def _lag(
+    run_folder: Path, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Lag]:  # fmt: skip
+    """`lag`, of a run in which two domains at least have an expert of their own."""
+    owners = {domain: own_expert(domain, recipe.expert_names, recipe.data.general) for domain in recipe.data.domains}
+    with_own = [domain for domain, expert in owners.items() if expert is not None]
+    texts = texts_to_halve(run_folder, recipe, tokenizer, with_own, HALVES)
+    by_expert = {expert: texts[domain] for domain, expert in owners.items() if expert is not None and texts[domain]}
+    return {"lag": lag(model, changing_documents(by_expert, tokenizer))} if len(by_expert) > 1 else {}
+
+
+def least_used_first(totals: Sequence[RoutingTotals]) -> list[int]:
+    """The experts by their load over all layers and domains, each domain counting the same."""
+    return mean_load(totals).mean(dim=0).argsort(stable=True).tolist()
+
+
+def mean_load(totals: Sequence[RoutingTotals]) -> Tensor:
+    """Share of each expert (L, E) over all domains, each counting the same."""
+    return torch.stack([total.load() for total in totals]).mean(dim=0)
+
+
 def dead_experts(totals: Sequence[RoutingTotals]) -> list[list[int]]:
     """[layer, expert] where the load over all domains, each counting the same, is below DEAD_LOAD."""
-    shares = torch.stack([total.load_LE / total.load_LE.sum(dim=1, keepdim=True) for total in totals]).mean(dim=0)
+    shares = mean_load(totals)
     return (shares < DEAD_LOAD).nonzero().tolist()
 
 
@@ -170,20 +207,3 @@ def spread(documents: Sequence[HeldOutDocument], count: int) -> list[HeldOutDocu
     """At most `count` documents, evenly spread over `documents`."""
     count = min(count, len(documents))
     return [documents[i * len(documents) // count] for i in range(count)]
-
-
-def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: HeldOutDocument) -> dict[str, Any]:
-    """The start of a document token by token: texts, expert ids and gate weights by layer, largest gate first."""
-    tokens = document.tokens[: 1 + EXAMPLE_TOKENS]
-    rows = pack([HeldOutDocument(tokens, document.bytes)], len(tokens))
-    routings = routing_of(model, rows)
-    # Lists, not tensors: layers may differ in the number of experts a token uses.
-    ids_LTK = [routing.expert_ids_TK[1:].tolist() for routing in routings]
-    gates_LTK = [routing.gates_TK[1:].tolist() for routing in routings]
-    return {
-        "tokens": token_texts(tokenizer, tokens[1:].tolist()),
-        "experts": [list(ids_LK) for ids_LK in zip(*ids_LTK, strict=True)],
-        "gates": [
-            [[round(gate, 4) for gate in gates_K] for gates_K in gates_LK] for gates_LK in zip(*gates_LTK, strict=True)
-        ],
-    }

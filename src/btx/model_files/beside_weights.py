@@ -16,6 +16,7 @@ TOKENIZER = (
     "tekken.json", "chat_template*", "additional_chat_templates", "*.jinja",
 )  # fmt: skip
 """Files and folders that are a tokenizer's, and travel with it."""
+CHAT_TEMPLATE = "chat_template.jinja"
 SETTINGS = ("config.json", "btx.json", "mix.json", "generation_config.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from btx.files import read_json, write_text
+from btx.markdown_text import literal
 from btx.model_files.btx_folder import FILE
 
 
@@ -114,12 +114,6 @@ def _drift_row(group: str, drift: Mapping[str, Any]) -> str:
     cosine = "" if drift["mean_cosine"] is None else f"{drift['mean_cosine']:.3f}"
     norms = [norm for norm in drift["relative_norms"] if norm is not None]  # None: the seed's tensors are zero
     return f"| {literal(group)} | {cosine} | {ratio:.3f} | {f'{max(norms):.4f}' if norms else ''} |"
-
-
-def literal(text: object) -> str:
-    """Text that Markdown shows as it is, in one line: no markup, no HTML, no link, no end of a table's cell."""
-    line = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~$@]|:(?=//))", r"\\\1", line)
 
 
 def _hash(text: object) -> str:

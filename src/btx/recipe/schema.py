@@ -20,6 +20,7 @@ from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError, UserError
 from btx.files import home_filled
+from btx.recipe.align import Align
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.launch import Launch
@@ -85,6 +86,8 @@ class Recipe(Section):
     train: Train
     mix: Mix = Mix()
     finetune: Finetune
+    align: Align | None = None
+    """SFT and DPO of the finetuned model (docs/after.md); default: neither."""
     baselines: Annotated[list[BaselineName], AfterValidator(_each_once)] = ["soup"]
     """Models to compare with, each a stage `baselines/<name>` and a row of the results; `btx ls baselines` explains
     them."""

@@ -1,38 +1,36 @@
-"""The report's charts, drawn with matplotlib as small SVG that follows the page's colours and font.
-
-Colours are drawn as placeholders and then replaced by CSS variables, so that one SVG suits light and dark pages.
-Text stays text (`svg.fonttype: none`); ids carry a fixed salt per chart and no date, so equal runs give equal files.
-"""
+"""The report's charts. Each is a chart of values; `drawing` makes SVG and PNG of it."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib import resources
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from btx.number_texts import count_text, flops_text
+from btx.reporting.drawing import (
+    FONT_SIZE,
+    LABEL_GAP,
+    LETTER,
+    WIDTH,
+    Chart,
+    Colour,
+    column_height,
+    column_width,
+    empty,
+    label_column,
+    shortened,
+    style,
+    ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = 8
-"""Number of series colours the page defines: the CSS variables --c0 to --c7."""
-
-# Size in inches. One column of the page on a desktop, the whole width of a phone: text stays readable in both.
-CHART_SIZE = (4.7, 2.9)
-WIDE = 9.4  # two columns
-LABEL_GAP = 0.2  # inches between two names in a column
-FONT_SIZE = 9.0  # points, in the chart's own size
 TREND_POINTS = 48
 DETAIL_POINTS = 300
-
-# Placeholder → CSS. matplotlib knows no CSS variables, so unlikely greys stand for them while it draws.
-_CSS = {"ink": "currentColor", "grid": "var(--rule)", "accent": "var(--accent)", "quiet": "var(--quiet)"}
-_CSS |= {f"c{i}": f"var(--c{i})" for i in range(COLOURS)}
-_PLACEHOLDER = {name: f"#0{i:x}0d0{i:x}" for i, name in enumerate(_CSS)}
+LONGEST_SIDE = 24
+"""Rows and columns of a heat map that are drawn, at most."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,77 @@ class Curve:
     colour: str
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] = ()
+    """Lower ends of an interval around `y`; none where it is empty."""
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class TrainingCurves(Chart):
+    """Lines over training tokens with their trend: every step faintly, bucket means strongly."""
+
+    name: str
+    curves: Sequence[Curve]
+    y_label: str
+
+    def draw(self, colour: Colour) -> Figure:
+        """The figure, in these colours."""
+        figure, axes = _axes_for(self.curves, colour)
+        trends = []
+        for curve in self.curves:
+            shade = colour(curve.colour)
+            axes.plot(*bucket_means(curve.x, curve.y, DETAIL_POINTS), color=shade, linewidth=0.6, alpha=0.35)
+            x, y = bucket_means(curve.x, curve.y, TREND_POINTS)
+            axes.plot(x, y, color=shade, linewidth=1.6)
+            trends.append((curve.label, curve.colour, x[-1], y[-1]))
+        _clip_to_trend(axes, self.curves)
+        ticks(axes, "x", 5, count_text)
+        ticks(axes, "y", 6)
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel(self.y_label)
+        if len(self.curves) > 1:
+            label_column(axes, trends, colour)
+        return figure
+
+
+@dataclass(frozen=True)
+class Lines(Chart):
+    """Lines between points, with bands where they have intervals."""
+
+    name: str
+    curves: Sequence[Curve]
+    x_label: str
+    y_label: str
+    whole: bool = True
+    """Whether x counts something, so that ticks are whole numbers."""
+    mark: float | None = None
+    """Where a thin upright line stands."""
+    level: float | None = None
+    """Where a dashed level line lies."""
+    from_zero: bool = False
+
+    def draw(self, colour: Colour) -> Figure:
+        """The figure, in these colours."""
+        figure, axes = _axes_for(self.curves, colour)
+        for curve in self.curves:
+            shade = colour(curve.colour)
+            if curve.low:
+                axes.fill_between(curve.x, curve.low, curve.high, color=shade, alpha=0.2, linewidth=0)
+            few = len(curve.x) <= 2 * LONGEST_SIDE
+            axes.plot(curve.x, curve.y, color=shade, linewidth=1.6, marker="o" if few else "", markersize=3.5)
+        if self.mark is not None:
+            axes.axvline(self.mark, color=colour("quiet"), linewidth=0.8)
+        if self.level is not None:
+            axes.axhline(self.level, color=colour("quiet"), linewidth=0.8, linestyle=(0, (3, 3)))
+        if self.from_zero:
+            axes.set_ylim(bottom=0.0)
+        ticks(axes, "x", 6, (lambda x: f"{x:.0f}".replace("-", "−") if x == round(x) else "") if self.whole else None)
+        ticks(axes, "y", 6)
+        axes.set_xlabel(self.x_label)
+        axes.set_ylabel(self.y_label)
+        if len(self.curves) > 1:
+            label_column(axes, [(curve.label, curve.colour, curve.x[-1], curve.y[-1]) for curve in self.curves], colour)
+        return figure
 
 
 @dataclass(frozen=True)
@@ -59,6 +128,33 @@ class CostPoint:
 
 
 @dataclass(frozen=True)
+class CostChart(Chart):
+    """Mean bits per byte against training FLOPs, circle area = active parameters (paper, figure 2)."""
+
+    points: Sequence[CostPoint]
+    name: str = "cost"
+
+    def draw(self, colour: Colour) -> Figure:
+        """The figure, in these colours."""
+        labels = [point.label for point in self.points]
+        figure, axes = empty(max(3.6, column_height(len(labels))), column_width(labels), colour=colour)
+        largest = max(point.active_params for point in self.points) or 1.0
+        for point in self.points:
+            at, shade = ([point.flops], [point.bits_per_byte]), colour(point.colour)
+            axes.scatter(*at, s=230 * point.active_params / largest, color=shade, alpha=0.75, linewidths=0)
+            if point.error:
+                axes.errorbar(*at, yerr=[point.error], color=shade, elinewidth=1.0, capsize=2.0, fmt="none")
+        axes.margins(x=0.12, y=0.14)
+        ticks(axes, "x", 4, lambda value: flops_text(value).replace(".00e", "e").replace("0e", "e"))
+        ticks(axes, "y", 6)
+        axes.set_xlabel("training FLOPs after the seed model")
+        axes.set_ylabel("mean bits per byte (lower is better)")
+        label_column(axes, [(point.label, point.colour, point.flops, point.bits_per_byte) for point in self.points],
+                     colour)  # fmt: skip
+        return figure
+
+
+@dataclass(frozen=True)
 class Bars:
     """One model in the bar chart: per column a value and how far its error reaches left and right; None leaves the bar
     out."""
@@ -69,112 +165,94 @@ class Bars:
     errors: Sequence[tuple[float, float]]
 
 
-def curves_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str) -> str:
-    """Lines with their trend: every step faintly, bucket means strongly. Returns an `<svg>` element."""
-    figure, axes = _figure()
-    for curve in curves:
-        colour = _PLACEHOLDER[curve.colour]
-        axes.plot(*bucket_means(curve.x, curve.y, DETAIL_POINTS), color=colour, linewidth=0.6, alpha=0.35)
-        axes.plot(*bucket_means(curve.x, curve.y, TREND_POINTS), color=colour, linewidth=1.6, label=curve.label)
-    _clip_to_trend(axes, curves)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if len(curves) > 1:
-        axes.legend(frameon=False, handlelength=1.2, labelcolor=_PLACEHOLDER["ink"], loc="best", fontsize=FONT_SIZE)
-    return _svg(figure, name)
-
-
-def cost_chart(points: Sequence[CostPoint], *, name: str = "cost", wide: bool = False) -> str:
-    """Mean bits per byte against training FLOPs, circle area = active parameters (paper, figure 2)."""
-    width = WIDE if wide else CHART_SIZE[0]
-    longest = max(len(point.label) for point in points)
-    figure, axes = _figure(max(3.6, LABEL_GAP * len(points) + 0.7), 1 - (0.33 + 0.0776 * longest) / width, width)
-    largest = max(point.active_params for point in points) or 1.0
-    for point in points:
-        colour = _PLACEHOLDER[point.colour]
-        axes.scatter(
-            [point.flops],
-            [point.bits_per_byte],
-            s=230 * point.active_params / largest,
-            color=colour,
-            alpha=0.75,
-            linewidths=0,
-        )
-        if point.error:
-            axes.errorbar(
-                [point.flops],
-                [point.bits_per_byte],
-                yerr=[point.error],
-                color=colour,
-                elinewidth=1.0,
-                capsize=2.0,
-                fmt="none",
-            )
-    axes.margins(x=0.12, y=0.14)
-    axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.2g}".replace("e+", "e"))
-    axes.locator_params(axis="x", nbins=4)
-    axes.set_xlabel("training FLOPs after the seed model")
-    axes.set_ylabel("mean bits per byte (lower is better)")
-    _label_column(axes, points)
-    return _svg(figure, name)
-
-
-def bars_chart(name: str, columns: Sequence[str], bars: Sequence[Bars], unit: str = "%") -> str:
+@dataclass(frozen=True)
+class BarPanels(Chart):
     """Horizontal bars from zero with error bars: a panel per column, a line per model (paper, figure 2)."""
-    from matplotlib.figure import Figure
 
-    height = LABEL_GAP * len(bars) + 0.75
-    figure = Figure(figsize=(WIDE, height))
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    left = 0.15 + 0.0776 * max(len(bar.label) for bar in bars)
-    figure.subplots_adjust(left=left / WIDE, right=0.99, bottom=0.35 / height, top=1 - 0.3 / height, wspace=0.12)
-    for number, (axes, column) in enumerate(zip(panels, columns, strict=True)):
-        _style(figure, axes, grid="x")
+    name: str
+    columns: Sequence[str]
+    bars: Sequence[Bars]
+    unit: str = "%"
+
+    def panels(self) -> list[BarPanels]:
+        """Every column as a chart of its own, so that a page can put them beside or below each other."""
+        return [
+            BarPanels(f"{self.name}-{number}", [column],
+                      [Bars(bar.label, bar.colour, [bar.values[number]], [bar.errors[number]]) for bar in self.bars],
+                      self.unit)
+            for number, column in enumerate(self.columns)
+        ]  # fmt: skip
+
+    def draw(self, colour: Colour) -> Figure:
+        """The figure, in these colours: two panels side by side at most."""
+        from matplotlib.figure import Figure
+
+        across = min(2, len(self.columns))
+        down = -(-len(self.columns) // across)
+        each = LABEL_GAP * len(self.bars) + 0.75
+        width, height = WIDTH * (1 if across == 1 else 1.75), each * down
+        figure = Figure(figsize=(width, height))
+        panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
+        left = 0.15 + LETTER * max(len(shortened(bar.label)) for bar in self.bars)
+        figure.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=0.35 / height, top=1 - 0.3 / height,
+                               wspace=0.12, hspace=0.65 / (each - 0.65))  # fmt: skip
+        for number, (axes, column) in enumerate(zip(panels, self.columns, strict=False)):
+            style(figure, axes, "x", colour)
+            axes.set_title(column, fontsize=FONT_SIZE, color=colour("ink"), parse_math=False)
+            self._fill(axes, number, colour)
+        for axes in list(panels)[len(self.columns) :]:
+            axes.remove()
+        return figure
+
+    def _fill(self, axes: Axes, number: int, colour: Colour) -> None:
+        """Put the bars of one column in."""
         axes.spines["left"].set_visible(False)
-        axes.axvline(0.0, color=_PLACEHOLDER["quiet"], linewidth=0.8)
-        axes.set_title(column, fontsize=FONT_SIZE, color=_PLACEHOLDER["ink"], parse_math=False)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} {unit}".replace("-", "−"))
-        axes.locator_params(axis="x", nbins=3)
-        for line, bar in enumerate(bars):
+        axes.axvline(0.0, color=colour("quiet"), linewidth=0.8)
+        ticks(axes, "x", 4, lambda value: f"{value:g} {self.unit}".replace("-", "−"))
+        for line, bar in enumerate(self.bars):
             value = bar.values[number]
             if value is None:
                 continue
-            axes.barh([line], [value], height=0.7, color=_PLACEHOLDER[bar.colour], alpha=0.8)
+            axes.barh([line], [value], height=0.7, color=colour(bar.colour), alpha=0.8)
             if any(bar.errors[number]):
-                axes.errorbar(
-                    [value],
-                    [line],
-                    xerr=[[reach] for reach in bar.errors[number]],
-                    color=_PLACEHOLDER["ink"],
-                    elinewidth=0.9,
-                    capsize=1.8,
-                    fmt="none",
-                )
-    panels[0].set_yticks(range(len(bars)), [bar.label for bar in bars], parse_math=False)
-    panels[0].set_ylim(len(bars) - 0.4, -0.6)  # the first model on top
-    return _svg(figure, name)
+                axes.errorbar([value], [line], xerr=[[reach] for reach in bar.errors[number]], color=colour("ink"),
+                              elinewidth=0.9, capsize=1.8, fmt="none")  # fmt: skip
+        axes.set_yticks(range(len(self.bars)), [shortened(bar.label) for bar in self.bars], parse_math=False)
+        axes.set_ylim(len(self.bars) - 0.4, -0.6)  # the first model on top
 
 
-def stacked_svg(charts: Sequence[tuple[str, str]]) -> str:
-    """Charts below each other, each under its title, as the text of an .svg file that stands alone."""
-    parts, y, width = [], 0.0, 0.0
-    for title, svg in charts:
-        _, _, chart_width, chart_height = map(float, re.search(r'viewBox="([^"]+)"', svg)[1].split())  # type: ignore[index]
-        parts.append(f'<text x="8" y="{y + 20:g}" font-size="13" fill="currentColor">{escape(title)}</text>')
-        parts.append(svg.replace("<svg ", f'<svg y="{y + 28:g}" width="{chart_width:g}" height="{chart_height:g}" ', 1))
-        y, width = y + 36 + chart_height, max(width, chart_width)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width:g} '
-        f'{y:g}" width="{width:g}" height="{y:g}">\n<style>{_page_colours()} svg {{ color: var(--ink); font-family: '
-        f'system-ui, sans-serif; }}</style>\n<rect width="100%" height="100%" fill="var(--card)"/>\n'
-        + "\n".join(parts) + "\n</svg>\n"
-    )  # fmt: skip
+@dataclass(frozen=True)
+class HeatMap(Chart):
+    """A square of shares, 0 to 1, the stronger the larger: of many rows and columns some, evenly chosen."""
 
+    name: str
+    values: Sequence[Sequence[float]]
+    label: str
 
-def _page_colours() -> str:
-    """The page's colours, for light and dark: what its style sheet says before anything else."""
-    style = (resources.files("btx.reporting") / "templates" / "report.css").read_text("utf-8")
-    return re.sub(r"\s+", " ", style[: style.index("* {")])
+    def draw(self, colour: Colour) -> Figure:
+        """The figure, in these colours."""
+        from matplotlib.patches import Rectangle
+
+        count = len(self.values)
+        shown = [round(i * (count - 1) / (min(count, LONGEST_SIDE) - 1 or 1)) for i in range(min(count, LONGEST_SIDE))]
+        figure, axes = empty(3.6, 1.2, colour=colour)
+        style(figure, axes, None, colour)
+        axes.grid(visible=False)
+        for x, column in enumerate(shown):
+            for y, row in enumerate(shown):
+                value = min(max(self.values[row][column], 0.0), 1.0)
+                axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=colour("heat"), alpha=value,
+                                         linewidth=0))  # fmt: skip
+                if len(shown) <= 8:
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_SIZE,
+                              color=colour("on-heat" if value > 0.6 else "ink"))  # fmt: skip
+        some = range(0, len(shown), -(-len(shown) // 12))
+        for one in (axes.xaxis, axes.yaxis):
+            one.set_ticks(list(some), [str(shown[i]) for i in some])
+        axes.set(xlim=(-0.5, len(shown) - 0.5), ylim=(len(shown) - 0.5, -0.5), aspect="equal")
+        axes.set_xlabel(self.label)
+        axes.set_ylabel(self.label)
+        return figure
 
 
 def bucket_means(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
@@ -189,92 +267,16 @@ def bucket_means(x: Sequence[float], y: Sequence[float], points: int) -> tuple[l
     )
 
 
+def _axes_for(curves: Sequence[Curve], colour: Colour) -> tuple[Figure, Axes]:
+    """An empty chart with room for the names of several curves."""
+    if len(curves) < 2:
+        return empty(colour=colour)
+    return empty(column_height(len(curves)), column_width([curve.label for curve in curves]), colour=colour)
+
+
 def _clip_to_trend(axes: Axes, curves: Sequence[Curve]) -> None:
     """Let the first steps of a model from scratch leave the picture instead of flattening all the rest."""
     settled = [value for curve in curves for value in sorted(curve.y)[: max(1, int(len(curve.y) * 0.98))]]
     low, high = min(settled), max(settled)
     pad = 0.05 * (high - low) or 0.05
     axes.set_ylim(low - pad, high + pad)
-
-
-def _label_column(axes: Axes, points: Sequence[CostPoint]) -> None:
-    """Name every circle in a column at the right with a thin line to it: names never overlap."""
-    low, high = axes.get_ylim()
-    ordered = sorted(points, key=lambda point: point.bits_per_byte)
-    inches = axes.get_figure().get_figheight() * axes.get_position().height  # type: ignore[union-attr]
-    heights = spread([(point.bits_per_byte - low) / (high - low) for point in ordered], gap=LABEL_GAP / inches)
-    for point, height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            point.label,
-            xy=(point.flops, point.bits_per_byte),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            va="center",
-            ha="left",
-            fontsize=FONT_SIZE,
-            color=_PLACEHOLDER["ink"],
-            annotation_clip=False,
-            parse_math=False,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": _PLACEHOLDER["quiet"]},
-        )
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending `heights` (shares of the axis) pushed apart to at least `gap`, none above 1."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else height)
-    ceiling = 1.0
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], ceiling)
-        ceiling = placed[i] - gap
-    return placed
-
-
-def _figure(height: float = CHART_SIZE[1], right: float = 0.98, width: float = CHART_SIZE[0]) -> tuple[Figure, Axes]:
-    """An empty chart without pyplot: nothing global is touched. `right` is where the axes end, as a share."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(width, height))
-    left = 0.14 * CHART_SIZE[0] / width
-    figure.subplots_adjust(left=left, right=right, bottom=0.16 * CHART_SIZE[1] / height, top=0.97)
-    axes = figure.add_subplot()
-    _style(figure, axes, grid="y")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.locator_params(axis="x", nbins=6)
-    return figure, axes
-
-
-def _style(figure: Figure, axes: Axes, grid: Literal["x", "y"]) -> None:
-    """The page's look: no box, thin lines across the values' axis, its colours and text size."""
-    ink, rule = _PLACEHOLDER["ink"], _PLACEHOLDER["grid"]
-    axes.patch.set_alpha(0.0)
-    figure.patch.set_alpha(0.0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(rule)
-    axes.tick_params(colors=ink, length=0, labelsize=FONT_SIZE)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=ink, fontsize=FONT_SIZE)
-    axes.grid(True, axis=grid, color=rule, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` to put into the page: no XML header, no metadata, no size, page colours."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
-    svg = re.sub(r' id="[a-zA-Z0-9.]+_[0-9]+"', "", svg)  # the same in every chart, and nothing refers to them
-    svg = re.sub(r"font: (?:[\w ]+ )?([0-9.]+px) [^;\"]+", r"font-size: \1", svg)  # the page's font applies
-    svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
-    svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
-    for key, placeholder in _PLACEHOLDER.items():
-        svg = svg.replace(placeholder, _CSS[key])
-    return re.sub(r"\n\s*", "\n", svg).strip()

@@ -1,14 +1,15 @@
-"""The report's table of costs: what `btx plan` predicted beside what was measured, model by model. Plain Python."""
+"""The report's table of costs: what was measured and what `btx plan` predicted, model by model. Plain Python."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from btx.number_texts import MISSING, count_text, duration_text, flops_text, is_number, percent_text
+from btx.reporting.results import Cell
 
-TITLES = ("tokens planned", "tokens", "FLOPs planned", "FLOPs", "memory planned", "peak memory", "machine time planned",
-          "machine time", "FLOPs to btx's", "machine time to btx's", "inference FLOPs a token")  # fmt: skip
+TITLES = ("tokens", "FLOPs", "peak memory", "machine time", "FLOPs to btx's", "machine time to btx's",
+          "inference FLOPs a token")  # fmt: skip
 MFU = "MFU of the last training"
 """One more title, where a device's peak was known."""
 
@@ -18,7 +19,7 @@ def cost_titles(results: Mapping[str, Any]) -> list[str]:
     return [*TITLES, *([MFU] if _knows_mfu(results) else [])]
 
 
-def cost_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def cost_rows(results: Mapping[str, Any]) -> list[tuple[str, list[Cell]]]:
     """(model, a cell for each of `cost_titles`) of every model of results.json that has a prediction.
 
     Planned memory is that of weights, gradients, optimiser state and activations; what is measured holds the
@@ -27,7 +28,7 @@ def cost_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """
     mfu = _knows_mfu(results)
     return [
-        (name, [*_cells(model), *([percent_text(model.get("mfu"))] if mfu else [])])
+        (name, [*_cells(model), *([Cell(percent_text(model.get("mfu")))] if mfu else [])])
         for name, model in results.get("models", {}).items() if model.get("predicted")
     ]  # fmt: skip
 
@@ -36,16 +37,21 @@ def _knows_mfu(results: Mapping[str, Any]) -> bool:
     return any(model.get("mfu") is not None for model in results.get("models", {}).values())
 
 
-def _cells(model: Mapping[str, Any]) -> list[str]:
+def _cells(model: Mapping[str, Any]) -> list[Cell]:
     planned, matched = model["predicted"], model.get("matched", {})
+
+    def beside_plan(text: Callable[[Any], str], key: str, planned_key: str = "") -> Cell:
+        return Cell(text(model.get(key)), f"planned {text(planned.get(planned_key or key))}", exact=str(model.get(key)))
+
     return [
-        count_text(planned.get("tokens")), count_text(model.get("tokens")),
-        flops_text(planned.get("flops")), flops_text(model.get("flops")),
-        memory_text(planned.get("memory_bytes")), memory_text(model.get("peak_memory_bytes")),
-        _duration(planned.get("machine_hours")), _duration(model.get("machine_hours")),
-        _times(matched.get("flops_ratio")), _times(matched.get("hours_ratio")),
-        flops_text(model.get("inference_flops_per_token")),
-    ]  # fmt: skip
+        beside_plan(count_text, "tokens"),
+        beside_plan(flops_text, "flops"),
+        beside_plan(memory_text, "peak_memory_bytes", "memory_bytes"),
+        beside_plan(_duration, "machine_hours"),
+        Cell(_times(matched.get("flops_ratio"))),
+        Cell(_times(matched.get("hours_ratio"))),
+        Cell(flops_text(model.get("inference_flops_per_token"))),
+    ]
 
 
 def memory_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a run: its training curves, and its models' quality against cost and by domain."""
+"""The figures of a run's training and of its models: curves, quality against cost and by domain."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from btx.number_texts import is_number
-from btx.reporting.charts import COLOURS, Bars, CostPoint, Curve, bars_chart, cost_chart, curves_chart
+from btx.reporting.charts import BarPanels, Bars, CostChart, CostPoint, Curve, TrainingCurves
+from btx.reporting.drawing import COLOURS
 from btx.reporting.headline import paired_differences
 from btx.reporting.results import EXPERT
 from btx.reporting.run_files import Run, Stage
 
 
-def loss_charts(run: Run) -> list[dict[str, str]]:
-    """Training curves as figures: losses, the load-balancing loss, the experts' load during finetuning."""
+def loss_charts(run: Run) -> dict[str, TrainingCurves]:
+    """Caption → training curves: losses, the load-balancing loss, the experts' load during finetuning."""
     branches = [stage for stage in run.stages if stage.name.startswith("train/")]
     seed, finetune = run.stage("seed"), run.stage("finetune")
     loads = [_load_curve(finetune, i, name) for i, name in enumerate(run.experts)]
     loss, balance = "loss (nats per token)", "load-balancing loss"
-    drawn: list[tuple[str, str, list[Curve], str]] = [
+    captions: list[tuple[str, str, list[Curve], str]] = [
         ("seed", "Seed model: training loss.", [_curve(seed, "loss", "seed model", "ink")], loss),
         (
             "experts",
@@ -41,11 +42,11 @@ def loss_charts(run: Run) -> list[dict[str, str]]:
         ),
         ("load", "Finetuning: expert load, mean over layers.", loads, "share of routed tokens"),
     ]
-    charts = []
-    for name, caption, curves, y_label in drawn:
+    charts = {}
+    for name, caption, curves, y_label in captions:
         filled = [curve for curve in curves if len(curve.x) > 1]
         if filled:
-            charts.append({"svg": curves_chart(name, filled, "training tokens", y_label), "caption": caption})
+            charts[caption] = TrainingCurves(name, filled, y_label)
     return charts
 
 
@@ -60,12 +61,12 @@ def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
     return Curve(label, f"c{expert % COLOURS}", [row["tokens"] for row in rows], means)
 
 
-def cost_figure(run: Run) -> str:
-    """The figure of quality against training FLOPs; empty before two models are evaluated."""
+def cost_figure(run: Run) -> CostChart | None:
+    """Quality against training FLOPs; None before two models are evaluated."""
     points = [
         CostPoint(
             name,
-            _model_colour(run, name),
+            model_colour(run, name),
             # All others start from the seed model: what is compared is what came after it.
             0.0 if name == "seed" else model["flops"],
             model["mean_bits_per_byte"],
@@ -74,11 +75,11 @@ def cost_figure(run: Run) -> str:
         for name, model in run.results.get("models", {}).items()
         if all(is_number(model.get(key)) for key in ("flops", "mean_bits_per_byte", "active_params"))
     ]
-    return cost_chart(points) if len(points) > 1 else ""
+    return CostChart(points) if len(points) > 1 else None
 
 
-def domains_figure(run: Run) -> str:
-    """Bars of what each model saves against the seed model, per domain; empty before two models are evaluated."""
+def domains_figure(run: Run) -> BarPanels | None:
+    """Bars of what each model saves against the seed model, per domain; None before two models are evaluated."""
     models = run.results.get("models", {})
     seed = models.get("seed", {}).get("domains", {})
     bars = []
@@ -86,17 +87,12 @@ def domains_figure(run: Run) -> str:
         if name != "seed" and seed:
             paired = paired_differences(run.documents, name, "seed").get("domains", {})
             saved = (_saved(model, seed[domain], domain, paired.get(domain)) for domain in seed)
-            bars.append(Bars(name, _model_colour(run, name), *zip(*saved, strict=True)))
-    return bars_chart("domains", list(seed), bars) if bars else ""
+            bars.append(Bars(name, model_colour(run, name), *zip(*saved, strict=True)))
+    return BarPanels("domains", list(seed), bars) if bars else None
 
 
-def models_figures(run: Run) -> dict[str, str]:
-    """SVG of the figures that compare models, `cost` and `domains`; none before two models are evaluated."""
-    figures = {"cost": cost_figure(run), "domains": domains_figure(run)}
-    return {name: svg for name, svg in figures.items() if svg}
-
-
-def _model_colour(run: Run, name: str) -> str:
+def model_colour(run: Run, name: str) -> str:
+    """Palette name of a model: btx the accent, an expert model its expert's."""
     named = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
     return named.get(name) or run.colour(name.removeprefix(EXPERT))
 

@@ -11,11 +11,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx.choices.routers import ROUTERS
-from btx.files import write_text
+from btx.files import write_bytes
 from btx.number_texts import (
     count_text,
     decimal_text,
@@ -25,47 +26,55 @@ from btx.number_texts import (
     percent_text,
     signed_percent,
 )
-from btx.reporting.charts import (
-    COLOURS,
-    stacked_svg,
-)
+from btx.reporting.alignment import aligned_models
+from btx.reporting.charts import BarPanels
 from btx.reporting.costs import cost_rows, cost_titles
-from btx.reporting.figures import loss_charts, models_figures
+from btx.reporting.drawing import COLOURS, Chart, stacked_svg
+from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
 from btx.reporting.results import report_table, results_table
+from btx.reporting.routing_figures import shares_by
+from btx.reporting.routing_view import not_measured, own_experts, routing_view, uses
 from btx.reporting.run_files import Run, read_run
-from btx.reporting.tokens import own_expert, token_view
+from btx.reporting.short_report import short_report
+from btx.reporting.tokens import token_view
+from btx.reporting.views import View, run_views
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 __all__ = ["report_table", "write_report"]
 
-FIGURE_TITLES = {
-    "cost": "Mean bits per byte against training FLOPs; a circle's area is the model's active parameters",
-    "domains": "Bits per byte saved against the seed model, in percent",
-}
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
 
 
 def write_report(run: Path, folder: Path | None = None) -> Path:
-    """Write the page of the run folder `run`, whole or not at all, and return its path: `index.html` in `folder`, or in
-    the run's `report/`.
+    """Write the page of the run folder `run`, or of an analysed model's, whole or not at all, and return its path:
+    `index.html` in `folder`, or in the run's `report/`.
 
-    Beside it, `models.svg` holds the figures of all models, for use elsewhere; it is written once two are evaluated.
+    Beside it, for use elsewhere: `report.md`, the same in short for a model card or a repository, with the figures as
+    PNG; and, once two models are evaluated, `models.svg`, the figures of all models.
 
     Raises RunFolderError if `run` is no folder or one of its files is broken.
     """
     read = read_run(run)
-    figures = models_figures(read)
-    html = render(read, figures)
+    views = run_views(read)
+    html = render(read, views)
     target = (folder or run / "report") / "index.html"
-    if figures:
-        titled = [(FIGURE_TITLES[name], svg) for name, svg in figures.items()]
-        write_text(target.with_name("models.svg"), stacked_svg(titled).encode("utf-8", "replace").decode("utf-8"))
-    # A token may be half a surrogate pair, which UTF-8 cannot hold.
-    write_text(target, html.encode("utf-8", "replace").decode("utf-8"))
+    titled = [(views[name].question, chart) for name in ("cost", "domains") if (chart := views[name].chart)]
+    if titled:
+        _write(target.with_name("models.svg"), stacked_svg(titled))
+    for name, view in views.items():
+        if view.chart is not None:
+            write_bytes(target.with_name(f"{name}.png"), view.chart.png())
+    _write(target.with_name("report.md"), short_report(read, views))
+    _write(target, html)
     return target
+
+
+def _write(path: Path, text: str) -> None:
+    """A token may be half a surrogate pair, which UTF-8 cannot hold."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 # --- views ----------------------------------------------------------------------------------------------------------
@@ -84,38 +93,6 @@ def stage_costs(run: Run) -> dict[str, Any]:
         else {}
     )
     return {"rows": rows, "sums": sums, "running": [stage.name for stage in run.stages if stage.done is None]}
-
-
-def routing_view(run: Run) -> dict[str, Any] | None:
-    """Load and pairs of every domain, with the in-domain expert's mean load."""
-    domains = run.routing.get("domains")
-    if not domains:
-        return None
-    experts = run.routing["experts"]
-    views = []
-    for name, domain in domains.items():
-        own = own_expert(name, experts, run.general)
-        load, pairs = domain["load"], domain.get("pairs", {})
-        views.append(
-            {
-                "name": name,
-                "own": own,
-                "load": load,
-                "own_load": None if own is None else math.fsum(layer[own] for layer in load) / len(load),
-                "pairs": [
-                    (pair, [experts.index(expert) for expert in pair.split("+")], shares)
-                    for pair, shares in pairs.items()
-                ],
-            }
-        )
-    return {
-        "experts": experts,
-        "layers": run.routing["layers"],
-        "domains": views,
-        "largest": max(share for view in views for layer in view["load"] for share in layer) or 1.0,
-        "largest_pair": max((s for view in views for *_, shares in view["pairs"] for s in shares), default=0) or 1.0,
-        "dead": [(layer, experts[expert]) for layer, expert in run.routing.get("dead", [])],
-    }
 
 
 def task_examples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -171,37 +148,72 @@ def facts(run: Run) -> dict[str, str]:
 # --- page -----------------------------------------------------------------------------------------------------------
 
 
-def render(run: Run, figures: Mapping[str, str]) -> str:
-    """The page's HTML, with `models_figures`. Pure: the same run folder gives the same page."""
-    model = run.folder / "finetune" / "model"
-    table = results_table(run.results)
+def render(run: Run, views: Mapping[str, View]) -> str:
+    """The page's HTML. Pure: the same run folder gives the same page."""
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             run=run,
-            name=str(run.recipe.get("name") or run.folder.name),
+            name=run.name,
             description=run.recipe.get("description"),
             facts=facts(run),
-            top_k=run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
-            headline=headline(run.results, run.documents),
-            table=table,
-            gain_scale=max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
-            costs=stage_costs(run),
-            predicted=cost_rows(run.results),
-            cost_titles=cost_titles(run.results),
-            cost_figure=figures.get("cost", ""),
-            domains_figure=figures.get("domains", ""),
-            losses=loss_charts(run),
-            routing=routing_view(run),
+            views=views,
+            colours=COLOURS,
             tokens=token_view(run.tokens, run.general) if run.tokens else None,
             tasks=task_examples(run.results),
             diagnostics=mix_diagnostics(run.mix),
-            model_path=json.dumps(model.as_posix(), ensure_ascii=False),
-            model_exists=model.is_dir(),
-            colours=COLOURS,
+            model_path=json.dumps((run.folder / "finetune" / "model").as_posix(), ensure_ascii=False),
+            model_exists=(run.folder / "finetune" / "model").is_dir(),
+            **_results(run, views),
+            **_routing(run, views),
         )
     )
+
+
+def _results(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
+    """What the sections on training and quality show."""
+    table = results_table(run.results)
+    domains = views["domains"].chart
+    return {
+        "headline": headline(run.results, run.documents),
+        "table": table,
+        "gain_scale": max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
+        "domain_panels": [panel.svg() for panel in domains.panels()] if isinstance(domains, BarPanels) else [],
+        "costs": stage_costs(run),
+        "predicted": cost_rows(run.results),
+        "cost_titles": cost_titles(run.results),
+        "cost_figure": _svg(views["cost"].chart),
+        "losses": {caption: chart.svg() for caption, chart in loss_charts(run).items()},
+        "aligned": aligned_models(run),
+    }
+
+
+def _routing(run: Run, views: Mapping[str, View]) -> dict[str, Any]:
+    """What the sections on the routing show."""
+    by_position, by_class = (shares_by(run.statistics, key) for key in ("positions", "classes"))
+    kept = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
+    return {
+        "routing": routing_view(run),
+        "top_k": run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
+        "own_experts": own_experts(run),
+        "not_measured": not_measured(run),
+        "own_load_figure": _svg(views["routing"].chart),
+        "specialisation_figure": _svg(views["specialisation"].chart),
+        "similarity_figure": _svg(views["similarity"].chart),
+        "by_position": by_position,
+        "by_class": by_class,
+        "largest_share": max((share for _, row in by_position + by_class for share in row), default=0.0) or 1.0,
+        "uses": uses(run),
+        "lag_figure": _svg(views["lag"].chart),
+        "kept_figure": _svg(views["kept"].chart),
+        "kept": kept,
+        "dropped": [name for more, fewer in pairwise(kept) for name in more["experts"] if name not in fewer["experts"]],
+    }
+
+
+def _svg(chart: Chart | None) -> str:
+    return chart.svg() if chart else ""
 
 
 @cache

@@ -12,10 +12,12 @@ import yaml
 from btx.errors import RunFolderError
 from btx.metrics_file import read_metrics
 from btx.outputs import check_outputs, read_done, read_output
-from btx.reporting.charts import COLOURS
+from btx.reporting.drawing import COLOURS
 from btx.reporting.paired_bootstrap import read_documents
-from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Tokens
+from btx.reporting.shapes import AlignedRouting, Manifest, MixRecord, Results, Routing, Shown, Tokens
 from btx.reporting.tokens import own_expert
+
+ROUTING, TOKENS = "routing.json", "tokens.json"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds for the report; files that are missing are empty."""
+    """What a run folder holds for the report, or the folder of an analysed model; files that are missing are empty."""
 
     folder: Path
     recipe_text: str
@@ -38,9 +40,25 @@ class Run:
     results: dict[str, Any]
     documents: dict[str, Any]
     routing: dict[str, Any]
+    aligned: dict[str, Any]
     tokens: dict[str, Any]
     mix: dict[str, Any]
     stages: list[Stage]
+
+    @property
+    def of_model(self) -> bool:
+        """Whether this is an analysed model (routing.json in the folder itself), which no run has trained."""
+        return (self.folder / ROUTING).is_file()
+
+    @property
+    def name(self) -> str:
+        """The title: the recipe's name, the analysed model's, or the folder's."""
+        return str(self.recipe.get("name") or self.routing.get("model") or self.folder.resolve().name)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What the routing says as a whole; empty where an earlier version measured less."""
+        return self.routing.get("statistics") or {}
 
     @property
     def experts(self) -> list[str]:
@@ -73,6 +91,10 @@ def read_run(folder: Path) -> Run:
         recipe = yaml.safe_load(recipe_text) or {}
     except yaml.YAMLError as error:
         raise RunFolderError(f"{recipe_file}: not valid YAML ({error}); `btx run` writes it again") from error
+    analysis = folder if (folder / ROUTING).is_file() else folder / "analyze"
+    shown = read_output(folder / "evaluate" / "shown.json", Shown) or {}
+    routing = read_output(analysis / ROUTING, Routing) or {}
+    tokens = read_output(analysis / TOKENS, Tokens) or {}
     return Run(
         folder,
         recipe_text,
@@ -80,11 +102,21 @@ def read_run(folder: Path) -> Run:
         manifest=read_output(folder / "manifest.json", Manifest) or {},
         results=read_output(folder / "evaluate" / "results.json", Results) or {},
         documents=read_documents(folder / "evaluate" / "documents.json") or {},
-        routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
-        tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},
+        routing=routing | ({"loads": shown["loads"]} if routing and shown else {}),
+        aligned=read_output(analysis / "align.json", AlignedRouting) or {},
+        tokens=_with_shown(tokens, shown) if shown else tokens,
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
     )
+
+
+def _with_shown(tokens: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
+    """tokens.json with what the evaluation has of the same documents, known by their names, and with the answers."""
+    examples = [
+        example | ({"losses": losses} if (losses := shown["losses"].get(example.get("document"))) else {})
+        for example in tokens.get("examples", [])
+    ]
+    return tokens and tokens | {"examples": examples, "answers": shown["answers"]}
 
 
 def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:

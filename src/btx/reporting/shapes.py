@@ -1,5 +1,6 @@
 """The shapes of what a run says of itself and has measured, as it is read again: manifest.json, evaluate/results.json
-and documents.json, analyze/routing.json and tokens.json, mix/mix.json. They say what has to be there; more may be.
+and documents.json, analyze/routing.json, align.json and tokens.json, mix/mix.json. They say what has to be there; more
+may be.
 """
 
 from __future__ import annotations
@@ -87,26 +88,39 @@ class Interval(TypedDict):
     high: float
 
 
+class Bounds(TypedDict):
+    """[low, high] of the 95 % intervals of statistics that are plain numbers beside."""
+
+    similarity: list[list[list[float]]]
+    positions: dict[str, list[list[list[float]]]]
+    classes: dict[str, list[list[list[float]]]]
+
+
 class Statistics(TypedDict):
     """What the routing says as a whole."""
 
     load: dict[str, list[list[Interval]]]
     """Domain → layer → expert."""
+    pairs: NotRequired[dict[str, dict[str, list[Interval]]]]
+    """Domain → pair of experts, as in the domain's `pairs` → layer by layer, share of the tokens."""
     specialisation: list[Interval]
-    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer."""
+    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer; empty where
+    there is one domain only."""
     similarity: list[list[float]]
     """Of two layers: mutual information of their first experts over the mean of their entropies (L, L)."""
     positions: dict[str, list[list[float]]]
     """"0-15", "16-63" ... of the document → layer → share of each expert."""
     classes: dict[str, list[list[float]]]
     """Class of the token (word, number, punctuation, space, ...) → layer → share of each expert."""
+    bounds: NotRequired[Bounds]
 
 
 class UsedFor(TypedDict):
     """What an expert is used for."""
 
-    tokens: list[tuple[str, float, int]]
-    """Tokens it gets more often than an even load would say: text, share of its occurrences, occurrences."""
+    tokens: list[list[Any]]
+    """Tokens it gets more often than an even load would say, each [text, share of its occurrences at which the expert
+    is chosen (mean over layers; of an even load K / E), occurrences]."""
     classes: dict[str, float]
     """Class of the token → share of the tokens the expert gets."""
 
@@ -131,8 +145,12 @@ class Kept(TypedDict):
     mean: float
 
 
+Loads = dict[str, list[list[float]]]
+"""Domain → layer → share of each expert."""
+
+
 class Routing(TypedDict):
-    """routing.json."""
+    """routing.json; `loads` comes from evaluate/shown.json."""
 
     layers: int
     experts: list[str]
@@ -142,6 +160,30 @@ class Routing(TypedDict):
     used_for: NotRequired[dict[str, UsedFor]]
     lag: NotRequired[Lag]
     kept: NotRequired[list[Kept]]
+    loads: NotRequired[dict[str, Loads]]
+    """Models with these experts (mix, btx, an aligned one) → their load, all on the same text: before and after."""
+
+
+class RoutingShift(TypedDict):
+    """What aligning a model has changed in where a domain's held-out text goes; each list has a value a layer."""
+
+    load: list[list[float]]
+    """After it: share of each expert. Before it: that domain's `load` in routing.json."""
+    moved: list[float]
+    """Share of the text tokens whose first expert is another one than before."""
+    distance: list[float]
+    """Half the sum over experts of the difference between their shares before and after, 0 to 1."""
+
+
+class AlignedRouting(TypedDict):
+    """analyze/align.json, of a run whose recipe has `align`."""
+
+    layers: int
+    experts: list[str]
+    before: str
+    """Model (a name in results.json) that the others are compared with: btx."""
+    models: dict[str, dict[str, RoutingShift]]
+    """Model of `align` (sft, dpo) → domain."""
 
 
 class Example(TypedDict):
@@ -151,8 +193,11 @@ class Example(TypedDict):
     tokens: list[str]
     experts: list[list[list[int]]]
     gates: list[list[list[float]]]
+    document: NotRequired[str]
+    """Name of the document, made from its tokens."""
     losses: NotRequired[dict[str, list[float]]]
-    """Model (seed, expert/D, btx, the best baseline) → bits of every token."""
+    """Model (seed, expert/D, mix, btx, baselines) → bits of every token, read as for bits per byte; from
+    evaluate/shown.json."""
 
 
 class ShownAnswer(TypedDict):
@@ -170,8 +215,17 @@ class ShownAnswer(TypedDict):
     gates: list[list[list[float]]]
 
 
+class Shown(TypedDict):
+    """evaluate/shown.json: what the evaluation adds to tokens.json and routing.json, as it reads every model."""
+
+    losses: dict[str, dict[str, list[float]]]
+    """Document → model → bits of every token."""
+    answers: list[ShownAnswer]
+    loads: dict[str, Loads]
+
+
 class Tokens(TypedDict):
-    """tokens.json."""
+    """tokens.json; `answers` and the examples' `losses` come from evaluate/shown.json."""
 
     layers: int
     experts: list[str]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btx.reporting.charts import COLOURS, Bars, CostPoint, bars_chart, cost_chart, stacked_svg
+from btx.reporting.charts import BarPanels, Bars, CostChart, CostPoint
+from btx.reporting.drawing import COLOURS, Chart, stacked_svg
 from btx.sweeps.table import ALL, SweepRow, paired, sweep_rows
 
 
@@ -19,16 +20,16 @@ def sweep_figure(written: Mapping[str, Any]) -> str:
                   row.active_params["mean"], row.mean["stderr"] or 0.0)
         for label, row in zip(labels, rows, strict=True) if row.mean and row.flops and row.active_params
     ]  # fmt: skip
-    charts = []
+    charts: list[tuple[str, Chart]] = []
     if points:
         charts.append(("Mean bits per byte against training FLOPs; a circle's area is the model's active parameters",
-                       cost_chart(points, name="sweep-cost", wide=True)))  # fmt: skip
+                       CostChart(points, "sweep-cost")))  # fmt: skip
     seed = next((row for row in rows if row.model == "seed"), None)
     if seed is not None and len(rows) > 1:
         bars = [Bars(label, _colour(row, colours), *_gains(row, seed))
                 for label, row in zip(labels, rows, strict=True) if row is not seed]  # fmt: skip
         charts.append(("Bits per byte saved against the seed model, in percent",
-                       bars_chart("sweep-domains", [*seed.domains, "mean"], bars)))  # fmt: skip
+                       BarPanels("sweep-domains", [*seed.domains, "mean"], bars)))  # fmt: skip
     return stacked_svg(charts)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from btx.evaluation.aggregate import NOT_COMPARED, over_runs
-from btx.model_files.model_card import literal
+from btx.markdown_text import literal
 from btx.number_texts import MISSING, count_text, duration_text, flops_text
 
 if TYPE_CHECKING:

@@ -1,0 +1,189 @@
+"""What the report's views say, in a sentence each: the answer to the question above a table or a figure.
+
+Each function gives the sentence, or "" where nothing was measured. Plain text: whoever shows it escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from btx.number_texts import count_text, duration_text, flops_text, is_number, percent_text, signed_percent
+from btx.reporting.results import Results
+from btx.reporting.run_files import Run
+from btx.reporting.tokens import own_expert
+
+AS_GOOD = 0.01
+"""Relative change of the bits per byte up to which fewer experts count as as good."""
+
+
+def gains(table: Results) -> str:
+    """In which domain btx saves most, and least."""
+    ours = next((row.gains for row in table.rows if row.name == "btx"), [])
+    by_domain = [(gain, domain) for gain, domain in zip(ours, table.domains, strict=False) if gain is not None]
+    if not by_domain:
+        return ""
+    (most, best), (least, worst) = max(by_domain), min(by_domain)
+    if _saves(most) == _saves(least):
+        return f"btx {_saves(most)} on {'every domain' if best != worst else best}."
+    return f"btx {_saves(most)} on {best}, where it gains most, and {_saves(least)} on {worst}, where it gains least."
+
+
+def _saves(gain: float) -> str:
+    share = f"{percent_text(abs(gain))} of the seed model's bits"
+    return f"saves {share}" if gain >= 0 else f"needs {percent_text(-gain)} more bits than the seed model"
+
+
+def cost(run: Run) -> str:
+    """What btx cost after the seed model, and what the plan had said."""
+    btx = run.results.get("models", {}).get("btx", {})
+    if not is_number(btx.get("flops")):
+        return ""
+    hours = btx.get("machine_hours", btx.get("hours"))
+    time = f" and {duration_text(3600 * hours)} of machine time" if is_number(hours) else ""
+    planned = btx.get("predicted", {}).get("flops")
+    against = f"; the plan had said {flops_text(planned)} FLOPs" if is_number(planned) else ""
+    return (
+        f"btx took {count_text(btx.get('tokens'))} training tokens, {flops_text(btx['flops'])} FLOPs{time} "
+        f"after the seed model{against}."
+    )
+
+
+def training(run: Run) -> str:
+    """From where to where finetuning brought the loss."""
+    losses = [row["loss"] for row in run.stage("finetune").metrics if is_number(row.get("loss"))]
+    tenth = max(1, len(losses) // 10)
+    if len(losses) < 2:
+        return ""
+    first, last = (math.fsum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    verb = "fell" if last < first else "rose"
+    return (
+        f"Finetuning's loss {verb} from {first:.2f} to {last:.2f} nats per token (first and last tenth of its steps)."
+    )
+
+
+def routing(run: Run) -> str:
+    """How much of its domain the in-domain expert reads; without such experts, how uneven the load is."""
+    experts, domains = run.routing.get("experts", []), run.routing.get("domains", {})
+    if not domains:
+        return ""
+    means = {domain: _mean_load(found["load"]) for domain, found in domains.items()}
+    own = {domain: index for domain in domains
+           if (index := own_expert(domain, experts, run.general)) is not None}  # fmt: skip
+    if own:
+        largest = sum(means[domain][index] == max(means[domain]) for domain, index in own.items())
+        share = math.fsum(means[domain][index] for domain, index in own.items()) / len(own)
+        return (
+            f"In {largest} of {len(own)} domains the in-domain expert has the largest load; on average it takes "
+            f"{percent_text(share)}, where an even load would give {percent_text(1 / len(experts))}."
+        )
+    load, expert, domain = max((load, experts[e], name) for name, mean in means.items() for e, load in enumerate(mean))
+    return (
+        f"The largest load of any expert in any domain is {percent_text(load)} (expert {expert} on {domain}, mean over "
+        f"layers), where an even load would give {percent_text(1 / len(experts))}."
+    )
+
+
+def _mean_load(layers: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(layer[expert] for layer in layers) / len(layers) for expert in range(len(layers[0]))]
+
+
+def lag(run: Run) -> str:
+    """After how many tokens the new domain's expert has the larger load for good."""
+    found = run.routing.get("lag")
+    if not found or not found["positions"]:
+        return ""
+    after = [(position, old, new) for position, old, new in zip(found["positions"], found["old"], found["new"],
+                                                                strict=True) if position >= 0]  # fmt: skip
+    ahead = [position for position, old, new in after if new > old]
+    over = f"mean over {found['documents']} documents"
+    if not ahead:
+        return f"The new domain's expert does not overtake the old one's within what was measured ({over})."
+    first = ahead[0]
+    when = "at the first token" if first == 0 else f"{first} token{'s' if first > 1 else ''} after the change"
+    _, old, new = after[-1]
+    return (
+        f"The new domain's expert first has the larger load {when}; {after[-1][0]} tokens after it takes "
+        f"{percent_text(new)}, the old one {percent_text(old)} ({over})."
+    )
+
+
+def kept(run: Run) -> str:
+    """How few experts are as good as all, and what one alone costs."""
+    points = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
+    points = [point for point in points if is_number(point["mean"]) and point["mean"] > 0]
+    if len(points) < 2:
+        return ""
+    whole = points[0]
+    change = [(len(point["experts"]), point["mean"] / whole["mean"] - 1) for point in points]
+    fewest = 0
+    for number, (_, more) in enumerate(change):
+        if more > AS_GOOD:
+            break
+        fewest = number
+    enough, best = change[fewest][0], change[0][0]
+    first = (
+        f"{enough} of {best} experts are within {percent_text(AS_GOOD, 0)} of all of them"
+        if enough < best
+        else f"Every one of the {best} experts counts: without the least used one bits per byte change by "
+        f"{signed_percent(change[1][1])}"
+    )
+    alone, more = change[-1]
+    return f"{first}; with {alone} {'alone' if alone == 1 else 'of them'} they change by {signed_percent(more)}."
+
+
+def used_for(run: Run) -> str:
+    """The class of tokens that each expert gets most above the others' mean."""
+    found: Mapping[str, Any] = run.routing.get("used_for") or {}
+    parts = []
+    for expert, use in found.items():
+        others = [other["classes"] for name, other in found.items() if name != expert]
+        above = [
+            (share - math.fsum(other.get(name, 0.0) for other in others) / (len(others) or 1), name, share)
+            for name, share in use["classes"].items()
+        ]
+        if above and others:
+            more, name, share = max(above)
+            if more > 0:
+                parts.append(f"{expert} {name} ({percent_text(share, 0)} of its tokens)")
+    return f"Measured against the other experts, each gets most of: {', '.join(parts)}." if parts else ""
+
+
+def specialisation(run: Run) -> str:
+    """In which layer the first expert says most of the domain, and in which least."""
+    found = run.statistics.get("specialisation", [])
+    if not found:
+        return ""
+    most, least = (choose(range(len(found)), key=lambda layer: found[layer]["value"]) for choose in (max, min))
+    told = [f"{found[layer]['value']:.3f} (95 %: {found[layer]['low']:.3f} to {found[layer]['high']:.3f})"
+            for layer in (most, least)]  # fmt: skip
+    if most == least:
+        return f"The first expert tells {told[0]} of the domain, where 1 is all and 0 nothing."
+    return (
+        f"The first expert tells most of the domain in layer {most}, {told[0]}, and least in layer {least}, "
+        f"{told[1]}; 1 would be all and 0 nothing."
+    )
+
+
+def similarity(run: Run) -> str:
+    """Which neighbouring layers route most alike."""
+    found = run.statistics.get("similarity", [])
+    if len(found) < 2:
+        return ""
+    value, layer = max((found[layer][layer + 1], layer) for layer in range(len(found) - 1))
+    return f"Of neighbouring layers, {layer} and {layer + 1} route most alike ({value:.2f}; 1 is the same)."
+
+
+def shift(run: Run, model: str) -> str:
+    """How many tokens of an aligned model go to another first expert than before."""
+    domains = run.aligned.get("models", {}).get(model, {})
+    moved = {name: math.fsum(found["moved"]) / len(found["moved"]) for name, found in domains.items() if found["moved"]}
+    if not moved:
+        return ""
+    most = max(moved, key=lambda name: moved[name])
+    before = run.aligned.get("before", "btx")
+    return (
+        f"{model} sends {percent_text(math.fsum(moved.values()) / len(moved))} of the tokens to another first expert "
+        f"than {before} did, most on {most} ({percent_text(moved[most])})."
+    )

@@ -1,0 +1,119 @@
+"""Tables of a model's routing, made ready for the page: load and pairs, before and after, what experts are used for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from btx.number_texts import percent_text
+from btx.reporting.run_files import Run
+from btx.reporting.tokens import own_expert
+
+MOST_PAIRS = 10
+"""Pairs of experts shown of a domain: a page has room for no more columns."""
+
+
+def routing_view(run: Run) -> dict[str, Any] | None:
+    """Load and pairs of every domain, with the in-domain expert's mean load; None before the analysis."""
+    domains = run.routing.get("domains")
+    if not domains:
+        return None
+    experts = run.routing["experts"]
+    own = own_experts(run)
+    views = [
+        {
+            "name": name,
+            "own": own.get(name),
+            "load": domain["load"],
+            "own_load": mean_load(domain["load"], own[name]) if name in own else None,
+            "titles": _titles(run, name, domain["load"]),
+            "pairs": [(pair, [experts.index(expert) for expert in pair.split("+")], shares)
+                      for pair, shares in most_frequent(domain.get("pairs", {})).items()],
+        }
+        for name, domain in domains.items()
+    ]  # fmt: skip
+    pairs = max(len(domain.get("pairs", {})) for domain in domains.values())
+    return {
+        "experts": experts,
+        "layers": run.routing["layers"],
+        "domains": views,
+        "largest": max(share for view in views for layer in view["load"] for share in layer) or 1.0,
+        "largest_pair": max((s for view in views for *_, shares in view["pairs"] for s in shares), default=0) or 1.0,
+        "pairs_cut": pairs if pairs > MOST_PAIRS else 0,
+        "dead": [(layer, experts[expert]) for layer, expert in run.routing.get("dead", [])],
+        "before_after": _before_after(run, own),
+    }
+
+
+def own_experts(run: Run) -> dict[str, int]:
+    """Domain → index of its own expert, of the domains that have one."""
+    experts = run.routing.get("experts", [])
+    found = {domain: own_expert(domain, experts, run.general) for domain in run.routing.get("domains", {})}
+    return {domain: own for domain, own in found.items() if own is not None}
+
+
+def most_frequent(pairs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """The pairs that most tokens have, in the order of the file."""
+    chosen = sorted(pairs, key=lambda pair: -math.fsum(pairs[pair]))[:MOST_PAIRS]
+    return {pair: shares for pair, shares in pairs.items() if pair in chosen}
+
+
+def mean_load(layers: Sequence[Sequence[float]], expert: int) -> float:
+    """An expert's share of the load, mean over layers."""
+    return math.fsum(layer[expert] for layer in layers) / len(layers)
+
+
+def uses(run: Run) -> list[dict[str, Any]]:
+    """What every expert is used for, kinds of tokens that it gets none of left out; empty where it was not measured."""
+    experts = run.routing.get("experts", [])
+    return [
+        {
+            "expert": expert,
+            "number": experts.index(expert) if expert in experts else number,
+            "classes": [(name, share) for name, share in use["classes"].items() if share >= 0.005],
+            "tokens": [(visible(text), share, count) for text, share, count in use["tokens"]],
+        }
+        for number, (expert, use) in enumerate((run.routing.get("used_for") or {}).items())
+    ]
+
+
+def visible(token: str) -> str:
+    """A token's text with its spaces and line ends as signs."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+
+
+def not_measured(run: Run) -> list[str]:
+    """What a later or a fuller analysis would show besides."""
+    asked = {
+        "statistics": "statistics with intervals",
+        "used_for": "what each expert is used for",
+        "lag": "how fast routing follows a change of domain",
+        "kept": "quality with fewer experts",
+    }
+    return [what for key, what in asked.items() if not run.routing.get(key)]
+
+
+def _titles(run: Run, domain: str, load: Sequence[Sequence[float]]) -> list[list[str]]:
+    """Each share with its expert, and its 95 % interval where there is one, layer by layer."""
+    experts, intervals = run.routing["experts"], run.statistics.get("load", {}).get(domain, [])
+    return [
+        [
+            f"{expert}: {percent_text(share)}"
+            + (f", 95 %: {percent_text(around['low'])} to {percent_text(around['high'])}" if around else "")
+            for expert, share, around in zip_longest(experts, layer, intervals[number] if intervals else [])
+        ]
+        for number, layer in enumerate(load)
+    ]
+
+
+def _before_after(run: Run, own: Mapping[str, int]) -> list[tuple[str, dict[str, float]]]:
+    """(model, domain → mean load of the own expert) of every model with these experts; empty with fewer than two."""
+    loads: Mapping[str, Any] = run.routing.get("loads") or {}
+    rows = [
+        (model, {domain: mean_load(domains[domain], own[domain]) for domain in own if domain in domains})
+        for model, domains in loads.items()
+    ]
+    complete = [(model, shares) for model, shares in rows if shares and len(shares) == len(own)]
+    return complete if len(complete) > 1 else []

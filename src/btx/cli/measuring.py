@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from btx.cli.mix import named
 from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
@@ -48,11 +49,70 @@ def evaluate(
         show_results(open_run(run_folder))
 
 
-def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
-    """Find out which expert each token of a run's model uses."""
-    work_on(run_folder, ["analyze"], quiet=as_json)
-    if as_json:
-        show_json(read_output(run_folder / "analyze" / "routing.json"))
+def analyze(
+    model_and_texts: Annotated[list[str], typer.Argument(
+        metavar="RUN|MODEL [NAME=FILE]...", show_default=False,
+        help="Run folder; or any MoE model's folder or hub name, with --text.")],
+    text: Annotated[list[str] | None, typer.Option(
+        "--text", metavar="NAME=FILE", help="Text of a domain (.jsonl, .txt, .parquet, folder); several may follow.",
+    )] = None,
+    output: Annotated[Path | None, typer.Option(
+        "-o", "--output", help="Folder to write; default: MODEL-analysis here.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = 50_000,
+    examples: Annotated[int, typer.Option(min=0, help="Documents of each text shown token by token.")] = 3,
+    without: Annotated[list[str] | None, typer.Option(
+        "--without", "--drop", metavar="EXPERT", help="Analyse with this expert dropped; repeat.")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Find out which expert each token uses: of a run's model, or of any MoE model on texts of yours."""
+    place, texts = _place_and_pairs("analyze", model_and_texts, text or [], "--text", "FILE")
+    if (Path(place) / "recipe.yaml").is_file():
+        if texts or output or without:
+            raise UserError(f"{place} is a run, which is analysed on its own held-out text; --text, -o and --without "
+                            f"go with a model, for example {Path(place) / 'finetune' / 'model'}")  # fmt: skip
+        work_on(Path(place), ["analyze"], quiet=as_json)
+        if as_json:
+            show_json(read_output(Path(place) / "analyze" / "routing.json"))
+        return
+    from btx.evaluation.analysis_request import check_analysis, read_texts
+
+    model, output = _folder_or_hub(place), output or default_output(place)
+    check_analysis(model, texts, output)
+    documents = read_texts(texts, tokens)
+    from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
+
+    found = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
+                          log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+    show_json(found) if as_json else typer.echo(f"report: {output / 'index.html'}")
+
+
+def default_output(model: str) -> Path:
+    """Where the analysis of a model goes: a folder here that is called after it."""
+    path = Path(model.removeprefix("hf:")).absolute()
+    return Path(f"{path.parent.name if path.name == 'model' else path.name}-analysis")
+
+
+def _folder_or_hub(place: str) -> str | Path:
+    """What is no folder here may be a hub name."""
+    return Path(place) if Path(place).exists() else place.removeprefix("hf:")
+
+
+def _place_and_pairs(
+    command: str, arguments: list[str], options: list[str], option: str, kind: str
+) -> tuple[str, dict[str, Path]]:  # fmt: skip
+    """The one argument that is a folder or hub name, and the NAME=PATH pairs: `--text a=A b=B` is `--text a=A --text
+    b=B`, and a shell's user writes either.
+
+    Raises:
+        UserError: no such argument or several, no pair, or a name given twice.
+    """
+    more = [each for each in arguments if options and "=" in each and not Path(each).exists()]
+    places = [each for each in arguments if each not in more]
+    if len(places) != 1:
+        said = " and ".join(places) or "none"
+        raise UserError(f"btx {command}: one folder is wanted, and {said} were named" if places else
+                        f"btx {command}: no folder is named, only {option}")  # fmt: skip
+    return places[0], named([*options, *more], option, kind)
 
 
 def compare(

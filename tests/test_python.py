@@ -115,6 +115,18 @@ def test_analyze_says_which_experts_domains_use(run: RunFolder) -> None:
     assert Seen(found._repr_html_()).tags.count("tr") == 1 + len(sums)
 
 
+def test_any_mixed_model_is_analysed_on_any_text(run: RunFolder, tmp_path: Path) -> None:
+    texts = {"a": run.path.parent / "birds.jsonl", "b": run.path.parent / "tools.jsonl"}
+    found = btx.analyze(run.model("mix"), texts, tmp_path / "analysis", tokens=300, examples=0, log=nothing)
+    assert set(found.to_pandas()["domain"]) == {"a", "b"}
+    assert found.experts == ["birds", "tools", "generalist"]
+    assert (tmp_path / "analysis" / "index.html").is_file()
+    with pytest.raises(CheckpointError, match="dense model"):
+        btx.analyze(run.model("seed"), texts, tmp_path / "other")
+    with pytest.raises(UserError, match="texts go with a model"):
+        btx.analyze(run, texts)
+
+
 def test_adopt_takes_an_expert_in(run: RunFolder, tmp_path: Path) -> None:
     adopted = btx.adopt(_copied(run, tmp_path), "birds", run.model("train/tools"), log=nothing)
     assert adopted.state(adopted.graph["train/birds"]) == "done"
@@ -172,7 +184,7 @@ def test_a_function_has_the_name_of_its_command_and_says_what_it_raises(name: st
     from btx.cli.main import _commands
 
     assert name in _commands().commands
-    assert "Raises" in (inspect.getdoc(getattr(btx, name)) or "") or name == "analyze"
+    assert "Raises" in (inspect.getdoc(getattr(btx, name)) or "")
 
 
 # In a notebook

@@ -40,10 +40,46 @@ def evaluate(run: Run, *, log: Log = _print) -> Evaluation:
     return Evaluation(_read(opened, "evaluate/results.json", Results)["models"])
 
 
-def analyze(run: Run, *, log: Log = _print) -> Analysis:
-    """Find out which expert each token of a run's model uses; arguments and errors as `evaluate`."""
-    routing = _read(_work_on(run, ["analyze"], log), "analyze/routing.json", Routing)
+def analyze(
+    model: Run, texts: Mapping[str, str | Path] | None = None, output: str | Path | None = None, *,
+    tokens: int = 50_000, examples: int = 3, without: Sequence[str] = (), log: Log = _print,
+) -> Analysis:  # fmt: skip
+    """Find out which expert each token uses: of a run's model on its held-out text, or of any MoE model on texts.
+
+    Args:
+        model: a run; or, with `texts`, folder or hub name of any MoE model of transformers.
+        texts: domain → file or folder of text.
+        output: folder for the analysis of a model, with its report.
+        tokens: of each text, at most.
+        examples: documents of each text shown token by token.
+        without: experts that are dropped.
+        log: called with lines for the user.
+
+    Raises:
+        UserError: no such run, model or text, or a dense model.
+        Interrupted: an interrupt came while a run was analysed.
+    """
+    if texts is None:
+        routing = _read(_work_on(model, ["analyze"], log), "analyze/routing.json", Routing)
+    elif output is None or isinstance(model, RunFolder):
+        raise UserError("analyze: texts go with a model and the folder that its analysis is written to: "
+                        "analyze(MODEL, {NAME: FILE}, FOLDER)")  # fmt: skip
+    else:
+        from btx.evaluation.analysis_request import check_analysis, read_texts
+
+        place, paths = _folder_or_hub(model), {name: Path(path) for name, path in texts.items()}
+        check_analysis(place, paths, Path(output))
+        documents = read_texts(paths, tokens)
+        from btx.evaluation.analyze_model import analyze_model
+
+        routing = analyze_model(place, documents, Path(output), tokens=tokens, examples=examples, without=without,
+                                log=log)  # fmt: skip
     return Analysis(routing["experts"], routing["layers"], routing)
+
+
+def _folder_or_hub(place: str | Path) -> str | Path:
+    """What is no folder here may be a hub name."""
+    return Path(place) if Path(place).exists() else str(place).removeprefix("hf:")
 
 
 def compare(

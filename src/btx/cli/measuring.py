@@ -16,7 +16,15 @@ from btx.outputs import read_output
 
 
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder; with --task also any model folder or hub name.")],
+    run_and_models: Annotated[list[str], typer.Argument(
+        metavar="RUN [NAME=MODEL]...", show_default=False,
+        help="Run folder; with --task also any model folder or hub name.")],
+    model: Annotated[list[str] | None, typer.Option(
+        "--model", metavar="NAME=MODEL",
+        help="Measure another model beside the run's, a folder or hub name; it stays in its results. Several may follow.",
+    )] = None,
+    forget: Annotated[list[str] | None, typer.Option(
+        metavar="NAME", help="Take another model out of the run's results; repeat.")] = None,
     task: Annotated[str | None, typer.Option(
         help="Measure one task of lm-evaluation-harness only, and write nothing: gsm8k, arc_easy, mmlu, ...")] = None,
     file: Annotated[Path | None, typer.Option(help="Its JSONL file; without it lm-eval asks the hub.")] = None,
@@ -27,11 +35,15 @@ def evaluate(
         "--allow-code-execution", help="Let programs that the model writes run, fenced in: humaneval, mbpp.")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure every model of a run on held-out text and tasks, or any model on one task."""
+    """Measure every model of a run on held-out text and tasks, and others beside it; or any model on one task."""
+    place, models = _place_and_pairs("evaluate", run_and_models, model or [], "--model", "MODEL")
+    run_folder = Path(place)
     if task is not None:
         from btx.evaluation.harness_files import TaskRequest
         from btx.stages.one_task import evaluate_task
 
+        if models or forget:
+            raise UserError("btx evaluate: --model and --forget go with a run's own text and tasks, not with --task")
         request = TaskRequest(task, task, file, shots_file, shots, limit)
         found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
                               log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
@@ -41,12 +53,41 @@ def evaluate(
     if any((file, shots_file, shots is not None, limit, allow_code_execution)):
         raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
     if (run_folder / "config.json").is_file():
-        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE")
-    work_on(run_folder, ["evaluate"], quiet=as_json)
+        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE, or "
+                        f"btx evaluate RUN --model NAME={run_folder}")  # fmt: skip
+    if models or forget:
+        _evaluate_beside(run_folder, models, forget or [], quiet=as_json)
+    else:
+        work_on(run_folder, ["evaluate"], quiet=as_json)
     if as_json:
         show_json(read_output(run_folder / "evaluate" / "results.json"))
     else:
         show_results(open_run(run_folder))
+
+
+def _evaluate_beside(run_folder: Path, models: dict[str, Path], forget: list[str], *, quiet: bool) -> None:
+    """Add models to those beside a run's, or take some away, and measure what is new; what cannot be measured is not
+    kept there."""
+    from btx.run_folder.other_models import add_other_models, check_other_models, forget_other_models
+
+    run, wanted = open_run(run_folder), {name: _folder_or_hub(str(path)) for name, path in models.items()}
+    check_other_models(run.recipe, wanted)
+    forget_other_models(run.path, forget)
+    add_other_models(run.path, wanted)
+    if run.state(run.graph["evaluate"]) != "done":
+        work_on(run_folder, ["evaluate"], quiet=quiet)
+    else:
+        from btx.process import Interrupts
+        from btx.stages.evaluate import evaluate_others
+
+        said: list[str] = []
+        interrupts = Interrupts().listen()
+        evaluate_others(run, interrupts, said.append if quiet else interrupts.tell)
+    measured = read_output(run.path / "evaluate" / "results.json")["models"]
+    if missing := [name for name in wanted if name not in measured]:
+        forget_other_models(run.path, missing)
+        raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "
+                        f"why")  # fmt: skip
 
 
 def analyze(

@@ -115,6 +115,15 @@ def test_analyze_says_which_experts_domains_use(run: RunFolder) -> None:
     assert Seen(found._repr_html_()).tags.count("tr") == 1 + len(sums)
 
 
+def test_other_models_stand_beside_the_runs(run: RunFolder, evaluation: Evaluation, tmp_path: Path) -> None:
+    copied = _copied(run, tmp_path)
+    beside = btx.evaluate(copied, {"again": run.model("seed")}, log=nothing).to_pandas()
+    assert beside.loc["again", "bits_per_byte.mean"] == pytest.approx(beside.loc["seed", "bits_per_byte.mean"])
+    assert "again" not in btx.evaluate(copied, forget=["again"], log=nothing).models
+    with pytest.raises(UserError, match="the run has a model of this name"):
+        btx.evaluate(copied, {"btx": run.model("seed")})
+
+
 def test_any_mixed_model_is_analysed_on_any_text(run: RunFolder, tmp_path: Path) -> None:
     texts = {"a": run.path.parent / "birds.jsonl", "b": run.path.parent / "tools.jsonl"}
     found = btx.analyze(run.model("mix"), texts, tmp_path / "analysis", tokens=300, examples=0, log=nothing)

@@ -6,7 +6,8 @@ training save first and then raises `Interrupted`: the same call goes on from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,30 @@ def _print(line: str) -> None:
     print(line, flush=True)
 
 
-def evaluate(run: Run, *, log: Log = _print) -> Evaluation:
-    """Measure every model of a run on held-out text and tasks; what is measured already stays.
+def evaluate(
+    run: Run, models: Mapping[str, str | Path] | None = None, *, forget: Sequence[str] = (), log: Log = _print
+) -> Evaluation:
+    """Measure every model of a run on held-out text and tasks, and others beside it; what is measured already stays.
 
     Args:
         run: a run whose models are there.
+        models: name → folder or hub name of another model, which stays in the run's results.
+        forget: names of other models to take out of them.
         log: called with lines for the user.
 
     Raises:
-        RunFolderError: a model is not finished.
+        RunFolderError: a model of the run is not finished.
+        UserError: another model's name or folder cannot be.
         Interrupted: an interrupt came; what was measured of whole models stays.
     """
-    opened = _work_on(run, ["evaluate"], log)
+    if models or forget:
+        from btx.stages.evaluate import evaluate_beside
+
+        beside = {name: _folder_or_hub(path) for name, path in (models or {}).items()}
+        with _listening() as interrupts:
+            evaluate_beside(opened := _opened(run), beside, forget, interrupts, log)
+    else:
+        opened = _work_on(run, ["evaluate"], log)
     return Evaluation(_read(opened, "evaluate/results.json", Results)["models"])
 
 
@@ -186,12 +199,19 @@ def _work_on(run: Run, stages: list[str], log: Log) -> RunFolder:
     """Do stages in this process; returns the run as it is then."""
     from btx.stages.work import run_stages
 
-    opened, interrupts = _opened(run), Interrupts().listen()
-    try:
+    opened = _opened(run)
+    with _listening() as interrupts:
         run_stages(opened, stages, interrupts, log)
+    return RunFolder.open(opened.path)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[Interrupts]:
+    interrupts = Interrupts().listen()
+    try:
+        yield interrupts
     finally:
         interrupts.unlisten()
-    return RunFolder.open(opened.path)
 
 
 def _read(run: RunFolder, file: str, shape: Any) -> Any:

@@ -6,6 +6,7 @@
     run = btx.run(recipe)                              # everything, from nothing to a report
     btx.mix(seed, {"math": math, "code": code}, out)   # or one step, on anybody's checkpoints
     model = btx.load_model(out)
+    btx.compare(run).to_pandas()                       # what a command prints is a typed result here
 
 Names are imported when they are used, so that `import btx` costs nothing.
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from btx.moe.layer import MoE
     from btx.moe.routers import top_k_gates
     from btx.planning.plan import plan
+    from btx.python.commands import adopt, align, analyze, compare, evaluate, sweep
     from btx.recipe.loading import load_recipe
     from btx.recipe.schema import Recipe
     from btx.reporting.report import write_report
@@ -39,7 +41,12 @@ _HOME = {
     "Recipe": "btx.recipe.schema",
     "RunFolder": "btx.run_folder.folder",
     "UserError": "btx.errors",
+    "adopt": "btx.python.commands",
+    "align": "btx.python.commands",
+    "analyze": "btx.python.commands",
+    "compare": "btx.python.commands",
     "drop": "btx.mixing.drop",
+    "evaluate": "btx.python.commands",
     "extend": "btx.mixing.extend",
     "load_balancing_loss": "btx.moe.balancing",
     "load_model": "btx.models.loading",
@@ -49,6 +56,7 @@ _HOME = {
     "plan": "btx.planning.plan",
     "run": "btx.running.pipeline",
     "soup": "btx.mixing.mix",
+    "sweep": "btx.python.commands",
     "top_k_gates": "btx.moe.routers",
     "write_report": "btx.reporting.report",
 }
@@ -59,7 +67,12 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "UserError",
+    "adopt",
+    "align",
+    "analyze",
+    "compare",
     "drop",
+    "evaluate",
     "extend",
     "load_balancing_loss",
     "load_model",
@@ -69,6 +82,7 @@ __all__ = [
     "plan",
     "run",
     "soup",
+    "sweep",
     "top_k_gates",
     "write_report",
 ]

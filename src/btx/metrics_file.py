@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from btx.errors import RunFolderError
 from btx.number_texts import is_number
@@ -64,6 +65,80 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         pass
     return None
+
+
+MOST_BYTES = 1 << 25
+"""Bytes from the end of a file at which a tail begins to read."""
+MARK_BYTES = 64
+"""Bytes by which a tail sees that the file is still the one it has read."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is kept of a line while a training is watched."""
+
+    number: int
+    loss: float | None
+    spike: bool
+    """Whether it stood out from those before (`btx.training.spikes`)."""
+    skipped: bool
+    """Whether its update was left out for that."""
+
+
+class MetricsTail:
+    """metrics.jsonl of a stage that is watched: each look reads only what has come since the last one.
+
+    A training that was resumed writes the file anew, without the steps it does again: then all is read again. Of a file
+    over `MOST_BYTES` the end alone is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps: list[Step] = []
+        """Ascending."""
+        self.last: dict[str, Any] | None = None
+        """The last line."""
+        self._offset = 0
+        self._mark = b""
+
+    def look(self) -> None:
+        """Read what is new; a file that is not there, or not any more, has no steps."""
+        try:
+            with open(self.path, "rb") as file:
+                text = self._new(file)
+        except (FileNotFoundError, NotADirectoryError):
+            self._begin_at(0)
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self._mark = (self._mark + whole)[-MARK_BYTES:]
+        for line in whole.split(b"\n"):
+            try:
+                self._take(_parsed(line))
+            except ValueError:  # cut off by a kill, or by where reading began
+                continue
+
+    def _new(self, file: BinaryIO) -> bytes:
+        """Everything after what was read, or from the start if that is not there any more."""
+        size = os.fstat(file.fileno()).st_size
+        file.seek(self._offset - len(self._mark))
+        if size < self._offset or file.read(len(self._mark)) != self._mark:
+            self._begin_at(0)
+        if size - self._offset > MOST_BYTES:
+            self._begin_at(size - MOST_BYTES)
+        file.seek(self._offset)
+        return file.read()
+
+    def _begin_at(self, offset: int) -> None:
+        self.steps, self.last, self._offset, self._mark = [], None, offset, b""
+
+    def _take(self, line: dict[str, Any]) -> None:
+        while self.steps and self.steps[-1].number >= line["step"]:
+            self.steps.pop()  # of two lines for one step the later counts
+        spike = line.get("spike")
+        skipped = isinstance(spike, dict) and bool(spike.get("skipped"))
+        self.steps.append(Step(line["step"], line.get("loss"), spike is not None, skipped))
+        self.last = line
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

@@ -70,7 +70,8 @@ SAME_EVENT_S = 1.0
 
 
 class Interrupts:
-    """Remembers the first Ctrl-C, SIGTERM or SIGHUP; a second one, more than a second later, ends the process at once.
+    """Remembers the first Ctrl-C, SIGTERM or SIGHUP; a second one, more than a second later, ends the process at once,
+    or, where a person types into this very process (a notebook, Python's prompt), what it is doing.
 
     A signal that is ignored when the process starts, as `nohup` does it with SIGHUP, stays ignored.
     """
@@ -82,7 +83,9 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> Interrupts:
-        """Install the handlers (main thread only)."""
+        """Install the handlers; in another thread than the main one there are none, and no signal is asked for."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None), SAVE_AND_END):
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before.setdefault(number, signal.signal(number, self._note))
@@ -98,6 +101,8 @@ class Interrupts:
         now, asked = time.monotonic(), number == SAVE_AND_END
         if self.pending is not None:
             if not asked and now - self._since > SAME_EVENT_S:
+                if hasattr(sys, "ps1"):  # the prompt's, IPython's and Jupyter's too
+                    raise KeyboardInterrupt
                 os._exit(128 + number)
             return
         self.pending, self._since = signal.SIGTERM if asked else number, now
@@ -134,7 +139,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def ending_at_once(message: str) -> Iterator[None]:
-    """Raise `Interrupted` from the block at the first signal, so that it cleans up (main thread only)."""
+    """Raise `Interrupted` from the block at the first signal, so that it cleans up."""
     interrupts = Interrupts().listen()
     try:
         with interrupts.at_once(message):

@@ -18,6 +18,7 @@ from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
+from btx.cli import watch as cli_watch
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import end, prepare_streams, show, show_json
@@ -233,7 +234,7 @@ ELSEWHERE: tuple[Callable[..., None], ...] = (
     cli_plan.plan, cli_launch.launch, cli_jobs.cancel, cli_jobs.logs,
     cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep,
     cli_measuring.evaluate, cli_measuring.analyze, cli_measuring.compare, cli_measuring.report,
-    cli_serve.chat, cli_serve.serve,
+    cli_serve.chat, cli_serve.serve, cli_watch.watch,
 )  # fmt: skip
 """Commands with a file of their own."""
 for command in ELSEWHERE:

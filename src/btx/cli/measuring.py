@@ -66,28 +66,16 @@ def evaluate(
 
 
 def _evaluate_beside(run_folder: Path, models: dict[str, Path], forget: list[str], *, quiet: bool) -> None:
-    """Add models to those beside a run's, or take some away, and measure what is new; what cannot be measured is not
-    kept there."""
-    from btx.run_folder.other_models import add_other_models, check_other_models, forget_other_models
+    """Add models to those beside a run's, or take some away, and measure what is new."""
+    from btx.process import Interrupts
+    from btx.run_folder.other_models import check_other_models
 
     run, wanted = open_run(run_folder), {name: _folder_or_hub(str(path)) for name, path in models.items()}
     check_other_models(run.recipe, wanted)
-    forget_other_models(run.path, forget)
-    add_other_models(run.path, wanted)
-    if run.state(run.graph["evaluate"]) != "done":
-        work_on(run_folder, ["evaluate"], quiet=quiet)
-    else:
-        from btx.process import Interrupts
-        from btx.stages.evaluate import evaluate_others
+    from btx.stages.evaluate import evaluate_beside  # here, so that what is refused before is refused at once
 
-        said: list[str] = []
-        interrupts = Interrupts().listen()
-        evaluate_others(run, interrupts, said.append if quiet else interrupts.tell)
-    measured = read_output(run.path / "evaluate" / "results.json")["models"]
-    if missing := [name for name in wanted if name not in measured]:
-        forget_other_models(run.path, missing)
-        raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "
-                        f"why")  # fmt: skip
+    interrupts = Interrupts().listen()
+    evaluate_beside(run, wanted, forget, interrupts, (lambda line: None) if quiet else interrupts.tell)
 
 
 def analyze(

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from btx.running.launchers.local import LocalProcess
-    from btx.sweeps.sweep import Start
-    from btx.sweeps.variants import SweepRun
-
 from btx.cli.terminal import show, show_json
-from btx.errors import UserError
 from btx.files import read_json
 
 Values = Annotated[list[str] | None, typer.Argument(
@@ -37,6 +31,7 @@ def sweep(
     """Variants of a recipe times rng seeds, sharing what they have in common; one table with error bars."""
     from btx.running.preflight import preflight
     from btx.sweeps.sharing import find_donors
+    from btx.sweeps.starting import check_plans, starter
     from btx.sweeps.sweep import sweep as run_sweep
     from btx.sweeps.table import notes, sweep_table
     from btx.sweeps.variants import plan_sweep
@@ -44,7 +39,7 @@ def sweep(
     chosen = [name.strip() for name in models.split(",") if name.strip()] if models is not None else None
     planned = plan_sweep(recipe, settings or (), rng_seeds=rng_seeds, models=chosen, jobs=jobs, check=preflight)
     find_donors(share or ())  # refused before torch is imported to plan
-    cost = _plans(planned)
+    cost = check_plans(planned)
     if dry_run:
         overview = _overview(planned, cost, share or [])
         if as_json:
@@ -59,7 +54,7 @@ def sweep(
         if not as_json:
             print(line, flush=True)
 
-    written = run_sweep(planned, _start(jobs), share=share or (), jobs=jobs, log=log)
+    written = run_sweep(planned, starter(jobs), share=share or (), jobs=jobs, log=log)
     if as_json:
         show_json(written)
     else:
@@ -96,43 +91,6 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
             stages = {row["stage"]: row["state"] for row in found}
             rows.append({"variant": label, "rng_seed": run["rng_seed"], "folder": run["folder"], "stages": stages})
     return rows
-
-
-def _start(jobs: int) -> Start:
-    from btx.run_folder.threads import processors
-    from btx.running.launchers.local import start_run
-
-    threads = max(1, processors() // jobs) if jobs > 1 else None
-
-    def start(run: SweepRun, output: Path) -> LocalProcess:
-        return start_run(run.folder, output, threads=threads)
-
-    return start
-
-
-def _plans(planned: Any) -> dict[str, dict[str, Any]]:
-    """What every variant costs; refuses variants whose models cannot be built, and models that no variant makes.
-
-    Raises:
-        UserError: names the variant.
-    """
-    from btx.planning.plan import plan
-    from btx.sweeps.variants import model_names
-
-    plans, problems, models = {}, [], list[str]()
-    for run in planned.runs:
-        if run.rng_seed != planned.rng_seeds[0]:
-            continue
-        try:
-            plans[run.variant.label] = plan(run.recipe)
-            models += model_names(run.recipe)
-        except UserError as error:
-            problems.append(f"variant {run.variant.label}: {error}")
-    problems += [f"--models: no variant has a model {name!r}; there are: {', '.join(dict.fromkeys(models))}"
-                 for name in planned.models or () if models and name not in models]  # fmt: skip
-    if problems:
-        raise UserError("\n".join(problems))
-    return plans
 
 
 def _overview(planned: Any, plans: dict[str, dict[str, Any]], share: list[Path]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def stacked_svg(charts: Sequence[tuple[str, str]]) -> str:
         y, width = y + 36 + chart_height, max(width, chart_width, 30 + 6.5 * len(title))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width:g} '
-        f'{y:g}" width="{width:g}" height="{y:g}">\n<style>{_colour_rules()} svg {{ color: var(--ink); font-family: '
+        f'{y:g}" width="{width:g}" height="{y:g}">\n<style>{colour_rules()} svg {{ color: var(--ink); font-family: '
         f'system-ui, sans-serif; }}</style>\n<rect width="100%" height="100%" fill="var(--card)"/>\n'
         + "\n".join(parts) + "\n</svg>\n"
     )  # fmt: skip
@@ -208,13 +208,13 @@ def stacked_svg(charts: Sequence[tuple[str, str]]) -> str:
 @cache
 def page_colours(*, dark: bool = False) -> dict[str, str]:
     """Name → colour of the page, light or dark: `#rrggbb`."""
-    light, _, of_dark = _colour_rules().partition("@media")
+    light, _, of_dark = colour_rules().partition("@media")
     found = re.findall(r"--(\w[\w-]*): (#[0-9a-f]+)", of_dark if dark else light)
     return {name: value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:])
             for name, value in found}  # fmt: skip
 
 
-def _colour_rules() -> str:
+def colour_rules() -> str:
     """What the page's style sheet says before anything else: its colours, for light and dark."""
     style = (resources.files("btx.reporting") / "templates" / "report.css").read_text("utf-8")
     return re.sub(r"\s+", " ", style[: style.index("* {")])

@@ -82,6 +82,12 @@ class RunFolder:
         write_sealed(run.path / "manifest.json", manifest(run.path / "recipe.yaml"))
         return run
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the table of results and the figure of costs."""
+        from btx.reporting.notebook import run_html
+
+        return run_html(self.path)
+
     @cached_property
     def graph(self) -> Graph:
         """The stages of the run's recipe, as things stand when it is first asked for."""

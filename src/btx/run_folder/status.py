@@ -126,16 +126,21 @@ def _failure_file(run: RunFolder, stage: str) -> Path:
 
 
 def at_work(run: RunFolder, work: str) -> str | None:
-    """The machine on which a process is at work on a stage ("run" asks for `btx run` itself); None if there is none.
+    """The machine on which a process is at work on a stage ("run" asks for `btx run` itself); None if there is none."""
+    return holder_of(run.path, work)
+
+
+def holder_of(folder: Path, work: str) -> str | None:
+    """The machine whose process holds some work in a run folder, or a sweep's ("sweep"); None if there is none.
 
     A process shows signs of life (`btx.run_folder.lease`); one of this machine is also looked for.
     """
     import psutil
 
-    owner = run.path / ".locks" / f"{work.replace('/', '-')}.pid"
+    owner = folder / ".locks" / f"{work.replace('/', '-')}.pid"
     try:
         pid, _, node = owner.read_text("utf-8").partition(" on ")
-        lives = is_alive(lease_file(run.path, work))
+        lives = is_alive(lease_file(folder, work))
         if node == platform.node():  # a number may be another process's by now, and a stopped process gives no sign
             lives = psutil.pid_exists(int(pid)) and (lives or psutil.Process(int(pid)).status() == "stopped")
         return node if lives else None

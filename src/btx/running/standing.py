@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from btx.errors import SystemFailed, UserError
@@ -20,10 +21,15 @@ def add_standings(run: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
         rows: `StageStatus` as dictionaries, changed in place.
     """
     standings, problems = standings_of(run)
+    add_known(rows, standings)
+    return problems
+
+
+def add_known(rows: list[dict[str, Any]], standings: Sequence[tuple[Job, Standing]]) -> None:
+    """Add what `standings_of` has found out."""
     for job, standing in standings:
         if standing.state != "ended":
             _add(rows, job, standing)
-    return problems
 
 
 def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btx.errors import UserError
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.files import write_text
+from btx.outputs import read_output
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.other_models import read_other_models
+from btx.run_folder.other_models import (
+    add_other_models,
+    check_other_models,
+    forget_other_models,
+    read_other_models,
+)
 from btx.stages.models_of_run import models_of_run
+from btx.stages.work import run_stages
 from btx.training.trackers.follow import FOLDER, followed
 from btx.training.trackers.tracker import Tracked
 
@@ -29,6 +37,29 @@ def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log)
         results = _measure(run, facts.folder, ["models"], log)
         if run.recipe.track:
             _track(run, stage, results, facts.folder / FOLDER, log)
+
+
+def evaluate_beside(
+    run: RunFolder, models: Mapping[str, str | Path], forget: Sequence[str], interrupts: Interrupts, log: Log
+) -> None:
+    """Add models to those beside a run's, or take some away, and measure what is new; what cannot be measured is not
+    kept there.
+
+    Raises:
+        UserError: a name or folder that cannot be, or a model that could not be measured.
+    """
+    check_other_models(run.recipe, models)
+    forget_other_models(run.path, list(forget))
+    add_other_models(run.path, models)
+    if run.state(run.graph["evaluate"]) != "done":
+        run_stages(run, ["evaluate"], interrupts, log)
+    else:
+        evaluate_others(run, interrupts, log)
+    measured = read_output(run.path / "evaluate" / "results.json")["models"]
+    if missing := [name for name in models if name not in measured]:
+        forget_other_models(run.path, missing)
+        raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "
+                        f"why")  # fmt: skip
 
 
 def evaluate_others(run: RunFolder, interrupts: Interrupts, log: Log) -> None:

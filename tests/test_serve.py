@@ -125,7 +125,8 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> No
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"temperature": -1}, "temperature: "), ({"messages": []}, "messages: "), ({"max_tokens": "many"}, "max_tokens: "),
-    ({"model": "law"}, "no model 'law' here; there are: btx, seed"), ({"n": 2}, "n: "),
+    ({"n": 2}, "n: one answer a request"), ({"logit_bias": {"5": 1}}, "logit_bias: tokens have no bias"),
+    ({"response_format": {"type": "json_object"}}, "answers are text"),
     ({"experts": {"only": ["law"]}}, "no expert 'law'; the model's are: math, code, wiki, generalist"),
     ({"experts": {"forbid": ["math"]}}, "experts.forbid: "), ({"tools": [{}]}, "tools: "),
     ({"logprobs": True}, "logprobs"),
@@ -137,7 +138,51 @@ def test_what_cannot_be_answered_is_refused_in_a_sentence(client: TestClient, ch
     assert reply.status_code == 400
     error = reply.json()["error"]
     assert error["type"] == "invalid_request_error"
+    assert error.keys() == {"message", "type", "param", "code"}
     assert any(part in error["message"] for part in message.split("|"))
+
+
+def test_what_is_not_there_is_not_found_as_openai_says_it(client: TestClient) -> None:
+    assert client.get("/v1/models/seed").json()["id"] == "seed"
+    for reply in (client.get("/v1/models/law"), client.post("/v1/chat/completions", json=ASKED | {"model": "law"})):
+        assert reply.status_code == 404
+        error = reply.json()["error"]
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+        assert "no model 'law' here; there are: btx, seed" in error["message"]
+    for reply, status in ((client.post("/v1/embeddings", json={}), 404), (client.get("/v1/completions"), 405)):
+        assert reply.status_code == status
+        assert "there is /v1/models, /v1/chat/completions" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 200), ({"origin": "http://127.0.0.1"}, 200), ({"sec-fetch-site": "same-origin"}, 200),
+    ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403), ({"origin": "http://127.0.0.1:8080"}, 403),
+    ({"sec-fetch-site": "cross-site"}, 403), ({"sec-fetch-site": "same-site"}, 403), ({"host": "evil.example"}, 400),
+])  # fmt: skip
+def test_pages_of_other_origins_and_names_are_not_answered(client: TestClient, headers: Any, status: int) -> None:
+    asked = ASKED | {"max_tokens": 0}
+    assert client.post("/v1/chat/completions", json=asked, headers=headers).status_code == status
+    assert client.get("/v1/models", headers=headers).status_code == status
+    assert client.get("/", headers=headers).status_code == (200 if "sec-fetch-site" in headers else status)
+
+
+def test_without_a_seed_answers_differ_and_with_one_they_do_not(client: TestClient) -> None:
+    def answers(**seed: int) -> set[str]:
+        asked = ASKED | {"temperature": 2.0, "max_tokens": 12} | seed
+        return {str(client.post("/v1/chat/completions", json=asked).json()["choices"]) for _ in range(3)}
+
+    assert len(answers()) > 1
+    assert len(answers(seed=1)) == 1
+
+
+def test_an_answer_that_nobody_reads_any_more_ends(folders: dict[str, Path]) -> None:
+    speaker = Speaker(folders["btx"])
+    answer = speaker.answer(speaker.text_ids("the sum of"), Sampling(200))
+    shown = 0
+    for shown, token in enumerate(answer, 1):
+        if not token.from_prompt:
+            answer.leave()
+    assert shown == answer.prompt_tokens  # the first of the answer, and of the prompt all but its separator
 
 
 def test_what_is_no_json_is_refused_and_so_is_another_host(client: TestClient) -> None:

@@ -95,6 +95,8 @@ def error_event(message: str) -> bytes:
     return _event(error_reply(message, "server_error"))
 
 
-def error_reply(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+def error_reply(
+    message: str, kind: str = "invalid_request_error", *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """What is replied to a request that cannot be answered."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

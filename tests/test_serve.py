@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 from btx.cli.serve import _served
 from btx.errors import CheckpointError, UserError
 from btx.serving import server
-from btx.serving.server import Speakers, make_app, serve
+from btx.serving.requests import CompletionRequest, Refused, read_request
+from btx.serving.server import Speakers, begin, make_app, serve
 from btx.serving.speaker import Sampling, Speaker
 from tests.pico_models import llama, mixtral
 
@@ -115,6 +116,24 @@ def test_experts_can_be_chosen_and_models_are_told_apart(client: TestClient) -> 
     assert all(token["pair"] == [] for token in dense["choices"][0]["routing"]["tokens"])
 
 
+def test_openais_own_client_understands_answers_and_refusals(client: TestClient) -> None:
+    openai = pytest.importorskip("openai", reason="pip install openai")
+    theirs = openai.OpenAI(base_url="http://127.0.0.1/v1", api_key="none", max_retries=0, http_client=client)
+    assert [model.id for model in theirs.models.list()] == ["btx", "seed"]
+    whole = theirs.chat.completions.create(model="btx", extra_body={"experts": {"only": ["code"]}}, **ASKED)
+    assert {tuple(token["pair"]) for token in whole.choices[0].routing["tokens"]} - {()} == {(1,)}
+    streamed = list(theirs.completions.create(model="btx", prompt="the sum", max_tokens=4, temperature=0, stream=True))
+    assert streamed[-1].choices[0].finish_reason == "length"
+    text = theirs.completions.create(model="btx", prompt="the sum", max_tokens=4, temperature=0).choices[0].text
+    assert "".join(piece.choices[0].text for piece in streamed) == text
+    with pytest.raises(openai.NotFoundError, match="no model 'law' here") as refused:
+        theirs.chat.completions.create(model="law", **ASKED)
+    assert refused.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="one answer a request") as refused:
+        theirs.chat.completions.create(model="btx", n=2, **ASKED)
+    assert refused.value.param == "n"
+
+
 def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> None:
     text = client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"]["content"]
     stop = text[2:4]
@@ -175,14 +194,16 @@ def test_without_a_seed_answers_differ_and_with_one_they_do_not(client: TestClie
     assert len(answers(seed=1)) == 1
 
 
-def test_an_answer_that_nobody_reads_any_more_ends(folders: dict[str, Path]) -> None:
-    speaker = Speaker(folders["btx"])
-    answer = speaker.answer(speaker.text_ids("the sum of"), Sampling(200))
-    shown = 0
-    for shown, token in enumerate(answer, 1):
-        if not token.from_prompt:
-            answer.leave()
-    assert shown == answer.prompt_tokens  # the first of the answer, and of the prompt all but its separator
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_given_up_when_nobody_reads_it_or_the_server_ends(folders: dict[str, Path], stream: bool) -> None:
+    asked = read_request(CompletionRequest, json.dumps({"prompt": "the", "stream": stream, "temperature": 0}).encode())
+    for end in ("left", "closing"):
+        speakers = Speakers(folders, lambda line: None)
+        reply = begin(speakers, asked)
+        speakers.closing.set() if end == "closing" else setattr(reply, "is_left", True)
+        with pytest.raises(Refused, match="given up"):
+            list(reply.stream()) if stream else reply.whole()
+        assert reply.answer.new_tokens == 0
 
 
 def test_what_is_no_json_is_refused_and_so_is_another_host(client: TestClient) -> None:

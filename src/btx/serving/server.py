@@ -47,6 +47,8 @@ class Speakers:
         self.paths, self.log = dict(paths), log
         self._loaded: dict[str, Speaker] = {}
         self._loading = threading.Lock()
+        self.closing = threading.Event()
+        """Set when the server ends: answers under way are given up."""
 
     @property
     def first(self) -> str:
@@ -186,7 +188,7 @@ async def _left(request: Request, reply: Reply) -> None:
     """Give an answer up when who asked has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    reply.answer.leave()
+    reply.is_left = True
 
 
 def _refusing(endpoint: Endpoint) -> Endpoint:
@@ -242,7 +244,7 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
     answer = speaker.answer(ids, sampling, asked.choice)
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     chat = isinstance(asked, ChatRequest)
-    return Reply(chat, name, speaker.expert_names, asked.routing, answer, with_usage)
+    return Reply(chat, name, speaker.expert_names, asked.routing, answer, speakers.closing, with_usage)
 
 
 def _guarded(reply: Reply) -> Iterator[bytes]:
@@ -301,7 +303,13 @@ def serve(paths: Mapping[str, Path], *, host: str, port: int, log: Log) -> None:
         log(f"http://{shown}:{port}   (the same interface as OpenAI's: http://{shown}:{port}/v1; Ctrl-C ends)")
         config = uvicorn.Config(make_app(speakers, hosts), log_level="warning", access_log=False,
                                 timeout_graceful_shutdown=1)  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):  # type: ignore[name-defined]
+            def handle_exit(self, signal: int, frame: Any) -> None:
+                speakers.closing.set()
+                super().handle_exit(signal, frame)
+
+        Server(config).run(sockets=[listening])
 
 
 def _uvicorn() -> Any:

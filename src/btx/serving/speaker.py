@@ -55,7 +55,6 @@ class Answer:
         self.finish_reason: str = "stop"
         """Why it ended: `stop`, by itself or at a stop string; `length`, by its limit."""
         self._tokens, self._stops, self._limit = tokens, sampling.stop, limit
-        self._is_left = False
 
     def __iter__(self) -> Iterator[ShownToken]:
         stopped: list[bool] = []
@@ -63,14 +62,8 @@ class Answer:
         if not stopped and self.new_tokens >= self._limit:
             self.finish_reason = "length"
 
-    def leave(self) -> None:
-        """Nobody reads it any more: it ends at its next token, whatever thread computes it."""
-        self._is_left = True
-
     def _counted(self) -> Iterator[ShownToken]:
         for token in self._tokens:
-            if self._is_left:
-                return
             self.new_tokens += not token.from_prompt and token.token_id is not None
             yield token
 

@@ -201,10 +201,10 @@ def _refusing(endpoint: Endpoint) -> Endpoint:
             return await endpoint(request)
         except BtxError as error:
             ours = isinstance(error, CheckpointError) or not isinstance(error, UserError)
-            kind, status = ("server_error", 500) if ours else ("invalid_request_error", 400)
-            if isinstance(error, Refused):
-                return JSONResponse(error_reply(str(error), kind, param=error.param, code=error.code), error.status)
-            return JSONResponse(error_reply(str(error), kind), status)
+            status = error.status if isinstance(error, Refused) else 500 if ours else 400
+            param, code = (error.param, error.code) if isinstance(error, Refused) else (None, None)
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            return JSONResponse(error_reply(str(error), kind, param=param, code=code), status)
 
     return answered
 

@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 from btx.cli.serve import _served
 from btx.errors import CheckpointError, UserError
 from btx.serving import server
-from btx.serving.server import Speakers, make_app, serve
+from btx.serving.requests import CompletionRequest, Refused, read_request
+from btx.serving.server import Speakers, begin, make_app, serve
 from btx.serving.speaker import Sampling, Speaker
 from tests.pico_models import llama, mixtral
 
@@ -115,6 +116,24 @@ def test_experts_can_be_chosen_and_models_are_told_apart(client: TestClient) -> 
     assert all(token["pair"] == [] for token in dense["choices"][0]["routing"]["tokens"])
 
 
+def test_openais_own_client_understands_answers_and_refusals(client: TestClient) -> None:
+    openai = pytest.importorskip("openai", reason="pip install openai")
+    theirs = openai.OpenAI(base_url="http://127.0.0.1/v1", api_key="none", max_retries=0, http_client=client)
+    assert [model.id for model in theirs.models.list()] == ["btx", "seed"]
+    whole = theirs.chat.completions.create(model="btx", extra_body={"experts": {"only": ["code"]}}, **ASKED)
+    assert {tuple(token["pair"]) for token in whole.choices[0].routing["tokens"]} - {()} == {(1,)}
+    streamed = list(theirs.completions.create(model="btx", prompt="the sum", max_tokens=4, temperature=0, stream=True))
+    assert streamed[-1].choices[0].finish_reason == "length"
+    text = theirs.completions.create(model="btx", prompt="the sum", max_tokens=4, temperature=0).choices[0].text
+    assert "".join(piece.choices[0].text for piece in streamed) == text
+    with pytest.raises(openai.NotFoundError, match="no model 'law' here") as refused:
+        theirs.chat.completions.create(model="law", **ASKED)
+    assert refused.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="one answer a request") as refused:
+        theirs.chat.completions.create(model="btx", n=2, **ASKED)
+    assert refused.value.param == "n"
+
+
 def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> None:
     text = client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"]["content"]
     stop = text[2:4]
@@ -125,7 +144,8 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> No
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"temperature": -1}, "temperature: "), ({"messages": []}, "messages: "), ({"max_tokens": "many"}, "max_tokens: "),
-    ({"model": "law"}, "no model 'law' here; there are: btx, seed"), ({"n": 2}, "n: "),
+    ({"n": 2}, "n: one answer a request"), ({"logit_bias": {"5": 1}}, "logit_bias: tokens have no bias"),
+    ({"response_format": {"type": "json_object"}}, "answers are text"),
     ({"experts": {"only": ["law"]}}, "no expert 'law'; the model's are: math, code, wiki, generalist"),
     ({"experts": {"forbid": ["math"]}}, "experts.forbid: "), ({"tools": [{}]}, "tools: "),
     ({"logprobs": True}, "logprobs"),
@@ -137,7 +157,53 @@ def test_what_cannot_be_answered_is_refused_in_a_sentence(client: TestClient, ch
     assert reply.status_code == 400
     error = reply.json()["error"]
     assert error["type"] == "invalid_request_error"
+    assert error.keys() == {"message", "type", "param", "code"}
     assert any(part in error["message"] for part in message.split("|"))
+
+
+def test_what_is_not_there_is_not_found_as_openai_says_it(client: TestClient) -> None:
+    assert client.get("/v1/models/seed").json()["id"] == "seed"
+    for reply in (client.get("/v1/models/law"), client.post("/v1/chat/completions", json=ASKED | {"model": "law"})):
+        assert reply.status_code == 404
+        error = reply.json()["error"]
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+        assert "no model 'law' here; there are: btx, seed" in error["message"]
+    for reply, status in ((client.post("/v1/embeddings", json={}), 404), (client.get("/v1/completions"), 405)):
+        assert reply.status_code == status
+        assert "there is /v1/models, /v1/chat/completions" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 200), ({"origin": "http://127.0.0.1"}, 200), ({"sec-fetch-site": "same-origin"}, 200),
+    ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403), ({"origin": "http://127.0.0.1:8080"}, 403),
+    ({"sec-fetch-site": "cross-site"}, 403), ({"sec-fetch-site": "same-site"}, 403), ({"host": "evil.example"}, 400),
+])  # fmt: skip
+def test_pages_of_other_origins_and_names_are_not_answered(client: TestClient, headers: Any, status: int) -> None:
+    asked = ASKED | {"max_tokens": 0}
+    assert client.post("/v1/chat/completions", json=asked, headers=headers).status_code == status
+    assert client.get("/v1/models", headers=headers).status_code == status
+    assert client.get("/", headers=headers).status_code == (200 if "sec-fetch-site" in headers else status)
+
+
+def test_without_a_seed_answers_differ_and_with_one_they_do_not(client: TestClient) -> None:
+    def answers(**seed: int) -> set[str]:
+        asked = ASKED | {"temperature": 2.0, "max_tokens": 12} | seed
+        return {str(client.post("/v1/chat/completions", json=asked).json()["choices"]) for _ in range(3)}
+
+    assert len(answers()) > 1
+    assert len(answers(seed=1)) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_given_up_when_nobody_reads_it_or_the_server_ends(folders: dict[str, Path], stream: bool) -> None:
+    asked = read_request(CompletionRequest, json.dumps({"prompt": "the", "stream": stream, "temperature": 0}).encode())
+    for end in ("left", "closing"):
+        speakers = Speakers(folders, lambda line: None)
+        reply = begin(speakers, asked)
+        speakers.closing.set() if end == "closing" else setattr(reply, "is_left", True)
+        with pytest.raises(Refused, match="given up"):
+            list(reply.stream()) if stream else reply.whole()
+        assert reply.answer.new_tokens == 0
 
 
 def test_what_is_no_json_is_refused_and_so_is_another_host(client: TestClient) -> None:

@@ -8,6 +8,7 @@
     ├── SystemFailed            the system refused something that is no file's fault
     ├── Interrupted             (btx.process) a signal came and all is saved; exit code 128 + its number
     └── UserError               exit code 2: the user can mend it
+        ├── Refused             (btx.serving.requests) a request to `btx serve` that is not answered
         ├── RecipeError         unknown key, wrong type, impossible value
         ├── DataError           missing, empty or broken data
         ├── CheckpointError     a folder that is no model, or does not fit the others

@@ -9,7 +9,10 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, Any
+
+from btx.serving.requests import Refused
 
 if TYPE_CHECKING:
     from btx.serving.completing import ShownToken
@@ -29,14 +32,18 @@ class Reply:
     experts: Sequence[str]
     routing: bool
     answer: Answer
+    closing: Event
+    """Set when the server ends."""
     with_usage: bool = False
     """Whether the stream's last piece tells the number of tokens."""
+    is_left: bool = False
+    """Set when nobody reads it any more."""
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self) -> dict[str, Any]:
-        """The reply, once the answer has come to its end."""
-        tokens = [token for token in self.answer if self.routing or not token.from_prompt]
+        """The reply, once the answer has come to its end; raises Refused if that is cut short."""
+        tokens = [token for token in self._tokens() if self.routing or not token.from_prompt]
         text = "".join(token.text for token in tokens if not token.from_prompt)
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **said, "finish_reason": self.answer.finish_reason, "logprobs": None}
@@ -48,7 +55,7 @@ class Reply:
         """The reply in pieces, as server-sent events."""
         if self.chat:
             yield _event(self._piece({"role": "assistant", "content": ""}))
-        for token in self.answer:
+        for token in self._tokens():
             if token.from_prompt and not self.routing:
                 continue
             piece = self._piece({"content": token.text} if self.chat else token.text, hidden=token.from_prompt)
@@ -59,6 +66,12 @@ class Reply:
         if self.with_usage:
             yield _event(self._head(".chunk") | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
+
+    def _tokens(self) -> Iterator[ShownToken]:
+        for token in self.answer:
+            if self.is_left or self.closing.is_set():
+                raise Refused("the answer was given up: the server ends, or nobody reads it", 503)
+            yield token
 
     def _piece(self, said: Any, *, hidden: bool = False, finish_reason: str | None = None) -> dict[str, Any]:
         """A piece of the stream; of the prompt's tokens, which are no part of the answer, only the routing is told."""
@@ -95,6 +108,8 @@ def error_event(message: str) -> bytes:
     return _event(error_reply(message, "server_error"))
 
 
-def error_reply(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+def error_reply(
+    message: str, kind: str = "invalid_request_error", *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """What is replied to a request that cannot be answered."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

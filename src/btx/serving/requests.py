@@ -14,6 +14,34 @@ from btx.serving.expert_choice import ExpertChoice
 LONGEST_TEXT = 1_000_000
 """Characters of a prompt or message, at most."""
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+REFUSED = {
+    "n": "one answer a request; ask again, with another seed",
+    "best_of": "one answer a request; ask again, with another seed",
+    "prompt": f"one text a request, no token ids, {LONGEST_TEXT:,} characters at most",
+    "logprobs": "answers come without log-probabilities; `btx evaluate` measures them",
+    "tools": "answers call no tools",
+    "response_format": "answers are text",
+    "logit_bias": "tokens have no bias here; `experts` says which experts may be used",
+    "frequency_penalty": "repetitions have no penalty here",
+    "presence_penalty": "repetitions have no penalty here",
+    "echo": "the prompt is not repeated; `routing` has its tokens",
+    "suffix": "nothing is known of what follows",
+}
+"""What OpenAI's interface has and btx has not, and would change the answer: field → why it is refused."""
+
+
+class Refused(UserError):
+    """A request that is not answered.
+
+    Args:
+        status: of HTTP.
+        param: the request's field that is to blame.
+        code: OpenAI's word for what is wrong, where it has one.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
 
 
 class _Section(BaseModel):
@@ -55,6 +83,12 @@ class StreamOptions(_Section):
     include_usage: bool = False
 
 
+class TextFormat(_Section):
+    """What an answer looks like: text."""
+
+    type: Literal["text"]
+
+
 class Asked(_Section):
     """What both kinds of request share."""
 
@@ -71,8 +105,9 @@ class Asked(_Section):
     routing: bool = True
     """Whether answers tell which experts each token used."""
     logprobs: Literal[False, 0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0, strict=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0, strict=False)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -91,6 +126,7 @@ class ChatRequest(Asked):
     messages: Annotated[list[AskedMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
 
 
 class CompletionRequest(Asked):
@@ -111,11 +147,14 @@ def read_request(kind: type[ChatRequest] | type[CompletionRequest], body: bytes)
     """A request from its JSON.
 
     Raises:
-        UserError: it is none; the message names the field, and what it may be.
+        Refused: it is none; the message names the field, and what it may be.
     """
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the request"
-        raise UserError(f"{where}: {first['msg']}") from None
+        # The last parts of the place may be pydantic's names of kinds of texts, which are nobody's fields.
+        where = ".".join(str(part) for part in first["loc"] if part not in ("constrained-str", "str"))
+        field = where.partition(".")[0] or None
+        why = REFUSED.get(field or "", first["msg"])
+        raise Refused(f"{where or 'the request'}: {why}", param=field) from None

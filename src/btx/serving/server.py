@@ -6,6 +6,8 @@ it: requests have to be JSON, from the page's own origin, to a host name that is
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from btx.errors import BtxError, CheckpointError, UserError
 from btx.process import Log
 from btx.serving.replies import Reply, error_event, error_reply
-from btx.serving.requests import ChatRequest, CompletionRequest, read_request
+from btx.serving.requests import ChatRequest, CompletionRequest, Refused, read_request
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -45,22 +47,29 @@ class Speakers:
         self.paths, self.log = dict(paths), log
         self._loaded: dict[str, Speaker] = {}
         self._loading = threading.Lock()
+        self.closing = threading.Event()
+        """Set when the server ends: answers under way are given up."""
 
     @property
     def first(self) -> str:
         """Name of the model that answers where none is named."""
         return next(iter(self.paths))
 
+    def named(self, name: str) -> str:
+        """The name, if there is such a model; raises Refused if not."""
+        if name not in self.paths:
+            raise Refused(f"there is no model {name!r} here; there are: {', '.join(self.paths)}", 404,
+                          param="model", code="model_not_found")  # fmt: skip
+        return name
+
     def get(self, name: str | None) -> tuple[str, Speaker]:
         """A model by its name, and the name.
 
         Raises:
-            UserError: there is none of this name.
+            Refused: there is none of this name.
             CheckpointError: it cannot be loaded.
         """
-        name = name or self.first
-        if name not in self.paths:
-            raise UserError(f"there is no model {name!r} here; there are: {', '.join(self.paths)}")
+        name = self.named(name or self.first)
         with self._loading:
             if name not in self._loaded:
                 from btx.serving.speaker import Speaker
@@ -77,6 +86,7 @@ def make_app(speakers: Speakers, hosts: list[str]) -> Starlette:
         hosts: host names that it answers to.
     """
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
@@ -85,15 +95,49 @@ def make_app(speakers: Speakers, hosts: list[str]) -> Starlette:
     return Starlette(
         routes=[
             *[Route(f"/{'' if file == 'index.html' else file}", _page(file, kind)) for file, kind in FILES.items()],
-            Route("/v1/models", answers.models), Route("/model", _refusing(answers.described)),
+            Route("/v1/models", answers.models), Route("/v1/models/{name:path}", _refusing(answers.model)),
+            Route("/model", _refusing(answers.described)),
             Route("/v1/chat/completions", _refusing(partial(answers.completion, ChatRequest)), methods=["POST"]),
             Route("/v1/completions", _refusing(partial(answers.completion, CompletionRequest)), methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+                    Middleware(_OwnPagesOnly)],
+        exception_handlers={HTTPException: _told_as_openai_does},
     )  # fmt: skip
 
 
 Endpoint = Callable[["Request"], Awaitable["Response"]]
+
+
+class _OwnPagesOnly:
+    """Refuses what a browser sends for a page of another origin, but for following a link to the page itself. Programs
+    send neither header."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import JSONResponse
+
+        answers = self.app
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+            foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
+            if foreign or (site not in ("none", "same-origin") and scope["path"] != "/"):
+                refusal = error_reply(f"pages of another origin ({origin or site}) are not answered")
+                answers = JSONResponse(refusal, 403)
+        await answers(scope, receive, send)
+
+
+async def _told_as_openai_does(request: Request, error: Any) -> Response:
+    """No such address, or no such method."""
+    from starlette.responses import JSONResponse
+
+    there_is = "/v1/models, /v1/chat/completions, /v1/completions"
+    message = f"{request.method} {request.url.path}: {error.detail}; there is {there_is}"
+    return JSONResponse(error_reply(message), error.status_code, headers=error.headers)
 
 
 class _Answers:
@@ -105,8 +149,12 @@ class _Answers:
     async def models(self, request: Request) -> Response:
         from starlette.responses import JSONResponse
 
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "btx"} for name in self.speakers.paths]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse({"object": "list", "data": [_listed(name) for name in self.speakers.paths]})
+
+    async def model(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        return JSONResponse(_listed(self.speakers.named(request.path_params["name"])))
 
     async def described(self, request: Request) -> Response:
         from starlette.concurrency import run_in_threadpool
@@ -125,7 +173,22 @@ class _Answers:
         if asked.stream:
             headers = {"cache-control": "no-store"}
             return StreamingResponse(_guarded(reply), media_type="text/event-stream", headers=headers)
-        return JSONResponse(await run_in_threadpool(reply.whole))
+        watching = asyncio.create_task(_left(request, reply))
+        try:
+            return JSONResponse(await run_in_threadpool(reply.whole))
+        finally:
+            watching.cancel()
+
+
+def _listed(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "btx"}
+
+
+async def _left(request: Request, reply: Reply) -> None:
+    """Give an answer up when who asked has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    reply.is_left = True
 
 
 def _refusing(endpoint: Endpoint) -> Endpoint:
@@ -138,8 +201,10 @@ def _refusing(endpoint: Endpoint) -> Endpoint:
             return await endpoint(request)
         except BtxError as error:
             ours = isinstance(error, CheckpointError) or not isinstance(error, UserError)
-            kind, status = ("server_error", 500) if ours else ("invalid_request_error", 400)
-            return JSONResponse(error_reply(str(error), kind), status)
+            status = error.status if isinstance(error, Refused) else 500 if ours else 400
+            param, code = (error.param, error.code) if isinstance(error, Refused) else (None, None)
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            return JSONResponse(error_reply(str(error), kind, param=param, code=code), status)
 
     return answered
 
@@ -147,12 +212,12 @@ def _refusing(endpoint: Endpoint) -> Endpoint:
 async def _body(request: Request) -> bytes:
     """The request's JSON. A form, which a browser would send for any page, is no JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise UserError("a request has to say content-type: application/json")
+        raise Refused("a request has to say content-type: application/json", 415)
     body = b""
     async for piece in request.stream():
         body += piece
         if len(body) > LARGEST_REQUEST:
-            raise UserError(f"a request may have {LARGEST_REQUEST:,} bytes")
+            raise Refused(f"a request may have {LARGEST_REQUEST:,} bytes", 413)
     return body
 
 
@@ -174,12 +239,12 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
         ids = speaker.prompt_ids(messages if speaker.has_template else messages[-1]["content"])
     else:
         ids = speaker.text_ids(asked.text)
-    sampling = Sampling(NEW_TOKENS if limit is None else limit, asked.temperature, asked.top_p, asked.seed or 0,
-                        asked.stops)  # fmt: skip
+    rng_seed = secrets.randbelow(2**63) if asked.seed is None else asked.seed
+    sampling = Sampling(NEW_TOKENS if limit is None else limit, asked.temperature, asked.top_p, rng_seed, asked.stops)
     answer = speaker.answer(ids, sampling, asked.choice)
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     chat = isinstance(asked, ChatRequest)
-    return Reply(chat, name, speaker.expert_names, asked.routing, answer, with_usage)
+    return Reply(chat, name, speaker.expert_names, asked.routing, answer, speakers.closing, with_usage)
 
 
 def _guarded(reply: Reply) -> Iterator[bytes]:
@@ -238,7 +303,13 @@ def serve(paths: Mapping[str, Path], *, host: str, port: int, log: Log) -> None:
         log(f"http://{shown}:{port}   (the same interface as OpenAI's: http://{shown}:{port}/v1; Ctrl-C ends)")
         config = uvicorn.Config(make_app(speakers, hosts), log_level="warning", access_log=False,
                                 timeout_graceful_shutdown=1)  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):  # type: ignore[name-defined]
+            def handle_exit(self, signal: int, frame: Any) -> None:
+                speakers.closing.set()
+                super().handle_exit(signal, frame)
+
+        Server(config).run(sockets=[listening])
 
 
 def _uvicorn() -> Any:

@@ -117,13 +117,19 @@ async function* events(reply) {
   }
 }
 
-async function answer(model, shown, signal) {
+// The page follows an answer that grows, unless one has scrolled up to read.
+function follow() {
+  const left = document.documentElement.scrollHeight - innerHeight - scrollY;
+  if (left < 160) scrollBy(0, left);
+}
+
+async function answer(model, shown, experts, signal) {
   const about = await describe(model), names = about.experts, began = performance.now();
   const asked = {
     model, messages: about.has_template ? messages : messages.slice(-1), stream: true,
     temperature: Number($("temperature").value), top_p: Number($("top_p").value),
     max_tokens: Number($("max_tokens").value), seed: Number($("seed").value),
-    experts: model === $("model").value ? choice(names) : {},
+    experts: experts ? choice(names) : {},
   };
   const reply = await fetch("v1/chat/completions", {
     method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(asked), signal,
@@ -139,6 +145,7 @@ async function answer(model, shown, signal) {
       if (token.from_prompt) continue;
       shown.said += token.text;
       count += 1;
+      follow();
       shown.facts.textContent = `${count} tokens, ${(1000 * count / (performance.now() - began)).toFixed(0)} a second`;
     }
     if (choice.finish_reason === "length") shown.facts.textContent += ", cut off";
@@ -158,9 +165,9 @@ async function send(text) {
   $("send").disabled = true;
   const cards = models.map((model) => card(model));
   turn.append(...cards.map((shown) => shown.box));
-  turn.scrollIntoView({ block: "end" });
+  scrollTo(0, document.documentElement.scrollHeight);
   const { signal } = running;
-  const answers = await Promise.allSettled(models.map((model, place) => answer(model, cards[place], signal)));
+  const answers = await Promise.allSettled(models.map((model, place) => answer(model, cards[place], !place, signal)));
   const { said } = cards[0];  // also of an answer that was stopped
   if (said) messages.push({ role: "assistant", content: said });
   else messages.pop();

@@ -37,7 +37,7 @@ VERSION = 1
 """Goes into the key of what is kept; raised whenever something would come out differently, or is new."""
 LOAD_TOKENS = 5_000
 """Tokens a domain on which the load of models is compared."""
-ANSWERS = 2
+ANSWERS = 3
 """Questions a domain."""
 PROMPT_TOKENS = NEW_TOKENS = 32
 """Of a document that a model goes on with, where a domain has no task."""

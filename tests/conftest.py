@@ -55,6 +55,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="module")
+def figures_drawn_once() -> Iterator[None]:
+    """The reports of a file draw a figure of the same values once."""
+    from tests.report_data import drawn_once
+
+    with drawn_once():
+        yield
+
+
 def pytest_unconfigure() -> None:
     """Leave no cache behind."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -5,13 +5,42 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from btx.reporting.drawing import Chart
+
 NAMES = ("math", "code", "law", "medicine", "chemistry", "history", "poetry")
 CLASSES = ("word start", "word part", "number", "punctuation", "code symbol", "space", "line end", "other")
+
+
+DRAW: dict[str, Callable[[Chart], Any]] = {"svg": Chart.svg, "png": Chart.png}
+
+
+@contextmanager
+def drawn_once() -> Iterator[None]:
+    """Reports of tests differ in a number or two: a figure of the same values is drawn once, and is the same."""
+    drawn: dict[bytes, Any] = {}
+
+    def once(kind: str) -> Callable[[Chart], Any]:
+        def get(chart: Chart) -> Any:
+            key = pickle.dumps((kind, chart))
+            if key not in drawn:
+                drawn[key] = DRAW[kind](chart)
+            return drawn[key]
+
+        return get
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in DRAW:
+            patch.setattr(Chart, kind, once(kind))
+        yield
 
 
 def write(path: Path, content: Any) -> None:

@@ -80,5 +80,5 @@ def test_status_and_report_have_a_column_for_it_only_where_it_is_known() -> None
     model = {"predicted": {"tokens": 1}, "tokens": 1}
     unknown, known = {"models": {"seed": model}}, {"models": {"seed": model, "btx": model | {"mfu": 0.25}}}
     assert [title for title in cost_titles(known) if title not in cost_titles(unknown)] == ["MFU of the last training"]
-    assert [cells[-1] for _, cells in cost_rows(known)] == ["–", "25.0 %"]
+    assert [cells[-1].text for _, cells in cost_rows(known)] == ["–", "25.0 %"]
     assert all(len(cells) == len(cost_titles(unknown)) for _, cells in cost_rows(unknown))

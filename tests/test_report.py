@@ -6,11 +6,9 @@ import io
 import itertools
 import json
 import math
-import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from btx.reporting.paired_bootstrap import compare_documents
 from btx.reporting.report import write_report
 from btx.reporting.results import report_table, results_table
 from btx.reporting.tokens import own_expert, shown_layers, token_view
+from tests.report_data import DRAW
 
 DOMAINS = ["math", "code", "knowledge", "general"]
 EXPERTS = ["math", "code", "knowledge", "generalist"]
@@ -70,27 +69,7 @@ HOSTILE = [
 ]
 
 
-DRAWN: dict[bytes, Any] = {}
-DRAW = {"svg": Chart.svg, "png": Chart.png}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def figures_drawn_once() -> Iterator[None]:
-    """Pages differ in a number or two: a figure of the same values is drawn once, and is the same."""
-
-    def once(kind: str) -> Callable[[Chart], Any]:
-        def get(chart: Chart) -> Any:
-            key = pickle.dumps((kind, chart))
-            if key not in DRAWN:
-                DRAWN[key] = DRAW[kind](chart)
-            return DRAWN[key]
-
-        return get
-
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in DRAW:
-            patch.setattr(Chart, kind, once(kind))
-        yield
+pytestmark = pytest.mark.usefixtures("figures_drawn_once")
 
 
 def results() -> dict[str, Any]:
@@ -318,15 +297,18 @@ def html(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_report_is_one_file_under_two_megabytes_with_its_figures_as_a_file_beside(run: Path, html: str) -> None:
-    assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html", "models.svg"]
-    assert "models.svg" not in html  # the page needs no other file
+FILES = ["cost.png", "domains.png", "index.html", "models.svg", "report.md", "routing.png"]
+
+
+def test_the_report_is_one_file_under_two_megabytes_with_its_figures_as_files_beside(run: Path, html: str) -> None:
+    assert sorted(path.name for path in (run / "report").iterdir()) == FILES
+    assert not [name for name in FILES if name in html]  # the page needs no other file
     assert 20_000 < len(html.encode()) < 2_000_000
 
 
 def test_equal_runs_give_equal_pages(run: Path, html: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, draw in DRAW.items():
-        monkeypatch.setattr(Chart, kind, draw)  # drawn again
+        monkeypatch.setattr(Chart, kind, draw)  # drawn anew
     assert write_report(run).read_text(encoding="utf-8") == html
 
 
@@ -337,7 +319,7 @@ def test_a_failing_report_leaves_the_earlier_one_alone(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json: not readable as JSON"):
         write_report(run)
     assert (run / "report" / "index.html").read_bytes() == before
-    assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html", "models.svg"]
+    assert sorted(path.name for path in (run / "report").iterdir()) == FILES
 
 
 def test_the_page_forbids_everything_but_its_own_styles_and_inline_images(html: str) -> None:
@@ -372,10 +354,14 @@ def test_the_page_refers_to_nothing_outside_itself(html: str) -> None:
     assert {value[1:] for value in references if value.startswith("#")} <= ids
 
 
+DATA = {"type": "application/json", "id": "run-data"}
+
+
 def test_hostile_text_is_shown_and_never_becomes_markup(run: Path, html: str) -> None:
     page = Page(html)
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "b>"}
+    assert not tags & {"img", "iframe", "object", "embed", "form", "b>"}
+    assert [attrs for tag, attrs in page.elements if tag == "script"] == [DATA]
     assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on")]
     assert html.count("</style>") == 1
     for text in HOSTILE:
@@ -392,7 +378,7 @@ def test_hostile_names_and_answers_are_harmless_too(tmp_path: Path) -> None:
     write(run / "manifest.json", {"command": evil, "versions": {evil: evil}, "recipe_sha256": evil, evil: {evil: evil}})
     write(run / "recipe.yaml", f"name: '{evil}'\n")
     page = write_report(run).read_text(encoding="utf-8")
-    assert "<script" not in page
+    assert [attrs for tag, attrs in Page(page).elements if tag == "script"] == [DATA]
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
 
 
@@ -579,13 +565,13 @@ def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
 
 def test_charts_follow_the_pages_colours_and_carry_no_date(html: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(charts) == 7  # gains, cost; seed, experts, finetuning, load balancing, load
+    assert len(charts) == 11  # gains in 4 domains, cost; seed, experts, finetuning, load balancing, load; own load
     for chart in charts:
         assert "currentColor" in chart
         assert re.findall(r"#[0-9a-f]{6}", re.sub(r'(href="|url\()#\w+', "", chart)) == []
         assert "<metadata" not in chart
         assert "font-family" not in chart
-    assert "var(--c0)" in charts[3]
+    assert "var(--c0)" in charts[6]
 
 
 def test_the_figures_file_is_an_image_that_stands_alone(run: Path, html: str) -> None:
@@ -743,7 +729,8 @@ def test_labels_are_spread_without_overlap() -> None:
 
 def test_what_was_planned_stands_beside_what_was_measured(html: str) -> None:
     rows = Page(html).rows
-    titles = next(row for row in rows if "FLOPs planned" in row)
-    (cells,) = [row for row in rows if len(row) == len(titles) and row[0] == "btx"]
-    assert cells[1:7] == ["1.95M", "1.9M", "1.15e13", "1.10e13", "640 MB", "1.2 GB"]
-    assert cells[7:] == ["7 min 30 s", "8 min 31 s", "1.00", "–", "3.60e6"]
+    titles = next(row for row in rows if "peak memory" in row)
+    cells = next(row for row in rows if len(row) == len(titles) and row[0] == "btx" and "planned" in row[1])
+    measured = ["1.9M planned 1.95M", "1.10e13 planned 1.15e13", "1.2 GB planned 640 MB"]
+    assert cells[1:5] == [*measured, "8 min 31 s planned 7 min 30 s"]
+    assert cells[5:] == ["1.00", "–", "3.60e6"]

@@ -6,7 +6,8 @@ Beside the numbers, what the report shows of every model: `btx.evaluation.shown`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired
 
@@ -14,14 +15,17 @@ from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.baselines.btm_model import load_model_or_btm
 from btx.data.domains import Question
-from btx.data.held_out import Packed, held_out_documents, pack
+from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
+from btx.evaluation.any_model import keeps_apart
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.mixed_set import mixed_documents
+from btx.evaluation.other_tokenizer import in_tokens_of
 from btx.evaluation.questions import read_questions
 from btx.evaluation.shown import ToShow, to_show
 from btx.evaluation.tasks import exact_match
+from btx.errors import UserError
 from btx.files import read_json, value_hash, write_json, write_sealed
 from btx.models.device import device_and_type, measuring_place
 from btx.models.loading import load_tokenizer
@@ -32,6 +36,7 @@ from btx.reporting.shapes import ModelResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from btx.recipe.evaluate import Task
     from btx.recipe.schema import Recipe
 
 Log = Callable[[str], None]
@@ -44,16 +49,19 @@ MEASURE_VERSION = 2
 class ModelEntry:
     """A model to evaluate, with what it cost to make."""
 
-    path: Path
-    """Model folder."""
-    tokens: int
-    """Training tokens behind it, over all stages after the seed model."""
-    flops: float
-    """Training FLOPs behind it."""
-    hours: float
-    """Measured hours of training behind it, stages that do not need each other side by side."""
+    path: Path | str
+    """Model folder; of a model that is not the run's also a hub name."""
+    tokens: int | None
+    """Training tokens behind it, over all stages after the seed model; None of a model that is not the run's."""
+    flops: float | None
+    """Training FLOPs behind it, likewise."""
+    hours: float | None
+    """Measured hours of training behind it, stages that do not need each other side by side, likewise."""
     inputs: str
     """Hash of everything the model was made from: kept results are used again while it stays the same."""
+    is_own: bool = True
+    """Whether the run has made it. Of another model nothing is taken for granted: neither the tokenizer nor how it
+    reads several texts in a row."""
     accounting: dict[str, Any] = field(default_factory=dict)
     """More of what it cost, for its row of the results (docs/baselines.md)."""
 
@@ -62,12 +70,40 @@ class ModelEntry:
 class _Measures:
     """What every model of a run is measured on: the same rows and questions for all."""
 
-    packed: dict[str, Packed]
-    mixed: Packed | None
-    """Documents that switch domain; None where the recipe wants none."""
+    documents: dict[str, list[HeldOutDocument]]
+    mixed_documents: list[HeldOutDocument]
+    """Documents that switch domain; empty where the recipe wants none."""
+    tokenizer: PreTrainedTokenizerBase
+    """The one whose tokens they are."""
+    length: int
+    """Tokens that are read at once, at most."""
+    apart: bool
+    """As `btx.data.held_out.pack` takes it."""
     questions: dict[str, list[Question]]
     harness: Harness
     shown: ToShow
+
+    @cached_property
+    def packed(self) -> dict[str, Packed]:
+        """Domain → rows."""
+        return {name: pack(documents, self.length, apart=self.apart) for name, documents in self.documents.items()}
+
+    @cached_property
+    def mixed(self) -> Packed | None:
+        """Rows of documents that switch domain."""
+        return pack(self.mixed_documents, self.length, apart=self.apart) if self.mixed_documents else None
+
+    def as_read_by(self, model: PreTrainedModel | SideBySide, theirs: PreTrainedTokenizerBase) -> _Measures:
+        """The same text for a model that the run has not made."""
+        read = {name: in_tokens_of(theirs, found, self.tokenizer) for name, found in self.documents.items()}
+        same = all(new is old for name, documents in self.documents.items()
+                   for new, old in zip(read[name], documents, strict=True))  # fmt: skip
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or self.length
+        shown = self.shown if same else replace(self.shown, examples={}, texts={})  # token by token nothing compares
+        return replace(
+            self, documents=read, mixed_documents=in_tokens_of(theirs, self.mixed_documents, self.tokenizer),
+            length=min(self.length, longest), apart=not keeps_apart(model), shown=shown,
+        )  # fmt: skip
 
     def key(self, entry: ModelEntry, recipe: Recipe) -> str:
         """Hash of everything that decides a model's numbers."""
@@ -77,7 +113,7 @@ class _Measures:
             "arithmetic": [str(value) for value in device_and_type(recipe)],
             "domains": {name: packed.fingerprint() for name, packed in self.packed.items()},
             "mixed": self.mixed and self.mixed.fingerprint(),
-            "tasks": {name: recipe.evaluate.tasks[name].model_dump(mode="json") for name in self.questions},
+            "tasks": {name: _asked(recipe.evaluate.tasks[name]) for name in self.questions},
             "questions": {name: [asdict(question) for question in asked] for name, asked in self.questions.items()},
             **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
@@ -103,6 +139,9 @@ def evaluate_models(
 
     What the report shows of every model besides, single tokens and answers, is in shown.json
     (`btx.reporting.shapes.Shown`).
+
+    A model that is not the run's has no tokens, FLOPs and hours, but `other`: {"path"}. If it cannot be measured, it is
+    left out.
 
     A finished model is kept in models/ and not measured again while nothing behind its numbers changed, so a
     kill loses one model at most.
@@ -130,8 +169,15 @@ def evaluate_models(
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
     shown: dict[str, dict[str, Any]] = {}
     for name, entry in models.items():
-        record = _record(name, entry, recipe, measures, folder / "models" / kept_file(name), log)
+        try:
+            record = _record(name, entry, recipe, measures, folder / "models" / kept_file(name), log)
+        except UserError as error:
+            if entry.is_own:
+                raise
+            log(f"{name}: left out: {error}")
+            continue
         cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
+        cost |= {} if entry.is_own else {"other": {"path": str(entry.path)}}
         results["models"][name] = record["measured"] | cost
         documents["models"][name] = record["documents"]
         shown[name] = record["shown"]
@@ -139,6 +185,11 @@ def evaluate_models(
     write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
+
+
+def _asked(task: Task) -> dict[str, Any]:
+    """A task's settings as they go into a key; `chat`, younger than kept results, where it changes something."""
+    return task.model_dump(mode="json", exclude=set() if task.chat else {"chat"})
 
 
 class Kept(TypedDict):
@@ -157,21 +208,20 @@ def kept_file(name: str) -> str:
 
 
 def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry]) -> _Measures:
-    settings, length = recipe.evaluate, recipe.data.sequence_length
-    packed = {
-        domain: pack(held_out_documents(run_folder, recipe, domain, settings.tokens), length)
-        for domain in recipe.data.domains
+    settings = recipe.evaluate
+    documents = {
+        domain: held_out_documents(run_folder, recipe, domain, settings.tokens) for domain in recipe.data.domains
     }
-    mixed = None
     tokenizer = load_tokenizer(next(iter(models.values())).path)  # the seed model's: it made the token files
-    if settings.mixed.documents:
-        mixed = pack(mixed_documents(run_folder, recipe, tokenizer), length)
+    mixed = mixed_documents(run_folder, recipe, tokenizer) if settings.mixed.documents else []
     questions = {
         name: read_questions(task, rng_seed=recipe.rng_seed, root=recipe.data.root)
         for name, task in settings.tasks.items()
     }
     harness = Harness(requests_of(recipe), allow_code_execution=settings.harness.allow_code_execution)
-    return _Measures(packed, mixed, questions, harness, to_show(run_folder, recipe, tokenizer, questions))
+    shown = to_show(run_folder, recipe, tokenizer, questions)
+    length = recipe.data.sequence_length
+    return _Measures(documents, mixed, tokenizer, length, False, questions, harness, shown)
 
 
 def _record(
@@ -188,6 +238,7 @@ def _record(
     answers = bool(measures.questions) or bool(measures.harness)
     model = load_model_or_btm(entry.path, measuring_place(recipe, log, answers=answers))
     tokenizer = load_tokenizer(entry.path)
+    measures = measures if entry.is_own else measures.as_read_by(model, tokenizer)
     measured = record or {"key": key, **_measure(model, tokenizer, recipe, measures)}
     shown = measures.shown.of(name, model, tokenizer, measured["measured"])
     write_sealed(file, measured | {"shown": {"key": shown_key, **shown}})

@@ -15,10 +15,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from btx.data.held_out import Packed
+from btx.evaluation.token_classes import CLASSES
 from btx.moe.routers import Routing
 from btx.reporting.shapes import Bounds, Interval, Statistics
 
@@ -42,35 +44,35 @@ class RoutedTokens:
     """Index of the document, from 0."""
     position_T: np.ndarray
     """Place in what the model reads at once, from 0."""
-    class_T: np.ndarray
-    """Index of the token's class."""
+    token_T: np.ndarray
+    """Token id."""
     ids_TLK: np.ndarray
     """Experts, largest gate first; -1 in layers that use fewer than others."""
 
 
-def routed_tokens(
-    routings_L: Sequence[Routing], mask_T: Tensor, document_T: Tensor, position_T: Tensor, class_T: Tensor
-) -> RoutedTokens:  # fmt: skip
-    """The tokens of a forward pass where `mask_T` is True."""
+def routed_tokens(routings_L: Sequence[Routing], rows: Packed) -> RoutedTokens:
+    """The text tokens of some rows of one domain."""
+    mask_T = rows.text_BS.flatten()
     K = max(routing.expert_ids_TK.shape[1] for routing in routings_L)
     ids_TLK = np.full((int(mask_T.sum()), len(routings_L), K), -1, np.int16)
     for layer, routing in enumerate(routings_L):
         ids_TK = routing.expert_ids_TK.cpu()[mask_T].numpy()
         ids_TLK[:, layer, : ids_TK.shape[1]] = ids_TK
-    document_T, position_T, class_T = (values[mask_T] for values in (document_T, position_T, class_T))
-    return RoutedTokens(document_T.numpy(), position_T.numpy(), class_T.numpy(), ids_TLK)
+    # The separator at the start of a piece has position 0.
+    of_tokens = (rows.document_ids_BS, rows.position_ids_BS - 1, rows.input_ids_BS)
+    return RoutedTokens(*(values_BS.flatten()[mask_T].numpy() for values_BS in of_tokens), ids_TLK)
 
 
 def together(parts: Sequence[RoutedTokens]) -> RoutedTokens:
     """Several forward passes of one model as one."""
     return RoutedTokens(*(
         np.concatenate([getattr(part, name) for part in parts])
-        for name in ("document_T", "position_T", "class_T", "ids_TLK")
+        for name in ("document_T", "position_T", "token_T", "ids_TLK")
     ))  # fmt: skip
 
 
 def routing_statistics(
-    domains: Mapping[str, RoutedTokens], experts: Sequence[str], classes: Sequence[str],
+    domains: Mapping[str, RoutedTokens], experts: Sequence[str], class_V: np.ndarray,
     pairs: Mapping[str, Sequence[tuple[int, int]]], *, rng_seed: int = 0,
 ) -> Statistics:  # fmt: skip
     """What the routing says as a whole.
@@ -78,7 +80,7 @@ def routing_statistics(
     Args:
         domains: name → its tokens, one at least.
         experts: names, E.
-        classes: names of the classes of tokens.
+        class_V: index in CLASSES of every token of the vocabulary.
         pairs: domain → pairs of experts, the smaller index first, whose shares are told.
         rng_seed: random number seed of the draws.
     """
@@ -102,9 +104,8 @@ def routing_statistics(
     position_T = np.digitize(everything.position_T, POSITIONS) - 1
     ends = [f"{begin}-{end - 1}" for begin, end in zip(POSITIONS, POSITIONS[1:], strict=False)]
     positions = _cells([*ends, f"{POSITIONS[-1]}-"], position_T, group_T, everything.ids_TLK, E, draws_RG)
-    by_class = _cells(classes, everything.class_T, group_T, everything.ids_TLK, E, draws_RG)
-    weight_T = np.concatenate([np.full(len(tokens.class_T), 1 / max(1, len(tokens.class_T)))
-                               for tokens in domains.values()])  # fmt: skip
+    by_class = _cells(CLASSES, class_V[everything.token_T], group_T, everything.ids_TLK, E, draws_RG)
+    weight_T = np.concatenate([np.full(len(tokens.token_T), 1 / len(tokens.token_T)) for tokens in domains.values()])
     similarity = layer_similarity(everything.ids_TLK[:, :, 0], weight_T, group_T % LEFT_OUT, E)
     bounds: Bounds = {
         "similarity": [[_bounds(found) for found in row] for row in similarity],
@@ -261,12 +262,12 @@ def _interval(value: float, low: float, high: float) -> Interval:
     return {"value": round(value, DIGITS), "low": round(low, DIGITS), "high": round(high, DIGITS)}
 
 
-def _intervals(value: np.ndarray, drawn_R: np.ndarray) -> list:  # type: ignore[type-arg]
+def _intervals(value: np.ndarray, drawn_R: np.ndarray) -> Any:
     """Values with their 2.5th and 97.5th percentile over resamples, which are inside 0 to 1, as nested lists."""
     low, high = np.percentile(drawn_R, (2.5, 97.5), axis=0).clip(0, 1)
     low, high = np.minimum(low, value), np.maximum(high, value)
 
-    def nested(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> list:  # type: ignore[type-arg]
+    def nested(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Any]:
         if value.ndim == 1:
             return [_interval(*found) for found in zip(value.tolist(), low.tolist(), high.tolist(), strict=True)]
         return [nested(*part) for part in zip(value, low, high, strict=True)]

@@ -24,8 +24,9 @@ from btx.evaluation.bits_per_byte import token_bits
 from btx.evaluation.routed_text import example_documents, name_of, token_by_token
 from btx.evaluation.tasks import example_numbers, go_on, gold_answer
 from btx.files import value_hash
+from btx.models.expert_names import names_in
 from btx.models.outputs import SideBySide
-from btx.moe.layer import moe_blocks
+from btx.moe.any_moe import num_experts
 from btx.reporting.shapes import Shown, ShownAnswer
 
 if TYPE_CHECKING:
@@ -132,8 +133,11 @@ class ToShow:
         """Whether its experts are those that the run has trained, so that their names are right for it."""
         if name in self.recipe.baselines and BASELINES[name].start != "mix":
             return False
-        blocks = moe_blocks(model)
-        return bool(blocks) and blocks[0].num_experts == len(self.recipe.expert_names)
+        experts = self.recipe.expert_names
+        if (count := num_experts(cast(Any, model))) != len(experts) or not self.texts:
+            return False
+        said = names_in(model.config.to_dict(), count)
+        return said == experts if said is not None else name in ("mix", RUN_MODEL, *self.recipe.baselines)
 
     def together(self, kept: Mapping[str, Mapping[str, Any]]) -> Shown:
         """shown.json; it has no answers where the run's model is not among the models.
@@ -152,7 +156,8 @@ class ToShow:
                 **tokens,
             })  # fmt: skip
         return {
-            "losses": {key: {name: found["losses"][key] for name, found in kept.items()} for key in self.examples},
+            "losses": {key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
+                       for key in self.examples},
             "answers": cast(list[ShownAnswer], answers),
             "loads": {name: found["loads"] for name, found in kept.items() if "loads" in found},
         }

@@ -12,6 +12,7 @@ from btx.models.configs import read_config
 from btx.models.cost import ModelCost, config_cost
 from btx.models.device import choose_device
 from btx.models.seed_config import seed_config
+from btx.planning.aligned import aligned_costs
 from btx.planning.speed import Speed
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe.schema import Recipe
@@ -175,7 +176,7 @@ def devices_of(recipe: Recipe, stage: str) -> int:
 def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
     """Bytes of a number in the weights that a stage writes: the seed model's type, or `mix.dtype` from the mix on."""
     mixed = {"mix", "finetune", *(f"baselines/{name}" for name in recipe.baselines if BASELINES[name].start == "mix")}
-    own = recipe.mix.dtype if stage in mixed else None
+    own = recipe.mix.dtype if stage in mixed or stage.startswith("align/") else None
     return 2 if (own or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
 
 
@@ -225,6 +226,8 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
     for domain in recipe.train.domains:
         found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
     found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
+    for stage, settings, cost in aligned_costs(recipe, dense):
+        found[stage] = settings, cost, []
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):
             found[phase.stage] = phase.settings, phase.cost, phase.mixtures

@@ -20,7 +20,7 @@ from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError, UserError
 from btx.files import home_filled
-from btx.recipe.align import Align
+from btx.recipe.align import Align, Alignment
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.launch import Launch
@@ -187,6 +187,11 @@ class Recipe(Section):
         mix = self.mix
         return RoutingRule(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
                               mix.soft_first_layer)  # fmt: skip
+
+    @property
+    def alignments(self) -> dict[str, Alignment]:
+        """Name → section of `align`, in the order in which they train; empty without it."""
+        return self.align.sections if self.align is not None else {}
 
     @property
     def run_folder(self) -> str:

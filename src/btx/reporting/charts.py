@@ -76,14 +76,12 @@ class TrainingCurves(Chart):
 
 @dataclass(frozen=True)
 class Lines(Chart):
-    """Lines between points, with bands where they have intervals."""
+    """Lines over something that is counted, with bands where they have intervals."""
 
     name: str
     curves: Sequence[Curve]
     x_label: str
     y_label: str
-    whole: bool = True
-    """Whether x counts something, so that ticks are whole numbers."""
     mark: float | None = None
     """Where a thin upright line stands."""
     level: float | None = None
@@ -105,7 +103,7 @@ class Lines(Chart):
             axes.axhline(self.level, color=colour("quiet"), linewidth=0.8, linestyle=(0, (3, 3)))
         if self.from_zero:
             axes.set_ylim(bottom=0.0)
-        ticks(axes, "x", 6, (lambda x: f"{x:.0f}".replace("-", "−") if x == round(x) else "") if self.whole else None)
+        ticks(axes, "x", 6, lambda x: f"{x:g}".replace("-", "−"), whole=True)
         ticks(axes, "y", 6)
         axes.set_xlabel(self.x_label)
         axes.set_ylabel(self.y_label)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from html import escape
 from importlib import resources
@@ -59,7 +61,7 @@ class Chart(ABC):
         import matplotlib
 
         buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+        with _any_script(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.draw(_PLACEHOLDER.__getitem__).savefig(buffer, format="svg", metadata={"Date": None})
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -78,8 +80,17 @@ class Chart(ABC):
         buffer = io.BytesIO()
         colours = page_colours()
         figure = self.draw(lambda name: colours[{"grid": "rule"}.get(name, name)])
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor=colours["card"], metadata={"Software": None})
+        with _any_script():
+            figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor=colours["card"], metadata={"Software": None})
         return buffer.getvalue()
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Names in scripts that matplotlib's own font lacks are nothing to warn of: in SVG the page's font shows them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
+        yield
 
 
 def empty(height: float = HEIGHT, right: float = 0.1, *, colour: Colour) -> tuple[Figure, Axes]:
@@ -113,12 +124,24 @@ def style(figure: Figure, axes: Axes, grid: Literal["x", "y"] | None, colour: Co
     axes.set_axisbelow(True)
 
 
-def ticks(axes: Axes, axis: Literal["x", "y"], at_most: int, text: Callable[[float], str] | None = None) -> None:
-    """At least three and at most about `at_most` round values along an axis, written by `text`."""
+def ticks(
+    axes: Axes,
+    axis: Literal["x", "y"],
+    at_most: int,
+    text: Callable[[float], str] | None = None,
+    *,
+    whole: bool = False,
+) -> None:
+    """At least three and at most about `at_most` round values along an axis, written by `text`; with `whole`, whole
+    numbers alone, however few."""
     from matplotlib.ticker import MaxNLocator
 
     one = axes.xaxis if axis == "x" else axes.yaxis
-    one.set_major_locator(MaxNLocator(nbins=at_most, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
+    one.set_major_locator(
+        MaxNLocator(
+            at_most, min_n_ticks=1 if whole else 3, integer=whole, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10]
+        )
+    )
     if text is not None:
         one.set_major_formatter(lambda value, _: text(value))
 

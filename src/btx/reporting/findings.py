@@ -11,11 +11,14 @@ from typing import Any
 
 from btx.number_texts import count_text, duration_text, flops_text, is_number, percent_text, signed_percent
 from btx.reporting.results import Results
-from btx.reporting.run_files import Run
+from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import own_expert
 
 AS_GOOD = 0.01
 """Relative change of the bits per byte up to which fewer experts count as as good."""
+
+SMOOTH = 4
+"""Tokens over which the loads after a change of domain are averaged: single positions are noisy."""
 
 
 def gains(table: Results) -> str:
@@ -51,16 +54,22 @@ def cost(run: Run) -> str:
 
 
 def training(run: Run) -> str:
-    """From where to where finetuning brought the loss."""
-    losses = [row["loss"] for row in run.stage("finetune").metrics if is_number(row.get("loss"))]
+    """From where to where training brought the loss: finetuning, or before that the expert models in the mean."""
+    branches = [stage for stage in run.stages if stage.name.startswith("train/")]
+    for whose, stages in (("Finetuning's loss", [run.stage("finetune")]), ("The expert models' mean loss", branches)):
+        ends = [found for stage in stages if (found := _first_and_last(stage))]
+        if ends:
+            first, last = (math.fsum(values) / len(ends) for values in zip(*ends, strict=True))
+            verb = "fell" if last < first else "rose"
+            return f"{whose} {verb} from {first:.2f} to {last:.2f} nats per token (first and last tenth of the steps)."
+    return ""
+
+
+def _first_and_last(stage: Stage) -> tuple[float, float] | None:
+    """Mean loss of the first and of the last tenth of a stage's steps."""
+    losses = [row["loss"] for row in stage.metrics if is_number(row.get("loss"))]
     tenth = max(1, len(losses) // 10)
-    if len(losses) < 2:
-        return ""
-    first, last = (math.fsum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    verb = "fell" if last < first else "rose"
-    return (
-        f"Finetuning's loss {verb} from {first:.2f} to {last:.2f} nats per token (first and last tenth of its steps)."
-    )
+    return (math.fsum(losses[:tenth]) / tenth, math.fsum(losses[-tenth:]) / tenth) if len(losses) > 1 else None
 
 
 def routing(run: Run) -> str:
@@ -90,23 +99,30 @@ def _mean_load(layers: Sequence[Sequence[float]]) -> list[float]:
 
 
 def lag(run: Run) -> str:
-    """After how many tokens the new domain's expert has the larger load for good."""
+    """After how many tokens the new domain's expert has the larger load, smoothed over a few tokens."""
     found = run.routing.get("lag")
     if not found or not found["positions"]:
         return ""
-    after = [(position, old, new) for position, old, new in zip(found["positions"], found["old"], found["new"],
-                                                                strict=True) if position >= 0]  # fmt: skip
-    ahead = [position for position, old, new in after if new > old]
+    rows = list(zip(found["positions"], found["old"], found["new"], strict=True))
+    before, after = [row for row in rows if row[0] < 0], [row for row in rows if row[0] >= 0]
     over = f"mean over {found['documents']} documents"
-    if not ahead:
-        return f"The new domain's expert does not overtake the old one's within what was measured ({over})."
-    first = ahead[0]
-    when = "at the first token" if first == 0 else f"{first} token{'s' if first > 1 else ''} after the change"
-    _, old, new = after[-1]
-    return (
-        f"The new domain's expert first has the larger load {when}; {after[-1][0]} tokens after it takes "
-        f"{percent_text(new)}, the old one {percent_text(old)} ({over})."
-    )
+    if not after:
+        return ""
+    if before and math.fsum(new - old for _, old, new in before) >= 0:
+        return (
+            f"Before the change already the new domain's expert has no smaller load than the old one's ({over}): "
+            "routing does not tell the domains apart, so there is no lag to see."
+        )
+    last, old, new = after[-1]
+    ends = f"{last} tokens after it takes {percent_text(new)}, the old one {percent_text(old)} ({over})"
+    for start, (position, _, _) in enumerate(after):
+        window = after[start : start + SMOOTH]
+        if math.fsum(new - old for _, old, new in window) > 0:
+            when = f"{position} token{'' if position == 1 else 's'} after the change" if position else "at once"
+            return f"The new domain's expert has the larger load from {when} on; {ends}.".replace(
+                "from at once on", "at once"
+            )
+    return f"The new domain's expert does not overtake the old one's; {ends}."
 
 
 def kept(run: Run) -> str:
@@ -130,7 +146,9 @@ def kept(run: Run) -> str:
         f"{signed_percent(change[1][1])}"
     )
     alone, more = change[-1]
-    return f"{first}; with {alone} {'alone' if alone == 1 else 'of them'} they change by {signed_percent(more)}."
+    return (
+        f"{first}; with {alone} {'alone' if alone == 1 else 'of them'} bits per byte change by {signed_percent(more)}."
+    )
 
 
 def used_for(run: Run) -> str:

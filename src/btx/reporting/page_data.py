@@ -9,6 +9,7 @@ from typing import Any
 
 from btx.reporting.charts import DETAIL_POINTS, bucket_means
 from btx.reporting.drawing import Chart
+from btx.reporting.routing_view import most_frequent
 from btx.reporting.run_files import Run
 
 
@@ -18,7 +19,7 @@ def page_data(run: Run, charts: Mapping[str, Chart]) -> dict[str, Any]:
     return {
         "name": run.name,
         "results": run.results,
-        "routing": run.routing,
+        "routing": _routing(run),
         "aligned": run.aligned,
         "mix": run.mix.get("diagnostics", {}),
         "stages": {stage.name: stage.done for stage in run.stages},
@@ -31,6 +32,20 @@ def script_text(data: Mapping[str, Any]) -> str:
     pair stays an escape, and what is no finite number becomes null."""
     text = json.dumps(_finite(data), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _routing(run: Run) -> dict[str, Any]:
+    """routing.json, of many pairs of experts those that the page shows: of 128 experts there are 8128."""
+    domains = {
+        name: domain | ({"pairs": most_frequent(domain["pairs"])} if "pairs" in domain else {})
+        for name, domain in run.routing.get("domains", {}).items()
+    }
+    pairs = {
+        name: {pair: shares for pair, shares in found.items() if pair in domains.get(name, {}).get("pairs", {})}
+        for name, found in run.statistics.get("pairs", {}).items()
+    }
+    statistics = run.statistics | ({"pairs": pairs} if pairs else {})
+    return run.routing | ({"domains": domains} if domains else {}) | ({"statistics": statistics} if statistics else {})
 
 
 def _values(chart: Chart) -> dict[str, Any]:

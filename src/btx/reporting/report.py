@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["report_table", "write_report"]
 
+MOST_NAMES = 12  # of experts, in a line
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
 
 
@@ -142,7 +143,7 @@ def facts(run: Run) -> dict[str, str]:
     btx = run.results.get("models", {}).get("btx", {})
     sums = stage_costs(run)["sums"]
     known = {
-        "experts": ", ".join(run.experts),
+        "experts": ", ".join(run.experts) if len(run.experts) <= MOST_NAMES else str(len(run.experts)),
         "routing": routing_text(run.recipe.get("mix", {})),
         "MoE layers": str(run.routing.get("layers", "")),
         "parameters": f"{count_text(btx['active_params'])} active of {count_text(btx['total_params'])}" if btx else "",

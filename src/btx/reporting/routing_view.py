@@ -13,6 +13,8 @@ from btx.reporting.tokens import own_expert, shown_layers
 
 MOST_PAIRS = 10
 """Pairs of experts shown of a domain: a page has room for no more columns."""
+MOST_TITLES = 2000
+"""Shares of a domain that say more where one points: the page stays under 2 MB."""
 MOST_LAYERS = 8
 """Layers named where one points at a share."""
 
@@ -119,8 +121,10 @@ def not_measured(run: Run) -> list[str]:
 
 
 def _titles(run: Run, domain: str, load: Sequence[Sequence[float]]) -> list[list[str]]:
-    """Each share with its expert, and its 95 % interval where there is one, layer by layer."""
+    """Each share with its expert, and its 95 % interval where there is one, layer by layer; of too many shares none."""
     experts, intervals = run.routing["experts"], run.statistics.get("load", {}).get(domain, [])
+    if len(experts) * len(load) > MOST_TITLES:
+        return [[""] * len(experts)] * len(load)
     return [
         [
             f"{expert}: {percent_text(share)}"

@@ -53,7 +53,11 @@ class Run:
     @property
     def name(self) -> str:
         """The title: the recipe's name, the analysed model's, or the folder's."""
-        return str(self.recipe.get("name") or self.routing.get("model") or self.folder.resolve().name)
+        return str(
+            self.recipe.get("name")
+            or "/".join(Path(self.routing.get("model", "")).parts[-2:])
+            or self.folder.resolve().name
+        )
 
     @property
     def statistics(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ MAX_CHOICES = 1_500_000
 """Experts of tokens in a reader, all layers together: about 5 bytes each, so 7.5 MB; tokens beyond are left out."""
 SCREEN_TOKENS = 2000
 """Tokens on the screen at once, if documents are no longer; documents are turned like pages."""
+SCREEN_DOCUMENTS = 4
+"""On the screen at once; one of each domain where there are more domains."""
 MAX_LEGEND = 6  # experts; with more, the pairs follow from the single experts' colours
 
 
@@ -140,6 +142,7 @@ def _reader(
     texts = [routed_text(own_model, document) for document in documents]
     width = sum(len(layer) for layer in texts[0].experts[0]) * (1 + len(beside))
     budget, on_screen, left_out = MAX_CHOICES // max(1, width), 0, 0
+    most = max(SCREEN_DOCUMENTS, len({document["domain"] for document in documents}))
     shown: list[Document] = []
     data: list[dict[str, Any]] = []
     for number in _in_turn([document["domain"] for document in documents]):
@@ -153,7 +156,7 @@ def _reader(
                 left_out += count
                 continue
             on_screen += count
-            seen = range(count) if on_screen <= SCREEN_TOKENS or not shown else range(0)
+            seen = range(count if not shown or (on_screen <= SCREEN_TOKENS and len(shown) < most) else 0)
             shown.append(Document(
                 document["domain"], own, f"part {place} of {len(cuts)}" if len(cuts) > 1 else "",
                 [cut[0].token(t, layers // 2, own) for t in seen], document if "answers" in document else None,
@@ -168,7 +171,7 @@ def _reader(
         own_model, experts, layers, shown, _legend(experts, texts), measured, baselines, list(beside),
         list(beside)[-1] if beside and other is not None else "", left_out,
         script_text({
-            "model": own_model, "experts": names, "screen": SCREEN_TOKENS, "documents": data,
+            "model": own_model, "experts": names, "screen": SCREEN_TOKENS, "most": most, "documents": data,
             "shown": [model for model in measured if model not in baselines],
         }),
     )  # fmt: skip

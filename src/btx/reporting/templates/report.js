@@ -1,5 +1,4 @@
-// The report's token readers: colours by layer, filters, search, the panel of a token, two models on one text.
-// Text reaches the page as text only, never as HTML.
+// The report's token readers. Text reaches the page as text only, never as HTML.
 "use strict";
 const COLOURS = 8;
 
@@ -11,48 +10,38 @@ function make(tag, properties = {}, ...children) {
 
 function reader(root) {
   const data = JSON.parse(root.querySelector("script").textContent);
-  const form = root.querySelector("form"), chosen = form.elements;
-  const panel = root.querySelector(".panel"), status = root.querySelector("[role=status]");
+  const [form, panel, status, turning] = ["form", "aside", "output", ".turn"].map((name) => root.querySelector(name));
   const articles = [...root.querySelectorAll("article")];
-  const value = (name) => (chosen[name] ? chosen[name].value : "");
+  const value = (name) => form.elements[name]?.value ?? "";
   let screens = [], screen = 0, pinned = null, walk = { key: null };
 
   // Of a layer: [expert, gate in hundredths] of a token, the largest gate first.
   function routed(text, t, layer) {
-    const k = text.k[layer], pairs = [];
-    for (let i = t * k; i < (t + 1) * k; i++) pairs.push([text.experts[layer][i], text.gates[layer][i]]);
-    return pairs;
+    const k = text.k[layer], gates = text.gates[layer].slice(t * k, t * k + k);
+    return gates.map((gate, i) => [text.experts[layer][t * k + i], gate]);
   }
   const experts = (text, t) => routed(text, t, Math.min(+value("layer"), text.k.length - 1)).map(([expert]) => expert);
-  const bits = (document, model, t) => (document.texts[data.model].bits[model] || [])[t];
-  const starts = (text) => {
-    if (!text.starts) {
-      let end = 0;
-      text.starts = text.tokens.map((token) => (end += token.length) - token.length);
-    }
-    return text.starts;
-  };
+  const starts = (text, end = 0) => text.starts ??= text.tokens.map((token) => (end += token.length) - token.length);
   const documents = () => data.documents.filter((each) => !value("domain") || each.domain === value("domain"));
 
-  // --- the screen: some documents, each as one or two boxes of tokens
+  // --- the screen: some documents
 
   function turn() {
-    screens = [[]];
-    let tokens = 0;
+    screens = [];
+    let room = 0;
     for (const each of documents()) {
-      const count = each.texts[data.model].tokens.length;
-      if (tokens && tokens + count > data.screen) {
+      room -= each.texts[data.model].tokens.length;
+      if (room < 0 || screens.at(-1).length === data.most) {
         screens.push([]);
-        tokens = 0;
+        room = Math.max(0, data.screen - each.texts[data.model].tokens.length);
       }
-      screens[screens.length - 1].push(each);
-      tokens += count;
+      screens.at(-1).push(each);
     }
     show(0);
   }
 
   function show(number) {
-    screen = Math.max(0, Math.min(screens.length - 1, number));
+    screen = number;
     unpin();
     data.documents.forEach((each, i) => {
       const visible = screens[screen].includes(each);
@@ -60,11 +49,9 @@ function reader(root) {
       if (visible) fill(articles[i], each);
       else articles[i].querySelector(".sides").replaceChildren();
     });
-    for (const button of root.querySelectorAll(".turn button")) {
-      button.disabled = screen + +button.value < 0 || screen + +button.value >= screens.length;
-    }
-    root.querySelector(".turn").hidden = screens.length < 2;
-    root.querySelector(".turn span").textContent = `${screen + 1} of ${screens.length}`;
+    for (const button of turning.querySelectorAll("button")) button.disabled = !screens[screen + +button.value];
+    turning.hidden = screens.length < 2;
+    turning.querySelector("span").textContent = `${screen + 1} of ${screens.length}`;
   }
 
   function fill(article, each) {
@@ -75,9 +62,8 @@ function reader(root) {
         textContent: token.replaceAll("\n", "↵\n"), role: "option", tabIndex: t ? -1 : 0, t, text, each, model,
       }));
       marks.forEach(colour);
-      const ariaLabel = `Tokens of ${model}, ${each.domain}`;
-      return make("div", {}, make("h4", { textContent: model }),
-        make("div", { className: "tokens", role: "listbox", ariaLabel }, ...marks));
+      return make("div", {}, make("h4", { textContent: model }), make("div",
+        { className: "tokens", role: "listbox", ariaLabel: `Tokens of ${model}, ${each.domain}` }, ...marks));
     }));
   }
 
@@ -88,12 +74,12 @@ function reader(root) {
     mark.className = `a${used[0] % COLOURS} b${(used[1] ?? used[0]) % COLOURS} ${place} ${dim}`;
   }
 
-  // --- the panel of the pinned token
+  // --- the pinned token
 
   function unpin() {
-    for (const mark of root.querySelectorAll("[aria-selected], [data-same]")) {
-      mark.removeAttribute("aria-selected");
-      delete mark.dataset.same;
+    for (const mark of root.querySelectorAll("i[aria-selected], .same")) {
+      mark.ariaSelected = null;
+      mark.classList.remove("same");
     }
     pinned = null;
     panel.hidden = true;
@@ -112,17 +98,17 @@ function reader(root) {
     mark.ariaSelected = "true";
     roam(mark);
     // The same characters in the other model's tokens.
-    const from = starts(mark.text)[mark.t], to = from + Math.max(1, mark.text.tokens[mark.t].length), marks = [mark];
+    const token = mark.text.tokens[mark.t], from = starts(mark.text)[mark.t], to = from + token.length, marks = [mark];
     for (const other of mark.closest(".sides").querySelectorAll("i")) {
       const at = starts(other.text)[other.t];
       if (other.text !== mark.text && at < to && at + other.text.tokens[other.t].length > from) {
-        other.dataset.same = "";
+        other.classList.add("same");
         marks.push(other);
       }
     }
     panel.replaceChildren(
       make("button", { type: "button", textContent: "×", ariaLabel: "Close", onclick: unpin }),
-      make("h4", {}, make("code", { textContent: JSON.stringify(mark.text.tokens[mark.t]) }), ` token ${mark.t}, ${mark.each.domain}`),
+      make("h4", {}, make("code", { textContent: JSON.stringify(token) }), ` token ${mark.t}, ${mark.each.domain}`),
       bitsTable(marks), ...marks.map(gatesTable));
     panel.hidden = false;
   }
@@ -131,11 +117,8 @@ function reader(root) {
   const table = (caption, rows) => make("table", {}, make("caption", { textContent: caption }),
     ...rows.map(([marked, name, shares, words]) => make("tr", { className: marked ? "ours" : "" },
       make("th", { textContent: name }),
-      make("td", { className: "strip" }, ...shares.map(([colour, share]) => {
-        const bar = make("span");
-        bar.style.cssText = `width:${Math.min(100, share)}%;background:var(--${colour})`;
-        return bar;
-      })),
+      make("td", { className: "strip" }, ...shares.map(([colour, share]) =>
+        make("span", { style: `width:${Math.min(100, share)}%;background:var(--${colour})` }))),
       make("td", { textContent: words }))));
 
   function bitsTable(marks) {
@@ -154,17 +137,17 @@ function reader(root) {
         used.map(([expert, gate]) => `${data.experts[model][expert]} ${(gate / 100).toFixed(2)}`).join(" + ")];
     }));
 
-  // --- going to a token: search, and the next surprising one
+  // --- search, and the next surprising token
 
   function go(each, t) {
-    const number = screens.findIndex((some) => some.includes(each));
-    if (number !== screen) show(number);
+    if (!screens[screen].includes(each)) show(screens.findIndex((some) => some.includes(each)));
     const mark = articles[data.documents.indexOf(each)].querySelector(".tokens").children[t];
     pin(mark);
     mark.scrollIntoView({ block: "center", behavior: "instant" });
   }
 
-  function next(key, list, say) {
+  function next(kind, list, say) {
+    const key = [kind, ...new FormData(form)].join();
     if (walk.key !== key) walk = { key, list: list(), at: -1 };
     if (!walk.list.length) return (status.textContent = "none");
     walk.at = (walk.at + 1) % walk.list.length;
@@ -176,7 +159,7 @@ function reader(root) {
   function search() {
     const wanted = value("search").toLowerCase();
     if (!wanted) return;
-    next(`search ${value("domain")} ${wanted}`, () => documents().flatMap((each) => {
+    next("search", () => documents().flatMap((each) => {
       const text = each.texts[data.model], all = text.tokens.join(""), lower = all.toLowerCase(), places = [];
       // A letter whose small form is longer would shift the places after it.
       const within = lower.length === all.length ? lower : all;
@@ -189,23 +172,25 @@ function reader(root) {
 
   function surprise() {
     const by = value("by"), filter = value("expert");
-    const worth = (each, t) => by === "most" ? bits(each, data.model, t)
-      : (bits(each, data.model, t) - bits(each, "seed", t)) * (by === "more" ? 1 : -1);
-    next(["surprise", by, filter, value("domain"), value("layer")].join(" "), () => documents().flatMap((each) => {
+    const worth = ({ texts }, t) => {
+      const { [data.model]: ours, seed } = texts[data.model].bits;
+      return by === "most" ? ours?.[t] : (ours?.[t] - seed?.[t]) * (by === "more" ? 1 : -1);
+    };
+    next("surprise", () => documents().flatMap((each) => {
       const text = each.texts[data.model];
       return text.tokens.map((_, t) => [each, t, worth(each, t)])
-        .filter(([, t, bit]) => bit > 0 && (filter === "" || experts(text, t).includes(+filter)));
+        .filter(([, t, bit]) => bit > 0 && (!filter || experts(text, t).includes(+filter)));
     }).sort((a, b) => b[2] - a[2]), (bit) => `: ${bit.toFixed(2)} bits${by === "most" ? "" : ` ${by} than the seed model`}`);
   }
 
-  // --- what the reader's user does
+  // --- mouse, keys, controls
 
   function move(mark, key) {
     const all = [...mark.parentNode.children], step = /Left|Up|Home/.test(key) ? -1 : 1;
     if (/Home|End/.test(key)) return all.at(step === 1 ? -1 : 0);
     if (/Left|Right/.test(key)) return all[mark.t + step];
-    const down = (each) => (each.offsetTop - mark.offsetTop) * step, aside = (each) => Math.abs(each.offsetLeft - mark.offsetLeft);
-    return all.filter((each) => down(each) > 0).sort((a, b) => down(a) - down(b) || aside(a) - aside(b))[0];
+    const down = (to) => (to.offsetTop - mark.offsetTop) * step, aside = (to) => Math.abs(to.offsetLeft - mark.offsetLeft);
+    return all.filter((to) => down(to) > 0).sort((a, b) => down(a) - down(b) || aside(a) - aside(b))[0];
   }
 
   root.addEventListener("click", (event) => {
@@ -225,7 +210,7 @@ function reader(root) {
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    event.submitter && event.submitter.name === "next" ? surprise() : search();
+    event.submitter?.name === "next" ? surprise() : search();
   });
   form.addEventListener("change", ({ target }) => {
     if (target.name === "search") return;
@@ -234,7 +219,7 @@ function reader(root) {
     else root.querySelectorAll(".tokens i").forEach(colour);
     if (pinned) pin(pinned);
   });
-  for (const button of root.querySelectorAll(".turn button")) button.onclick = () => show(screen + +button.value);
+  for (const button of turning.querySelectorAll("button")) button.onclick = () => show(screen + +button.value);
   turn();
   form.hidden = false;
 }

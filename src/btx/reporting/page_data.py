@@ -30,7 +30,10 @@ def page_data(run: Run, charts: Mapping[str, Chart]) -> dict[str, Any]:
 def script_text(data: Mapping[str, Any]) -> str:
     """JSON that a script element may hold: nothing in it ends the element or opens a comment. A half of a surrogate
     pair stays an escape, and what is no finite number becomes null."""
-    text = json.dumps(_finite(data), separators=(",", ":"))
+    try:
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError):  # what is not finite; a range
+        text = json.dumps(_finite(data), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

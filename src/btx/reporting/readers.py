@@ -24,12 +24,12 @@ from btx.reporting.run_files import Run, read_run
 from btx.reporting.tokens import RoutedText, Token, own_expert, parts, routed_text, same_text
 
 MODEL = "btx"
-MAX_CHOICES = 1_500_000
-"""Experts of tokens in a reader, all layers together: about 5 bytes each, so 7.5 MB; tokens beyond are left out."""
+MAX_CHOICES = 3_000_000
+"""Experts of tokens in a reader, all layers together: about 5 bytes each, so 15 MB; tokens beyond are left out."""
 SCREEN_TOKENS = 2000
 """Tokens on the screen at once, if documents are no longer; documents are turned like pages."""
 SCREEN_DOCUMENTS = 4
-"""On the screen at once; one of each domain where there are more domains."""
+"""On the screen at once, and as many more as every domain has its turn."""
 MAX_LEGEND = 6  # experts; with more, the pairs follow from the single experts' colours
 
 
@@ -142,7 +142,8 @@ def _reader(
     texts = [routed_text(own_model, document) for document in documents]
     width = sum(len(layer) for layer in texts[0].experts[0]) * (1 + len(beside))
     budget, on_screen, left_out = MAX_CHOICES // max(1, width), 0, 0
-    most = max(SCREEN_DOCUMENTS, len({document["domain"] for document in documents}))
+    domains = len({document["domain"] for document in documents})
+    most = domains * -(-SCREEN_DOCUMENTS // domains)
     shown: list[Document] = []
     data: list[dict[str, Any]] = []
     for number in _in_turn([document["domain"] for document in documents]):

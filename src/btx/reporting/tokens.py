@@ -73,14 +73,15 @@ class RoutedText:
 
 def routed_text(model: str, document: Mapping[str, Any]) -> RoutedText:
     """A document or answer of tokens.json; of each layer the experts in the order of their gates."""
-    experts, gates = [], []
-    for chosen_LK, gates_LK in zip(document["experts"], document["gates"], strict=True):
-        ranked = [
-            sorted(zip(gates_K, chosen_K, strict=True), reverse=True)
-            for gates_K, chosen_K in zip(gates_LK, chosen_LK, strict=True)
-        ]
-        experts.append([[int(expert) for _, expert in layer] for layer in ranked])
-        gates.append([[gate for gate, _ in layer] for layer in ranked])
+    experts, gates = list(document["experts"]), list(document["gates"])
+    for t, gates_LK in enumerate(gates):
+        if any(gates_K != sorted(gates_K, reverse=True) for gates_K in gates_LK):
+            ranked_LK = [
+                sorted(zip(gates_K, experts_K, strict=True), reverse=True)
+                for gates_K, experts_K in zip(gates_LK, experts[t], strict=True)
+            ]
+            experts[t] = [[expert for _, expert in ranked] for ranked in ranked_LK]
+            gates[t] = [[gate for gate, _ in ranked] for ranked in ranked_LK]
     return RoutedText(model, list(document["tokens"]), experts, gates, dict(document.get("losses", {})))
 
 

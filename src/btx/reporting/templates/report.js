@@ -13,7 +13,7 @@ function reader(root) {
   const [form, panel, status, turning] = ["form", "aside", "output", ".turn"].map((name) => root.querySelector(name));
   const articles = [...root.querySelectorAll("article")];
   const value = (name) => form.elements[name]?.value ?? "";
-  let screens = [], screen = 0, pinned = null, walk = { key: null };
+  let screens = [], screen = 0, pinned = null, walk = {};
 
   // Of a layer: [expert, gate in hundredths] of a token, the largest gate first.
   function routed(text, t, layer) {

@@ -108,7 +108,7 @@ class ToShow:
                     number: routed_answer(model, tokenizer, self.asked[int(number)].prompt, answer["output"])
                     for number, answer in answers.items()
                 }
-        if not isinstance(model, SideBySide) and name != RUN_MODEL and moe_blocks(model):
+        if not isinstance(model, SideBySide) and name != RUN_MODEL and num_experts(cast(Any, model)):
             routed = {key: token_by_token(model, tokenizer, text.tokens) for key, text in self.examples.items()}
             kept["routes"] = {key: {part: each[part] for part in ("experts", "gates")} for key, each in routed.items()}
         return kept

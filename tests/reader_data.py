@@ -16,11 +16,18 @@ WORDS = {
 }
 
 
-def document(domain: str, tokens: Sequence[str], *, layers: int = 3, shift: int = 0, experts: int = 3) -> dict[str, Any]:
+def document(
+    domain: str, tokens: Sequence[str], *, layers: int = 3, shift: int = 0, experts: int = 3
+) -> dict[str, Any]:
     """A text whose token t goes to experts t and t + 1 (and on by one a layer), with gates 0.75 and 0.25."""
     chosen = [[[(t + layer + shift) % experts, (t + layer + shift + 1) % experts] for layer in range(layers)]
               for t in range(len(tokens))]  # fmt: skip
-    return {"domain": domain, "tokens": list(tokens), "experts": chosen, "gates": [[[0.75, 0.25]] * layers] * len(tokens)}
+    return {
+        "domain": domain,
+        "tokens": list(tokens),
+        "experts": chosen,
+        "gates": [[[0.75, 0.25]] * layers] * len(tokens),
+    }
 
 
 def token_file(*, count: int = 42, layers: int = 3, documents: int = 2) -> dict[str, Any]:
@@ -54,7 +61,9 @@ def token_file(*, count: int = 42, layers: int = 3, documents: int = 2) -> dict[
 
 def run_with(folder: Path, tokens: Mapping[str, Any]) -> Path:
     """A run folder with these tokens, as `btx analyze` and `btx evaluate` leave them: bits and answers in shown.json."""
-    examples = [{key: value for key, value in each.items() if key not in ("losses", "routes")} for each in tokens["examples"]]
+    examples = [
+        {key: value for key, value in each.items() if key not in ("losses", "routes")} for each in tokens["examples"]
+    ]
     shown = {
         "losses": {each["document"]: each["losses"] for each in tokens["examples"] if "losses" in each},
         "routes": {each["document"]: each["routes"] for each in tokens["examples"] if "routes" in each},

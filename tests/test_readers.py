@@ -56,7 +56,9 @@ def test_the_json_of_a_page_holds_tokens_experts_gates_and_bits_of_every_layer_a
 def test_whatever_a_token_or_answer_holds_the_json_ends_no_script_element(tmp_path: Path) -> None:
     evil = ["</script><script>alert(1)</script>", "<!--", "]]>", "&lt;", "\ud83d", "\u2028", '"', "\\", "\x00"]
     tokens = {"layers": 1, "experts": ["<b>", "x", "y"], "examples": [document("</script>", evil, layers=1)]}
-    folder = run_with(tmp_path / "demo", {**tokens, "answers": []} | {"examples": [{**tokens["examples"][0], "document": "a"}]})
+    folder = run_with(
+        tmp_path / "demo", {**tokens, "answers": []} | {"examples": [{**tokens["examples"][0], "document": "a"}]}
+    )
     page = write_report(folder).read_text("utf-8")
     (text,) = re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.DOTALL)
     assert not re.search(r"[<>&]", text)

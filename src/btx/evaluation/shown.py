@@ -159,8 +159,10 @@ class ToShow:
                 **tokens,
             })  # fmt: skip
         return {
-            "losses": {key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
-                       for key in self.examples},
+            "losses": {
+                key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
+                for key in self.examples
+            },
             "answers": cast(list[ShownAnswer], answers),
             "routes": {
                 key: {name: found["routes"][key] for name, found in kept.items() if "routes" in found}

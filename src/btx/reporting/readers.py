@@ -120,7 +120,9 @@ def _beside(run: Run, documents: Sequence[Mapping[str, Any]], other: Run | None)
     if other is not None:
         name = _name_beside(run, other)
         theirs = [
-            routed_text(name, each | {"losses": {name: bits} if (bits := each.get("losses", {}).get(_model(other))) else {}})
+            routed_text(
+                name, each | {"losses": {name: bits} if (bits := each.get("losses", {}).get(_model(other))) else {}}
+            )
             for each in other.tokens.get("examples", [])
         ]
         for number, document in enumerate(documents):

@@ -137,6 +137,7 @@ def with_small_files(*arguments: str) -> None:
     btx(*arguments)
 
 
+@pytest.mark.long
 def test_a_write_that_fails_leaves_the_checkpoint_before_whole(interrupted: Recipe, tmp_path: Path) -> None:
     shutil.copytree(str(interrupted.run), tmp_path / "run")
     state = tmp_path / "run" / "seed" / "state"
@@ -176,7 +177,7 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 # Signals
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
+@pytest.mark.parametrize("whole_group", [pytest.param(False, marks=pytest.mark.long), True])
 def test_sigterm_to_a_run_lets_its_jobs_save_and_ends_them(tmp_path: Path, whole_group: bool) -> None:
     """Once to the processes that users start, once to the same code in forked ones."""
     long, log = "seed_model.train.tokens=400000", tmp_path / "log"

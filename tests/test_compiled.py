@@ -107,6 +107,7 @@ def test_compiled_training_is_the_same_and_compiles_before_the_first_step_only(
 
 
 @pytest.mark.skipif(not has_bfloat16_units(), reason="this CPU does not multiply in bfloat16")
+@pytest.mark.long
 def test_checkpointed_moe_layers_with_a_grouped_product_are_one_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

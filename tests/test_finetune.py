@@ -71,7 +71,7 @@ def test_every_router_trains_evaluates_analyses_and_saves(branched: Path, router
     assert ("Only btx reads this folder" in card) == (router != "soft")
 
 
-@pytest.mark.parametrize("router", ["sample_top1", "top_k"])
+@pytest.mark.parametrize("router", [pytest.param("sample_top1", marks=pytest.mark.long), "top_k"])
 def test_an_interrupted_finetuning_goes_on_bit_for_bit(
     branched: Path, router: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

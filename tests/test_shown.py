@@ -113,7 +113,7 @@ def test_documents_shown_by_a_smaller_number_are_among_those_of_a_larger_one(run
 def test_every_domain_has_answers_of_the_seed_its_expert_and_the_run_s_models(run):
     _, models, results, shown = run
     assert [(answer["domain"], answer.get("task")) for answer in shown["answers"]] == [
-        ("math", "math"), ("math", "math"), ("general", None), ("general", None),
+        *[("math", "math")] * 3, *[("general", None)] * 3
     ]  # fmt: skip
     for answer in shown["answers"]:
         expert = ["expert/math"] if answer["domain"] == "math" else []
@@ -127,7 +127,7 @@ def test_every_domain_has_answers_of_the_seed_its_expert_and_the_run_s_models(ru
         assert (asked["gold"], asked["answers"][name], asked["correct"][name]) == (
             one["gold"], one["output"], one["correct"],
         )  # fmt: skip
-    document = shown["answers"][2]
+    document = shown["answers"][3]
     prompt = document["prompt"]
     assert document["answers"]["seed"] == go_on(load_model(models["seed"].path), tokenizer(), [prompt], 32)[0]
     texts = [tokenizer().decode(text.tokens[1:]) for text in example_documents(run[0], settings(), "general", 3)]

@@ -140,6 +140,7 @@ class Slow(DirectFile):
             super()._write(data[at : at + 200])
 
 
+@pytest.mark.long
 def test_writing_to_a_slow_disk_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_file, "DirectFile", Slow)
     folder = StateFolder(tmp_path / "state", MARKS)

@@ -53,8 +53,9 @@ def few_seconds(tmp_path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize(("wakes", "code"), [
-    (False, 1), pytest.param(True, 128 + signal.SIGTERM, marks=pytest.mark.long),
+    (False, 1), (True, 128 + signal.SIGTERM),
 ])  # fmt: skip
+@pytest.mark.long
 def test_a_job_that_comes_no_further_is_asked_to_save_then_ended_and_has_failed(
     tmp_path: Path, wakes: bool, code: int
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_job_that_is_stopped_is_ended_by_its_run(tmp_path: Path, monkeypatch: 
     assert (row["state"], row["why"][:12]) == ("failed", "stopped from")
 
 
+@pytest.mark.long
 def test_waiting_and_beating_jobs_are_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LEASE_S", 0.4)
     monkeypatch.setattr(lease, "BEAT_S", 0.1)

@@ -91,6 +91,7 @@ def test_of_two_coordinators_on_two_machines_one_is_refused_and_takes_over_when_
     assert at_work(run, "run") is None
 
 
+@pytest.mark.long
 def test_a_machine_that_wakes_when_its_work_was_taken_over_writes_nothing_more(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -121,8 +122,9 @@ def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(run: RunFol
 
 
 @pytest.mark.parametrize("left", [
-    "", *(pytest.param(left, marks=pytest.mark.long) for left in ("filelock/2\npid=1", "\0" * 100)),
+    "", "filelock/2\npid=1", "\0" * 100,
 ])  # fmt: skip
+@pytest.mark.long
 def test_a_lease_whose_owner_was_killed_while_it_made_it_is_taken_over(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
@@ -156,6 +158,7 @@ def test_a_signal_ends_the_waiting_for_another_process(run: RunFolder, tmp_path:
 
 
 @pytest.mark.parametrize("shift_s", [-7200.0, 7200.0])
+@pytest.mark.long
 def test_a_clock_that_was_set_makes_nobody_dead_or_alive(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, shift_s: float, tmp_path: Path
 ) -> None:

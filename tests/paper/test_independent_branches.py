@@ -111,6 +111,7 @@ def test_order_names_and_budgets_of_other_domains_leave_a_branch_as_it_is(here: 
     assert stale(pico_recipe(here, "run", "train.domain_tokens.tools=2304")) == {"train/tools", *LATER}
 
 
+@pytest.mark.long
 def test_a_renamed_general_domain_leaves_all_models_as_they_are(here: Path) -> None:
     renamed = "{birds: birds.jsonl, tools: tools.jsonl, plain: general.jsonl}"
     other_names = (f"data.domains={renamed}", "data.general=plain")
@@ -191,6 +192,7 @@ def test_a_finished_run_without_its_data_files_is_finished(here: Path) -> None:
     assert {opened.state(stage) for stage in opened.graph} == {"done"}
 
 
+@pytest.mark.long
 def test_without_its_data_folder_a_run_with_a_later_domain_is_finished_and_prepares_the_same_again(here: Path) -> None:
     recipe = pico_recipe(here, "run", *LAW)
     run_here(recipe)

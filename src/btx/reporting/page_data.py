@@ -31,7 +31,10 @@ def page_data(run: Run, charts: Mapping[str, Chart]) -> dict[str, Any]:
 def script_text(data: Mapping[str, Any]) -> str:
     """JSON that a script element may hold: nothing in it ends the element or opens a comment. A half of a surrogate
     pair stays an escape, what is no finite number becomes null, a chart is an object of its values."""
-    text = json.dumps(_plain(data), separators=(",", ":"))
+    try:
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError):  # what is not finite; a chart
+        text = json.dumps(_plain(data), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -79,9 +79,10 @@ def test_data_of_the_page_are_read_by_a_program(opened: Any) -> None:
 
 
 def test_the_page_prints_on_white_with_every_view(browser: Any, page_file: Path) -> None:
-    page = browser.new_context(color_scheme="dark").new_page()
+    page = browser.new_context(color_scheme="dark", viewport={"width": 680, "height": 1000}).new_page()  # A4
     page.goto(page_file.as_uri())
     page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 251)"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert page.evaluate("[...document.querySelectorAll('.tokens')].every(t => t.scrollHeight <= t.clientHeight + 1)")

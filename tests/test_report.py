@@ -24,9 +24,10 @@ from btx.reporting.charts import CostChart, CostPoint, bucket_means
 from btx.reporting.drawing import Chart, spread
 from btx.reporting.headline import headline
 from btx.reporting.paired_bootstrap import compare_documents
+from btx.reporting.readers import script
 from btx.reporting.report import write_report
 from btx.reporting.results import report_table, results_table
-from btx.reporting.tokens import own_expert, shown_layers, token_view
+from btx.reporting.tokens import own_expert, shown_layers
 from tests.report_data import DRAW
 
 DOMAINS = ["math", "code", "knowledge", "general"]
@@ -322,7 +323,7 @@ def test_a_failing_report_leaves_the_earlier_one_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in (run / "report").iterdir()) == FILES
 
 
-def test_the_page_forbids_everything_but_its_own_styles_and_inline_images(html: str) -> None:
+def test_the_page_forbids_everything_but_its_own_script_styles_and_inline_images(html: str) -> None:
     policies = [
         attrs["content"]
         for tag, attrs in Page(html).elements
@@ -332,6 +333,7 @@ def test_the_page_forbids_everything_but_its_own_styles_and_inline_images(html: 
     rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
     assert rules == {
         "default-src": "'none'",
+        "script-src": f"'{script()[1]}'",
         "style-src": "'unsafe-inline'",
         "img-src": "data:",
         "base-uri": "'none'",
@@ -354,14 +356,16 @@ def test_the_page_refers_to_nothing_outside_itself(html: str) -> None:
     assert {value[1:] for value in references if value.startswith("#")} <= ids
 
 
-DATA = {"type": "application/json", "id": "run-data"}
+JSON = {"type": "application/json"}
+SCRIPTS = [JSON, JSON | {"id": "run-data"}, {}]
+"""The tokens' data, the run's data, the page's own script."""
 
 
 def test_hostile_text_is_shown_and_never_becomes_markup(run: Path, html: str) -> None:
     page = Page(html)
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"img", "iframe", "object", "embed", "form", "b>"}
-    assert [attrs for tag, attrs in page.elements if tag == "script"] == [DATA]
+    assert not tags & {"img", "iframe", "object", "embed", "b>"}
+    assert [attrs for tag, attrs in page.elements if tag == "script"] == SCRIPTS
     assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on")]
     assert html.count("</style>") == 1
     for text in HOSTILE:
@@ -378,7 +382,7 @@ def test_hostile_names_and_answers_are_harmless_too(tmp_path: Path) -> None:
     write(run / "manifest.json", {"command": evil, "versions": {evil: evil}, "recipe_sha256": evil, evil: {evil: evil}})
     write(run / "recipe.yaml", f"name: '{evil}'\n")
     page = write_report(run).read_text(encoding="utf-8")
-    assert [attrs for tag, attrs in Page(page).elements if tag == "script"] == [DATA]
+    assert [attrs for tag, attrs in Page(page).elements if tag == "script"] == SCRIPTS
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
 
 
@@ -391,15 +395,12 @@ def test_every_token_of_the_examples_is_shown_with_its_pair_of_experts(run: Path
         for text in example["tokens"]
     ]
     assert page.tokens == expected
-    shown = [attrs for tag, attrs in page.elements if tag == "i"]
-    chosen = [row for example in examples for row in example["experts"]]
-    gates = [row for example in examples for row in example["gates"]]
-    for attrs, row, weights in zip(shown, chosen, gates, strict=True):
-        assert attrs["class"] == " ".join(f"a{layer}-{a} b{layer}-{b}" for layer, (a, b) in enumerate(row))
-        (a, b), (g, h) = row[0], weights[0]
-        assert attrs["title"].split("\n")[0] == f"0: {EXPERTS[a]} {g:.2f} + {EXPERTS[b]} {h:.2f}"
-    for name in {name for attrs in shown for name in attrs["class"].split()}:
-        assert f".{name}{{--{name.split('-')[0]}:var(--t{name.split('-')[1]})}}" in html
+    chosen = [(DOMAINS.index(example["domain"]), row) for example in examples for row in example["experts"]]
+    shown = [attrs["class"] for tag, attrs in page.elements if tag == "i"]
+    for classes, (own, pairs) in zip(shown, chosen, strict=True):
+        a, b = pairs[LAYERS // 2]
+        place = " first" if own == a else " second" if own == b else ""
+        assert classes == f"a{a} b{b}{place}"
 
 
 def test_the_numbers_in_the_table_are_those_of_the_results(html: str) -> None:
@@ -610,42 +611,9 @@ def test_the_routing_tables_hold_the_shares_in_percent(run: Path, html: str) -> 
     assert "code in layer 3" in html
 
 
-def test_a_long_document_and_many_layers_are_cut_to_keep_the_page_small(tmp_path: Path) -> None:
-    run = build_run(tmp_path / "demo")
-    layers, count = 32, 340
-    example = {
-        "domain": "math",
-        "tokens": [" word"] * count,
-        "experts": [[[0, 1]] * layers] * count,
-        "gates": [[[0.75, 0.25]] * layers] * count,
-    }
-    write(run / "analyze" / "tokens.json", {"layers": layers, "experts": EXPERTS, "examples": [example] * 12})
-    page = write_report(run).read_text(encoding="utf-8")
-    assert len(page.encode()) < 2_000_000
-    assert "40 more tokens of this document are left out" in page
-    assert "of 32, evenly chosen" in page
-
-
 def test_layers_shown_run_evenly_from_first_to_last() -> None:
     assert shown_layers(4, 8) == [0, 1, 2, 3]
     assert shown_layers(32, 8) == [0, 4, 9, 13, 18, 22, 27, 31]
-
-
-def test_top_1_routing_shows_single_experts() -> None:
-    view = token_view(
-        {
-            "layers": 1,
-            "experts": EXPERTS,
-            "examples": [
-                {"domain": "math", "tokens": ["a", "b"], "experts": [[[0]], [[2]]], "gates": [[[0.9]], [[0.4]]]}
-            ],
-        },
-        "general",
-    )
-    assert view is not None
-    assert [token.classes for token in view.examples[0].tokens] == ["a0-0 b0-0", "a0-2 b0-2"]
-    assert view.legend == []
-    assert view.examples[0].tokens[1].tooltip == "0: knowledge 0.40"
 
 
 def test_the_generalist_is_the_general_domains_own_expert() -> None:

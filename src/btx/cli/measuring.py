@@ -174,12 +174,17 @@ def compare(
         show(comparison_table(found))
 
 
-def report(run_folder: RunArgument, as_json: AsJson = False) -> None:
+def report(
+    run_folder: RunArgument,
+    beside: Annotated[Path | None, typer.Option(
+        "--with", help="Another run, or an analysed model's folder: its tokens beside those of the same text.")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Write the run's report, whatever stage it has reached."""
     from btx.reporting.report import write_report
     from btx.run_folder.folder import exclusive
 
     run = open_run(run_folder)
     with exclusive(run.path, "report", patience_s=60.0):
-        path = write_report(run.path)
+        path = write_report(run.path, beside=beside)
     show_json({"report": str(path)}) if as_json else typer.echo(path)

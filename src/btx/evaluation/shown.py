@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from btx.recipe.schema import Recipe
 
-VERSION = 1
+VERSION = 2
 """Goes into the key of what is kept; raised whenever something would come out differently, or is new."""
 LOAD_TOKENS = 5_000
 """Tokens a domain on which the load of models is compared."""
@@ -87,7 +87,7 @@ class ToShow:
     ) -> dict[str, Any]:  # fmt: skip
         """What is kept of a model: `losses` (document → bits of every token), `answers` (number of the question →
         `output`, of a task also `correct`), of the run's own kind of MoE model `loads`, of the run's model `tokens`
-        (those of each answer).
+        (those of each answer), of every other MoE model `routes` (document → experts and gates of its tokens).
 
         Args:
             name: in the results.
@@ -108,6 +108,9 @@ class ToShow:
                     number: routed_answer(model, tokenizer, self.asked[int(number)].prompt, answer["output"])
                     for number, answer in answers.items()
                 }
+        if not isinstance(model, SideBySide) and name != RUN_MODEL and num_experts(cast(Any, model)):
+            routed = {key: token_by_token(model, tokenizer, text.tokens) for key, text in self.examples.items()}
+            kept["routes"] = {key: {part: each[part] for part in ("experts", "gates")} for key, each in routed.items()}
         return kept
 
     def _answers(
@@ -161,6 +164,10 @@ class ToShow:
                 for key in self.examples
             },
             "answers": cast(list[ShownAnswer], answers),
+            "routes": {
+                key: {name: found["routes"][key] for name, found in kept.items() if "routes" in found}
+                for key in self.examples
+            },
             "loads": {name: found["loads"] for name, found in kept.items() if "loads" in found},
         }
 

@@ -31,7 +31,7 @@ LABEL_GAP = 0.19  # between two names in a column
 FONT_SIZE = 9.0  # points, in the chart's own size
 LETTER = 0.0776  # inches a letter takes, at most
 LONGEST_LABEL = 20  # letters
-PNG_DPI = 200
+PNG_DPI = 160
 
 Colour = Callable[[str], str]
 """Name of one of the page's colours (c0...c7, ink, grid, accent, quiet, heat, on-heat) → the colour for matplotlib."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from btx.reporting.charts import DETAIL_POINTS, bucket_means
+from btx.reporting.charts import DETAIL_POINTS, Curve, bucket_means
 from btx.reporting.drawing import Chart
 from btx.reporting.routing_view import most_frequent
 from btx.reporting.run_files import Run
@@ -23,14 +24,17 @@ def page_data(run: Run, charts: Mapping[str, Chart]) -> dict[str, Any]:
         "aligned": run.aligned,
         "mix": run.mix.get("diagnostics", {}),
         "stages": {stage.name: stage.done for stage in run.stages},
-        "charts": {chart.name: _values(chart) for chart in charts.values()},
+        "charts": {chart.name: chart for chart in charts.values()},
     }
 
 
 def script_text(data: Mapping[str, Any]) -> str:
     """JSON that a script element may hold: nothing in it ends the element or opens a comment. A half of a surrogate
-    pair stays an escape, and what is no finite number becomes null."""
-    text = json.dumps(_finite(data), separators=(",", ":"))
+    pair stays an escape, what is no finite number becomes null, a chart is an object of its values."""
+    try:
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError):  # what is not finite; a chart
+        text = json.dumps(_plain(data), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -48,17 +52,17 @@ def _routing(run: Run) -> dict[str, Any]:
     return run.routing | ({"domains": domains} if domains else {}) | ({"statistics": statistics} if statistics else {})
 
 
-def _values(chart: Chart) -> dict[str, Any]:
-    values = dataclasses.asdict(chart)  # type: ignore[call-overload]
-    for curve in values.get("curves", []):
-        if not curve["low"]:
-            curve["x"], curve["y"] = bucket_means(curve["x"], curve["y"], DETAIL_POINTS)
-    return values
-
-
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: charts as objects, what is no finite number as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not -1e308 < value < 1e308 else value
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, Curve) and not value.low and len(value.x) > DETAIL_POINTS:
+        x, y = bucket_means(value.x, value.y, DETAIL_POINTS)
+        value = dataclasses.replace(value, x=x, y=y)
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_plain(one) for one in value]

@@ -1,6 +1,7 @@
 """`btx report`: one offline HTML page that shows a run: results, cost, losses, routing, tokens, diagnostics.
 
-The page loads nothing; a Content-Security-Policy says so. Everything read from the run folder
+The page loads nothing and runs no script but templates/report.js, known by its hash; a Content-Security-Policy says so.
+Everything read from the run folder
 reaches it through jinja2's escaping, whatever a token or an answer contains. A stage the run has not reached yet is
 named as missing, never an error.
 """
@@ -32,12 +33,12 @@ from btx.reporting.drawing import COLOURS, Chart, stacked_svg
 from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
 from btx.reporting.page_data import page_data, script_text
+from btx.reporting.readers import read_beside, script, token_readers
 from btx.reporting.results import report_table, results_table
 from btx.reporting.routing_figures import shift_figures
 from btx.reporting.routing_view import not_measured, own_experts, routing_view, shares_by, uses
 from btx.reporting.run_files import Run, read_run
 from btx.reporting.short_report import short_report
-from btx.reporting.tokens import token_view
 from btx.reporting.views import View, run_views
 
 if TYPE_CHECKING:
@@ -49,19 +50,23 @@ MOST_NAMES = 12  # of experts, in a line
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
 
 
-def write_report(run: Path, folder: Path | None = None) -> Path:
+def write_report(run: Path, folder: Path | None = None, beside: Path | None = None) -> Path:
     """Write the page of the run folder `run`, or of an analysed model's, whole or not at all, and return its path:
     `index.html` in `folder`, or in the run's `report/`.
 
     Beside it, for use elsewhere: `report.md`, the same in short for a model card or a repository, with the figures as
     PNG; and, once two models are evaluated, `models.svg`, the figures of all models.
 
-    Raises RunFolderError if `run` is no folder or one of its files is broken.
+    Args:
+        beside: another run folder, or an analysed model's: its model's tokens stand beside those of the same text.
+
+    Raises RunFolderError if a folder is none or one of its files is broken, or if `beside` has no text of the run's.
     """
     read = read_run(run)
+    other = None if beside is None else read_beside(read, beside)
     views = run_views(read)
     drawn = {name: [panel.svg() for panel in view.chart.panels()] for name, view in views.items() if view.chart}
-    html = render(read, views, drawn)
+    html = render(read, views, drawn, other)
     target = (folder or run / "report") / "index.html"
     titled = [(views[name].question, svg) for name in ("cost", "domains") for svg in drawn.get(name, [])]
     if titled:
@@ -150,7 +155,9 @@ def facts(run: Run) -> dict[str, str]:
 # --- page -----------------------------------------------------------------------------------------------------------
 
 
-def render(run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str]]) -> str:
+def render(
+    run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str]], other: Run | None = None
+) -> str:  # fmt: skip
     """The page's HTML. Pure: the same run folder gives the same page.
 
     Args:
@@ -169,7 +176,9 @@ def render(run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str
             views=views,
             drawn=drawn,
             colours=COLOURS,
-            tokens=token_view(run.tokens, run.general) if run.tokens else None,
+            readers=token_readers(run, other),
+            script=script()[0],
+            script_hash=script()[1],
             tasks=task_examples(run.results),
             diagnostics=mix_diagnostics(run.mix),
             model_path=json.dumps((run.folder / "finetune" / "model").as_posix(), ensure_ascii=False),

@@ -117,7 +117,12 @@ def read_run(folder: Path) -> Run:
 def _with_shown(tokens: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
     """tokens.json with what the evaluation has of the same documents, known by their names, and with the answers."""
     examples = [
-        example | ({"losses": losses} if (losses := shown["losses"].get(example.get("document"))) else {})
+        example
+        | {
+            key: shown[key][example["document"]]
+            for key in ("losses", "routes")
+            if example.get("document") in shown.get(key, {})
+        }
         for example in tokens.get("examples", [])
     ]
     return tokens and tokens | {"examples": examples, "answers": shown["answers"]}

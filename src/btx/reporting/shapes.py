@@ -186,6 +186,13 @@ class AlignedRouting(TypedDict):
     """Model of `align` (sft, dpo) → domain."""
 
 
+class Route(TypedDict):
+    """The experts and gate weights of each token of a text, in every layer."""
+
+    experts: list[list[list[int]]]
+    gates: list[list[list[float]]]
+
+
 class Example(TypedDict):
     """A document token by token: its texts, and the experts and gate weights of each in every layer."""
 
@@ -198,6 +205,8 @@ class Example(TypedDict):
     losses: NotRequired[dict[str, list[float]]]
     """Model (seed, expert/D, mix, btx, baselines) → bits of every token, read as for bits per byte; from
     evaluate/shown.json."""
+    routes: NotRequired[dict[str, Route]]
+    """Other MoE models of the run (mix, upcycling, an aligned one) → how they route it; from evaluate/shown.json."""
 
 
 class ShownAnswer(TypedDict):
@@ -222,6 +231,8 @@ class Shown(TypedDict):
     """Document → model → bits of every token."""
     answers: list[ShownAnswer]
     loads: dict[str, Loads]
+    routes: NotRequired[dict[str, dict[str, Route]]]
+    """Document → model."""
 
 
 class Tokens(TypedDict):

@@ -60,7 +60,7 @@ def token_file(*, count: int = 42, layers: int = 3, documents: int = 2) -> dict[
 
 
 def run_with(folder: Path, tokens: Mapping[str, Any]) -> Path:
-    """A run folder with these tokens, as `btx analyze` and `btx evaluate` leave them: bits and answers in shown.json."""
+    """A run folder with these tokens, as the stages leave them: bits, routes and answers in shown.json."""
     examples = [
         {key: value for key, value in each.items() if key not in ("losses", "routes")} for each in tokens["examples"]
     ]

@@ -160,5 +160,5 @@ def test_texts_cut_elsewhere_are_the_same_and_other_texts_are_not() -> None:
 def test_a_folder_without_a_text_of_the_run_is_refused(run: Run, tmp_path: Path) -> None:
     other = {"layers": 3, "experts": EXPERTS, "examples": [document("math", ["quite", " another", " text"] * 30)]}
     other["examples"][0]["document"] = "x"
-    with pytest.raises(RunFolderError, match="no text that .* shows too"):
+    with pytest.raises(RunFolderError, match=r"no text that .* shows too"):
         write_report(run.folder, beside=run_with(tmp_path / "other", other))

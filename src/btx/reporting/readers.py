@@ -35,8 +35,8 @@ MAX_LEGEND = 6  # experts; with more, the pairs follow from the single experts' 
 
 @dataclass(frozen=True)
 class Document:
-    """A document or answer: its domain, the in-domain expert's index (None if there is none), which part it is of a long
-    one, its tokens if it is among those that are seen first, and the answer that it is of."""
+    """A document or answer: its domain, the in-domain expert's index (None if there is none), which part of a long one
+    it is, its tokens if it is among those that are seen first, and the answer that it is of."""
 
     domain: str
     own: int | None
@@ -120,9 +120,7 @@ def _beside(run: Run, documents: Sequence[Mapping[str, Any]], other: Run | None)
     if other is not None:
         name = _name_beside(run, other)
         theirs = [
-            routed_text(
-                name, each | {"losses": {name: bits} if (bits := each.get("losses", {}).get(_model(other))) else {}}
-            )
+            routed_text(name, {**each, "losses": {name: each.get("losses", {}).get(_model(other), [])}})
             for each in other.tokens.get("examples", [])
         ]
         for number, document in enumerate(documents):

@@ -59,8 +59,8 @@ class RoutedText:
         return Token(visible(self.tokens[number]), f"a{first % COLOURS} b{second % COLOURS}{place}")
 
     def data(self) -> dict[str, Any]:
-        """What the page's script reads: of each layer the number of experts a token, the experts of all tokens one after
-        the other, and their gate weights in hundredths."""
+        """What the page's script reads: of each layer the number of experts a token, the experts of all tokens one
+        after the other, and their gate weights in hundredths."""
         layers = range(len(self.experts[0]) if self.experts else 0)
         return {
             "tokens": self.tokens,
@@ -97,7 +97,7 @@ def parts(texts: Sequence[RoutedText]) -> list[list[RoutedText]]:
     to the part in which it starts."""
     starts = texts[0].starts
     firsts = range(0, len(texts[0].tokens), PART)
-    ends = [starts[first] for first in firsts][1:] + [max(text.starts[-1] for text in texts) + 1]
+    ends = [*(starts[first] for first in firsts[1:]), max(text.starts[-1] for text in texts) + 1]
     cut = []
     for first, start, end in zip(firsts, [starts[first] for first in firsts], ends, strict=True):
         among = [[t for t, at in enumerate(text.starts[:-1]) if start <= at < end] for text in texts[1:]]

@@ -130,7 +130,7 @@ function reader(root) {
       rows.map(([name, bit]) => [name === data.model, name, [["soft", 100 * bit / most]], bit.toFixed(2)])) : "";
   }
 
-  const gatesTable = ({ text, t, model }) => table(`experts and gate weights, layer by layer: ${model}`,
+  const gatesTable = ({ text, t, model }) => table(`gates by layer: ${model}, ${JSON.stringify(text.tokens[t])}`,
     text.k.map((_, layer) => {
       const used = routed(text, t, layer);
       return [layer === +value("layer"), layer, used.map(([expert, gate]) => [`c${expert % COLOURS}`, gate]),

@@ -21,7 +21,7 @@ def evaluate(
         help="Run folder; with --task also any model folder or hub name.")],
     model: Annotated[list[str] | None, typer.Option(
         "--model", metavar="NAME=MODEL",
-        help="Measure another model beside the run's, a folder or hub name; it stays in its results. Several may follow.",
+        help="Measure another model, a folder or hub name, and keep it beside the run's; several may follow.",
     )] = None,
     forget: Annotated[list[str] | None, typer.Option(
         metavar="NAME", help="Take another model out of the run's results; repeat.")] = None,
@@ -84,6 +84,12 @@ def _evaluate_beside(run_folder: Path, models: dict[str, Path], forget: list[str
         interrupts = Interrupts().listen()
         evaluate_others(run, interrupts, said.append if quiet else interrupts.tell)
     measured = read_output(run.path / "evaluate" / "results.json")["models"]
+    if (run.path / "report" / "index.html").is_file():
+        from btx.reporting.report import write_report
+        from btx.run_folder.folder import exclusive
+
+        with exclusive(run.path, "report", patience_s=60.0):
+            write_report(run.path)
     if missing := [name for name in wanted if name not in measured]:
         forget_other_models(run.path, missing)
         raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "

@@ -132,7 +132,9 @@ def test_the_analysis_of_any_class_has_the_files_of_a_run_s(kind: str, folders: 
     assert len(found["statistics"]["specialisation"]) == L == len(found["statistics"]["similarity"])
     assert len(found["kept"]) == E and len(found["kept"][-1]["experts"]) == 1
     tokens = json.loads((output / "tokens.json").read_text("utf-8"))
-    assert {example["domain"] for example in tokens["examples"]} == {"a", "b"} and len(tokens["examples"]) == 3  # a .txt is one document
+    assert {example["domain"] for example in tokens["examples"]} == {"a", "b"} and len(
+        tokens["examples"]
+    ) == 3  # a .txt is one document
     assert len(tokens["examples"][0]["experts"][0][0]) == K
     assert "<html" in (output / "index.html").read_text("utf-8")
 
@@ -177,7 +179,7 @@ def test_an_expert_is_dropped_by_one_flag(folders: Path, tmp_path: Path) -> None
 def test_what_cannot_be_analysed_is_refused(arguments: list[str], message: str, folders: Path, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Exception) as error:  # noqa: PT011, PT012 (of several kinds)
+    with pytest.raises(Exception) as error:  # noqa: PT011 (of several kinds)
         CliRunner().invoke(app, ["analyze", *(each.format(folders) for each in arguments)], catch_exceptions=False)
     assert message in str(error.value) and getattr(error.value, "exit_code", None) == 2
     assert not list(tmp_path.iterdir())

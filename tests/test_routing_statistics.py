@@ -68,7 +68,7 @@ def test_experts_of_one_domain_each_say_all_of_it_and_the_same_ones_say_nothing(
     found = statistics(own, 3, ())
     assert found["specialisation"] == [{"value": 1.0, "low": 1.0, "high": 1.0}] * 2
     assert found["similarity"] == [[1.0, 1.0], [1.0, 1.0]]
-    same = {name: tokens_of(np.tile(np.arange(2), (100, 1)).T.reshape(200, 1, 1)) for name in "ab"}
+    same = {name: tokens_of(np.arange(200).reshape(-1, 1, 1) % 2) for name in "ab"}
     assert statistics(same, 2, ())["specialisation"] == [{"value": 0.0, "low": 0.0, "high": 0.0}]
     assert statistics({"a": own["a"]}, 3, ())["specialisation"] == []
 

@@ -265,7 +265,7 @@ def _interval(value: float, low: float, high: float) -> Interval:
 
 def _intervals(value: np.ndarray, drawn_R: np.ndarray) -> Any:
     """Values with their 2.5th and 97.5th percentile over resamples, which are inside 0 to 1, as nested lists."""
-    low, high = np.percentile(drawn_R, (2.5, 97.5), axis=0).clip(0, 1)
+    low, high = np.percentile(drawn_R, (2.5, 97.5), axis=0, method="nearest").clip(0, 1)
     low, high = np.minimum(low, value), np.maximum(high, value)
 
     def nested(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Any]:

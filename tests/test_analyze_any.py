@@ -208,3 +208,19 @@ def test_layers_of_different_numbers_of_experts_are_refused(folders: Path) -> No
     router.weight = torch.nn.Parameter(router.weight[:4].clone())
     with pytest.raises(CheckpointError, match="different numbers of experts"):
         num_experts(model)
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_a_router_s_output_is_read_in_any_order(K: int) -> None:
+    from itertools import permutations
+
+    from btx.moe.any_moe import _routing_of
+
+    router = torch.nn.Linear(8, 4, bias=False)
+    logits_TE = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    top_TK, ids_TK = logits_TE.topk(K)
+    gates_TK = top_TK.softmax(dim=-1)
+    for order in permutations((logits_TE, gates_TK, ids_TK)):
+        found = _routing_of(router, order, router)
+        for part, expected in ((found.logits_TE, logits_TE), (found.gates_TK, gates_TK), (found.expert_ids_TK, ids_TK)):
+            torch.testing.assert_close(part, expected)

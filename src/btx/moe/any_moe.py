@@ -96,8 +96,9 @@ def watched(model: nn.Module) -> Iterator[list[Routing]]:
 def _routing_of(router: nn.Module, output: Any, model: nn.Module) -> Routing:
     """What a router of transformers gave: logits, gates and expert ids, by their types and shapes.
 
-    Most give (logits (T, E), gates (T, K), ids (T, K)). DBRX and JetMoe give logits alone, of which the K largest are
-    taken with the softmax over them; Llama 4 gives gates of all experts before them.
+    Most give logits (T, E), gates (T, K) and ids (T, K), in this order or, before transformers 5.24, another. DBRX and
+    JetMoe give logits alone, of which the K largest are taken with the softmax over them; Llama 4 gives gates of all
+    experts before them.
     """
     tensors = [tensor.detach() for tensor in (output if isinstance(output, tuple) else (output,))
                if isinstance(tensor, Tensor) and tensor.dim() > 1]  # fmt: skip
@@ -107,10 +108,15 @@ def _routing_of(router: nn.Module, output: Any, model: nn.Module) -> Routing:
     if not floats:
         raise CheckpointError(f"{type(router).__name__}: this router's decisions are not readable")
     if ids:
-        logits_TE, chosen_TK = floats[0], ids[0]
-        gates_TK = next((found for found in floats[1:] if found.shape == chosen_TK.shape), None)
+        chosen_TK, E = ids[0], _experts_of(router)
+        of_all = [found for found in floats if found.shape[1] == E] or floats
+        # Where a token uses all experts, gates have the shape of logits, but are never negative.
+        logits_TE = next((found for found in of_all if (found < 0).any()), of_all[0])
+        others = [found for found in floats if found is not logits_TE]
+        gates_TK = next((found for found in others if found.shape == chosen_TK.shape), None)
         if gates_TK is None:
-            gates_TK = (floats[1] if len(floats) > 1 else logits_TE.softmax(dim=-1)).gather(1, chosen_TK)
+            gates_TK = next((found for found in others if found.shape[1] == E), logits_TE.softmax(dim=-1))
+            gates_TK = gates_TK.gather(1, chosen_TK)
     else:
         logits_TE = floats[-1]
         chosen_TK = logits_TE.topk(_top_k(router, model), dim=-1).indices

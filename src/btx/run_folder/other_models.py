@@ -54,7 +54,8 @@ def check_other_models(recipe: Recipe, models: Mapping[str, str | Path]) -> None
         CheckpointError: of a folder.
     """
     experts = [f"expert__{domain}" for domain in recipe.train.domains]  # as files call expert/DOMAIN
-    ours = {"seed", "mix", "btx", *map(str, recipe.baselines), *experts}
+    aligned = getattr(recipe, "alignments", ())
+    ours = {"seed", "mix", "btx", *map(str, recipe.baselines), *aligned, *experts}
     for name, path in models.items():
         if not NAME.fullmatch(name):
             raise UserError(f"--model {name}: a name has letters, digits, `_`, `.` and `-`, 64 at most, and begins "

@@ -28,6 +28,8 @@ from btx.reporting.tokens import own_expert
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+GENERAL = "general"
+"""The domain whose expert is the generalist, as in a recipe that says nothing else."""
 SEQUENCE_LENGTH = 512
 """Tokens that are read at once, at most."""
 
@@ -61,7 +63,7 @@ def analyze_model(
                               f"experts")  # fmt: skip
     names = names_of_experts(model, Path(path))
     longest = int(getattr(model.config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
-    owners = {domain: own_expert(domain, names, None) for domain in texts}
+    owners = {domain: own_expert(domain, names, GENERAL) for domain in texts}
     analysis = Analysis(
         names, {domain: expert for domain, expert in owners.items() if expert is not None},
         min(SEQUENCE_LENGTH, longest), dropped_experts(without, names), apart=not keeps_apart(model),
@@ -73,7 +75,7 @@ def analyze_model(
         write_json(folder / "routing.json", routing)
         write_json(folder / "tokens.json", shown)
         write_report(folder, folder)
-    say(routing, None, log)
+    say(routing, GENERAL, log)
     first, last = routing["kept"][0], routing["kept"][-1]
     dropped = f"; without {', '.join(without)} {decimal_text(last['mean'])}" if without else ""
     log(f"mean {decimal_text(first['mean'])} bits per byte with all experts{dropped}")

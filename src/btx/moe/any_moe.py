@@ -35,23 +35,23 @@ def moe_layers(model: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     others: list[nn.Module] = []
     for name, module in model.named_modules():
-        children = dict(module.named_children())
+        children: dict[str, nn.Module] = dict(module.named_children())
         if isinstance(module, MoE):
             layers.append(module)
-        elif "experts" in children and (routers := [children[name] for name in ROUTERS if name in children]):
+        elif "experts" in children and (routers := [children[each] for each in ROUTERS if each in children]):
             layers.append(routers[0])
         elif isinstance(module, recorded) and "attention" not in name and "attn" not in name:
             others.append(module)
     return layers or others
 
 
-def _recorded(model: nn.Module) -> tuple[type, ...]:
+def _recorded(model: nn.Module) -> tuple[type[nn.Module], ...]:
     """The classes of whose outputs transformers takes router logits."""
     said = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
     wanted = [recorders.get("router_logits") for recorders in said]
     flat = [recorder for entry in wanted for recorder in (entry if isinstance(entry, list) else [entry])]
     classes = [getattr(recorder, "target_class", recorder) for recorder in flat]
-    return tuple({found for found in classes if isinstance(found, type)})
+    return tuple({found for found in classes if isinstance(found, type) and issubclass(found, nn.Module)})
 
 
 def num_experts(model: nn.Module) -> int:
@@ -96,8 +96,9 @@ def watched(model: nn.Module) -> Iterator[list[Routing]]:
 def _routing_of(router: nn.Module, output: Any, model: nn.Module) -> Routing:
     """What a router of transformers gave: logits, gates and expert ids, by their types and shapes.
 
-    Most give (logits (T, E), gates (T, K), ids (T, K)). DBRX and JetMoe give logits alone, of which the K largest are
-    taken with the softmax over them; Llama 4 gives gates of all experts before them.
+    Most give logits (T, E), gates (T, K) and ids (T, K), in this order or, before transformers 5.24, another. DBRX and
+    JetMoe give logits alone, of which the K largest are taken with the softmax over them; Llama 4 gives gates of all
+    experts before them.
     """
     tensors = [tensor.detach() for tensor in (output if isinstance(output, tuple) else (output,))
                if isinstance(tensor, Tensor) and tensor.dim() > 1]  # fmt: skip
@@ -107,10 +108,15 @@ def _routing_of(router: nn.Module, output: Any, model: nn.Module) -> Routing:
     if not floats:
         raise CheckpointError(f"{type(router).__name__}: this router's decisions are not readable")
     if ids:
-        logits_TE, chosen_TK = floats[0], ids[0]
-        gates_TK = next((found for found in floats[1:] if found.shape == chosen_TK.shape), None)
+        chosen_TK, E = ids[0], _experts_of(router)
+        of_all = [found for found in floats if found.shape[1] == E] or floats
+        # Where a token uses all experts, gates have the shape of logits, but are never negative.
+        logits_TE = next((found for found in of_all if (found < 0).any()), of_all[0])
+        others = [found for found in floats if found is not logits_TE]
+        gates_TK = next((found for found in others if found.shape == chosen_TK.shape), None)
         if gates_TK is None:
-            gates_TK = (floats[1] if len(floats) > 1 else logits_TE.softmax(dim=-1)).gather(1, chosen_TK)
+            gates_TK = next((found for found in others if found.shape[1] == E), logits_TE.softmax(dim=-1))
+            gates_TK = gates_TK.gather(1, chosen_TK)
     else:
         logits_TE = floats[-1]
         chosen_TK = logits_TE.topk(_top_k(router, model), dim=-1).indices
@@ -150,8 +156,9 @@ def only_experts(model: nn.Module, allowed_E: Tensor | None) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
             if isinstance(layer, MoE):
-                layer.allowed_E = allowed_E
-                stack.callback(setattr, layer, "allowed_E", None)
+                before_E = layer.allowed_E
+                stack.callback(setattr, layer, "allowed_E", before_E)
+                layer.allowed_E = allowed_E if before_E is None else allowed_E & before_E
             else:
                 stack.enter_context(_forbidden(layer, ~allowed_E))
         yield
@@ -200,7 +207,7 @@ class _MinusInfinity(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == len(self.forbidden_E):
             indices = function(self._masked(args[0]), *args[1:], **kwargs).indices
-            return torch.return_types.topk([args[0].gather(-1, indices), indices])
+            return torch.return_types.topk((args[0].gather(-1, indices), indices))
         result = function(*args, **kwargs)
         return self._masked(result) if function in (F.linear, torch.matmul, Tensor.matmul) else result
 

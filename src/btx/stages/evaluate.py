@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import UserError
-from btx.evaluation.evaluate import ModelEntry, evaluate_models
+from btx.evaluation.evaluate import ModelEntry, OtherEntry, evaluate_models
 from btx.files import write_text
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
@@ -75,19 +75,20 @@ def _measure(run: RunFolder, folder: Path, kept: Sequence[str], log: Log) -> dic
     for name in kept:
         if (before := run.folder("evaluate") / name).is_dir() and not (folder / name).exists():
             shutil.copytree(before, folder / name)
-    models = models_of_run(run)
-    return evaluate_models(run.path, run.recipe, models | _others(run, set(models), log), log=log, folder=folder)
+    ours = models_of_run(run)
+    models: dict[str, ModelEntry | OtherEntry] = {**ours, **_others(run, set(ours), log)}
+    return evaluate_models(run.path, run.recipe, models, log=log, folder=folder)
 
 
-def _others(run: RunFolder, ours: set[str], log: Log) -> dict[str, ModelEntry]:
+def _others(run: RunFolder, ours: set[str], log: Log) -> dict[str, OtherEntry]:
     """The models beside the run's, but for those whose name the run has given to one of its own since."""
-    entries = {}
+    entries: dict[str, OtherEntry] = {}
     for name, model in read_other_models(run.path).items():
         if name in ours:
             log(f"{name}: the run has a model of this name now; {model['path']} is left out")
         else:
             path = Path(model["path"]) if Path(model["path"]).is_absolute() else model["path"]
-            entries[name] = ModelEntry(path, None, None, None, model["inputs"], is_own=False)
+            entries[name] = OtherEntry(path, model["inputs"])
     return entries
 
 

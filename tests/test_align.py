@@ -219,6 +219,7 @@ def test_a_section_fills_in_from_the_finetuning() -> None:
     (("align.sft.data=[chat.jsonl, chat.jsonl]",), "chat.jsonl is named twice"),
     (("align.sft.trainable=experts",), "align.sft.trainable"),
     (("align.sft.bta=1",), "unknown key 'bta'"),
+    (("align.sft.trainable=lora", "launch.processes={align: 2}"), "lora is trained by one process"),
 ])  # fmt: skip
 def test_a_section_that_contradicts_itself_is_refused(tmp_path: Path, overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
@@ -283,8 +284,7 @@ def test_the_loss_and_its_gradients_are_the_formulas(aligned: RunFolder) -> None
     assert 0 <= told["reward_accuracy"] <= 5
 
 
-def test_the_loss_has_trls_values() -> None:
-    # TRL 1.16's DPOTrainer, loss_type sigmoid, beta 0.1, on these margins of log ratios: -logsigmoid(beta * margin).
+def test_the_loss_of_a_margin_is_minus_its_log_sigmoid() -> None:
     margins = 0.1 * torch.tensor([0.0, 1.0, -2.5, 12.0])
     assert dpo_losses(margins).tolist() == pytest.approx([0.693147, 0.644397, 0.825939, 0.263282], abs=1e-6)
 

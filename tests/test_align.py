@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from btx.choices import trainable
 from btx.data.mixture import NO_LABEL, Batch
 from btx.data.packed_conversations import PackedPairs, PairBatch
 from btx.errors import DataError, RecipeError, UserError
@@ -26,6 +25,7 @@ from btx.recipe.align import Dpo, Sft
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
+from btx.running import preflight as preflight_module
 from btx.running.preflight import check_packages, preflight
 from btx.training.preferences import dpo_losses, preference_objective, with_reference
 from tests.pico_run import WORDS, pico_recipe, run_here, stopped_after, write_pico_recipe
@@ -241,7 +241,7 @@ def test_broken_lines_are_refused_before_anything_runs(tmp_path: Path, monkeypat
         preflight(recipe_of(tmp_path, "run"))
     with pytest.raises(DataError, match=r"align\.sft\.data: .*gone\.jsonl: no such file"):
         preflight(recipe_of(tmp_path, "run", "align.sft.data=gone.jsonl"))
-    monkeypatch.setattr(trainable, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'align\.sft\.trainable: lora .*pip install "branchtrainmix\[align\]"'):
         check_packages(recipe_of(tmp_path, "run", "align.sft.trainable=lora"))
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btx.choices.trainable import check_adapters
+from btx.choices.trainable import without_peft
 from btx.data.chat_text import Encoded, encode, with_template
 from btx.data.conversations import Preference, data_files, read_rows
 from btx.data.packed_conversations import PackedConversations, PackedPairs, fitted
 from btx.data.token_files import DocumentEncoder
+from btx.errors import UserError
 from btx.models.loading import load_tokenizer
 from btx.process import Interrupts, Log
 from btx.recipe.align import Alignment, Dpo
@@ -35,8 +37,8 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     """SFT or DPO of the run's model."""
     recipe, name = run.recipe, stage.name.removeprefix("align/")
     section, start = recipe.alignments[name], run.model(aligned_from(recipe, name))
-    if section.trainable == "lora":
-        check_adapters(f"align.{name}")
+    if section.trainable == "lora" and find_spec("peft") is None:
+        raise UserError(without_peft(f"align.{name}"))
     tokenizer = load_tokenizer(start)
     is_given = with_template(tokenizer)
     samples = packed(run, name, section, tokenizer, log)

@@ -12,7 +12,7 @@ from btx.choices.families import FAMILIES, family_of, refuse_longer_sequences
 from btx.choices.trainable import without_peft
 from btx.data.conversations import data_files, read_rows
 from btx.data.document_files import find_files
-from btx.errors import CheckpointError, DataError, RunFolderError
+from btx.errors import CheckpointError, DataError, RunFolderError, UserError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.questions import read_questions

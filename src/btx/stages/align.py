@@ -6,6 +6,7 @@ has a loss on pairs of answers. The load-balancing loss of the paper stays on, l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -47,8 +48,31 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     train_moe(
         run, stage, start, settings, [], interrupts, log, routing=recipe.routing, experts=recipe.expert_names,
         lora=section.lora if section.trainable == "lora" else None,
-        given=Given(samples, ready, str(tokenizer.chat_template) if is_given else None),
+        given=Given(samples, ready, str(tokenizer.chat_template) if is_given else None, ends_of_turns(samples, tokenizer)),
     )  # fmt: skip
+
+
+TRIED = 100
+"""Conversations of each section whose template is tried before anything is trained."""
+
+
+def check_templates(run: RunFolder, folder: Path) -> None:
+    """Try the chat template in a folder on the first conversations that the run will be aligned with.
+
+    Raises:
+        DataError: as `packed`, but for what is too long.
+    """
+    if not run.graph.aligned:
+        return
+    tokenizer = load_tokenizer(folder)
+    with_template(tokenizer)
+    for stage in run.graph.aligned:
+        name = stage.name.removeprefix("align/")
+        section = run.recipe.alignments[name]
+        if run.state(stage) != "done":
+            files = data_files(section, run.recipe.data.root, name)
+            for _ in itertools.islice(_encoded(section, files, tokenizer), TRIED):
+                pass
 
 
 def packed(
@@ -78,6 +102,12 @@ def _encoded(
     for row in read_rows(files, pairs=section.PAIRS):
         answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
         yield tuple(encode(tokenizer, answer, separator) for answer in answers)
+
+
+def ends_of_turns(samples: PackedConversations, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that the template has for the end of an answer: added ones that answers end with."""
+    last = {int(each.ids_N[-1]) for group in samples.groups for each in group}
+    return last & tokenizer.added_tokens_decoder.keys()
 
 
 def _as_it_is(job: TrainingJob) -> TrainingJob:

@@ -45,10 +45,11 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     samples = packed(run, name, section, tokenizer, log)
     settings = section.training(recipe.finetune, len(samples.rows), samples.sequence_length)
     ready = partial(_with_preferences, section, run.folder(stage.name)) if isinstance(section, Dpo) else _as_it_is
+    template = str(tokenizer.chat_template) if is_given else None
     train_moe(
         run, stage, start, settings, [], interrupts, log, routing=recipe.routing, experts=recipe.expert_names,
         lora=section.lora if section.trainable == "lora" else None,
-        given=Given(samples, ready, str(tokenizer.chat_template) if is_given else None, ends_of_turns(samples, tokenizer)),
+        given=Given(samples, ready, template, ends_of_turns(samples, tokenizer)),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from btx.choices import trainable
+from btx.data.chat_text import Encoded
 from btx.data.mixture import NO_LABEL, Batch
-from btx.data.packed_conversations import PackedPairs, PairBatch
+from btx.data.packed_conversations import PackedConversations, PackedPairs, PairBatch
 from btx.errors import DataError, RecipeError, UserError
 from btx.files import read_json
+from btx.model_files.beside_weights import add_ends
 from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import weight_parts
 from btx.planning.plan import plan
@@ -26,7 +28,9 @@ from btx.recipe.align import Dpo, Sft
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
+from btx.running import preflight as preflight_module
 from btx.running.preflight import check_packages, preflight
+from btx.stages.align import ends_of_turns
 from btx.training.preferences import dpo_losses, preference_objective, with_reference
 from tests.pico_run import WORDS, pico_recipe, run_here, stopped_after, write_pico_recipe
 from tests.test_conversations import made
@@ -219,6 +223,7 @@ def test_a_section_fills_in_from_the_finetuning() -> None:
     (("align.sft.data=[chat.jsonl, chat.jsonl]",), "chat.jsonl is named twice"),
     (("align.sft.trainable=experts",), "align.sft.trainable"),
     (("align.sft.bta=1",), "unknown key 'bta'"),
+    (("align.sft.trainable=lora", "launch.processes={align: 2}"), "lora is trained by one process"),
 ])  # fmt: skip
 def test_a_section_that_contradicts_itself_is_refused(tmp_path: Path, overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
@@ -228,6 +233,27 @@ def test_a_section_that_contradicts_itself_is_refused(tmp_path: Path, overrides:
 def test_align_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="align needs sft, dpo or both"):
         pico_recipe(tmp_path, "run", "align={}")
+
+
+def test_a_template_that_does_not_take_the_conversations_is_refused_before_anything_trains(
+    tmp_path: Path, make_llama: Callable[..., Path]
+) -> None:
+    write_pico_recipe(tmp_path)
+    write_talks(tmp_path)
+    seed = make_llama("seed")
+    (seed / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}", "utf-8")
+    recipe = recipe_of(tmp_path, "run", f"seed_model={{path: {seed}}}")
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: the chat template does not take .*no users here"):
+        run_here(recipe, ["data/tokenizer", "seed"])
+
+
+def test_engines_are_told_where_turns_end(tmp_path: Path, pico_tokenizer_folder: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.5}', "utf-8")
+    add_ends(tmp_path, {0, 7})
+    assert read_json(tmp_path / "generation_config.json") == {"eos_token_id": [0, 7], "temperature": 0.5}
+    ends = (Encoded("", np.array([5, 0]), np.array([False, True])), Encoded("", np.array([5, 9]), np.ones(2, bool)))
+    samples = PackedConversations([ends], 8, 0)
+    assert ends_of_turns(samples, load_tokenizer(pico_tokenizer_folder)) == {0}, "an ordinary token ends nothing"
 
 
 def test_broken_lines_are_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +266,7 @@ def test_broken_lines_are_refused_before_anything_runs(tmp_path: Path, monkeypat
         preflight(recipe_of(tmp_path, "run"))
     with pytest.raises(DataError, match=r"align\.sft\.data: .*gone\.jsonl: no such file"):
         preflight(recipe_of(tmp_path, "run", "align.sft.data=gone.jsonl"))
-    monkeypatch.setattr(trainable, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'align\.sft\.trainable: lora .*pip install "branchtrainmix\[align\]"'):
         check_packages(recipe_of(tmp_path, "run", "align.sft.trainable=lora"))
 
@@ -283,8 +309,7 @@ def test_the_loss_and_its_gradients_are_the_formulas(aligned: RunFolder) -> None
     assert 0 <= told["reward_accuracy"] <= 5
 
 
-def test_the_loss_has_trls_values() -> None:
-    # TRL 1.16's DPOTrainer, loss_type sigmoid, beta 0.1, on these margins of log ratios: -logsigmoid(beta * margin).
+def test_the_loss_of_a_margin_is_minus_its_log_sigmoid() -> None:
     margins = 0.1 * torch.tensor([0.0, 1.0, -2.5, 12.0])
     assert dpo_losses(margins).tolist() == pytest.approx([0.693147, 0.644397, 0.825939, 0.263282], abs=1e-6)
 

@@ -6,10 +6,6 @@ Which parameters of a model these are is in `btx.models.trainable`.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from btx.errors import UserError
-
 DENSE_TRAINABLE = ("all", "feed_forward", "lora")
 """`trainable` of a dense model; feed_forward are its FF sublayers, lora an adapter on each of their projections."""
 
@@ -25,16 +21,10 @@ ALIGN_TRAINABLE = (*MOE_TRAINABLE, "lora")
 """`trainable` in the sections of `align`; lora are adapters on the experts and on the attention."""
 
 
-def check_adapters(where: str) -> None:
-    """Refuse `trainable: lora` in a section of the recipe where adapters cannot be trained.
-
-    Raises:
-        UserError: peft is not installed.
-    """
-    if find_spec("peft") is not None:
-        return
+def without_peft(where: str) -> str:
+    """What to say of `trainable: lora` in a section of the recipe where peft is not installed."""
     extra, otherwise = ("lora", "feed_forward") if where == "train" else ("align", "all")
-    raise UserError(
+    return (
         f"{where}.trainable: lora trains adapters with peft, which is not installed: pip install "
         f'"branchtrainmix[{extra}]"; or train the weights themselves: {where}.trainable={otherwise}'
     )

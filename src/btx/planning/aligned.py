@@ -1,18 +1,14 @@
-"""What SFT and DPO will train on, counted from the text of their files before there is a tokenizer: about."""
+"""What SFT and DPO will train on, counted from the text of their files before there is a tokenizer: about. Plain
+Python."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from btx.baselines.matching import moe_cost
 from btx.data.conversations import Conversation, Preference, Row, data_files, read_rows
 from btx.data.packed_conversations import best_fit_decreasing
 from btx.errors import DataError
-from btx.models.cost import ModelCost
 from btx.planning.data_look import BYTES_A_TOKEN
 from btx.recipe.align import Alignment
 from btx.recipe.schema import Recipe
@@ -40,25 +36,6 @@ def rows_about(recipe: Recipe, name: str, section: Alignment) -> int:
         return 1
     length = recipe.data.sequence_length
     return max(1, len(best_fit_decreasing([min(tokens, length) for tokens in lengths], length)))
-
-
-def aligned_costs(recipe: Recipe, dense: dict[str, Any]) -> Iterator[tuple[str, Finetune, ModelCost]]:
-    """Stage, settings and cost of each section of `align`.
-
-    Args:
-        dense: the seed model's config, completed with its class's defaults.
-    """
-    for stage, settings in aligned_settings(recipe).items():
-        section = recipe.alignments[stage.removeprefix("align/")]
-        cost = moe_cost(
-            recipe, dense, recipe.routing, dense_router_gradient=settings.dense_router_gradient,
-            trainable=section.trainable, lora_rank=section.lora.rank,
-        )  # fmt: skip
-        if section.trainable == "lora":
-            # An expert's adapter is added to its weights in every forward pass, and the sums stay until the backward.
-            total = {**cost.shape.total, "experts": 2 * cost.shape.total["experts"]}
-            cost = replace(cost, shape=replace(cost.shape, total=total))
-        yield stage, settings, cost
 
 
 @cache

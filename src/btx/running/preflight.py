@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from btx.choices.families import FAMILIES, family_of, refuse_longer_sequences
-from btx.choices.trainable import check_adapters
+from btx.choices.trainable import without_peft
 from btx.data.conversations import data_files, read_rows
 from btx.data.document_files import find_files
-from btx.errors import CheckpointError, DataError, RunFolderError
+from btx.errors import CheckpointError, DataError, RunFolderError, UserError
 from btx.evaluation.harness_checks import check_harness
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.questions import read_questions
@@ -78,8 +79,8 @@ def check_packages(recipe: Recipe) -> None:
         for where, optimizer in optimizers.items():
             check_installed(optimizer, f"{where}.")
     for where, stages in adapted.items():
-        if any(run.state(run.graph[stage]) != "done" for stage in stages):
-            check_adapters(where)
+        if find_spec("peft") is None and any(run.state(run.graph[stage]) != "done" for stage in stages):
+            raise UserError(without_peft(where))
 
 
 def begin(recipe: Recipe) -> RunFolder:

@@ -6,17 +6,20 @@ has a loss on pairs of answers. The load-balancing loss of the paper stays on, l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btx.choices.trainable import check_adapters
+from btx.choices.trainable import without_peft
 from btx.data.chat_text import Encoded, encode, with_template
 from btx.data.conversations import Preference, data_files, read_rows
 from btx.data.packed_conversations import PackedConversations, PackedPairs, fitted
 from btx.data.token_files import DocumentEncoder
+from btx.errors import UserError
 from btx.models.loading import load_tokenizer
 from btx.process import Interrupts, Log
 from btx.recipe.align import Alignment, Dpo
@@ -35,18 +38,42 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     """SFT or DPO of the run's model."""
     recipe, name = run.recipe, stage.name.removeprefix("align/")
     section, start = recipe.alignments[name], run.model(aligned_from(recipe, name))
-    if section.trainable == "lora":
-        check_adapters(f"align.{name}")
+    if section.trainable == "lora" and find_spec("peft") is None:
+        raise UserError(without_peft(f"align.{name}"))
     tokenizer = load_tokenizer(start)
     is_given = with_template(tokenizer)
     samples = packed(run, name, section, tokenizer, log)
     settings = section.training(recipe.finetune, len(samples.rows), samples.sequence_length)
     ready = partial(_with_preferences, section, run.folder(stage.name)) if isinstance(section, Dpo) else _as_it_is
+    template = str(tokenizer.chat_template) if is_given else None
     train_moe(
         run, stage, start, settings, [], interrupts, log, routing=recipe.routing, experts=recipe.expert_names,
         lora=section.lora if section.trainable == "lora" else None,
-        given=Given(samples, ready, str(tokenizer.chat_template) if is_given else None),
+        given=Given(samples, ready, template, ends_of_turns(samples, tokenizer)),
     )  # fmt: skip
+
+
+TRIED = 100
+"""Conversations of each section whose template is tried before anything is trained."""
+
+
+def check_templates(run: RunFolder, folder: Path) -> None:
+    """Try the chat template in a folder on the first conversations that the run will be aligned with.
+
+    Raises:
+        DataError: as `packed`, but for what is too long.
+    """
+    if not run.graph.aligned:
+        return
+    tokenizer = load_tokenizer(folder)
+    with_template(tokenizer)
+    for stage in run.graph.aligned:
+        name = stage.name.removeprefix("align/")
+        section = run.recipe.alignments[name]
+        if run.state(stage) != "done":
+            files = data_files(section, run.recipe.data.root, name)
+            for _ in itertools.islice(_encoded(section, files, tokenizer), TRIED):
+                pass
 
 
 def packed(
@@ -76,6 +103,12 @@ def _encoded(
     for row in read_rows(files, pairs=section.PAIRS):
         answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
         yield tuple(encode(tokenizer, answer, separator) for answer in answers)
+
+
+def ends_of_turns(samples: PackedConversations, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that the template has for the end of an answer: added ones that answers end with."""
+    last = {int(each.ids_N[-1]) for group in samples.groups for each in group}
+    return last & tokenizer.added_tokens_decoder.keys()
 
 
 def _as_it_is(job: TrainingJob) -> TrainingJob:

@@ -7,7 +7,7 @@ hand on any machine that sees the run folder, in any order, and fails alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from btx.choices.routers import RoutingRule
 from btx.data.samples import Samples, open_mixtures, unused_tokens
 from btx.errors import OutOfMemory, UserError
 from btx.files import atomic_folder, write_text
-from btx.model_files.beside_weights import CHAT_TEMPLATE
+from btx.model_files.beside_weights import CHAT_TEMPLATE, add_ends
 from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
 from btx.models.adapters import add_moe_adapters, merge_adapters
@@ -112,6 +112,8 @@ class Given:
     """Completes the job when its model has its weights, before any of them moves."""
     chat_template: str | None = None
     """Written beside the model; None: as it was."""
+    ends: Collection[int] = ()
+    """Tokens that end an answer: engines stop at them too."""
 
 
 def start_model(folder: Path) -> PreTrainedModel:
@@ -184,8 +186,10 @@ def train_stage(
             save_model(model, target, like=like, tokenizer=tokenizer)
             if routing is not None and leads:
                 change_router(target, routing)
-            if given is not None and given.chat_template is not None and leads:
-                write_text(target / CHAT_TEMPLATE, given.chat_template)
+            if given is not None and leads:
+                add_ends(target, given.ends)
+                if given.chat_template is not None:
+                    write_text(target / CHAT_TEMPLATE, given.chat_template)
         job.checkpoints.keep_only_last()
         cost = model_cost(model)
         facts |= {

@@ -150,6 +150,7 @@ def _copied(run: RunFolder, folder: Path) -> Path:
     return Path(shutil.copytree(run.path, folder / "copy"))
 
 
+@pytest.mark.long
 def test_sweep_returns_every_run_of_every_variant(
     run: RunFolder, evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,32 @@ def test_a_function_has_the_name_of_its_command_and_says_what_it_raises(name: st
 
     assert name in _commands().commands
     assert "Raises" in (inspect.getdoc(getattr(btx, name)) or "")
+
+
+def test_what_docs_show_works(
+    run: RunFolder,
+    evaluation: Evaluation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but what trains: that is in the notebooks, which have tests of their own."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "my").symlink_to(run.path)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    left_out = [block for block in blocks if re.search(r"btx\.(run|sweep)\(", block)]
+    assert len(blocks) - len(left_out) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        code = compile(block, "docs/python.md", "exec")
+        if block not in left_out:
+            exec(code, names)
+    said = capsys.readouterr().out
+    assert "no such folder here" in said
+    assert "GB of disk" in said
+    assert set(re.findall(r"`btx\.(\w+)\(", page)) <= {*btx.__all__}
 
 
 # In a notebook

@@ -4,6 +4,12 @@ those of `align`. No torch.
 Which parameters of a model these are is in `btx.models.trainable`.
 """
 
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from btx.errors import UserError
+
 DENSE_TRAINABLE = ("all", "feed_forward", "lora")
 """`trainable` of a dense model; feed_forward are its FF sublayers, lora an adapter on each of their projections."""
 
@@ -17,3 +23,18 @@ MOE_TRAINABLE: dict[str, set[str]] = {
 
 ALIGN_TRAINABLE = (*MOE_TRAINABLE, "lora")
 """`trainable` in the sections of `align`; lora are adapters on the experts and on the attention."""
+
+
+def check_adapters(where: str) -> None:
+    """Refuse `trainable: lora` in a section of the recipe where adapters cannot be trained.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    if find_spec("peft") is not None:
+        return
+    extra, otherwise = ("lora", "feed_forward") if where == "train" else ("align", "all")
+    raise UserError(
+        f"{where}.trainable: lora trains adapters with peft, which is not installed: pip install "
+        f'"branchtrainmix[{extra}]"; or train the weights themselves: {where}.trainable={otherwise}'
+    )

@@ -83,6 +83,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, separ
     return Encoded(conversation.where, np.array(ids[:end], np.int64), learnt[:end])
 
 
+def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """The tokens after which a model answers a user's message.
+
+    Raises:
+        DataError: the chat template does not take it.
+    """
+    asked = Conversation("a question", ({"role": "user", "content": question},))
+    return cast(list[int], tokenizer.encode(_written(tokenizer, asked, 1, is_prompt=True), add_special_tokens=False))
+
+
 def _marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     return MARK in str(tokenizer.chat_template).replace("{%-", "{%")
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from btx.data.document_files import located
 from btx.data.json_lines import json_objects, refuse_half_characters
 from btx.errors import DataError
-from btx.recipe.align import Alignment, Dpo
+from btx.recipe.align import Alignment
 
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -91,14 +91,17 @@ def data_files(section: Alignment, root: str | None, name: str) -> list[Path]:
     return files
 
 
-def read_rows(section: Alignment, files: Sequence[Path]) -> Iterator[Row]:
-    """What the lines of the files say, in order; arguments as `data_files`.
+def read_rows(files: Sequence[Path], *, pairs: bool) -> Iterator[Row]:
+    """What the lines of the files say, in order.
+
+    Args:
+        pairs: they are two answers each; else conversations.
 
     Raises:
         DataError: a file that cannot be read or holds nothing, a line that is broken or says something else.
     """
-    of_line: Callable[[dict[str, Any], str], Row] = _preference if isinstance(section, Dpo) else _conversation
-    what = "pair of answers" if isinstance(section, Dpo) else "conversation"
+    of_line: Callable[[dict[str, Any], str], Row] = _preference if pairs else _conversation
+    what = "pair of answers" if pairs else "conversation"
     for file in files:
         empty = True
         for where, line in json_objects(file, what):

@@ -16,7 +16,7 @@ from torch import nn
 
 from btx.errors import CheckpointError
 from btx.models.trainable import trainable_names
-from btx.moe.layer import MoE
+from btx.moe.layer import MoE, moe_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,9 +90,16 @@ def _add(
 
 
 def plan_adapters(model: PreTrainedModel, rank: int) -> None:
-    """Give a model on the meta device the parameters that `add_adapters` would, for counting; needs no peft."""
-    modules = adapted_modules(model)
+    """Give a model on the meta device the parameters that `add_adapters`, or for a MoE model `add_moe_adapters`, would,
+    for counting; needs no peft."""
+    blocks = moe_blocks(model)
+    modules = moe_targets(model)[0] if blocks else adapted_modules(model)
     model.requires_grad_(False)
+    for block in blocks:
+        for name in EXPERT_WEIGHTS:
+            E, out, into = getattr(block.experts, name).shape
+            block.experts.register_parameter(f"{name}_lora_A", nn.Parameter(torch.empty(E * rank, into, device="meta")))
+            block.experts.register_parameter(f"{name}_lora_B", nn.Parameter(torch.empty(out, E * rank, device="meta")))
     for module in modules.values():
         module.lora_A = nn.Parameter(torch.empty(rank, module.in_features, device="meta"))
         module.lora_B = nn.Parameter(torch.empty(module.out_features, rank, device="meta"))

@@ -22,7 +22,7 @@ def model_stages(recipe: Recipe) -> dict[str, str]:
         **{str(name): f"baselines/{name}" for name in baselines},
         "mix": "mix",
         "btx": "finetune",
-        **{name: f"align/{name}" for name in (recipe.align.phases if recipe.align is not None else ())},
+        **{name: f"align/{name}" for name in recipe.alignments},
     }
 
 
@@ -47,7 +47,7 @@ def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str,
 def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:
     """Size and FLOPs of a model of the results when it is used, counted as the evaluation counts them."""
     seed = config_cost(dense)
-    if name in ("mix", "btx", *(recipe.align.phases if recipe.align is not None else ())):
+    if name in ("mix", "btx", *recipe.alignments):
         return moe_cost(recipe, dense, recipe.routing)
     if name in BTM:
         return side_by_side([seed] * len(recipe.member_names), BTM[name])

@@ -68,6 +68,8 @@ class Alignment(Section):
     load_balancing: Weight | None = None
     """Weight α of the load-balancing loss, the paper's, layer by layer, as in the finetuning; 0: none."""
 
+    PAIRS: ClassVar[bool] = False
+    """Whether a line has two answers, of which one is better."""
     EPOCHS: ClassVar[float]
     SHARE_OF_FINETUNING: ClassVar[float]
 
@@ -142,6 +144,7 @@ class Dpo(Alignment):
     beta: PositiveFloat = 0.1
     """β of the loss: how closely the model keeps to the reference."""
 
+    PAIRS: ClassVar[bool] = True
     EPOCHS: ClassVar[float] = 1.0
     SHARE_OF_FINETUNING: ClassVar[float] = 1 / 200
 
@@ -155,12 +158,12 @@ class Align(Section):
     """Preference optimisation of `sft`, else of the finetuned model: model `dpo`."""
 
     @property
-    def phases(self) -> dict[str, Alignment]:
+    def sections(self) -> dict[str, Alignment]:
         """Name → section, in the order in which they train."""
         return {name: section for name, section in (("sft", self.sft), ("dpo", self.dpo)) if section is not None}
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Align:
-        if not self.phases:
+        if not self.sections:
             raise ValueError("align needs sft, dpo or both; leave it out where the model stays as it is finetuned")
         return self

@@ -147,22 +147,20 @@ class _Stages:
 
     def _aligned(self, finetune: Stage) -> list[Stage]:
         """A stage for each section of `align`, each from the model of the one before."""
-        align, stages = self.recipe.align, [finetune]
-        for name in align.phases if align is not None else ():
+        stages = [finetune]
+        for name in self.recipe.alignments:
             settings, files = partial(self._phase, name), partial(self._phase_files, name)
             stages.append(self._stage(f"align/{name}", settings, stages[-1:], files=files))
         return stages[1:]
 
     def _phase(self, name: str) -> Settings:
         """What decides SFT or DPO: of its data what they hold, of `finetune` nothing that is not upstream."""
-        assert self.recipe.align is not None
-        section = self.recipe.align.phases[name].model_copy(update={"data": []})
+        section = self.recipe.alignments[name].model_copy(update={"data": []})
         files, length = list(self._phase_files(name).values()), self.recipe.data.sequence_length
         return {"align": {name: section}, "files": files, "sequence_length": length, **self.rng}
 
     def _phase_files(self, name: str) -> dict[str, str]:
-        assert self.recipe.align is not None
-        section, root = self.recipe.align.phases[name], self.recipe.data.root
+        section, root = self.recipe.alignments[name], self.recipe.data.root
         return {str(path): _content(path, f"align.{name}.data") for path in data_files(section, root, name)}
 
     def _evaluate(self) -> Settings:
@@ -228,9 +226,7 @@ class _Stages:
 
 def aligned_from(recipe: Recipe, name: str) -> str:
     """The stage from whose model a section of `align` goes on."""
-    assert recipe.align is not None
-    before = [other for other in recipe.align.phases if other != name]
-    return f"align/{before[0]}" if name == "dpo" and before else "finetune"
+    return "align/sft" if name == "dpo" and "sft" in recipe.alignments else "finetune"
 
 
 def _content(path: Path, where: str) -> str:

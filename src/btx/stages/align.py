@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btx.choices.trainable import check_adapters
 from btx.data.chat_text import Encoded, encode, with_template
 from btx.data.conversations import Preference, data_files, read_rows
 from btx.data.packed_conversations import PackedConversations, PackedPairs, fitted
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
     """SFT or DPO of the run's model."""
     recipe, name = run.recipe, stage.name.removeprefix("align/")
-    assert recipe.align is not None  # or there were no such stage
-    section, start = recipe.align.phases[name], run.model(aligned_from(recipe, name))
+    section, start = recipe.alignments[name], run.model(aligned_from(recipe, name))
+    if section.trainable == "lora":
+        check_adapters(f"align.{name}")
     tokenizer = load_tokenizer(start)
     is_given = with_template(tokenizer)
     samples = packed(run, name, section, tokenizer, log)
@@ -56,7 +58,7 @@ def packed(
         DataError: a line is broken, too long, or nothing the chat template takes.
     """
     recipe = run.recipe
-    length, pairs = recipe.data.sequence_length, isinstance(section, Dpo)
+    length, pairs = recipe.data.sequence_length, section.PAIRS
     files = data_files(section, recipe.data.root, name)
     fit = fitted(_encoded(section, files, tokenizer), length, section.too_long, where=f"align.{name}")
     kind = PackedPairs if pairs else PackedConversations
@@ -71,7 +73,7 @@ def _encoded(
     section: Alignment, files: list[Path], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Encoded, ...]]:  # fmt: skip
     separator = DocumentEncoder(tokenizer).separator
-    for row in read_rows(section, files):
+    for row in read_rows(files, pairs=section.PAIRS):
         answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
         yield tuple(encode(tokenizer, answer, separator) for answer in answers)
 

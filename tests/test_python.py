@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -181,6 +182,18 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_is_written(tmp_path: 
 def test_what_a_recipe_has_not_is_not_aligned(run: RunFolder) -> None:
     with pytest.raises(UserError, match="the recipe has no `align`"):
         btx.align(run)
+
+
+def test_align_trains_what_the_recipe_has(run: RunFolder) -> None:
+    folder = run.path.parent
+    talk = {"messages": [{"role": "user", "content": "owl?"}, {"role": "assistant", "content": "nests"}]}
+    (folder / "chat.jsonl").write_text(8 * (json.dumps(talk) + "\n"))
+    shutil.copytree(run.path, folder / "aligned")
+    chat = ["align.sft.data=chat.jsonl", "align.sft.learning_rate=1e-3", "align.sft.batch_tokens=128"]
+    prepared = RunFolder.create(pico_recipe(folder, "aligned", *SMALL, *chat))
+    aligned = btx.align(prepared, log=nothing)
+    assert aligned.state(aligned.graph["align/sft"]) == "done"
+    assert (aligned.model("align/sft") / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("call", [btx.evaluate, btx.analyze, btx.compare, btx.align])

@@ -21,7 +21,7 @@ def evaluate(
         help="Run folder; with --task also any model folder or hub name.")],
     model: Annotated[list[str] | None, typer.Option(
         "--model", metavar="NAME=MODEL",
-        help="Measure another model beside the run's, a folder or hub name; it stays in its results. Several may follow.",
+        help="Measure another model, a folder or hub name, and keep it beside the run's; several may follow.",
     )] = None,
     forget: Annotated[list[str] | None, typer.Option(
         metavar="NAME", help="Take another model out of the run's results; repeat.")] = None,

@@ -21,8 +21,8 @@ from btx.errors import CheckpointError
 from btx.evaluation.kept_experts import documents_for_curve, kept_curve
 from btx.evaluation.lag import changing_documents, lag
 from btx.evaluation.mixed_set import texts_to_halve
-from btx.evaluation.routing_statistics import RoutedTokens, routed_tokens, routing_statistics, together
 from btx.evaluation.routed_text import example_documents, name_of, routing_of, token_by_token
+from btx.evaluation.routing_statistics import RoutedTokens, routed_tokens, routing_statistics, together
 from btx.evaluation.token_classes import CLASSES, texts_of_vocabulary, token_class
 from btx.evaluation.used_for import TokenTotals
 from btx.files import write_json
@@ -155,6 +155,8 @@ class Analysis:
         with only_experts(model, allowed_E):
             routing, tokens, order = self._routing(model, tokenizer, domains)
         if self.dropped is not None:
+            routing["dropped"] = [self.experts[expert] for expert in self.dropped]
+            routing["dead"] = [place for place in routing["dead"] if place[1] not in self.dropped]
             order = [*self.dropped, next(e for e in order if e not in self.dropped)]
         packed = {name: pack(text.curve, self.sequence_length, apart=self.apart) for name, text in domains.items()}
         routing["kept"] = kept_curve(model, packed, self.experts, order)
@@ -186,7 +188,9 @@ class Analysis:
         routing: dict[str, Any] = layers | {
             "domains": {domain: total.summary(self.experts) for domain, total in totals.items()},
             "dead": dead_experts(list(totals.values())),
-            "statistics": routing_statistics(routed, self.experts, classes_of_tokens(tokenizer, vocabulary, routed), told),
+            "statistics": routing_statistics(
+                routed, self.experts, classes_of_tokens(tokenizer, vocabulary, routed), told
+            ),
             "used_for": token_totals.used_for(tokenizer, self.experts),
             **self._lag(model, tokenizer, domains),
         }

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 from btx.baselines.btm_model import load_model_or_btm
 from btx.data.domains import Question
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
+from btx.errors import UserError
 from btx.evaluation.any_model import keeps_apart
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.harness import Harness
@@ -25,7 +26,6 @@ from btx.evaluation.other_tokenizer import in_tokens_of
 from btx.evaluation.questions import read_questions
 from btx.evaluation.shown import ToShow, to_show
 from btx.evaluation.tasks import exact_match
-from btx.errors import UserError
 from btx.files import read_json, value_hash, write_json, write_sealed
 from btx.models.device import device_and_type, measuring_place
 from btx.models.loading import load_tokenizer
@@ -49,21 +49,29 @@ MEASURE_VERSION = 2
 class ModelEntry:
     """A model to evaluate, with what it cost to make."""
 
-    path: Path | str
-    """Model folder; of a model that is not the run's also a hub name."""
-    tokens: int | None
-    """Training tokens behind it, over all stages after the seed model; None of a model that is not the run's."""
-    flops: float | None
-    """Training FLOPs behind it, likewise."""
-    hours: float | None
-    """Measured hours of training behind it, stages that do not need each other side by side, likewise."""
+    path: Path
+    """Model folder."""
+    tokens: int
+    """Training tokens behind it, over all stages after the seed model."""
+    flops: float
+    """Training FLOPs behind it."""
+    hours: float
+    """Measured hours of training behind it, stages that do not need each other side by side."""
     inputs: str
     """Hash of everything the model was made from: kept results are used again while it stays the same."""
-    is_own: bool = True
-    """Whether the run has made it. Of another model nothing is taken for granted: neither the tokenizer nor how it
-    reads several texts in a row."""
     accounting: dict[str, Any] = field(default_factory=dict)
     """More of what it cost, for its row of the results (docs/baselines.md)."""
+
+
+@dataclass(frozen=True)
+class OtherEntry:
+    """A model that the run has not made. Nothing is taken for granted of it: neither the tokenizer nor how it reads
+    several texts in a row."""
+
+    path: Path | str
+    """Model folder or hub name."""
+    inputs: str
+    """Hash of what lies there."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class _Measures:
             length=min(self.length, longest), apart=not keeps_apart(model), shown=shown,
         )  # fmt: skip
 
-    def key(self, entry: ModelEntry, recipe: Recipe) -> str:
+    def key(self, entry: ModelEntry | OtherEntry, recipe: Recipe) -> str:
         """Hash of everything that decides a model's numbers."""
         return value_hash({
             "version": MEASURE_VERSION,
@@ -118,7 +126,7 @@ class _Measures:
             **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
 
-    def shown_key(self, entry: ModelEntry, recipe: Recipe) -> str:
+    def shown_key(self, entry: ModelEntry | OtherEntry, recipe: Recipe) -> str:
         """Hash of everything that decides what is shown of a model besides."""
         return self.shown.key(self.key(entry, recipe))
 
@@ -129,8 +137,9 @@ class _Measures:
 
 
 def evaluate_models(
-    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry], *, log: Log, folder: Path | None = None
-) -> dict[str, Any]:
+    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry | OtherEntry], *, log: Log,
+    folder: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure every model on every domain, the mixed set and every task; write results.json.
 
     Beside it, documents.json holds the bits of every document and whether each answer was right, for every model:
@@ -140,7 +149,7 @@ def evaluate_models(
     What the report shows of every model besides, single tokens and answers, is in shown.json
     (`btx.reporting.shapes.Shown`).
 
-    A model that is not the run's has no tokens, FLOPs and hours, but `other`: {"path"}. If it cannot be measured, it is
+    An `OtherEntry` has no tokens, FLOPs and hours, but `other`: {"path"}. If it cannot be measured, it is
     left out.
 
     A finished model is kept in models/ and not measured again while nothing behind its numbers changed, so a
@@ -172,13 +181,11 @@ def evaluate_models(
         try:
             record = _record(name, entry, recipe, measures, folder / "models" / kept_file(name), log)
         except UserError as error:
-            if entry.is_own:
+            if isinstance(entry, ModelEntry):
                 raise
             log(f"{name}: left out: {error}")
             continue
-        cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
-        cost |= {} if entry.is_own else {"other": {"path": str(entry.path)}}
-        results["models"][name] = record["measured"] | cost
+        results["models"][name] = record["measured"] | _cost(entry)
         documents["models"][name] = record["documents"]
         shown[name] = record["shown"]
     write_json(folder / "shown.json", measures.shown.together(shown))
@@ -190,6 +197,13 @@ def evaluate_models(
 def _asked(task: Task) -> dict[str, Any]:
     """A task's settings as they go into a key; `chat`, younger than kept results, where it changes something."""
     return task.model_dump(mode="json", exclude=set() if task.chat else {"chat"})
+
+
+def _cost(entry: ModelEntry | OtherEntry) -> dict[str, Any]:
+    """What results.json says of a model besides what was measured."""
+    if isinstance(entry, OtherEntry):
+        return {"flops": None, "tokens": None, "hours": None, "other": {"path": str(entry.path)}}
+    return {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
 
 
 class Kept(TypedDict):
@@ -207,7 +221,9 @@ def kept_file(name: str) -> str:
     return f"{name.replace('/', '__')}.json"
 
 
-def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry]) -> _Measures:
+def _what_to_measure(
+    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry | OtherEntry]
+) -> _Measures:  # fmt: skip
     settings = recipe.evaluate
     documents = {
         domain: held_out_documents(run_folder, recipe, domain, settings.tokens) for domain in recipe.data.domains
@@ -225,7 +241,7 @@ def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, Mode
 
 
 def _record(
-    name: str, entry: ModelEntry, recipe: Recipe, measures: _Measures, file: Path, log: Log
+    name: str, entry: ModelEntry | OtherEntry, recipe: Recipe, measures: _Measures, file: Path, log: Log
 ) -> dict[str, Any]:  # fmt: skip
     """What is kept of a model in `file`: what is missing there, or was made of something else, is measured."""
     before: dict[str, Any] | None = read_json(file, Kept)
@@ -238,7 +254,8 @@ def _record(
     answers = bool(measures.questions) or bool(measures.harness)
     model = load_model_or_btm(entry.path, measuring_place(recipe, log, answers=answers))
     tokenizer = load_tokenizer(entry.path)
-    measures = measures if entry.is_own else measures.as_read_by(model, tokenizer)
+    if isinstance(entry, OtherEntry):
+        measures = measures.as_read_by(model, tokenizer)
     measured = record or {"key": key, **_measure(model, tokenizer, recipe, measures)}
     shown = measures.shown.of(name, model, tokenizer, measured["measured"])
     write_sealed(file, measured | {"shown": {"key": shown_key, **shown}})

@@ -1,5 +1,5 @@
-"""What a routing says as a whole, and how sure it is: load of experts and pairs, what they tell of the domain, how alike
-layers route, what a token's position and class change. docs/analyze.md says how each is read.
+"""What a routing says as a whole, and how sure it is: load of experts and pairs, what they tell of the domain, how
+alike layers route, what a token's position and class change. docs/analyze.md says how each is read.
 
 Intervals are of 95 %. Tokens of one document are not independent, so whole documents are drawn anew, domain by domain
 (bootstrap; Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3); of a domain with more than
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,9 @@ def routed_tokens(routings_L: Sequence[Routing], rows: Packed) -> RoutedTokens:
         ids_TK = routing.expert_ids_TK.cpu()[mask_T].numpy()
         ids_TLK[:, layer, : ids_TK.shape[1]] = ids_TK
     # The separator at the start of a piece has position 0.
-    of_tokens = (rows.document_ids_BS, rows.position_ids_BS - 1, rows.input_ids_BS)
-    return RoutedTokens(*(values_BS.flatten()[mask_T].numpy() for values_BS in of_tokens), ids_TLK)
+    of_rows = (rows.document_ids_BS, rows.position_ids_BS - 1, rows.input_ids_BS)
+    document_T, position_T, token_T = (values_BS.flatten()[mask_T].numpy() for values_BS in of_rows)
+    return RoutedTokens(document_T, position_T, token_T, ids_TLK)
 
 
 def together(parts: Sequence[RoutedTokens]) -> RoutedTokens:
@@ -102,7 +103,7 @@ def routing_statistics(
     group_T = np.concatenate([group_T + start for group_T, start in zip(groups, starts, strict=False)])
     draws_RG = np.concatenate(draws, axis=1)
     position_T = np.digitize(everything.position_T, POSITIONS) - 1
-    ends = [f"{begin}-{end - 1}" for begin, end in zip(POSITIONS, POSITIONS[1:], strict=False)]
+    ends = [f"{begin}-{end - 1}" for begin, end in pairwise(POSITIONS)]
     positions = _cells([*ends, f"{POSITIONS[-1]}-"], position_T, group_T, everything.ids_TLK, E, draws_RG)
     by_class = _cells(CLASSES, class_V[everything.token_T], group_T, everything.ids_TLK, E, draws_RG)
     weight_T = np.concatenate([np.full(len(tokens.token_T), 1 / len(tokens.token_T)) for tokens in domains.values()])
@@ -264,7 +265,7 @@ def _interval(value: float, low: float, high: float) -> Interval:
 
 def _intervals(value: np.ndarray, drawn_R: np.ndarray) -> Any:
     """Values with their 2.5th and 97.5th percentile over resamples, which are inside 0 to 1, as nested lists."""
-    low, high = np.percentile(drawn_R, (2.5, 97.5), axis=0).clip(0, 1)
+    low, high = np.percentile(drawn_R, (2.5, 97.5), axis=0, method="nearest").clip(0, 1)
     low, high = np.minimum(low, value), np.maximum(high, value)
 
     def nested(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Any]:

@@ -156,8 +156,10 @@ class ToShow:
                 **tokens,
             })  # fmt: skip
         return {
-            "losses": {key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
-                       for key in self.examples},
+            "losses": {
+                key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
+                for key in self.examples
+            },
             "answers": cast(list[ShownAnswer], answers),
             "loads": {name: found["loads"] for name, found in kept.items() if "loads" in found},
         }

@@ -35,12 +35,12 @@ def moe_layers(model: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     others: list[nn.Module] = []
     for name, module in model.named_modules():
-        children = dict(module.named_children())
+        children: dict[str, nn.Module] = dict(module.named_children())
         if isinstance(module, MoE):
             layers.append(module)
-        elif "experts" in children and (routers := [children[name] for name in ROUTERS if name in children]):
+        elif "experts" in children and (routers := [children[each] for each in ROUTERS if each in children]):
             layers.append(routers[0])
-        elif isinstance(module, recorded) and "attention" not in name and "attn" not in name:
+        elif recorded and isinstance(module, recorded) and "attention" not in name and "attn" not in name:
             others.append(module)
     return layers or others
 
@@ -150,8 +150,9 @@ def only_experts(model: nn.Module, allowed_E: Tensor | None) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
             if isinstance(layer, MoE):
-                layer.allowed_E = allowed_E
-                stack.callback(setattr, layer, "allowed_E", None)
+                before_E = layer.allowed_E
+                stack.callback(setattr, layer, "allowed_E", before_E)
+                layer.allowed_E = allowed_E if before_E is None else allowed_E & before_E
             else:
                 stack.enter_context(_forbidden(layer, ~allowed_E))
         yield
@@ -200,7 +201,7 @@ class _MinusInfinity(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.topk, Tensor.topk) and args and args[0].shape[-1] == len(self.forbidden_E):
             indices = function(self._masked(args[0]), *args[1:], **kwargs).indices
-            return torch.return_types.topk([args[0].gather(-1, indices), indices])
+            return torch.return_types.topk((args[0].gather(-1, indices), indices))
         result = function(*args, **kwargs)
         return self._masked(result) if function in (F.linear, torch.matmul, Tensor.matmul) else result
 

@@ -45,6 +45,8 @@ class ModelResult(TypedDict):
     hours: NotRequired[float | None]
     predicted: NotRequired[dict[str, Any]]
     matched: NotRequired[dict[str, Any]]
+    other: NotRequired[dict[str, str]]
+    """Of a model that is not the run's: its `path`."""
 
 
 class Results(TypedDict):
@@ -156,6 +158,10 @@ class Routing(TypedDict):
     experts: list[str]
     domains: dict[str, DomainRouting]
     dead: NotRequired[list[list[int]]]
+    model: NotRequired[str]
+    """Of `btx analyze MODEL`: what was analysed."""
+    dropped: NotRequired[list[str]]
+    """Experts that no token could use (`--without`)."""
     statistics: NotRequired[Statistics]
     used_for: NotRequired[dict[str, UsedFor]]
     lag: NotRequired[Lag]

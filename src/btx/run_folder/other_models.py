@@ -1,5 +1,5 @@
-"""Models that are no run's own and are measured beside it: other_models.json of a run folder. It lies outside the stages,
-so that it makes none stale and is there when one is made anew. Plain Python.
+"""Models that are not a run's own and are measured beside it: other_models.json of a run folder. It lies outside the
+stages, so that it makes none stale and is there when one is made anew. Plain Python.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ def check_other_models(recipe: Recipe, models: Mapping[str, str | Path]) -> None
         UserError: of a name.
         CheckpointError: of a folder.
     """
-    ours = {"seed", "mix", "btx", *map(str, recipe.baselines)}
+    experts = [f"expert__{domain}" for domain in recipe.train.domains]  # as files call expert/DOMAIN
+    ours = {"seed", "mix", "btx", *map(str, recipe.baselines), *experts}
     for name, path in models.items():
         if not NAME.fullmatch(name):
-            raise UserError(f"--model {name}: a name has letters, digits, `_`, `.` and `-`, 64 at most, and starts with "
-                            f"a letter or digit")  # fmt: skip
+            raise UserError(f"--model {name}: a name has letters, digits, `_`, `.` and `-`, 64 at most, and begins "
+                            f"with a letter or digit")  # fmt: skip
         if name in ours:
             raise UserError(f"--model {name}: the run has a model of this name; its own: {', '.join(sorted(ours))}")
         check_model_or_btm(path)

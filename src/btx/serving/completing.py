@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from btx.baselines.btm_model import BtmReader
 from btx.data.token_texts import TokenTexts
 from btx.models.outputs import SideBySide, open_reader
+from btx.moe.any_moe import only_experts, watched
 from btx.moe.balancing import sparse_gates
 from btx.moe.routers import Routing
-from btx.moe.any_moe import only_experts, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

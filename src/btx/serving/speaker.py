@@ -14,8 +14,8 @@ from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.models.device import choose_device
-from btx.models.loading import load_tokenizer
 from btx.models.expert_names import names_of_experts
+from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide
 from btx.models.placement import Place
 from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop

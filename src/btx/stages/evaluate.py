@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import UserError
-from btx.evaluation.evaluate import ModelEntry, evaluate_models
+from btx.evaluation.evaluate import OtherEntry, evaluate_models
 from btx.files import write_text
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
+from btx.reporting.report import write_report
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.other_models import (
@@ -27,7 +28,7 @@ from btx.training.trackers.follow import FOLDER, followed
 from btx.training.trackers.tracker import Tracked
 
 PATIENCE_S = 60.0
-"""How long an evaluation that is just ending is waited for."""
+"""How long an evaluation, or a report, that is just ending is waited for."""
 
 
 def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -56,6 +57,9 @@ def evaluate_beside(
     else:
         evaluate_others(run, interrupts, log)
     measured = read_output(run.path / "evaluate" / "results.json")["models"]
+    if (run.path / "report" / "index.html").is_file():
+        with exclusive(run.path, "report", patience_s=PATIENCE_S):
+            write_report(run.path)
     if missing := [name for name in models if name not in measured]:
         forget_other_models(run.path, missing)
         raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "
@@ -75,19 +79,20 @@ def _measure(run: RunFolder, folder: Path, kept: Sequence[str], log: Log) -> dic
     for name in kept:
         if (before := run.folder("evaluate") / name).is_dir() and not (folder / name).exists():
             shutil.copytree(before, folder / name)
-    models = models_of_run(run)
-    return evaluate_models(run.path, run.recipe, models | _others(run, set(models), log), log=log, folder=folder)
+    ours = models_of_run(run)
+    models = {**ours, **_others(run, set(ours), log)}
+    return evaluate_models(run.path, run.recipe, models, log=log, folder=folder)
 
 
-def _others(run: RunFolder, ours: set[str], log: Log) -> dict[str, ModelEntry]:
+def _others(run: RunFolder, ours: set[str], log: Log) -> dict[str, OtherEntry]:
     """The models beside the run's, but for those whose name the run has given to one of its own since."""
-    entries = {}
+    entries: dict[str, OtherEntry] = {}
     for name, model in read_other_models(run.path).items():
         if name in ours:
             log(f"{name}: the run has a model of this name now; {model['path']} is left out")
         else:
             path = Path(model["path"]) if Path(model["path"]).is_absolute() else model["path"]
-            entries[name] = ModelEntry(path, None, None, None, model["inputs"], is_own=False)
+            entries[name] = OtherEntry(path, model["inputs"])
     return entries
 
 

@@ -125,6 +125,7 @@ def test_other_models_stand_beside_the_runs(run: RunFolder, evaluation: Evaluati
         btx.evaluate(copied, {"btx": run.model("seed")})
 
 
+@pytest.mark.long
 def test_any_mixed_model_is_analysed_on_any_text(run: RunFolder, tmp_path: Path) -> None:
     texts = {"a": run.path.parent / "birds.jsonl", "b": run.path.parent / "tools.jsonl"}
     found = btx.analyze(run.model("mix"), texts, tmp_path / "analysis", tokens=300, examples=0, log=nothing)

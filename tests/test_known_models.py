@@ -117,7 +117,8 @@ def test_the_same_text_in_other_tokens_and_the_same_tokens_where_the_text_has_th
     for before, after in zip(documents, in_tokens_of(other, documents, tokenizer()), strict=True):
         text = tokenizer().decode(before.tokens[1:].tolist())
         assert after.bytes == before.bytes == len(text.encode())
-        assert after.tokens[0] == other.eos_token_id and len(after.tokens) == 1 + len(text)
+        assert after.tokens[0] == other.eos_token_id
+        assert len(after.tokens) == 1 + len(text)
     chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer, eos_token="7")  # as SFT leaves it
     assert all(new is old for new, old in zip(in_tokens_of(chatty, documents, tokenizer()), documents, strict=True))
 
@@ -137,10 +138,10 @@ def test_another_model_is_measured_beside_the_run_s_whatever_it_is(tmp_path: Pat
     results = evaluate_models(run, recipe(), {**ours, **others}, log=said.append)["models"]
     assert list(results) == ["seed", "btx", "copy", "characters", "lfm"]
     assert any(line.startswith("broken: left out: ") and "nothing" in line for line in said)
-    assert (
-        results["copy"]["domains"] == results["btx"]["domains"] and results["copy"]["tasks"] == results["btx"]["tasks"]
-    )
-    assert results["copy"]["other"] == {"path": str(btx)} and results["copy"]["tokens"] is None
+    assert results["copy"]["domains"] == results["btx"]["domains"]
+    assert results["copy"]["tasks"] == results["btx"]["tasks"]
+    assert results["copy"]["other"] == {"path": str(btx)}
+    assert results["copy"]["tokens"] is None
     size = len(PreTrainedTokenizerFast.from_pretrained(tmp_path / "characters"))
     for domain, found in results["characters"]["domains"].items():
         assert found["bytes"] == results["btx"]["domains"][domain]["bytes"]
@@ -152,14 +153,16 @@ def test_another_model_is_measured_beside_the_run_s_whatever_it_is(tmp_path: Pat
     assert shown["loads"].keys() == {"btx"}  # of no other model is known that its experts are the run's
     report_table({"models": results})
     rows = {row.name: row for row in results_table({"models": results}).rows}
-    assert "not the run's" in rows["lfm"].description and rows["lfm"].costs[0].text == "–"
+    assert "not the run's" in rows["lfm"].description
+    assert rows["lfm"].costs[0].text == "–"
     difference = compare_models(run, "btx", "characters")["models"]["characters"]["mean"]["difference"]
     gap = results["btx"]["mean_bits_per_byte"] - results["characters"]["mean_bits_per_byte"]
     assert difference == pytest.approx(gap, abs=1e-3)
     said.clear()
     gone = replace(others["copy"], path=tmp_path / "moved")
     again = evaluate_models(run, recipe(), {**ours, "copy": gone}, log=said.append)["models"]
-    assert again["copy"]["domains"] == results["copy"]["domains"] and "copy: measured before, kept" in said
+    assert again["copy"]["domains"] == results["copy"]["domains"]
+    assert "copy: measured before, kept" in said
 
 
 def test_names_beside_a_run_s_models_are_checked_and_kept(tmp_path: Path) -> None:
@@ -200,6 +203,7 @@ def test_a_finished_run_takes_other_models_and_stays_finished(tmp_path: Path) ->
     changed = pico_recipe(tmp_path, "run", "evaluate.tokens=400")
     run_here(changed, ["evaluate"])  # made anew, with the others
     again = read_json(run.path / "evaluate/results.json")["models"]
-    assert again.keys() == found.keys() and again["a"]["domains"] != found["a"]["domains"]
+    assert again.keys() == found.keys()
+    assert again["a"]["domains"] != found["a"]["domains"]
     CliRunner().invoke(app, ["evaluate", str(run.path), "--forget", "a"], catch_exceptions=False)
     assert read_json(run.path / "evaluate/results.json")["models"].keys() == found.keys() - {"a"}

@@ -52,7 +52,8 @@ def test_values_are_those_of_the_formulas() -> None:
         assert found["specialisation"][layer]["value"] == pytest.approx(shared / math.log(2), abs=1e-4)
     both = entropy(first[0]) + entropy(first[1]) - entropy(list(zip(*first, strict=True)))
     assert found["similarity"][0][1] == pytest.approx(2 * both / (entropy(first[0]) + entropy(first[1])), abs=1e-4)
-    assert found["similarity"][0] == found["similarity"][1][::-1] and found["similarity"][0][0] == 1
+    assert found["similarity"][0] == found["similarity"][1][::-1]
+    assert found["similarity"][0][0] == 1
     assert found["positions"].keys() == {"0-15", "16-63"}
     everything = np.concatenate(chosen)
     early = np.concatenate([np.arange(300) % 30 < 16] * 2)

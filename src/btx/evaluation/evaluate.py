@@ -107,7 +107,8 @@ class _Measures:
         same = all(new is old for name, documents in self.documents.items()
                    for new, old in zip(read[name], documents, strict=True))  # fmt: skip
         longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or self.length
-        shown = self.shown if same else replace(self.shown, examples={}, texts={})  # token by token nothing compares
+        shown = replace(self.shown, only_named=True)
+        shown = shown if same else replace(shown, examples={}, texts={})  # token by token nothing compares
         return replace(
             self, documents=read, mixed_documents=in_tokens_of(theirs, self.mixed_documents, self.tokenizer),
             length=min(self.length, longest), apart=not keeps_apart(model), shown=shown,

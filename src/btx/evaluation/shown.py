@@ -68,6 +68,8 @@ class ToShow:
     asked: list[Asked]
     texts: dict[str, list[HeldOutDocument]]
     """Domain → the text on which loads are compared."""
+    only_named: bool = False
+    """Whether a model has the run's experts only if its config says so: for models that the run has not made."""
 
     def key(self, measured: str) -> str:
         """Hash of everything that decides what is kept of a model.
@@ -137,7 +139,7 @@ class ToShow:
         if (count := num_experts(cast(Any, model))) != len(experts) or not self.texts:
             return False
         said = names_in(model.config.to_dict(), count)
-        return said == experts if said is not None else name in ("mix", RUN_MODEL, *self.recipe.baselines)
+        return said == experts if said is not None or self.only_named else True
 
     def together(self, kept: Mapping[str, Mapping[str, Any]]) -> Shown:
         """shown.json; it has no answers where the run's model is not among the models.

@@ -40,18 +40,18 @@ def moe_layers(model: nn.Module) -> list[nn.Module]:
             layers.append(module)
         elif "experts" in children and (routers := [children[each] for each in ROUTERS if each in children]):
             layers.append(routers[0])
-        elif recorded and isinstance(module, recorded) and "attention" not in name and "attn" not in name:
+        elif isinstance(module, recorded) and "attention" not in name and "attn" not in name:
             others.append(module)
     return layers or others
 
 
-def _recorded(model: nn.Module) -> tuple[type, ...]:
+def _recorded(model: nn.Module) -> tuple[type[nn.Module], ...]:
     """The classes of whose outputs transformers takes router logits."""
     said = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
     wanted = [recorders.get("router_logits") for recorders in said]
     flat = [recorder for entry in wanted for recorder in (entry if isinstance(entry, list) else [entry])]
     classes = [getattr(recorder, "target_class", recorder) for recorder in flat]
-    return tuple({found for found in classes if isinstance(found, type)})
+    return tuple({found for found in classes if isinstance(found, type) and issubclass(found, nn.Module)})
 
 
 def num_experts(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import UserError
-from btx.evaluation.evaluate import OtherEntry, evaluate_models
+from btx.evaluation.evaluate import ModelEntry, OtherEntry, evaluate_models
 from btx.files import write_text
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
@@ -80,7 +80,7 @@ def _measure(run: RunFolder, folder: Path, kept: Sequence[str], log: Log) -> dic
         if (before := run.folder("evaluate") / name).is_dir() and not (folder / name).exists():
             shutil.copytree(before, folder / name)
     ours = models_of_run(run)
-    models = {**ours, **_others(run, set(ours), log)}
+    models: dict[str, ModelEntry | OtherEntry] = {**ours, **_others(run, set(ours), log)}
     return evaluate_models(run.path, run.recipe, models, log=log, folder=folder)
 
 

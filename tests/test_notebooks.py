@@ -131,7 +131,7 @@ def test_a_kernel_lives_on_after_an_interrupt_and_after_an_error_and_the_run_goe
     interrupted.join()
     names = [[output.ename for output in cell.outputs if output.output_type == "error"] for cell in client.nb.cells]
     assert names == [[], ["Interrupted"], ["RunFolderError"], [], [], []]
-    assert "390" in client.nb.cells[5].outputs[-1]["data"]["text/plain"]
+    assert "391" in client.nb.cells[5].outputs[-1]["data"]["text/plain"]
     assert "resumed after step" in "".join(shown(client, "stream"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,7 @@ def test_other_models_stand_beside_the_runs(run: RunFolder, evaluation: Evaluati
         btx.evaluate(copied, {"btx": run.model("seed")})
 
 
+@pytest.mark.long
 def test_any_mixed_model_is_analysed_on_any_text(run: RunFolder, tmp_path: Path) -> None:
     texts = {"a": run.path.parent / "birds.jsonl", "b": run.path.parent / "tools.jsonl"}
     found = btx.analyze(run.model("mix"), texts, tmp_path / "analysis", tokens=300, examples=0, log=nothing)
@@ -150,6 +152,7 @@ def _copied(run: RunFolder, folder: Path) -> Path:
     return Path(shutil.copytree(run.path, folder / "copy"))
 
 
+@pytest.mark.long
 def test_sweep_returns_every_run_of_every_variant(
     run: RunFolder, evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +185,18 @@ def test_what_a_recipe_has_not_is_not_aligned(run: RunFolder) -> None:
         btx.align(run)
 
 
+def test_align_trains_what_the_recipe_has(run: RunFolder) -> None:
+    folder = run.path.parent
+    talk = {"messages": [{"role": "user", "content": "owl?"}, {"role": "assistant", "content": "nests"}]}
+    (folder / "chat.jsonl").write_text(8 * (json.dumps(talk) + "\n"))
+    shutil.copytree(run.path, folder / "aligned")
+    chat = ["align.sft.data=chat.jsonl", "align.sft.learning_rate=1e-3", "align.sft.batch_tokens=128"]
+    prepared = RunFolder.create(pico_recipe(folder, "aligned", *SMALL, *chat))
+    aligned = btx.align(prepared, log=nothing)
+    assert aligned.state(aligned.graph["align/sft"]) == "done"
+    assert (aligned.model("align/sft") / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("call", [btx.evaluate, btx.analyze, btx.compare, btx.align])
 def test_what_is_no_run_is_an_exception(call: Any, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="no run folder"):
@@ -194,6 +209,32 @@ def test_a_function_has_the_name_of_its_command_and_says_what_it_raises(name: st
 
     assert name in _commands().commands
     assert "Raises" in (inspect.getdoc(getattr(btx, name)) or "")
+
+
+def test_what_docs_show_works(
+    run: RunFolder,
+    evaluation: Evaluation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but what trains: that is in the notebooks, which have tests of their own."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "my").symlink_to(run.path)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    left_out = [block for block in blocks if re.search(r"btx\.(run|sweep)\(", block)]
+    assert len(blocks) - len(left_out) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        code = compile(block, "docs/python.md", "exec")
+        if block not in left_out:
+            exec(code, names)
+    said = capsys.readouterr().out
+    assert "no such folder here" in said
+    assert "GB of disk" in said
+    assert set(re.findall(r"`btx\.(\w+)\(", page)) <= {*btx.__all__}
 
 
 # In a notebook

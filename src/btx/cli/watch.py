@@ -13,7 +13,8 @@ from btx.cli.plan import AsJson
 def watch(
     run_folder: Annotated[Path, typer.Argument(help="Run folder, or a sweep's; it may still be to come.")],
     every: Annotated[float | None, typer.Option(
-        min=0.1, metavar="SECONDS", help="Between two looks; default: 1 on a terminal, 10 elsewhere.")] = None,
+        min=0.1, max=3600.0, metavar="SECONDS",
+        help="Between two looks; default: 1 on a terminal, 10 elsewhere.")] = None,
     html: Annotated[bool, typer.Option("--html", help="Write the run's report anew every half minute.")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip

@@ -13,6 +13,7 @@ from btx.evaluation.evaluate import ModelEntry, OtherEntry, evaluate_models
 from btx.files import write_text
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
+from btx.reporting.report import write_report
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.other_models import (
@@ -27,7 +28,7 @@ from btx.training.trackers.follow import FOLDER, followed
 from btx.training.trackers.tracker import Tracked
 
 PATIENCE_S = 60.0
-"""How long an evaluation that is just ending is waited for."""
+"""How long an evaluation, or a report, that is just ending is waited for."""
 
 
 def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -56,6 +57,9 @@ def evaluate_beside(
     else:
         evaluate_others(run, interrupts, log)
     measured = read_output(run.path / "evaluate" / "results.json")["models"]
+    if (run.path / "report" / "index.html").is_file():
+        with exclusive(run.path, "report", patience_s=PATIENCE_S):
+            write_report(run.path)
     if missing := [name for name in models if name not in measured]:
         forget_other_models(run.path, missing)
         raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "

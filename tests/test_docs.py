@@ -111,8 +111,19 @@ def commands(text: str) -> Iterator[str]:
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         for part in re.split(r"\s{3,}(?=btx )|&&|;(?= )", line):
             match = re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?btx (.*)", part)
-            if match:
-                yield match[1]
+            if match:  # a quotation that ends there began before btx: ssh there '... && btx ...'
+                yield match[1].rstrip("'\"") if match[1].count("'") % 2 else match[1]
+
+
+@cache
+def all_commands() -> Any:
+    """The group of all commands: of the click that typer brings, or of the installed one."""
+    return get_command(app)
+
+
+@cache
+def schema() -> dict[str, Any]:
+    return recipe_schema()
 
 
 class NoCommand(Exception):
@@ -125,14 +136,16 @@ def parsed(command: str) -> dict[str, Any]:
     Raises:
         NoCommand: it takes no such command, option or value.
     """
-    words = shlex.split(command, comments=True)
+    words = [word for word in shlex.split(command, comments=True) if word != "..."]
     words = words[: next((place for place, word in enumerate(words) if re.fullmatch(r"\||>>?|2>|&", word)), None)]
-    group: Any = get_command(app)  # typer brings a click of its own, or takes the installed one
+    group = all_commands()
     root = group.context_class(group, info_name="btx")
     try:
         name, found, rest = group.resolve_command(root, words)
         values: dict[str, Any] = found.make_context(name, rest, parent=root).params
     except Exception as error:
+        if getattr(error, "exit_code", None) == 0:  # --help
+            return {}
         if not hasattr(error, "format_message"):
             raise
         raise NoCommand(error.format_message()) from error
@@ -141,11 +154,11 @@ def parsed(command: str) -> dict[str, Any]:
 
 def unknown_key(override: str) -> str | None:
     """The first part of a dotted key that no recipe has."""
-    node = recipe_schema()
+    node = schema()
     for part in override.partition("=")[0].split("."):
         choices = [node, *node.get("anyOf", []), *node.get("oneOf", [])]
         refs = [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
-        choices += [recipe_schema()["$defs"][ref] for ref in refs]
+        choices += [schema()["$defs"][ref] for ref in refs]
         following = [choice["properties"][part] for choice in choices if part in choice.get("properties", {})]
         open_ended = [choice["additionalProperties"] for choice in choices if choice.get("additionalProperties")]
         if not following and not open_ended:
@@ -230,9 +243,9 @@ def test_missing_names_are_noticed() -> None:
 
 def test_the_site_has_every_page_in_its_order_of_reading() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
-    listed = re.findall(r"[\w-]+\.md", str(settings["nav"]))
-    here = {page.name for page in (ROOT / "docs").glob("*.md")} | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"}
-    assert sorted(listed) == sorted(here | {"index.zh-CN.md"})
+    listed = re.findall(r"[\w.-]+\.md", str(settings["nav"]))
+    beside = {"index.md", "index.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"}
+    assert sorted(listed) == sorted(beside | {page.name for page in (ROOT / "docs").glob("*.md")})
 
 
 # The Chinese README

@@ -38,7 +38,7 @@ def test_values_and_defaults_are_in_words() -> None:
     assert "| `trainable` | `all`, `feed_forward`" in page
     assert "All [Training settings](#training-settings), and:" in page
     assert "All [Slurm job settings](#slurm-job-settings), and:" in page
-    assert page.count("| `warmup_steps` |") == 2  # said once for all training stages, and once for `baseline_training`
+    assert page.count("| `warmup_steps` |") == 3  # once for all training stages, once for baselines, once for align
 
 
 def test_the_schema_is_json_schema_with_descriptions() -> None:

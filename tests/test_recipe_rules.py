@@ -43,6 +43,9 @@ BROKEN = {
     "_generated_mixed_documents_have_their_generators": (
         ["evaluate.mixed.kind=generated", "evaluate.mixed.documents=2"],
         "there is none of code, general, knowledge, math; use kind: halves"),
+    "_adapters_on_experts_are_trained_by_one_process": (
+        ["align.sft.data=chat.jsonl", "align.sft.trainable=lora", "launch.processes=2"],
+        "align.sft.trainable: lora is trained by one process"),
     "_the_merge_fits_its_members": (["mix.merge=weighted", "mix.merge_weights={fish: 1.0}"], "mix.merge: "),
     "_branches_are_equal_where_baselines_need_it": (
         ["train.domain_tokens={birds: 512}", "baselines=[dense_dm]"], "read the branches' sequences in turn"),

@@ -54,18 +54,19 @@ def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
 
 def moe_cost(
     recipe: Recipe, dense: dict[str, Any], routing: RoutingRule, *, dense_router_gradient: bool = False,
-    trainable: str = "all",
+    trainable: str = "all", lora_rank: int = 0,
 ) -> ModelCost:  # fmt: skip
     """Cost of the mixed model with a router.
 
     Args:
         dense_router_gradient: count every expert for every token, as then in training.
-        trainable: what trains, as in `finetune.trainable`.
+        trainable: what trains, as in `finetune.trainable`, or lora.
+        lora_rank: of the adapters, where that is lora.
     """
     num_experts = len(recipe.expert_names)
     used = routing.mean_experts_per_token(int(dense["num_hidden_layers"]), num_experts)
     run = num_experts if dense_router_gradient else used
-    return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable)
+    return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable, lora_rank=lora_rank)
 
 
 def finetuning_cost(recipe: Recipe, dense: dict[str, Any]) -> ModelCost:

@@ -1,7 +1,10 @@
-"""Which weights may be told to train: the names behind `train.trainable` and `finetune.trainable`. No torch.
+"""Which weights may be told to train: the names behind `train.trainable`, `finetune.trainable` and
+those of `align`. No torch.
 
 Which parameters of a model these are is in `btx.models.trainable`.
 """
+
+from __future__ import annotations
 
 DENSE_TRAINABLE = ("all", "feed_forward", "lora")
 """`trainable` of a dense model; feed_forward are its FF sublayers, lora an adapter on each of their projections."""
@@ -13,3 +16,15 @@ MOE_TRAINABLE: dict[str, set[str]] = {
     "shared": {"shared"},
 }
 """`trainable` of a MoE model → parts that train; shared are all but experts and routers."""
+
+ALIGN_TRAINABLE = (*MOE_TRAINABLE, "lora")
+"""`trainable` in the sections of `align`; lora are adapters on the experts and on the attention."""
+
+
+def without_peft(where: str) -> str:
+    """What to say of `trainable: lora` in a section of the recipe where peft is not installed."""
+    extra, otherwise = ("lora", "feed_forward") if where == "train" else ("align", "all")
+    return (
+        f"{where}.trainable: lora trains adapters with peft, which is not installed: pip install "
+        f'"branchtrainmix[{extra}]"; or train the weights themselves: {where}.trainable={otherwise}'
+    )

@@ -212,6 +212,14 @@ def finetune(run_folder: RunArgument) -> None:
 
 
 @app.command()
+def align(run_folder: RunArgument) -> None:
+    """Train the finetuned model of a run on conversations, then on preferences: what its recipe has under `align`."""
+    if not open_run(run_folder).graph.aligned:
+        raise UserError(f"{run_folder}: the recipe has no `align`; it says what to train on (docs/after.md)")
+    work_on(run_folder, ["align"])
+
+
+@app.command()
 def baselines(
     run_folder: RunArgument,
     names: Annotated[list[str] | None, typer.Argument(help="Baselines of the recipe; default: all of them.")] = None,

@@ -30,7 +30,7 @@ def chat(
     from btx.serving.expert_choice import ExpertChoice
     from btx.serving.refusals import check_completion, check_sampling
 
-    path = model / "finetune" / "model" if (model / "recipe.yaml").is_file() else model
+    path = _last_model(model) if (model / "recipe.yaml").is_file() else model
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
     check_sampling(temperature, top_p, max_new_tokens)
@@ -57,6 +57,12 @@ def serve(
     from btx.serving.server import serve as start_server
 
     start_server(paths, host=host, port=port, log=typer.echo)
+
+
+def _last_model(run: Path) -> Path:
+    """The model that a run has made of its experts: the aligned one if there is one, else the finetuned one."""
+    made = [run / stage for stage in ("align/dpo", "align/sft") if (run / stage / "done.json").is_file()]
+    return (made[0] if made else run / "finetune") / "model"
 
 
 def _served(model: Path) -> dict[str, Path]:

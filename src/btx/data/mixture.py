@@ -15,8 +15,9 @@ A training sequence is S + 1 consecutive tokens of a token file, the last being 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import ceil, isqrt
+from typing import Self
 
 import numpy as np
 
@@ -40,6 +41,15 @@ class Batch:
     """The next token; -100 where none is to be learnt (after a document's own eos)."""
     position_ids: np.ndarray
     """Tokens since the document's start, or since the sequence's: attention stops where they restart."""
+
+    @property
+    def scored(self) -> int:
+        """Labels, over which the loss is a mean."""
+        return int((self.labels != NO_LABEL).sum())
+
+    def rows(self, which: slice) -> Self:
+        """Some of the sequences."""
+        return type(self)(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 class Mixture:

@@ -37,6 +37,7 @@ from btx.reporting.shapes import ModelResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from btx.recipe.evaluate import Task
     from btx.recipe.schema import Recipe
 
 Log = Callable[[str], None]
@@ -140,7 +141,7 @@ class _Measures:
             "arithmetic": [str(value) for value in device_and_type(recipe)],
             "domains": {name: packed.fingerprint() for name, packed in self.packed.items()},
             "mixed": self.mixed and self.mixed.fingerprint(),
-            "tasks": {name: recipe.evaluate.tasks[name].model_dump(mode="json") for name in self.questions},
+            "tasks": {name: _asked(recipe.evaluate.tasks[name]) for name in self.questions},
             "questions": {name: [asdict(question) for question in asked] for name, asked in self.questions.items()},
             **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
@@ -199,6 +200,11 @@ def evaluate_models(
     write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
+
+
+def _asked(task: Task) -> dict[str, Any]:
+    """A task's settings as they go into a key; `chat`, younger than kept results, where it changes something."""
+    return task.model_dump(mode="json", exclude=set() if task.chat else {"chat"})
 
 
 class Kept(TypedDict):

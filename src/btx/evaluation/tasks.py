@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from btx.data.chat_text import question_ids
 from btx.data.domains import Question
 from btx.data.token_files import DocumentEncoder
 from btx.models.measuring_memory import ANSWERING
@@ -78,7 +79,9 @@ def exact_match(
         batch_tokens: positions (prompt and new tokens) of the questions answered at once.
     """
     prompts = [question.prompt for question in questions]
-    outputs = complete(model, tokenizer, prompts, task.answer_after, task.max_new_tokens, batch_tokens=batch_tokens)
+    outputs = complete(
+        model, tokenizer, prompts, task.answer_after, task.max_new_tokens, batch_tokens=batch_tokens, chat=task.chat
+    )
     answers = []
     for question, output in zip(questions, outputs, strict=True):
         given, gold = final_answer(output, task.answer_after), gold_answer(question.answer, task.answer_after)
@@ -106,17 +109,22 @@ def gold_answer(gold: str, answer_after: str | None) -> str:
 
 def complete(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
-    answer_after: str | None, max_new_tokens: int, *, batch_tokens: int = BATCH_TOKENS,
+    answer_after: str | None, max_new_tokens: int, *, batch_tokens: int = BATCH_TOKENS, chat: bool = False,
 ) -> list[str]:  # fmt: skip
     """Greedy continuations, batched with left padding; a prompt starts like a document, with the separator.
 
     A continuation ends at the end-of-text token, at the line end after its answer, or after `max_new_tokens`.
+
+    Args:
+        chat: ask a model with a chat template each prompt as a user's message.
 
     Returns:
         One text a prompt, without special tokens.
     """
     encoder = DocumentEncoder(tokenizer)
     encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    if chat and getattr(tokenizer, "chat_template", None):
+        encoded = [question_ids(tokenizer, prompt) for prompt in prompts]
     line_ends = _line_end_tokens(tokenizer)
 
     def ends(new_ids: list[int]) -> bool:

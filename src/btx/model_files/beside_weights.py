@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
-from btx.files import write_json
+from btx.files import read_json, write_json
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "tekken.json", "chat_template*", "additional_chat_templates", "*.jinja",
 )  # fmt: skip
 """Files and folders that are a tokenizer's, and travel with it."""
+CHAT_TEMPLATE = "chat_template.jinja"
 SETTINGS = ("config.json", "btx.json", "mix.json", "generation_config.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -95,3 +96,13 @@ def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
         tokens = {key: config.get(key) for key in SPECIAL_IDS}
         known = {key: token for key, token in tokens.items() if token is not None}
         write_json(file, {"_from_model_config": True, **known})
+
+
+def add_ends(folder: Path, ends: Collection[int]) -> None:
+    """Add tokens to those at which the generation settings of a folder end a text."""
+    file = folder / "generation_config.json"
+    settings: dict[str, Any] = read_json(file) or {}
+    declared = settings.get("eos_token_id")
+    known = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if more := sorted(set(ends) - set(known)):
+        write_json(file, settings | {"eos_token_id": [*known, *more]})

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
 ROOT_CALL = "call_as_forward"
 """Attribute of a sharded model: a forward of its root that runs any function."""
 
@@ -60,11 +61,11 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, ROOT_CALL)
 
 
-def as_forward(model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+def as_forward(model: nn.Module, compute: Callable[[], T]) -> T:
     """What `compute` gives, with the weights of a sharded model's root put together as in its forward: for a loss that
     takes the head's weight itself. What goes in stays on the host, where FSDP2 would move a forward's arguments."""
     call = getattr(model, ROOT_CALL, None)
-    return compute() if call is None else cast(Tensor, call(compute))
+    return compute() if call is None else cast(T, call(compute))
 
 
 def local_rows(tensor: Tensor) -> Tensor:

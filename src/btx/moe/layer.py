@@ -120,7 +120,7 @@ class MoE(nn.Module):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.experts.gate_up_proj.shape[0]
+        return self.gate.weight.shape[0]  # experts may be wrapped in an adapter
 
 
 SHARED_EXPERT = ("shared_expert", "shared_expert_gate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btx.baselines.matching import finetuning_cost, matched_phases, moe_cost, router_flops
@@ -12,10 +12,11 @@ from btx.models.configs import read_config
 from btx.models.cost import ModelCost, config_cost
 from btx.models.device import choose_device
 from btx.models.seed_config import seed_config
+from btx.planning.aligned import aligned_settings
 from btx.planning.speed import Speed
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, seed_mixture
 from btx.recipe.schema import Recipe
-from btx.recipe.training import Training
+from btx.recipe.training import Finetune, Training
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.threads import threads_of
@@ -175,7 +176,7 @@ def devices_of(recipe: Recipe, stage: str) -> int:
 def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
     """Bytes of a number in the weights that a stage writes: the seed model's type, or `mix.dtype` from the mix on."""
     mixed = {"mix", "finetune", *(f"baselines/{name}" for name in recipe.baselines if BASELINES[name].start == "mix")}
-    own = recipe.mix.dtype if stage in mixed else None
+    own = recipe.mix.dtype if stage in mixed or stage.startswith("align/") else None
     return 2 if (own or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
 
 
@@ -225,6 +226,8 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
     for domain in recipe.train.domains:
         found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
     found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
+    for stage, settings, cost in _aligned_costs(recipe, dense):
+        found[stage] = settings, cost, []
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):
             found[phase.stage] = phase.settings, phase.cost, phase.mixtures
@@ -236,6 +239,25 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
         ))
         for stage, (settings, cost, mixtures) in found.items()
     }  # fmt: skip
+
+
+def _aligned_costs(recipe: Recipe, dense: dict[str, Any]) -> Iterator[tuple[str, Finetune, ModelCost]]:
+    """Stage, settings and cost of each section of `align`.
+
+    Args:
+        dense: the seed model's config, completed with its class's defaults.
+    """
+    for stage, settings in aligned_settings(recipe).items():
+        section = recipe.alignments[stage.removeprefix("align/")]
+        cost = moe_cost(
+            recipe, dense, recipe.routing, dense_router_gradient=settings.dense_router_gradient,
+            trainable=section.trainable, lora_rank=section.lora.rank,
+        )  # fmt: skip
+        if section.trainable == "lora":
+            # An expert's adapter is added to its weights in every forward pass, and the sums stay until the backward.
+            total = {**cost.shape.total, "experts": 2 * cost.shape.total["experts"]}
+            cost = replace(cost, shape=replace(cost.shape, total=total))
+        yield stage, settings, cost
 
 
 def planned_device(recipe: Recipe) -> str:

@@ -65,6 +65,8 @@ def _section(stage: str) -> str:
     kind = stage.partition("/")[0]
     if kind == "baselines":
         return "train" if stage.endswith(DOMAINS) else "finetune"
+    if kind == "align":
+        return stage.replace("/", ".")
     return "seed_model.train" if kind == "seed" else kind
 
 

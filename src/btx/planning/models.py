@@ -13,7 +13,8 @@ from btx.recipe.schema import Recipe
 
 
 def model_stages(recipe: Recipe) -> dict[str, str]:
-    """Name in the results → the stage that makes the model: seed, expert/<domain>, soup, other baselines, mix, btx."""
+    """Name in the results → the stage that makes the model: seed, expert/<domain>, soup, other baselines, mix, btx,
+    and sft and dpo of a recipe with `align`."""
     baselines = sorted(recipe.baselines, key=lambda name: name != "soup")
     return {
         "seed": "seed",
@@ -21,6 +22,7 @@ def model_stages(recipe: Recipe) -> dict[str, str]:
         **{str(name): f"baselines/{name}" for name in baselines},
         "mix": "mix",
         "btx": "finetune",
+        **{name: f"align/{name}" for name in recipe.alignments},
     }
 
 
@@ -45,7 +47,7 @@ def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str,
 def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:
     """Size and FLOPs of a model of the results when it is used, counted as the evaluation counts them."""
     seed = config_cost(dense)
-    if name in ("mix", "btx"):
+    if name in ("mix", "btx", *recipe.alignments):
         return moe_cost(recipe, dense, recipe.routing)
     if name in BTM:
         return side_by_side([seed] * len(recipe.member_names), BTM[name])

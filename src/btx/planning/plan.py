@@ -9,6 +9,7 @@ from btx.baselines.settings import matched_by, same_as_the_run
 from btx.choices.baselines import BASELINES, stage_names
 from btx.choices.families import family_of
 from btx.models.device import precision_notes
+from btx.planning.aligned import aligned_notes
 from btx.planning.costs import Costs, dense_config, run_costs
 from btx.planning.disk import bytes_to_write, free_bytes
 from btx.planning.gpu_memory import gpu_here, memory_rows
@@ -67,7 +68,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
         "run": recipe.run_folder,
         "experts": recipe.expert_names,
         "formula": FLOPS_FORMULA,
-        "notes": [*training_notes(recipe), *precision_notes(recipe)],
+        "notes": [*training_notes(recipe), *precision_notes(recipe), *aligned_notes(recipe)],
         "router": {
             "kind": recipe.routing.kind,
             "experts_per_token": used,

@@ -11,6 +11,7 @@ from btx.choices.baselines import BASELINES
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError
 from btx.files import read_json
+from btx.planning.aligned import aligned_settings
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Training
 from btx.training.parallel import has_dropout, why_not_shared
@@ -44,6 +45,8 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[str, str, Training, RoutingRule
     for domain in recipe.train.domains:
         yield "train", f"train/{domain}", recipe.branch_training(domain), None
     yield "finetune", "finetune", recipe.finetune, recipe.routing
+    for stage, settings in aligned_settings(recipe).items():
+        yield stage.replace("/", "."), stage, settings, recipe.routing
     for name in recipe.baselines:
         for phase in phases_of(recipe, name):
             section = "train" if phase.data == "domains" else "finetune"

@@ -26,6 +26,9 @@ class Task(Section):
     """Questions asked, from the start of the file."""
     max_new_tokens: PositiveInt = 128
     """Tokens generated at most; a line end after the answer or the end-of-text token stops earlier."""
+    chat: bool = False
+    """Ask models that have a chat template, as those of `align`, each prompt as a user's message; models without one
+    complete it as it stands."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Task:

@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field, model_validator
 from btx.choices.baselines import is_trained
 from btx.recipe.section import LauncherName, PositiveFloat, PositiveInt, Section
 
-StageKind = Literal["data", "seed", "train", "mix", "finetune", "baselines", "evaluate", "analyze", "report"]
+StageKind = Literal["data", "seed", "train", "mix", "finetune", "align", "baselines", "evaluate", "analyze", "report"]
 """First part of a stage's name: what a setting for some stages is given by."""
-SharedKind = Literal["seed", "train", "finetune", "baselines"]
+SharedKind = Literal["seed", "train", "finetune", "align", "baselines"]
 """Stages whose model several processes can train together."""
 OURS = ("output", "error", "input", "job-name", "open-mode", "dependency", "kill-on-invalid-dep", "requeue",
         "no-requeue", "signal", "nodes", "ntasks", "ntasks-per-node", "array", "wrap", "parsable", "chdir", "clusters",

@@ -20,6 +20,7 @@ from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
 from btx.errors import RecipeError, UserError
 from btx.files import home_filled
+from btx.recipe.align import Align, Alignment
 from btx.recipe.data import Data
 from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.launch import Launch
@@ -85,6 +86,8 @@ class Recipe(Section):
     train: Train
     mix: Mix = Mix()
     finetune: Finetune
+    align: Align | None = None
+    """SFT and DPO of the finetuned model (docs/after.md); default: neither."""
     baselines: Annotated[list[BaselineName], AfterValidator(_each_once)] = ["soup"]
     """Models to compare with, each a stage `baselines/<name>` and a row of the results; `btx ls baselines` explains
     them."""
@@ -184,6 +187,11 @@ class Recipe(Section):
         mix = self.mix
         return RoutingRule(mix.router, mix.top_k, mix.capacity_factor, mix.temperature_floor, mix.temperature_rate,
                               mix.soft_first_layer)  # fmt: skip
+
+    @property
+    def alignments(self) -> dict[str, Alignment]:
+        """Name → section of `align`, in the order in which they train; empty without it."""
+        return self.align.sections if self.align is not None else {}
 
     @property
     def run_folder(self) -> str:
@@ -307,6 +315,16 @@ def _generated_mixed_documents_have_their_generators(recipe: Recipe) -> str | No
     return None
 
 
+def _adapters_on_experts_are_trained_by_one_process(recipe: Recipe) -> str | None:
+    for name, section in recipe.alignments.items():
+        count = recipe.launch.processes_of(f"align/{name}")
+        if section.trainable == "lora" and count > 1:
+            return (f"align.{name}.trainable: lora is trained by one process, for peft's adapters on experts cannot be "
+                    f"sharded; launch.processes is {count} for it: write `processes: {{align: 1, ...}}`, or train all "
+                    f"weights")  # fmt: skip
+    return None
+
+
 def _the_merge_fits_its_members(recipe: Recipe) -> str | None:
     for problem in recipe.merge_settings.problems(recipe.member_names):
         return f"mix.merge: {problem}"
@@ -356,6 +374,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (
     _routers_from_text_need_experts_with_domains,
     _halves_are_of_two_domains,
     _generated_mixed_documents_have_their_generators,
+    _adapters_on_experts_are_trained_by_one_process,
     _the_merge_fits_its_members,
     _branches_are_equal_where_baselines_need_it,
     _baselines_take_their_settings,

@@ -1,5 +1,6 @@
 """The shapes of what a run says of itself and has measured, as it is read again: manifest.json, evaluate/results.json
-and documents.json, analyze/routing.json and tokens.json, mix/mix.json. They say what has to be there; more may be.
+and documents.json, analyze/routing.json, align.json and tokens.json, mix/mix.json. They say what has to be there; more
+may be.
 """
 
 from __future__ import annotations
@@ -142,6 +143,28 @@ class Routing(TypedDict):
     used_for: NotRequired[dict[str, UsedFor]]
     lag: NotRequired[Lag]
     kept: NotRequired[list[Kept]]
+
+
+class RoutingShift(TypedDict):
+    """What aligning a model has changed in where a domain's held-out text goes; each list has a value a layer."""
+
+    load: list[list[float]]
+    """After it: share of each expert. Before it: that domain's `load` in routing.json."""
+    moved: list[float]
+    """Share of the text tokens whose first expert is another one than before."""
+    distance: list[float]
+    """Half the sum over experts of the difference between their shares before and after, 0 to 1."""
+
+
+class AlignedRouting(TypedDict):
+    """analyze/align.json, of a run whose recipe has `align`."""
+
+    layers: int
+    experts: list[str]
+    before: str
+    """Model (a name in results.json) that the others are compared with: btx."""
+    models: dict[str, dict[str, RoutingShift]]
+    """Model of `align` (sft, dpo) → domain."""
 
 
 class Example(TypedDict):

@@ -19,6 +19,8 @@ from btx.files import value_hash
 from btx.recipe.schema import Recipe
 from btx.run_folder.decisive import as_it_was, decisive, shown
 
+GROUPS = ("data", "train", "align", "baselines")
+"""First parts of the names of several stages."""
 Settings = dict[str, Any]
 Recorded = Callable[[str], Mapping[str, Any] | None]
 """Stage's name → its started.json where the stage is finished (or begun, where that is asked for), else None."""
@@ -26,7 +28,7 @@ Recorded = Callable[[str], Mapping[str, Any] | None]
 
 def trains(stage: str) -> bool:
     """Whether the stage of this name runs the training loop, and so saves as it goes."""
-    return stage in ("seed", "finetune") or stage.startswith("train/") or is_trained(stage)
+    return stage in ("seed", "finetune") or stage.startswith(("train/", "align/")) or is_trained(stage)
 
 
 def nothing_recorded(stage: str) -> None:
@@ -130,7 +132,7 @@ class Graph:
         return next(stage for stage in self.stages if stage.name == name)
 
     def named(self, names: Sequence[str], *, where: str) -> list[Stage]:
-        """The stages with these names; a group's name (data, train, baselines) stands for all in it.
+        """The stages with these names; a group's name (`GROUPS`) stands for all in it.
 
         Args:
             where: the run, for the message.
@@ -139,7 +141,7 @@ class Graph:
             UserError: no such stage.
         """
         known = {stage.name: [stage] for stage in self}
-        for group in ("data", "train", "baselines"):
+        for group in GROUPS:
             known[group] = [stage for stage in self if stage.name.startswith(f"{group}/")]
         known["tokenizer"] = known["data/tokenizer"]
         for name in names:
@@ -164,6 +166,11 @@ class Graph:
         return [stage for stage in self.stages if stage.name.startswith("train/")]
 
     @property
+    def aligned(self) -> list[Stage]:
+        """The stages of SFT and DPO, in the order in which they train."""
+        return [stage for stage in self.stages if stage.name.startswith("align/")]
+
+    @property
     def baselines(self) -> list[Stage]:
         """The stages of all baselines."""
         return [stage for stage in self.stages if stage.name.startswith("baselines/")]
@@ -176,7 +183,7 @@ class Graph:
             *[(stage,) for stage in self.data],
             (self["seed"],),
             *[(branch,) for branch in self.branches],
-            (self["mix"], *soup, self["finetune"]),
+            (self["mix"], *soup, self["finetune"], *self.aligned),
             *self.baseline_jobs(),
             (self["evaluate"], self["analyze"], self["report"]),
         ]

@@ -2,6 +2,7 @@
 
     data/tokenizer → data/<domain>... → seed → train/<domain>... → mix → finetune → evaluate, analyze → report
                                                                      baselines/... ↗
+                                                              (finetune → align/sft → align/dpo ↗)
 
 A stage needs what it reads and nothing else: the seed model the domains of its mixture, a branch its own domain and the
 general one, the finetuning those of its mixture. So a domain more, or less, leaves the others' stages as they are.
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 from btx.baselines.settings import matching_inputs, phases_of, routing_of
 from btx.choices.baselines import BASELINES, BTM, UPCYCLED
+from btx.data.conversations import data_files
 from btx.data.document_files import located
 from btx.errors import CheckpointError, DataError
 from btx.files import content_sha256
@@ -58,17 +60,18 @@ class _Stages:
         branches = tuple(self._branch(domain, seed) for domain in recipe.train.domains)
         mixed = self._mix(seed, branches)
         finetune = self._stage("finetune", self._finetune, (*self._read([finetune_mixture(recipe)]), mixed))
+        aligned = self._aligned(finetune)
         baselines = self._baselines({"seed": seed, "mix": mixed}, branches)
         # The soup is made beside the mix; what trains comes after the finetuning: `--until finetune` leaves it out.
         soup = [stage for stage in baselines if stage.name == "baselines/soup"]
         others = [stage for stage in baselines if stage not in soup]
         results = [stage for stage in others if stage.name.removeprefix("baselines/") in recipe.baselines]
         every_domain = self.data.of(recipe.data.domains)
-        models = (*every_domain, seed, *branches, mixed, *soup, finetune, *results)
+        models = (*every_domain, seed, *branches, mixed, *soup, finetune, *aligned, *results)
         evaluate = self._stage("evaluate", self._evaluate, models, files=self._task_files)
-        analyze = self._stage("analyze", self._analyze, (*every_domain, finetune))
+        analyze = self._stage("analyze", self._analyze, (*every_domain, finetune, *aligned))
         report = self._stage("report", dict, (evaluate, analyze))
-        made = (seed, *branches, mixed, *soup, finetune, *others)
+        made = (seed, *branches, mixed, *soup, finetune, *aligned, *others)
         return Graph(recipe, (*self.data, *made, evaluate, analyze, report))
 
     def _stage(self, name: str, describe: Any, needs: Iterable[Stage], **more: Any) -> Stage:
@@ -141,6 +144,24 @@ class _Stages:
         recipe = self.recipe
         return {"finetune": self._known(recipe.finetune), **self._mixture(finetune_mixture(recipe)), **self.rng}
 
+    def _aligned(self, finetune: Stage) -> list[Stage]:
+        """A stage for each section of `align`, each from the model of the one before."""
+        stages = [finetune]
+        for name in self.recipe.alignments:
+            settings, files = partial(self._phase, name), partial(self._phase_files, name)
+            stages.append(self._stage(f"align/{name}", settings, stages[-1:], files=files))
+        return stages[1:]
+
+    def _phase(self, name: str) -> Settings:
+        """What decides SFT or DPO: of its data what they hold, of `finetune` nothing that is not upstream."""
+        section = self.recipe.alignments[name].model_copy(update={"data": []})
+        files, length = list(self._phase_files(name).values()), self.recipe.data.sequence_length
+        return {"align": {name: section}, "files": files, "sequence_length": length, **self.rng}
+
+    def _phase_files(self, name: str) -> dict[str, str]:
+        section, root = self.recipe.alignments[name], self.recipe.data.root
+        return {str(path): _content(path, f"align.{name}.data") for path in data_files(section, root, name)}
+
     def _evaluate(self) -> Settings:
         recipe = self.recipe
         domains = {domain: self._mixture({domain: 1.0}) for domain in recipe.data.domains}
@@ -199,6 +220,11 @@ class _Stages:
             start = self._stage(phase.stage, partial(dict, settings), (*self._read(mixtures), start))
             stages.append(start)
         return stages
+
+
+def aligned_from(recipe: Recipe, name: str) -> str:
+    """The stage from whose model a section of `align` goes on."""
+    return "align/sft" if name == "dpo" and "sft" in recipe.alignments else "finetune"
 
 
 def _content(path: Path, where: str) -> str:

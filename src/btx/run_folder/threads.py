@@ -15,9 +15,11 @@ def threads_of(graph: Graph, stage: Stage) -> int:
 
 
 def shares_processors(graph: Graph, stage: Stage) -> bool:
-    """Whether other jobs may train beside this stage: the seed model trains alone, as does the finetuning in a run
-    without trained baselines."""
-    return stage.name != "seed" and (stage.name != "finetune" or any(job.trains for job in graph.baselines))
+    """Whether other jobs may train beside this stage: the seed model trains alone, as do the finetuning and what comes
+    after it in a run without trained baselines."""
+    if stage.name == "finetune" or stage in graph.aligned:
+        return any(job.trains for job in graph.baselines)
+    return stage.name != "seed"
 
 
 def training_threads(graph: Graph) -> int:

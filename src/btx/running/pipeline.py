@@ -95,6 +95,7 @@ def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
         "tokenizer": run.graph.data[:1],
         "data": run.graph.data,
         "train": run.graph.branches,
+        "align": run.graph.aligned,
         "baselines": run.graph.baselines,
     }
     if groups.get(until):

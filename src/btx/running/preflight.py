@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from btx.choices.families import FAMILIES, family_of, refuse_longer_sequences
+from btx.choices.trainable import without_peft
+from btx.data.conversations import data_files, read_rows
 from btx.data.document_files import find_files
 from btx.errors import CheckpointError, DataError, RunFolderError, UserError
 from btx.evaluation.harness_checks import check_harness
@@ -46,6 +48,7 @@ def preflight(recipe: Recipe) -> None:
     _check_files(run, task_files(recipe) if measures else {})
     if measures:
         _check_tasks(recipe)
+    _check_conversations(run)
     check_harness(requests_of(recipe), allow_code_execution=recipe.evaluate.harness.allow_code_execution)
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
@@ -62,9 +65,12 @@ def check_packages(recipe: Recipe) -> None:
         UserError: with what to install.
     """
     trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
+    adapted = {f"align.{name}": [f"align/{name}"] for name, section in recipe.alignments.items()
+               if section.trainable == "lora"}  # fmt: skip
+    if recipe.train.trainable == "lora":
+        adapted["train"] = [f"train/{domain}" for domain in recipe.train.domains]
     optimizers = {where: training.optimizer for where, training in trainings.items() if training is not None}
-    without_peft = recipe.train.trainable == "lora" and find_spec("peft") is None
-    if not without_peft and "adamw_8bit" not in optimizers.values() and not recipe.track:
+    if not adapted and "adamw_8bit" not in optimizers.values() and not recipe.track:
         return  # most runs: nothing has to be known of their stages
     run = RunFolder(Path(recipe.run_folder), recipe)
     if any(stage.is_tracked and run.state(stage) != "done" for stage in run.graph):
@@ -72,12 +78,9 @@ def check_packages(recipe: Recipe) -> None:
     if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
         for where, optimizer in optimizers.items():
             check_installed(optimizer, f"{where}.")
-    waiting = [domain for domain in recipe.train.domains if run.state(run.graph[f"train/{domain}"]) != "done"]
-    if without_peft and waiting:
-        raise UserError(
-            "train.trainable: lora trains adapters with peft, which is not installed: pip install "
-            '"branchtrainmix[lora]"; or train the weights themselves: train.trainable=feed_forward'
-        )
+    for where, stages in adapted.items():
+        if find_spec("peft") is None and any(run.state(run.graph[stage]) != "done" for stage in stages):
+            raise UserError(without_peft(where))
 
 
 def begin(recipe: Recipe) -> RunFolder:
@@ -117,6 +120,18 @@ def _check_tasks(recipe: Recipe) -> None:
                 read_questions(task, rng_seed=recipe.rng_seed, root=recipe.data.root)
         except DataError as error:
             raise DataError(f"evaluate.tasks.{name}: {error}") from error
+
+
+def _check_conversations(run: RunFolder) -> None:
+    """Every line of the files of `align` that are still to be trained on."""
+    recipe = run.recipe
+    for stage in run.graph.aligned:
+        name = stage.name.removeprefix("align/")
+        if run.state(stage) == "done":
+            continue
+        section = recipe.alignments[name]
+        for _ in read_rows(data_files(section, recipe.data.root, name), pairs=section.PAIRS):
+            pass
 
 
 def _check_seed_model(run: RunFolder) -> None:

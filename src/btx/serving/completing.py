@@ -72,6 +72,7 @@ def complete_token_by_token(
     """
     texts, reader, turn = TokenTexts(tokenizer), open_reader(model), turn or nullcontext()
     new_ids, ids_1S = list(prompt), torch.empty(1, 0, dtype=torch.long, device=model.device)
+    ends = {tokenizer.eos_token_id, *ends_of(model)}
     shown, separators = 0, {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for made in range(max_new_tokens + 1):
         ids_1S = torch.cat([ids_1S, torch.tensor([new_ids], device=model.device)], dim=1)
@@ -87,11 +88,17 @@ def complete_token_by_token(
                 yield ShownToken(texts(token), pair, shown < len(prompt), token, tuple(map(tuple, gates_LE)))
             shown += 1
         token = choose(scores_V)
-        if made == max_new_tokens or token == tokenizer.eos_token_id:
+        if made == max_new_tokens or token in ends:
             break
         new_ids = [token]
     if rest := texts.rest():
         yield ShownToken(rest, (), from_prompt=shown <= len(prompt))
+
+
+def ends_of(model: PreTrainedModel | SideBySide) -> list[int]:
+    """Tokens at which a model's generation settings end a text: a chat model's turns end with one of its own."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return declared if isinstance(declared, list) else [] if declared is None else [declared]
 
 
 def gates_of_last(model: nn.Module, tokens: int) -> Tensor:

@@ -23,6 +23,7 @@ from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.stages_of_recipe import MODEL_FILES
+from btx.stages.align import check_templates
 from btx.stages.training import train_stage
 from btx.system_errors import blame
 
@@ -42,9 +43,11 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
             check_whole(facts.folder / "model", config)
             refuse_longer_sequences(config, run.recipe.data.sequence_length, str(source / "config.json"))
             check_disk(run, config)
+            check_templates(run, facts.folder / "model")
         return
     assert seed.config is not None  # the schema guarantees both
     assert seed.train is not None
+    check_templates(run, run.folder(TOKENIZER))
     tokenizer = load_tokenizer(run.folder(TOKENIZER))
     model = new_model(
         seed.config, rng_seed=run.recipe.rng_seed, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,

@@ -7,8 +7,8 @@ hand on any machine that sees the run folder, in any order, and fails alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from btx.choices.routers import RoutingRule
-from btx.data.samples import open_mixtures, unused_tokens
+from btx.data.samples import Samples, open_mixtures, unused_tokens
 from btx.errors import OutOfMemory, UserError
-from btx.files import atomic_folder
+from btx.files import atomic_folder, write_text
+from btx.model_files.beside_weights import CHAT_TEMPLATE, add_ends
 from btx.model_files.btx_folder import change_router
 from btx.model_files.provenance import weights_fingerprint
-from btx.models.adapters import merge_adapters
+from btx.models.adapters import add_moe_adapters, merge_adapters
 from btx.models.cost import model_cost
 from btx.models.device import choose_device, in_bfloat16
 from btx.models.loading import (
@@ -37,7 +38,7 @@ from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.process import Interrupts, Log
-from btx.recipe.training import Finetune, Training
+from btx.recipe.training import Finetune, Lora, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import Making, RunFolder
 from btx.run_folder.graph import Stage
@@ -70,14 +71,18 @@ def train_moe(
     *,
     routing: RoutingRule,
     experts: Sequence[str],
+    lora: Lora | None = None,
+    given: Given | None = None,
 ) -> Totals:
-    """Train a MoE folder with the losses on its routers: the finetuning, and every baseline that has routers.
+    """Train a MoE folder with the losses on its routers: the finetuning, every baseline that has routers, SFT and DPO.
 
     Args:
         start: the MoE folder.
         mixtures: as for `train_stage`.
         routing: how the model routes, in training and as it is saved; may be another router than the start's.
         experts: names of its experts, for warnings.
+        lora: train adapters of this size instead of what the settings say.
+        given: as for `train_stage`.
     """
     model = start_model(start)
     if not moe_blocks(model):
@@ -87,11 +92,27 @@ def train_moe(
         block.dense_router_gradient = settings.dense_router_gradient
     if settings.load_balancing_bias and routing.kind == "top_k":  # recipe and plan say so
         use_selection_bias(model)
-    set_trainable(model, settings.trainable)
+    if lora is not None:
+        add_moe_adapters(model, lora.rank, lora.alpha, rng_seed=run.recipe.rng_seed)
+    else:
+        set_trainable(model, settings.trainable)
     return train_stage(
-        run, stage, model, settings, mixtures, interrupts, log,
-        start=start, like=start, balancing=Balancing.of(settings), routing=routing, experts=experts,
+        run, stage, model, settings, mixtures, interrupts, log, start=start, like=start,
+        balancing=Balancing.of(settings), routing=routing, experts=experts, given=given,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """Samples that are no mixture of the run's domains, and what is learnt of them."""
+
+    samples: Samples
+    ready: Callable[[TrainingJob], TrainingJob] = lambda job: job
+    """Completes the job when its model has its weights, before any of them moves."""
+    chat_template: str | None = None
+    """Written beside the model; None: as it was."""
+    ends: Collection[int] = ()
+    """Tokens that end an answer: engines stop at them too."""
 
 
 def start_model(folder: Path) -> PreTrainedModel:
@@ -113,6 +134,7 @@ def train_stage(
     balancing: Balancing | None = None,
     routing: RoutingRule | None = None,
     experts: Sequence[str] = (),
+    given: Given | None = None,
 ) -> Totals:
     """Run the training loop for a stage, write its model folder, then done.json.
 
@@ -123,10 +145,15 @@ def train_stage(
         balancing: losses on the routers of a MoE model; None: none.
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
+        given: samples instead of those of the mixtures; None: those.
     """
     folder = run.folder(stage.name)
     refuse_what_is_not_shared(settings, run.recipe.data.sequence_length, model, routing)
-    job, needs = _job_of(run, stage, model, settings, mixtures, log)
+    switching = settings.switching if isinstance(settings, Finetune) else 0.0
+    samples = given.samples if given is not None else open_mixtures(
+        run.path / "data", run.recipe, mixtures, known_as=run.graph.known_as, switching=switching
+    )  # fmt: skip
+    job, needs = _job_of(run, stage, model, settings, samples, log)
     if process_count() > 1:
         shard(model, device=job.device.type, in_bfloat16=job.in_bfloat16)
         if any(parameter.is_meta for parameter in model.parameters()) and start is not None:
@@ -140,6 +167,8 @@ def train_stage(
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
+        if given is not None:
+            job = given.ready(job)
         try:
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
@@ -156,6 +185,10 @@ def train_stage(
             save_model(model, target, like=like, tokenizer=tokenizer)
             if routing is not None and leads:
                 change_router(target, routing)
+            if given is not None and leads:
+                add_ends(target, given.ends)
+                if given.chat_template is not None:
+                    write_text(target / CHAT_TEMPLATE, given.chat_template)
         job.checkpoints.keep_only_last()
         cost = model_cost(model)
         facts |= {
@@ -191,8 +224,7 @@ def refuse_what_is_not_shared(
 
 
 def _job_of(
-    run: RunFolder, stage: Stage, model: PreTrainedModel, settings: Training,
-    mixtures: Sequence[Mapping[str, float]], log: Log,
+    run: RunFolder, stage: Stage, model: PreTrainedModel, settings: Training, samples: Samples, log: Log,
 ) -> tuple[TrainingJob, MemoryNeeds]:  # fmt: skip
     """What the stage trains, on which samples and device, and the memory that takes."""
     folder, recipe = run.folder(stage.name), run.recipe
@@ -204,12 +236,10 @@ def _job_of(
     needs = MemoryNeeds(settings, cost.shape, length, device.type, may_freeze=may_freeze(stage.name))
     together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
     automatic = AutoMicroBatch(needs, stage.inputs, together)
-    switching = settings.switching if isinstance(settings, Finetune) else 0.0
-    mixture = open_mixtures(run.path / "data", recipe, mixtures, known_as=run.graph.known_as, switching=switching)
-    marks = {"inputs": stage.inputs, "data": mixture.fingerprint}
+    marks = {"inputs": stage.inputs, "data": samples.fingerprint}
     job = TrainingJob(
         model=model,
-        mixture=mixture,
+        mixture=samples,
         settings=settings,
         folder=folder,
         checkpoints=StateFolder(
@@ -232,6 +262,8 @@ def _say_what_trains(
     """Parameters and threads, and tokens that are in no sequence, which are returned, text by text."""
     total = sum(parameter.numel() for parameter in model.parameters())
     log(f"{trainable_parameters(model):,} of {total:,} parameters train, {torch.get_num_threads()} threads")
+    if not mixtures:
+        return {}
     unused, length = unused_tokens(run.path / "data", run.recipe, mixtures), run.recipe.data.sequence_length
     log(f"{sum(unused.values()):,} tokens at the ends of {len(unused)} texts fill no sequence of {length}")
     return unused

@@ -159,6 +159,7 @@ WORK = {
     "train": "btx.stages.train:train_branch",
     "mix": "btx.stages.mix:mix_experts",
     "finetune": "btx.stages.finetune:finetune",
+    "align": "btx.stages.align:align",
     "baselines": "btx.stages.baselines:make_baseline",
     "evaluate": "btx.stages.evaluate:evaluate_run",
     "analyze": "btx.stages.analyze:analyze_run",

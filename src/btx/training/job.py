@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btx.data.samples import Samples
 from btx.models.device import in_bfloat16
@@ -45,6 +46,9 @@ class TrainingJob:
     """Tokens a second at the peak of all devices, of which `mfu` is a share; None: not known."""
     drawn_at_once: tuple[int, int] = (0, 0)
     """Random numbers that a micro-batch draws, where several processes share a step (`btx.training.random_state`)."""
+    objective: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]] | None = None
+    """Summed loss of some rows of a batch, and sums for metrics.jsonl; both become means over what the batch scores.
+    None: the next-token loss."""
     settled: Callable[[TrainingJob, torch.optim.Optimizer, Log], TrainingJob] | None = None
     """Puts a number in the place of `micro_batch_tokens: auto` once model and optimiser are on the device
     (`btx.training.micro_batch`); None: there is one."""

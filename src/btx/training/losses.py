@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from btx.data.mixture import NO_LABEL
 from btx.models.memory import logit_rows
@@ -44,16 +45,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, product_VD: Tensor, labels_T: Tensor, of_chunk: ChunkLoss
-    ) -> Tensor:
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, product_VD: Tensor, labels_T: Tensor, of_chunk: ChunkLoss,
+        factors_T: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         total = hidden_TD.new_zeros((), dtype=torch.float32)
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         rows = logit_rows(len(weight_VD), on_gpu=hidden_TD.device.type != "cpu")
+        done = 0
         chunks = (values.split(rows) for values in (hidden_TD, labels_T, grad_hidden_TD))
         for hidden, labels, grad_hidden in zip(*chunks, strict=True):
             loss, grad_logits = of_chunk(hidden @ product_VD.T, labels)
             total += loss
+            if factors_T is not None:
+                grad_logits *= factors_T[done : done + len(hidden), None]
+                done += len(hidden)
             torch.mm(grad_logits, product_VD, out=grad_hidden)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_logits.T, hidden)
@@ -62,12 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.gradients
         ctx.gradients = None  # overwritten here, so that a vocabulary's gradient is held once
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.mul_(grad[0]).to(ctx.weight_dtype)
-        return grad_hidden_TD.mul_(grad[0]), grad_weight_VD, None, None, None
+        return grad_hidden_TD.mul_(grad[0]), grad_weight_VD, None, None, None, None
 
 
 def _add_product(total_VD: Tensor, left_Vr: Tensor, right_rD: Tensor) -> None:
@@ -94,8 +100,9 @@ def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, of_chunk: ChunkLoss = chunk_loss
-) -> Tensor:
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, of_chunk: ChunkLoss = chunk_loss, *,
+    factors_T: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Summed cross-entropy, in nats, of the logits `hidden_TD @ weight_VD.T`, which are computed in the type of the
     hidden states; the weight's gradient has the weight's type. It can be differentiated once.
 
@@ -104,16 +111,35 @@ def linear_cross_entropy(
         weight_VD: the LM head (V, D).
         labels_T: next tokens (T,); -100 is not scored.
         of_chunk: `chunk_loss`, or the same compiled.
+        factors_T: of each token's part in the gradient, which is then that of the weighted sum; the value is not.
     """
     product_VD = in_product(weight_VD, hidden_TD.dtype)
-    return cast(Tensor, _LinearCrossEntropy.apply(hidden_TD, weight_VD, product_VD, labels_T, of_chunk))
+    return cast(Tensor, _LinearCrossEntropy.apply(hidden_TD, weight_VD, product_VD, labels_T, of_chunk, factors_T))
+
+
+def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """Cross-entropy of every token, in nats, without a gradient: (T,), float32; 0 where nothing is scored. Arguments as
+    `linear_cross_entropy`."""
+    product_VD = in_product(weight_VD, hidden_TD.dtype)
+    rows = logit_rows(len(weight_VD), on_gpu=hidden_TD.device.type != "cpu")
+    with torch.no_grad():
+        return torch.cat([
+            F.cross_entropy((hidden @ product_VD.T).float(), labels, ignore_index=NO_LABEL, reduction="none")
+            for hidden, labels in zip(hidden_TD.detach().split(rows), labels_T.split(rows), strict=True)
+        ])  # fmt: skip
+
+
+def last_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Hidden states (B, S, D) as the head takes them, of packed sequences (B, S) that lie on the host."""
+    hidden = packed_hidden(model, input_ids, position_ids)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
 
 
 def next_token_loss(model: nn.Module, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token loss, in nats, of packed sequences (B, S) that lie on the host."""
-    hidden = packed_hidden(model, input_ids, position_ids)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    hidden = last_hidden(model, input_ids, position_ids)
     weight = cast(Any, model).get_output_embeddings().weight
     of_chunk = getattr(model, COMPILED_CHUNK_LOSS, chunk_loss)
     return linear_cross_entropy(

@@ -155,8 +155,8 @@ class MemoryNeeds:
 
 
 def may_freeze(stage: str) -> bool:
-    """Whether the recipe says what trains in a stage: in branches and the finetuning."""
-    return stage.partition("/")[0] in ("train", "finetune")
+    """Whether the recipe says what trains in a stage: in branches, the finetuning and what comes after it."""
+    return stage.partition("/")[0] in ("train", "finetune", "align")
 
 
 def halves(tokens: int, sequence_length: int) -> list[int]:

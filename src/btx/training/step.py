@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from btx.data.mixture import NO_LABEL
+from btx.data.mixture import Batch
 from btx.errors import LossSpike, NotFinite
 from btx.models.sharding import added_up, as_forward, process_count, process_number
 from btx.moe.balancing import RoutingLoss, move_selection_bias
@@ -40,12 +40,14 @@ class Accumulated:
     """Their part of the mean next-token loss, nats."""
     routing_loss: RoutingLoss
     meter: RoutingMeter
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """Their part of what else the objective tells, by name."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Of all processes, after `add_up`: the loss, and what the routers did."""
 
     def add_up(self) -> None:
         """Put the parts of all processes together."""
-        own = {"loss": self.loss} | self.routing_loss.values() | self.meter.values()
+        own = {"loss": self.loss} | self.means | self.routing_loss.values() | self.meter.values()
         if process_count() == 1:
             self.values = own
             return
@@ -59,10 +61,11 @@ class Accumulated:
         """All values on their way to the host."""
         return Readings({"grad_norm": grad_norm} | self.values)
 
-    def routing_facts(self, values: dict[str, Tensor]) -> Facts:
-        """What the routers did."""
+    def other_facts(self, values: dict[str, Tensor]) -> Facts:
+        """What else the objective tells, and what the routers did."""
+        told = {name: values[name].item() for name in self.means}
         balance = {name: values[name].item() for name in ("load_balancing",) if name in values}
-        return balance | self.meter.facts(values)
+        return told | balance | self.meter.facts(values)
 
 
 def training_step(
@@ -87,7 +90,7 @@ def training_step(
         if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
             move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias)
     optimizer.zero_grad(set_to_none=True)
-    return facts | done.routing_facts(values)
+    return facts | done.other_facts(values)
 
 
 def launch_step(
@@ -113,7 +116,7 @@ def launch_step(
 
     def read() -> Facts:
         values = readings.wait()
-        return judged(job, step, values, spikes) | done.routing_facts(values)
+        return judged(job, step, values, spikes) | done.other_facts(values)
 
     return read
 
@@ -161,20 +164,19 @@ def accumulate_gradients(
         leave_out(before, job.drawn_at_once, job.device)
     at_step(model, step)
     batch = job.mixture.batch(samples.start, len(samples))
-    scored: int | Tensor = int((batch.labels != NO_LABEL).sum())
+    scored: int | Tensor = batch.scored
     if process_count() > 1:
         scored = added_up(torch.tensor(scored, device=job.device))
     done = Accumulated(torch.zeros((), device=job.device), RoutingLoss(job.balancing), RoutingMeter())
     for start in range(0, len(samples), micro):
-        rows = slice(start, start + micro)
-        input_ids, position_ids, labels = (
-            torch.from_numpy(values[rows]) for values in (batch.input_ids, batch.position_ids, batch.labels)
-        )
-        share = len(input_ids) * process_count() / count  # of what this process computes
+        rows = batch.rows(slice(start, start + micro))
+        share = len(rows.input_ids) * process_count() / count  # of what this process computes
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.in_bfloat16):
-            total = as_forward(model, partial(next_token_loss, model, input_ids, position_ids, labels))
+            total, sums = as_forward(model, partial(job.objective or next_token_objective, model, rows))
             micro_loss = total / scored
             done.loss += micro_loss.detach()
+        for name, value in sums.items():
+            done.means[name] = done.means.get(name, 0.0) + value / scored
         routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
         if routings:
             # Packed sequences hold no padding to mask.
@@ -184,6 +186,12 @@ def accumulate_gradients(
         with routing_unchanged(model):
             micro_loss.backward()
     return done
+
+
+def next_token_objective(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """`TrainingJob.objective` of all training but preferences: the next-token loss, and nothing else to tell."""
+    input_ids, position_ids, labels = map(torch.from_numpy, (rows.input_ids, rows.position_ids, rows.labels))
+    return next_token_loss(model, input_ids, position_ids, labels), {}
 
 
 def judged(job: TrainingJob, step: int, values: dict[str, Tensor], spikes: SpikeWatch | None) -> Facts:

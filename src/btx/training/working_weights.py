@@ -109,8 +109,8 @@ def give_back_frozen(model: nn.Module, start: Path) -> None:
         as_it_came = load_model(start)
         for name in lost:
             frozen = model.get_parameter(name)
-            # An adapter's layer holds the weight as its `base_layer` (`btx.models.adapters`).
-            frozen.data = as_it_came.get_parameter(name.replace(".base_layer.", ".")).data.to(frozen.device)
+            # An adapter holds the weight as its `base_layer`, two on a module one in the other (`btx.models.adapters`).
+            frozen.data = as_it_came.get_parameter(name.replace(".base_layer", "")).data.to(frozen.device)
 
 
 def in_product(weight: Tensor, dtype: torch.dtype) -> Tensor:

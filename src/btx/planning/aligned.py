@@ -1,0 +1,57 @@
+"""What SFT and DPO will train on, counted from the text of their files before there is a tokenizer: about. Plain
+Python."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from btx.data.conversations import Conversation, Preference, Row, data_files, read_rows
+from btx.data.packed_conversations import best_fit_decreasing
+from btx.errors import DataError
+from btx.planning.data_look import BYTES_A_TOKEN
+from btx.recipe.align import Alignment
+from btx.recipe.schema import Recipe
+from btx.recipe.training import Finetune
+
+MESSAGE_TOKENS = 5
+"""Of what a chat template writes around a message, about."""
+
+
+def aligned_settings(recipe: Recipe) -> dict[str, Finetune]:
+    """Stage of each section of `align` → its training settings in full, for about as many sequences as there will be;
+    for one sequence where the files are not here."""
+    length = recipe.data.sequence_length
+    return {
+        f"align/{name}": section.training(recipe.finetune, rows_about(recipe, name, section), length)
+        for name, section in recipe.alignments.items()
+    }
+
+
+def rows_about(recipe: Recipe, name: str, section: Alignment) -> int:
+    """Training sequences of a section, about."""
+    try:
+        lengths = _lengths(tuple(data_files(section, recipe.data.root, name)), section.PAIRS)
+    except DataError:  # finished elsewhere, or refused by who reads them to train
+        return 1
+    length = recipe.data.sequence_length
+    return max(1, len(best_fit_decreasing([min(tokens, length) for tokens in lengths], length)))
+
+
+@cache
+def _lengths(files: tuple[Path, ...], pairs: bool) -> list[int]:
+    return [_tokens(row) for row in read_rows(files, pairs=pairs)]
+
+
+def _tokens(row: Row) -> int:
+    answers: tuple[Conversation, ...] = (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
+    return row.size // BYTES_A_TOKEN + MESSAGE_TOKENS * sum(1 + len(answer.messages) for answer in answers)
+
+
+def aligned_notes(recipe: Recipe) -> list[str]:
+    """What to know of the tokens that a plan tells."""
+    return [
+        f"align.{stage.removeprefix('align/')}: about {settings.tokens:,} tokens, at {BYTES_A_TOKEN} bytes of text "
+        f"each; they are counted when it begins"
+        for stage, settings in aligned_settings(recipe).items()
+    ]  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import text_from_run
 from btx.data.held_out import Packed, held_out_documents, pack
-from btx.evaluation.evaluate import bits_per_byte
+from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.mixing.mix import mix, soup
 from btx.models.device import measuring_place
 from btx.models.placement import load_placed

@@ -93,3 +93,14 @@ def stopped_after(run: RunFolder, stage: str, step: int) -> None:
     """Train a stage up to a step and no further."""
     with contextlib.suppress(Interrupted):
         run_stages(run, [stage], StopAfter(step), lambda line: None)
+
+
+if __name__ == "__main__":  # python -m tests.pico_run FOLDER: a finished run to look at, with every file of the report
+    import sys
+
+    where = Path(sys.argv[1])
+    where.mkdir(parents=True, exist_ok=True)
+    more = ["baselines=[soup,dense_dm,btx_no_balancing]", "evaluate.mixed=12", "analyze.examples=2",
+            "analyze.tokens=3000", f"seed_model.train.tokens={256 * 200}", f"train.tokens={256 * 150}",
+            f"finetune.tokens={256 * 100}"]  # fmt: skip
+    run_here(pico_recipe(where, "run", *more))

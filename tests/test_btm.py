@@ -21,14 +21,15 @@ from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import CheckpointError, UserError
-from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models
+from btx.evaluation.bits_per_byte import bits_per_byte
+from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.tasks import complete
 from btx.models.loading import load_model
 from btx.models.outputs import token_nll
 from btx.models.placement import Place
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.serving.completing import completion
+from btx.serving.speaker import Sampling, completion
 from btx.stages.baselines import write_btm
 from tests.pico_models import llama, prepared_run, recipe, tokenizer
 
@@ -251,7 +252,7 @@ def test_called_like_a_model_of_transformers_it_says_and_generates_the_same(btm)
 
 
 def test_chat_completes_with_it_and_names_the_members_that_were_mixed(folder):
-    found = completion(folder, text_of("math", 8, 3), max_new_tokens=5)
+    found = completion(folder, text_of("math", 8, 3), Sampling(max_new_tokens=5))
     assert found["completion"] == complete(BtmModel.load(folder), tokenizer(), [found["prompt"]], "never", 5)[0]
     assert found["experts"] == list(WORDS)
     assert all(len(token["experts"]) == 2 for token in found["tokens"] if token["from_prompt"])

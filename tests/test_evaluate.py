@@ -17,7 +17,8 @@ from btx.data.held_out import HeldOutDocument, held_out_documents, pack
 from btx.data.mixture import NO_LABEL
 from btx.data.token_files import DocumentEncoder, write_token_file
 from btx.errors import DataError
-from btx.evaluation.evaluate import ModelEntry, bits_per_byte, evaluate_models, ratio
+from btx.evaluation.bits_per_byte import bits_per_byte, ratio
+from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.questions import read_questions
 from btx.evaluation.tasks import complete, exact_match, final_answer, gold_answer, has_answer_line
 from btx.models import device as device_module

@@ -163,6 +163,9 @@ def test_the_names_survive_finetuning(make_llama: MakeLlama, moe: Path, tmp_path
 
 def test_without_a_record_experts_are_called_by_their_numbers(moe: Path, tmp_path: Path) -> None:
     (moe / "mix.json").unlink()
+    config = read_json(moe / "config.json")
+    config.pop("btx_experts")
+    (moe / "config.json").write_text(json.dumps(config), "utf-8")
     record = drop(moe, "1", tmp_path / "moe2")
     assert record["experts"] == ["0", "2"]
     assert "2 experts" in (tmp_path / "moe2" / "README.md").read_text("utf-8")

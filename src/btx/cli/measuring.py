@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from btx.cli.mix import named
 from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
@@ -15,7 +16,15 @@ from btx.outputs import read_output
 
 
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder; with --task also any model folder or hub name.")],
+    run_and_models: Annotated[list[str], typer.Argument(
+        metavar="RUN [NAME=MODEL]...", show_default=False,
+        help="Run folder; with --task also any model folder or hub name.")],
+    model: Annotated[list[str] | None, typer.Option(
+        "--model", metavar="NAME=MODEL",
+        help="Measure another model, a folder or hub name, and keep it beside the run's; several may follow.",
+    )] = None,
+    forget: Annotated[list[str] | None, typer.Option(
+        metavar="NAME", help="Take another model out of the run's results; repeat.")] = None,
     task: Annotated[str | None, typer.Option(
         help="Measure one task of lm-evaluation-harness only, and write nothing: gsm8k, arc_easy, mmlu, ...")] = None,
     file: Annotated[Path | None, typer.Option(help="Its JSONL file; without it lm-eval asks the hub.")] = None,
@@ -26,11 +35,15 @@ def evaluate(
         "--allow-code-execution", help="Let programs that the model writes run, fenced in: humaneval, mbpp.")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure every model of a run on held-out text and tasks, or any model on one task."""
+    """Measure every model of a run on held-out text and tasks, and others beside it; or any model on one task."""
+    place, models = _place_and_pairs("evaluate", run_and_models, model or [], "--model", "MODEL")
+    run_folder = Path(place)
     if task is not None:
         from btx.evaluation.harness_files import TaskRequest
         from btx.stages.one_task import evaluate_task
 
+        if models or forget:
+            raise UserError("btx evaluate: --model and --forget go with a run's own text and tasks, not with --task")
         request = TaskRequest(task, task, file, shots_file, shots, limit)
         found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
                               log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
@@ -40,19 +53,113 @@ def evaluate(
     if any((file, shots_file, shots is not None, limit, allow_code_execution)):
         raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
     if (run_folder / "config.json").is_file():
-        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE")
-    work_on(run_folder, ["evaluate"], quiet=as_json)
+        raise UserError(f"{run_folder} is a model, not a run; say what to measure it on: --task NAME --file FILE, or "
+                        f"btx evaluate RUN --model NAME={run_folder}")  # fmt: skip
+    if models or forget:
+        _evaluate_beside(run_folder, models, forget or [], quiet=as_json)
+    else:
+        work_on(run_folder, ["evaluate"], quiet=as_json)
     if as_json:
         show_json(read_output(run_folder / "evaluate" / "results.json"))
     else:
         show_results(open_run(run_folder))
 
 
-def analyze(run_folder: RunArgument, as_json: AsJson = False) -> None:
-    """Find out which expert each token of a run's model uses."""
-    work_on(run_folder, ["analyze"], quiet=as_json)
-    if as_json:
-        show_json(read_output(run_folder / "analyze" / "routing.json"))
+def _evaluate_beside(run_folder: Path, models: dict[str, Path], forget: list[str], *, quiet: bool) -> None:
+    """Add models to those beside a run's, or take some away, and measure what is new; what cannot be measured is not
+    kept there."""
+    from btx.run_folder.other_models import add_other_models, check_other_models, forget_other_models
+
+    run, wanted = open_run(run_folder), {name: _folder_or_hub(str(path)) for name, path in models.items()}
+    check_other_models(run.recipe, wanted)
+    forget_other_models(run.path, forget)
+    add_other_models(run.path, wanted)
+    if run.state(run.graph["evaluate"]) != "done":
+        work_on(run_folder, ["evaluate"], quiet=quiet)
+    else:
+        from btx.process import Interrupts
+        from btx.stages.evaluate import evaluate_others
+
+        said: list[str] = []
+        interrupts = Interrupts().listen()
+        evaluate_others(run, interrupts, said.append if quiet else interrupts.tell)
+    measured = read_output(run.path / "evaluate" / "results.json")["models"]
+    if (run.path / "report" / "index.html").is_file():
+        from btx.reporting.report import write_report
+        from btx.run_folder.folder import exclusive
+
+        with exclusive(run.path, "report", patience_s=60.0):
+            write_report(run.path)
+    if missing := [name for name in wanted if name not in measured]:
+        forget_other_models(run.path, missing)
+        raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "
+                        f"why")  # fmt: skip
+
+
+def analyze(
+    model_and_texts: Annotated[list[str], typer.Argument(
+        metavar="RUN|MODEL [NAME=FILE]...", show_default=False,
+        help="Run folder; or any MoE model's folder or hub name, with --text.")],
+    text: Annotated[list[str] | None, typer.Option(
+        "--text", metavar="NAME=FILE", help="Text of a domain (.jsonl, .txt, .parquet, folder); several may follow.",
+    )] = None,
+    output: Annotated[Path | None, typer.Option(
+        "-o", "--output", help="Folder to write; default: MODEL-analysis here.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = 50_000,
+    examples: Annotated[int, typer.Option(min=0, help="Documents of each text shown token by token.")] = 3,
+    without: Annotated[list[str] | None, typer.Option(
+        "--without", "--drop", metavar="EXPERT", help="Analyse with this expert dropped; repeat.")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Find out which expert each token uses: of a run's model, or of any MoE model on texts of yours."""
+    place, texts = _place_and_pairs("analyze", model_and_texts, text or [], "--text", "FILE")
+    if (Path(place) / "recipe.yaml").is_file():
+        if texts or output or without:
+            raise UserError(f"{place} is a run, which is analysed on its own held-out text; --text, -o and --without "
+                            f"go with a model, for example {Path(place) / 'finetune' / 'model'}")  # fmt: skip
+        work_on(Path(place), ["analyze"], quiet=as_json)
+        if as_json:
+            show_json(read_output(Path(place) / "analyze" / "routing.json"))
+        return
+    from btx.evaluation.analysis_request import check_analysis, read_texts
+
+    model, output = _folder_or_hub(place), output or default_output(place)
+    check_analysis(model, texts, output)
+    documents = read_texts(texts, tokens)
+    from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
+
+    found = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
+                          log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+    show_json(found) if as_json else typer.echo(f"report: {output / 'index.html'}")
+
+
+def default_output(model: str) -> Path:
+    """Where the analysis of a model goes: a folder here that is called after it."""
+    path = Path(model.removeprefix("hf:")).absolute()
+    return Path(f"{path.parent.name if path.name == 'model' else path.name}-analysis")
+
+
+def _folder_or_hub(place: str) -> str | Path:
+    """What is no folder here may be a hub name."""
+    return Path(place) if Path(place).exists() else place.removeprefix("hf:")
+
+
+def _place_and_pairs(
+    command: str, arguments: list[str], options: list[str], option: str, kind: str
+) -> tuple[str, dict[str, Path]]:  # fmt: skip
+    """The one argument that is a folder or hub name, and the NAME=PATH pairs: `--text a=A b=B` is `--text a=A --text
+    b=B`, and a shell's user writes either.
+
+    Raises:
+        UserError: no such argument or several, no pair, or a name given twice.
+    """
+    more = [each for each in arguments if options and "=" in each and not Path(each).exists()]
+    places = [each for each in arguments if each not in more]
+    if len(places) != 1:
+        said = " and ".join(places) or "none"
+        raise UserError(f"btx {command}: one folder is wanted, and {said} were named" if places else
+                        f"btx {command}: no folder is named, only {option}")  # fmt: skip
+    return places[0], named([*options, *more], option, kind)
 
 
 def compare(

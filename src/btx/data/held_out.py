@@ -144,7 +144,7 @@ def _selected(file: TokenFile, tokens: int, documents: int | None = None) -> lis
     return sorted(chosen)
 
 
-def pack(documents: Sequence[HeldOutDocument], sequence_length: int) -> Packed:
+def pack(documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: bool = False) -> Packed:
     """Cut documents into pieces and lay these into as few rows as best-fit decreasing finds.
 
     The first piece starts with the separator. Each later one starts, as training sequences do in the middle of a
@@ -155,13 +155,16 @@ def pack(documents: Sequence[HeldOutDocument], sequence_length: int) -> Packed:
     Args:
         documents: at least one.
         sequence_length: positions a row has at most, at least 2.
+        apart: one piece a row, the longest first: for models that do not keep pieces of a row apart.
     """
     pieces = [
         (number, document.tokens[start : start + sequence_length])
         for number, document in enumerate(documents)
         for start in range(0, len(document.tokens) - 1, sequence_length - 1)
     ]
-    rows = _best_fit([len(piece) for _, piece in pieces], sequence_length)
+    lengths = [len(piece) for _, piece in pieces]
+    alone = [[i] for i in sorted(range(len(pieces)), key=lambda i: -lengths[i])]
+    rows = alone if apart else _best_fit(lengths, sequence_length)
     width = max(sum(len(pieces[i][1]) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)

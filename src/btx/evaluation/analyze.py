@@ -7,24 +7,33 @@ Shape letters: B batch, S sequence, T text tokens, E experts, K top-k, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
-from btx.data.token_texts import token_texts
 from btx.errors import CheckpointError
+from btx.evaluation.kept_experts import documents_for_curve, kept_curve
+from btx.evaluation.lag import changing_documents, lag
+from btx.evaluation.mixed_set import texts_to_halve
+from btx.evaluation.routed_text import example_documents, name_of, routing_of, token_by_token
+from btx.evaluation.routing_statistics import RoutedTokens, routed_tokens, routing_statistics, together
+from btx.evaluation.token_classes import CLASSES, texts_of_vocabulary, token_class
+from btx.evaluation.used_for import TokenTotals
 from btx.files import write_json
 from btx.models.device import measuring_place
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS
-from btx.models.packed import packed_hidden
 from btx.models.placement import load_placed
-from btx.moe.layer import Routing, moe_blocks
+from btx.moe.any_moe import moe_layers, num_experts, only_experts
+from btx.moe.routers import Routing
 from btx.moe.routing_metrics import DEAD_LOAD
+from btx.reporting.shapes import Lag
 from btx.reporting.tokens import own_expert
 
 if TYPE_CHECKING:
@@ -32,8 +41,8 @@ if TYPE_CHECKING:
 
     from btx.recipe.schema import Recipe
 
-EXAMPLE_TOKENS = 200
-"""Tokens shown of a document."""
+HALVES = 24
+"""Documents of a domain that are halved for the lag of the routing."""
 PAIRS = 66
 """Pairs of experts kept of a domain: all of 12 experts, of more the most used; every pair would be the cube of the
 experts in numbers."""
@@ -59,40 +68,149 @@ class RoutingTotals:
             self.load_LE[layer] += ids_TK.flatten().bincount(minlength=E)
             first_T, second_T = ids_TK[:, :2].min(dim=1).values, ids_TK[:, :2].max(dim=1).values
             self.pairs_LEE[layer] += (first_T * E + second_T).bincount(minlength=E * E).view(E, E)
-            log_probs_TE = logits_TE.log_softmax(dim=-1)
-            self.entropy_L[layer] -= (log_probs_TE.exp() * log_probs_TE).sum()
-            self.confidence_L[layer] += log_probs_TE.max(dim=-1).values.exp().sum()
+            probs_TE = logits_TE.softmax(dim=-1)
+            self.entropy_L[layer] += torch.special.entr(probs_TE).sum()  # 0 for probability 0, of forbidden experts
+            self.confidence_L[layer] += probs_TE.max(dim=-1).values.sum()
+
+    def load(self) -> Tensor:
+        """Share of each expert (L, E)."""
+        return self.load_LE / self.load_LE.sum(dim=1, keepdim=True)
+
+    def told_pairs(self) -> list[tuple[int, int]]:
+        """Pairs of experts that are told: at most PAIRS, those with the most tokens; none where a token uses one."""
+        if self.load_LE.sum() < 1.5 * self.tokens * len(self.load_LE):
+            return []
+        pairs = list(combinations(range(self.load_LE.shape[1]), 2))
+        share_EE = self.pairs_LEE.sum(dim=0)
+        return sorted(sorted(pairs, key=lambda pair: -float(share_EE[pair]))[:PAIRS])
 
     def summary(self, experts: Sequence[str]) -> dict[str, Any]:
         """A domain's entry in routing.json: shares of the load, of the two largest gates' pairs, means."""
-        top_k = round(float(self.load_LE[0].sum()) / self.tokens)
-        pairs = list(combinations(range(len(experts)), 2)) if top_k > 1 else []
-        if len(pairs) > PAIRS:
-            share_EE = self.pairs_LEE.sum(dim=0)
-            pairs = sorted(sorted(pairs, key=lambda pair: -float(share_EE[pair]))[:PAIRS])
+        pairs = self.told_pairs()
         return {
             "tokens": self.tokens,
-            "load": (self.load_LE / self.load_LE.sum(dim=1, keepdim=True)).tolist(),
+            "load": self.load().tolist(),
             "pairs": {f"{experts[a]}+{experts[b]}": (self.pairs_LEE[:, a, b] / self.tokens).tolist() for a, b in pairs},
             "entropy": (self.entropy_L / self.tokens).tolist(),
             "confidence": (self.confidence_L / self.tokens).tolist(),
         }
 
 
-@torch.inference_mode()
-def routing_of(model: PreTrainedModel, rows: Packed) -> list[Routing]:
-    """What every MoE layer decides for the positions of `rows`, in row order."""
-    packed_hidden(model, rows.input_ids_BS, rows.position_ids_BS)
-    return [block.routing for block in moe_blocks(model) if block.routing is not None]
+def domain_routing(
+    model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: bool = False,
+    also: Callable[[Sequence[Routing], Packed], None] = lambda routings_L, rows: None,
+) -> RoutingTotals:  # fmt: skip
+    """Routing of the text tokens of `documents`; separators and padding do not count.
 
-
-def domain_routing(model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int) -> RoutingTotals:
-    """Routing of the text tokens of `documents`; separators and padding do not count."""
-    blocks = moe_blocks(model)
-    totals = RoutingTotals(len(blocks), blocks[0].gate.weight.shape[0])
-    for rows in pack(documents, sequence_length).batches(MICRO_BATCH_TOKENS):
-        totals.add(routing_of(model, rows), rows.text_BS.flatten())
+    Args:
+        model: any MoE model.
+        apart: as `btx.data.held_out.pack` takes it.
+        also: called with what every layer decides for some rows, in turn.
+    """
+    totals = RoutingTotals(len(moe_layers(model)), num_experts(model))
+    for rows in pack(documents, sequence_length, apart=apart).batches(MICRO_BATCH_TOKENS):
+        routings_L = routing_of(model, rows)
+        totals.add(routings_L, rows.text_BS.flatten())
+        also(routings_L, rows)
     return totals
+
+
+@dataclass(frozen=True)
+class DomainText:
+    """What the routing of a domain is looked at on."""
+
+    documents: list[HeldOutDocument]
+    """Their tokens are counted."""
+    curve: list[HeldOutDocument]
+    """What models with fewer experts are measured on."""
+    shown: list[HeldOutDocument]
+    """Shown token by token."""
+    halves: list[str]
+    """Texts that are halved for the lag."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """How a model is looked at."""
+
+    experts: list[str]
+    """Names of its experts."""
+    owners: dict[str, int]
+    """Domain → index of the expert of its own, of those that have one."""
+    sequence_length: int
+    """Tokens that are read at once, at most."""
+    dropped: list[int] | None = None
+    """Experts that are forbidden; the curve drops these one by one. None: none is, the curve drops the least used."""
+    apart: bool = False
+    """As `btx.data.held_out.pack` takes it."""
+
+    def of(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+        """routing.json and tokens.json of a MoE model."""
+        allowed_E = None
+        if self.dropped is not None:
+            allowed_E = torch.ones(len(self.experts), dtype=torch.bool)
+            allowed_E[self.dropped] = False
+        with only_experts(model, allowed_E):
+            routing, tokens, order = self._routing(model, tokenizer, domains)
+        if self.dropped is not None:
+            routing["dropped"] = [self.experts[expert] for expert in self.dropped]
+            routing["dead"] = [place for place in routing["dead"] if place[1] not in self.dropped]
+            order = [*self.dropped, next(e for e in order if e not in self.dropped)]
+        packed = {name: pack(text.curve, self.sequence_length, apart=self.apart) for name, text in domains.items()}
+        routing["kept"] = kept_curve(model, packed, self.experts, order)
+        return routing, tokens
+
+    def _routing(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
+    ) -> tuple[dict[str, Any], dict[str, Any], list[int]]:  # fmt: skip
+        """routing.json without the curve, tokens.json, and the experts by their load, least first."""
+        vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
+        token_totals, totals, examples = TokenTotals(vocabulary, len(self.experts)), {}, []
+        routed: dict[str, RoutedTokens] = {}
+        for domain, text in domains.items():
+            parts: list[RoutedTokens] = []
+
+            def also(routings_L: Sequence[Routing], rows: Packed, parts: list[RoutedTokens] = parts) -> None:
+                mask_T = rows.text_BS.flatten()
+                token_totals.add(routings_L, rows.input_ids_BS.flatten(), mask_T)
+                parts.append(routed_tokens(routings_L, rows))
+
+            totals[domain] = domain_routing(model, text.documents, self.sequence_length, apart=self.apart, also=also)
+            routed[domain] = together(parts)
+            examples += [
+                {"domain": domain, "document": name_of(document)} | token_by_token(model, tokenizer, document.tokens)
+                for document in text.shown
+            ]
+        told = {domain: total.told_pairs() for domain, total in totals.items()}
+        layers = {"layers": len(moe_layers(model)), "experts": self.experts}
+        routing: dict[str, Any] = layers | {
+            "domains": {domain: total.summary(self.experts) for domain, total in totals.items()},
+            "dead": dead_experts(list(totals.values())),
+            "statistics": routing_statistics(
+                routed, self.experts, classes_of_tokens(tokenizer, vocabulary, routed), told
+            ),
+            "used_for": token_totals.used_for(tokenizer, self.experts),
+            **self._lag(model, tokenizer, domains),
+        }
+        return routing, layers | {"examples": examples}, least_used_first(list(totals.values()))
+
+    def _lag(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
+    ) -> dict[str, Lag]:  # fmt: skip
+        """`lag`, where two domains at least have an expert of their own and text to halve."""
+        by_expert = {expert: domains[name].halves for name, expert in self.owners.items() if domains[name].halves}
+        return {"lag": lag(model, changing_documents(by_expert, tokenizer))} if len(by_expert) > 1 else {}
+
+
+def say(routing: Mapping[str, Any], general: str | None, log: Callable[[str], None]) -> None:
+    """The findings of routing.json in a few lines; `general` as for `in_domain_layers`."""
+    for domain, layers in in_domain_layers(routing, general).items():
+        log(f"{domain}: its expert has the largest load in {len(layers)} of {routing['layers']} layers")
+    if routing["dead"]:
+        dead = (f"{routing['experts'][expert]} in layer {layer}" for layer, expert in routing["dead"])
+        log(f"dead experts: {', '.join(dead)}")
 
 
 def analyze(
@@ -117,37 +235,53 @@ def analyze(
     """
     folder = folder or run_folder / "analyze"
     model, tokenizer = load_placed(model_path, measuring_place(recipe, log)), load_tokenizer(model_path)
-    experts = recipe.expert_names
-    blocks = moe_blocks(model)
-    if not blocks or blocks[0].gate.weight.shape[0] != len(experts):
-        found = f"{blocks[0].gate.weight.shape[0]} experts" if blocks else "no MoE layer"
+    experts, domains = recipe.expert_names, list(recipe.data.domains)
+    if (there := num_experts(model)) != len(experts):
+        found = f"{there} experts" if there else "no MoE layer"
         raise CheckpointError(f"{model_path}: this model has {found}; the recipe's are {', '.join(experts)}")
-    totals: dict[str, RoutingTotals] = {}
-    examples: list[dict[str, Any]] = []
-    for domain in recipe.data.domains:
-        documents = held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens)
-        totals[domain] = domain_routing(model, documents, recipe.data.sequence_length)
-        shown = spread(documents, recipe.analyze.examples)
-        examples += [{"domain": domain} | example(model, tokenizer, document) for document in shown]
-    routing: dict[str, Any] = {
-        "layers": len(blocks),
-        "experts": experts,
-        "domains": {domain: total.summary(experts) for domain, total in totals.items()},
-        "dead": dead_experts(list(totals.values())),
+    owners = {domain: own_expert(domain, experts, recipe.data.general) for domain in domains}
+    analysis = Analysis(experts, {domain: expert for domain, expert in owners.items() if expert is not None},
+                        recipe.data.sequence_length)  # fmt: skip
+    halves = texts_to_halve(run_folder, recipe, tokenizer, analysis.owners, HALVES)
+    texts = {
+        domain: DomainText(
+            held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens),
+            documents_for_curve(run_folder, recipe, domain, tokenizer),
+            spread(example_documents(run_folder, recipe, domain, recipe.analyze.examples), recipe.analyze.examples),
+            halves.get(domain, []),
+        )
+        for domain in domains
     }
+    routing, tokens = analysis.of(model, tokenizer, texts)
     write_json(folder / "routing.json", routing)
-    write_json(folder / "tokens.json",
-               {"layers": len(blocks), "experts": experts, "examples": examples})  # fmt: skip
-    for domain, layers in in_domain_layers(routing, recipe.data.general).items():
-        log(f"{domain}: its expert has the largest load in {len(layers)} of {len(blocks)} layers")
-    if routing["dead"]:
-        log(f"dead experts: {', '.join(f'{experts[e]} in layer {layer}' for layer, e in routing['dead'])}")
+    write_json(folder / "tokens.json", tokens)
+    say(routing, recipe.data.general, log)
     return routing
+
+
+def classes_of_tokens(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, routed: Mapping[str, RoutedTokens]
+) -> np.ndarray:
+    """Index of the class of every token of the vocabulary (V,); 0 for those that do not occur."""
+    there = np.unique(np.concatenate([tokens.token_T for tokens in routed.values()]))
+    class_V = np.zeros(vocabulary, np.int64)
+    class_V[there] = [CLASSES.index(token_class(text)) for text in texts_of_vocabulary(tokenizer, there.tolist())]
+    return class_V
+
+
+def least_used_first(totals: Sequence[RoutingTotals]) -> list[int]:
+    """The experts by their load over all layers and domains, each domain counting the same."""
+    return mean_load(totals).mean(dim=0).argsort(stable=True).tolist()
+
+
+def mean_load(totals: Sequence[RoutingTotals]) -> Tensor:
+    """Share of each expert (L, E) over all domains, each counting the same."""
+    return torch.stack([total.load() for total in totals]).mean(dim=0)
 
 
 def dead_experts(totals: Sequence[RoutingTotals]) -> list[list[int]]:
     """[layer, expert] where the load over all domains, each counting the same, is below DEAD_LOAD."""
-    shares = torch.stack([total.load_LE / total.load_LE.sum(dim=1, keepdim=True) for total in totals]).mean(dim=0)
+    shares = mean_load(totals)
     return (shares < DEAD_LOAD).nonzero().tolist()
 
 
@@ -170,20 +304,3 @@ def spread(documents: Sequence[HeldOutDocument], count: int) -> list[HeldOutDocu
     """At most `count` documents, evenly spread over `documents`."""
     count = min(count, len(documents))
     return [documents[i * len(documents) // count] for i in range(count)]
-
-
-def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: HeldOutDocument) -> dict[str, Any]:
-    """The start of a document token by token: texts, expert ids and gate weights by layer, largest gate first."""
-    tokens = document.tokens[: 1 + EXAMPLE_TOKENS]
-    rows = pack([HeldOutDocument(tokens, document.bytes)], len(tokens))
-    routings = routing_of(model, rows)
-    # Lists, not tensors: layers may differ in the number of experts a token uses.
-    ids_LTK = [routing.expert_ids_TK[1:].tolist() for routing in routings]
-    gates_LTK = [routing.gates_TK[1:].tolist() for routing in routings]
-    return {
-        "tokens": token_texts(tokenizer, tokens[1:].tolist()),
-        "experts": [list(ids_LK) for ids_LK in zip(*ids_LTK, strict=True)],
-        "gates": [
-            [[round(gate, 4) for gate in gates_K] for gates_K in gates_LK] for gates_LK in zip(*gates_LTK, strict=True)
-        ],
-    }

@@ -1,41 +1,40 @@
 """Measure models: bits per byte of held-out text in every domain, exact match in every task.
 
-Bits per byte compares models with different tokenizers and is what training lowers. Every text byte of a document is
-scored once; the separator in front of a document is context, its end-of-text token is not scored.
-
-Shape letters: B batch, S sequence, N documents, R scored tokens.
+Beside the numbers, what the report shows of every model: `btx.evaluation.shown`.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
-import torch
-from torch import Tensor
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.baselines.btm_model import load_model_or_btm
 from btx.data.domains import Question
-from btx.data.held_out import Packed, held_out_documents, pack
+from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
+from btx.errors import UserError
+from btx.evaluation.any_model import keeps_apart
+from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.mixed_set import mixed_documents
+from btx.evaluation.other_tokenizer import in_tokens_of
 from btx.evaluation.questions import read_questions
+from btx.evaluation.shown import ToShow, to_show
 from btx.evaluation.tasks import exact_match
 from btx.files import read_json, value_hash, write_json, write_sealed
 from btx.models.device import device_and_type, measuring_place
 from btx.models.loading import load_tokenizer
-from btx.models.outputs import MICRO_BATCH_TOKENS, SideBySide, cost_of, token_nll
+from btx.models.outputs import SideBySide, cost_of
 from btx.number_texts import score_text
 from btx.reporting.shapes import ModelResult
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from btx.recipe.evaluate import Task
     from btx.recipe.schema import Recipe
@@ -65,75 +64,57 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
-class BitsPerByte:
-    """Bits per byte of one model on one domain."""
+class OtherEntry:
+    """A model that the run has not made. Nothing is taken for granted of it: neither the tokenizer nor how it reads
+    several texts in a row."""
 
-    bits_per_byte: float
-    stderr: float | None
-    """Standard error over documents; None with a single document."""
-    tokens: int
-    """Scored tokens."""
-    bytes: int
-    """UTF-8 bytes of the scored text."""
-    documents: int
-    seconds: float
-    """Wall seconds of the forward passes."""
-    document_bits: list[float]
-    """Bits of each document: what models are compared by, document by document (`btx.evaluation.compare`)."""
-
-    def as_json(self) -> dict[str, Any]:
-        """The entry of results.json."""
-        return {"bits_per_byte": self.bits_per_byte, "stderr": self.stderr, "tokens": self.tokens, "bytes": self.bytes}
-
-
-def bits_per_byte(
-    model: PreTrainedModel | SideBySide, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
-) -> BitsPerByte:
-    """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
-
-    Args:
-        model: causal language model, on any device.
-        packed: held-out documents as `btx.data.held_out.pack` lays them out.
-        micro_batch_tokens: tokens a forward pass, at most (one row at least).
-    """
-    started = time.perf_counter()
-    nll_N = torch.zeros(len(packed.bytes_N), dtype=torch.float64)
-    for rows in packed.batches(micro_batch_tokens):
-        nll_R = token_nll(model, rows)
-        nll_N.index_add_(0, rows.document_ids_BS[rows.scored_BS], nll_R.double().cpu())
-    bits_N = nll_N / math.log(2)
-    value, stderr = ratio(bits_N, packed.bytes_N.double())
-    return BitsPerByte(
-        bits_per_byte=value, stderr=stderr, tokens=int(packed.scored_BS.sum()), bytes=int(packed.bytes_N.sum()),
-        documents=len(nll_N), seconds=time.perf_counter() - started,
-        document_bits=[round(bits, 4) for bits in bits_N.tolist()],
-    )  # fmt: skip
-
-
-def ratio(value_N: Tensor, size_N: Tensor) -> tuple[float, float | None]:
-    """Ratio estimator Σ value / Σ size and its standard error over N documents (linearised; None for N = 1).
-
-    Source: Cochran, Sampling Techniques (1977), section 6.4.
-    """
-    total, n = size_N.sum(), len(size_N)
-    estimate = value_N.sum() / total
-    if n == 1:
-        return float(estimate), None
-    residual_N = value_N - estimate * size_N
-    return float(estimate), float((residual_N.square().sum() * n / (n - 1)).sqrt() / total)
+    path: Path | str
+    """Model folder or hub name."""
+    inputs: str
+    """Hash of what lies there."""
 
 
 @dataclass(frozen=True)
 class _Measures:
     """What every model of a run is measured on: the same rows and questions for all."""
 
-    packed: dict[str, Packed]
-    mixed: Packed | None
-    """Documents that switch domain; None where the recipe wants none."""
+    documents: dict[str, list[HeldOutDocument]]
+    mixed_documents: list[HeldOutDocument]
+    """Documents that switch domain; empty where the recipe wants none."""
+    tokenizer: PreTrainedTokenizerBase
+    """The one whose tokens they are."""
+    length: int
+    """Tokens that are read at once, at most."""
+    apart: bool
+    """As `btx.data.held_out.pack` takes it."""
     questions: dict[str, list[Question]]
     harness: Harness
+    shown: ToShow
 
-    def key(self, entry: ModelEntry, recipe: Recipe) -> str:
+    @cached_property
+    def packed(self) -> dict[str, Packed]:
+        """Domain → rows."""
+        return {name: pack(documents, self.length, apart=self.apart) for name, documents in self.documents.items()}
+
+    @cached_property
+    def mixed(self) -> Packed | None:
+        """Rows of documents that switch domain."""
+        return pack(self.mixed_documents, self.length, apart=self.apart) if self.mixed_documents else None
+
+    def as_read_by(self, model: PreTrainedModel | SideBySide, theirs: PreTrainedTokenizerBase) -> _Measures:
+        """The same text for a model that the run has not made."""
+        read = {name: in_tokens_of(theirs, found, self.tokenizer) for name, found in self.documents.items()}
+        same = all(new is old for name, documents in self.documents.items()
+                   for new, old in zip(read[name], documents, strict=True))  # fmt: skip
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or self.length
+        shown = replace(self.shown, only_named=True)
+        shown = shown if same else replace(shown, examples={}, texts={})  # token by token nothing compares
+        return replace(
+            self, documents=read, mixed_documents=in_tokens_of(theirs, self.mixed_documents, self.tokenizer),
+            length=min(self.length, longest), apart=not keeps_apart(model), shown=shown,
+        )  # fmt: skip
+
+    def key(self, entry: ModelEntry | OtherEntry, recipe: Recipe) -> str:
         """Hash of everything that decides a model's numbers."""
         return value_hash({
             "version": MEASURE_VERSION,
@@ -146,6 +127,10 @@ class _Measures:
             **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
 
+    def shown_key(self, entry: ModelEntry | OtherEntry, recipe: Recipe) -> str:
+        """Hash of everything that decides what is shown of a model besides."""
+        return self.shown.key(self.key(entry, recipe))
+
     def document_bytes(self) -> dict[str, Any]:
         """UTF-8 bytes of every document, laid out as the models' bits in documents.json."""
         sizes: dict[str, Any] = {"domains": {name: packed.bytes_N.tolist() for name, packed in self.packed.items()}}
@@ -153,13 +138,20 @@ class _Measures:
 
 
 def evaluate_models(
-    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry], *, log: Log, folder: Path | None = None
-) -> dict[str, Any]:
+    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry | OtherEntry], *, log: Log,
+    folder: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure every model on every domain, the mixed set and every task; write results.json.
 
     Beside it, documents.json holds the bits of every document and whether each answer was right, for every model:
     {"bytes": {"domains": {D: [...]}, "mixed": [...]}, "models": {NAME: {"domains": {D: [...]}, "mixed": [...],
     "tasks": {T: [0 or 1, ...]}}}}.
+
+    What the report shows of every model besides, single tokens and answers, is in shown.json
+    (`btx.reporting.shapes.Shown`).
+
+    An `OtherEntry` has no tokens, FLOPs and hours, but `other`: {"path"}. If it cannot be measured, it is
+    left out.
 
     A finished model is kept in models/ and not measured again while nothing behind its numbers changed, so a
     kill loses one model at most.
@@ -185,18 +177,19 @@ def evaluate_models(
     folder = folder or run_folder / "evaluate"
     results: dict[str, Any] = {"models": {}}
     documents: dict[str, Any] = {"bytes": measures.document_bytes(), "models": {}}
+    shown: dict[str, dict[str, Any]] = {}
     for name, entry in models.items():
-        kept, key = folder / "models" / kept_file(name), measures.key(entry, recipe)
-        record = read_json(kept, Kept)
-        if record is None or record["key"] != key:
-            record = {"key": key, **_measure(entry, recipe, measures, log)}
-            write_sealed(kept, record)
-            log(_summary(name, record["measured"]))
-        else:
-            log(f"{name}: measured before, kept")
-        cost = {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
-        results["models"][name] = record["measured"] | cost
+        try:
+            record = _record(name, entry, recipe, measures, folder / "models" / kept_file(name), log)
+        except UserError as error:
+            if isinstance(entry, ModelEntry):
+                raise
+            log(f"{name}: left out: {error}")
+            continue
+        results["models"][name] = record["measured"] | _cost(entry)
         documents["models"][name] = record["documents"]
+        shown[name] = record["shown"]
+    write_json(folder / "shown.json", measures.shown.together(shown))
     write_json(folder / "documents.json", documents)
     write_json(folder / "results.json", results)
     return results
@@ -207,12 +200,21 @@ def _asked(task: Task) -> dict[str, Any]:
     return task.model_dump(mode="json", exclude=set() if task.chat else {"chat"})
 
 
+def _cost(entry: ModelEntry | OtherEntry) -> dict[str, Any]:
+    """What results.json says of a model besides what was measured."""
+    if isinstance(entry, OtherEntry):
+        return {"flops": None, "tokens": None, "hours": None, "other": {"path": str(entry.path)}}
+    return {"flops": entry.flops, "tokens": entry.tokens, "hours": entry.hours} | entry.accounting
+
+
 class Kept(TypedDict):
     """A file in evaluate/models/."""
 
     key: str
     measured: ModelResult
     documents: dict[str, Any]
+    shown: NotRequired[dict[str, Any]]
+    """What `btx.evaluation.shown` keeps, with a key of its own: showing more measures nothing again."""
 
 
 def kept_file(name: str) -> str:
@@ -220,30 +222,54 @@ def kept_file(name: str) -> str:
     return f"{name.replace('/', '__')}.json"
 
 
-def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry]) -> _Measures:
-    settings, length = recipe.evaluate, recipe.data.sequence_length
-    packed = {
-        domain: pack(held_out_documents(run_folder, recipe, domain, settings.tokens), length)
-        for domain in recipe.data.domains
+def _what_to_measure(
+    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry | OtherEntry]
+) -> _Measures:  # fmt: skip
+    settings = recipe.evaluate
+    documents = {
+        domain: held_out_documents(run_folder, recipe, domain, settings.tokens) for domain in recipe.data.domains
     }
-    mixed = None
-    if settings.mixed.documents:
-        tokenizer = load_tokenizer(next(iter(models.values())).path)  # the seed model's: it made the token files
-        mixed = pack(mixed_documents(run_folder, recipe, tokenizer), length)
+    tokenizer = load_tokenizer(next(iter(models.values())).path)  # the seed model's: it made the token files
+    mixed = mixed_documents(run_folder, recipe, tokenizer) if settings.mixed.documents else []
     questions = {
         name: read_questions(task, rng_seed=recipe.rng_seed, root=recipe.data.root)
         for name, task in settings.tasks.items()
     }
     harness = Harness(requests_of(recipe), allow_code_execution=settings.harness.allow_code_execution)
-    return _Measures(packed, mixed, questions, harness)
+    shown = to_show(run_folder, recipe, tokenizer, questions)
+    length = recipe.data.sequence_length
+    return _Measures(documents, mixed, tokenizer, length, False, questions, harness, shown)
 
 
-def _measure(entry: ModelEntry, recipe: Recipe, measures: _Measures, log: Log) -> dict[str, Any]:
-    """`measured`: everything results.json says of a model except what it cost to train; `documents`: its part of
-    documents.json."""
+def _record(
+    name: str, entry: ModelEntry | OtherEntry, recipe: Recipe, measures: _Measures, file: Path, log: Log
+) -> dict[str, Any]:  # fmt: skip
+    """What is kept of a model in `file`: what is missing there, or was made of something else, is measured."""
+    before: dict[str, Any] | None = read_json(file, Kept)
+    key, shown_key = measures.key(entry, recipe), measures.shown_key(entry, recipe)
+    record = before if before is not None and before["key"] == key else None
+    if record is not None:
+        log(f"{name}: measured before, kept")
+        if record.get("shown", {}).get("key") == shown_key:
+            return record
     answers = bool(measures.questions) or bool(measures.harness)
     model = load_model_or_btm(entry.path, measuring_place(recipe, log, answers=answers))
     tokenizer = load_tokenizer(entry.path)
+    if isinstance(entry, OtherEntry):
+        measures = measures.as_read_by(model, tokenizer)
+    measured = record or {"key": key, **_measure(model, tokenizer, recipe, measures)}
+    shown = measures.shown.of(name, model, tokenizer, measured["measured"])
+    write_sealed(file, measured | {"shown": {"key": shown_key, **shown}})
+    if record is None:
+        log(_summary(name, measured["measured"]))
+    return measured | {"shown": shown}
+
+
+def _measure(
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, measures: _Measures
+) -> dict[str, Any]:  # fmt: skip
+    """`measured`: everything results.json says of a model except what it cost to train; `documents`: its part of
+    documents.json."""
     cost = cost_of(model)
     domains = {name: bits_per_byte(model, packed) for name, packed in measures.packed.items()}
     mixed = bits_per_byte(model, measures.mixed) if measures.mixed is not None else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,7 +50,12 @@ def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedToken
 
         texts = mixed_texts(recipe.rng_seed, mixed.documents, recipe.data.held_out)
     else:
-        texts = joined_halves(_texts_of_domains(run_folder, recipe, tokenizer), mixed.documents)
+        halves = math.ceil(2 * mixed.documents / len(recipe.data.domains))
+        halved = texts_to_halve(run_folder, recipe, tokenizer, recipe.data.domains, halves)
+        for domain in (domain for domain, of_it in halved.items() if not of_it):
+            raise DataError(f"evaluate.mixed: domain {domain!r} has no held-out document of two words to halve; "
+                            f"leave evaluate.mixed out")  # fmt: skip
+        texts = joined_halves(halved, mixed.documents)
     encoder = DocumentEncoder(tokenizer)
     end = -1 if encoder.trailing_eos else None
     return [HeldOutDocument(np.array(ids[:end], np.int64), len(text.encode()))
@@ -93,12 +99,13 @@ def split_in_the_middle(text: str) -> tuple[str, str]:
     return text, text
 
 
-def _texts_of_domains(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Held-out documents of every domain as text, enough for all halves if there are so many; of longer ones the
-    middle."""
+def texts_to_halve(
+    run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Iterable[str], halves: int
+) -> dict[str, list[str]]:  # fmt: skip
+    """Held-out documents of some domains as text, those of two words at least: `halves` of each if there are so many;
+    of longer ones the middle, so that two halves fit one training sequence."""
     # Halves may have two thirds of their texts, and two of them should fit.
-    domains, longest = recipe.data.domains, int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
-    halves = math.ceil(2 * recipe.evaluate.mixed.documents / len(domains))
+    longest = int((recipe.data.sequence_length - ROOM) / (2 - 2 * LEAST_HALF))
     texts: dict[str, list[str]] = {}
     for domain in domains:
         texts[domain] = []
@@ -110,7 +117,4 @@ def _texts_of_domains(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTok
                 text = re.sub(r"\A\S*\s+|\s+\S*\Z", "", text)  # a word may have been cut at either end
             if len(text.split()) > 1:
                 texts[domain].append(text)
-        if not texts[domain]:
-            raise DataError(f"evaluate.mixed: domain {domain!r} has no held-out document of two words to halve; "
-                            f"leave evaluate.mixed out")  # fmt: skip
     return texts

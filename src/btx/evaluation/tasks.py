@@ -58,11 +58,15 @@ class ExactMatch:
 
     def as_json(self) -> dict[str, Any]:
         """The entry of results.json."""
-        step = max(1, len(self.answers) // EXAMPLES)
         return {
             "exact_match": self.exact_match, "stderr": self.stderr, "questions": len(self.answers),
-            "examples": [asdict(answer) for answer in self.answers[::step][:EXAMPLES]],
+            "examples": [asdict(self.answers[i]) for i in example_numbers(len(self.answers))],
         }  # fmt: skip
+
+
+def example_numbers(questions: int) -> range:
+    """Which of so many questions are shown."""
+    return range(0, questions, max(1, questions // EXAMPLES))[:EXAMPLES]
 
 
 def exact_match(
@@ -137,6 +141,16 @@ def complete(
         for i, new_ids in zip(batch, _greedy(model, [encoded[i] for i in batch], max_new_tokens, ends), strict=True):
             outputs[i] = _decode(tokenizer, new_ids)
     return outputs
+
+
+def go_on(
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+) -> list[str]:
+    """How a model goes on with each text: `new_tokens` greedy tokens, fewer where the end-of-text token comes."""
+    encoder = DocumentEncoder(tokenizer)
+    encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    new_ids = _greedy(model, encoded, new_tokens, lambda ids: ids[-1] == tokenizer.eos_token_id) if prompts else []
+    return [_decode(tokenizer, ids) for ids in new_ids]
 
 
 @torch.inference_mode()

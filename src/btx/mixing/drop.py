@@ -40,7 +40,7 @@ def drop(
 
     Args:
         moe: folder of the MoE model.
-        expert: name of the expert, as mix.json has it; its number if the folder has no mix.json.
+        expert: name of the expert, as the model has it; its number if it has no names.
         output: folder to write; it appears when it is complete.
         max_shard_size: size an output file has at most, in bytes or as `500MB`.
         log: called with lines for the user.
@@ -60,7 +60,7 @@ def drop(
         raise CheckpointError(f"{moe}: without {expert} one expert is left, which is no mixture; use its dense model")
     if model.top_k > len(left):
         raise CheckpointError(f"{moe}: a token uses {model.top_k} experts, but only {len(left)} would be left")
-    config = model.config_with(len(left))
+    config = model.config_with(left)
     tensors = list(_planned(model, model.names.index(expert)))
     check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)

@@ -99,7 +99,8 @@ def extend(
     dense = open_expert(model, name, expert, lambda line: log(f"extend: warning: {line}"))
     rows_LD = _new_rows(model, name, init, texts or {})
     n = len(model.names)
-    config = model.config_with(n + 1)
+    names = [*model.names, name]
+    config = model.config_with(names)
     tensors = list(_planned(model, dense, name, rows_LD, 1 / (n + 1) if shared == "fold" else 0.0))
     check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)
@@ -110,7 +111,7 @@ def extend(
         step = {"extend": name, "path": str(expert), "shared": shared, "router_init": init.as_json()}
         record = model.record | {
             "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
-            "experts": [*model.names, name],
+            "experts": names,
             "top_k": model.top_k,
             "config": config,
             "bytes": written,

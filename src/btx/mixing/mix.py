@@ -45,6 +45,7 @@ from btx.model_files.model_card import write_model_card
 from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
 from btx.models.device import choose_device
+from btx.models.expert_names import with_names
 from btx.models.loading import load_tokenizer
 from btx.models.placement import Place
 from btx.models.whole import check_planned
@@ -111,6 +112,7 @@ def mix(
     text_rows = _texts(inputs, texts, init, settings.blend)
     width = first_layer[0].gate.shape[0]
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
+    config = with_names(config, names)
     drifts = _measure(inputs)
     tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init)), config, forced)
     check_planned({tensor.name: tensor.shape for tensor in tensors}, config)

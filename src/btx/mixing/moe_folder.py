@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -19,6 +20,7 @@ from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_rou
 from btx.model_files.checkpoints import TensorFolder
 from btx.model_files.model_folder import check_model_folder
 from btx.models.configs import as_the_files_say, read_config
+from btx.models.expert_names import names_in, with_names
 from btx.models.whole import check_whole
 from btx.system_errors import first_line
 
@@ -87,7 +89,7 @@ class MoeFolder:
     """A family that mixes into this class: it knows the published names."""
     tensors: TensorFolder
     names: list[str]
-    """The experts' names: those in mix.json, else their numbers."""
+    """The experts' names: those in config.json, else in mix.json, else their numbers."""
     routing: RoutingRule | None
     """The router of a folder that only btx reads; None for a plain one."""
     record: dict[str, Any]
@@ -112,7 +114,7 @@ class MoeFolder:
             known = ", ".join(NUMBERS_OF_EXPERTS)
             raise CheckpointError(f"{path / 'config.json'}: no number of experts; known keys: {known}")
         record = _record(path)
-        names = list(record.get("experts") or map(str, range(count)))
+        names = names_in(config, count) or list(record.get("experts") or map(str, range(count)))
         if len(names) != count:
             raise CheckpointError(f"{path / RECORD}: names {len(names)} experts, but config.json says {count}")
         if record["split"] or record["blend"]:
@@ -152,7 +154,11 @@ class MoeFolder:
         if self.routing is not None:
             write_router(folder, self.routing)
 
-    def config_with(self, num_experts: int) -> Config:
+    def config_with(self, names: Sequence[str]) -> Config:
+        """config.json for other experts."""
+        return with_names(self._config_for(len(names)), names)
+
+    def _config_for(self, num_experts: int) -> Config:
         """config.json for another number of experts."""
         said_in = [key for key in NUMBERS_OF_EXPERTS if isinstance(self.config.get(key), int)]
         missing = [key for key in NUMBERS_OF_EXPERTS if isinstance(self.completed.get(key), int)]
@@ -175,7 +181,7 @@ class MoeFolder:
         if self.holds_all_experts(name):
             return 0
         n = len(self.names)
-        now, more = (self.family.inert(self.config_with(number)) for number in (n, n + 1))
+        now, more = (self.family.inert(self._config_for(number)) for number in (n, n + 1))
         for pattern, filled in now.items():
             if match(pattern, name) is not None:
                 differing = [axis for axis, size in enumerate(filled.shape) if size != more[pattern].shape[axis]]

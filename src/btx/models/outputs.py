@@ -97,8 +97,12 @@ class ModelReader:
     """Reader of one model. Columns it has read stay in its key-value cache; a call may bring any number of new ones."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._cache = model, new_cache(model)
-        self._arguments = cache_arguments(model, self._cache)
+        self._model = model
+        self._begin()
+
+    def _begin(self) -> None:
+        self._cache = new_cache(self._model)
+        self._arguments = cache_arguments(self._model, self._cache)
         self._read = 0  # columns
 
     @torch.inference_mode()
@@ -113,5 +117,9 @@ class ModelReader:
         return cast(Tensor, output.logits[:, -1])
 
     def keep(self, rows_B: Tensor) -> None:
-        if self._read:
+        if not self._read:
+            return
+        if all(hasattr(layer, "batch_select_indices") for layer in self._cache.layers):
             self._cache.batch_select_indices(rows_B.cpu())  # its layers may be on several devices
+        else:
+            self._begin()  # states of convolutions and the like cannot be taken apart: all is read again

@@ -28,7 +28,7 @@ def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tenso
         position_ids_BS: tokens since the document's start, or since the row's; on the host, for borders are counted
             there. On a GPU counting would make the host wait for it.
     """
-    base = cast(Any, model).base_model
+    base = _decoder(model)
     mask = None  # transformers derives the mask from the positions, provided there is no cache
     if dense_mask_because(model) is None:
         from btx.models.document_attention import mask_of_borders
@@ -42,6 +42,12 @@ def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tenso
     return cast(Tensor, output.last_hidden_state)
 
 
+def _decoder(model: nn.Module) -> Any:
+    """A causal language model without its head; Llama 4's text class calls it otherwise than it says."""
+    base = cast(Any, model).base_model
+    return base.model if base is model and hasattr(base, "model") else base
+
+
 def copied_to(device: torch.device, values: Tensor) -> Tensor:
     """`values` on `device`, without the host waiting until a GPU has done what it was told before."""
     if device.type != "cuda" or values.is_cuda:
@@ -52,7 +58,7 @@ def copied_to(device: torch.device, values: Tensor) -> Tensor:
 def dense_mask_because(model: nn.Module) -> str | None:
     """Why `model` reads packed rows with a dense mask, on its device and in the present autocast; None if it reads them
     document by document."""
-    base = cast(Any, model).base_model
+    base = _decoder(model)
     kind = base.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
     if (reason := without_kernel(base.device, dtype)) is not None:

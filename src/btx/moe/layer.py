@@ -26,7 +26,7 @@ from btx.moe.routers import LayerRule, Routing, straight_through, top_k_gates
 
 __all__ = [
     "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
-    "only_experts", "routing_unchanged", "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias",
+    "routing_unchanged", "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias",
     "weight_parts",
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ class MoE(nn.Module):
         self.keeps_routing = True
         """Whether a forward pass leaves its decisions in `routing`; see `routing_unchanged`."""
         self.allowed_E: Tensor | None = None
-        """Experts that may be used, True or False; None: all. See `only_experts`."""
+        """Experts that may be used, True or False; None: all. See `btx.moe.any_moe`."""
         self.selection_bias: Tensor | None
         # (E,), for balancing without a loss; in no saved model, for a plain class has nothing of the kind.
         self.register_buffer("selection_bias", None, persistent=False)
@@ -241,20 +241,6 @@ def use_selection_bias(model: nn.Module) -> None:
     for block in moe_blocks(model):
         device = None if block.gate.weight.is_meta else block.gate.weight.device  # weights of a skeleton come later
         block.selection_bias = torch.zeros(block.num_experts, dtype=torch.float32, device=device)
-
-
-@contextmanager
-def only_experts(model: nn.Module, allowed_E: Tensor | None) -> Iterator[None]:
-    """Within, tokens use no expert but those where `allowed_E` is True: the router's other logits count as -inf. Where
-    fewer than K are left, the gates of the rest are 0. None allows all."""
-    blocks = moe_blocks(model)
-    for block in blocks:
-        block.allowed_E = allowed_E
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.allowed_E = None
 
 
 @contextmanager

@@ -148,3 +148,9 @@ class Analyze(Section):
     """Held-out tokens a domain, at most."""
     examples: Annotated[int, Field(ge=0)] = 3
     """Documents a domain shown token by token in the report."""
+
+    @property
+    def scored_examples(self) -> int:
+        """Documents a domain whose tokens the evaluation scores one by one: as many as are shown by default, or more
+        where more are shown."""
+        return max(self.examples, int(type(self).model_fields["examples"].default))

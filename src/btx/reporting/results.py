@@ -97,7 +97,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
     rows = [
         Row(
             name=name,
-            description=describe(name),
+            description=describe(name) if "other" not in model else f"not the run's: {model['other']['path']}",
             domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
             mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
             mixed=_cell(model.get("mixed", {}).get("bits_per_byte"), model.get("mixed", {}).get("stderr"), best_mixed),

@@ -14,7 +14,7 @@ from btx.metrics_file import read_metrics
 from btx.outputs import check_outputs, read_done, read_output
 from btx.reporting.charts import COLOURS
 from btx.reporting.paired_bootstrap import read_documents
-from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Tokens
+from btx.reporting.shapes import Manifest, MixRecord, Results, Routing, Shown, Tokens
 from btx.reporting.tokens import own_expert
 
 
@@ -73,6 +73,9 @@ def read_run(folder: Path) -> Run:
         recipe = yaml.safe_load(recipe_text) or {}
     except yaml.YAMLError as error:
         raise RunFolderError(f"{recipe_file}: not valid YAML ({error}); `btx run` writes it again") from error
+    shown = read_output(folder / "evaluate" / "shown.json", Shown) or {}
+    routing = read_output(folder / "analyze" / "routing.json", Routing) or {}
+    tokens = read_output(folder / "analyze" / "tokens.json", Tokens) or {}
     return Run(
         folder,
         recipe_text,
@@ -80,11 +83,20 @@ def read_run(folder: Path) -> Run:
         manifest=read_output(folder / "manifest.json", Manifest) or {},
         results=read_output(folder / "evaluate" / "results.json", Results) or {},
         documents=read_documents(folder / "evaluate" / "documents.json") or {},
-        routing=read_output(folder / "analyze" / "routing.json", Routing) or {},
-        tokens=read_output(folder / "analyze" / "tokens.json", Tokens) or {},
+        routing=routing | ({"loads": shown["loads"]} if routing and shown else {}),
+        tokens=_with_shown(tokens, shown) if shown else tokens,
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
     )
+
+
+def _with_shown(tokens: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
+    """tokens.json with what the evaluation has of the same documents, known by their names, and with the answers."""
+    examples = [
+        example | ({"losses": losses} if (losses := shown["losses"].get(example.get("document"))) else {})
+        for example in tokens.get("examples", [])
+    ]
+    return tokens and tokens | {"examples": examples, "answers": shown["answers"]}
 
 
 def _read_stages(folder: Path, domains: Sequence[str]) -> list[Stage]:

@@ -45,6 +45,8 @@ class ModelResult(TypedDict):
     hours: NotRequired[float | None]
     predicted: NotRequired[dict[str, Any]]
     matched: NotRequired[dict[str, Any]]
+    other: NotRequired[dict[str, str]]
+    """Of a model that is not the run's: its `path`."""
 
 
 class Results(TypedDict):
@@ -88,26 +90,39 @@ class Interval(TypedDict):
     high: float
 
 
+class Bounds(TypedDict):
+    """[low, high] of the 95 % intervals of statistics that are plain numbers beside."""
+
+    similarity: list[list[list[float]]]
+    positions: dict[str, list[list[list[float]]]]
+    classes: dict[str, list[list[list[float]]]]
+
+
 class Statistics(TypedDict):
     """What the routing says as a whole."""
 
     load: dict[str, list[list[Interval]]]
     """Domain → layer → expert."""
+    pairs: NotRequired[dict[str, dict[str, list[Interval]]]]
+    """Domain → pair of experts, as in the domain's `pairs` → layer by layer, share of the tokens."""
     specialisation: list[Interval]
-    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer."""
+    """Mutual information of domain and first expert over the domain's entropy, 0 to 1, layer by layer; empty where
+    there is one domain only."""
     similarity: list[list[float]]
     """Of two layers: mutual information of their first experts over the mean of their entropies (L, L)."""
     positions: dict[str, list[list[float]]]
     """"0-15", "16-63" ... of the document → layer → share of each expert."""
     classes: dict[str, list[list[float]]]
     """Class of the token (word, number, punctuation, space, ...) → layer → share of each expert."""
+    bounds: NotRequired[Bounds]
 
 
 class UsedFor(TypedDict):
     """What an expert is used for."""
 
-    tokens: list[tuple[str, float, int]]
-    """Tokens it gets more often than an even load would say: text, share of its occurrences, occurrences."""
+    tokens: list[list[Any]]
+    """Tokens it gets more often than an even load would say, each [text, share of its occurrences at which the expert
+    is chosen (mean over layers; of an even load K / E), occurrences]."""
     classes: dict[str, float]
     """Class of the token → share of the tokens the expert gets."""
 
@@ -132,17 +147,27 @@ class Kept(TypedDict):
     mean: float
 
 
+Loads = dict[str, list[list[float]]]
+"""Domain → layer → share of each expert."""
+
+
 class Routing(TypedDict):
-    """routing.json."""
+    """routing.json; `loads` comes from evaluate/shown.json."""
 
     layers: int
     experts: list[str]
     domains: dict[str, DomainRouting]
     dead: NotRequired[list[list[int]]]
+    model: NotRequired[str]
+    """Of `btx analyze MODEL`: what was analysed."""
+    dropped: NotRequired[list[str]]
+    """Experts that no token could use (`--without`)."""
     statistics: NotRequired[Statistics]
     used_for: NotRequired[dict[str, UsedFor]]
     lag: NotRequired[Lag]
     kept: NotRequired[list[Kept]]
+    loads: NotRequired[dict[str, Loads]]
+    """Models with these experts (mix, btx, an aligned one) → their load, all on the same text: before and after."""
 
 
 class RoutingShift(TypedDict):
@@ -174,8 +199,11 @@ class Example(TypedDict):
     tokens: list[str]
     experts: list[list[list[int]]]
     gates: list[list[list[float]]]
+    document: NotRequired[str]
+    """Name of the document, made from its tokens."""
     losses: NotRequired[dict[str, list[float]]]
-    """Model (seed, expert/D, btx, the best baseline) → bits of every token."""
+    """Model (seed, expert/D, mix, btx, baselines) → bits of every token, read as for bits per byte; from
+    evaluate/shown.json."""
 
 
 class ShownAnswer(TypedDict):
@@ -193,8 +221,17 @@ class ShownAnswer(TypedDict):
     gates: list[list[list[float]]]
 
 
+class Shown(TypedDict):
+    """evaluate/shown.json: what the evaluation adds to tokens.json and routing.json, as it reads every model."""
+
+    losses: dict[str, dict[str, list[float]]]
+    """Document → model → bits of every token."""
+    answers: list[ShownAnswer]
+    loads: dict[str, Loads]
+
+
 class Tokens(TypedDict):
-    """tokens.json."""
+    """tokens.json; `answers` and the examples' `losses` come from evaluate/shown.json."""
 
     layers: int
     experts: list[str]

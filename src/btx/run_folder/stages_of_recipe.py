@@ -21,6 +21,7 @@ from btx.data.conversations import data_files
 from btx.data.document_files import located
 from btx.errors import CheckpointError, DataError
 from btx.files import content_sha256
+from btx.recipe.evaluate import Analyze
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune, SeedTraining
@@ -167,7 +168,8 @@ class _Stages:
         domains = {domain: self._mixture({domain: 1.0}) for domain in recipe.data.domains}
         generated = {"held_out": recipe.data.held_out} if recipe.evaluate.mixed.kind == "generated" else {}
         files = {where: _content(path, where) for where, path in task_files(recipe).items()}
-        return {"evaluate": recipe.evaluate, "domains": domains, "files": files, **generated, **self.rng}
+        more = {} if recipe.analyze.scored_examples == Analyze().examples else {"examples": recipe.analyze.examples}
+        return {"evaluate": recipe.evaluate, "domains": domains, "files": files, **generated, **more, **self.rng}
 
     def _task_files(self) -> dict[str, str]:
         return {str(path): _content(path, where) for where, path in task_files(self.recipe).items()}

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from btx.baselines.btm_model import BtmReader
 from btx.data.token_texts import TokenTexts
 from btx.models.outputs import SideBySide, open_reader
+from btx.moe.any_moe import only_experts, watched
 from btx.moe.balancing import sparse_gates
-from btx.moe.layer import moe_blocks, only_experts
+from btx.moe.routers import Routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,12 +77,14 @@ def complete_token_by_token(
     shown, separators = 0, {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for made in range(max_new_tokens + 1):
         ids_1S = torch.cat([ids_1S, torch.tensor([new_ids], device=model.device)], dim=1)
-        with turn, only_experts(cast(Any, model), allowed_E) if allowed_E is not None else nullcontext():
-            scores_V = reader.scores(ids_1S, torch.ones_like(ids_1S))[0]
-            if isinstance(reader, BtmReader):
+        if isinstance(reader, BtmReader):
+            with turn:
+                scores_V = reader.scores(ids_1S, torch.ones_like(ids_1S))[0]
                 gates_TLE = reader.weights_BN[None].expand(len(new_ids), -1, -1)
-            else:
-                gates_TLE = gates_of_last(cast(Any, model), len(new_ids))
+        else:
+            with turn, only_experts(cast(nn.Module, model), allowed_E), watched(cast(nn.Module, model)) as routings:
+                scores_V = reader.scores(ids_1S, torch.ones_like(ids_1S))[0]
+            gates_TLE = gates_of(routings, len(new_ids))
         gates, pairs = gates_TLE.tolist(), top_pairs(gates_TLE)
         for token, gates_LE, pair in zip(new_ids, gates, pairs, strict=True):
             if shown or token not in separators:
@@ -101,10 +104,9 @@ def ends_of(model: PreTrainedModel | SideBySide) -> list[int]:
     return declared if isinstance(declared, list) else [] if declared is None else [declared]
 
 
-def gates_of_last(model: nn.Module, tokens: int) -> Tensor:
-    """Gate weight of every expert in every layer, for the tokens of the last forward pass: (T, L, E); (T, 0, 0) of a
-    dense model."""
-    routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
+def gates_of(routings: Sequence[Routing], tokens: int) -> Tensor:
+    """Gate weight of every expert in every layer, for the tokens of a forward pass: (T, L, E); (T, 0, 0) of a dense
+    model."""
     if not routings:
         return torch.empty(tokens, 0, 0)
     return torch.stack([sparse_gates(routing).cpu() for routing in routings], dim=1)

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.models.device import choose_device
+from btx.models.expert_names import names_of_experts
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide
 from btx.models.placement import Place
-from btx.moe.layer import moe_blocks
-from btx.outputs import read_output
-from btx.reporting.shapes import MixRecord
 from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop
 from btx.serving.expert_choice import ExpertChoice
 from btx.serving.refusals import check_completion, check_prompt, check_sampling
@@ -85,7 +82,10 @@ class Speaker:
         self.path = path
         self.model: PreTrainedModel | SideBySide = load_model_or_btm(path, Place(choose_device("auto").type, log=log))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
-        self.expert_names: list[str] = expert_names(path, self.model)
+        self.expert_names: list[str] = (
+            list(self.model.members) if isinstance(self.model, BtmModel)
+            else names_of_experts(cast("PreTrainedModel", self.model), path)
+        )  # fmt: skip
         """Names of its experts; of Branch-Train-Merge its models; empty for a dense model."""
         self._turn = threading.Lock()
 
@@ -169,23 +169,6 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     encoder = DocumentEncoder(tokenizer)
     ids = encoder([text])[0]
     return ids[:-1] if encoder.trailing_eos else ids
-
-
-def expert_names(model_path: Path, model: PreTrainedModel | SideBySide) -> list[str]:
-    """Names of the experts from the mix's record where one lies beside the model or in its run, else their numbers;
-    empty for a dense model."""
-    if isinstance(model, BtmModel):
-        return list(model.members)
-    blocks = moe_blocks(cast(nn.Module, model))
-    if not blocks:
-        return []
-    count, folder = blocks[0].num_experts, model_path.resolve()
-    for record in (folder / "mix.json", folder.parent / "mix.json", folder.parent.parent / "mix" / "mix.json"):
-        if record.is_file():
-            names = list(read_output(record, MixRecord).get("experts", ()))
-            if len(names) == count:
-                return names
-    return [f"expert {i}" for i in range(count)]
 
 
 def completion(

@@ -4,29 +4,61 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from btx.evaluation.evaluate import evaluate_models
+from btx.evaluation.evaluate import ModelEntry, OtherEntry, evaluate_models
 from btx.files import write_text
 from btx.process import Interrupts, Log
-from btx.run_folder.folder import RunFolder
+from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
+from btx.run_folder.other_models import read_other_models
 from btx.stages.models_of_run import models_of_run
 from btx.training.trackers.follow import FOLDER, followed
 from btx.training.trackers.tracker import Tracked
 
+PATIENCE_S = 60.0
+"""How long an evaluation that is just ending is waited for."""
+
 
 def evaluate_run(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
-    """Measure every model of the run; what was measured of a model before is kept while nothing behind it changed."""
-    models = models_of_run(run)
+    """Measure every model of the run, and those beside it; what was measured of a model before is kept while nothing
+    behind it changed."""
     with run.making(stage, log) as facts:
-        kept, before = facts.folder / "models", run.folder(stage.name) / "models"
-        if before.is_dir() and not kept.exists():
-            shutil.copytree(before, kept)
-        results = evaluate_models(run.path, run.recipe, models, log=log, folder=facts.folder)
+        results = _measure(run, facts.folder, ["models"], log)
         if run.recipe.track:
             _track(run, stage, results, facts.folder / FOLDER, log)
+
+
+def evaluate_others(run: RunFolder, interrupts: Interrupts, log: Log) -> None:
+    """Measure the models beside the run's (`btx.run_folder.other_models`), and write the results with them anew. What
+    is finished of the run's own stays finished: no stage is stale for it."""
+    stage = run.graph["evaluate"]
+    with exclusive(run.path, stage.name, patience_s=PATIENCE_S), interrupts.at_once(), run.making(stage, log) as facts:
+        _measure(run, facts.folder, ["models", FOLDER], log)
+
+
+def _measure(run: RunFolder, folder: Path, kept: Sequence[str], log: Log) -> dict[str, Any]:
+    """results.json of the run, in a new folder; `kept` are folders that are taken over from before."""
+    for name in kept:
+        if (before := run.folder("evaluate") / name).is_dir() and not (folder / name).exists():
+            shutil.copytree(before, folder / name)
+    ours = models_of_run(run)
+    models: dict[str, ModelEntry | OtherEntry] = {**ours, **_others(run, set(ours), log)}
+    return evaluate_models(run.path, run.recipe, models, log=log, folder=folder)
+
+
+def _others(run: RunFolder, ours: set[str], log: Log) -> dict[str, OtherEntry]:
+    """The models beside the run's, but for those whose name the run has given to one of its own since."""
+    entries: dict[str, OtherEntry] = {}
+    for name, model in read_other_models(run.path).items():
+        if name in ours:
+            log(f"{name}: the run has a model of this name now; {model['path']} is left out")
+        else:
+            path = Path(model["path"]) if Path(model["path"]).is_absolute() else model["path"]
+            entries[name] = OtherEntry(path, model["inputs"])
+    return entries
 
 
 def _track(run: RunFolder, stage: Stage, results: dict[str, Any], folder: Path, log: Log) -> None:
@@ -35,7 +67,7 @@ def _track(run: RunFolder, stage: Stage, results: dict[str, Any], folder: Path, 
     bits = {
         name: {domain: measured["bits_per_byte"] for domain, measured in model["domains"].items()}
         | {"mean": model["mean_bits_per_byte"]}
-        for name, model in results["models"].items()
+        for name, model in results["models"].items() if "other" not in model
     }  # fmt: skip
     line = {"step": 1, "bits_per_byte": bits}
     write_text(folder / "results.jsonl", json.dumps(line) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +60,10 @@ def _models(
 ) -> Iterator[tuple[str, str | Path, Callable[[], PreTrainedModel | SideBySide]]]:
     """Name, path and loader of each model."""
     if not (where / "recipe.yaml").is_file():
+        from btx.evaluation.any_model import load_any
+
         path = _name_or_folder(where)
-        yield where.name, path, partial(_load, path, log)
+        yield where.name, path, partial(load_any, path, log)
         return
     from btx.baselines.btm_model import load_model_or_btm
     from btx.models.device import measuring_place
@@ -83,23 +84,3 @@ def _models(
 def _name_or_folder(where: Path) -> str | Path:
     """What is no folder here may be a hub name."""
     return where if where.exists() else str(where)
-
-
-def _load(path: str | Path, log: Callable[[str], None]) -> PreTrainedModel | SideBySide:
-    """A model on GPUs in its own type, where there are any; else on the CPU in float32."""
-    import torch
-
-    from btx.baselines.btm_model import load_model_or_btm
-    from btx.models.configs import as_the_files_say, read_config
-    from btx.models.device import choose_device
-    from btx.models.measuring_memory import ANSWERING
-    from btx.models.placement import Place
-
-    place = Place(choose_device("auto").type, reading=ANSWERING, log=log)
-    if place.device == "cpu" or (isinstance(path, Path) and (path / BTM_FILE).is_file()):
-        return load_model_or_btm(path, place)
-    config = read_config(path)
-    if Path(path).is_dir():
-        config = as_the_files_say(config, Path(path))
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."))
-    return load_model_or_btm(path, replace(place, dtype=dtype))

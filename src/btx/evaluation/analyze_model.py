@@ -1,0 +1,120 @@
+"""`btx analyze MODEL`: the routing of any MoE model of transformers on anybody's text, with the report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from btx.data.held_out import HeldOutDocument
+from btx.data.token_files import DocumentEncoder
+from btx.errors import CheckpointError, DataError
+from btx.evaluation.analysis_request import dropped_experts
+from btx.evaluation.analyze import HALVES, Analysis, DomainText, say, spread
+from btx.evaluation.any_model import keeps_apart, load_any
+from btx.evaluation.kept_experts import TOKENS as CURVE_TOKENS
+from btx.evaluation.routed_text import EXAMPLE_TOKENS
+from btx.files import atomic_folder, write_json
+from btx.models.expert_names import names_of_experts
+from btx.models.loading import load_tokenizer
+from btx.models.measuring_memory import SCORING
+from btx.moe.any_moe import num_experts
+from btx.number_texts import decimal_text
+from btx.reporting.report import write_report
+from btx.reporting.tokens import own_expert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEQUENCE_LENGTH = 512
+"""Tokens that are read at once, at most."""
+
+
+def analyze_model(
+    path: str | Path, texts: Mapping[str, Sequence[str]], output: Path, *, tokens: int, examples: int,
+    without: Sequence[str] = (), log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Route text of several domains through a MoE model; write routing.json, tokens.json and the report's page.
+
+    Args:
+        path: model folder or hub name.
+        texts: domain → its documents.
+        output: folder to write; it appears when it is complete.
+        tokens: of each domain, at most.
+        examples: documents of each domain shown token by token.
+        without: names of experts that tokens may not use.
+        log: called with lines for the user.
+
+    Returns:
+        routing.json, as written.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, is dense, or has routers that nobody can read.
+        DataError: a domain's text is too short.
+        UserError: `without` names what is not there.
+    """
+    model, tokenizer = cast("PreTrainedModel", load_any(path, log, SCORING)), load_tokenizer(path)
+    if not num_experts(cast(Any, model)):
+        raise CheckpointError(f"{path}: {type(model).__name__} has no MoE layer that btx finds: no router beside "
+                              f"experts")  # fmt: skip
+    names = names_of_experts(model, Path(path))
+    longest = int(getattr(model.config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
+    owners = {domain: own_expert(domain, names, None) for domain in texts}
+    analysis = Analysis(
+        names, {domain: expert for domain, expert in owners.items() if expert is not None},
+        min(SEQUENCE_LENGTH, longest), dropped_experts(without, names), apart=not keeps_apart(model),
+    )  # fmt: skip
+    domains = {domain: _text_of(domain, documents, tokenizer, tokens, examples) for domain, documents in texts.items()}
+    routing, shown = analysis.of(model, tokenizer, domains)
+    routing["model"] = str(path)
+    with atomic_folder(output) as folder:
+        write_json(folder / "routing.json", routing)
+        write_json(folder / "tokens.json", shown)
+        write_report(folder, folder)
+    say(routing, None, log)
+    first, last = routing["kept"][0], routing["kept"][-1]
+    dropped = f"; without {', '.join(without)} {decimal_text(last['mean'])}" if without else ""
+    log(f"mean {decimal_text(first['mean'])} bits per byte with all experts{dropped}")
+    return routing
+
+
+def _text_of(
+    domain: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, examples: int
+) -> DomainText:  # fmt: skip
+    """What the routing of a domain is looked at on: its first documents."""
+    encoder = DocumentEncoder(tokenizer)
+    encoded = [_document(text, encoder) for text in documents]
+    encoded = [document for document in encoded if len(document.tokens) > 1]
+    if not encoded:
+        raise DataError(f"--text {domain}: no document has a token")
+    shown = [HeldOutDocument(document.tokens[: 1 + EXAMPLE_TOKENS], document.bytes)
+             for document in spread(encoded, examples)]  # fmt: skip
+    starts = (tokenizer.decode(document.tokens[1 : SEQUENCE_LENGTH // 2].tolist(), clean_up_tokenization_spaces=False)
+              for document in spread(encoded, HALVES))  # fmt: skip
+    halves = [text for start in starts if len((text := cast(str, start).strip("\ufffd")).split()) > 1]
+    counted, curve = (_up_to(encoded, most, tokenizer) for most in (tokens, CURVE_TOKENS))
+    return DomainText(counted, curve, shown, halves)
+
+
+def _document(text: str, encoder: DocumentEncoder) -> HeldOutDocument:
+    ids = np.array([token for part in encoder.in_parts(text) for token in part], np.int64)
+    return HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, len(text.encode()))
+
+
+def _up_to(
+    documents: Sequence[HeldOutDocument], tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> list[HeldOutDocument]:  # fmt: skip
+    """The first documents up to so many text tokens, the last one cut."""
+    chosen: list[HeldOutDocument] = []
+    for document in documents:
+        if tokens < 1:
+            break
+        if len(document.tokens) > 1 + tokens:
+            ids = document.tokens[: 1 + tokens]
+            text = cast(str, tokenizer.decode(ids[1:].tolist(), clean_up_tokenization_spaces=False))
+            document = HeldOutDocument(ids, max(1, len(text.encode())))
+        chosen.append(document)
+        tokens -= len(document.tokens) - 1
+    return chosen

@@ -1,0 +1,94 @@
+"""Bits per byte: Σ bits of all text tokens over Σ UTF-8 bytes, which compares models with different tokenizers.
+
+Every text byte of a document is scored once; the separator in front of a document is context, its end-of-text token is
+not scored.
+
+Shape letters: N documents, R scored tokens, T text tokens of a document.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from btx.data.held_out import HeldOutDocument, Packed, pack
+from btx.models.outputs import MICRO_BATCH_TOKENS, SideBySide, token_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Bits per byte of one model on one domain."""
+
+    bits_per_byte: float
+    stderr: float | None
+    """Standard error over documents; None with a single document."""
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    """UTF-8 bytes of the scored text."""
+    documents: int
+    seconds: float
+    """Wall seconds of the forward passes."""
+    document_bits: list[float]
+    """Bits of each document: what models are compared by, document by document (`btx.evaluation.compare`)."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of results.json."""
+        return {"bits_per_byte": self.bits_per_byte, "stderr": self.stderr, "tokens": self.tokens, "bytes": self.bytes}
+
+
+def bits_per_byte(
+    model: PreTrainedModel | SideBySide, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+) -> BitsPerByte:
+    """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
+
+    Args:
+        model: causal language model, on any device.
+        packed: held-out documents as `btx.data.held_out.pack` lays them out.
+        micro_batch_tokens: tokens a forward pass, at most (one row at least).
+    """
+    started = time.perf_counter()
+    nll_N = torch.zeros(len(packed.bytes_N), dtype=torch.float64)
+    for rows in packed.batches(micro_batch_tokens):
+        nll_R = token_nll(model, rows)
+        nll_N.index_add_(0, rows.document_ids_BS[rows.scored_BS], nll_R.double().cpu())
+    bits_N = nll_N / math.log(2)
+    value, stderr = ratio(bits_N, packed.bytes_N.double())
+    return BitsPerByte(
+        bits_per_byte=value, stderr=stderr, tokens=int(packed.scored_BS.sum()), bytes=int(packed.bytes_N.sum()),
+        documents=len(nll_N), seconds=time.perf_counter() - started,
+        document_bits=[round(bits, 4) for bits in bits_N.tolist()],
+    )  # fmt: skip
+
+
+def ratio(value_N: Tensor, size_N: Tensor) -> tuple[float, float | None]:
+    """Ratio estimator Σ value / Σ size and its standard error over N documents (linearised; None for N = 1).
+
+    Source: Cochran, Sampling Techniques (1977), section 6.4.
+    """
+    total, n = size_N.sum(), len(size_N)
+    estimate = value_N.sum() / total
+    if n == 1:
+        return float(estimate), None
+    residual_N = value_N - estimate * size_N
+    return float(estimate), float((residual_N.square().sum() * n / (n - 1)).sqrt() / total)
+
+
+def token_bits(
+    model: PreTrainedModel | SideBySide, document: HeldOutDocument, sequence_length: int
+) -> list[float]:  # fmt: skip
+    """Bits of every text token of a document, in order, each read with what is before it in the pieces that bits per
+    byte are measured on: (T,)."""
+    # Pieces of one document come back in order: all but the last fill a row.
+    parts = [
+        token_nll(model, rows).double().cpu() for rows in pack([document], sequence_length).batches(MICRO_BATCH_TOKENS)
+    ]
+    return [round(bits, 3) for bits in (torch.cat(parts) / math.log(2)).tolist()]

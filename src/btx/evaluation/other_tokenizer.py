@@ -1,0 +1,35 @@
+"""The held-out text of a run in the tokens of another tokenizer: bits per byte compare across tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from btx.data.held_out import HeldOutDocument
+from btx.data.token_files import DocumentEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def in_tokens_of(
+    theirs: PreTrainedTokenizerBase, documents: Sequence[HeldOutDocument], ours: PreTrainedTokenizerBase
+) -> list[HeldOutDocument]:  # fmt: skip
+    """The same documents in the tokens of another tokenizer.
+
+    Where that gives the text the same tokens, they are left as they are, their separators too: finetuning on
+    conversations gives a tokenizer another end-of-text token, and its documents were read with the old one.
+
+    Args:
+        ours: the one whose tokens they are.
+    """
+    encoder = DocumentEncoder(theirs)
+    found = []
+    for document in documents:
+        text = cast(str, ours.decode(document.tokens[1:].tolist(), clean_up_tokenization_spaces=False))
+        ids = np.array([token for part in encoder.in_parts(text) for token in part], np.int64)
+        found.append(HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, document.bytes))
+    same = all(np.array_equal(new.tokens[1:], old.tokens[1:]) for new, old in zip(found, documents, strict=True))
+    return list(documents) if same else found

@@ -1,0 +1,232 @@
+"""What a report shows of every model, beside its numbers: the bits of single tokens, answers, the load of its experts.
+
+Kept for each model in evaluate/models/, put together in evaluate/shown.json.
+
+Shape letters: T tokens, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from btx.choices.baselines import BASELINES
+from btx.data.domains import Question
+from btx.data.held_out import HeldOutDocument, held_out_documents
+from btx.data.token_files import DocumentEncoder
+from btx.evaluation.analyze import domain_routing
+from btx.evaluation.bits_per_byte import token_bits
+from btx.evaluation.routed_text import example_documents, name_of, token_by_token
+from btx.evaluation.tasks import example_numbers, go_on, gold_answer
+from btx.files import value_hash
+from btx.models.expert_names import names_in
+from btx.models.outputs import SideBySide
+from btx.moe.any_moe import num_experts
+from btx.reporting.shapes import Shown, ShownAnswer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from btx.recipe.schema import Recipe
+
+VERSION = 1
+"""Goes into the key of what is kept; raised whenever something would come out differently, or is new."""
+LOAD_TOKENS = 5_000
+"""Tokens a domain on which the load of models is compared."""
+ANSWERS = 2
+"""Questions a domain."""
+PROMPT_TOKENS = NEW_TOKENS = 32
+"""Of a document that a model goes on with, where a domain has no task."""
+
+RUN_MODEL = "btx"
+"""The model whose routing the report shows."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, or the start of a document that a model goes on with."""
+
+    domain: str
+    prompt: str
+    gold: str
+    task: str | None = None
+    """None: a document."""
+
+
+@dataclass(frozen=True)
+class ToShow:
+    """What every model of a run is shown on."""
+
+    recipe: Recipe
+    examples: dict[str, HeldOutDocument]
+    """Name of the document → the document."""
+    asked: list[Asked]
+    texts: dict[str, list[HeldOutDocument]]
+    """Domain → the text on which loads are compared."""
+    only_named: bool = False
+    """Whether a model has the run's experts only if its config says so: for models that the run has not made."""
+
+    def key(self, measured: str) -> str:
+        """Hash of everything that decides what is kept of a model.
+
+        Args:
+            measured: hash of everything that decides the model's numbers.
+        """
+        return value_hash({
+            "version": VERSION, "measured": measured, "examples": list(self.examples),
+            "asked": [asdict(asked) for asked in self.asked], "experts": self.recipe.expert_names,
+            "texts": {domain: [name_of(text) for text in texts] for domain, texts in self.texts.items()},
+        })  # fmt: skip
+
+    def of(
+        self, name: str, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase,
+        measured: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """What is kept of a model: `losses` (document → bits of every token), `answers` (number of the question →
+        `output`, of a task also `correct`), of the run's own kind of MoE model `loads`, of the run's model `tokens`
+        (those of each answer).
+
+        Args:
+            name: in the results.
+            measured: what results.json says of it.
+        """
+        length = self.recipe.data.sequence_length
+        answers = self._answers(name, model, tokenizer, measured)
+        kept: dict[str, Any] = {
+            "losses": {key: token_bits(model, document, length) for key, document in self.examples.items()},
+            "answers": answers,
+        }
+        if not isinstance(model, SideBySide) and self._has_experts_of_the_run(name, model):
+            kept["loads"] = {
+                domain: _rounded(domain_routing(model, texts, length).load()) for domain, texts in self.texts.items()
+            }
+            if name == RUN_MODEL:
+                kept["tokens"] = {
+                    number: routed_answer(model, tokenizer, self.asked[int(number)].prompt, answer["output"])
+                    for number, answer in answers.items()
+                }
+        return kept
+
+    def _answers(
+        self, name: str, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase,
+        measured: Mapping[str, Any],
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Of baselines none, of an expert those in its own domain. Answers in tasks are those that were measured."""
+        if name in self.recipe.baselines or name == "mix":
+            return {}
+        own = name.removeprefix("expert/") if name.startswith("expert/") else None
+        to_answer = {str(i): asked for i, asked in enumerate(self.asked) if own in (None, asked.domain)}
+        answers: dict[str, dict[str, Any]] = {}
+        for number, asked in to_answer.items():
+            if asked.task is not None:
+                examples = measured["tasks"][asked.task]["examples"]
+                one = next(example for example in examples if example["prompt"] == asked.prompt)
+                answers[number] = {"output": one["output"], "correct": one["correct"]}
+        documents = {number: asked.prompt for number, asked in to_answer.items() if asked.task is None}
+        outputs = go_on(model, tokenizer, list(documents.values()), NEW_TOKENS)
+        return answers | {number: {"output": text} for number, text in zip(documents, outputs, strict=True)}
+
+    def _has_experts_of_the_run(self, name: str, model: PreTrainedModel) -> bool:
+        """Whether its experts are those that the run has trained, so that their names are right for it."""
+        if name in self.recipe.baselines and BASELINES[name].start != "mix":
+            return False
+        experts = self.recipe.expert_names
+        if (count := num_experts(cast(Any, model))) != len(experts) or not self.texts:
+            return False
+        said = names_in(model.config.to_dict(), count)
+        return said == experts if said is not None or self.only_named else True
+
+    def together(self, kept: Mapping[str, Mapping[str, Any]]) -> Shown:
+        """shown.json; it has no answers where the run's model is not among the models.
+
+        Args:
+            kept: model → what `of` gave.
+        """
+        answers = []
+        for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
+            asked, said = self.asked[int(number)], {name: found["answers"].get(number) for name, found in kept.items()}
+            answers.append({
+                "domain": asked.domain, "prompt": asked.prompt, "gold": asked.gold,
+                "answers": {name: answer["output"] for name, answer in said.items() if answer},
+                **({"task": asked.task, "correct": {name: answer["correct"] for name, answer in said.items() if answer}}
+                   if asked.task is not None else {}),
+                **tokens,
+            })  # fmt: skip
+        return {
+            "losses": {
+                key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
+                for key in self.examples
+            },
+            "answers": cast(list[ShownAnswer], answers),
+            "loads": {name: found["loads"] for name, found in kept.items() if "loads" in found},
+        }
+
+
+def to_show(
+    run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Sequence[Question]]
+) -> ToShow:  # fmt: skip
+    """What the models of a run are shown on.
+
+    Args:
+        run_folder: holds the prepared data.
+        tokenizer: the one that made the data's token files.
+        questions: those of every task.
+
+    Raises:
+        DataError: held-out data are missing.
+    """
+    examples: dict[str, HeldOutDocument] = {}
+    asked: list[Asked] = []
+    texts: dict[str, list[HeldOutDocument]] = {}
+    for domain in recipe.data.domains:
+        documents = example_documents(run_folder, recipe, domain, recipe.analyze.scored_examples)
+        examples |= {name_of(document): document for document in documents}
+        texts[domain] = [
+            HeldOutDocument(text.tokens[: 1 + LOAD_TOKENS], text.bytes)
+            for text in held_out_documents(run_folder, recipe, domain, LOAD_TOKENS)
+        ]
+        if (task := task_of(recipe, domain)) is not None:
+            some, after = questions[task], recipe.evaluate.tasks[task].answer_after
+            numbers = example_numbers(len(some))
+            numbers = numbers[:: max(1, len(numbers) // ANSWERS)][:ANSWERS]
+            asked += [Asked(domain, some[i].prompt, gold_answer(some[i].answer, after), task) for i in numbers]
+        else:
+            starts = (_start(tokenizer, domain, document) for document in documents)
+            asked += [start for start in starts if start is not None][:ANSWERS]
+    return ToShow(recipe, examples, asked, texts)
+
+
+def task_of(recipe: Recipe, domain: str) -> str | None:
+    """The task that asks of a domain: the one of its name, else the first made by a generator of its text."""
+    generators = {source.generate for source in recipe.data.domains[domain].sources} - {None}
+    made = [name for name, task in recipe.evaluate.tasks.items() if task.generate in generators]
+    return domain if domain in recipe.evaluate.tasks else next(iter(made), None)
+
+
+def routed_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
+) -> dict[str, Any]:  # fmt: skip
+    """The tokens of an answer as `token_by_token` gives them, read after its prompt."""
+    encoder = DocumentEncoder(tokenizer)
+    asked, said = (ids[:-1] if encoder.trailing_eos else ids for ids in encoder([prompt, answer]))
+    return token_by_token(model, tokenizer, np.array([*asked, *said[1:]], np.int64), shown_from=len(asked))
+
+
+def _rounded(load_LE: Tensor) -> list[list[float]]:
+    return [[round(share, 4) for share in load_E] for load_E in load_LE.tolist()]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, domain: str, document: HeldOutDocument) -> Asked | None:
+    """The start of a document and the tokens after it, halves of a short one; None where there are not two."""
+    ids_T = document.tokens[1:]
+    cut = min(PROMPT_TOKENS, len(ids_T) // 2)
+    prompt, gold = (
+        cast(str, tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+        for ids in (ids_T[:cut], ids_T[cut : cut + NEW_TOKENS])
+    )
+    return Asked(domain, prompt, gold) if prompt.strip() and gold.strip() else None

@@ -1,6 +1,7 @@
 # make demo   the whole method on this machine, from nothing to a report
 # make test   the tests
 # make test-engines   tests on a Slurm and a Ray cluster of their own, a browser, and runs that are killed again and again
+# make docs   the documentation as a site -> site/index.html
 # make lint   ruff (rules and formatting) and mypy
 # make bench-mix   speed and memory of mixing against a copy, mergekit and a plain script -> benchmarks/mix.json
 # make bench-moe   speed of the MoE layer against transformers' and a dense model -> benchmarks/moe.json
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-engines lint bench-mix bench-moe bench-train bench-asynchrony clean
+.PHONY: setup demo test test-engines docs lint bench-mix bench-moe bench-train bench-asynchrony clean
 
 setup: $(VENV)/.stamp-demo
 
@@ -31,14 +32,21 @@ demo: $(VENV)/.stamp-demo
 test: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Slurm: apt install slurm-wlm munge. What is not installed skips itself, with the reason.
+# Slurm: apt install slurm-wlm munge; a browser: pip install playwright, apt install chromium. What is not installed skips itself, with the reason.
 ENGINES ?= slurm or ray or chaos or texts or long or browser
 test-engines: $(VENV)/.stamp-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "$(ENGINES)" -rs
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(VENV)/.stamp-test
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/*.py
+	$(BIN)/ruff format --check src tests benchmarks docs/*.py
 	$(BIN)/mypy
 
 # Needs 30 GB of disk and an hour; --mergekit names an environment with mergekit==0.1.5, left out if it is not there.
@@ -57,4 +65,4 @@ bench-asynchrony: $(VENV)/.stamp-demo
 	$(BIN)/python benchmarks/asynchrony.py --output benchmarks/asynchrony.json
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

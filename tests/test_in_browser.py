@@ -77,6 +77,9 @@ def test_an_answer_streams_in_colours_and_a_token_shows_its_layers(
     marks.nth(3).focus()
     page.keyboard.press("Enter")
     assert page.locator("#strip .layer").count() == 2
+    layer = page.locator("#strip .layer").first.bounding_box()
+    on_top = "([x, y]) => document.elementFromPoint(x, y).closest('#strip') !== null"
+    assert page.evaluate(on_top, [layer["x"] + 5, layer["y"] + 5]), "nothing lies over the token's panel"
     page.keyboard.press("Escape")
     assert page.locator("#layers").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing scrolls sideways"
@@ -97,6 +100,34 @@ def test_an_expert_can_be_used_alone_or_forbidden(browser: Any, address: str) ->
     assert titles
     assert not any("code" in title for title in titles)
     assert watched.errors == []
+
+
+def test_a_model_stands_beside_itself_without_an_expert(browser: Any, address: str) -> None:
+    watched = Watched(browser, address)
+    page = watched.page
+    page.click("#settings summary")
+    page.select_option("#beside", "moe")
+    page.click("text=code")
+    watched.send("the sum")
+    first, second = (page.locator(f".turn .said:not(.mine) >> nth={place}") for place in (0, 1))
+    assert {mark.get_attribute("title") for mark in first.locator("i.pair").all()} == {"code"}
+    assert {mark.get_attribute("title") for mark in second.locator("i.pair").all()} != {"code"}
+    assert abs(first.bounding_box()["y"] - second.bounding_box()["y"]) < 1
+    assert watched.errors == []
+
+
+def test_an_answer_comes_token_by_token(browser: Any, address: str) -> None:
+    watched = Watched(browser, address)
+    page = watched.page
+    page.evaluate("""() => {
+        window.counts = [];
+        new MutationObserver(() => counts.push(document.querySelectorAll('.tokens i.pair').length))
+            .observe(document.getElementById('talk'), { childList: true, subtree: true });
+    }""")
+    watched.send("the sum")
+    counts = page.evaluate("counts")
+    assert len({count for count in counts if count}) > 3
+    assert counts == sorted(counts)
 
 
 def test_an_answer_can_be_stopped_and_a_refusal_is_shown(browser: Any, address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,14 @@ def test_other_classes_are_computed_exactly_or_left_alone(
     if not blocks:
         with pytest.raises(CheckpointError, match="route by top_k alone"):
             set_router(ours, RoutingRule("switch"))
+
+
+def test_a_model_whose_config_asks_for_transformers_router_losses_is_computed_as_any_other(mixtral: Path) -> None:
+    ids = torch.arange(2, 20)[None]
+    expected = load_model(mixtral)(input_ids=ids, labels=ids)
+    config = json.loads((mixtral / "config.json").read_text())
+    asks = config | {"output_router_logits": True, "router_aux_loss_coef": 0.01}  # as TRL leaves it
+    (mixtral / "config.json").write_text(json.dumps(asks))
+    output = load_model(mixtral)(input_ids=ids, labels=ids)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.loss, expected.loss)

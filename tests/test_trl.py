@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import btx
-from tests.pico_models import llama
+from btx.serving.speaker import Speaker
+from tests.pico_run import pico_recipe, run_here
 
 pytestmark = pytest.mark.texts
 ROOT = Path(__file__).parents[1]
@@ -24,14 +25,12 @@ SAVED = ["sft", "dpo", "grpo", "sft-lora"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples have run, on a model of two branches and their seed model, with 16 lines of data."""
+    """Where the examples have run, on the model of a small run, with 16 lines of data."""
     pytest.importorskip("trl", reason="pip install trl peft")
     folder = tmp_path_factory.mktemp("trl")
-    experts = {name: llama(folder / name, rng_seed=number) for number, name in enumerate(("seed", "math", "code"))}
-    (folder / MIXED).parent.mkdir(parents=True)
-    btx.mix(experts.pop("seed"), experts, folder / MIXED)
-    asked = [[{"role": "user", "content": f"the sum of {number}"}] for number in range(16)]
-    answers = [[{"role": "assistant", "content": word}] for word in ("is seven", "is four")]
+    run_here(pico_recipe(folder, "runs/my"))
+    asked = [[{"role": "user", "content": f"owl {number}"}] for number in range(16)]
+    answers = [[{"role": "assistant", "content": word}] for word in ("the owl sings", "a saw cuts")]
     lines = {
         "chat": [{"messages": prompt + answers[0]} for prompt in asked],
         "pairs": [{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]} for prompt in asked],
@@ -71,8 +70,9 @@ def test_what_trl_saves_is_a_model_that_btx_and_transformers_load_alike(home: Pa
 def test_the_config_stays_as_it_was_mixed(home: Path, name: str) -> None:
     before, after = (json.loads((home / folder / "config.json").read_text()) for folder in (MIXED, name))
     balancing = {"router_aux_loss_coef", "output_router_logits"}
+    of_tokenizer = {"bos_token_id", "eos_token_id", "pad_token_id"}  # TRL writes what the tokenizer says
     spelling = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "transformers_version", "use_cache"}
-    kept = before.keys() - balancing - spelling
+    kept = before.keys() - balancing - of_tokenizer - spelling
     assert {key: after.get(key) for key in kept} == {key: before[key] for key in kept}
     assert before["router_aux_loss_coef"] == 0
 
@@ -83,3 +83,12 @@ def test_experts_and_attention_learn_and_routers_but_for_lora(home: Path, name: 
     assert before.keys() == after.keys()
     changed = {kind(tensor) for tensor in before if not torch.equal(before[tensor], after[tensor])}
     assert changed == ({"experts", "self_attn"} if name == "sft-lora" else {"experts", "gate", "self_attn", "other"})
+
+
+def test_btx_knows_the_experts_again_and_measures_the_model_beside_its_runs_own(home: Path) -> None:
+    assert Speaker(home / "sft").expert_names == ["birds", "tools", "generalist"]
+    command = [sys.executable, "-m", "btx", "evaluate", "runs/my", "--model", "sft=sft", "--model", "lora=sft-lora"]
+    subprocess.run(command, cwd=home, check=True, capture_output=True)
+    results = json.loads((home / "runs" / "my" / "evaluate" / "results.json").read_text())["models"]
+    assert {"btx", "sft", "lora"} <= results.keys()
+    assert 0 < results["sft"]["mean_bits_per_byte"] != results["btx"]["mean_bits_per_byte"]

@@ -179,6 +179,9 @@ def swap_in_moe(model: nn.Module) -> list[MoE]:
             _take_over_hook(before, after)
         setattr(module, place, moe)
         blocks.append(moe)
+    if blocks and getattr(config := getattr(model, "config", None), "output_router_logits", False):
+        # TRL leaves it on in what it saves; transformers' own balancing loss would look for logits of the old routers.
+        cast(Any, config).output_router_logits = False
     return blocks
 
 

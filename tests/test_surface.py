@@ -22,7 +22,7 @@ SOURCE = Path(btx.__file__).parent
 # The floors of src/btx, from the ground up (docs/decisions.md): a package, or a module beside them, imports from the
 # floors below its own and from nowhere else. A new package: one name in one of these lines.
 FLOORS = """
-errors number_texts markdown_text recipes
+errors number_texts markdown_text hub_names recipes
 system_errors
 files process metrics_file
 outputs
@@ -41,7 +41,7 @@ __main__
 """.strip().splitlines()
 FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor.split()}
 WITHOUT_TORCH = (
-    "errors number_texts markdown_text recipes system_errors files process metrics_file outputs choices recipe "
+    "errors number_texts markdown_text hub_names recipes system_errors files process metrics_file outputs choices recipe "
     "reporting run_folder running "
     "mixing.settings evaluation.aggregate evaluation.code_execution evaluation.code_jail evaluation.harness_checks "
     "evaluation.harness_files evaluation.compare serving.refusals sweeps"

@@ -18,6 +18,7 @@ from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
+from btx.cli.hub_models import take_hub_names
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import end, prepare_streams, show, show_json
@@ -58,7 +59,10 @@ def main() -> None:
 @cache
 def _commands() -> Any:
     """All commands, built once in a process."""
-    return get_command(app)
+    group: Any = get_command(app)
+    for command in group.commands.values():
+        take_hub_names(command)
+    return group
 
 
 def _print_version(asked: bool) -> None:

@@ -132,9 +132,11 @@ class Handler(BaseHTTPRequestHandler):
             files = [{"rfilename": file, "size": len(content)} for file, content in commit[1].items()]
             self.answer(200, {"id": name, "sha": commit[0], "siblings": files, "private": False, "tags": []})
 
-    def tree(self, body: bytes, name: str, revision: str) -> None:
-        """All files of a commit."""
-        if commit := self.found(name, revision):
+    def tree(self, body: bytes, name: str, revision: str, below: str | None) -> None:
+        """All files of a commit; none of these models has a folder."""
+        if below is not None:
+            self.answer(404, {"error": "no such folder"}, X_Error_Code="EntryNotFound")
+        elif commit := self.found(name, revision):
             self.answer(200, [entry(file, content) for file, content in commit[1].items()])
 
     def resolve(self, body: bytes, name: str, revision: str, file: str) -> None:
@@ -224,7 +226,7 @@ ROUTES = [
     (r"/api/repos/create", Handler.create),
     (rf"/api/models/{NAME}", Handler.info),
     (rf"/api/models/{NAME}/revision/(?P<revision>.+)", Handler.info),
-    (rf"/api/models/{NAME}/tree/(?P<revision>.+)", Handler.tree),
+    (rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)(?P<below>/.+)?", Handler.tree),
     (rf"/api/models/{NAME}/preupload/(?P<revision>.+)", Handler.preupload),
     (rf"/api/models/{NAME}/commit/(?P<revision>.+)", Handler.commit),
     (rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import update_wrapper
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from btx.errors import UserError
@@ -13,22 +15,19 @@ WRITTEN = ("output", "target")
 """Names of parameters that say where something is written."""
 
 
-def take_hub_names(command: Any) -> None:
-    """Let every path that a command of click's takes be a model of the hub; the command is given its folder here.
+def with_hub_models(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose paths may each be a model of the hub; it is given the model's folder here.
 
-    The command raises CheckpointError for a model that cannot be had, UserError for writing to the hub.
+    It raises CheckpointError for a model that cannot be had, UserError for writing to the hub.
     """
-    paths = [parameter.name for parameter in command.params if parameter.type.name in ("path", "file", "directory")]
-    callback = command.callback
 
+    @wraps(command)
     def with_folders(**values: Any) -> Any:
-        for name in paths:
-            if is_hub_name(values[name]):
+        for name, value in values.items():
+            if isinstance(value, Path) and is_hub_name(value):
                 if name in WRITTEN:
-                    raise UserError(f"{values[name]}: what is written goes into a folder here; btx push puts a model "
-                                    f"on the hub")  # fmt: skip
-                values[name] = local_model(str(values[name]))
-        return callback(**values)
+                    raise UserError(f"{value}: what is written goes into a folder here; btx push puts a model on the hub")
+                values[name] = local_model(value)
+        return command(**values)
 
-    if paths:
-        command.callback = update_wrapper(with_folders, callback)
+    return with_folders

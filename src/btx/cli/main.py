@@ -18,7 +18,7 @@ from btx.cli import mix as cli_mix
 from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
-from btx.cli.hub_models import take_hub_names
+from btx.cli.hub_models import with_hub_models
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import end, prepare_streams, show, show_json
@@ -59,10 +59,7 @@ def main() -> None:
 @cache
 def _commands() -> Any:
     """All commands, built once in a process."""
-    group: Any = get_command(app)
-    for command in group.commands.values():
-        take_hub_names(command)
-    return group
+    return get_command(app)
 
 
 def _print_version(asked: bool) -> None:
@@ -254,3 +251,8 @@ def work(run_folder: Path, stages: list[str]) -> None:
         work_on(run_folder, stages)
     except NotYet as error:
         end(NOT_YET, f"not yet: {error}")
+
+
+for registered in app.registered_commands:
+    if registered.callback is not None:
+        registered.callback = with_hub_models(registered.callback)

@@ -15,6 +15,7 @@ from btx.cli import jobs as cli_jobs
 from btx.cli import launch as cli_launch
 from btx.cli import measuring as cli_measuring
 from btx.cli import mix as cli_mix
+from btx.cli import out as cli_out
 from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
@@ -234,7 +235,7 @@ ELSEWHERE: tuple[Callable[..., None], ...] = (
     cli_plan.plan, cli_launch.launch, cli_jobs.cancel, cli_jobs.logs,
     cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep,
     cli_measuring.evaluate, cli_measuring.analyze, cli_measuring.compare, cli_measuring.report,
-    cli_serve.chat, cli_serve.serve,
+    cli_serve.chat, cli_serve.serve, cli_out.export, cli_out.push,
 )  # fmt: skip
 """Commands with a file of their own."""
 for command in ELSEWHERE:

@@ -22,7 +22,7 @@ SOURCE = Path(btx.__file__).parent
 # The floors of src/btx, from the ground up (docs/decisions.md): a package, or a module beside them, imports from the
 # floors below its own and from nowhere else. A new package: one name in one of these lines.
 FLOORS = """
-errors number_texts markdown_text recipes
+errors number_texts markdown_text hub_names recipes
 system_errors
 files process metrics_file
 outputs
@@ -33,7 +33,7 @@ models
 training
 mixing baselines
 run_folder
-evaluation planning serving
+evaluation planning serving publishing
 running stages
 sweeps
 python
@@ -42,10 +42,10 @@ __main__
 """.strip().splitlines()
 FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor.split()}
 WITHOUT_TORCH = (
-    "errors number_texts markdown_text recipes system_errors files process metrics_file outputs choices recipe "
+    "errors number_texts markdown_text hub_names recipes system_errors files process metrics_file outputs choices recipe "
     "reporting run_folder running "
     "mixing.settings evaluation.aggregate evaluation.code_execution evaluation.code_jail evaluation.harness_checks "
-    "evaluation.harness_files evaluation.compare serving.refusals sweeps python"
+    "evaluation.harness_files evaluation.compare serving.refusals publishing sweeps python"
 ).split()
 """Packages and modules that load neither torch nor transformers, not even through others."""
 HEAVY = ("torch", "transformers")

@@ -15,10 +15,12 @@ from btx.cli import jobs as cli_jobs
 from btx.cli import launch as cli_launch
 from btx.cli import measuring as cli_measuring
 from btx.cli import mix as cli_mix
+from btx.cli import out as cli_out
 from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
 from btx.cli import watch as cli_watch
+from btx.cli.hub_models import with_hub_models
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import end, prepare_streams, show, show_json
@@ -234,7 +236,7 @@ ELSEWHERE: tuple[Callable[..., None], ...] = (
     cli_plan.plan, cli_launch.launch, cli_jobs.cancel, cli_jobs.logs,
     cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep,
     cli_measuring.evaluate, cli_measuring.analyze, cli_measuring.compare, cli_measuring.report,
-    cli_serve.chat, cli_serve.serve, cli_watch.watch,
+    cli_serve.chat, cli_serve.serve, cli_watch.watch, cli_out.export, cli_out.push,
 )  # fmt: skip
 """Commands with a file of their own."""
 for command in ELSEWHERE:
@@ -251,3 +253,8 @@ def work(run_folder: Path, stages: list[str]) -> None:
         work_on(run_folder, stages)
     except NotYet as error:
         end(NOT_YET, f"not yet: {error}")
+
+
+for registered in app.registered_commands:
+    if registered.callback is not None:
+        registered.callback = with_hub_models(registered.callback)

@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure every model of a run on held-out text and tasks, and others beside it; or any model on one task."""
     place, models = _place_and_pairs("evaluate", run_and_models, model or [], "--model", "MODEL")
-    run_folder = Path(place)
+    run_folder = Path(_folder_or_hub(place))
     if task is not None:
         from btx.evaluation.harness_files import TaskRequest
         from btx.stages.one_task import evaluate_task
@@ -123,7 +123,10 @@ def default_output(model: str) -> Path:
 
 def _folder_or_hub(place: str) -> str | Path:
     """What is no folder here may be a hub name."""
-    return Path(place) if Path(place).exists() else place.removeprefix("hf:")
+    from btx.model_files.hub import local_model
+
+    place = str(local_model(place))
+    return Path(place) if Path(place).exists() else place
 
 
 def _place_and_pairs(

@@ -11,12 +11,16 @@ import typer
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
 from btx.cli.run_folders import open_run, work_on
 from btx.errors import CheckpointError, UserError
+from btx.model_files.hub import local_model
 from btx.process import ending_at_once
 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
 Experts = Annotated[
     list[str] | None,
-    typer.Option("--expert", help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; repeat."),
+    typer.Option(
+        "--expert",
+        help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; or NAME=hf:ORG/NAME; repeat.",
+    ),
 ]
 Text = Annotated[
     list[str] | None,
@@ -177,7 +181,7 @@ def named(pairs: list[str] | tuple[str, ...], option: str, kind: str) -> dict[st
             raise UserError(f"{option} {pair!r}: write NAME={kind}, for example math=./math")
         if name in found:
             raise UserError(f"{option} {name}: named twice")
-        found[name] = Path(path)
+        found[name] = Path(path) if kind == "FILE" else local_model(Path(path))
     return found
 
 

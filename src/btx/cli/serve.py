@@ -30,7 +30,7 @@ def chat(
     from btx.serving.expert_choice import ExpertChoice
     from btx.serving.refusals import check_completion, check_sampling
 
-    path = _last_model(model) if (model / "recipe.yaml").is_file() else model
+    path = last_model(model) if (model / "recipe.yaml").is_file() else model
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
     check_sampling(temperature, top_p, max_new_tokens)
@@ -59,7 +59,7 @@ def serve(
     start_server(paths, host=host, port=port, log=typer.echo)
 
 
-def _last_model(run: Path) -> Path:
+def last_model(run: Path) -> Path:
     """The model that a run has made of its experts: the aligned one if there is one, else the finetuned one."""
     made = [run / stage for stage in ("align/dpo", "align/sft") if (run / stage / "done.json").is_file()]
     return (made[0] if made else run / "finetune") / "model"
@@ -71,11 +71,12 @@ def _served(model: Path) -> dict[str, Path]:
     Raises:
         UserError: it is neither a run nor a model, or nothing of the run is finished.
     """
+    from btx.model_files.hub import shown_name
     from btx.serving.refusals import check_completion
 
     if not (model / "recipe.yaml").is_file():
         check_completion(model)
-        return {model.resolve().name: model}
+        return {shown_name(model): model}
     from btx.planning.models import model_stages
     from btx.run_folder.folder import RunFolder
 

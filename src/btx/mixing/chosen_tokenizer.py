@@ -10,6 +10,7 @@ from typing import Any
 from btx.errors import CheckpointError
 from btx.files import write_json
 from btx.model_files.beside_weights import SPECIAL_IDS, TOKENIZER, check_links
+from btx.model_files.hub import local_model
 from btx.model_files.token_ids import read_object, read_vocabulary
 from btx.model_files.vocabularies import usable_tokenizer
 
@@ -22,7 +23,8 @@ def tokenizer_folder(tokenizer_from: str | None, seed_model: Path, experts: Mapp
     """
     if tokenizer_from is None:
         return None
-    folder = experts.get(tokenizer_from) or (seed_model if tokenizer_from == "seed" else Path(tokenizer_from))
+    named = experts.get(tokenizer_from) or (seed_model if tokenizer_from == "seed" else Path(tokenizer_from))
+    folder = local_model(named)
     if not folder.is_dir() or read_vocabulary(folder) is None:
         raise CheckpointError(
             f"--tokenizer-from {tokenizer_from}: no tokenizer in {folder}; name an expert ({', '.join(experts)}), "

@@ -20,6 +20,7 @@ from btx.mixing.moe_folder import RECORD, MoeFolder
 from btx.mixing.report import parameters
 from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.checkpoints import allow_open_files
+from btx.model_files.hub import local_model
 from btx.model_files.lazy_tensors import Computed, FileTensor
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import versions
@@ -51,6 +52,7 @@ def drop(
     Raises:
         CheckpointError: no such expert, too few experts left, or not a MoE folder.
     """
+    moe = local_model(moe)
     allow_open_files((moe,))
     model = MoeFolder.open(moe)
     if expert not in model.names:

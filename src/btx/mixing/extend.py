@@ -32,6 +32,7 @@ from btx.mixing.router_init import hidden_mean, initial_router, ridge
 from btx.mixing.settings import seeded
 from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.checkpoints import allow_open_files
+from btx.model_files.hub import local_model
 from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
 from btx.model_files.model_card import write_model_card
 from btx.model_files.provenance import model_provenance, versions
@@ -81,6 +82,7 @@ def extend(
     Raises:
         CheckpointError: the expert does not fit; all problems in one message.
     """
+    moe, expert = local_model(moe), local_model(expert)
     allow_open_files((moe, expert))
     model = MoeFolder.open(moe)
     init = seeded(RouterInit(router_init) if isinstance(router_init, str) else router_init, rng_seed, "router_init")

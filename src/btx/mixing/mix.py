@@ -41,6 +41,7 @@ from btx.mixing.router_init import initial_router
 from btx.mixing.settings import MixSettings
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import write_router
+from btx.model_files.hub import local_model
 from btx.model_files.model_card import write_model_card
 from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
@@ -91,7 +92,8 @@ def mix(
         TypeError: a keyword that is no setting, or keywords beside `settings`.
     """
     settings = MixSettings.given(settings, knobs)
-    seed_model, experts, output = Path(seed_model), {name: Path(path) for name, path in experts.items()}, Path(output)
+    seed_model, output = local_model(Path(seed_model)), Path(output)
+    experts = {name: local_model(Path(path)) for name, path in experts.items()}
     shard_bytes, forced = bytes_of(settings.max_shard_size), dtype_of(settings.dtype)
     tokenizer = tokenizer_folder(settings.tokenizer_from, seed_model, experts)
     init = settings.start

@@ -1,16 +1,104 @@
-"""Whether a name that is no folder here can be a model of the hub: asked once, and answered in seconds. No torch."""
+"""Models of the hub: whether a name can be one, asked once and answered in seconds; their files, fetched. No torch."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from btx.errors import CheckpointError
+from btx.hub_names import REPOSITORY, HubName, hub_name, is_hub_name
+from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER
+from btx.system_errors import blame, first_line
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 TIMEOUT_S = 5.0
+WANTED = (
+    *SETTINGS, *TOKENIZER, *LEGAL, "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "README.md",
+)  # fmt: skip
+"""What is fetched of a model: nothing pickled, no code."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")
+AnyPath = TypeVar("AnyPath", str, Path)
+
+
+def local_model(path: AnyPath) -> AnyPath | Path:
+    """A folder as it is, or the folder into which a model of the hub (`hf:ORG/NAME[@REVISION]`) is fetched.
+
+    Its last part is the commit, so that whoever writes down the folder has pinned the revision.
+
+    Raises:
+        CheckpointError: no such model, not open to this user, pickled weights alone, no network and never fetched
+            before, no space; with what to do.
+    """
+    if not is_hub_name(path):
+        return path
+    try:
+        wanted = hub_name(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if problem := _why_not(*wanted):
+        raise CheckpointError(f"{path}: cannot be had from the hub: {problem}")
+    return fetch(wanted, str(path))
+
+
+def fetch(model: HubName, where: str) -> Path:
+    """Fetch a model's files, as far as they are not here; its folder in the hub's cache.
+
+    Args:
+        where: what asks for it, for messages.
+
+    Raises:
+        CheckpointError: as `local_model`.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    if not constants.HF_HUB_OFFLINE:
+        _check_files(model, where)
+    try:
+        return Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=list(WANTED)))
+    except Exception as error:  # the network's errors are of half a dozen libraries
+        blame(error)
+        raise CheckpointError(f"{where}: could not be fetched from the hub: {first_line(error)}; what has come stays, "
+                              f"the same command goes on") from error  # fmt: skip
+
+
+def hub_origin(folder: Path) -> str | None:
+    """`hf:ORG/NAME@COMMIT` of a folder that the hub's cache holds; None for any other."""
+    found = SNAPSHOT.search(os.path.realpath(folder))
+    return f"hf:{found[1]}/{found[2]}@{found[3]}" if found else None
+
+
+def shown_name(folder: str | Path) -> str:
+    """What a model is called by itself: its name on the hub, or its folder's."""
+    origin = hub_origin(Path(folder))
+    return origin.partition("@")[0].rpartition("/")[2] if origin else Path(folder).resolve().name
+
+
+def _check_files(model: HubName, where: str) -> None:
+    """Refuse what could not be used, or has no space, before gigabytes of it have come."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        info = huggingface_hub.HfApi().model_info(model.repository, revision=model.revision, files_metadata=True)
+    except Exception:  # the download says it
+        return
+    files: dict[str, Any] = {file.rfilename: file.size for file in info.siblings or ()}
+    safe = {name: size or 0 for name, size in files.items() if name.endswith(".safetensors")}
+    if not safe and (pickled := [name for name in files if name.endswith(PICKLED)]):
+        raise CheckpointError(f"{where}: only pickled weights ({pickled[0]}), which can run code when read: nothing was "
+                              f"fetched. Look for a revision with .safetensors (hf:{model.repository}@REVISION), or convert "
+                              f"them in an environment you trust and give the folder")  # fmt: skip
+    cache_folder = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache_folder, *cache_folder.absolute().parents) if folder.is_dir())
+    free, needed = shutil.disk_usage(there).free, sum(safe.values())
+    kept = cache_folder / f"models--{model.repository.replace('/', '--')}" / "snapshots" / str(info.sha)
+    if needed > free and not kept.is_dir():
+        raise CheckpointError(f"{where}: its weights have {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in "
+                              f"{there}; free space, or let the hub's cache be elsewhere (HF_HUB_CACHE)")  # fmt: skip
 
 
 def check_hub_name(path: str, *, revision: str | None = None, ask: bool = True) -> None:
@@ -24,7 +112,7 @@ def check_hub_name(path: str, *, revision: str | None = None, ask: bool = True) 
     Raises:
         CheckpointError: with what to do.
     """
-    if not HUB_NAME.fullmatch(path):
+    if not REPOSITORY.fullmatch(path):
         raise CheckpointError(f"{path}: there is no such folder here (in {Path.cwd()}){_nearby(path)}; a model of the "
                               f"hub is named organisation/name")  # fmt: skip
     if ask and (problem := _why_not(path, revision)):

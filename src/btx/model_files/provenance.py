@@ -21,6 +21,7 @@ from typing import Any
 from btx import __version__
 from btx.files import file_sha256, value_hash
 from btx.model_files.adapter_folder import CONFIG, AdapterFolder
+from btx.model_files.hub import hub_origin
 
 SAMPLES = 256
 SAMPLE_BYTES = 16 * 1024
@@ -34,7 +35,8 @@ def model_provenance(folder: Path) -> dict[str, Any]:
     """Name and hashes of a model folder's files."""
     files = [file_provenance(file) for file in sorted(folder.glob("*.safetensors"))]
     whole = {name: file_sha256(folder / name) for name in HASHED_WHOLE if (folder / name).is_file()}
-    return {"path": str(folder), "sha256": whole, "weights": files}
+    origin = hub_origin(folder)
+    return {"path": str(folder), **({"hub": origin} if origin else {}), "sha256": whole, "weights": files}
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -20,6 +20,7 @@ from btx.files import write_json
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import FILE
 from btx.model_files.headers import FLOATS, Headers, check_unquantised, main_type
+from btx.model_files.hub import local_model
 from btx.model_files.token_ids import read_object
 from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.models.configs import as_the_files_say, own_config, quiet_transformers, read_config
@@ -44,7 +45,7 @@ def load_model(
     A folder that only btx reads (`btx.model_files.btx_folder`) has its own router; other MoE models route by Top-K.
 
     Args:
-        path: folder as `save_pretrained` writes it, or a hub name.
+        path: folder as `save_pretrained` writes it, or a hub name (`hf:ORG/NAME@REVISION`, ORG/NAME).
         revision: git revision of a hub name.
         dtype: type of the weights in memory.
         max_memory: bytes of weights by device (number of a GPU, or cpu): accelerate spreads the layers over them, the
@@ -57,6 +58,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
+    path = local_model(path)
     spread: dict[str, Any] = {}
     if max_memory is not None:
         spread = {"device_map": "auto", "max_memory": dict(max_memory), "offload_folder": offload_folder}
@@ -110,6 +112,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    path = local_model(path)
     if isinstance(path, Path) and not path.exists():
         raise CheckpointError(f"{path}: there is no such folder")
     if (missing := missing_packages(Path(path))) is not None:

@@ -7,11 +7,13 @@ batch, learning rate, warm-up and checkpoint interval give way to what `btx.reci
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from btx.files import home_filled
+from btx.hub_names import hub_name, is_hub_name
 from btx.recipe.section import (
     DenseTrainable,
     MoeTrainable,
@@ -136,7 +138,8 @@ class SeedModel(Section):
     """The LLM that is branched: a folder, a hub name, or a small config to train from scratch."""
 
     path: PathText | None = None
-    """Folder or hub name of a Hugging Face causal language model."""
+    """Folder or hub name of a Hugging Face causal language model: `hf:ORG/NAME`, `hf:ORG/NAME@REVISION`, or ORG/NAME
+    where no such folder is."""
     revision: str | None = None
     """Git revision of a hub name."""
     plan_config: dict[str, Any] | None = None
@@ -151,6 +154,20 @@ class SeedModel(Section):
     """Tokenizer of a model from scratch."""
     train: SeedTraining | None = None
     """Training of a model from scratch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_hub(cls, given: Any) -> Any:
+        """`hf:ORG/NAME@REVISION` is a hub name and its revision."""
+        if not isinstance(given, dict) or not is_hub_name(given.get("path")):
+            return given
+        model = hub_name(given["path"])
+        if Path(model.repository).exists():
+            raise ValueError(f"{given['path']} is a model of the hub, but there is a folder {model.repository} here, "
+                             f"which would be taken for it; move it, or start btx elsewhere")  # fmt: skip
+        if model.revision and given.get("revision") not in (None, model.revision):
+            raise ValueError(f"{given['path']} and revision: {given['revision']} name two revisions")
+        return given | {"path": model.repository, "revision": model.revision or given.get("revision")}
 
     @field_validator("path")
     @classmethod

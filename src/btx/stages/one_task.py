@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from btx.errors import UserError
 from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import TaskRequest
+from btx.model_files.hub import shown_name
 from btx.model_files.model_folder import BTM_FILE, check_model_or_btm
 from btx.number_texts import score_text
 from btx.outputs import check_model_of_stage
@@ -63,7 +64,7 @@ def _models(
         from btx.evaluation.any_model import load_any
 
         path = _name_or_folder(where)
-        yield where.name, path, partial(load_any, path, log)
+        yield shown_name(path), path, partial(load_any, path, log)
         return
     from btx.baselines.btm_model import load_model_or_btm
     from btx.models.device import measuring_place

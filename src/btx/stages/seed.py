@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from btx.choices.families import family_of, refuse_longer_sequences
-from btx.errors import CheckpointError, UserError
-from btx.model_files.beside_weights import LEGAL, check_links
-from btx.model_files.beside_weights import TOKENIZER as TOKENIZER_BESIDE
-from btx.model_files.hub import HUB_NAME, check_hub_name
+from btx.errors import CheckpointError
+from btx.hub_names import REPOSITORY, HubName
+from btx.model_files.beside_weights import check_links
+from btx.model_files.hub import check_hub_name, fetch
 from btx.models.config_meaning import differences
 from btx.models.configs import completed, read_config
 from btx.models.loading import load_tokenizer, new_model
@@ -22,10 +22,8 @@ from btx.recipe.mixtures import seed_mixture
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.run_folder.stages_of_recipe import MODEL_FILES
 from btx.stages.align import check_templates
 from btx.stages.training import train_stage
-from btx.system_errors import blame
 
 
 def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -64,19 +62,12 @@ def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: 
         was_here: the run has had a folder of that name as its seed model, so it is no hub name.
     """
     source = Path(path)
-    if not source.exists() and (was_here or not HUB_NAME.fullmatch(path)):
+    if not source.exists() and (was_here or not REPOSITORY.fullmatch(path)):
         raise CheckpointError(f"seed_model.path: {path}: there is no such folder; if the model is elsewhere now, say "
                               f"where: btx run RECIPE seed_model.path=FOLDER")  # fmt: skip
     if not source.exists():
         check_hub_name(path, revision=revision)
-        from huggingface_hub import snapshot_download
-
-        wanted = [*MODEL_FILES, *TOKENIZER_BESIDE, *LEGAL]
-        try:
-            source = Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-        except Exception as error:
-            blame(error)
-            raise UserError(f"seed_model.path: {path!r} is no folder, and as a hub name it failed: {error}") from error
+        source = fetch(HubName(path, revision), f"seed_model.path: {path}")
     check_links(source)
     target.unlink(missing_ok=True)
     target.symlink_to(source.resolve(), target_is_directory=True)

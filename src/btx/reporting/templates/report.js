@@ -17,8 +17,8 @@ function reader(root) {
 
   // Of a layer: [expert, gate in hundredths] of a token, the largest gate first.
   function routed(text, t, layer) {
-    const k = text.k[layer], gates = text.gates[layer].slice(t * k, t * k + k);
-    return gates.map((gate, i) => [text.experts[layer][t * k + i], gate]);
+    const k = text.k[layer], from = t * k;
+    return text.gates[layer].slice(from, from + k).map((gate, i) => [text.experts[layer][from + i], gate]);
   }
   const experts = (text, t) => routed(text, t, Math.min(+value("layer"), text.k.length - 1)).map(([expert]) => expert);
   const starts = (text, end = 0) => text.starts ??= text.tokens.map((token) => (end += token.length) - token.length);
@@ -161,7 +161,7 @@ function reader(root) {
     if (!wanted) return;
     next("search", () => documents().flatMap((each) => {
       const text = each.texts[data.model], all = text.tokens.join(""), lower = all.toLowerCase(), places = [];
-      // A letter whose small form is longer would shift the places after it.
+      // Some letters' small forms are longer, which would shift places.
       const within = lower.length === all.length ? lower : all;
       for (let at = within.indexOf(wanted); at >= 0; at = within.indexOf(wanted, at + 1)) {
         places.push([each, starts(text).findLastIndex((start) => start <= at)]);
@@ -219,7 +219,7 @@ function reader(root) {
     else root.querySelectorAll(".tokens i").forEach(colour);
     if (pinned) pin(pinned);
   });
-  for (const button of turning.querySelectorAll("button")) button.onclick = () => show(screen + +button.value);
+  turning.onclick = ({ target }) => target.value && show(screen + +target.value);
   turn();
   form.hidden = false;
 }

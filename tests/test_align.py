@@ -30,7 +30,7 @@ from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
 from btx.running import preflight as preflight_module
 from btx.running.preflight import check_packages, preflight
-from btx.stages.align import ends_of_turns
+from btx.stages.conversations import ends_of_turns
 from btx.training.preferences import dpo_losses, preference_objective, with_reference
 from tests.pico_run import WORDS, pico_recipe, run_here, stopped_after, write_pico_recipe
 from tests.test_conversations import made

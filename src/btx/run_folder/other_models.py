@@ -54,8 +54,7 @@ def check_other_models(recipe: Recipe, models: Mapping[str, str | Path]) -> None
         CheckpointError: of a folder.
     """
     experts = [f"expert__{domain}" for domain in recipe.train.domains]  # as files call expert/DOMAIN
-    aligned = getattr(recipe, "alignments", ())
-    ours = {"seed", "mix", "btx", *map(str, recipe.baselines), *aligned, *experts}
+    ours = {"seed", "mix", "btx", *map(str, recipe.baselines), *recipe.alignments, *experts}
     for name, path in models.items():
         if not NAME.fullmatch(name):
             raise UserError(f"--model {name}: a name has letters, digits, `_`, `.` and `-`, 64 at most, and begins "

@@ -22,7 +22,7 @@ from btx.recipe.mixtures import seed_mixture
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.stages.align import check_templates
+from btx.stages.conversations import check_templates
 from btx.stages.training import train_stage
 
 

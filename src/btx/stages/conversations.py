@@ -1,5 +1,6 @@
-"""What an alignment trains on: the conversations or pairs of a section, as the model's chat template writes them. The seed
-model's stage tries the template before anything is trained.
+"""What an alignment trains on: the conversations or pairs of a section, as the model's chat template writes them.
+
+The seed model's stage tries the template before anything is trained.
 """
 
 from __future__ import annotations

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from btx.evaluation.oracle_gap import gap_of
+from btx.files import write_json
 from btx.planning.gain import card_tokens, law_loss, law_tokens
 from btx.planning.plan import plan
+from btx.reporting import findings
+from btx.reporting.run_files import Run, read_run
 from tests.pico_run import pico_recipe
 
 
@@ -74,3 +77,26 @@ def test_the_oracle_is_the_best_model_of_each_domain_and_divergence_is_what_was_
     assert told["mean_gap"] == pytest.approx(0.1 / 3)
     assert told["divergence"] == pytest.approx({"math": 25.0, "code": 10.0})
     assert told["predicted_gain"] == pytest.approx(0.82 * 17.5 - 2.72)
+
+
+def finished(tmp_path: Path, models: dict[str, object]) -> Run:
+    write_json(tmp_path / "evaluate" / "results.json", {"models": models})
+    write_json(tmp_path / "mix" / "oracle.json", gap_of({
+        "seed": {"math": 2.0}, "expert/math": {"math": 1.5}, "mix": {"math": 1.7}
+    }))  # fmt: skip
+    return read_run(tmp_path)
+
+
+def test_the_report_shows_the_prediction_beside_what_came_out(tmp_path: Path) -> None:
+    gain = {"tokens_per_parameter": 30.5, "gain": 0.015, "low": -0.005, "high": 0.035}
+    btx = {"mean_bits_per_byte": 1.729, "predicted_gain": gain}
+    alone = findings.predicted(finished(tmp_path, {"btx": btx}))
+    assert alone.endswith("between -0.005 and +0.035; no dense baseline was trained to compare with.")
+    both = findings.predicted(finished(tmp_path, {"btx": btx, "dense_cm": {"mean_bits_per_byte": 1.772}}))
+    assert both.startswith("At 30.5 tokens a parameter")
+    assert both.endswith("against dense_cm it is +0.043.")
+    assert findings.predicted(finished(tmp_path, {"btx": {"mean_bits_per_byte": 1.7}})) == ""
+    said = findings.oracle(read_run(tmp_path))
+    assert said.startswith(
+        "Before the finetuning the mix was 0.200 bits per byte behind each domain's best model; experts needed 25.0 %"
+    )

@@ -53,6 +53,38 @@ def cost(run: Run) -> str:
     )
 
 
+def predicted(run: Run) -> str:
+    """What the plan has predicted of btx against dense training, and what came out, where a dense baseline is there."""
+    models = run.results.get("models", {})
+    told = models.get("btx", {}).get("predicted_gain")
+    if not told:
+        return ""
+    said = (
+        f"At {told['tokens_per_parameter']:,.1f} tokens a parameter of the seed model the plan predicted a gain of "
+        f"{told['gain']:+.3f} bits per byte over dense training at equal FLOPs, between {told['low']:+.3f} and "
+        f"{told['high']:+.3f}"
+    )
+    ours = models["btx"].get("mean_bits_per_byte")
+    dense = next((name for name in ("dense_cm", "dense_dm") if name in models), None)
+    if dense is None or not is_number(ours) or not is_number(models[dense].get("mean_bits_per_byte")):
+        return f"{said}; no dense baseline was trained to compare with."
+    return f"{said}; against {dense} it is {models[dense]['mean_bits_per_byte'] - ours:+.3f}."
+
+
+def oracle(run: Run) -> str:
+    """How far the mix was behind the best model of every domain, and what the experts' divergence lets expect."""
+    if not run.oracle:
+        return ""
+    divergence = run.oracle["divergence"]
+    mean = math.fsum(divergence.values()) / max(1, len(divergence))
+    gap = run.oracle["mean_gap"]
+    return (
+        f"Before the finetuning the mix was {abs(gap):.3f} bits per byte {'behind' if gap > 0 else 'ahead of'} each "
+        f"domain's best model; experts needed {mean:.1f} % fewer bits at home than the seed model, which lets expect "
+        f"{run.oracle['predicted_gain']:.1f} % over the best single expert (arXiv 2603.22755)."
+    )
+
+
 def training(run: Run) -> str:
     """From where to where training brought the loss: finetuning, or before that the expert models in the mean."""
     branches = [stage for stage in run.stages if stage.name.startswith("train/")]

@@ -14,7 +14,7 @@ from btx.metrics_file import read_metrics
 from btx.outputs import check_outputs, read_done, read_output
 from btx.reporting.drawing import COLOURS
 from btx.reporting.paired_bootstrap import read_documents
-from btx.reporting.shapes import AlignedRouting, Manifest, MixRecord, Results, Routing, Shown, Tokens
+from btx.reporting.shapes import AlignedRouting, Manifest, MixRecord, Oracle, Results, Routing, Shown, Tokens
 from btx.reporting.tokens import own_expert
 
 ROUTING, TOKENS = "routing.json", "tokens.json"
@@ -43,6 +43,7 @@ class Run:
     aligned: dict[str, Any]
     tokens: dict[str, Any]
     mix: dict[str, Any]
+    oracle: dict[str, Any]
     stages: list[Stage]
 
     @property
@@ -110,6 +111,7 @@ def read_run(folder: Path) -> Run:
         aligned=read_output(analysis / "align.json", AlignedRouting) or {},
         tokens=_with_shown(tokens, shown) if shown else tokens,
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
+        oracle=read_output(folder / "mix" / "oracle.json", Oracle) or {},
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
     )
 

@@ -44,6 +44,8 @@ class ModelResult(TypedDict):
     tokens: NotRequired[int | None]
     hours: NotRequired[float | None]
     predicted: NotRequired[dict[str, Any]]
+    predicted_gain: NotRequired[dict[str, Any] | None]
+    """btx: what `btx plan` predicts of dense minus btx."""
     matched: NotRequired[dict[str, Any]]
     other: NotRequired[dict[str, str]]
     """Of a model that is not the run's: its `path`."""
@@ -248,6 +250,17 @@ class Tokens(TypedDict):
     experts: list[str]
     examples: list[Example]
     answers: NotRequired[list[ShownAnswer]]
+
+
+class Oracle(TypedDict):
+    """oracle.json: each domain's best model before the finetuning against the mix, in bits per byte."""
+
+    domains: dict[str, dict[str, Any]]
+    mean_gap: float
+    divergence: dict[str, float]
+    """Percent of the seed model's bits that each expert has saved at home."""
+    predicted_gain: float
+    """Percent over the best single expert."""
 
 
 class MixRecord(TypedDict):

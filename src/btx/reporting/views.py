@@ -27,6 +27,8 @@ def run_views(run: Run) -> dict[str, View]:
                         figures.domains_figure(run)),
         "cost": View("What did the models cost, and what did they gain by it?", findings.cost(run),
                      figures.cost_figure(run)),
+        "predicted": View("Did it gain what was predicted?", findings.predicted(run)),
+        "oracle": View("What was there to gain before the finetuning?", findings.oracle(run)),
         "training": View("Did training go well?", findings.training(run)),
         "routing": View("Does each domain go to its own expert?", findings.routing(run),
                         routing_figures.own_load_figure(run)),

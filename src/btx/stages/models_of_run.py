@@ -5,7 +5,8 @@ from __future__ import annotations
 from btx.baselines.settings import matched_by
 from btx.evaluation.evaluate import ModelEntry
 from btx.planning.costs import TrainingCost, dense_config, longest_way, run_costs
-from btx.planning.models import model_stages
+from btx.planning.gain import predict_gain
+from btx.planning.models import cost_in_use, model_stages
 from btx.planning.speed import measured_speed
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
@@ -18,8 +19,11 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
     what is compared is what came after it.
     """
     graph, recipe = run.graph, run.recipe
-    predicted = _predicted(run)
+    costs = run_costs(run, dense_config(run), measured_speed(run))  # as `btx plan` has them, at the speed of the seed
+    predicted = {stage.name: costs.behind(stage.name) for stage in costs.graph}
     entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in model_stages(recipe).items()}
+    prediction = predict_gain(run, dense_config(run), cost_in_use(recipe, dense_config(run), "btx"), costs)
+    entries["btx"].accounting["predicted_gain"] = prediction and prediction.as_json()
     for name in recipe.baselines:
         entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(
             entries[name], entries["btx"]
@@ -56,10 +60,3 @@ def _ratios(entry: ModelEntry, btx: ModelEntry) -> dict[str, float | None]:
         "flops_ratio": entry.flops / btx.flops if btx.flops else None,
         "hours_ratio": ours / hours if hours else None,
     }
-
-
-def _predicted(run: RunFolder) -> dict[str, TrainingCost]:
-    """Stage → what `btx plan` says of the training behind its model, at the speed that the run's first training stage
-    had."""
-    costs = run_costs(run, dense_config(run), measured_speed(run))
-    return {stage.name: costs.behind(stage.name) for stage in costs.graph}

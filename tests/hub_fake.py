@@ -33,7 +33,9 @@ class Repository:
     def commit(self, files: dict[str, bytes]) -> str:
         """One more commit, with more files or other ones; its hash."""
         now = (self.commits[-1][1] if self.commits else {}) | files
-        told = str(len(self.commits)) + "".join(f"{name}{hashlib.sha256(now[name]).hexdigest()}" for name in sorted(now))
+        told = str(len(self.commits)) + "".join(
+            f"{name}{hashlib.sha256(now[name]).hexdigest()}" for name in sorted(now)
+        )
         self.commits.append((hashlib.sha1(told.encode()).hexdigest(), now))
         return self.commits[-1][0]
 
@@ -154,7 +156,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.hub.repositories:
-            return self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"})
+            return self.answer(
+                409, {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"}
+            )
         private = asked.get("private", asked.get("visibility") == "private")
         self.hub.repositories[name] = Repository(private=bool(private))
         self.hub.repositories[name].commit({".gitattributes": b""})

@@ -1,4 +1,4 @@
-"""hf:ORG/NAME wherever a folder is taken: every command, the recipe, the Python functions; against a hub on this machine."""
+"""hf:ORG/NAME wherever a folder is taken: every command, the recipe, Python; against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_names_of_the_hub_are_told_from_folders() -> None:
     assert local_model("org/name") == "org/name"
 
 
-@pytest.mark.parametrize("text", ["hf:", "hf:name", "hf:a/b/c", "hf:org/name@", "hf:../x", "hf:org/name@a b", "hf:/x/y"])
+@pytest.mark.parametrize(
+    "text", ["hf:", "hf:name", "hf:a/b/c", "hf:org/name@", "hf:../x", "hf:org/name@a b", "hf:/x/y"]
+)
 def test_what_is_written_otherwise_is_refused(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"is written hf:ORGANISATION/NAME, or hf:ORGANISATION/NAME@REVISION"):
         local_model(text)
@@ -104,10 +106,22 @@ def test_without_a_network_what_came_before_is_used(hub: Hub, monkeypatch: pytes
 
 # Commands
 
-MIX = ["mix", "--seed-model", "hf:org/seed", "--expert", "math=hf:org/math", "--expert", "code=hf:org/code", "-o", "out"]
+MIX = [
+    "mix",
+    "--seed-model",
+    "hf:org/seed",
+    "--expert",
+    "math=hf:org/math",
+    "--expert",
+    "code=hf:org/code",
+    "-o",
+    "out",
+]
 
 
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def invoke(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
     """Exit code, output and messages of a command."""
     monkeypatch.setattr("sys.argv", ["btx", *arguments])
     capsys.readouterr()

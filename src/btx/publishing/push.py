@@ -50,11 +50,14 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
         CheckpointError: the folder holds no model, or a link that leads out of it.
     """
     if not REPOSITORY.fullmatch(name):
-        raise UserError(f"{name!r}: a model of the hub is named ORGANISATION/NAME (your own user name is an organisation too)")
+        raise UserError(
+            f"{name!r}: a model of the hub is named ORGANISATION/NAME (your own user name is an organisation too)"
+        )
     check_model_folder(folder)
     check_links(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
     files: dict[str, Path | bytes] = {
-        file.relative_to(folder).as_posix(): file for file in files_of(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
+        file.relative_to(folder).as_posix(): file
+        for file in files_of(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
     }
     if "mix.json" in files:
         files["mix.json"] = _without_paths(read_json(folder / "mix.json"))
@@ -66,6 +69,7 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
 
 def _without_paths(record: Any) -> bytes:
     """mix.json with folders' names in place of their paths."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: Path(it).name if key in ("path", "source") and isinstance(it, str) else plain(it)
@@ -92,13 +96,17 @@ def push(upload: Upload, name: str, *, public: bool = False, log: Callable[[str]
     if constants.HF_HUB_OFFLINE:
         raise UserError("btx push: HF_HUB_OFFLINE is set; unset it to reach the hub")
     if not get_token():
-        raise UserError("btx push: no token for the hub is here: `hf auth login` once, or HF_TOKEN in the environment; it "
-                        "needs the right to write (https://huggingface.co/settings/tokens)")  # fmt: skip
+        raise UserError(
+            "btx push: no token for the hub is here: `hf auth login` once, or HF_TOKEN in the environment; it needs the "
+            "right to write (https://huggingface.co/settings/tokens)"
+        )
     api = HfApi(library_name="btx")
     try:
         api.create_repo(name, private=not public, exist_ok=True)
         log(f"{name}: {'public' if public else 'private, if it is new'}; {len(upload.files)} files")
-        operations = [CommitOperationAdd(path, str(it) if isinstance(it, Path) else it) for path, it in upload.files.items()]
+        operations = [
+            CommitOperationAdd(path, str(it) if isinstance(it, Path) else it) for path, it in upload.files.items()
+        ]
         commit = api.create_commit(name, operations, commit_message="A model made with btx")
     except Exception as error:
         _tell(name, error)
@@ -115,12 +123,13 @@ def redacted(text: str) -> str:
     return TOKEN.sub("***", text)
 
 
+KEPT = "what has gone up is not sent again"
 STATUS = {
     400: "the hub does not take it as it is",
     401: "the token is not valid: `hf auth login` again, or mend HF_TOKEN",
     402: "the account may store no more private files; make room, or pay for it",
-    403: "the token may not write there: take one with the right to write (https://huggingface.co/settings/tokens), and a "
-    "name whose organisation you belong to",
+    403: "the token may not write there: take one with the right to write (https://huggingface.co/settings/tokens), "
+    "and a name whose organisation you belong to",
     404: "there is no such place, or the token may not see it: is the organisation's name right?",
     409: "somebody has changed it at the same time; run the same command again",
     413: "a file is too large for the hub; write smaller shards (btx mix --max-shard-size 5GB, or save_pretrained with "
@@ -139,9 +148,9 @@ def _tell(name: str, error: Exception) -> NoReturn:
     if status in STATUS:
         raise UserError(f"{name}: {STATUS[status]} (HTTP {status}: {said})") from None
     if status is not None:
-        raise SystemFailed(f"{name}: the hub failed (HTTP {status}: {said}); run the same command again later: what has "
-                           f"gone up is not sent again") from None  # fmt: skip
+        raise SystemFailed(
+            f"{name}: the hub failed (HTTP {status}: {said}); run the same command again later: {KEPT}"
+        ) from None
     if isinstance(error, OSError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
-        raise SystemFailed(f"{name}: the hub cannot be reached ({said}); run the same command again: what has gone up is "
-                           f"not sent again") from None  # fmt: skip
+        raise SystemFailed(f"{name}: the hub cannot be reached ({said}); run the same command again: {KEPT}") from None
     raise BtxError(f"{name}: could not be pushed: {type(error).__name__}: {said}") from None

@@ -164,7 +164,7 @@ def test_the_file_appears_when_it_is_complete(
     with pytest.raises(BtxError, match="converter failed: OSError: broken"):
         write_gguf(moe, tmp_path / "out" / "n.gguf", "f16", converter)
     monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(RunFolderError, match=r"n.gguf: about .* GB are free there"):
+    with pytest.raises(RunFolderError, match=r"n.gguf: about .* GB are free;"):
         write_gguf(moe, tmp_path / "out" / "n.gguf", "f16", converter)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["m.gguf"]
 
@@ -185,7 +185,7 @@ def test_the_command_writes_a_folder_for_ollama(
 # Ollama
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 WITH_DEFAULT = (
@@ -197,8 +197,8 @@ NO_SYSTEM = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 LLAMA_2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} </s>{% endif %}"
-    "{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} </s>"
+    "{% endif %}{% endfor %}"
 )
 COUNTING = "{% for m in messages %}{{ loop.index }}. {{ m.role }}: {{ m.content }}\n{% endfor %}"
 

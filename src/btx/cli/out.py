@@ -125,16 +125,12 @@ def push(
     if dry_run:
         for file, size in sizes.items():
             say(f"{size:>15,} {file}")
-        say(
-            f"{sum(sizes.values()):>15,} bytes would go to {name} ({'public' if public else 'private'}); nothing was sent"
-        )
+        say(f"{sum(sizes.values()):>15,} bytes would go to {name} ({'public' if public else 'private'}); none were")
     else:
         told["commit"] = push_files(upload, name, public=public, log=say)
         say(f"{told['commit']}")
     if origin.licence is None:
-        say(
-            "note: the seed model's licence is unknown; the card says so. Put a LICENSE file into the folder to name one"
-        )
+        say("note: the seed model's licence is unknown; the card says so. A LICENSE file in its folder names one")
     if as_json:
         show_json(told)
 

@@ -56,8 +56,10 @@ def check_gguf(folder: Path) -> list[str]:
     if problem := _of_its_class(config):
         raise CheckpointError(f"{folder}/config.json: {problem}")
     if any(name.endswith("experts.gate_up_proj") for name in Headers(folder).tensors):
-        raise CheckpointError(f"{folder}: the experts lie in transformers' layout of memory (save_original_format=False), "
-                              f"which the converter does not know; save it again with save_pretrained(FOLDER)")  # fmt: skip
+        raise CheckpointError(
+            f"{folder}: the experts lie in transformers' layout of memory (save_original_format=False), which the "
+            f"converter does not know; save it again with save_pretrained(FOLDER)"
+        )
     if not any(files_of(folder, TOKENIZER)):
         raise CheckpointError(
             f"{folder}: has no tokenizer, and a GGUF file holds one; copy the seed model's files here"
@@ -93,7 +95,8 @@ def _mixtral(config: Config) -> str | None:
     if window and window < longest:
         return (
             f"llama.cpp's Mixtral has no sliding window ({window} of {longest} tokens). Up to {window} tokens it is "
-            f"the same model: in a copy of the folder set sliding_window to null and max_position_embeddings to {window}"
+            f"the same model: in a copy of the folder set sliding_window to null and "
+            f"max_position_embeddings to {window}"
         )
     return None
 

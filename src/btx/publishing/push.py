@@ -97,8 +97,8 @@ def push(upload: Upload, name: str, *, public: bool = False, log: Callable[[str]
         raise UserError("btx push: HF_HUB_OFFLINE is set; unset it to reach the hub")
     if not get_token():
         raise UserError(
-            "btx push: no token for the hub is here: `hf auth login` once, or HF_TOKEN in the environment; it needs the "
-            "right to write (https://huggingface.co/settings/tokens)"
+            "btx push: no token for the hub is here: `hf auth login` once, or HF_TOKEN in the environment; it needs "
+            "the right to write (https://huggingface.co/settings/tokens)"
         )
     api = HfApi(library_name="btx")
     try:
@@ -143,6 +143,10 @@ def _tell(name: str, error: Exception) -> NoReturn:
     """Raise what an error of the hub or of the network means, without tokens and without the error it came from: that
     holds the request."""
     blame(error)
+    while error.__cause__ is not None and not hasattr(error, "response"):  # "Error while uploading ..."
+        if not isinstance(error.__cause__, Exception):
+            break
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = redacted(first_line(error))
     if status in STATUS:

@@ -1,5 +1,4 @@
-"""btx push: what goes up and what never does, who sees it, again, refusals, and no token anywhere; against a hub on this
-machine."""
+"""btx push: what goes up and what never does, who sees it, again, refusals, no token; against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -110,7 +109,7 @@ def test_pushed_again_nothing_is_sent_and_a_change_alone_is(hub: Hub, made: Path
 def test_after_an_upload_that_broke_off_what_had_gone_up_is_not_sent_again(hub: Hub, made: Path) -> None:
     hub.refuse["/commit/"] = 500
     upload = upload_of(made, origin_of_folder(made), "org/moe")
-    with pytest.raises(SystemFailed, match="the hub failed .HTTP 500"):
+    with pytest.raises(SystemFailed, match=r"the hub failed \(HTTP 500"):
         push(upload, "org/moe")
     assert len(hub.asked_for("PUT /large/")) == 1
     del hub.refuse["/commit/"]

@@ -91,8 +91,8 @@ def _check_files(model: HubName, where: str) -> None:
     if not safe and (pickled := [name for name in files if name.endswith(PICKLED)]):
         raise CheckpointError(
             f"{where}: only pickled weights ({pickled[0]}), which can run code when read: nothing was fetched. "
-            f"Look for a revision with .safetensors (hf:{model.repository}@REVISION), or convert them in an environment "
-            f"you trust and give the folder"
+            f"Look for a revision with .safetensors (hf:{model.repository}@REVISION), or convert them in an "
+            f"environment you trust and give the folder"
         )
     cache_folder = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache_folder, *cache_folder.absolute().parents) if folder.is_dir())

@@ -162,10 +162,13 @@ def _place_and_pairs(
 
 def compare(
     run_folder: RunArgument,
-    model_a: Annotated[str, typer.Argument(
-        help="Name of a model in the results.", autocompletion=completing_names.models)] = "btx",
-    model_b: Annotated[str | None, typer.Argument(
-        help="What it is compared with; default: every other.", autocompletion=completing_names.models)] = None,
+    model_a: Annotated[
+        str, typer.Argument(help="Name of a model in the results.", autocompletion=completing_names.models)
+    ] = "btx",
+    model_b: Annotated[
+        str | None,
+        typer.Argument(help="What it is compared with; default: every other.", autocompletion=completing_names.models),
+    ] = None,
     other_run: Annotated[
         Path | None,
         typer.Option(

@@ -151,7 +151,7 @@ def _failure(folder: Path, said: str) -> BtxError:
     if "BPE pre-tokenizer was not recognized" in said:
         return CheckpointError(
             f"{folder}: llama.cpp does not know how this tokenizer splits text: it knows those of known models by a "
-            f"hash, and of others btx names two ways (GPT-2's, and the one of tokenizers that btx trains). Start from a "
+            f"hash, and of others btx names two ways (GPT-2's, and that of tokenizers btx trains). Start from a "
             f"seed model whose tokenizer it knows, or use transformers, btx serve or vLLM"
         )
     if found := re.search(r"Model (\w+) is not supported", said):

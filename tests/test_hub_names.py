@@ -1,4 +1,4 @@
-"""hf:ORG/NAME wherever a folder is taken: every command, the recipe, the Python functions; against a hub on this machine."""
+"""hf:ORG/NAME wherever a folder is taken: every command, the recipe, Python; against a hub on this machine."""
 
 from __future__ import annotations
 

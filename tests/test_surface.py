@@ -42,8 +42,8 @@ __main__
 """.strip().splitlines()
 FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor.split()}
 WITHOUT_TORCH = (
-    "errors number_texts markdown_text hub_names recipes system_errors files process metrics_file outputs choices recipe "
-    "reporting run_folder running "
+    "errors number_texts markdown_text hub_names recipes system_errors files process metrics_file outputs choices "
+    "recipe reporting run_folder running "
     "mixing.settings evaluation.aggregate evaluation.code_execution evaluation.code_jail evaluation.harness_checks "
     "evaluation.harness_files evaluation.compare serving.refusals publishing sweeps python"
 ).split()

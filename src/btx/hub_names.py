@@ -1,4 +1,4 @@
-"""How a model of the Hugging Face hub is written where a folder is taken: `hf:ORGANISATION/NAME`, `hf:ORG/NAME@REVISION`."""
+"""A model of the Hugging Face hub, written where a folder is taken: `hf:ORGANISATION/NAME`, `hf:ORG/NAME@REVISION`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def hub_name(text: object) -> HubName:
     """
     repository, at, revision = str(text).removeprefix(PREFIX).partition("@")
     if not REPOSITORY.fullmatch(repository) or (at and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", revision)):
-        raise ValueError(f"{text}: a model of the hub is written hf:ORGANISATION/NAME, or hf:ORGANISATION/NAME@REVISION "
-                         f"for a branch, tag or commit of it")  # fmt: skip
+        raise ValueError(
+            f"{text}: a model of the hub is written hf:ORGANISATION/NAME, or hf:ORGANISATION/NAME@REVISION for a "
+            f"branch, tag or commit of it"
+        )
     return HubName(repository, revision or None)

@@ -1,4 +1,4 @@
-"""Where a command takes a folder it takes a model of the hub too: `hf:ORG/NAME[@REVISION]`, fetched before it begins."""
+"""Where a command takes a folder it takes a model of the hub, `hf:ORG/NAME[@REVISION]`, which is fetched first."""
 
 from __future__ import annotations
 

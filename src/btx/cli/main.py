@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
+from btx.cli import completing_names
 from btx.cli import init as cli_init
 from btx.cli import jobs as cli_jobs
 from btx.cli import launch as cli_launch
@@ -85,9 +86,11 @@ def _common(
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage: seed, train, mix, finetune, ...")] = None,
+    until: Annotated[str | None, typer.Option(
+        help="Stop after this stage: seed, train, mix, finetune, ...", autocompletion=completing_names.stages)] = None,
     without: Annotated[list[str] | None, typer.Option(
-        help="Leave this branch out of the mix, because it failed for example; repeat.")] = None,
+        help="Leave this branch out of the mix, because it failed for example; repeat.",
+        autocompletion=completing_names.domains)] = None,
     verify: Annotated[bool, typer.Option(
         "--verify", help="First read every file of finished stages whole: is it as it was written?")] = False,
 ) -> None:  # fmt: skip
@@ -136,7 +139,11 @@ def _print_status(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def ls(
     what: Annotated[
-        str, typer.Argument(help="recipes, domains, routers, merges, baselines, families, launchers or trackers.")
+        str,
+        typer.Argument(
+            help="recipes, domains, routers, merges, baselines, families, launchers or trackers.",
+            autocompletion=completing_names.kinds,
+        ),
     ] = "recipes",
     as_json: AsJson = False,
 ) -> None:
@@ -154,7 +161,7 @@ def ls(
 
 
 @app.command()
-def cp(recipe: str, target: Path) -> None:
+def cp(recipe: Annotated[str, typer.Argument(autocompletion=completing_names.packaged)], target: Path) -> None:
     """Copy a packaged recipe to edit it: btx cp demo my.yaml."""
     from btx.recipe.loading import copy_recipe
 
@@ -172,7 +179,12 @@ def prepare(run_folder: RunArgument) -> None:
 @app.command()
 def train(
     run_folder: RunArgument,
-    domain: Annotated[str, typer.Argument(help="A domain of the recipe, or `seed` for the seed model.")],
+    domain: Annotated[
+        str,
+        typer.Argument(
+            help="A domain of the recipe, or `seed` for the seed model.", autocompletion=completing_names.domains
+        ),
+    ],
 ) -> None:
     """Train one expert alone, on any machine that sees the run folder or a copy of what the expert needs of it.
 
@@ -189,7 +201,7 @@ def train(
 @app.command()
 def adopt(
     run_folder: RunArgument,
-    domain: Annotated[str, typer.Argument(help="A branch of the recipe.")],
+    domain: Annotated[str, typer.Argument(help="A branch of the recipe.", autocompletion=completing_names.domains)],
     model: Annotated[
         Path, typer.Argument(help="Folder of its expert model, or of a LoRA adapter, trained by whatever you like.")
     ],
@@ -225,7 +237,12 @@ def align(run_folder: RunArgument) -> None:
 @app.command()
 def baselines(
     run_folder: RunArgument,
-    names: Annotated[list[str] | None, typer.Argument(help="Baselines of the recipe; default: all of them.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Baselines of the recipe; default: all of them.", autocompletion=completing_names.run_baselines
+        ),
+    ] = None,
 ) -> None:
     """Make the baselines of a run, or some of them."""
     stages = [stage.name for stage in open_run(run_folder).graph.baseline_stages(names)]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from btx.cli import completing_names
 from btx.cli.mix import named
 from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
@@ -149,8 +150,13 @@ def _place_and_pairs(
 
 def compare(
     run_folder: RunArgument,
-    model_a: Annotated[str, typer.Argument(help="Name of a model in the results.")] = "btx",
-    model_b: Annotated[str | None, typer.Argument(help="What it is compared with; default: every other.")] = None,
+    model_a: Annotated[
+        str, typer.Argument(help="Name of a model in the results.", autocompletion=completing_names.models)
+    ] = "btx",
+    model_b: Annotated[
+        str | None,
+        typer.Argument(help="What it is compared with; default: every other.", autocompletion=completing_names.models),
+    ] = None,
     other_run: Annotated[
         Path | None,
         typer.Option(

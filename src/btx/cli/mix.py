@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
+from btx.cli import completing_names
 from btx.cli.run_folders import open_run, work_on
 from btx.errors import CheckpointError, UserError
 from btx.model_files.hub import local_model
@@ -26,7 +27,8 @@ Text = Annotated[
     list[str] | None,
     typer.Option("--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat."),
 ]
-RouterInitName = Annotated[str, typer.Option(help=f"How routers start: {', '.join(ROUTER_INITS)}.")]
+RouterInitName = Annotated[str, typer.Option(
+    help=f"How routers start: {', '.join(ROUTER_INITS)}.", autocompletion=completing_names.router_inits)]  # fmt: skip
 RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
@@ -46,7 +48,8 @@ def mix(
     output: Output = None,
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
-    merge: Annotated[str, typer.Option(help="How shared weights are merged; `btx ls merges`.")] = "mean",
+    merge: Annotated[str, typer.Option(
+        help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)] = "mean",
     merge_weights: Annotated[str | None, typer.Option(
         help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")] = None,
     slerp_t: Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")] = None,

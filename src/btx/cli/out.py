@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +18,7 @@ from btx.model_files.hub import shown_name
 from btx.process import ending_at_once
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, or sent, and do neither.")]
 
 
 class Format(StrEnum):
@@ -45,7 +47,7 @@ def export(
     converter: Annotated[Path | None, typer.Option(
         help="Checkout of llama.cpp, or its convert_hf_to_gguf.py; default: $LLAMA_CPP, else the installed one.",
         show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and whether it can be.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write a run's model, or any model folder, for llama.cpp or Ollama."""
@@ -58,9 +60,9 @@ def export(
         raise UserError(f"{target}: exists already; choose another name (-o) or remove it")
     notes = check_gguf(folder)
     file = target if to is Format.gguf else target / "model.gguf"
-    told = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
+    told: dict[str, Any] = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
             "bytes": gguf_bytes(folder, weights), "notes": notes}  # fmt: skip
-    say = (lambda line: None) if as_json else typer.echo
+    say = _silent if as_json else typer.echo
     if dry_run:
         say(f"{file}: about {told['bytes'] / 1e6:,.1f} MB ({weights}); nothing was written")
         for note in notes:
@@ -80,7 +82,11 @@ def export(
         show_json(told)
 
 
-def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: typer.echo) -> list[str]:  # type: ignore[valid-type]
+def _silent(line: str) -> None:
+    """With --json nothing but it is printed."""
+
+
+def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Callable[[str], None]) -> list[str]:
     from btx.files import atomic_folder
     from btx.publishing.gguf import write_gguf
     from btx.publishing.ollama import modelfile
@@ -101,7 +107,7 @@ def push(
     public: Annotated[
         bool, typer.Option("--public", help="Everybody sees it; without this a new one is private.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go up; ask the hub for nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a run's model, or any model folder, on the Hugging Face hub, with a card of results, data and licence."""
@@ -114,21 +120,17 @@ def push(
     origin = origin_of_run(open_run(model)) if is_run else origin_of_folder(folder)
     upload = upload_of(folder, origin, name, model / "report" if is_run else None)
     sizes = upload.sizes()
-    say = (lambda line: None) if as_json else typer.echo
-    told = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
+    say = _silent if as_json else typer.echo
+    told: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
     if dry_run:
         for file, size in sizes.items():
             say(f"{size:>15,} {file}")
-        say(
-            f"{sum(sizes.values()):>15,} bytes would go to {name} ({'public' if public else 'private'}); nothing was sent"
-        )
+        say(f"{sum(sizes.values()):>15,} bytes would go to {name} ({'public' if public else 'private'}); none were")
     else:
         told["commit"] = push_files(upload, name, public=public, log=say)
         say(f"{told['commit']}")
     if origin.licence is None:
-        say(
-            "note: the seed model's licence is unknown; the card says so. Put a LICENSE file into the folder to name one"
-        )
+        say("note: the seed model's licence is unknown; the card says so. A LICENSE file in its folder names one")
     if as_json:
         show_json(told)
 

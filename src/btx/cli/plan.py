@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btx.cli import completing_names
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from btx.planning.speed import Speed
     from btx.recipe.schema import Recipe
 
-RecipeArgument = Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")]
+RecipeArgument = Annotated[str, typer.Argument(
+    help="Name of a packaged recipe, a .yaml file, or a run folder.", autocompletion=completing_names.recipes)]  # fmt: skip
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example train.tokens=1e6.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -21,7 +21,7 @@ WANTED = (
 """What is fetched of a model: nothing pickled, no code."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")
-AnyPath = TypeVar("AnyPath", str, Path)
+AnyPath = TypeVar("AnyPath", bound=str | Path)
 
 
 def local_model(path: AnyPath) -> AnyPath | Path:
@@ -89,9 +89,11 @@ def _check_files(model: HubName, where: str) -> None:
     files: dict[str, Any] = {file.rfilename: file.size for file in info.siblings or ()}
     safe = {name: size or 0 for name, size in files.items() if name.endswith(".safetensors")}
     if not safe and (pickled := [name for name in files if name.endswith(PICKLED)]):
-        raise CheckpointError(f"{where}: only pickled weights ({pickled[0]}), which can run code when read: nothing was "
-                              f"fetched. Look for a revision with .safetensors (hf:{model.repository}@REVISION), or convert "
-                              f"them in an environment you trust and give the folder")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: only pickled weights ({pickled[0]}), which can run code when read: nothing was fetched. "
+            f"Look for a revision with .safetensors (hf:{model.repository}@REVISION), or convert them in an "
+            f"environment you trust and give the folder"
+        )
     cache_folder = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache_folder, *cache_folder.absolute().parents) if folder.is_dir())
     free, needed = shutil.disk_usage(there).free, sum(safe.values())

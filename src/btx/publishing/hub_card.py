@@ -46,7 +46,7 @@ def origin_of_run(run: RunFolder) -> Origin:
     path = run.recipe.seed_model.path
     if on_hub is None and path is not None and not Path(path).exists():
         on_hub = f"hf:{path}"
-    sources = {name: [source for source in domain.sources] for name, domain in run.recipe.data.domains.items()}
+    sources = {name: list(domain.sources) for name, domain in run.recipe.data.domains.items()}
     datasets = {
         source.hub for each in sources.values() for source in each if source.hub and not Path(source.hub).exists()
     }

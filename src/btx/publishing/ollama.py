@@ -63,8 +63,10 @@ def modelfile(folder: Path, gguf: str, licence: str | None = None) -> tuple[str,
     if render is None:
         note = "the model has no chat template: Ollama completes texts with it (btx align makes an assistant of it)"
     elif (chat := chat_format(render, special.get("bos_token", "") if _adds_bos(folder) else "")) is None:
-        note = ("the chat template does more than put texts around messages, which Ollama's language has no words for: the "
-                "Modelfile has none, and Ollama completes texts; write TEMPLATE by hand for conversations")  # fmt: skip
+        note = (
+            "the chat template does more than put texts around messages, which Ollama's language has no words for: the "
+            "Modelfile has none, and Ollama completes texts; write TEMPLATE by hand for conversations"
+        )
     lines = [f"FROM ./{gguf}", f"TEMPLATE {_quoted(chat.go_template() if chat else PLAIN)}"]
     stops = [*(chat.stops() if chat else ()), *filter(None, [special.get("eos_token")])]
     lines += [f"PARAMETER stop {_quoted(text)}" for text in dict.fromkeys(stops)]
@@ -131,9 +133,8 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
         with_system = _or_none(lambda: text(system, user))
         if with_system is not None and with_system.endswith(parts["user"]) and MARKS["system"] in with_system:
             parts = {"system": with_system.removesuffix(parts["user"])} | parts
-        found = ChatFormat(
-            start, {role: _around(part, MARKS[role]) for role, part in parts.items()}, text(user, follows=True)[len(one):]
-        )  # fmt: skip
+        roles = {role: _around(part, MARKS[role]) for role, part in parts.items()}
+        found = ChatFormat(start, roles, text(user, follows=True).removeprefix(one))
         talk = [*([system] if "system" in parts else []), user, answer, user, answer, user]
         whole = render(talk, True).removeprefix(bos)
     except (TemplateError, ValueError, TypeError, AttributeError, KeyError):

@@ -96,8 +96,10 @@ def push(upload: Upload, name: str, *, public: bool = False, log: Callable[[str]
     if constants.HF_HUB_OFFLINE:
         raise UserError("btx push: HF_HUB_OFFLINE is set; unset it to reach the hub")
     if not get_token():
-        raise UserError("btx push: no token for the hub is here: `hf auth login` once, or HF_TOKEN in the environment; it "
-                        "needs the right to write (https://huggingface.co/settings/tokens)")  # fmt: skip
+        raise UserError(
+            "btx push: no token for the hub is here: `hf auth login` once, or HF_TOKEN in the environment; it needs "
+            "the right to write (https://huggingface.co/settings/tokens)"
+        )
     api = HfApi(library_name="btx")
     try:
         api.create_repo(name, private=not public, exist_ok=True)
@@ -121,12 +123,13 @@ def redacted(text: str) -> str:
     return TOKEN.sub("***", text)
 
 
+KEPT = "what has gone up is not sent again"
 STATUS = {
     400: "the hub does not take it as it is",
     401: "the token is not valid: `hf auth login` again, or mend HF_TOKEN",
     402: "the account may store no more private files; make room, or pay for it",
-    403: "the token may not write there: take one with the right to write (https://huggingface.co/settings/tokens), and a "
-    "name whose organisation you belong to",
+    403: "the token may not write there: take one with the right to write (https://huggingface.co/settings/tokens), "
+    "and a name whose organisation you belong to",
     404: "there is no such place, or the token may not see it: is the organisation's name right?",
     409: "somebody has changed it at the same time; run the same command again",
     413: "a file is too large for the hub; write smaller shards (btx mix --max-shard-size 5GB, or save_pretrained with "
@@ -140,14 +143,18 @@ def _tell(name: str, error: Exception) -> NoReturn:
     """Raise what an error of the hub or of the network means, without tokens and without the error it came from: that
     holds the request."""
     blame(error)
+    while error.__cause__ is not None and not hasattr(error, "response"):  # "Error while uploading ..."
+        if not isinstance(error.__cause__, Exception):
+            break
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = redacted(first_line(error))
     if status in STATUS:
         raise UserError(f"{name}: {STATUS[status]} (HTTP {status}: {said})") from None
     if status is not None:
-        raise SystemFailed(f"{name}: the hub failed (HTTP {status}: {said}); run the same command again later: what has "
-                           f"gone up is not sent again") from None  # fmt: skip
+        raise SystemFailed(
+            f"{name}: the hub failed (HTTP {status}: {said}); run the same command again later: {KEPT}"
+        ) from None
     if isinstance(error, OSError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
-        raise SystemFailed(f"{name}: the hub cannot be reached ({said}); run the same command again: what has gone up is "
-                           f"not sent again") from None  # fmt: skip
+        raise SystemFailed(f"{name}: the hub cannot be reached ({said}); run the same command again: {KEPT}") from None
     raise BtxError(f"{name}: could not be pushed: {type(error).__name__}: {said}") from None

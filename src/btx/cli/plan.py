@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from btx.planning.speed import Speed
     from btx.recipe.schema import Recipe
 
-RecipeArgument = Annotated[str, typer.Argument(
-    help="Name of a packaged recipe, a .yaml file, or a run folder.", autocompletion=completing_names.recipes)]  # fmt: skip
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a packaged recipe, a .yaml file, or a run folder.", autocompletion=completing_names.recipes
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example train.tokens=1e6.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -73,7 +73,7 @@ def test_names_stand_beside_the_lines_and_never_over_them_or_each_other(drawn: d
     boxes = {text: box for text, box in labels(svg).items() if text[:4] in {n[:4] for n in (*NAMES, "a long")}}
     assert len(boxes) == (7 if name == "cost" else 8)
     assert not [pair for pair in itertools.combinations(boxes, 2) if overlap(boxes[pair[0]], boxes[pair[1]])]
-    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
     assert max(box[2] for box in boxes.values()) <= width
     ends = [x for i in range(8) for x, _ in line_points(svg, f"var(--c{i})")]
     assert max(ends) <= min(box[0] for box in boxes.values())  # the thin lines to the names end before them
@@ -216,3 +216,10 @@ def test_colours_stand_out_from_the_ground_and_text_from_colours(dark: bool) -> 
     for i in range(COLOURS):  # a token's ground: 42 % of its expert's colour
         assert contrast(page["ink"], 0.42 * page[f"c{i}"] + 0.58 * page["card"]) >= 4.5, i
     assert contrast(page["on-heat"], page["heat"]) >= 4.5
+
+
+def test_a_long_name_of_a_domain_stays_inside_its_panel() -> None:
+    panel = BarPanels("domains", ["d" * 64], [Bars("btx", "accent", [12.0], [(1.0, 1.0)])]).panels()[0].svg()
+    left, _, right, _ = next(box for text, box in labels(panel).items() if text.startswith("ddd"))
+    assert left >= 0
+    assert right <= float(re.search(r'viewBox="0 0 ([\d.]+)', panel)[1])  # type: ignore[index]

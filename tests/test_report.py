@@ -542,6 +542,16 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    (b"- a\n", "input should be a valid dictionary"), (b"train: {domains: [[a]]}", r"train\.domains\.0: .*string"),
+    (b"mix:\n", "mix: input should be"), (b"name: \xff", "can't decode"),
+])  # fmt: skip
+def test_a_recipe_that_is_none_is_refused_in_a_sentence(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    with pytest.raises(RunFolderError, match=f"recipe.yaml: .*{message}"):
+        write_report(tmp_path)
+
+
 def test_an_unfinished_last_line_of_metrics_is_left_out_and_any_other_broken_line_is_named(tmp_path: Path) -> None:
     run = build_run(tmp_path / "demo")
     path = run / "seed" / "metrics.jsonl"

@@ -87,6 +87,8 @@ def test_a_click_on_a_token_shows_gates_of_all_layers_and_its_bits(
     assert text.count("0.75") == 3, "gates of three layers"
     assert all(name in text for name in ("seed", "expert/math", "expert/code", "btx", "soup"))
     assert "mix" not in text, "one baseline, the chosen one"
+    bits = watched.panel.locator("table").first.locator("td:last-child")
+    assert max(bits.evaluate_all("cells => cells.map(cell => cell.clientHeight)")) < 30, "no number is broken"
     page.keyboard.press("Escape")
     assert watched.panel.is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing scrolls sideways"

@@ -148,7 +148,8 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> No
     ({"response_format": {"type": "json_object"}}, "answers are text"),
     ({"experts": {"only": ["law"]}}, "no expert 'law'; the model's are: math, code, wiki, generalist"),
     ({"experts": {"forbid": ["math"]}}, "experts.forbid: "), ({"tools": [{}]}, "tools: "),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": True}, "logprobs"), ({"stop": [""]}, "stop: 16 texts at most, none of them empty"),
+    ({"stop": ["a"] * 17}, "stop: 16 texts at most"),
     ({"messages": [{"role": "user", "content": "three and " * 300}]}, "the model reads|reads 256 at most; shorten it"),
     ({"messages": [{"role": "user"}]}, "content"), ({"model": "seed", "experts": {"without": ["math"]}}, "dense model"),
 ])  # fmt: skip
@@ -254,6 +255,17 @@ def test_what_fails_in_the_middle_ends_the_stream_with_the_reason(
     reply = client.post("/v1/chat/completions", json=ASKED | {"stream": True})
     last = json.loads(reply.text.strip().split("\n\n")[-1].removeprefix("data: "))
     assert "no more memory" in last["error"]["message"]
+
+
+def test_what_fails_otherwise_is_told_as_openai_does(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> Any:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr("btx.serving.speaker.Answer._counted", fails)
+    reply = client.post("/v1/chat/completions", json=ASKED)
+    assert reply.status_code == 500
+    assert reply.json()["error"]["type"] == "server_error"
+    assert "no more memory" in reply.json()["error"]["message"]
 
 
 def test_what_is_no_model_is_refused_before_anything_listens(tmp_path: Path, folders: dict[str, Path]) -> None:

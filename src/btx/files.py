@@ -100,7 +100,7 @@ def read_json(path: Path, shape: Any = None) -> Any:
         raise RunFolderError(f"{path}: not readable as JSON ({error}); {MEND}") from error
     if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != value_hash(value):
         raise RunFolderError(f"{path}: changed since btx wrote it: its {SEAL} does not fit; {MEND}")
-    if shape is not None and (problem := _misfit(value, shape)):
+    if shape is not None and (problem := misfit(value, shape)):
         raise RunFolderError(f"{path}: {problem}; {MEND}")
     return value
 
@@ -108,8 +108,8 @@ def read_json(path: Path, shape: Any = None) -> Any:
 MEND = "restore it from a copy, or remove it and run the stage again"
 
 
-def _misfit(value: Any, shape: Any) -> str:
-    """What of a JSON value is not of a shape: the key and what it should be; empty if all is."""
+def misfit(value: Any, shape: Any) -> str:
+    """What of a value of JSON or YAML is not of a shape: the key and what it should be; empty if all is."""
     from pydantic import ValidationError  # no part of `btx --help`
 
     try:
@@ -117,7 +117,7 @@ def _misfit(value: Any, shape: Any) -> str:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "missing" else f", found {json.dumps(first['input'])[:60]}"
+        found = "" if first["type"] == "missing" else f", found {json.dumps(first['input'], default=str)[:60]}"
         return f"{key + ': ' if key else ''}{first['msg'][0].lower()}{first['msg'][1:]}{found}"
     return ""
 

@@ -65,7 +65,7 @@ def chat(
         try:
             talk.answer(line)
         except UserError as error:
-            console.out(f"error: {error}", highlight=False)  # the next line may be better
+            _say(f"error: {error}")  # the next line may be better
         except KeyboardInterrupt:
             console.print()
 

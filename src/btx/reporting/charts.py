@@ -11,6 +11,7 @@ from btx.reporting.drawing import (
     FONT_SIZE,
     LABEL_GAP,
     LETTER,
+    LONGEST_LABEL,
     WIDTH,
     Chart,
     Colour,
@@ -196,7 +197,9 @@ class BarPanels(Chart):
                                wspace=0.12, hspace=0.65 / (each - 0.65))  # fmt: skip
         for number, (axes, column) in enumerate(zip(panels, self.columns, strict=False)):
             style(figure, axes, "x", colour)
-            axes.set_title(column, fontsize=FONT_SIZE, color=colour("ink"), parse_math=False)
+            axes.set_title(
+                shortened(column, 2 * LONGEST_LABEL), fontsize=FONT_SIZE, color=colour("ink"), parse_math=False
+            )
             self._fill(axes, number, colour)
         for axes in list(panels)[len(self.columns) :]:
             axes.remove()

@@ -172,9 +172,9 @@ def label_column(axes: Axes, points: Sequence[tuple[str, str, float, float]], co
         )  # fmt: skip
 
 
-def shortened(label: str) -> str:
-    """A name as a chart has room for it."""
-    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+def shortened(label: str, longest: int = LONGEST_LABEL) -> str:
+    """A name as a chart has room for it: `longest` characters."""
+    return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:

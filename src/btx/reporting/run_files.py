@@ -10,11 +10,22 @@ from typing import Any
 import yaml
 
 from btx.errors import RunFolderError
+from btx.files import misfit
 from btx.metrics_file import read_metrics
 from btx.outputs import check_outputs, read_done, read_output
 from btx.reporting.drawing import COLOURS
 from btx.reporting.paired_bootstrap import read_documents
-from btx.reporting.shapes import AlignedRouting, Manifest, MixRecord, Oracle, Results, Routing, Shown, Tokens
+from btx.reporting.shapes import (
+    AlignedRouting,
+    Manifest,
+    MixRecord,
+    Oracle,
+    ResolvedRecipe,
+    Results,
+    Routing,
+    Shown,
+    Tokens,
+)  # fmt: skip
 from btx.reporting.tokens import own_expert
 
 ROUTING, TOKENS = "routing.json", "tokens.json"
@@ -90,12 +101,7 @@ def read_run(folder: Path) -> Run:
     """Read what the report shows. Missing files are fine; broken ones raise RunFolderError."""
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder; `btx run RECIPE` makes one")
-    recipe_file = folder / "recipe.yaml"
-    recipe_text = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
-    try:
-        recipe = yaml.safe_load(recipe_text) or {}
-    except yaml.YAMLError as error:
-        raise RunFolderError(f"{recipe_file}: not valid YAML ({error}); `btx run` writes it again") from error
+    recipe_text, recipe = _read_recipe(folder / "recipe.yaml")
     analysis = folder if (folder / ROUTING).is_file() else folder / "analyze"
     shown = read_output(folder / "evaluate" / "shown.json", Shown) or {}
     routing = read_output(analysis / ROUTING, Routing) or {}
@@ -114,6 +120,18 @@ def read_run(folder: Path) -> Run:
         oracle=read_output(folder / "mix" / "oracle.json", Oracle) or {},
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
     )
+
+
+def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    """The recipe as it stands in a run folder, and what it says; nothing if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        recipe = yaml.safe_load(text) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path}: not valid YAML ({error}); `btx run` writes it again") from error
+    if problem := misfit(recipe, ResolvedRecipe):
+        raise RunFolderError(f"{path}: {problem}; `btx run` writes it again")
+    return text, recipe
 
 
 def _with_shown(tokens: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The shapes of what a run says of itself and has measured, as it is read again: manifest.json, evaluate/results.json
-and documents.json, analyze/routing.json, align.json and tokens.json, mix/mix.json. They say what has to be there; more
-may be.
+"""The shapes of what a run says of itself and has measured, as it is read again: recipe.yaml, manifest.json,
+evaluate/results.json and documents.json, analyze/routing.json, align.json and tokens.json, mix/mix.json. They say what
+has to be there; more may be.
 """
 
 from __future__ import annotations
@@ -8,6 +8,33 @@ from __future__ import annotations
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
+
+
+class DataSection(TypedDict):
+    """A recipe's `data`, as far as the report reads it."""
+
+    general: NotRequired[str | None]
+
+
+class TrainSection(TypedDict):
+    """A recipe's `train`."""
+
+    domains: NotRequired[list[str]]
+
+
+class MixSection(TypedDict):
+    """A recipe's `mix`."""
+
+    router: NotRequired[str]
+    top_k: NotRequired[int]
+
+
+class ResolvedRecipe(TypedDict):
+    """recipe.yaml."""
+
+    data: NotRequired[DataSection]
+    train: NotRequired[TrainSection]
+    mix: NotRequired[MixSection]
 
 
 class Manifest(TypedDict):

@@ -45,7 +45,9 @@ def pick(temperature: float, random: torch.Generator, top_p: float = 1.0) -> Cal
         return lambda logits_V: int(logits_V.argmax())
 
     def sampled(logits_V: Tensor) -> int:
-        probs_V, ids_V = (logits_V.float().cpu() / temperature).softmax(dim=-1), None
+        logits_V = logits_V.double().cpu()
+        # The largest is 0 first: divided by next to nothing it would be infinite.
+        probs_V, ids_V = ((logits_V - logits_V.max()) / temperature).float().softmax(dim=-1), None
         if top_p < 1:
             probs_V, ids_V = probs_V.sort(descending=True)
             probs_V = probs_V * (probs_V.cumsum(0) - probs_V < top_p)

@@ -13,11 +13,13 @@ from btx.serving.expert_choice import ExpertChoice
 
 LONGEST_TEXT = 1_000_000
 """Characters of a prompt or message, at most."""
+MOST_STOPS = 16
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 REFUSED = {
     "n": "one answer a request; ask again, with another seed",
     "best_of": "one answer a request; ask again, with another seed",
     "prompt": f"one text a request, no token ids, {LONGEST_TEXT:,} characters at most",
+    "stop": f"{MOST_STOPS} texts at most, none of them empty",
     "logprobs": "answers come without log-probabilities; `btx evaluate` measures them",
     "tools": "answers call no tools",
     "response_format": "answers are text",
@@ -97,7 +99,7 @@ class Asked(_Section):
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MOST_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None

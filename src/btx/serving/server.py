@@ -102,7 +102,7 @@ def make_app(speakers: Speakers, hosts: list[str]) -> Starlette:
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
                     Middleware(_OwnPagesOnly)],
-        exception_handlers={HTTPException: _told_as_openai_does},
+        exception_handlers={HTTPException: _told_as_openai_does, Exception: _failed},
     )  # fmt: skip
 
 
@@ -138,6 +138,19 @@ async def _told_as_openai_does(request: Request, error: Any) -> Response:
     there_is = "/v1/models, /v1/chat/completions, /v1/completions"
     message = f"{request.method} {request.url.path}: {error.detail}; there is {there_is}"
     return JSONResponse(error_reply(message), error.status_code, headers=error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What nobody has foreseen; Starlette raises it again, so that its traceback is printed."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(error_reply(_why(error), "server_error"), 500)
+
+
+def _why(error: Exception) -> str:
+    from btx.system_errors import told
+
+    return str(told(error) or f"{type(error).__name__}: {error}")
 
 
 class _Answers:
@@ -252,9 +265,7 @@ def _guarded(reply: Reply) -> Iterator[bytes]:
     try:
         yield from reply.stream()
     except Exception as error:
-        from btx.system_errors import told
-
-        yield error_event(str(told(error) or f"{type(error).__name__}: {error}"))
+        yield error_event(_why(error))
 
 
 def _page(file: str, kind: str) -> Endpoint:

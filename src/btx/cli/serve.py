@@ -52,7 +52,7 @@ def serve(
         "127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
 ) -> None:  # fmt: skip
-    """A web page to talk to a run's models, and an interface as OpenAI's."""
+    """A web page to talk to a run's models, and an interface like OpenAI's."""
     paths = _served(model)
     from btx.serving.server import serve as start_server
 

@@ -121,6 +121,12 @@ def test_help_names_every_command_in_a_real_process() -> None:
     assert not {"work", "run-of-sweep"} & set(named)  # for launchers, not for people
 
 
+def test_help_groups_the_commands_in_the_order_of_the_method() -> None:
+    panels = [(command.rich_help_panel, command.hidden) for command in cli.app.registered_commands]
+    named = list(dict.fromkeys(panel for panel, hidden in panels if not hidden))
+    assert named == ["Run", "Steps", "Mix anybody's models", "Look", "Talk", "Share"]
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "prepare"])
 def test_every_command_explains_itself(btx: Btx, command: str) -> None:
     done = btx(command, "--help")

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from huggingface_hub import constants
 
+import btx
 from btx.cli import main
 from btx.errors import CheckpointError, RecipeError, UserError
 from btx.hub_names import HubName, hub_name, is_hub_name
@@ -158,6 +159,14 @@ def test_a_command_that_takes_a_model_takes_one_of_the_hub(
     monkeypatch.chdir(tmp_path)
     code, output, messages = invoke(monkeypatch, capsys, *command)
     assert (code, expected in output) == (0, True), output + messages
+
+
+def test_python_takes_a_revision_of_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"the sum of {n} and four"}) for n in range(40)))
+    sha = hub.repositories["org/moe"].commits[-1][0]
+    analysis = btx.analyze(f"hf:org/moe@{sha}", {"a": "a.jsonl"}, "out", tokens=64, examples=1)
+    assert list(analysis.experts) == ["math", "code", "generalist"]
 
 
 def test_every_path_of_every_command_is_looked_at(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -28,9 +28,6 @@ from btx.cli.terminal import end, prepare_streams, show, show_json
 from btx.errors import NOT_YET, NotYet, UserError
 from btx.process import READER_GONE, Interrupted, rank
 from btx.system_errors import told
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, pretty_exceptions_enable=False,
@@ -82,7 +79,6 @@ def _common(
     """Options of btx itself."""
 
 
-@app.command()
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -101,7 +97,6 @@ def run(
     show_results(finished)
 
 
-@app.command()
 def status(
     run_folder: RunArgument,
     verify: Annotated[bool, typer.Option(
@@ -136,7 +131,6 @@ def _print_status(rows: list[dict[str, Any]]) -> None:
     show(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
 
 
-@app.command()
 def ls(
     what: Annotated[
         str,
@@ -160,7 +154,6 @@ def ls(
     show(families_table() if what == "families" else pairs_table(what, entries(what)))
 
 
-@app.command()
 def cp(recipe: Annotated[str, typer.Argument(autocompletion=completing_names.packaged)], target: Path) -> None:
     """Copy a packaged recipe to edit it: btx cp demo my.yaml."""
     from btx.recipe.loading import copy_recipe
@@ -170,13 +163,11 @@ def cp(recipe: Annotated[str, typer.Argument(autocompletion=completing_names.pac
     typer.echo(f"copied {recipe}; edit it, then: btx plan {copied}")
 
 
-@app.command()
 def prepare(run_folder: RunArgument) -> None:
     """Make the token files of a run."""
     work_on(run_folder, ["data"])
 
 
-@app.command()
 def train(
     run_folder: RunArgument,
     domain: Annotated[
@@ -198,7 +189,6 @@ def train(
     work_on(run_folder, [needed.name for needed in (*needs, stage)])
 
 
-@app.command()
 def adopt(
     run_folder: RunArgument,
     domain: Annotated[str, typer.Argument(help="A branch of the recipe.", autocompletion=completing_names.domains)],
@@ -216,17 +206,11 @@ def adopt(
     adopt_model(run, domain, model, typer.echo)
 
 
-app.command(hidden=True)(cli_sweep.run_of_sweep)
-app.command(hidden=True)(cli_launch.begin)
-
-
-@app.command()
 def finetune(run_folder: RunArgument) -> None:
     """Finetune the mixed model of a run."""
     work_on(run_folder, ["finetune"])
 
 
-@app.command()
 def align(run_folder: RunArgument) -> None:
     """Train the finetuned model of a run on conversations, then on preferences: what its recipe has under `align`."""
     if not open_run(run_folder).graph.aligned:
@@ -234,7 +218,6 @@ def align(run_folder: RunArgument) -> None:
     work_on(run_folder, ["align"])
 
 
-@app.command()
 def baselines(
     run_folder: RunArgument,
     names: Annotated[
@@ -249,18 +232,6 @@ def baselines(
     work_on(run_folder, stages)
 
 
-ELSEWHERE: tuple[Callable[..., None], ...] = (
-    cli_plan.plan, cli_launch.launch, cli_jobs.cancel, cli_jobs.logs,
-    cli_init.init, cli_mix.mix, cli_mix.extend, cli_mix.drop, cli_sweep.sweep,
-    cli_measuring.evaluate, cli_measuring.analyze, cli_measuring.compare, cli_measuring.report,
-    cli_serve.chat, cli_serve.serve, cli_watch.watch, cli_out.export, cli_out.push,
-)  # fmt: skip
-"""Commands with a file of their own."""
-for command in ELSEWHERE:
-    app.command()(command)
-
-
-@app.command(hidden=True)
 def work(run_folder: Path, stages: list[str]) -> None:
     """What a launcher starts: some stages of a run, in this process, ending with its parent. Exit code 75: not yet."""
     from btx.process import end_with_parent
@@ -272,6 +243,18 @@ def work(run_folder: Path, stages: list[str]) -> None:
         end(NOT_YET, f"not yet: {error}")
 
 
-for registered in app.registered_commands:
-    if registered.callback is not None:
-        registered.callback = with_hub_models(registered.callback)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Run": (cli_init.init, cp, ls, cli_plan.plan, run, cli_sweep.sweep, cli_launch.launch, cli_jobs.cancel),
+    "Steps": (prepare, train, adopt, finetune, align, baselines),
+    "Mix anybody's models": (cli_mix.mix, cli_mix.extend, cli_mix.drop),
+    "Look": (status, cli_watch.watch, cli_jobs.logs, cli_measuring.evaluate, cli_measuring.analyze,
+             cli_measuring.compare, cli_measuring.report),
+    "Talk": (cli_serve.chat, cli_serve.serve),
+    "Share": (cli_out.export, cli_out.push),
+}  # fmt: skip
+"""The commands as `btx --help` groups and orders them."""
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(with_hub_models(command))
+for started_by_btx in (work, cli_sweep.run_of_sweep, cli_launch.begin):
+    app.command(hidden=True)(with_hub_models(started_by_btx))

@@ -13,6 +13,7 @@ from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
+from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 
 
@@ -38,7 +39,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure every model of a run on held-out text and tasks, and others beside it; or any model on one task."""
     place, models = _place_and_pairs("evaluate", run_and_models, model or [], "--model", "MODEL")
-    run_folder = Path(_folder_or_hub(place))
+    run_folder = Path(folder_or_name(place))
     if task is not None:
         from btx.evaluation.harness_files import TaskRequest
         from btx.stages.one_task import evaluate_task
@@ -71,7 +72,7 @@ def _evaluate_beside(run_folder: Path, models: dict[str, Path], forget: list[str
     from btx.process import Interrupts
     from btx.run_folder.other_models import check_other_models
 
-    run, wanted = open_run(run_folder), {name: _folder_or_hub(str(path)) for name, path in models.items()}
+    run, wanted = open_run(run_folder), {name: folder_or_name(str(path)) for name, path in models.items()}
     check_other_models(run.recipe, wanted)
     from btx.stages.evaluate import evaluate_beside  # here, so that what is refused before is refused at once
 
@@ -106,7 +107,7 @@ def analyze(
         return
     from btx.evaluation.analysis_request import check_analysis, read_texts
 
-    model, output = _folder_or_hub(place), output or default_output(place)
+    model, output = folder_or_name(place), output or default_output(place)
     check_analysis(model, texts, output)
     documents = read_texts(texts, tokens)
     from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
@@ -120,14 +121,6 @@ def default_output(model: str) -> Path:
     """Where the analysis of a model goes: a folder here that is called after it."""
     path = Path(model.removeprefix("hf:")).absolute()
     return Path(f"{path.parent.name if path.name == 'model' else path.name}-analysis")
-
-
-def _folder_or_hub(place: str) -> str | Path:
-    """What is no folder here may be a hub name."""
-    from btx.model_files.hub import local_model
-
-    place = str(local_model(place))
-    return Path(place) if Path(place).exists() else place
 
 
 def _place_and_pairs(

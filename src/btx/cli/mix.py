@@ -41,7 +41,8 @@ def mix(
     context: typer.Context,
     run_folder: Annotated[Path | None, typer.Argument(
         help="Run folder; or give --seed-model, --expert and -o.")] = None,
-    seed_model: Annotated[Path | None, typer.Option(help="Folder of the dense model that was branched.")] = None,
+    seed_model: Annotated[Path | None, typer.Option(
+        help="Folder of the dense model that was branched; hf:ORG/NAME.")] = None,
     expert: Experts = None,
     copies: Annotated[int | None, typer.Option(
         help="Instead of --expert: so many copies of the seed model's FF (sparse upcycling).")] = None,
@@ -111,7 +112,7 @@ def mix(
 
 
 def extend(
-    moe: Annotated[Path, typer.Argument(help="Folder of a finished MoE model.")],
+    moe: Annotated[Path, typer.Argument(help="Folder of a finished MoE model; hf:ORG/NAME.")],
     expert: Experts = None,
     output: Output = None,
     shared: Annotated[str, typer.Option(
@@ -145,7 +146,7 @@ def extend(
 
 
 def drop(
-    moe: Annotated[Path, typer.Argument(help="Folder of a finished MoE model.")],
+    moe: Annotated[Path, typer.Argument(help="Folder of a finished MoE model; hf:ORG/NAME.")],
     expert: Annotated[str | None, typer.Option(help="Name of the expert to remove.")] = None,
     output: Output = None,
 ) -> None:

@@ -15,7 +15,7 @@ Without = Annotated[list[str] | None, typer.Option("--without", help="Never use 
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder; hf:ORG/NAME.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this text and end; default: ask for lines.")] = None,
     show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
     only: Only = None,
@@ -47,12 +47,12 @@ def chat(
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder; hf:ORG/NAME.")],
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")] = (
         "127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
 ) -> None:  # fmt: skip
-    """A web page to talk to a run's models, and an interface as OpenAI's."""
+    """A web page to talk to a run's models, and an interface like OpenAI's."""
     paths = _served(model)
     from btx.serving.server import serve as start_server
 

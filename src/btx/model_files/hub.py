@@ -44,6 +44,16 @@ def local_model(path: AnyPath) -> AnyPath | Path:
     return fetch(wanted, str(path))
 
 
+def folder_or_name(model: str | Path) -> str | Path:
+    """What names a model: a folder here, a model of the hub that `hf:` fetches, or ORG/NAME as it is written.
+
+    Raises:
+        CheckpointError: as `local_model`.
+    """
+    folder = local_model(model)
+    return Path(folder) if Path(folder).exists() else str(folder)
+
+
 def fetch(model: HubName, where: str) -> Path:
     """Fetch a model's files, as far as they are not here; its folder in the hub's cache.
 

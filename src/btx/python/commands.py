@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError, UserError
+from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
 from btx.python.results import Analysis, Comparison, Evaluation, SweepResults
@@ -45,7 +46,7 @@ def evaluate(
     if models or forget:
         from btx.stages.evaluate import evaluate_beside
 
-        beside = {name: _folder_or_hub(path) for name, path in (models or {}).items()}
+        beside = {name: folder_or_name(path) for name, path in (models or {}).items()}
         with _listening() as interrupts:
             evaluate_beside(opened := _opened(run), beside, forget, interrupts, log)
     else:
@@ -80,7 +81,7 @@ def analyze(
     else:
         from btx.evaluation.analysis_request import check_analysis, read_texts
 
-        place, paths = _folder_or_hub(model), {name: Path(path) for name, path in texts.items()}
+        place, paths = folder_or_name(model), {name: Path(path) for name, path in texts.items()}
         check_analysis(place, paths, Path(output))
         documents = read_texts(paths, tokens)
         from btx.evaluation.analyze_model import analyze_model
@@ -88,11 +89,6 @@ def analyze(
         routing = analyze_model(place, documents, Path(output), tokens=tokens, examples=examples, without=without,
                                 log=log)  # fmt: skip
     return Analysis(routing["experts"], routing["layers"], routing)
-
-
-def _folder_or_hub(place: str | Path) -> str | Path:
-    """What is no folder here may be a hub name."""
-    return Path(place) if Path(place).exists() else str(place).removeprefix("hf:")
 
 
 def compare(

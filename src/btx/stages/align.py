@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from btx.choices.trainable import without_peft
 from btx.data.chat_text import with_template
@@ -26,9 +25,6 @@ from btx.stages.conversations import ends_of_turns, packed
 from btx.stages.training import Given, train_moe
 from btx.training.job import TrainingJob
 from btx.training.preferences import FILE, preference_objective, with_reference
-
-if TYPE_CHECKING:
-    pass
 
 
 def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

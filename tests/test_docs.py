@@ -138,6 +138,8 @@ def parsed(command: str) -> dict[str, Any]:
     """
     words = [word for word in shlex.split(command, comments=True) if word != "..."]
     words = words[: next((place for place, word in enumerate(words) if re.fullmatch(r"\||>>?|2>|&", word)), None)]
+    if words in (["--install-completion"], ["--show-completion"]):  # they act when they are parsed
+        return {}
     group = all_commands()
     root = group.context_class(group, info_name="btx")
     try:

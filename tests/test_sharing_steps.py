@@ -71,7 +71,7 @@ def test_what_four_processes_cannot_share(
     (["launch.processes={baselines: 3}", "baselines=[upcycling_dm]"],
      "launch.processes: 3 for baselines/upcycling_dm_domains: baseline_training.upcycling_dm or train.batch_tokens"),
     (["launch.processes=3", "launch.nodes=2"], "launch.nodes is 2 for seed, and its launch.processes, 3, cannot be"),
-    (["launch.processes={mix: 2}"], ": launch.processes.mix: expected one of seed, train, finetune, baselines"),
+    (["launch.processes={mix: 2}"], ": launch.processes.mix: expected one of seed, train, finetune, align, baselines"),
     (["launch.nodes=many"], ": launch.nodes: expected a whole number, got 'many'"),
 ])  # fmt: skip
 def test_a_recipe_that_asks_for_it_is_refused_with_its_keys(tmp_path: Path, overrides: list[str], problem: str) -> None:

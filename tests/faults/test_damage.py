@@ -60,8 +60,8 @@ def by_hand(run: RunFolder, out: Path) -> dict[str, Callable[[], Any]]:
         "btx extend of the mix": lambda: extend(moe, "law", tools, out),
         "btx drop": lambda: drop(moe, "birds", out),
         "btx adopt": lambda: adopt(run, "tools", birds, print),
-        "btx chat": lambda: check_completion(birds, 0.0, "the"),
-        "btx chat with Branch-Train-Merge": lambda: check_completion(run.model("baselines/btm_top2"), 0.0, "the"),
+        "btx chat": lambda: check_completion(birds, "the"),
+        "btx chat with Branch-Train-Merge": lambda: check_completion(run.model("baselines/btm_top2"), "the"),
         "btx evaluate --task": lambda: evaluate_task(birds, task, **ask),
     }
 

@@ -275,7 +275,12 @@ class RunFolder:
         begun = started_json(stage)
         write_sealed(working / STARTED, begun)  # anew: files may be elsewhere than when it was begun
         facts = Making(working)
-        yield facts
+        try:
+            yield facts
+        except UserError:
+            if not stage.trains:  # what it read may have been found changed only by the block itself
+                self._discard_if_inputs_changed(stage, begun["files"], working)
+            raise
         if not stage.trains:
             self._discard_if_inputs_changed(stage, begun["files"], working)
         wall_s = round(time.perf_counter() - started, 3)

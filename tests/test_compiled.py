@@ -78,7 +78,7 @@ def graphs_by_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(("kind", "graphs"), [("llama", 2 * 2), ("mixtral", None)])
+@pytest.mark.parametrize(("kind", "graphs"), [("llama", 2 * 2), pytest.param("mixtral", None, marks=pytest.mark.long)])
 def test_compiled_training_is_the_same_and_compiles_before_the_first_step_only(
     tmp_path: Path, kind: str, graphs: int | None, graphs_by_step: list[int]
 ) -> None:

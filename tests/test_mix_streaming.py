@@ -211,7 +211,7 @@ def signalled_in_the_middle(number: int, *arguments: str) -> None:
     btx("mix", *arguments)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_a_signal_leaves_nothing_that_looks_finished(make_llama: MakeLlama, tmp_path: Path, number: int) -> None:
     seed = make_llama("seed")
     arguments = ("--seed-model", str(seed), "--expert", f"a={seed}", "-o", str(tmp_path / "moe"))

@@ -109,6 +109,7 @@ def test_gates_that_are_not_in_order_are_put_in_order() -> None:
     assert (text.experts, text.gates) == ([[[1, 0]]], [[[0.75, 0.25]]])
 
 
+@pytest.mark.long
 def test_a_long_document_is_shown_in_parts_and_what_would_make_the_page_too_large_is_left_out(tmp_path: Path) -> None:
     tokens = token_file(count=2 * PART + 1, layers=1, documents=1)
     readers = token_readers(read_run(run_with(tmp_path / "long", tokens)))

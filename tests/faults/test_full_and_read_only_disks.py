@@ -122,6 +122,7 @@ def test_a_disk_that_is_full_in_a_checkpoint_and_then_in_the_model_costs_nothing
     assert found["sha256"] == file_sha256(branchable.model("train/birds") / "model.safetensors")
 
 
+@pytest.mark.long
 def test_a_run_on_a_disk_that_can_only_be_read_can_be_looked_at_and_says_why_it_cannot_go_on(
     branchable: RunFolder, tmp_path: Path
 ) -> None:

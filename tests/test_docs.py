@@ -142,6 +142,8 @@ def parsed(command: str) -> dict[str, Any]:
         return {}
     group = all_commands()
     root = group.context_class(group, info_name="btx")
+    if words[0] in {name for option in group.params for name in option.opts}:  # btx --install-completion
+        return {}
     try:
         name, found, rest = group.resolve_command(root, words)
         values: dict[str, Any] = found.make_context(name, rest, parent=root).params

@@ -24,7 +24,7 @@ TEMPLATE = """\
 #
 #   btx plan {file}        what it reads, trains and costs; writes nothing
 #   btx run {file}         everything; run it again and it continues
-#   btx chat runs/{name}   when it is done; the report is runs/{name}/report/index.html
+#   btx chat runs/{name}     talk to the model when it is done; the report is runs/{name}/report/index.html
 #
 # Change first: the two lines `tokens`. Paths are relative to where btx is started. Any line can also be set on the
 # command line: btx run {file} train.tokens=1e6. Every key and its default: docs/recipe.md.

@@ -66,7 +66,7 @@ def last_model(run: Path) -> Path:
 
 
 def _served(model: Path) -> dict[str, Path]:
-    """Name → model folder: of a run all that are finished, the mixed and finetuned one first.
+    """Name → model folder: of a run all that are finished, the one trained last first.
 
     Raises:
         UserError: it is neither a run nor a model, or nothing of the run is finished.

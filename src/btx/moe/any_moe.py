@@ -51,7 +51,7 @@ def _recorded(model: nn.Module) -> tuple[type[nn.Module], ...]:
     wanted = [recorders.get("router_logits") for recorders in said]
     flat = [recorder for entry in wanted for recorder in (entry if isinstance(entry, list) else [entry])]
     classes = [getattr(recorder, "target_class", recorder) for recorder in flat]
-    return tuple({found for found in classes if isinstance(found, type) and issubclass(found, nn.Module)})
+    return tuple({each for each in classes if isinstance(each, type) and issubclass(each, nn.Module)})
 
 
 def num_experts(model: nn.Module) -> int:
@@ -109,13 +109,13 @@ def _routing_of(router: nn.Module, output: Any, model: nn.Module) -> Routing:
         raise CheckpointError(f"{type(router).__name__}: this router's decisions are not readable")
     if ids:
         chosen_TK, E = ids[0], _experts_of(router)
-        of_all = [found for found in floats if found.shape[1] == E] or floats
+        of_all = [tensor for tensor in floats if tensor.shape[1] == E] or floats
         # Where a token uses all experts, gates have the shape of logits, but are never negative.
-        logits_TE = next((found for found in of_all if (found < 0).any()), of_all[0])
-        others = [found for found in floats if found is not logits_TE]
-        gates_TK = next((found for found in others if found.shape == chosen_TK.shape), None)
+        logits_TE = next((tensor for tensor in of_all if (tensor < 0).any()), of_all[0])
+        others = [tensor for tensor in floats if tensor is not logits_TE]
+        gates_TK = next((tensor for tensor in others if tensor.shape == chosen_TK.shape), None)
         if gates_TK is None:
-            gates_TK = next((found for found in others if found.shape[1] == E), logits_TE.softmax(dim=-1))
+            gates_TK = next((tensor for tensor in others if tensor.shape[1] == E), logits_TE.softmax(dim=-1))
             gates_TK = gates_TK.gather(1, chosen_TK)
     else:
         logits_TE = floats[-1]

@@ -45,16 +45,16 @@ converter.main()
 """
 
 
-def find_converter(given: Path | None = None) -> str:
+def find_converter(path: Path | None = None) -> str:
     """Where llama.cpp's converter lies: a folder, or "" if Python finds it by itself.
 
     Args:
-        given: folder of a llama.cpp checkout, or its convert_hf_to_gguf.py; default: what $LLAMA_CPP names.
+        path: folder of a llama.cpp checkout, or its convert_hf_to_gguf.py; default: what $LLAMA_CPP names.
 
     Raises:
         UserError: there is none, with the two ways to get one.
     """
-    named = given or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    named = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
     if named is not None:
         folder = named.expanduser().absolute() if named.is_dir() else named.expanduser().absolute().parent
         if not (folder / f"{CONVERTER}.py").is_file():
@@ -154,9 +154,9 @@ def _failure(folder: Path, said: str) -> BtxError:
             f"hash, and of others btx names two ways (GPT-2's, and that of tokenizers btx trains). Start from a "
             f"seed model whose tokenizer it knows, or use transformers, btx serve or vLLM"
         )
-    if found := re.search(r"Model (\w+) is not supported", said):
+    if unknown := re.search(r"Model (\w+) is not supported", said):
         return CheckpointError(
-            f"{folder}: this converter does not know {found[1]}; a newer llama.cpp may: --converter CHECKOUT"
+            f"{folder}: this converter does not know {unknown[1]}; a newer llama.cpp may: --converter CHECKOUT"
         )
     errors = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return BtxError(

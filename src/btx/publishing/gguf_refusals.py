@@ -103,15 +103,15 @@ def pre_tokenizer(folder: Path) -> str | None:
     """llama.cpp's name of how a byte-level BPE splits text, for tokenizers whose hash its converter does not know; None
     if it is neither GPT-2's way nor that of tokenizers which btx trains."""
     try:
-        found = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        chain = found["pre_tokenizer"]
+        tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        chain = tokenizer["pre_tokenizer"]
         steps = chain["pretokenizers"] if chain["type"] == "Sequence" else [chain]
         plain = all(step.get("individual_digits", True) and step.get("use_regex", True) for step in steps)
-        is_bpe = found["model"]["type"] == "BPE" and not any(step.get("add_prefix_space") for step in steps)
+        is_bpe = tokenizer["model"]["type"] == "BPE" and not any(step.get("add_prefix_space") for step in steps)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (
         PRE_TOKENIZERS.get(tuple(step["type"] for step in steps))
-        if plain and is_bpe and not found.get("normalizer")
+        if plain and is_bpe and not tokenizer.get("normalizer")
         else None
     )

@@ -85,10 +85,10 @@ def front_matter(file: Path) -> dict[str, Any]:
     """What stands between the first two `---` of a card; empty if nothing does."""
     try:
         head, _, rest = file.read_text("utf-8").partition("---\n")
-        found = yaml.safe_load(rest.partition("\n---")[0]) if not head.strip() else None
+        values = yaml.safe_load(rest.partition("\n---")[0]) if not head.strip() else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def card(folder: Path, origin: Origin, name: str, *, has_report: bool) -> str:

@@ -42,8 +42,8 @@ class ChatFormat:
 
     def stops(self) -> list[str]:
         """Texts at which an answer is over: its end, or the next question."""
-        found = [self.roles["assistant"][1].strip(), self.roles["user"][0].strip()]
-        return list(dict.fromkeys(text for text in found if text))
+        texts = [self.roles["assistant"][1].strip(), self.roles["user"][0].strip()]
+        return list(dict.fromkeys(text for text in texts if text))
 
 
 def modelfile(folder: Path, gguf: str, licence: str | None = None) -> tuple[str, str | None]:
@@ -134,16 +134,16 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
         if with_system is not None and with_system.endswith(parts["user"]) and MARKS["system"] in with_system:
             parts = {"system": with_system.removesuffix(parts["user"])} | parts
         roles = {role: _around(part, MARKS[role]) for role, part in parts.items()}
-        found = ChatFormat(start, roles, text(user, follows=True).removeprefix(one))
+        form = ChatFormat(start, roles, text(user, follows=True).removeprefix(one))
         talk = [*([system] if "system" in parts else []), user, answer, user, answer, user]
         whole = render(talk, True).removeprefix(bos)
     except (TemplateError, ValueError, TypeError, AttributeError, KeyError):
         return None
     composed = "".join(
-        "".join((found.roles[each["role"]][0], each["content"], found.roles[each["role"]][1])) for each in talk
+        "".join((form.roles[each["role"]][0], each["content"], form.roles[each["role"]][1])) for each in talk
     )
-    start = "" if "system" in parts else found.start
-    return found if start + composed + found.answer == whole else None
+    start = "" if "system" in parts else form.start
+    return form if start + composed + form.answer == whole else None
 
 
 def _or_none(render: Callable[[], str]) -> str | None:
@@ -178,10 +178,10 @@ def _quoted(text: str) -> str:
 def _template_text(folder: Path) -> str | None:
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
-    found = _json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):
-        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
+    template = _json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def _adds_bos(folder: Path) -> bool:
@@ -196,17 +196,17 @@ def _adds_bos(folder: Path) -> bool:
 
 def _special_tokens(folder: Path) -> dict[str, str]:
     """bos_token, eos_token and the like, as texts."""
-    found: dict[str, Any] = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    settings: dict[str, Any] = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     texts = {name: value.get("content") if isinstance(value, dict) else value
-             for name, value in found.items() if name.endswith("_token")}  # fmt: skip
+             for name, value in settings.items() if name.endswith("_token")}  # fmt: skip
     return {name: value for name, value in texts.items() if isinstance(value, str)}
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        values = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}

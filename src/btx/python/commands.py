@@ -111,10 +111,10 @@ def compare(
     from btx.evaluation.compare import compare_models
 
     others = None if other_run is None else _opened(other_run).path
-    found = compare_models(
+    compared = compare_models(
         _opened(run).path, model, other, other_run=others, resamples=resamples, rng_seed=rng_seed
     )  # fmt: skip
-    return Comparison(found["model"], found["models"], found["resamples"])
+    return Comparison(compared["model"], compared["models"], compared["resamples"])
 
 
 def adopt(run: Run, domain: str, model: str | Path, *, log: Log = _print) -> RunFolder:
@@ -211,7 +211,7 @@ def _listening() -> Iterator[Interrupts]:
 
 
 def _read(run: RunFolder, file: str, shape: Any) -> Any:
-    found = read_output(run.path / file, shape)
-    if found is None:
+    written = read_output(run.path / file, shape)
+    if written is None:
         raise RunFolderError(f"{run.path / file}: somebody removed it while it was to be read")
-    return found
+    return written

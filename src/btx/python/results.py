@@ -101,15 +101,15 @@ class Analysis:
     def to_pandas(self) -> pandas.DataFrame:
         """A row for each domain, layer and expert. Columns: domain, layer, expert, load (share of routed tokens)."""
         rows = [{"domain": domain, "layer": number, "expert": expert, "load": load}
-                for domain, found in self.routing["domains"].items()
-                for number, layer in enumerate(found["load"])
+                for domain, routing in self.routing["domains"].items()
+                for number, layer in enumerate(routing["load"])
                 for expert, load in zip(self.experts, layer, strict=True)]  # fmt: skip
         return _pandas().DataFrame(rows)
 
     def _repr_html_(self) -> str:
         rows = [(f"{domain}, layer {number}", [Cell(percent_text(load), best=load == max(layer)) for load in layer])
-                for domain, found in self.routing["domains"].items()
-                for number, layer in enumerate(found["load"])]  # fmt: skip
+                for domain, routing in self.routing["domains"].items()
+                for number, layer in enumerate(routing["load"])]  # fmt: skip
         return table_html(Table(self.experts, rows, "Share of the routed tokens that each expert gets"))
 
 
@@ -125,11 +125,11 @@ class SweepResults:
         """A row for each variant, model and rng seed; columns as in `Evaluation.to_pandas`."""
         rows = []
         for variant, entry in self.written["variants"].items():
-            found = entry["aggregated"]
-            for model, numbers in (found["models"] if found else {}).items():
-                for place, seed in enumerate(found["rng_seeds"]):
+            means = entry["aggregated"]
+            for model, numbers in (means["models"] if means else {}).items():
+                for place, seed in enumerate(means["rng_seeds"]):
                     values = {name: stat["values"][place] for name, stat in _stats(numbers)
-                              if stat["n"] == len(found["rng_seeds"])}  # fmt: skip
+                              if stat["n"] == len(means["rng_seeds"])}  # fmt: skip
                     rows.append({"variant": variant, "model": model, "rng_seed": seed, **values})
         return _pandas().DataFrame(rows)
 
@@ -140,14 +140,14 @@ class SweepResults:
 
 
 def _stats(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for domain, found in numbers.get("domains", {}).items():
-        yield f"bits_per_byte.{domain}", found["bits_per_byte"]
+    for domain, measured in numbers.get("domains", {}).items():
+        yield f"bits_per_byte.{domain}", measured["bits_per_byte"]
     if "mean_bits_per_byte" in numbers:
         yield "bits_per_byte.mean", numbers["mean_bits_per_byte"]
     if "mixed" in numbers:
         yield "bits_per_byte.mixed", numbers["mixed"]["bits_per_byte"]
-    for task, found in numbers.get("tasks", {}).items():
-        yield from ((f"task.{task}", stat) for key, stat in list(found.items())[:1] if key not in NOT_COMPARED)
+    for task, measured in numbers.get("tasks", {}).items():
+        yield from ((f"task.{task}", stat) for key, stat in list(measured.items())[:1] if key not in NOT_COMPARED)
     yield from ((key, numbers[key]) for key in COSTS if key in numbers)
 
 

@@ -18,7 +18,7 @@ from btx.reporting.alignment import aligned_models
 from btx.reporting.page_data import script_text
 from btx.reporting.report import write_report
 from btx.reporting.results import results_table
-from btx.reporting.routing_view import not_measured, routing_view, uses, visible
+from btx.reporting.routing_view import not_measured, routing_view, uses, with_signs
 from btx.reporting.run_files import Run, read_run
 from tests.report_data import analysed_model, full_run, write
 
@@ -150,7 +150,7 @@ def test_tokens_of_an_expert_are_shown_with_their_spaces_and_escaped(folder: Pat
     page = write_report(copy).read_text("utf-8")
     assert '<code title="20 occurrences">␣&lt;b&gt;x&lt;/b&gt; <small>80 %</small></code>' in page
     assert "↵⇥ <small>60 %</small>" in page
-    assert visible(" a") == "␣a"
+    assert with_signs(" a") == "␣a"
 
 
 def test_bars_of_an_expert_are_its_shares(run: Run) -> None:

@@ -129,6 +129,19 @@ def _validator(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
 
 
+LINKED = {".safetensors", ".bin", ".npy", ".npz"}
+"""Endings of the large files, which are never altered in place."""
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a file be elsewhere too: a large one as a hard link where the file system has them, else as a copy."""
+    if source.suffix in LINKED:
+        with contextlib.suppress(OSError):  # another disk, or one without hard links
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill; it takes the place of `target` when the block ends without an error.

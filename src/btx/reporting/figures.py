@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from btx.reporting.drawing import COLOURS
 from btx.reporting.headline import paired_differences
 from btx.reporting.results import EXPERT
 from btx.reporting.run_files import Run, Stage
+from btx.reporting.tokens import mean_load
 
 
 def loss_charts(run: Run) -> dict[str, TrainingCurves]:
@@ -69,7 +69,7 @@ def _curve(stage: Stage, key: str, label: str, colour: str) -> Curve:
 
 def _load_curve(stage: Stage, expert: int, label: str) -> Curve:
     rows = [row for row in stage.metrics if row.get("load") and all(expert < len(layer) for layer in row["load"])]
-    means = [math.fsum(layer[expert] for layer in row["load"]) / len(row["load"]) for row in rows]
+    means = [mean_load(row["load"], expert) for row in rows]
     return Curve(label, f"c{expert % COLOURS}", [row["tokens"] for row in rows], means)
 
 

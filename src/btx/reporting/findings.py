@@ -6,13 +6,13 @@ Each function gives the sentence, or "" where nothing was measured. Plain text: 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from btx.number_texts import count_text, duration_text, flops_text, is_number, percent_text, signed_percent
 from btx.reporting.results import Results
 from btx.reporting.run_files import Run, Stage
-from btx.reporting.tokens import own_expert
+from btx.reporting.tokens import mean_load, own_expert
 
 AS_GOOD = 0.01
 """Relative change of the bits per byte up to which fewer experts count as as good."""
@@ -109,7 +109,9 @@ def routing(run: Run) -> str:
     experts, domains = run.routing.get("experts", []), run.routing.get("domains", {})
     if not domains:
         return ""
-    means = {domain: _mean_load(found["load"]) for domain, found in domains.items()}
+    means = {
+        domain: [mean_load(found["load"], e) for e in range(len(found["load"][0]))] for domain, found in domains.items()
+    }
     own = {domain: index for domain in domains
            if (index := own_expert(domain, experts, run.general)) is not None}  # fmt: skip
     if own:
@@ -124,10 +126,6 @@ def routing(run: Run) -> str:
         f"The largest load of any expert in any domain is {percent_text(load)} (expert {expert} on {domain}, mean over "
         f"layers), where an even load would give {percent_text(1 / len(experts))}."
     )
-
-
-def _mean_load(layers: Sequence[Sequence[float]]) -> list[float]:
-    return [math.fsum(layer[expert] for layer in layers) / len(layers) for expert in range(len(layers[0]))]
 
 
 def lag(run: Run) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from btx.number_texts import percent_text
 from btx.reporting.run_files import Run
-from btx.reporting.tokens import own_expert, shown_layers
+from btx.reporting.tokens import mean_load, own_expert, shown_layers
 
 MOST_PAIRS = 10
 """Pairs of experts shown of a domain: a page has room for no more columns."""
@@ -64,11 +64,6 @@ def most_frequent(pairs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[fl
     return {pair: shares for pair, shares in pairs.items() if pair in chosen}
 
 
-def mean_load(layers: Sequence[Sequence[float]], expert: int) -> float:
-    """An expert's share of the load, mean over layers."""
-    return math.fsum(layer[expert] for layer in layers) / len(layers)
-
-
 def shares_by(run: Run, key: str) -> list[tuple[str, list[tuple[float, str]]]]:
     """Rows of `positions` or `classes`: name, and per expert its share (mean over layers) with what it is in single
     layers and their 95 % intervals, as text."""
@@ -98,13 +93,13 @@ def uses(run: Run) -> list[dict[str, Any]]:
             "expert": expert,
             "number": experts.index(expert) if expert in experts else number,
             "classes": [(name, share) for name, share in use["classes"].items() if share >= 0.005],
-            "tokens": [(visible(text), share, count) for text, share, count in use["tokens"]],
+            "tokens": [(with_signs(text), share, count) for text, share, count in use["tokens"]],
         }
         for number, (expert, use) in enumerate((run.routing.get("used_for") or {}).items())
     ]
 
 
-def visible(token: str) -> str:
+def with_signs(token: str) -> str:
     """A token's text with its spaces and line ends as signs."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 

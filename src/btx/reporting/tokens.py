@@ -5,6 +5,7 @@ Token texts reach the page through jinja2's escaping, or in JSON through `script
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -116,6 +117,11 @@ def shown_layers(layers: int, at_most: int) -> list[int]:
     if layers <= at_most:
         return list(range(layers))
     return [round(i * (layers - 1) / (at_most - 1)) for i in range(at_most)]
+
+
+def mean_load(layers: Sequence[Sequence[float]], expert: int) -> float:
+    """An expert's share of the load, mean over layers."""
+    return math.fsum(layer[expert] for layer in layers) / len(layers)
 
 
 def own_expert(domain: str, experts: Sequence[str], general: str | None) -> int | None:

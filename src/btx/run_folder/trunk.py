@@ -8,13 +8,12 @@ gone on with wherever that hash is the same.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btx.files import atomic_folder, read_json
+from btx.files import atomic_folder, link_or_copy, read_json
 from btx.process import Log
 from btx.recipe.training import Training
 from btx.training.schedule import steps_before_decay
@@ -78,7 +77,7 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
     with atomic_folder(folder / STATE_FOLDER / checkpoint.name) as beside:
         for path in sorted(checkpoint.rglob("*")):
             target = beside / path.relative_to(checkpoint)
-            target.mkdir(exist_ok=True) if path.is_dir() else _linked(path, target)
+            target.mkdir(exist_ok=True) if path.is_dir() else link_or_copy(path, target)
     log(f"{folder.name}: goes on from step {step} of {donor}, which is the same training until there")
     return True
 
@@ -92,14 +91,3 @@ def _on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
             checkpoint = state.parent if state.parent.name.startswith("step-") else state.parent.parent
             found.append((int(facts["step"]), checkpoint))
     return found
-
-
-def _linked(source: Path, target: Path) -> None:
-    """A hard link to weights, which nobody alters in place; a copy where there are no links, and of small files."""
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source, target)
-            return
-        except OSError:  # another disk, or one without hard links
-            pass
-    shutil.copy2(source, target)

@@ -19,10 +19,11 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
     what is compared is what came after it.
     """
     graph, recipe = run.graph, run.recipe
-    costs = run_costs(run, dense_config(run), measured_speed(run))  # as `btx plan` has them, at the speed of the seed
+    dense = dense_config(run)
+    costs = run_costs(run, dense, measured_speed(run))  # as `btx plan` has them, at the speed of the seed
     predicted = {stage.name: costs.behind(stage.name) for stage in costs.graph}
     entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in model_stages(recipe).items()}
-    prediction = predict_gain(run, dense_config(run), cost_in_use(recipe, dense_config(run), "btx"), costs)
+    prediction = predict_gain(run, dense, cost_in_use(recipe, dense, "btx"), costs)
     entries["btx"].accounting["predicted_gain"] = prediction and prediction.as_json()
     for name in recipe.baselines:
         entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(

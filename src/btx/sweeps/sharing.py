@@ -9,21 +9,18 @@ ones.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, write_sealed
+from btx.files import atomic_folder, link_or_copy, write_sealed
 from btx.outputs import DONE, damage, read_done, read_started
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 
 Log = Callable[[str], None]
 
-LINKED = {".safetensors", ".bin", ".npy", ".npz"}
-"""Endings of the large files, which are never altered in place."""
 PATIENCE_S = 60.0
 """How long to wait for a run that is just ending."""
 
@@ -123,13 +120,8 @@ def _copy(source: Path, target: Path) -> None:
         target.symlink_to(source.readlink(), target_is_directory=source.is_dir())
     elif source.is_dir():
         target.mkdir(exist_ok=True)
-    elif source.suffix in LINKED:
-        try:
-            os.link(source, target)
-        except OSError:  # another disk, or one without hard links
-            shutil.copy2(source, target)
     else:
-        shutil.copy2(source, target)
+        link_or_copy(source, target)
 
 
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:

@@ -116,7 +116,10 @@ def test_a_job_says_nothing_of_its_stages_that_were_done_before(
     with Said() as said:
         pipeline._Pipeline(run, said, Interrupts()).run(run.graph.jobs())
     assert "mix: already done, skipped" in said.lines
-    assert [line for line in said.lines if line.startswith(("mix: ", "finetune: "))][1:] == ["finetune: started", "finetune: done"]
+    assert [line for line in said.lines if line.startswith(("mix: ", "finetune: "))][1:] == [
+        "finetune: started",
+        "finetune: done",
+    ]
 
 
 @pytest.mark.parametrize("ways", [[FAILED], [KILLED, LOST]])

@@ -64,7 +64,7 @@ def test_the_bits_of_single_tokens_add_up_to_those_of_the_document(run):
     assert min(lengths) < 24 < max(lengths)  # one sequence and several
     whole = bits_per_byte(model, pack(documents, 24)).document_bits
     for document, bits in zip(documents, whole, strict=True):
-        single = token_bits(model, document, 24)
+        single = token_bits(model, [document], 24)[0]
         assert len(single) == len(document.tokens) - 1
         assert sum(single) == pytest.approx(bits, abs=1e-3 * len(single))
 
@@ -72,11 +72,11 @@ def test_the_bits_of_single_tokens_add_up_to_those_of_the_document(run):
 def test_the_bits_of_a_token_are_those_it_has_after_what_is_before_it(run):
     model = load_model(run[1]["seed"].path)
     ids = np.arange(1, 40)
-    bits = token_bits(model, HeldOutDocument(ids, 1), 24)
+    bits = token_bits(model, [HeldOutDocument(ids, 1)], 24)[0]
     for last in (2, 10, 24, 30):  # a sequence takes 24, the next one starts with the 24th
         start = 0 if last <= 24 else 23
         alone = HeldOutDocument(ids[start:last], 1)
-        assert token_bits(model, alone, 24)[-1] == pytest.approx(bits[last - 2], abs=2e-3)
+        assert token_bits(model, [alone], 24)[0][-1] == pytest.approx(bits[last - 2], abs=2e-3)
 
 
 def test_examples_of_the_report_have_the_bits_of_every_model(run):
@@ -88,7 +88,7 @@ def test_examples_of_the_report_have_the_bits_of_every_model(run):
         assert {len(bits) for bits in example["losses"].values()} == {len(example["tokens"])}
     first = example_documents(path, settings(), "math", 2)[0]
     shown = next(example for example in tokens["examples"] if example["document"] == name_of(first))
-    assert shown["losses"]["sft"] == token_bits(load_model(models["sft"].path), first, 24)
+    assert shown["losses"]["sft"] == token_bits(load_model(models["sft"].path), [first], 24)[0]
 
 
 def test_a_run_of_an_earlier_version_has_no_bits_of_tokens_and_no_answers(run, tmp_path):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,12 +84,18 @@ def ratio(value_N: Tensor, size_N: Tensor) -> tuple[float, float | None]:
 
 
 def token_bits(
-    model: PreTrainedModel | SideBySide, document: HeldOutDocument, sequence_length: int
-) -> list[float]:  # fmt: skip
-    """Bits of every text token of a document, in order, each read with what is before it in the pieces that bits per
-    byte are measured on: (T,)."""
-    # Pieces of one document come back in order: all but the last fill a row.
-    parts = [
-        token_nll(model, rows).double().cpu() for rows in pack([document], sequence_length).batches(MICRO_BATCH_TOKENS)
-    ]
-    return [round(bits, 3) for bits in (torch.cat(parts) / math.log(2)).tolist()]
+    model: PreTrainedModel | SideBySide, documents: Sequence[HeldOutDocument], sequence_length: int
+) -> list[list[float]]:
+    """Bits of every text token of each document, in order, each read with what is before it in the pieces that bits per
+    byte are measured on."""
+    # Each document apart, so that its pieces come back in order: all but its last fill a row.
+    packs = [pack([document], sequence_length) for document in documents]
+    bits: list[list[float]] = [[] for _ in packs]
+    for width in sorted({packed.input_ids_BS.shape[1] for packed in packs}):  # short ones have short rows
+        alike = [number for number, packed in enumerate(packs) if packed.input_ids_BS.shape[1] == width]
+        rows = [torch.cat([getattr(packs[number], field.name) for number in alike]) for field in fields(Packed)]
+        nll_T = torch.cat([token_nll(model, part).double().cpu() for part in Packed(*rows).batches(MICRO_BATCH_TOKENS)])
+        each = (nll_T / math.log(2)).split([int(packs[number].scored_BS.sum()) for number in alike])
+        for number, of_one in zip(alike, each, strict=True):
+            bits[number] = [round(value, 3) for value in of_one.tolist()]
+    return bits

@@ -21,7 +21,7 @@ from btx.process import Log
 from btx.recipe.schema import Recipe
 
 TOKENS = 4_000
-"""Held-out tokens of a domain that every model reads."""
+"""Held-out tokens of a domain that every model reads, unless `evaluate.tokens` are fewer."""
 SLOPE, OFFSET, DIVERGENCES = 0.82, -2.72, (3.0, 26.0)
 """Of gain on divergence, in percent, and the divergences it was seen for."""
 
@@ -41,8 +41,9 @@ def oracle_gap(run_folder: Path, recipe: Recipe, models: Mapping[str, Path], log
     Raises:
         DataError: held-out data are missing or broken.
     """
+    tokens = min(TOKENS, recipe.evaluate.tokens)
     texts = {
-        domain: pack(held_out_documents(run_folder, recipe, domain, TOKENS), recipe.data.sequence_length)
+        domain: pack(held_out_documents(run_folder, recipe, domain, tokens), recipe.data.sequence_length)
         for domain in recipe.data.domains
     }
     bits: dict[str, dict[str, float]] = {}

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 VERSION = 2
 """Goes into the key of what is kept; raised whenever something would come out differently, or is new."""
 LOAD_TOKENS = 5_000
-"""Tokens a domain on which the load of models is compared."""
+"""Tokens a domain on which the load of models is compared, unless `evaluate.tokens` are fewer."""
 ANSWERS = 3
 """Questions a domain."""
 PROMPT_TOKENS = NEW_TOKENS = 32
@@ -98,7 +98,7 @@ class ToShow:
         length = self.recipe.data.sequence_length
         answers = self._answers(name, model, tokenizer, measured)
         kept: dict[str, Any] = {
-            "losses": {key: token_bits(model, document, length) for key, document in self.examples.items()},
+            "losses": dict(zip(self.examples, token_bits(model, list(self.examples.values()), length), strict=True)),
             "answers": answers,
         }
         if not isinstance(model, SideBySide) and self._has_experts_of_the_run(name, model):
@@ -190,12 +190,13 @@ def to_show(
     examples: dict[str, HeldOutDocument] = {}
     asked: list[Asked] = []
     texts: dict[str, list[HeldOutDocument]] = {}
+    load_tokens = min(LOAD_TOKENS, recipe.evaluate.tokens)
     for domain in recipe.data.domains:
         documents = example_documents(run_folder, recipe, domain, recipe.analyze.scored_examples)
         examples |= {name_of(document): document for document in documents}
         texts[domain] = [
-            HeldOutDocument(text.tokens[: 1 + LOAD_TOKENS], text.bytes)
-            for text in held_out_documents(run_folder, recipe, domain, LOAD_TOKENS)
+            HeldOutDocument(text.tokens[: 1 + load_tokens], text.bytes)
+            for text in held_out_documents(run_folder, recipe, domain, load_tokens)
         ]
         if (task := task_of(recipe, domain)) is not None:
             some, after = questions[task], recipe.evaluate.tasks[task].answer_after

@@ -23,6 +23,7 @@ from btx.files import read_json
 from btx.model_files.beside_weights import add_ends
 from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import weight_parts
+from btx.planning.aligned import aligned_notes
 from btx.planning.plan import plan
 from btx.recipe.align import Dpo, Sft
 from btx.recipe.schema import Recipe
@@ -204,6 +205,12 @@ def test_a_plan_counts_it_before_there_is_a_tokenizer(finetuned: Path) -> None:
     assert any(note.startswith("align.sft: about") for note in planned["notes"])
     exact = plan(recipe_of(finetuned, "nowhere", "align.sft.tokens=2560"))
     assert next(row for row in exact["stages"] if row["stage"] == "align/sft")["tokens"] == 2560
+    assert not any(note.startswith("align.sft:") for note in exact["notes"])
+
+
+def test_a_plan_says_which_tokens_it_cannot_count(finetuned: Path) -> None:
+    notes = aligned_notes(recipe_of(finetuned, "nowhere", "align.sft.data=gone.jsonl"))
+    assert [note[:33] for note in notes] == ["align.sft: its files cannot be re", "align.dpo: about 2,304 tokens, at"]
 
 
 def test_a_section_fills_in_from_the_finetuning() -> None:

@@ -15,7 +15,9 @@ from btx.cli.measuring import default_output
 from btx.errors import CheckpointError
 from btx.evaluation.analysis_request import has_experts
 from btx.evaluation.any_model import keeps_apart
+from btx.models.cost import model_cost
 from btx.models.loading import load_model
+from btx.models.measuring_memory import SCORING, forward_bytes
 from btx.moe.any_moe import moe_layers, num_experts, only_experts, watched
 from btx.moe.layer import MoE
 from tests.pico_models import WORDS, llama
@@ -63,10 +65,12 @@ def test_what_is_watched_is_what_the_class_computes_with(kind: str, folders: Pat
     assert num_experts(model) == E
     assert len(routings) == len(moe_layers(model)) == 2 - dense
     for number, routing in enumerate(routings):
-        assert routing.expert_ids_TK.shape == (37, settings["num_experts_per_tok"])
+        assert routing.expert_ids_TK.shape == (37, settings.get("num_experts_per_tok", 2))
         assert (routing.gates_TK.diff(dim=1) <= 0).all()
         if own is not None:
-            torch.testing.assert_close(routing.logits_TE, own[number].reshape(37, E).float())
+            said_TE = own[number].reshape(37, E).float()
+            said_TE = said_TE.log() if (said_TE >= 0).all() else said_TE  # Gemma 4 says probabilities
+            torch.testing.assert_close(routing.logits_TE, said_TE)
         given = [part for part in chosen[number] if isinstance(part, torch.Tensor) and part.shape[-1] < E]
         ids_TK = next((part for part in given if not part.is_floating_point()), None)
         if ids_TK is not None:
@@ -91,6 +95,16 @@ def test_a_dropped_expert_is_not_used_and_down_to_one_the_model_answers(kind: st
             used = {int(e) for routing in routings for e in routing.expert_ids_TK[routing.gates_TK > 0]}
             assert used <= left
         torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=0)  # all are back
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_v1_moe", "gemma4_text"])
+def test_classes_that_name_k_or_a_width_a_layer_their_own_way_are_counted(kind: str, folders: Path) -> None:
+    model = load_model(folders / kind)
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    cost = model_cost(model)
+    assert cost.total_params - cost.active_params == in_experts // 2  # two of four are used
+    assert cost.shape.feed_forward == 24
+    assert forward_bytes(cost.shape, 4, SCORING) > 0
 
 
 def test_experts_that_are_forbidden_twice_are_both_forbidden(folders: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -105,6 +106,20 @@ def test_a_run_names_every_failure_and_nothing_waits_for_what_needs_them(
     assert "baselines/dense_dm_domains failed (NODE_FAIL)" in str(error)
     assert run.state(run.graph["train/tools"]) == "done"
     assert "train/general: failed: it left no message" in said
+
+
+def test_a_job_says_nothing_of_its_stages_that_were_done_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, _, _ = run_with(tmp_path, monkeypatch, {})
+    shutil.rmtree(run.folder("finetune"))
+    with Said() as said:
+        pipeline._Pipeline(run, said, Interrupts()).run(run.graph.jobs())
+    assert "mix: already done, skipped" in said.lines
+    assert [line for line in said.lines if line.startswith(("mix: ", "finetune: "))][1:] == [
+        "finetune: started",
+        "finetune: done",
+    ]
 
 
 @pytest.mark.parametrize("ways", [[FAILED], [KILLED, LOST]])

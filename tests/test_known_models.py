@@ -86,7 +86,7 @@ def test_names_come_from_the_config_else_from_the_mix_else_they_are_numbers(tmp_
     assert expert_names({}, 2, tmp_path / "finetune/model") == ["math", "code"]
     assert expert_names({}, 3, tmp_path / "finetune/model") == [*numbers, "expert 2"]
     assert expert_names({"btx_experts": ["a", "b"]}, 2, tmp_path / "finetune/model") == ["a", "b"]
-    for names in (["a"], ["a", "a"], ["a", 1], "ab", None):
+    for names in (["a"], ["a", "a"], ["a", 1], ["a", ""], ["a", "\x1b[31mb"], ["a", "b\n"], "ab", None):
         assert names_in({"btx_experts": names}, 2) is None
 
 

@@ -123,6 +123,26 @@ def test_other_models_stand_beside_the_runs(run: RunFolder, evaluation: Evaluati
     assert "again" not in btx.evaluate(copied, forget=["again"], log=nothing).models
     with pytest.raises(UserError, match="the run has a model of this name"):
         btx.evaluate(copied, {"btx": run.model("seed")})
+    with pytest.raises(UserError, match=r"forget: a list is wanted, here \['again'\]"):
+        btx.evaluate(copied, forget="again")
+
+
+def test_what_goes_with_a_model_is_refused_for_a_run(run: RunFolder) -> None:
+    settings: list[dict[str, Any]] = [{"without": ["tools"]}, {"tokens": 7}, {"examples": 0}, {"output": "there"}]
+    for given in settings:
+        with pytest.raises(UserError, match="is a run, which is analysed on its own held-out text"):
+            btx.analyze(run, **given)
+
+
+def test_folders_are_given_as_paths_or_as_text(run: RunFolder, tmp_path: Path) -> None:
+    seed, birds, tools, there = (str(each) for each in (run.model("seed"), run.model("train/birds"),
+                                                        run.model("train/tools"), tmp_path))  # fmt: skip
+    btx.mix(seed, {"birds": birds}, f"{there}/mixed")
+    btx.extend(f"{there}/mixed", "tools", tools, f"{there}/more")
+    assert btx.drop(f"{there}/more", "birds", f"{there}/less")["experts"] == ["generalist", "tools"]
+    btx.soup(seed, {"birds": birds}, f"{there}/soup")
+    assert RunFolder.open(str(run.path)).path == run.path
+    assert btx.write_report(str(run.path), f"{there}/report") == tmp_path / "report" / "index.html"
 
 
 @pytest.mark.long

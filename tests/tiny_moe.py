@@ -31,6 +31,10 @@ MOE: dict[str, dict[str, Any]] = {
                     "interleave_moe_layer_step": 1},
     "lfm2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_dense_layers": 1,
                  "layer_types": ["full_attention", "conv"]},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2, 2], "moe_intermediate_size": [24, 24], "head_dim": 8},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24,
+                    "head_dim": 8, "global_head_dim": 8, "sliding_window": 16, "hidden_size_per_layer_input": 0,
+                    "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
 
 

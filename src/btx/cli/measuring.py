@@ -13,6 +13,7 @@ from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
+from btx.evaluation.analysis_request import EXAMPLES, TOKENS, check_analysis, check_run_alone, read_texts
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 
@@ -89,8 +90,8 @@ def analyze(
     )] = None,
     output: Annotated[Path | None, typer.Option(
         "-o", "--output", help="Folder to write; default: MODEL-analysis here.", show_default=False)] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = 50_000,
-    examples: Annotated[int, typer.Option(min=0, help="Documents of each text shown token by token.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = TOKENS,
+    examples: Annotated[int, typer.Option(min=0, help="Documents of each text shown token by token.")] = EXAMPLES,
     without: Annotated[list[str] | None, typer.Option(
         "--without", "--drop", metavar="EXPERT", help="Analyse with this expert dropped; repeat.")] = None,
     as_json: AsJson = False,
@@ -98,15 +99,11 @@ def analyze(
     """Find out which expert each token uses: of a run's model, or of any MoE model on texts of yours."""
     place, texts = _place_and_pairs("analyze", model_and_texts, text or [], "--text", "FILE")
     if (Path(place) / "recipe.yaml").is_file():
-        if texts or output or without:
-            raise UserError(f"{place} is a run, which is analysed on its own held-out text; --text, -o and --without "
-                            f"go with a model, for example {Path(place) / 'finetune' / 'model'}")  # fmt: skip
+        check_run_alone(Path(place), texts, output, without, tokens != TOKENS, examples != EXAMPLES)
         work_on(Path(place), ["analyze"], quiet=as_json)
         if as_json:
             show_json(read_output(Path(place) / "analyze" / "routing.json"))
         return
-    from btx.evaluation.analysis_request import check_analysis, read_texts
-
     model, output = folder_or_name(place), output or default_output(place)
     check_analysis(model, texts, output)
     documents = read_texts(texts, tokens)

@@ -17,6 +17,8 @@ from btx.recipe.data import Source
 BYTES_A_TOKEN = 16
 """Bytes of text that are read for each token wanted: enough for any tokenizer."""
 NUMBER_OF_EXPERTS = re.compile(r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts")
+TOKENS, EXAMPLES = 50_000, 3
+"""Of each text, where nothing else is asked for."""
 MARK = "routing.json"
 """A folder with this file is an analysis, and may be written anew."""
 
@@ -40,6 +42,18 @@ def check_analysis(model: str | Path, texts: Mapping[str, Path], output: Path) -
         raise CheckpointError(f"{model}: this is a dense model ({config['model_type']}): it has no experts to route to")
     if output.exists() and not (output.is_dir() and ((output / MARK).is_file() or not any(output.iterdir()))):
         raise UserError(f"{output}: exists already and is no analysis; choose another folder with -o")
+
+
+def check_run_alone(run: Path, *given: object) -> None:
+    """Refuse what goes with a model, for a run.
+
+    Raises:
+        UserError: one of `given` says something.
+    """
+    if any(given):
+        raise UserError(f"{run} is a run, which is analysed on its own held-out text, as its recipe says (`analyze`): "
+                        f"text, output, tokens, examples and experts to leave out go with a model, for example "
+                        f"{run / 'finetune' / 'model'}")  # fmt: skip
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:

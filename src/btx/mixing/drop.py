@@ -30,9 +30,9 @@ from btx.recipe.sizes import bytes_of
 
 
 def drop(
-    moe: Path,
+    moe: str | Path,
     expert: str,
-    output: Path,
+    output: str | Path,
     *,
     max_shard_size: int | str = "5GB",
     log: Callable[[str], None] = lambda line: None,
@@ -52,7 +52,7 @@ def drop(
     Raises:
         CheckpointError: no such expert, too few experts left, or not a MoE folder.
     """
-    moe = local_model(moe)
+    moe, output = local_model(Path(moe)), Path(output)
     allow_open_files((moe,))
     model = MoeFolder.open(moe)
     if expert not in model.names:

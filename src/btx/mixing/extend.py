@@ -48,10 +48,10 @@ SHARED = ("left", "fold")
 
 
 def extend(
-    moe: Path,
+    moe: str | Path,
     name: str,
-    expert: Path,
-    output: Path,
+    expert: str | Path,
+    output: str | Path,
     *,
     shared: str = "left",
     router_init: str | RouterInit = "random",
@@ -82,7 +82,7 @@ def extend(
     Raises:
         CheckpointError: the expert does not fit; all problems in one message.
     """
-    moe, expert = local_model(moe), local_model(expert)
+    moe, expert, output = local_model(Path(moe)), local_model(Path(expert)), Path(output)
     allow_open_files((moe, expert))
     model = MoeFolder.open(moe)
     init = seeded(RouterInit(router_init) if isinstance(router_init, str) else router_init, rng_seed, "router_init")

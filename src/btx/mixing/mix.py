@@ -54,9 +54,9 @@ from btx.recipe.sizes import bytes_of
 
 
 def mix(
-    seed_model: Path,
-    experts: Mapping[str, Path],
-    output: Path,
+    seed_model: str | Path,
+    experts: Mapping[str, str | Path],
+    output: str | Path,
     settings: MixSettings | None = None,
     *,
     record: Path | None = None,
@@ -93,15 +93,15 @@ def mix(
     """
     settings = MixSettings.given(settings, knobs)
     seed_model, output = local_model(Path(seed_model)), Path(output)
-    experts = {name: local_model(Path(path)) for name, path in experts.items()}
+    folders = {name: local_model(Path(path)) for name, path in experts.items()}
     shard_bytes, forced = bytes_of(settings.max_shard_size), dtype_of(settings.dtype)
-    tokenizer = tokenizer_folder(settings.tokenizer_from, seed_model, experts)
+    tokenizer = tokenizer_folder(settings.tokenizer_from, seed_model, folders)
     init = settings.start
     if problems := init.problems():
         raise CheckpointError("; ".join(problems))
     transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
     inputs = open_checked(
-        seed_model, experts, settings.generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log)
+        seed_model, folders, settings.generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log)
     )  # fmt: skip
     rows = int(inputs.config["vocab_size"])
     chosen = ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log)) if tokenizer is not None else None
@@ -166,12 +166,15 @@ def route_by(folder: Path, rule: RoutingRule, log: Callable[[str], None]) -> Con
     return dict(json.loads((folder / "config.json").read_text("utf-8")))
 
 
-def soup(seed_model: Path, experts: Mapping[str, Path], output: Path, *, generalist: bool = True) -> None:
+def soup(
+    seed_model: str | Path, experts: Mapping[str, str | Path], output: str | Path, *, generalist: bool = True
+) -> None:  # fmt: skip
     """The baseline without routing: one dense model, every weight the mean over the experts.
 
     Args and Raises: as `mix`.
     """
-    inputs = open_checked(seed_model, experts, generalist)
+    seed_model, output = Path(seed_model), Path(output)
+    inputs = open_checked(seed_model, {name: Path(path) for name, path in experts.items()}, generalist)
     merge = bind(MergeSettings(), list(inputs.members))
     tensors: list[OutputTensor] = []
     for name in inputs.seed_tensors.names:

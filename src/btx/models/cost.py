@@ -62,7 +62,7 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
     """
     config: Any = model.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    used = experts_per_token or mean_experts_per_token(model) or (config.num_experts_per_tok if experts else 0)
+    used = experts_per_token or mean_experts_per_token(model) or (_top_k(config, experts) if experts else 0.0)
     unused_share = 1 - used / experts if experts else 0.0
     named = list(model.named_parameters())
     lookup = None if config.tie_word_embeddings else model.get_input_embeddings().weight
@@ -83,6 +83,17 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
         trained_multiplied_params=active(trained, multiplied=True),
         shape=model_shape(model, experts_per_token=used),
     )
+
+
+def _top_k(config: Any, experts: int) -> float:
+    """Experts that a token uses, mean over layers, where no router says so; all of them where the config does not."""
+    for name in ("num_experts_per_tok", "top_k_experts"):  # the second one is Gemma 4's
+        said = getattr(config, name, None)
+        if isinstance(said, Sequence) and said:  # one a layer (HunYuan)
+            return sum(said) / len(said)
+        if isinstance(said, int):
+            return said
+    return experts
 
 
 def side_by_side(costs: Sequence[ModelCost], top_k: int) -> ModelCost:

@@ -30,7 +30,8 @@ def names_in(config: Mapping[str, Any], count: int) -> list[str] | None:
     names = config.get(KEY)
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         return None
-    return names if len(set(names)) == count else None
+    # A name is printed as it is: one that a terminal would take for orders is none.
+    return names if len(set(names)) == count and all(name.isprintable() and name for name in names) else None
 
 
 def expert_names(config: Mapping[str, Any], count: int, folder: Path | None) -> list[str]:

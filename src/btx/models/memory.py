@@ -23,7 +23,7 @@ from btx.moe.dispatch import tile_rows
 from btx.moe.layer import weight_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -138,7 +138,7 @@ def model_shape(model: PreTrainedModel, *, experts_per_token: float = 0.0) -> Mo
         heads=config.num_attention_heads,
         queries=config.num_attention_heads * head_size,
         keys=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size,
-        feed_forward=expert_width or getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        feed_forward=_widest(expert_width or getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=config.vocab_size,
         tied=head is not None and head.weight is embedding.weight,
         experts=experts,
@@ -148,6 +148,11 @@ def model_shape(model: PreTrainedModel, *, experts_per_token: float = 0.0) -> Mo
         total=dict(total),
         trained=dict(trained),
     )
+
+
+def _widest(width: int | Sequence[int]) -> int:
+    """Of a class that names the width of every layer's feed-forward sublayer, the largest."""
+    return width if isinstance(width, int) else max(width)
 
 
 @dataclass(frozen=True)

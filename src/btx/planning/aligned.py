@@ -23,17 +23,18 @@ def aligned_settings(recipe: Recipe) -> dict[str, Finetune]:
     for one sequence where the files are not here."""
     length = recipe.data.sequence_length
     return {
-        f"align/{name}": section.training(recipe.finetune, rows_about(recipe, name, section), length)
+        f"align/{name}": section.training(recipe.finetune, rows_about(recipe, name, section) or 1, length)
         for name, section in recipe.alignments.items()
     }
 
 
-def rows_about(recipe: Recipe, name: str, section: Alignment) -> int:
-    """Training sequences of a section, about."""
+def rows_about(recipe: Recipe, name: str, section: Alignment) -> int | None:
+    """Training sequences of a section, about; None where its files cannot be read: it is finished, or will be refused
+    by who reads them to train."""
     try:
         lengths = _lengths(tuple(data_files(section, recipe.data.root, name)), section.PAIRS)
-    except DataError:  # finished elsewhere, or refused by who reads them to train
-        return 1
+    except DataError:
+        return None
     length = recipe.data.sequence_length
     return max(1, len(best_fit_decreasing([min(tokens, length) for tokens in lengths], length)))
 
@@ -49,9 +50,16 @@ def _tokens(row: Row) -> int:
 
 
 def aligned_notes(recipe: Recipe) -> list[str]:
-    """What to know of the tokens that a plan tells."""
-    return [
-        f"align.{stage.removeprefix('align/')}: about {settings.tokens:,} tokens, at {BYTES_A_TOKEN} bytes of text "
-        f"each; they are counted when it begins"
-        for stage, settings in aligned_settings(recipe).items()
-    ]  # fmt: skip
+    """What to know of the tokens that a plan tells, of sections that do not name them."""
+    notes = []
+    for name, section in recipe.alignments.items():
+        if section.tokens is not None:
+            continue
+        if rows_about(recipe, name, section) is None:
+            notes.append(f"align.{name}: its files cannot be read here, so its tokens are not known, and one sequence "
+                         f"is counted")  # fmt: skip
+        else:
+            tokens = aligned_settings(recipe)[f"align/{name}"].tokens
+            notes.append(f"align.{name}: about {tokens:,} tokens, at {BYTES_A_TOKEN} bytes of text each; they are "
+                         f"counted when it begins")  # fmt: skip
+    return notes

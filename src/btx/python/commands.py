@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError, UserError
+from btx.evaluation.analysis_request import EXAMPLES, TOKENS, check_analysis, check_run_alone, read_texts
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
@@ -43,6 +44,7 @@ def evaluate(
         UserError: another model's name or folder cannot be.
         Interrupted: an interrupt came; what was measured of whole models stays.
     """
+    _refuse_text(forget=forget)
     if models or forget:
         from btx.stages.evaluate import evaluate_beside
 
@@ -56,7 +58,7 @@ def evaluate(
 
 def analyze(
     model: Run, texts: Mapping[str, str | Path] | None = None, output: str | Path | None = None, *,
-    tokens: int = 50_000, examples: int = 3, without: Sequence[str] = (), log: Log = _print,
+    tokens: int = TOKENS, examples: int = EXAMPLES, without: Sequence[str] = (), log: Log = _print,
 ) -> Analysis:  # fmt: skip
     """Find out which expert each token uses: of a run's model on its held-out text, or of any MoE model on texts.
 
@@ -73,14 +75,15 @@ def analyze(
         UserError: no such run, model or text, or a dense model.
         Interrupted: an interrupt came while a run was analysed.
     """
+    _refuse_text(without=without)
     if texts is None:
-        routing = _read(_work_on(model, ["analyze"], log), "analyze/routing.json", Routing)
+        run = _opened(model)
+        check_run_alone(run.path, output, without, tokens != TOKENS, examples != EXAMPLES)
+        routing = _read(_work_on(run, ["analyze"], log), "analyze/routing.json", Routing)
     elif output is None or isinstance(model, RunFolder):
         raise UserError("analyze: texts go with a model and the folder that its analysis is written to: "
                         "analyze(MODEL, {NAME: FILE}, FOLDER)")  # fmt: skip
     else:
-        from btx.evaluation.analysis_request import check_analysis, read_texts
-
         place, paths = folder_or_name(model), {name: Path(path) for name, path in texts.items()}
         check_analysis(place, paths, Path(output))
         documents = read_texts(paths, tokens)
@@ -178,12 +181,20 @@ def sweep(
     from btx.sweeps.sweep import sweep as run_sweep
     from btx.sweeps.variants import plan_sweep
 
+    _refuse_text(overrides=overrides, models=models, share=share, **(vary or {}))
     varied = [f"{key}={','.join(inline_yaml(value) for value in values)}" for key, values in (vary or {}).items()]
     planned = plan_sweep(str(recipe), [*overrides, *varied], rng_seeds=rng_seeds, models=models, jobs=jobs,
                          check=preflight)  # fmt: skip
     check_plans(planned)
     written = run_sweep(planned, starter(jobs), share=[Path(place) for place in share], jobs=jobs, log=log)
     return SweepResults(planned.folder, written)
+
+
+def _refuse_text(**several: Any) -> None:
+    """Refuse one text where several things are wanted: Python would take its letters for them."""
+    for name, value in several.items():
+        if isinstance(value, str):
+            raise UserError(f"{name}: a list is wanted, here [{value!r}], not the text alone")
 
 
 def _opened(run: Run) -> RunFolder:

@@ -50,7 +50,7 @@ MOST_NAMES = 12  # of experts, in a line
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
 
 
-def write_report(run: Path, folder: Path | None = None, beside: Path | None = None) -> Path:
+def write_report(run: str | Path, folder: str | Path | None = None, beside: str | Path | None = None) -> Path:
     """Write the page of the run folder `run`, or of an analysed model's, whole or not at all, and return its path:
     `index.html` in `folder`, or in the run's `report/`.
 
@@ -62,12 +62,13 @@ def write_report(run: Path, folder: Path | None = None, beside: Path | None = No
 
     Raises RunFolderError if a folder is none or one of its files is broken, or if `beside` has no text of the run's.
     """
+    run = Path(run)
     read = read_run(run)
-    other = None if beside is None else read_beside(read, beside)
+    other = None if beside is None else read_beside(read, Path(beside))
     views = run_views(read)
     drawn = {name: [panel.svg() for panel in view.chart.panels()] for name, view in views.items() if view.chart}
     html = render(read, views, drawn, other)
-    target = (folder or run / "report") / "index.html"
+    target = Path(folder or run / "report") / "index.html"
     titled = [(views[name].question, svg) for name in ("cost", "domains") for svg in drawn.get(name, [])]
     if titled:
         _write(target.with_name("models.svg"), stacked_svg(titled))

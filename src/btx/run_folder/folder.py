@@ -59,12 +59,13 @@ class RunFolder:
     recipe: Recipe
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: str | Path) -> RunFolder:
         """An existing run folder.
 
         Raises:
             RunFolderError: there is none, or it holds no recipe.
         """
+        path = Path(path)
         if not (path / "recipe.yaml").is_file():
             absent = "" if path.exists() else ", there is no such folder here"
             raise RunFolderError(

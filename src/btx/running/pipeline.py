@@ -251,6 +251,7 @@ class _Pipeline:
         needed = [running for running in self.under_way.running
                   if running.makes(missing) or (_prepares(running.stages) and not _prepares(stages))]  # fmt: skip
         running = self.under_way.submit(stages, needed)
+        running.finished |= {stage.name for stage in stages if self.run_folder.state(stage) == "done"}  # said already
         self.run_folder.event("start", job=name, **running.job.handle)
         if self.under_way.launcher.goes_on:
             self.display.say(f"{name}: submitted ({told(running.job)})")
@@ -263,7 +264,7 @@ class _Pipeline:
             lines = running.tail.new_lines()
             if not running.has_begun and (standing.state == "running" or lines):
                 running.has_begun = True
-                self.display.begin(running.name)
+                self.display.begin(running.first_left)
             for line in lines:
                 self._show_line(running, line)
             for stage in running.stages:

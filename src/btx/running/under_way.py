@@ -47,6 +47,11 @@ class Running:
         """That of its first stage."""
         return self.job.name
 
+    @property
+    def first_left(self) -> str:
+        """Its first stage that was not finished before."""
+        return next((stage.name for stage in self.stages if stage.name not in self.finished), self.name)
+
     def makes(self, stages: Collection[str]) -> bool:
         """Whether it does one of these stages."""
         return any(stage.name in stages for stage in self.stages)

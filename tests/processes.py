@@ -21,6 +21,8 @@ from btx.process import SAVE_AND_END
 from btx.running.launchers import START
 from btx.running.launchers.local import LocalLauncher
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, SAVE_AND_END)
+"""Those that btx listens to."""
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([
     "torch.distributed.fsdp", "transformers.generation.utils", "transformers.models.llama.modeling_llama",
@@ -60,9 +62,11 @@ def run_with_forked_jobs(*arguments: str) -> None:
     class ChildLauncher(ForkedLauncher):
         def forked(self, run: Path, stages: Sequence[str], log: Path) -> BaseProcess:
             job = multiprocessing.get_context("fork").Process(
-                target=_logged, args=(btx, ("work", str(run), *stages), log)
+                target=_as_if_new, args=(btx, ("work", str(run), *stages), log)
             )  # fmt: skip
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             job.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return job
 
     START["local"] = ChildLauncher
@@ -113,8 +117,7 @@ def quick_jobs() -> Iterator[None]:
 def btx_here(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
     """A command of btx in this process, its jobs in processes of their own: exit code and what it printed."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, SAVE_AND_END)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.MonkeyPatch.context() as patch, quick_jobs():
         patch.chdir(cwd)
         patch.setattr(sys, "argv", sys.argv)
@@ -134,6 +137,14 @@ def run_ranks(target: Callable[[int, str], None], folder: Path, count: int = 2) 
     from torch.multiprocessing import start_processes
 
     start_processes(target, (str(folder),), count, start_method=FORKED.get_start_method())
+
+
+def _as_if_new(target: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> None:
+    """With no handlers of the process it was forked from, which would swallow a signal that comes before its own."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _logged(target, arguments, log)
 
 
 def _logged(target: Callable[..., Any], arguments: tuple[Any, ...], log: Path) -> None:

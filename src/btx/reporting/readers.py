@@ -30,6 +30,10 @@ SCREEN_TOKENS = 2000
 """Tokens on the screen at once, if documents are no longer; documents are turned like pages."""
 SCREEN_DOCUMENTS = 4
 """On the screen at once, and as many more as every domain has its turn."""
+ANALYSE = (
+    "`btx analyze RUN` finds out which experts the tokens of a run use, `btx analyze MODEL --text NAME=FILE` those of "
+    "any other model"
+)
 MAX_LEGEND = 6  # experts; with more, the pairs follow from the single experts' colours
 
 
@@ -96,14 +100,22 @@ def token_readers(run: Run, other: Run | None = None) -> dict[str, Reader]:
 
 
 def read_beside(run: Run, folder: Path) -> Run:
-    """The other run or analysed model. Raises RunFolderError if neither folder has routed any text of the other's."""
+    """The other run or analysed model.
+
+    Raises:
+        RunFolderError: it is neither, it or `run` is not analysed yet, or they show no text that is the same.
+    """
     other = read_run(folder)
-    if _name_beside(run, other) not in _beside(run, run.tokens.get("examples", []), other):
-        raise RunFolderError(
-            f"{folder}: its analysis shows no text that {run.folder} shows too, so nothing can stand side by side; "
-            "`btx analyze RUN` finds out which experts the tokens of a run use, "
-            "`btx analyze MODEL --text NAME=FILE` those of any other model"
-        )
+    if not other.recipe and not other.of_model:
+        raise RunFolderError(f"{folder}: neither a run folder (recipe.yaml is missing) nor an analysed model's "
+                             f"(routing.json); {ANALYSE}")  # fmt: skip
+    for each in (run, other):
+        if not each.tokens.get("examples"):
+            raise RunFolderError(f"{each.folder}: its analysis shows no tokens, so nothing can stand side by side; "
+                                 f"{ANALYSE}")  # fmt: skip
+    if _name_beside(run, other) not in _beside(run, run.tokens["examples"], other):
+        raise RunFolderError(f"{folder}: its analysis shows no text that {run.folder} shows too, so nothing can stand "
+                             f"side by side; {ANALYSE}")  # fmt: skip
     return other
 
 

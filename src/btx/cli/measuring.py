@@ -10,7 +10,7 @@ import typer
 from btx.cli import completing_names
 from btx.cli.mix import named
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
+from btx.cli.run_folders import RunArgument, is_run, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
 from btx.evaluation.analysis_request import EXAMPLES, TOKENS, check_analysis, check_run_alone, read_texts
@@ -98,7 +98,7 @@ def analyze(
 ) -> None:  # fmt: skip
     """Find out which expert each token uses: of a run's model, or of any MoE model on texts of yours."""
     place, texts = _place_and_pairs("analyze", model_and_texts, text or [], "--text", "FILE")
-    if (Path(place) / "recipe.yaml").is_file():
+    if is_run(Path(place)):
         check_run_alone(Path(place), texts, output, without, tokens != TOKENS, examples != EXAMPLES)
         work_on(Path(place), ["analyze"], quiet=as_json)
         if as_json:

@@ -26,14 +26,18 @@ from btx.system_errors import blame
 
 MAX_BYTES = 1_000_000
 MAX_PROBLEMS_SHOWN = 50
+RUN_RECIPE = "recipe.yaml"
+"""The recipe in a run folder, which a manifest.json lies beside."""
 MAX_EXTENDED = 8
 """Recipes that may extend each other in a row."""
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: a packaged one by name, a YAML file, or a run folder (then `run` is that folder).
+    """Read a recipe: a packaged one by name, a YAML file, or a run folder.
 
-    A packaged name goes first: a folder of the same name is `./demo`. Raises `RecipeError` with every problem found.
+    Of a run folder, and of the recipe.yaml that lies in one, `run` is that folder, whatever the file says: a folder
+    that was copied or moved is its own run. A packaged name goes first: a folder of the same name is `./demo`. Raises
+    `RecipeError` with every problem found.
     """
     text, file, run = _read(name_or_path)
     return _parse(text, file, overrides, run)
@@ -48,7 +52,9 @@ def _read(name_or_path: str) -> tuple[str, str, str | None]:
     run = None
     try:
         if path.is_dir():
-            run, path = str(path), path / "recipe.yaml"
+            run, path = str(path), path / RUN_RECIPE
+        elif path.name == RUN_RECIPE and (path.parent / "manifest.json").is_file():
+            run = str(path.parent)
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):

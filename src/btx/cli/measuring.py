@@ -13,7 +13,7 @@ from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, is_run, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
-from btx.evaluation.analysis_request import EXAMPLES, TOKENS, check_analysis, check_run_alone, read_texts
+from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_analysis, check_run_alone, read_texts
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 
@@ -88,6 +88,8 @@ def analyze(
     text: Annotated[list[str] | None, typer.Option(
         "--text", metavar="NAME=FILE", help="Text of a domain (.jsonl, .txt, .parquet, folder); several may follow.",
     )] = None,
+    text_key: Annotated[str, typer.Option(
+        metavar="KEY", help="Key of the text on the lines of .jsonl files; column of .parquet files.")] = TEXT_KEY,
     output: Annotated[Path | None, typer.Option(
         "-o", "--output", help="Folder to write; default: MODEL-analysis here.", show_default=False)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = TOKENS,
@@ -99,14 +101,16 @@ def analyze(
     """Find out which expert each token uses: of a run's model, or of any MoE model on texts of yours."""
     place, texts = _place_and_pairs("analyze", model_and_texts, text or [], "--text", "FILE")
     if is_run(Path(place)):
-        check_run_alone(Path(place), texts, output, without, tokens != TOKENS, examples != EXAMPLES)
+        check_run_alone(
+            Path(place), texts, text_key != TEXT_KEY, output, without, tokens != TOKENS, examples != EXAMPLES
+        )
         work_on(Path(place), ["analyze"], quiet=as_json)
         if as_json:
             show_json(read_output(Path(place) / "analyze" / "routing.json"))
         return
     model, output = folder_or_name(place), output or default_output(place)
     check_analysis(model, texts, output)
-    documents = read_texts(texts, tokens)
+    documents = read_texts(texts, tokens, text_key)
     from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
 
     found = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),

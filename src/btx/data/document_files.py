@@ -29,6 +29,7 @@ ABOUT = ("readme", "license", "licence")
 """What files about the others are called: in a folder they are no documents."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 ROWS = 1024
+NAME_IT = "Name the right one with `text:` in the source, or --text-key of btx analyze"
 
 
 def located(path: str, root: str | None) -> Path:
@@ -231,7 +232,7 @@ def _text(value: Any, key: str, where: str) -> str:
         raise DataError(f"{where}: a {type(value).__name__}, not a JSON object like {{{json.dumps(key)}: ...}}")
     if key not in value:
         keys = ", ".join(map(repr, value)) or "none"
-        raise DataError(f"{where}: no key {key!r}; keys there: {keys}. Name the right one with `text:` in the source")
+        raise DataError(f"{where}: no key {key!r}; keys there: {keys}. {NAME_IT}")
     text = value[key]
     if not isinstance(text, str):
         raise DataError(f"{where}: {key!r} is {_kind(text)}, not a string")
@@ -254,8 +255,7 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
             columns = opened.schema_arrow.names
             if column not in columns:
                 names = ", ".join(map(repr, columns)) or "none"
-                raise DataError(f"{file}: no column {column!r}; columns there: {names}. "
-                                f"Name the right one with `text:` in the source")  # fmt: skip
+                raise DataError(f"{file}: no column {column!r}; columns there: {names}. {NAME_IT}")  # fmt: skip
             row = 0
             for batch in opened.iter_batches(batch_size=ROWS, columns=[column]):
                 for value in batch.column(0).to_pylist():

@@ -436,6 +436,9 @@ def test_the_stages_after_the_branches_leave_results_routing_and_report(btx: Btx
     assert results == json.loads((finished / "evaluate" / "results.json").read_text("utf-8"))
     assert set(results["models"]) >= {"seed", "expert/birds", "expert/tools", "soup", "mix", "btx"}
     assert "expert/birds" in btx("evaluate", finished).out
+    oracle = json.loads((finished / "mix" / "oracle.json").read_text("utf-8"))
+    run = RunFolder.open(finished)
+    assert oracle["text"] == {domain: run.graph[f"data/{domain}"].inputs for domain in ("birds", "tools", "general")}
     routing = btx("analyze", finished, "--json").json()
     assert routing["experts"] == ["birds", "tools", "generalist"]
     assert btx("analyze", finished).code == 0

@@ -288,6 +288,8 @@ class Oracle(TypedDict):
     """Percent of the seed model's bits that each expert has saved at home."""
     predicted_gain: float
     """Percent over the best single expert."""
+    text: NotRequired[dict[str, str]]
+    """Domain → hash of its data, as they were read for it."""
 
 
 class MixRecord(TypedDict):

@@ -115,7 +115,7 @@ def test_a_killed_alignment_goes_on_bit_for_bit(
     finetuned: Path, aligned: RunFolder, overrides: tuple[str, ...]
 ) -> None:
     if overrides:
-        pytest.importorskip("peft", reason='needs pip install "branchtrainmix[align]"')
+        pytest.importorskip("peft", reason='needs pip install "branchtrainmix[lora]"')
         copy(finetuned, "lora")
         aligned = run_here(recipe_of(finetuned, "lora", *overrides), ["align"])[0]
     name = f"cut{len(overrides)}"
@@ -131,7 +131,7 @@ def test_a_killed_alignment_goes_on_bit_for_bit(
 
 
 def test_adapters_change_experts_and_attention_alone(finetuned: Path) -> None:
-    pytest.importorskip("peft", reason='needs pip install "branchtrainmix[align]"')
+    pytest.importorskip("peft", reason='needs pip install "branchtrainmix[lora]"')
     if not (finetuned / "lora").exists():
         copy(finetuned, "lora")
         run_here(recipe_of(finetuned, "lora", *LORA), ["align/sft"])

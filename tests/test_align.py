@@ -19,6 +19,7 @@ from btx.data.chat_text import Encoded
 from btx.data.mixture import NO_LABEL, Batch
 from btx.data.packed_conversations import PackedConversations, PackedPairs, PairBatch
 from btx.errors import DataError, RecipeError, UserError
+from btx.evaluation.routing_shift import shift
 from btx.files import read_json
 from btx.model_files.beside_weights import add_ends
 from btx.models.loading import load_model, load_tokenizer
@@ -158,16 +159,17 @@ def test_the_aligned_model_is_one_of_the_run(aligned: RunFolder, finetuned: Path
     assert rows["sft"]["tokens"] == rows["btx"]["tokens"] + run.done("align/sft")["tokens"]
     asked = rows["dpo"]["tasks"]["quiz"]["examples"][0]["output"], rows["btx"]["tasks"]["quiz"]["examples"][0]["output"]
     assert asked[0] != asked[1]
-    shift = read_json(run.path / "analyze" / "align.json")
-    assert (list(shift["models"]), list(shift["models"]["sft"])) == (["sft", "dpo"], ["birds", "tools", "general"])
-    found = shift["models"]["dpo"]["birds"]
-    assert all(sum(load) == pytest.approx(1) for load in found["load"])
-    before = read_json(run.path / "analyze" / "routing.json")["domains"]["birds"]["load"]
-    distance = [
-        sum(abs(a - b) for a, b in zip(*pair, strict=True)) / 2 for pair in zip(found["load"], before, strict=True)
-    ]
-    assert found["distance"] == pytest.approx(distance)
-    assert all(0 < share <= 1 for share in found["moved"])
+    routed = read_json(run.path / "analyze" / "align.json")
+    assert (list(routed["models"]), list(routed["models"]["sft"])) == (["sft", "dpo"], ["birds", "tools", "general"])
+    assert all(0 < share <= 1 for share in routed["models"]["dpo"]["birds"]["moved"])
+    loads = read_json(run.path / "evaluate" / "shown.json")["loads"]
+    assert {"btx", "sft", "dpo"} <= loads.keys()
+
+
+def test_the_routing_shift_is_what_moved_and_how_far_the_loads_are_apart() -> None:
+    before, after = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 0]]), torch.tensor([[0, 2], [1, 0], [1, 2], [2, 1]])
+    # Loads of 8 choices: 4, 2, 2 before and 2, 3, 3 after.
+    assert shift([before], [after], 3) == {"moved": [0.25], "distance": [0.25]}
 
 
 def test_what_decides_an_alignment_is_what_its_files_hold(aligned: RunFolder, finetuned: Path) -> None:
@@ -274,7 +276,7 @@ def test_broken_lines_are_refused_before_anything_runs(tmp_path: Path, monkeypat
     with pytest.raises(DataError, match=r"align\.sft\.data: .*gone\.jsonl: no such file"):
         preflight(recipe_of(tmp_path, "run", "align.sft.data=gone.jsonl"))
     monkeypatch.setattr(preflight_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'align\.sft\.trainable: lora .*pip install "branchtrainmix\[align\]"'):
+    with pytest.raises(UserError, match=r'align\.sft\.trainable: lora .*pip install "branchtrainmix\[lora\]"'):
         check_packages(recipe_of(tmp_path, "run", "align.sft.trainable=lora"))
 
 

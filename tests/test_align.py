@@ -26,12 +26,14 @@ from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import weight_parts
 from btx.planning.aligned import aligned_notes
 from btx.planning.plan import plan
+from btx.process import Interrupts
 from btx.recipe.align import Dpo, Sft
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
 from btx.running import preflight as preflight_module
 from btx.running.preflight import check_packages, preflight
+from btx.stages.align import align
 from btx.stages.conversations import ends_of_turns
 from btx.training.preferences import dpo_losses, preference_objective, with_reference
 from tests.pico_run import WORDS, pico_recipe, run_here, stopped_after, write_pico_recipe
@@ -237,6 +239,19 @@ def test_a_section_fills_in_from_the_finetuning() -> None:
 def test_a_section_that_contradicts_itself_is_refused(tmp_path: Path, overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         pico_recipe(tmp_path, "run", *SFT, *overrides)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_adapters_under_a_torchrun_of_the_users_are_refused_before_a_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    run = RunFolder(tmp_path / "run", recipe_of(tmp_path, "run", *LORA))
+    refused, said = [(UserError, "lora is trained by one process.*here are 2"), (SystemExit, "2")][rank]
+    with pytest.raises(refused, match=said):
+        align(run, run.graph["align/sft"], Interrupts(), lambda line: None)
+    assert not run.path.exists()
 
 
 def test_align_says_what_to_do(tmp_path: Path) -> None:

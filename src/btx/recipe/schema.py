@@ -18,6 +18,7 @@ from btx.choices.generators import GENERATORS
 from btx.choices.merges import MergeSettings
 from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
+from btx.choices.trainable import ONE_PROCESS
 from btx.errors import RecipeError, UserError
 from btx.files import home_filled
 from btx.recipe.align import Align, Alignment
@@ -319,9 +320,8 @@ def _adapters_on_experts_are_trained_by_one_process(recipe: Recipe) -> str | Non
     for name, section in recipe.alignments.items():
         count = recipe.launch.processes_of(f"align/{name}")
         if section.trainable == "lora" and count > 1:
-            return (f"align.{name}.trainable: lora is trained by one process, for peft's adapters on experts cannot be "
-                    f"sharded; launch.processes is {count} for it: write `processes: {{align: 1, ...}}`, or train all "
-                    f"weights")  # fmt: skip
+            return (f"align.{name}.trainable: {ONE_PROCESS}; launch.processes is {count} for it: write "
+                    f"`processes: {{align: 1, ...}}`, or train all weights")  # fmt: skip
     return None
 
 

@@ -14,7 +14,8 @@ from btx.outputs import STARTED, finish
 from btx.process import Interrupted, Interrupts
 from btx.recipe.loading import load_recipe
 from btx.recipe.schema import Recipe
-from btx.run_folder.folder import RunFolder, done_json, started_json
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.stage_notes import done_json, started_json
 from btx.stages.work import run_stages
 
 WORDS = {

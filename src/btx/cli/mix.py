@@ -33,6 +33,13 @@ RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
 RouterTokens = Annotated[int, typer.Option(help="hidden_mean, ridge: tokens of each text, at most.")]
+MergeMethod = Annotated[str, typer.Option(
+    help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)]  # fmt: skip
+MergeWeights = Annotated[str | None, typer.Option(help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")]
+SlerpT = Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")]
+MergeDensity = Annotated[float | None, typer.Option(
+    help="ties, dare: share of task vectors kept; default 0.2, 0.5.")]  # fmt: skip
+MergeScale = Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")]
 MaxShardSize = Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")]
 RngSeed = Annotated[int, typer.Option(help="Random number seed of routers and of merge methods that draw.")]
 
@@ -49,14 +56,11 @@ def mix(
     output: Output = None,
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
-    merge: Annotated[str, typer.Option(
-        help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)] = "mean",
-    merge_weights: Annotated[str | None, typer.Option(
-        help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")] = None,
-    slerp_t: Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")] = None,
-    merge_density: Annotated[float | None, typer.Option(
-        help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
-    merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
+    merge: MergeMethod = "mean",
+    merge_weights: MergeWeights = None,
+    slerp_t: SlerpT = None,
+    merge_density: MergeDensity = None,
+    merge_scale: MergeScale = None,
     router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
@@ -85,24 +89,20 @@ def mix(
     if copies is not None and generalist and "generalist" in given:
         raise UserError("--copies and --generalist exclude each other: all experts are copies of the seed model then")
     _refuse_existing(output)
-    _refuse_missing(seed_model, experts=named(expert or (), "--expert", "FOLDER").values())
+    folders = named(expert or (), "--expert", "FOLDER")
+    _refuse_missing(seed_model, experts=folders.values())
     from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
     from btx.mixing.settings import MixSettings
 
-    folders = named(expert or (), "--expert", "FOLDER")
     if copies is not None:
         generalist, folders = False, {f"copy{number}": seed_model for number in range(copies)}
+    weights = _weights(merge_weights)
+    merging = MergeSettings(merge, weights=weights, t=slerp_t, density=merge_density, scale=merge_scale)
+    start = RouterInit(router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens)
     settings = MixSettings(
-        generalist=generalist, top_k=top_k,
-        merge=MergeSettings(
-            merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale
-        ),
-        router_init=RouterInit(
-            router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
-        ),
-        split=split, split_rescale=split_rescale, blend=blend, rng_seed=rng_seed, dtype=dtype,
-        tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
+        generalist=generalist, top_k=top_k, merge=merging, router_init=start, split=split, split_rescale=split_rescale,
+        blend=blend, rng_seed=rng_seed, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
     )  # fmt: skip
     with ending_at_once(f"stopped; nothing was written to {output}"):
         record = mix_models(

@@ -48,10 +48,10 @@ def evaluate(
         if models or forget:
             raise UserError("btx evaluate: --model and --forget go with a run's own text and tasks, not with --task")
         request = TaskRequest(task, task, file, shots_file, shots, limit)
-        found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
-                              log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+        results = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
+                                log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
         if as_json:
-            show_json(found)
+            show_json(results)
         return
     if any((file, shots_file, shots is not None, limit, allow_code_execution)):
         raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
@@ -113,9 +113,9 @@ def analyze(
     documents = read_texts(texts, tokens, text_key)
     from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
 
-    found = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
-                          log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
-    show_json(found) if as_json else typer.echo(f"report: {output / 'index.html'}")
+    routing = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
+                            log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+    show_json(routing) if as_json else typer.echo(f"report: {output / 'index.html'}")
 
 
 def default_output(model: str) -> Path:
@@ -166,15 +166,15 @@ def compare(
     from btx.evaluation.compare import compare_models
 
     others = None if other_run is None else open_run(other_run).path
-    found = compare_models(
+    comparison = compare_models(
         open_run(run_folder).path, model_a, model_b, other_run=others, resamples=resamples, rng_seed=rng_seed
     )
     if as_json:
-        show_json(found)
+        show_json(comparison)
     else:
         from btx.cli.tables import comparison_table
 
-        show(comparison_table(found))
+        show(comparison_table(comparison))
 
 
 def report(

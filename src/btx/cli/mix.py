@@ -77,16 +77,16 @@ def mix(
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:  # fmt: skip
     """Mix expert models into one MoE model: of a run, or any folders."""
-    given = _given(context)
+    named_options = _given(context)
     if run_folder is not None:
-        if options := given - {"run_folder"}:
+        if options := named_options - {"run_folder"}:
             raise UserError(f"{_as_written(options)}: a run is mixed as its recipe says, under `mix:`; set it there")
         _mix_run(run_folder)
         return
     if seed_model is None or output is None or bool(expert) == (copies is not None):
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
                         "for every expert or --copies N")  # fmt: skip
-    if copies is not None and generalist and "generalist" in given:
+    if copies is not None and generalist and "generalist" in named_options:
         raise UserError("--copies and --generalist exclude each other: all experts are copies of the seed model then")
     _refuse_existing(output)
     folders = named(expert or (), "--expert", "FOLDER")
@@ -178,28 +178,28 @@ def named(pairs: list[str] | tuple[str, ...], option: str, kind: str) -> dict[st
     Raises:
         UserError: one that is none, or a name given twice.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals or not name or not path:
             raise UserError(f"{option} {pair!r}: write NAME={kind}, for example math=./math")
-        if name in found:
+        if name in paths:
             raise UserError(f"{option} {name}: named twice")
-        found[name] = Path(path) if kind == "FILE" else local_model(Path(path))
-    return found
+        paths[name] = Path(path) if kind == "FILE" else local_model(Path(path))
+    return paths
 
 
 def _weights(text: str | None) -> dict[str, float] | None:
     if text is None:
         return None
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         try:
-            found[name.strip()] = float(value)
+            weights[name.strip()] = float(value)
         except ValueError:
             raise UserError(f"--merge-weights {part!r}: write NAME=NUMBER,NAME=NUMBER, ...") from None
-    return found
+    return weights
 
 
 def _refuse_existing(output: Path) -> None:

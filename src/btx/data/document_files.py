@@ -57,9 +57,9 @@ def find_files(path: str, root: str | None) -> list[Path]:
         raise DataError(f"{full}: {hint}; relative paths start from {'data.root' if root else 'the working directory'}")
     readable, others = named
     if not readable:
-        found = ", ".join(file.name for file in others[:10]) or "nothing"
+        not_read = ", ".join(file.name for file in others[:10]) or "nothing"
         more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {found}{more}")
+        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {not_read}{more}")
     return readable
 
 
@@ -180,14 +180,14 @@ def _files_in(path: Path) -> list[Path]:
     """The file itself, or all files below a folder, behind links too, except hidden ones."""
     if path.is_file():
         return [path]
-    found, been = list[Path](), set[str]()
+    listed, been = list[Path](), set[str]()
     for folder, below, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         below[:] = [] if real in been else sorted(name for name in below if not name.startswith("."))
         files = [] if real in been else [Path(folder) / name for name in names if not name.startswith(".")]
-        found += [file for file in files if file.is_file()]
+        listed += [file for file in files if file.is_file()]
         been.add(real)  # a link may lead back up
-    return found
+    return listed
 
 
 def _is_about(file: Path) -> bool:

@@ -81,7 +81,7 @@ def read_texts(texts: Mapping[str, Path], tokens: int, text_key: str = TEXT_KEY)
     Raises:
         DataError: no such file, broken, or empty; names the domain.
     """
-    found: dict[str, list[str]] = {}
+    documents_of: dict[str, list[str]] = {}
     for domain, path in texts.items():
         documents: list[str] = []
         size = 0
@@ -96,8 +96,8 @@ def read_texts(texts: Mapping[str, Path], tokens: int, text_key: str = TEXT_KEY)
             raise DataError(f"--text {domain}: {error}") from error
         if not documents:
             raise DataError(f"--text {domain}: {path}: there is no text in it")
-        found[domain] = documents
-    return found
+        documents_of[domain] = documents
+    return documents_of
 
 
 def dropped_experts(without: Sequence[str], names: Sequence[str]) -> list[int] | None:

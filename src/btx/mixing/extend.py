@@ -149,11 +149,11 @@ def _record(model: MoeFolder, dense: DenseExpert, name: str, expert: Path) -> di
 
 def _text_problems(texts: Mapping[str, Path], name: str, old: Sequence[str], method: str) -> list[str]:
     unknown = [text for text in texts if text != name and text not in old]
-    found = [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
+    wrong = [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
     if name not in texts or not any(text in old for text in texts):
-        found.append(f"router_init {method} needs text of {name} and of at least one of {', '.join(old)}: the new row "
+        wrong.append(f"router_init {method} needs text of {name} and of at least one of {', '.join(old)}: the new row "
                      f"has to tell them apart")  # fmt: skip
-    return found
+    return wrong
 
 
 def _new_rows(model: MoeFolder, name: str, init: RouterInit, texts: Mapping[str, Path]) -> list[Tensor]:

@@ -225,8 +225,8 @@ def _texts(
     read = text_from_files(
         files, load_tokenizer(inputs.seed_model), tokens=init.tokens, sequence_length=length
     ) if files else {}  # fmt: skip
-    given = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
-    return {name: (read | given)[name] for name in inputs.members}
+    ready = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
+    return {name: (read | ready)[name] for name in inputs.members}
 
 
 def _measure(inputs: MixInputs) -> Drifts:

@@ -19,16 +19,16 @@ def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str,
     Args:
         dense: the seed model's config, completed with its class's defaults.
     """
-    found = {}
+    rows = {}
     for name, stage in model_stages(recipe).items():
         cost = cost_in_use(recipe, dense, name)
-        found[name] = {
+        rows[name] = {
             "total_params": cost.total_params,
             "active_params": cost.active_params,
             "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
             **costs.behind(stage).as_json(),
         }
-    return found
+    return rows
 
 
 def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:

@@ -127,8 +127,8 @@ def _totals(run: RunFolder, costs: Costs) -> dict[str, Any]:
 def _state(run: RunFolder, stage: Stage) -> dict[str, Any]:
     """Where a stage of the run folder stands."""
     state = run.state(stage)
-    found: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs]}
-    return found | ({"why_stale": run.why_stale(stage)} if state == "stale" else {})
+    row: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs]}
+    return row | ({"why_stale": run.why_stale(stage)} if state == "stale" else {})
 
 
 def matching(recipe: Recipe, costs: Costs, name: str) -> dict[str, Any]:
@@ -139,8 +139,8 @@ def matching(recipe: Recipe, costs: Costs, name: str) -> dict[str, Any]:
 
 def _disk(costs: Costs, name: str) -> int:
     """Bytes of a baseline's own stages."""
-    own = stage_names(name) if BASELINES[name].trains else [f"baselines/{name}"]
-    return sum(costs[stage].disk_bytes for stage in own)
+    stages = stage_names(name) if BASELINES[name].trains else [f"baselines/{name}"]
+    return sum(costs[stage].disk_bytes for stage in stages)
 
 
 def _memory_at_once(costs: Costs) -> int:

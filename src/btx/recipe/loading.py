@@ -213,17 +213,19 @@ def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
     """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
     folder = given.get("run") or f"runs/{given['name']}"
     try:
-        found = read_yaml((Path(str(folder)) / "recipe.yaml").read_text("utf-8"), "").value
+        written = read_yaml((Path(str(folder)) / "recipe.yaml").read_text("utf-8"), "").value
     except (OSError, ValueError, YamlSyntaxError):
         return None
-    return found if isinstance(found, dict) else None
+    return written if isinstance(written, dict) else None
 
 
 def _refuse_idle_paper(document: Document) -> None:
     """A run folder's recipe says everything, so an override of `paper` would change its word and nothing else."""
     place = document.values.get(("paper",))
     if place is not None and place.source.startswith("override"):
-        say = " ".join(f"{section}.{key}={value}" for section, given in PAPER.items() for key, value in given.items())
+        say = " ".join(
+            f"{section}.{key}={value}" for section, settings in PAPER.items() for key, value in settings.items()
+        )
         document.problems.append(Problem(place, "paper", f"a run folder's recipe leaves nothing out that `paper` could "
                                                          f"fill in; the paper's way is {say}"))  # fmt: skip
 
@@ -235,8 +237,8 @@ def _document(text: str, file: str) -> Document:
     except YamlSyntaxError as error:
         raise RecipeError(str(error.problem)) from None
     if not isinstance(document.value, dict):
-        found = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
-        raise RecipeError(f"{document.values[()]}: {found}; start from one that works: btx cp demo my.yaml")
+        problem = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
+        raise RecipeError(f"{document.values[()]}: {problem}; start from one that works: btx cp demo my.yaml")
     return document
 
 
@@ -262,8 +264,8 @@ def _validate(document: Document) -> tuple[Recipe | None, list[Problem]]:
     try:
         return _validated(document), document.problems
     except ValidationError as error:
-        found = {problem.place for problem in document.problems}
-        later = [problem for problem in schema_problems(error.errors(), document) if problem.place not in found]
+        places = {problem.place for problem in document.problems}
+        later = [problem for problem in schema_problems(error.errors(), document) if problem.place not in places]
         return None, document.problems + later
 
 

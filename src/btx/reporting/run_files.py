@@ -93,8 +93,8 @@ class Run:
 
     def colour(self, domain: str) -> str:
         """Palette name of a domain's expert."""
-        own = own_expert(domain, self.experts, self.general)
-        return "quiet" if own is None else f"c{own % COLOURS}"
+        expert = own_expert(domain, self.experts, self.general)
+        return "quiet" if expert is None else f"c{expert % COLOURS}"
 
 
 def read_run(folder: Path) -> Run:

@@ -66,7 +66,7 @@ def full_run(run: Path, *, domains: int = 7, layers: int = 6, aligned: Sequence[
     write(run / "evaluate" / "results.json", {"models": results(names, aligned, rng)})
     write(run / "analyze" / "routing.json", routing(names, experts, layers, rng))
     if aligned:
-        write(run / "analyze" / "align.json", shift(names, experts, layers, aligned, rng))
+        write(run / "analyze" / "align.json", shift(names, layers, aligned))
     return run
 
 
@@ -149,16 +149,13 @@ def routing(names: Sequence[str], experts: Sequence[str], layers: int, rng: rand
     }  # fmt: skip
 
 
-def shift(
-    names: Sequence[str], experts: Sequence[str], layers: int, aligned: Sequence[str], rng: random.Random
-) -> dict[str, Any]:
+def shift(names: Sequence[str], layers: int, aligned: Sequence[str]) -> dict[str, Any]:
     """align.json."""
     return {
-        "layers": layers, "experts": list(experts), "before": "btx",
+        "before": "btx",
         "models": {
             model: {
                 name: {
-                    "load": [_shares(len(experts), rng, own, 1.0) for _ in range(layers)],
                     "moved": [0.02 + 0.03 * own + 0.01 * layer for layer in range(layers)],
                     "distance": [0.01 * (1 + own)] * layers,
                 }

@@ -19,18 +19,21 @@ from btx.data.chat_text import Encoded
 from btx.data.mixture import NO_LABEL, Batch
 from btx.data.packed_conversations import PackedConversations, PackedPairs, PairBatch
 from btx.errors import DataError, RecipeError, UserError
+from btx.evaluation.routing_shift import shift
 from btx.files import read_json
 from btx.model_files.beside_weights import add_ends
 from btx.models.loading import load_model, load_tokenizer
 from btx.moe.layer import weight_parts
 from btx.planning.aligned import aligned_notes
 from btx.planning.plan import plan
+from btx.process import Interrupts
 from btx.recipe.align import Dpo, Sft
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
 from btx.running import preflight as preflight_module
 from btx.running.preflight import check_packages, preflight
+from btx.stages.align import align
 from btx.stages.conversations import ends_of_turns
 from btx.training.preferences import dpo_losses, preference_objective, with_reference
 from tests.pico_run import WORDS, pico_recipe, run_here, stopped_after, write_pico_recipe
@@ -115,7 +118,7 @@ def test_a_killed_alignment_goes_on_bit_for_bit(
     finetuned: Path, aligned: RunFolder, overrides: tuple[str, ...]
 ) -> None:
     if overrides:
-        pytest.importorskip("peft", reason='needs pip install "branchtrainmix[align]"')
+        pytest.importorskip("peft", reason='needs pip install "branchtrainmix[lora]"')
         copy(finetuned, "lora")
         aligned = run_here(recipe_of(finetuned, "lora", *overrides), ["align"])[0]
     name = f"cut{len(overrides)}"
@@ -131,7 +134,7 @@ def test_a_killed_alignment_goes_on_bit_for_bit(
 
 
 def test_adapters_change_experts_and_attention_alone(finetuned: Path) -> None:
-    pytest.importorskip("peft", reason='needs pip install "branchtrainmix[align]"')
+    pytest.importorskip("peft", reason='needs pip install "branchtrainmix[lora]"')
     if not (finetuned / "lora").exists():
         copy(finetuned, "lora")
         run_here(recipe_of(finetuned, "lora", *LORA), ["align/sft"])
@@ -158,16 +161,17 @@ def test_the_aligned_model_is_one_of_the_run(aligned: RunFolder, finetuned: Path
     assert rows["sft"]["tokens"] == rows["btx"]["tokens"] + run.done("align/sft")["tokens"]
     asked = rows["dpo"]["tasks"]["quiz"]["examples"][0]["output"], rows["btx"]["tasks"]["quiz"]["examples"][0]["output"]
     assert asked[0] != asked[1]
-    shift = read_json(run.path / "analyze" / "align.json")
-    assert (list(shift["models"]), list(shift["models"]["sft"])) == (["sft", "dpo"], ["birds", "tools", "general"])
-    found = shift["models"]["dpo"]["birds"]
-    assert all(sum(load) == pytest.approx(1) for load in found["load"])
-    before = read_json(run.path / "analyze" / "routing.json")["domains"]["birds"]["load"]
-    distance = [
-        sum(abs(a - b) for a, b in zip(*pair, strict=True)) / 2 for pair in zip(found["load"], before, strict=True)
-    ]
-    assert found["distance"] == pytest.approx(distance)
-    assert all(0 < share <= 1 for share in found["moved"])
+    routed = read_json(run.path / "analyze" / "align.json")
+    assert (list(routed["models"]), list(routed["models"]["sft"])) == (["sft", "dpo"], ["birds", "tools", "general"])
+    assert all(0 < share <= 1 for share in routed["models"]["dpo"]["birds"]["moved"])
+    loads = read_json(run.path / "evaluate" / "shown.json")["loads"]
+    assert {"btx", "sft", "dpo"} <= loads.keys()
+
+
+def test_the_routing_shift_is_what_moved_and_how_far_the_loads_are_apart() -> None:
+    before, after = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 0]]), torch.tensor([[0, 2], [1, 0], [1, 2], [2, 1]])
+    # Loads of 8 choices: 4, 2, 2 before and 2, 3, 3 after.
+    assert shift([before], [after], 3) == {"moved": [0.25], "distance": [0.25]}
 
 
 def test_what_decides_an_alignment_is_what_its_files_hold(aligned: RunFolder, finetuned: Path) -> None:
@@ -237,6 +241,19 @@ def test_a_section_that_contradicts_itself_is_refused(tmp_path: Path, overrides:
         pico_recipe(tmp_path, "run", *SFT, *overrides)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_adapters_under_a_torchrun_of_the_users_are_refused_before_a_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    run = RunFolder(tmp_path / "run", recipe_of(tmp_path, "run", *LORA))
+    refused, said = [(UserError, "lora is trained by one process.*here are 2"), (SystemExit, "2")][rank]
+    with pytest.raises(refused, match=said):
+        align(run, run.graph["align/sft"], Interrupts(), lambda line: None)
+    assert not run.path.exists()
+
+
 def test_align_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="align needs sft, dpo or both"):
         pico_recipe(tmp_path, "run", "align={}")
@@ -274,7 +291,7 @@ def test_broken_lines_are_refused_before_anything_runs(tmp_path: Path, monkeypat
     with pytest.raises(DataError, match=r"align\.sft\.data: .*gone\.jsonl: no such file"):
         preflight(recipe_of(tmp_path, "run", "align.sft.data=gone.jsonl"))
     monkeypatch.setattr(preflight_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'align\.sft\.trainable: lora .*pip install "branchtrainmix\[align\]"'):
+    with pytest.raises(UserError, match=r'align\.sft\.trainable: lora .*pip install "branchtrainmix\[lora\]"'):
         check_packages(recipe_of(tmp_path, "run", "align.sft.trainable=lora"))
 
 

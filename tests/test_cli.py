@@ -436,12 +436,47 @@ def test_the_stages_after_the_branches_leave_results_routing_and_report(btx: Btx
     assert results == json.loads((finished / "evaluate" / "results.json").read_text("utf-8"))
     assert set(results["models"]) >= {"seed", "expert/birds", "expert/tools", "soup", "mix", "btx"}
     assert "expert/birds" in btx("evaluate", finished).out
+    oracle = json.loads((finished / "mix" / "oracle.json").read_text("utf-8"))
+    run = RunFolder.open(finished)
+    assert oracle["text"] == {domain: run.graph[f"data/{domain}"].inputs for domain in ("birds", "tools", "general")}
     routing = btx("analyze", finished, "--json").json()
     assert routing["experts"] == ["birds", "tools", "generalist"]
     assert btx("analyze", finished).code == 0
     page = btx("report", finished, "--json").json()["report"]
     assert Path(page) == finished / "report" / "index.html"
     assert btx("report", finished).out.strip() == page
+
+
+def test_a_report_shows_another_run_beside_it_and_refuses_one_that_has_nothing_to_show(
+    btx: Btx, finished: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(finished, tmp_path / "later", symlinks=True)
+    page = Path(btx("report", finished, "--with", other, "--json").json()["report"])
+    assert f'value="{other}"' in page.read_text("utf-8"), "it is among the models to be chosen"
+    shutil.rmtree(other / "evaluate")  # the tokens need the analysis alone
+    assert btx("report", finished, "--with", other).code == 0
+    assert f'value="{other}"' in page.read_text("utf-8")
+    before = page.read_bytes()
+
+    def refused(message: str, run: Path = finished, beside: Path = other) -> None:
+        done = btx("report", run, "--with", beside)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.count("\n") == 1
+        assert message in done.err, done.err
+
+    refused("no such run folder", beside=tmp_path / "nowhere")
+    refused("neither a run folder (recipe.yaml is missing) nor an analysed model's", beside=tmp_path)
+    tokens = json.loads((other / "analyze" / "tokens.json").read_text("utf-8"))
+    for example in tokens["examples"]:
+        example["tokens"] = [f" {number}" for number in range(len(example["tokens"]))]
+    (other / "analyze" / "done.json").unlink()
+    (other / "analyze" / "tokens.json").write_text(json.dumps(tokens), "utf-8")
+    refused(f"{other}: its analysis shows no text that {finished} shows too")
+    shutil.rmtree(other / "analyze")
+    refused(f"{other}: its analysis shows no tokens")
+    refused(f"{other}: its analysis shows no tokens", run=other, beside=finished)
+    assert page.read_bytes() == before
+    assert btx("report", finished).code == 0
 
 
 def test_running_a_finished_run_folder_skips_everything_and_shows_the_results(btx: Btx, finished: Path) -> None:

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -295,3 +296,12 @@ def test_the_chinese_readme_has_the_figures_tables_and_links_of_the_english_one(
     assert table_rows(CHINESE) == table_rows(ENGLISH)
     linked = [sorted(set(LINK.findall(prose(page))) - {"README.md", "README.zh-CN.md"}) for page in (ENGLISH, CHINESE)]
     assert linked[1] == linked[0]
+
+
+def test_every_extra_that_is_named_exists_and_no_two_are_the_same() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    sources = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("tests/*.py")]
+    named = re.findall(rf"{project['name']}\[([a-z0-9,]+)\]", "".join(path.read_text("utf-8") for path in sources))
+    assert {extra for group in named for extra in group.split(",")} <= extras.keys()
+    assert len({tuple(sorted(packages)) for packages in extras.values()}) == len(extras)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from btx.evaluation.oracle_gap import gap_of
-from btx.files import write_json
+from btx.files import write_json, write_sealed
 from btx.planning.gain import card_tokens, law_loss, law_tokens
 from btx.planning.plan import plan
 from btx.reporting import findings
+from btx.reporting.oracle import gap_of
 from btx.reporting.run_files import Run, read_run
 from tests.pico_run import pico_recipe
 
@@ -100,3 +100,19 @@ def test_the_report_shows_the_prediction_beside_what_came_out(tmp_path: Path) ->
     assert said.startswith(
         "Before the finetuning the mix was 0.200 bits per byte behind each domain's best model; experts needed 25.0 %"
     )
+
+
+@pytest.mark.parametrize(("begun_for", "is_told"), [("as it was", True), ("another text", False), (None, True)])
+def test_a_gap_on_text_that_has_changed_since_is_not_told(tmp_path: Path, begun_for: str | None, is_told: bool) -> None:
+    gap = gap_of({"seed": {"math": 2.0}, "expert/math": {"math": 1.5}, "mix": {"math": 1.7}})
+    write_json(tmp_path / "mix" / "oracle.json", gap | {"text": {"math": "as it was"}})
+    if begun_for is not None:
+        write_sealed(tmp_path / "data" / "math" / "started.json", {"inputs": begun_for, "settings": {}})
+    assert bool(read_run(tmp_path).oracle) == is_told
+
+
+def test_once_a_run_is_evaluated_the_gap_is_the_one_of_its_results(tmp_path: Path) -> None:
+    bits = {"seed": 2.5, "expert/math": 1.25, "soup": 1.0, "mix": 1.75, "btx": 1.125}
+    run = finished(tmp_path, {name: {"domains": {"math": {"bits_per_byte": value}}} for name, value in bits.items()})
+    assert run.oracle["domains"] == {"math": {"best": "expert/math", "best_bits": 1.25, "mix_bits": 1.75, "gap": 0.5}}
+    assert run.oracle["divergence"] == {"math": 50.0}

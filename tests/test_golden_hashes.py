@@ -20,8 +20,8 @@ from btx.recipe.section import Section
 from btx.recipe.training import BaselineTraining, Finetune, Lora, SeedModel, SeedTraining, TokenizerTraining, Train
 from btx.run_folder import decisive as decisive_module
 from btx.run_folder.decisive import SPEED_ONLY, decisive, neutral_value, shown
-from btx.run_folder.folder import started_json
 from btx.run_folder.graph import Stage
+from btx.run_folder.stage_notes import started_json
 from btx.run_folder.stages_of_recipe import build_graph
 from tests.pico_run import pico_recipe
 

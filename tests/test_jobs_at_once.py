@@ -11,8 +11,9 @@ from btx.files import write_json
 from btx.planning.plan import plan
 from btx.process import Interrupts
 from btx.run_folder import threads
-from btx.run_folder.folder import RunFolder, done_json, started_json
+from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Graph, Stage
+from btx.run_folder.stage_notes import done_json, started_json
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import jobs_at_once, jobs_side_by_side, training_threads
 from btx.running import pipeline

@@ -18,7 +18,7 @@ from btx.publishing.push import push, redacted, upload_of
 from btx.run_folder.folder import RunFolder
 from tests.hub_fake import Hub, hub_here
 from tests.pico_models import llama, mixtral
-from tests.pico_run import pico_recipe
+from tests.pico_run import as_finished, pico_recipe
 
 # huggingface_hub gives the body of a large file to httpx under an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -65,6 +65,7 @@ def run(tmp_path: Path, made: Path) -> RunFolder:
     (run.path / "report" / "report.md").write_text("# Report")
     (run.path / "report" / "routing.png").write_bytes(b"png")
     (run.path / "report" / "index.html").write_text("<html>")
+    as_finished(run, "finetune", "evaluate")
     return run
 
 
@@ -201,6 +202,19 @@ def test_the_card_of_a_run_has_results_data_licence_and_report(run: RunFolder) -
     assert {"report.md", "routing.png"} <= upload.files.keys()
     assert "index.html" not in upload.files
     assert str(run.path.parent) not in told
+
+
+def test_results_that_the_recipe_no_longer_means_stay_here(
+    hub: Hub, run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (run.path / "recipe.yaml").read_text("utf-8")
+    (run.path / "recipe.yaml").write_text(text.replace("questions: 6", "questions: 5"), "utf-8")
+    out.push(run.path, "org/moe", dry_run=True)
+    told = capsys.readouterr()
+    assert "warning: evaluate is stale: the card has no results" in told.err
+    assert "report.md" not in told.out
+    assert "2.125" not in card(run.path / "finetune" / "model", origin_of_run(RunFolder.open(run.path)), "org/moe",
+                               has_report=False)  # fmt: skip
 
 
 def test_what_is_not_known_is_said(made: Path, tmp_path: Path) -> None:

@@ -359,6 +359,17 @@ def test_a_run_folder_stands_for_its_recipe_and_is_where_it_runs(tmp_path: Path)
     assert load_recipe(str(tmp_path), ["run=other"]).run_folder == "other"
 
 
+def test_the_recipe_in_a_run_folder_means_that_folder_and_not_the_one_it_was_copied_from(tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / "recipe.yaml"
+    copy.parent.mkdir()
+    copy.write_text("run: elsewhere\nname: mine\n" + SMALL, encoding="utf-8")
+    assert load_recipe(str(copy)).run_folder == "elsewhere", "a recipe of this name that lies in no run folder"
+    (copy.parent / "manifest.json").write_text("{}")
+    assert load_recipe(str(copy)) == load_recipe(str(copy.parent))
+    assert load_recipe(str(copy)).run_folder == str(copy.parent)
+    assert load_recipe(str(copy), ["run=other"]).run_folder == "other"
+
+
 def test_a_missing_recipe_is_answered_with_the_nearest_name_and_all_packaged_ones(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'dmo'; did you mean 'demo'\? packaged recipes: .*demo"):
         load_recipe("dmo")

@@ -68,7 +68,7 @@ COMMANDS = [
     (["sweep", *HERE, "train.tokens=1e6,1000000"], "the same variant twice"),
     (["sweep", *HERE, "--share", "notes"], "notes: no run folder and no sweep's folder"),
     (["chat", "no-such", "--prompt", "x"], "no-such: there is no such folder"),
-    (["chat", "begun", "--prompt", "x", "--json"], "begun/finetune/model: there is no such folder"),
+    (["chat", "begun", "--prompt", "x", "--json"], "begun: no mixed model of this run is finished yet"),
     (["chat", "notes"], "notes: this folder holds no model"),
     (["chat", "notes", "--temperature", "-1"], "temperature is -1.0"),
     (["chat", "notes", "--json"], "needs --prompt TEXT"),

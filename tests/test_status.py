@@ -13,7 +13,8 @@ from btx.errors import UserError
 from btx.files import write_json
 from btx.number_texts import clock_text
 from btx.process import Interrupted
-from btx.run_folder.folder import RunFolder, started_json
+from btx.run_folder.folder import RunFolder
+from btx.run_folder.stage_notes import started_json
 from btx.run_folder.status import run_status, stage_status, trying
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe

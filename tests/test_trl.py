@@ -26,7 +26,7 @@ SAVED = ["sft", "dpo", "grpo", "sft-lora"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the examples have run, on the model of a small run, with 16 lines of data."""
-    pytest.importorskip("trl", reason="pip install trl peft")
+    pytest.importorskip("trl", reason='needs pip install "branchtrainmix[align]"')
     folder = tmp_path_factory.mktemp("trl")
     run_here(pico_recipe(folder, "runs/my"))
     asked = [[{"role": "user", "content": f"owl {number}"}] for number in range(16)]

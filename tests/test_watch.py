@@ -27,8 +27,9 @@ from btx.errors import RunFolderError, UserError
 from btx.files import write_json
 from btx.metrics_file import MetricsTail
 from btx.process import Interrupted
-from btx.run_folder.folder import RunFolder, exclusive, started_json
+from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.jobs import Job, note
+from btx.run_folder.stage_notes import started_json
 from btx.run_folder.status import note_failure
 from btx.running import looks as looks_module
 from btx.running import watch as watch_module

@@ -117,8 +117,8 @@ def misfit(value: Any, shape: Any) -> str:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "missing" else f", found {json.dumps(first['input'], default=str)[:60]}"
-        return f"{key + ': ' if key else ''}{first['msg'][0].lower()}{first['msg'][1:]}{found}"
+        instead = "" if first["type"] == "missing" else f", found {json.dumps(first['input'], default=str)[:60]}"
+        return f"{key + ': ' if key else ''}{first['msg'][0].lower()}{first['msg'][1:]}{instead}"
     return ""
 
 
@@ -245,8 +245,8 @@ def content_sha256(path: Path) -> str:
     cache folder, a small file each; where that cannot be written, every process computes its own. A file that is
     younger than `YOUNG_S` might still change within one tick of the clock and is not kept.
     """
-    found = path.stat()
-    seen, inode = [found.st_size, found.st_mtime_ns, found.st_ctime_ns], f"{found.st_dev}-{found.st_ino}"
+    status = path.stat()
+    seen, inode = [status.st_size, status.st_mtime_ns, status.st_ctime_ns], f"{status.st_dev}-{status.st_ino}"
     if inode in _hashed and _hashed[inode][0] == seen:
         return _hashed[inode][1]
     kept = _cache_file(inode)
@@ -255,7 +255,7 @@ def content_sha256(path: Path) -> str:
         if record is not None and record["inode"] == inode and record["seen"] == seen:
             _hashed[inode] = (seen, str(record["sha256"]))
             return _hashed[inode][1]
-    young = time.time() - found.st_ctime < YOUNG_S
+    young = time.time() - status.st_ctime < YOUNG_S
     sha256 = file_sha256(path)
     if not young:
         _hashed[inode] = (seen, sha256)

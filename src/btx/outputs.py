@@ -113,14 +113,14 @@ class CheckpointState(TypedDict):
 
 def read_done(folder: Path) -> dict[str, Any] | None:
     """done.json of a stage's folder, None if it is not finished; raises as `btx.files.read_json`."""
-    found: dict[str, Any] | None = read_json(folder / DONE, Done)
-    return found
+    done: dict[str, Any] | None = read_json(folder / DONE, Done)
+    return done
 
 
 def read_started(folder: Path) -> dict[str, Any] | None:
     """started.json of a stage's folder, None if it was not begun; raises as `btx.files.read_json`."""
-    found: dict[str, Any] | None = read_json(folder / STARTED, EarlierStarted)
-    return read_json(folder / STARTED, Started) if found is not None and found.get("format") == FORMAT else found
+    begun: dict[str, Any] | None = read_json(folder / STARTED, EarlierStarted)
+    return read_json(folder / STARTED, Started) if begun is not None and begun.get("format") == FORMAT else begun
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:

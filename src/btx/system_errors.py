@@ -31,8 +31,8 @@ def error_number(error: BaseException) -> int | None:
     """The system's number of an error, also where a library written in Rust has put it into the text."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    matched = re.search(r"\(os error (\d+)\)", str(error))
+    return int(matched[1]) if matched else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -51,9 +51,9 @@ def blame(error: BaseException) -> None:
     """
     if isinstance(error, BtxError | BrokenPipeError):
         raise error
-    found = machine_failure(error)
-    if found is not None:
-        raise found from error
+    failure = machine_failure(error)
+    if failure is not None:
+        raise failure from error
 
 
 def machine_failure(error: BaseException) -> BtxError | None:
@@ -84,13 +84,13 @@ def told(error: BaseException) -> BtxError | None:
     """The message about any error that is no fault of the program; None for a fault, whose traceback is needed."""
     if isinstance(error, BtxError):
         return error
-    found = machine_failure(error)
-    if found is None and isinstance(error, OSError) and (file := _file(error)) is not None:
+    failure = machine_failure(error)
+    if failure is None and isinstance(error, OSError) and (file := _file(error)) is not None:
         what = "cannot be read" if os.path.lexists(file) and not os.access(file, os.R_OK) else "cannot be used"
         return DataError(f"{file}: {what} ({error.strerror or error})")
-    if found is None and isinstance(error, OSError):
+    if failure is None and isinstance(error, OSError):
         return SystemFailed(f"the system refused to read or write: {first_line(error)}")
-    return found
+    return failure
 
 
 def temporary_is_full(error: BaseException, target: Path | None = None) -> bool:
@@ -123,9 +123,9 @@ def _temporary() -> str:
 
 def _free(folder: Path) -> int:
     """Bytes free where a folder is or will be."""
-    found = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     try:
-        return shutil.disk_usage(found).free
+        return shutil.disk_usage(existing).free
     except OSError:
         return 0
 

@@ -78,19 +78,21 @@ def write_btm_folder(
     tokenizer = load_tokenizer(list(models.values())[-1])
     highest = max(int(rows.input_ids_BS.max(initial=0)) for rows in texts.values())
     pieces = {name: pieces_of(texts[name]) for name in models}
-    aside = {name: own[::ASIDE_EVERY][:MOST_ASIDE] if len(own) > 1 else [] for name, own in pieces.items()}
+    aside = {
+        name: of_member[::ASIDE_EVERY][:MOST_ASIDE] if len(of_member) > 1 else [] for name, of_member in pieces.items()
+    }
     kept = {
         name: [
             piece
-            for number, piece in enumerate(own)
+            for number, piece in enumerate(of_member)
             if number % ASIDE_EVERY or number >= ASIDE_EVERY * len(aside[name])
         ]
-        for name, own in pieces.items()
+        for name, of_member in pieces.items()
     }
     similarity = TextSimilarity.fit(kept, max(len(tokenizer), highest + 1), special=tokenizer.all_special_ids)
     if top_k > 1 and all(aside.values()):
-        rows = [pack([HeldOutDocument(piece, 1) for piece in own if len(piece) > 1], PIECE_TOKENS)
-                for own in aside.values()]  # fmt: skip
+        rows = [pack([HeldOutDocument(piece, 1) for piece in of_member if len(piece) > 1], PIECE_TOKENS)
+                for of_member in aside.values()]  # fmt: skip
         similarity = replace(
             similarity,
             temperature=best_temperature(

@@ -129,8 +129,8 @@ class BtmReader:
         """ln Σ_i w_i p_i: (B, V), float32."""
         if self._weights_BN is None or ids_BS.shape[1] - self._looked >= self._model.window:
             contexts = [ids_S[mask_S > 0].cpu().numpy() for ids_S, mask_S in zip(ids_BS, mask_BS, strict=True)]
-            found = self._model.similarity.weights(contexts, self._model.top_k)
-            self._weights_BN, self._looked = torch.from_numpy(found).float().to(ids_BS.device), ids_BS.shape[1]
+            weights_BN = self._model.similarity.weights(contexts, self._model.top_k)
+            self._weights_BN, self._looked = torch.from_numpy(weights_BN).float().to(ids_BS.device), ids_BS.shape[1]
         terms = [
             weights_B.log()[:, None] + reader.scores(ids_BS, mask_BS).float().log_softmax(dim=-1).to(ids_BS.device)
             for reader, weights_B in zip(self._readers, self._weights_BN.T, strict=True)
@@ -164,8 +164,8 @@ def weights_of(rows: Packed, similarity: TextSimilarity, top_k: int, window: int
             ends = [*(start + look for look in at[1:]), end]
             places += [(row, start + look, until) for look, until in zip(at, ends, strict=True)]
     weights_BSN = torch.zeros(*rows.input_ids_BS.shape, len(similarity.names))
-    found = torch.from_numpy(similarity.weights(contexts, top_k)).float()
-    for (row, start, end), weights_N in zip(places, found, strict=True):
+    weights_PN = torch.from_numpy(similarity.weights(contexts, top_k)).float()
+    for (row, start, end), weights_N in zip(places, weights_PN, strict=True):
         weights_BSN[row, start:end] = weights_N
     return weights_BSN
 

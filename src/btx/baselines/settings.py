@@ -41,15 +41,15 @@ def phases_of(recipe: Recipe, name: str) -> list[Phase]:
     kind = BASELINES[name]
     if not kind.trains:
         return []
-    own = recipe.baseline_training.get(name)
-    given = own.settings if own else {}
+    named = recipe.baseline_training.get(name)
+    changes = named.settings if named else {}
     stages = stage_names(name)
-    last = Phase(stages[-1], "mixture", _last_phase(recipe, name).model_copy(update=given))
+    last = Phase(stages[-1], "mixture", _last_phase(recipe, name).model_copy(update=changes))
     if not kind.two_phases:
         return [last]
-    if own and own.domains_learning_rate is not None:
-        given = given | {"learning_rate": own.domains_learning_rate}
-    return [Phase(stages[0], "domains", _first_phase(recipe, name).model_copy(update=given)), last]
+    if named and named.domains_learning_rate is not None:
+        changes = changes | {"learning_rate": named.domains_learning_rate}
+    return [Phase(stages[0], "domains", _first_phase(recipe, name).model_copy(update=changes)), last]
 
 
 def routing_of(recipe: Recipe, name: str) -> RoutingRule:
@@ -60,8 +60,8 @@ def routing_of(recipe: Recipe, name: str) -> RoutingRule:
 
 def matched_by(recipe: Recipe, name: str) -> MatchedBy:
     """What decides a baseline's tokens; `recipe`: `baseline_training` names them."""
-    own = recipe.baseline_training.get(name)
-    return "recipe" if own and own.tokens is not None else BASELINES[name].matched_by
+    named = recipe.baseline_training.get(name)
+    return "recipe" if named and named.tokens is not None else BASELINES[name].matched_by
 
 
 def matching_inputs(recipe: Recipe, name: str) -> dict[str, Any]:

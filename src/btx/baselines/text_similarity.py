@@ -71,7 +71,9 @@ class TextSimilarity:
         tf_idf = TfidfTransformer(sublinear_tf=True)
         tf_idf.fit(_stacked(list(counts.values())))
         tf_idf.idf_ = _without(tf_idf.idf_, special)
-        means_NV = np.stack([np.asarray(tf_idf.transform(found).mean(axis=0))[0] for found in counts.values()])
+        means_NV = np.stack(
+            [np.asarray(tf_idf.transform(counts_of_domain).mean(axis=0))[0] for counts_of_domain in counts.values()]
+        )
         lengths_N1 = np.linalg.norm(means_NV, axis=1, keepdims=True)
         means_NV = (means_NV / np.maximum(lengths_N1, np.finfo(np.float32).tiny)).astype(np.float32)
         return cls(tuple(pieces), tf_idf.idf_.astype(np.float32), means_NV, TEMPERATURE)

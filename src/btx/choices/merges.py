@@ -67,20 +67,22 @@ class MergeSettings:
         method = MERGE_METHODS.get(self.method)
         if method is None:
             return [f"merge {self.method!r}: no such method; there are: {', '.join(MERGE_METHODS)}"]
-        found = [
+        problems = [
             f"merge {self.method} takes no {name}; it takes: {', '.join(method.parameters) or 'nothing'}"
             for name in ("weights", "t", "density", "scale")
             if getattr(self, name) is not None and name not in method.parameters
         ]
         if self.method == "slerp" and len(members) != 2:
-            found.append(f"merge slerp takes exactly two models, the generalist counted; given: {', '.join(members)}")
+            problems.append(
+                f"merge slerp takes exactly two models, the generalist counted; given: {', '.join(members)}"
+            )
         if self.method == "weighted":
-            found += _weight_problems(self.weights or {}, members)
+            problems += _weight_problems(self.weights or {}, members)
         if self.t is not None and not 0 <= self.t <= 1:
-            found.append(f"merge slerp: t is {self.t}; allowed: 0 to 1")
+            problems.append(f"merge slerp: t is {self.t}; allowed: 0 to 1")
         if self.density is not None and not 0 < self.density <= 1:
-            found.append(f"merge {self.method}: density is {self.density}; allowed: above 0, at most 1")
-        return found
+            problems.append(f"merge {self.method}: density is {self.density}; allowed: above 0, at most 1")
+        return problems
 
     def as_json(self) -> dict[str, object]:
         """The method and the parameters it uses, defaults filled in."""
@@ -95,11 +97,11 @@ class MergeSettings:
 def _weight_problems(weights: Mapping[str, float], members: Sequence[str]) -> list[str]:
     missing = [name for name in members if name not in weights]
     unknown = [name for name in weights if name not in members]
-    found = []
+    problems = []
     if missing:
-        found.append(f"merge weighted needs a weight for every expert; none for {', '.join(missing)}")
+        problems.append(f"merge weighted needs a weight for every expert; none for {', '.join(missing)}")
     if unknown:
-        found.append(f"merge weighted: there is no expert {', '.join(unknown)}; there are: {', '.join(members)}")
+        problems.append(f"merge weighted: there is no expert {', '.join(unknown)}; there are: {', '.join(members)}")
     if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
-        found.append("merge weighted: weights must not be negative, and one has to be above 0")
-    return found
+        problems.append("merge weighted: weights must not be negative, and one has to be above 0")
+    return problems

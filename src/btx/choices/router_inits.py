@@ -66,15 +66,15 @@ class RouterInit:
         """Why these settings are impossible; empty if they are not."""
         if self.method not in ROUTER_INITS:
             return [f"router_init {self.method!r}: no such method; there are: {', '.join(ROUTER_INITS)}"]
-        found = []
+        problems = []
         if self.scale is not None and "scale" not in ROUTER_INITS[self.method].parameters:
             scaled = [name for name, method in ROUTER_INITS.items() if "scale" in method.parameters]
-            found.append(f"router_init {self.method} takes no scale; {' and '.join(scaled)} do")
+            problems.append(f"router_init {self.method} takes no scale; {' and '.join(scaled)} do")
         if self.ridge <= 0:
-            found.append(f"router_init ridge: λ is {self.ridge}; it has to be above 0")
+            problems.append(f"router_init ridge: λ is {self.ridge}; it has to be above 0")
         if self.tokens < 2:
-            found.append(f"router_init {self.method}: {self.tokens} tokens of text; it takes at least 2")
-        return found
+            problems.append(f"router_init {self.method}: {self.tokens} tokens of text; it takes at least 2")
+        return problems
 
     def as_json(self) -> dict[str, object]:
         """The method and the parameters it uses, defaults filled in."""

@@ -131,10 +131,10 @@ class RoutingRule:
         defaults = asdict(cls())
         if not isinstance(value, dict) or not value.keys() <= defaults.keys():
             raise CheckpointError(f"{where}: router: expected some of {', '.join(defaults)}; found {value!r}")
-        for key, given in value.items():
+        for key, setting in value.items():
             wanted = type(defaults[key])
-            if type(given) is not wanted and not (wanted is float and type(given) is int):
-                raise CheckpointError(f"{where}: router.{key}: expected {wanted.__name__}, found {given!r}")
+            if type(setting) is not wanted and not (wanted is float and type(setting) is int):
+                raise CheckpointError(f"{where}: router.{key}: expected {wanted.__name__}, found {setting!r}")
         kind = value.get("kind", "top_k")
         if kind not in ROUTERS:
             raise CheckpointError(f"{where}: router.kind: expected one of {', '.join(ROUTERS)}; found {kind!r}")

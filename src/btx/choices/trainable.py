@@ -20,11 +20,14 @@ MOE_TRAINABLE: dict[str, set[str]] = {
 ALIGN_TRAINABLE = (*MOE_TRAINABLE, "lora")
 """`trainable` in the sections of `align`; lora are adapters on the experts and on the attention."""
 
+ONE_PROCESS = "lora is trained by one process, for peft's adapters on experts cannot be sharded"
+"""Of the sections of `align`."""
+
 
 def without_peft(where: str) -> str:
     """What to say of `trainable: lora` in a section of the recipe where peft is not installed."""
-    extra, otherwise = ("lora", "feed_forward") if where == "train" else ("align", "all")
+    otherwise = "feed_forward" if where == "train" else "all"
     return (
         f"{where}.trainable: lora trains adapters with peft, which is not installed: pip install "
-        f'"branchtrainmix[{extra}]"; or train the weights themselves: {where}.trainable={otherwise}'
+        f'"branchtrainmix[lora]"; or train the weights themselves: {where}.trainable={otherwise}'
     )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+from btx.cli.terminal import remark
 from btx.errors import CheckpointError, UserError
 from btx.serving.completing import ShownToken
 from btx.serving.expert_choice import ExpertChoice
@@ -52,7 +53,7 @@ def chat(
     check_sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
     check_completion(model_path, prompt)
     console = console or Console(highlight=False)
-    speaker = Speaker(model_path, _say)
+    speaker = Speaker(model_path, remark)
     if show_experts and not speaker.expert_names:
         raise CheckpointError(f"{model_path}: a dense model has no experts to show; leave out --show-experts")
     experts.allowed(speaker.expert_names)  # refused before the first line is typed
@@ -65,7 +66,7 @@ def chat(
         try:
             talk.answer(line)
         except UserError as error:
-            _say(f"error: {error}")  # the next line may be better
+            remark(f"error: {error}")  # the next line may be better
         except KeyboardInterrupt:
             console.print()
 
@@ -119,11 +120,6 @@ class _Talk:
             for a, b in combinations(range(len(names)), 2)
         )
         self.console.print(legend, end="\n\n")
-
-
-def _say(line: str) -> None:
-    """A remark that is no part of the answer."""
-    print(line, file=sys.stderr)
 
 
 def _print(console: Console, text: str, style: str) -> None:

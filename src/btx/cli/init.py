@@ -104,16 +104,16 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
     from btx.recipe.loading import inline_yaml
 
     named_texts = {**texts, **({} if general is None else {"general": general})}
-    found = {name: _look(path) for name, path in named_texts.items()}
-    missing = [f"{name}: {looked['problem']}" for name, looked in found.items() if "problem" in looked]
+    looks = {name: _look(path) for name, path in named_texts.items()}
+    missing = [f"{name}: {looked['problem']}" for name, looked in looks.items() if "problem" in looked]
     if "/" not in model and not Path(model).expanduser().is_dir():
         model = f"./{model}"
     if not Path(model).expanduser().is_dir() and model.startswith((".", "/", "~")):
         missing.append(f"seed_model.path: {model}: there is no such folder yet")
-    lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in found.items()]
-    if "general" not in found:
+    lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
+    if "general" not in looks:
         lines.append(f"    general: {inline_yaml([{'domain': name} for name in texts])}  # better: text of its own")
-    sizes = [looked["bytes"] for name, looked in found.items() if name in texts and "bytes" in looked]
+    sizes = [looked["bytes"] for name, looked in looks.items() if name in texts and "bytes" in looked]
     tokens, why = DEFAULT_TOKENS, "more is better, up to a few times the text there is"
     if sizes:
         tokens = min(MOST_TOKENS, max(LEAST_TOKENS, int(float(f"{max(sizes) / BYTES_A_TOKEN:.1g}"))))

@@ -10,10 +10,10 @@ import typer
 from btx.cli import completing_names
 from btx.cli.mix import named
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
+from btx.cli.run_folders import RunArgument, is_run, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json
 from btx.errors import UserError
-from btx.evaluation.analysis_request import EXAMPLES, TOKENS, check_analysis, check_run_alone, read_texts
+from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_analysis, check_run_alone, read_texts
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 
@@ -48,10 +48,10 @@ def evaluate(
         if models or forget:
             raise UserError("btx evaluate: --model and --forget go with a run's own text and tasks, not with --task")
         request = TaskRequest(task, task, file, shots_file, shots, limit)
-        found = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
-                              log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+        results = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
+                                log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
         if as_json:
-            show_json(found)
+            show_json(results)
         return
     if any((file, shots_file, shots is not None, limit, allow_code_execution)):
         raise UserError("btx evaluate: --file, --shots, --limit and the like go with --task NAME")
@@ -88,6 +88,8 @@ def analyze(
     text: Annotated[list[str] | None, typer.Option(
         "--text", metavar="NAME=FILE", help="Text of a domain (.jsonl, .txt, .parquet, folder); several may follow.",
     )] = None,
+    text_key: Annotated[str, typer.Option(
+        metavar="KEY", help="Key of the text on the lines of .jsonl files; column of .parquet files.")] = TEXT_KEY,
     output: Annotated[Path | None, typer.Option(
         "-o", "--output", help="Folder to write; default: MODEL-analysis here.", show_default=False)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = TOKENS,
@@ -98,20 +100,22 @@ def analyze(
 ) -> None:  # fmt: skip
     """Find out which expert each token uses: of a run's model, or of any MoE model on texts of yours."""
     place, texts = _place_and_pairs("analyze", model_and_texts, text or [], "--text", "FILE")
-    if (Path(place) / "recipe.yaml").is_file():
-        check_run_alone(Path(place), texts, output, without, tokens != TOKENS, examples != EXAMPLES)
+    if is_run(Path(place)):
+        check_run_alone(
+            Path(place), texts, text_key != TEXT_KEY, output, without, tokens != TOKENS, examples != EXAMPLES
+        )
         work_on(Path(place), ["analyze"], quiet=as_json)
         if as_json:
             show_json(read_output(Path(place) / "analyze" / "routing.json"))
         return
     model, output = folder_or_name(place), output or default_output(place)
     check_analysis(model, texts, output)
-    documents = read_texts(texts, tokens)
+    documents = read_texts(texts, tokens, text_key)
     from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
 
-    found = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
-                          log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
-    show_json(found) if as_json else typer.echo(f"report: {output / 'index.html'}")
+    routing = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
+                            log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+    show_json(routing) if as_json else typer.echo(f"report: {output / 'index.html'}")
 
 
 def default_output(model: str) -> Path:
@@ -162,15 +166,15 @@ def compare(
     from btx.evaluation.compare import compare_models
 
     others = None if other_run is None else open_run(other_run).path
-    found = compare_models(
+    comparison = compare_models(
         open_run(run_folder).path, model_a, model_b, other_run=others, resamples=resamples, rng_seed=rng_seed
     )
     if as_json:
-        show_json(found)
+        show_json(comparison)
     else:
         from btx.cli.tables import comparison_table
 
-        show(comparison_table(found))
+        show(comparison_table(comparison))
 
 
 def report(

@@ -33,6 +33,13 @@ RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
 RouterTokens = Annotated[int, typer.Option(help="hidden_mean, ridge: tokens of each text, at most.")]
+MergeMethod = Annotated[str, typer.Option(
+    help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)]  # fmt: skip
+MergeWeights = Annotated[str | None, typer.Option(help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")]
+SlerpT = Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")]
+MergeDensity = Annotated[float | None, typer.Option(
+    help="ties, dare: share of task vectors kept; default 0.2, 0.5.")]  # fmt: skip
+MergeScale = Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")]
 MaxShardSize = Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")]
 RngSeed = Annotated[int, typer.Option(help="Random number seed of routers and of merge methods that draw.")]
 
@@ -49,14 +56,11 @@ def mix(
     output: Output = None,
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
-    merge: Annotated[str, typer.Option(
-        help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)] = "mean",
-    merge_weights: Annotated[str | None, typer.Option(
-        help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")] = None,
-    slerp_t: Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")] = None,
-    merge_density: Annotated[float | None, typer.Option(
-        help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
-    merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
+    merge: MergeMethod = "mean",
+    merge_weights: MergeWeights = None,
+    slerp_t: SlerpT = None,
+    merge_density: MergeDensity = None,
+    merge_scale: MergeScale = None,
     router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
@@ -73,36 +77,32 @@ def mix(
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:  # fmt: skip
     """Mix expert models into one MoE model: of a run, or any folders."""
-    given = _given(context)
+    named_options = _given(context)
     if run_folder is not None:
-        if options := given - {"run_folder"}:
+        if options := named_options - {"run_folder"}:
             raise UserError(f"{_as_written(options)}: a run is mixed as its recipe says, under `mix:`; set it there")
         _mix_run(run_folder)
         return
     if seed_model is None or output is None or bool(expert) == (copies is not None):
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
                         "for every expert or --copies N")  # fmt: skip
-    if copies is not None and generalist and "generalist" in given:
+    if copies is not None and generalist and "generalist" in named_options:
         raise UserError("--copies and --generalist exclude each other: all experts are copies of the seed model then")
     _refuse_existing(output)
-    _refuse_missing(seed_model, experts=named(expert or (), "--expert", "FOLDER").values())
+    folders = named(expert or (), "--expert", "FOLDER")
+    _refuse_missing(seed_model, experts=folders.values())
     from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
     from btx.mixing.settings import MixSettings
 
-    folders = named(expert or (), "--expert", "FOLDER")
     if copies is not None:
         generalist, folders = False, {f"copy{number}": seed_model for number in range(copies)}
+    weights = _weights(merge_weights)
+    merging = MergeSettings(merge, weights=weights, t=slerp_t, density=merge_density, scale=merge_scale)
+    start = RouterInit(router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens)
     settings = MixSettings(
-        generalist=generalist, top_k=top_k,
-        merge=MergeSettings(
-            merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale
-        ),
-        router_init=RouterInit(
-            router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
-        ),
-        split=split, split_rescale=split_rescale, blend=blend, rng_seed=rng_seed, dtype=dtype,
-        tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
+        generalist=generalist, top_k=top_k, merge=merging, router_init=start, split=split, split_rescale=split_rescale,
+        blend=blend, rng_seed=rng_seed, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
     )  # fmt: skip
     with ending_at_once(f"stopped; nothing was written to {output}"):
         record = mix_models(
@@ -178,28 +178,28 @@ def named(pairs: list[str] | tuple[str, ...], option: str, kind: str) -> dict[st
     Raises:
         UserError: one that is none, or a name given twice.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals or not name or not path:
             raise UserError(f"{option} {pair!r}: write NAME={kind}, for example math=./math")
-        if name in found:
+        if name in paths:
             raise UserError(f"{option} {name}: named twice")
-        found[name] = Path(path) if kind == "FILE" else local_model(Path(path))
-    return found
+        paths[name] = Path(path) if kind == "FILE" else local_model(Path(path))
+    return paths
 
 
 def _weights(text: str | None) -> dict[str, float] | None:
     if text is None:
         return None
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         try:
-            found[name.strip()] = float(value)
+            weights[name.strip()] = float(value)
         except ValueError:
             raise UserError(f"--merge-weights {part!r}: write NAME=NUMBER,NAME=NUMBER, ...") from None
-    return found
+    return weights
 
 
 def _refuse_existing(output: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import open_run
-from btx.cli.serve import last_model
-from btx.cli.terminal import show_json
+from btx.cli.run_folders import is_run, open_run
+from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
 from btx.model_files.hub import shown_name
 from btx.process import ending_at_once
@@ -116,9 +115,12 @@ def push(
     from btx.publishing.push import upload_of
 
     folder, _ = _chosen(model)
-    is_run = (model / "recipe.yaml").is_file()
-    origin = origin_of_run(open_run(model)) if is_run else origin_of_folder(folder)
-    upload = upload_of(folder, origin, name, model / "report" if is_run else None)
+    run = open_run(model) if is_run(model) else None
+    origin = origin_of_folder(folder) if run is None else origin_of_run(run)
+    if run is not None and not origin.results:
+        remark(f"warning: evaluate is {run.state(run.graph['evaluate'])}: the card has no results; `btx run {model}` "
+               f"goes on")  # fmt: skip
+    upload = upload_of(folder, origin, name, model / "report" if origin.results else None)
     sizes = upload.sizes()
     say = _silent if as_json else typer.echo
     told: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
@@ -136,16 +138,13 @@ def push(
 
 
 def _chosen(model: Path) -> tuple[Path, str]:
-    """The folder of a run's last model, or the model folder itself; and what to call it.
+    """The folder of a run's model, or the model folder itself; and what to call it.
 
     Raises:
-        UserError: the run has no finished model.
+        UserError: the run has no finished model, or a stale one.
     """
-    if not (model / "recipe.yaml").is_file():
+    from btx.run_folder.finished_models import last_model
+
+    if not is_run(model):
         return model, shown_name(model)
-    folder = last_model(model)
-    if not folder.is_dir():
-        folder = model / "mix" / "model"
-    if not folder.is_dir():
-        raise UserError(f"{model}: no mixed model of this run is finished yet; `btx run {model}` goes on")
-    return folder, model.resolve().name
+    return last_model(open_run(model), remark, refuse_stale=True).folder, model.resolve().name

@@ -34,6 +34,11 @@ def work_on(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None
         raise StageFailed(f"process {rank()} has lost another one of the {world_size()} that train a model") from None
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's and no model's."""
+    return (path / "recipe.yaml").is_file()
+
+
 def open_run(path: Path) -> RunFolder:
     """The run in a folder; raises RunFolderError if there is none."""
     from btx.run_folder.folder import RunFolder

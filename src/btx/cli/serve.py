@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from btx.cli.terminal import show_json
+from btx.cli.run_folders import is_run, open_run
+from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
 
 Only = Annotated[list[str] | None, typer.Option("--only", help="Use this expert alone; repeat for several.")]
@@ -27,13 +28,14 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Talk to a run's model, or any model folder."""
+    from btx.run_folder.finished_models import last_model
     from btx.serving.expert_choice import ExpertChoice
     from btx.serving.refusals import check_completion, check_sampling
 
-    path = last_model(model) if (model / "recipe.yaml").is_file() else model
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
     check_sampling(temperature, top_p, max_new_tokens)
+    path = last_model(open_run(model), remark).folder if is_run(model) else model
     check_completion(path, prompt)
     from btx.cli.chat import chat as start_chat
     from btx.serving.speaker import Sampling, completion
@@ -59,12 +61,6 @@ def serve(
     start_server(paths, host=host, port=port, log=typer.echo)
 
 
-def last_model(run: Path) -> Path:
-    """The model that a run has made of its experts: the aligned one if there is one, else the finetuned one."""
-    made = [run / stage for stage in ("align/dpo", "align/sft") if (run / stage / "done.json").is_file()]
-    return (made[0] if made else run / "finetune") / "model"
-
-
 def _served(model: Path) -> dict[str, Path]:
     """Name → model folder: of a run all that are finished, the one trained last first.
 
@@ -72,19 +68,17 @@ def _served(model: Path) -> dict[str, Path]:
         UserError: it is neither a run nor a model, or nothing of the run is finished.
     """
     from btx.model_files.hub import shown_name
+    from btx.run_folder.finished_models import finished_models, tell_stale
     from btx.serving.refusals import check_completion
 
-    if not (model / "recipe.yaml").is_file():
+    if not is_run(model):
         check_completion(model)
         return {shown_name(model): model}
-    from btx.planning.models import model_stages
-    from btx.run_folder.folder import RunFolder
-
-    run = RunFolder.open(model)
-    stages = list(reversed(model_stages(run.recipe).items()))
-    finished = {name: run.model(stage) for name, stage in stages if run.done(stage) and run.model(stage).exists()}
-    if not finished:
+    run = open_run(model)
+    models = finished_models(run)
+    if not models:
         raise UserError(f"{model}: no model of this run is finished yet; `btx run {model}` goes on")
-    for path in finished.values():
-        check_completion(path)
-    return finished
+    tell_stale(run, models, remark)
+    for each in models:
+        check_completion(each.folder)
+    return {each.name: each.folder for each in reversed(models)}

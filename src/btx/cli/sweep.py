@@ -85,10 +85,10 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
         for run in variant["runs"]:
             path = Path(run["folder"])
             opened = RunFolder.open(path) if (path / "recipe.yaml").is_file() else None
-            found = [asdict(stage_status(opened, stage)) for stage in opened.graph] if opened else []
+            of_run = [asdict(stage_status(opened, stage)) for stage in opened.graph] if opened else []
             if opened:
-                add_standings(opened, found)
-            stages = {row["stage"]: row["state"] for row in found}
+                add_standings(opened, of_run)
+            stages = {row["stage"]: row["state"] for row in of_run}
             rows.append({"variant": label, "rng_seed": run["rng_seed"], "folder": run["folder"], "stages": stages})
     return rows
 

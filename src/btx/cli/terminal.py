@@ -60,6 +60,11 @@ def end(exit_code: int, message: str = "", *, try_output: bool = False) -> NoRet
     sys.exit(exit_code)
 
 
+def remark(line: str) -> None:
+    """Print a line that is no part of what was asked for: to standard error."""
+    typer.echo(line, err=True)
+
+
 def show(*renderables: Any) -> None:
     """Print tables and lines; what stands in them is shown as it is, brackets and colons too."""
     from rich.console import Console

@@ -99,11 +99,11 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _marked(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], list[bool]]:
     """Tokens, and the answers that the template marks; those before `learnt_from` are left out by comparing."""
-    found = cast(Any, tokenizer.apply_chat_template(
+    encoded = cast(Any, tokenizer.apply_chat_template(
         [dict(message) for message in conversation.messages], tokenize=True, return_dict=True,
         return_assistant_tokens_mask=True,
     ))  # fmt: skip
-    ids, mask = found["input_ids"], found["assistant_masks"]
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     turns = [message["role"] == "assistant" for message in conversation.messages]
     starts = [i for i in range(len(mask)) if mask[i] and not (i and mask[i - 1])]
     if not starts:
@@ -155,7 +155,7 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:  # fmt: skip
     """Token ids of a text, and whether each reaches into one of the spans of characters."""
-    found = cast(Any, tokenizer(text, add_special_tokens=False, return_offsets_mapping=True))
+    encoded = cast(Any, tokenizer(text, add_special_tokens=False, return_offsets_mapping=True))
     is_answer = [any(begin < end and first < end and begin < last for first, last in spans)
-                 for begin, end in found["offset_mapping"]]  # fmt: skip
-    return list(found["input_ids"]), is_answer
+                 for begin, end in encoded["offset_mapping"]]  # fmt: skip
+    return list(encoded["input_ids"]), is_answer

@@ -29,6 +29,7 @@ ABOUT = ("readme", "license", "licence")
 """What files about the others are called: in a folder they are no documents."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 ROWS = 1024
+NAME_IT = "Name the right one with `text:` in the source, or --text-key of btx analyze"
 
 
 def located(path: str, root: str | None) -> Path:
@@ -56,9 +57,9 @@ def find_files(path: str, root: str | None) -> list[Path]:
         raise DataError(f"{full}: {hint}; relative paths start from {'data.root' if root else 'the working directory'}")
     readable, others = named
     if not readable:
-        found = ", ".join(file.name for file in others[:10]) or "nothing"
+        not_read = ", ".join(file.name for file in others[:10]) or "nothing"
         more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {found}{more}")
+        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {not_read}{more}")
     return readable
 
 
@@ -179,14 +180,14 @@ def _files_in(path: Path) -> list[Path]:
     """The file itself, or all files below a folder, behind links too, except hidden ones."""
     if path.is_file():
         return [path]
-    found, been = list[Path](), set[str]()
+    listed, been = list[Path](), set[str]()
     for folder, below, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         below[:] = [] if real in been else sorted(name for name in below if not name.startswith("."))
         files = [] if real in been else [Path(folder) / name for name in names if not name.startswith(".")]
-        found += [file for file in files if file.is_file()]
+        listed += [file for file in files if file.is_file()]
         been.add(real)  # a link may lead back up
-    return found
+    return listed
 
 
 def _is_about(file: Path) -> bool:
@@ -231,7 +232,7 @@ def _text(value: Any, key: str, where: str) -> str:
         raise DataError(f"{where}: a {type(value).__name__}, not a JSON object like {{{json.dumps(key)}: ...}}")
     if key not in value:
         keys = ", ".join(map(repr, value)) or "none"
-        raise DataError(f"{where}: no key {key!r}; keys there: {keys}. Name the right one with `text:` in the source")
+        raise DataError(f"{where}: no key {key!r}; keys there: {keys}. {NAME_IT}")
     text = value[key]
     if not isinstance(text, str):
         raise DataError(f"{where}: {key!r} is {_kind(text)}, not a string")
@@ -254,8 +255,7 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
             columns = opened.schema_arrow.names
             if column not in columns:
                 names = ", ".join(map(repr, columns)) or "none"
-                raise DataError(f"{file}: no column {column!r}; columns there: {names}. "
-                                f"Name the right one with `text:` in the source")  # fmt: skip
+                raise DataError(f"{file}: no column {column!r}; columns there: {names}. {NAME_IT}")  # fmt: skip
             row = 0
             for batch in opened.iter_batches(batch_size=ROWS, columns=[column]):
                 for value in batch.column(0).to_pylist():

@@ -187,12 +187,12 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free positions, row), ascending
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        found = bisect.bisect_left(room, (lengths[i], -1))
-        if found == len(room):
+        place = bisect.bisect_left(room, (lengths[i], -1))
+        if place == len(room):
             free, row = capacity, len(rows)
             rows.append([])
         else:
-            free, row = room.pop(found)
+            free, row = room.pop(place)
         rows[row].append(i)
         bisect.insort(room, (free - lengths[i], row))
     return rows

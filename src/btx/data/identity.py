@@ -97,13 +97,15 @@ def _refuse_other_paths(data: Data, domain: str, known: set[str], recorded: Mapp
     Raises:
         DataError: names the path.
     """
-    own = own_sources(data, domain)
-    named = [path for _, source in own for path in (source.path, data.domains[domain].held_out) if path is not None]
+    numbered = own_sources(data, domain)
+    named = [
+        path for _, source in numbered for path in (source.path, data.domains[domain].held_out) if path is not None
+    ]
     for path in named:
         if not has_magic(path) and PurePath(path).name not in known:
             raise DataError(f"domain {domain!r}: {located(path, data.root)}: no such file or folder, and not what the "
                             f"domain was prepared from")  # fmt: skip
-    if {str(number) for number, _ in own} != recorded.keys():
+    if {str(number) for number, _ in numbered} != recorded.keys():
         raise DataError(
             f"domain {domain!r}: its sources are not those it was prepared from, and files of it are missing"
         )

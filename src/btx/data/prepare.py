@@ -81,19 +81,19 @@ def prepare_domain(
         DataError: data that are missing, empty or broken.
     """
     encoder = DocumentEncoder(tokenizer)
-    own, identity = own_sources(recipe.data, domain), domain_identity(recipe.data, domain, recipe.rng_seed)
-    if recipe.data.domains[domain].held_out is not None and not own:
+    numbered, identity = own_sources(recipe.data, domain), domain_identity(recipe.data, domain, recipe.rng_seed)
+    if recipe.data.domains[domain].held_out is not None and not numbered:
         raise DataError(f"domain {domain!r}: `held_out` needs a source of the domain's own beside it; "
                         f"documents taken from other domains are held out there")  # fmt: skip
-    not_read = {f"{domain}/{number}": names for number, source in own
+    not_read = {f"{domain}/{number}": names for number, source in numbered
                 if source.path and (names := [file.name for file in files_not_read(source.path, recipe.data.root)])
                 }  # fmt: skip
     for component, names in not_read.items():
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         log(f"{component}: files that are not read: {', '.join(names[:10])}{more}")
-    for number, _ in own:
+    for number, _ in numbered:
         _prepare_source(recipe, domain, number, identity[str(number)], encoder, folder, log)
-    folders = [folder / str(number) for number, _ in own]
+    folders = [folder / str(number) for number, _ in numbered]
     _keep_apart(domain, folders, elsewhere, log)
     train, val = ([TokenFile.open(folder / split) for folder in folders] for split in ("train", "val"))
     return {
@@ -103,7 +103,7 @@ def prepare_domain(
         "bytes": sum(file.bytes for file in [*train, *val]),
         "skipped": {
             f"{domain}/{number}": file.index["skipped"]
-            for (number, _), file in zip(own, train, strict=True)
+            for (number, _), file in zip(numbered, train, strict=True)
             if "skipped" in file.index
         },
         "not_read": not_read,
@@ -153,9 +153,11 @@ def _keep_apart(domain: str, folders: list[Path], elsewhere: Elsewhere, log: Log
             if count := take_out(folder / "val", digests, because=other):
                 log(f"{domain}/{folder.name}: {count:,} held-out documents were taken out: this run's models have read "
                     f"them in {other}")  # fmt: skip
-    own = np.concatenate([np.empty(0, np.uint64), *[TokenFile.open(folder / "val").digests for folder in folders]])
+    digests_here = np.concatenate(
+        [np.empty(0, np.uint64), *[TokenFile.open(folder / "val").digests for folder in folders]]
+    )
     for folder in folders:
-        for other, digests in ({domain: own} | dict(elsewhere.held_out)).items():
+        for other, digests in ({domain: digests_here} | dict(elsewhere.held_out)).items():
             if count := take_out(folder / "train", digests, because=other):
                 log(f"{domain}/{folder.name}: {count:,} training documents were taken out: {other} holds them out")
 

@@ -199,7 +199,7 @@ def digest_of(text: str) -> int:
         return int.from_bytes(_digest(" ".join(text.split())), "little")
     hashed, between, start = blake2b(digest_size=8), "", 0
     while start < len(text):  # in parts that end before white space: a list of all words takes ten times the text
-        end = found.start() if (found := WHITE_SPACE.search(text, start + LONG_TEXT)) else len(text)
+        end = space.start() if (space := WHITE_SPACE.search(text, start + LONG_TEXT)) else len(text)
         if words := text[start:end].split():
             hashed.update((between + " ".join(words)).encode())
             between = " "

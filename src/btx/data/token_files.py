@@ -117,8 +117,8 @@ class DocumentEncoder:
         return None
 
     def _ids(self, text: str) -> list[int]:
-        found: list[int] = self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return found
+        ids: list[int] = self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
 
     def _word_starts(self, text: str) -> Iterator[int]:
         """The characters at which words start, but for the first."""

@@ -32,10 +32,10 @@ def read_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
     results = []
     for run in runs:
         path = run / "evaluate" / "results.json"
-        found = read_output(path, Results)
-        if found is None:
+        read = read_output(path, Results)
+        if read is None:
             raise RunFolderError(f"{path}: no results; finish the run, or `btx evaluate {run}`")
-        results.append(found)
+        results.append(read)
     return results
 
 
@@ -104,6 +104,6 @@ def _difference(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[
 
 def _minus(left: Any, right: Any) -> Any:
     if isinstance(left, Mapping) and isinstance(right, Mapping):
-        found = {key: _minus(left[key], right[key]) for key in left if key in right and key not in NOT_COMPARED}
-        return {key: value for key, value in found.items() if value not in (None, {})}
+        differences = {key: _minus(left[key], right[key]) for key in left if key in right and key not in NOT_COMPARED}
+        return {key: value for key, value in differences.items() if value not in (None, {})}
     return left - right if is_number(left) and is_number(right) else None

@@ -17,7 +17,7 @@ from btx.recipe.data import Source
 BYTES_A_TOKEN = 16
 """Bytes of text that are read for each token wanted: enough for any tokenizer."""
 NUMBER_OF_EXPERTS = re.compile(r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts")
-TOKENS, EXAMPLES = 50_000, 3
+TOKENS, EXAMPLES, TEXT_KEY = 50_000, 3, "text"
 """Of each text, where nothing else is asked for."""
 MARK = "routing.json"
 """A folder with this file is an analysis, and may be written anew."""
@@ -52,7 +52,7 @@ def check_run_alone(run: Path, *given: object) -> None:
     """
     if any(given):
         raise UserError(f"{run} is a run, which is analysed on its own held-out text, as its recipe says (`analyze`): "
-                        f"text, output, tokens, examples and experts to leave out go with a model, for example "
+                        f"text and its key, output, tokens, examples and dropped experts go with a model, for example "
                         f"{run / 'finetune' / 'model'}")  # fmt: skip
 
 
@@ -71,21 +71,22 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def read_texts(texts: Mapping[str, Path], tokens: int) -> dict[str, list[str]]:
+def read_texts(texts: Mapping[str, Path], tokens: int, text_key: str = TEXT_KEY) -> dict[str, list[str]]:
     """The first documents of each domain's files, enough for so many tokens.
 
     Args:
         texts: domain → file, folder or glob in the formats that recipes read (`btx.data.document_files`).
+        text_key: key of the text on the lines of a .jsonl file, or column of a .parquet file.
 
     Raises:
         DataError: no such file, broken, or empty; names the domain.
     """
-    found: dict[str, list[str]] = {}
+    documents_of: dict[str, list[str]] = {}
     for domain, path in texts.items():
         documents: list[str] = []
         size = 0
         try:
-            for text in read(find_files(str(path), None), Source(path=str(path))):
+            for text in read(find_files(str(path), None), Source(path=str(path), text=text_key)):
                 if text.strip():
                     documents.append(text[: BYTES_A_TOKEN * tokens])
                     size += len(documents[-1].encode())
@@ -95,8 +96,8 @@ def read_texts(texts: Mapping[str, Path], tokens: int) -> dict[str, list[str]]:
             raise DataError(f"--text {domain}: {error}") from error
         if not documents:
             raise DataError(f"--text {domain}: {path}: there is no text in it")
-        found[domain] = documents
-    return found
+        documents_of[domain] = documents
+    return documents_of
 
 
 def dropped_experts(without: Sequence[str], names: Sequence[str]) -> list[int] | None:

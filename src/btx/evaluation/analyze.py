@@ -237,8 +237,8 @@ def analyze(
     model, tokenizer = load_placed(model_path, measuring_place(recipe, log)), load_tokenizer(model_path)
     experts, domains = recipe.expert_names, list(recipe.data.domains)
     if (there := num_experts(model)) != len(experts):
-        found = f"{there} experts" if there else "no MoE layer"
-        raise CheckpointError(f"{model_path}: this model has {found}; the recipe's are {', '.join(experts)}")
+        has = f"{there} experts" if there else "no MoE layer"
+        raise CheckpointError(f"{model_path}: this model has {has}; the recipe's are {', '.join(experts)}")
     owners = {domain: own_expert(domain, experts, recipe.data.general) for domain in domains}
     analysis = Analysis(experts, {domain: expert for domain, expert in owners.items() if expert is not None},
                         recipe.data.sequence_length)  # fmt: skip
@@ -294,9 +294,9 @@ def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> 
     """
     experts: list[str] = routing["experts"]
     layers = {}
-    for domain, found in routing["domains"].items():
-        if (own := own_expert(domain, experts, general)) is not None:
-            layers[domain] = [layer for layer, load_E in enumerate(found["load"]) if load_E[own] == max(load_E)]
+    for domain, of_domain in routing["domains"].items():
+        if (expert := own_expert(domain, experts, general)) is not None:
+            layers[domain] = [layer for layer, load_E in enumerate(of_domain["load"]) if load_E[expert] == max(load_E)]
     return layers
 
 

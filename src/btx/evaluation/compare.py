@@ -36,9 +36,9 @@ def compare_models(
     """
     ours = _documents(run_folder)
     theirs = ours if other_run is None else _measured_alike(run_folder, ours, other_run)
-    for folder, found, name in ((run_folder, ours, model), (other_run or run_folder, theirs, other)):
-        if name is not None and name not in found["models"]:
-            raise UserError(f"{folder} has no results of a model {name!r}; there are: {', '.join(found['models'])}")
+    for folder, documents, name in ((run_folder, ours, model), (other_run or run_folder, theirs, other)):
+        if name is not None and name not in documents["models"]:
+            raise UserError(f"{folder} has no results of a model {name!r}; there are: {', '.join(documents['models'])}")
     if resamples < 100:
         raise UserError(f"resamples is {resamples}; intervals of 95 % need at least 100")
     others = [name for name in theirs["models"] if other_run is not None or name != model] if other is None else [other]
@@ -52,11 +52,11 @@ def compare_models(
 def _documents(run_folder: Path) -> dict[str, Any]:
     """What evaluate/documents.json of a run says."""
     path = run_folder / "evaluate" / "documents.json"
-    found = read_documents(path)
-    if found is None:
+    documents = read_documents(path)
+    if documents is None:
         raise RunFolderError(f"{path}: there are no scores of single documents; `btx evaluate {run_folder}` first, and "
                              f"remove {run_folder / 'evaluate'} before if it was made by an older version")  # fmt: skip
-    return found
+    return documents
 
 
 def _measured_alike(run_folder: Path, ours: dict[str, Any], other_run: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class _Measures:
 
     def as_read_by(self, model: PreTrainedModel | SideBySide, theirs: PreTrainedTokenizerBase) -> _Measures:
         """The same text for a model that the run has not made."""
-        read = {name: in_tokens_of(theirs, found, self.tokenizer) for name, found in self.documents.items()}
+        read = {name: in_tokens_of(theirs, ours, self.tokenizer) for name, ours in self.documents.items()}
         same = all(new is old for name, documents in self.documents.items()
                    for new, old in zip(read[name], documents, strict=True))  # fmt: skip
         longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or self.length
@@ -279,21 +279,21 @@ def _measure(
     }
     scores = measures.harness.measure(model, tokenizer)
     measured = {
-        "domains": {name: found.as_json() for name, found in domains.items()},
+        "domains": {name: result.as_json() for name, result in domains.items()},
         **({"mixed": mixed.as_json()} if mixed else {}),
-        "tasks": {name: found.as_json() for name, found in (tasks | scores).items()},
-        "mean_bits_per_byte": sum(found.bits_per_byte for found in domains.values()) / len(domains),
+        "tasks": {name: result.as_json() for name, result in (tasks | scores).items()},
+        "mean_bits_per_byte": sum(result.bits_per_byte for result in domains.values()) / len(domains),
         "active_params": cost.active_params,
         "total_params": cost.total_params,
         "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
         "eval_tokens_per_s": round(
-            sum(found.tokens for found in domains.values()) / sum(found.seconds for found in domains.values()), 1
+            sum(result.tokens for result in domains.values()) / sum(result.seconds for result in domains.values()), 1
         ),
     }
     documents = {
-        "domains": {name: found.document_bits for name, found in domains.items()},
+        "domains": {name: result.document_bits for name, result in domains.items()},
         **({"mixed": mixed.document_bits} if mixed else {}),
-        "tasks": {name: [int(answer.correct) for answer in found.answers] for name, found in tasks.items()}
+        "tasks": {name: [int(answer.correct) for answer in result.answers] for name, result in tasks.items()}
         | {name: score.correct for name, score in scores.items() if score.correct is not None},
     }
     return {"measured": measured, "documents": documents}
@@ -301,7 +301,7 @@ def _measure(
 
 def _summary(name: str, measured: Mapping[str, Any]) -> str:
     """One line for the user."""
-    parts = [f"{domain} {found['bits_per_byte']:.3f}" for domain, found in measured["domains"].items()]
+    parts = [f"{domain} {result['bits_per_byte']:.3f}" for domain, result in measured["domains"].items()]
     parts += [f"mixed {measured['mixed']['bits_per_byte']:.3f}"] if "mixed" in measured else []
-    parts += [f"{task} {score_text(found)}" for task, found in measured["tasks"].items()]
+    parts += [f"{task} {score_text(result)}" for task, result in measured["tasks"].items()]
     return f"{name}: mean {measured['mean_bits_per_byte']:.3f} bits per byte; {', '.join(parts)}"

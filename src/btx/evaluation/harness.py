@@ -256,19 +256,19 @@ def _score(request: TaskRequest, tasks: dict[str, Any], adapter: Any) -> TaskSco
         task.set_fewshot_seed(SHOTS_RNG_SEED)
     cut_before = adapter.truncated
     with _quiet():
-        found: Any = evaluate(adapter, {"tasks": tasks}, limit=None if request.file else request.limit,
-                              bootstrap_iters=0)  # fmt: skip
-    metrics = _metrics(tasks, found["samples"])
+        results: Any = evaluate(adapter, {"tasks": tasks}, limit=None if request.file else request.limit,
+                                bootstrap_iters=0)  # fmt: skip
+    metrics = _metrics(tasks, results["samples"])
     name = next(iter(metrics))
     correct = metrics[name]
     shots = int(next(iter(tasks.values())).get_config("num_fewshot") or 0)
-    n = sum(len({sample["doc_id"] for sample in samples}) for samples in found["samples"].values())
+    n = sum(len({sample["doc_id"] for sample in samples}) for samples in results["samples"].values())
     if correct is None:
         if len(tasks) > 1:
             raise UserError(f"{request.label}: the tasks of {request.name} have no metric in common that is a mean "
                             f"over documents; name them one by one: {', '.join(tasks)}")  # fmt: skip
-        ((only, samples),) = found["samples"].items()
-        value = float(found["results"][only][f"{name},{samples[0]['filter']}"])
+        ((only, samples),) = results["samples"].items()
+        value = float(results["results"][only][f"{name},{samples[0]['filter']}"])
         return TaskScore(name, value, None, shots, request.limit, n, adapter.truncated - cut_before)
     value, stderr = mean_and_stderr(correct)
     others = {other: dict(zip(("value", "stderr"), mean_and_stderr(values), strict=True))

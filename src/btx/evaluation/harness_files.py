@@ -167,7 +167,7 @@ def read_documents(request: TaskRequest, shots: int) -> TaskDocuments:
 
 
 def _read_lines(path: Path, task: LocalTask) -> list[Document]:
-    lines = [_document(found, task, where) for where, found in task_lines(path, task.name)]
+    lines = [_document(line, task, where) for where, line in task_lines(path, task.name)]
     if not lines:
         raise DataError(f"{path}: no documents; a task file has one JSON object a line")
     return lines

@@ -19,11 +19,10 @@ from btx.models.device import measuring_place
 from btx.models.placement import load_placed
 from btx.process import Log
 from btx.recipe.schema import Recipe
+from btx.reporting.oracle import gap_of, mean_of
 
 TOKENS = 4_000
 """Held-out tokens of a domain that every model reads, unless `evaluate.tokens` are fewer."""
-SLOPE, OFFSET, DIVERGENCES = 0.82, -2.72, (3.0, 26.0)
-"""Of gain on divergence, in percent, and the divergences it was seen for."""
 
 
 def oracle_gap(run_folder: Path, recipe: Recipe, models: Mapping[str, Path], log: Log) -> dict[str, Any]:
@@ -35,8 +34,7 @@ def oracle_gap(run_folder: Path, recipe: Recipe, models: Mapping[str, Path], log
         log: called with lines for the user.
 
     Returns:
-        {"domains": {D: {"best": name, "best_bits": bits per byte, "mix_bits", "gap"}}, "mean_gap", "divergence": {D:
-        percent}, "predicted_gain": percent over the best single expert}.
+        As `btx.reporting.oracle.gap_of`.
 
     Raises:
         DataError: held-out data are missing or broken.
@@ -55,31 +53,6 @@ def oracle_gap(run_folder: Path, recipe: Recipe, models: Mapping[str, Path], log
         log(f"{domain}: best {facts['best']} {facts['best_bits']:.3f} bits per byte, mix {facts['mix_bits']:.3f} "
             f"({facts['gap']:+.3f})")  # fmt: skip
     log(f"oracle gap: the mix is {told['mean_gap']:+.3f} bits per byte from each domain's best model; experts are "
-        f"{_mean(told['divergence']):.1f} % better at home than the seed model, which predicts "
+        f"{mean_of(told['divergence']):.1f} % better at home than the seed model, which predicts "
         f"{told['predicted_gain']:+.1f} % over the best single expert (arXiv 2603.22755)")  # fmt: skip
     return told
-
-
-def gap_of(bits: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What `oracle_gap` returns, from the models' bits per byte: name → domain → bits."""
-    before = {name: of_model for name, of_model in bits.items() if name != "mix"}
-    domains, gaps = {}, {}
-    for domain, mixed in bits["mix"].items():
-        best = min(before, key=lambda name: before[name][domain])
-        least = before[best][domain]
-        gaps[domain] = mixed - least
-        domains[domain] = {"best": best, "best_bits": least, "mix_bits": mixed, "gap": gaps[domain]}
-    divergence = {
-        domain: 100 * (1 - bits[expert][domain] / bits["seed"][domain])
-        for domain in domains if (expert := f"expert/{domain}") in bits
-    }  # fmt: skip
-    return {
-        "domains": domains,
-        "mean_gap": _mean(gaps),
-        "divergence": divergence,
-        "predicted_gain": max(0.0, SLOPE * _mean(divergence) + OFFSET),
-    }
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)

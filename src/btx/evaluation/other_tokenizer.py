@@ -26,10 +26,10 @@ def in_tokens_of(
         ours: the one whose tokens they are.
     """
     encoder = DocumentEncoder(theirs)
-    found = []
+    read = []
     for document in documents:
         text = cast(str, ours.decode(document.tokens[1:].tolist(), clean_up_tokenization_spaces=False))
         ids = np.array([token for part in encoder.in_parts(text) for token in part], np.int64)
-        found.append(HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, document.bytes))
-    same = all(np.array_equal(new.tokens[1:], old.tokens[1:]) for new, old in zip(found, documents, strict=True))
-    return list(documents) if same else found
+        read.append(HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, document.bytes))
+    same = all(np.array_equal(new.tokens[1:], old.tokens[1:]) for new, old in zip(read, documents, strict=True))
+    return list(documents) if same else read

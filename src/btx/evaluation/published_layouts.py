@@ -33,15 +33,15 @@ def task_lines(path: Path, task: str) -> Iterator[tuple[str, Document]]:
         DataError: a file that cannot be read, or labels that are not there, or too few.
     """
     labels = _labels(path, task)
-    for number, (where, found) in enumerate(_lines(path, task)):
+    for number, (where, line) in enumerate(_lines(path, task)):
         if labels is not None:
             if number >= len(labels):
                 raise DataError(f"{where}: {_labels_file(path)} has only {len(labels)} labels")
-            found = {**found, "label": labels[number]}
+            line = {**line, "label": labels[number]}
         try:
-            yield where, PUBLISHED[task](found) if task in PUBLISHED else found
+            yield where, PUBLISHED[task](line) if task in PUBLISHED else line
         except (KeyError, ValueError, TypeError, AttributeError, IndexError):
-            yield where, found  # not that layout: what is wrong is said of the fields that are there
+            yield where, line  # not that layout: what is wrong is said of the fields that are there
 
 
 def _lines(path: Path, task: str) -> Iterator[tuple[str, Document]]:

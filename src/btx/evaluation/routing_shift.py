@@ -48,16 +48,15 @@ def write_routing_shift(
     for name, path in after.items():
         experts, _ = _routed(run_folder, recipe, path, log)
         models[name] = {domain: shift(experts_before[domain], experts[domain], E) for domain in experts}
-        moved = [sum(found["moved"]) / len(found["moved"]) for found in models[name].values()]
+        moved = [sum(domain["moved"]) / len(domain["moved"]) for domain in models[name].values()]
         log(f"{name}: {sum(moved) / len(moved):.1%} of the tokens have another first expert than before")
-    layers = len(next(iter(experts_before.values())))
-    found = AlignedRouting(layers=layers, experts=recipe.expert_names, before="btx", models=models)
-    write_json(folder / FILE, found)
-    return found
+    aligned = AlignedRouting(before="btx", models=models)
+    write_json(folder / FILE, aligned)
+    return aligned
 
 
 def shift(before: Sequence[Tensor], after: Sequence[Tensor], E: int) -> RoutingShift:
-    """What has changed, layer by layer.
+    """What has changed, layer by layer. The loads themselves are in evaluate/shown.json, as those of every model.
 
     Args:
         before: experts of each token (N, K), largest gate first, a tensor a layer.
@@ -67,18 +66,18 @@ def shift(before: Sequence[Tensor], after: Sequence[Tensor], E: int) -> RoutingS
                        for layers in (after, before))  # fmt: skip
     moved = [(now[:, 0] != then[:, 0]).double().mean().item() for now, then in zip(after, before, strict=True)]
     distance_L = (load_LE - was_LE).abs().sum(dim=1) / 2
-    return RoutingShift(load=load_LE.tolist(), moved=moved, distance=distance_L.tolist())
+    return RoutingShift(moved=moved, distance=distance_L.tolist())
 
 
 def _routed(run_folder: Path, recipe: Recipe, path: Path, log: Log) -> tuple[dict[str, list[Tensor]], int]:
     """Domain → experts of its held-out text's tokens (N, K), a tensor a layer; and E."""
     model = load_placed(path, measuring_place(recipe, log))
-    found = {}
+    experts = {}
     for domain in recipe.data.domains:
         documents = held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens)
         parts = [
             [routing.expert_ids_TK.cpu()[rows.text_BS.flatten()] for routing in routing_of(model, rows)]
             for rows in pack(documents, recipe.data.sequence_length).batches(MICRO_BATCH_TOKENS)
         ]
-        found[domain] = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-    return found, moe_blocks(model)[0].num_experts
+        experts[domain] = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+    return experts, moe_blocks(model)[0].num_experts

@@ -109,13 +109,13 @@ def routing_statistics(
     weight_T = np.concatenate([np.full(len(tokens.token_T), 1 / len(tokens.token_T)) for tokens in domains.values()])
     similarity = layer_similarity(everything.ids_TLK[:, :, 0], weight_T, group_T % LEFT_OUT, E)
     bounds: Bounds = {
-        "similarity": [[_bounds(found) for found in row] for row in similarity],
+        "similarity": [[_bounds(interval) for interval in row] for row in similarity],
         "positions": {name: _all_bounds(layers) for name, layers in positions.items()},
         "classes": {name: _all_bounds(layers) for name, layers in by_class.items()},
     }
     return {
         "load": load, "pairs": pair_load, "specialisation": specialisation(firsts, draws),
-        "similarity": [[found["value"] for found in row] for row in similarity],
+        "similarity": [[interval["value"] for interval in row] for row in similarity],
         "positions": {name: _values(layers) for name, layers in positions.items()},
         "classes": {name: _values(layers) for name, layers in by_class.items()}, "bounds": bounds,
     }  # fmt: skip
@@ -179,12 +179,12 @@ def _cells(
     draws_RG: np.ndarray,
 ) -> dict[str, list[list[Interval]]]:  # fmt: skip
     """Load in every cell that has tokens."""
-    found = {}
+    cells = {}
     for number, name in enumerate(names):
         if (there_T := cell_T == number).any():
             counts_GLE = _counts(group_T[there_T], ids_TLK[there_T], draws_RG.shape[1], num_experts)
-            found[name] = _intervals(*_shares(counts_GLE, draws_RG))
-    return found
+            cells[name] = _intervals(*_shares(counts_GLE, draws_RG))
+    return cells
 
 
 # --- information ----------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def _intervals(value: np.ndarray, drawn_R: np.ndarray) -> Any:
 
     def nested(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Any]:
         if value.ndim == 1:
-            return [_interval(*found) for found in zip(value.tolist(), low.tolist(), high.tolist(), strict=True)]
+            return [_interval(*numbers) for numbers in zip(value.tolist(), low.tolist(), high.tolist(), strict=True)]
         return [nested(*part) for part in zip(value, low, high, strict=True)]
 
     return nested(value, low, high)
@@ -281,8 +281,8 @@ def _bounds(found: Interval) -> list[float]:
 
 
 def _all_bounds(layers: Sequence[Sequence[Interval]]) -> list[list[list[float]]]:
-    return [[_bounds(found) for found in layer] for layer in layers]
+    return [[_bounds(interval) for interval in layer] for layer in layers]
 
 
 def _values(layers: Sequence[Sequence[Interval]]) -> list[list[float]]:
-    return [[found["value"] for found in layer] for layer in layers]
+    return [[interval["value"] for interval in layer] for layer in layers]

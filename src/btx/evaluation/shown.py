@@ -122,8 +122,8 @@ class ToShow:
         """Of baselines none, of an expert those in its own domain. Answers in tasks are those that were measured."""
         if name in self.recipe.baselines or name == "mix":
             return {}
-        own = name.removeprefix("expert/") if name.startswith("expert/") else None
-        to_answer = {str(i): asked for i, asked in enumerate(self.asked) if own in (None, asked.domain)}
+        domain = name.removeprefix("expert/") if name.startswith("expert/") else None
+        to_answer = {str(i): asked for i, asked in enumerate(self.asked) if domain in (None, asked.domain)}
         answers: dict[str, dict[str, Any]] = {}
         for number, asked in to_answer.items():
             if asked.task is not None:
@@ -152,7 +152,10 @@ class ToShow:
         """
         answers = []
         for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
-            asked, said = self.asked[int(number)], {name: found["answers"].get(number) for name, found in kept.items()}
+            asked, said = (
+                self.asked[int(number)],
+                {name: of_model["answers"].get(number) for name, of_model in kept.items()},
+            )
             answers.append({
                 "domain": asked.domain, "prompt": asked.prompt, "gold": asked.gold,
                 "answers": {name: answer["output"] for name, answer in said.items() if answer},
@@ -162,15 +165,15 @@ class ToShow:
             })  # fmt: skip
         return {
             "losses": {
-                key: {name: found["losses"][key] for name, found in kept.items() if key in found["losses"]}
+                key: {name: of_model["losses"][key] for name, of_model in kept.items() if key in of_model["losses"]}
                 for key in self.examples
             },
             "answers": cast(list[ShownAnswer], answers),
             "routes": {
-                key: {name: found["routes"][key] for name, found in kept.items() if "routes" in found}
+                key: {name: of_model["routes"][key] for name, of_model in kept.items() if "routes" in of_model}
                 for key in self.examples
             },
-            "loads": {name: found["loads"] for name, found in kept.items() if "loads" in found},
+            "loads": {name: of_model["loads"] for name, of_model in kept.items() if "loads" in of_model},
         }
 
 

@@ -88,8 +88,8 @@ def exact_match(
     )
     answers = []
     for question, output in zip(questions, outputs, strict=True):
-        given, gold = final_answer(output, task.answer_after), gold_answer(question.answer, task.answer_after)
-        answers.append(Answer(question.prompt, output, gold, given == gold))
+        answer, gold = final_answer(output, task.answer_after), gold_answer(question.answer, task.answer_after)
+        answers.append(Answer(question.prompt, output, gold, answer == gold))
     return ExactMatch(answers)
 
 

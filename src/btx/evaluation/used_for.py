@@ -61,12 +61,12 @@ class TokenTotals:
         class_CE = torch.zeros(len(CLASSES), E, dtype=torch.float64).index_add_(0, class_N, rows_NE)
         class_CE /= class_CE.sum(dim=0).clamp(min=1)
         often_N = count_N >= max(LEAST, LEAST_SHARE * total)
-        found: dict[str, UsedFor] = {}
+        uses: dict[str, UsedFor] = {}
         for e, expert in enumerate(experts):
             wanted = (often_N & (share_NE[:, e] > even)).nonzero().flatten().tolist()
             wanted.sort(key=lambda n: (-round(float(share_NE[n, e]), 4), -float(count_N[n]), n))
-            found[expert] = {
+            uses[expert] = {
                 "tokens": [[texts[n], round(float(share_NE[n, e]), 4), int(count_N[n])] for n in wanted[:SHOWN]],
                 "classes": {name: round(float(class_CE[c, e]), 4) for c, name in enumerate(CLASSES)},
             }
-        return found
+        return uses

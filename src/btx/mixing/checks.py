@@ -133,7 +133,7 @@ class Opened:
 
     def unfit_for_mixing(self, any_tokenizer: bool, warn: Callable[[str], None]) -> list[str]:
         """Why the MoE class, or whoever loads the result, will not take what comes from the seed model."""
-        found = []
+        problems = []
         checks: list[Callable[[], object]] = [
             partial(self.moe_config, 2, 1), partial(check_links, self.folder, SETTINGS)
         ]  # fmt: skip
@@ -145,8 +145,8 @@ class Opened:
             try:
                 check()
             except CheckpointError as error:
-                found.append(f"{self.who}: {error}")
-        return found
+                problems.append(f"{self.who}: {error}")
+        return problems
 
     def moe_config(self, num_experts: int, top_k: int) -> Config:
         """The MoE config made of this model's, completed with its class's defaults.

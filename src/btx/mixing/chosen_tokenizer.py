@@ -72,7 +72,7 @@ class ChosenTokenizer:
         config.json: transformers would then never train its embedding.
         """
         config_here, generation_here = (_said(self.folder / name) for name in CONFIGS)
-        generation, found = read_object(target / "generation_config.json"), dict(config)
+        generation, changed = read_object(target / "generation_config.json"), dict(config)
         generation.pop("_from_model_config", None)
         same = self._same_ids() if config_here is None else set()
         for key in SPECIAL_IDS:
@@ -81,13 +81,15 @@ class ChosenTokenizer:
             else:
                 declared = _kept(config.get(key), same), _kept(generation.get(key), same)
             token, others = self.own[key], [self.own[other] for other in SPECIAL_IDS if other != key]
-            found[key] = declared[0] if key == "pad_token_id" and token in others else _with(token, declared[0], False)
+            changed[key] = (
+                declared[0] if key == "pad_token_id" and token in others else _with(token, declared[0], False)
+            )
             if (ids := _with(token, declared[1], key == "eos_token_id")) is None:
                 generation.pop(key, None)
             else:
                 generation[key] = ids
         write_json(target / "generation_config.json", generation)
-        return found
+        return changed
 
     def _same_ids(self) -> set[int]:
         """Ids that mean the same in the seed model's tokenizer."""

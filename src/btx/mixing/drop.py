@@ -78,7 +78,7 @@ def drop(
             "bytes": written,
             "parameters": parameters(tensors, len(left), model.top_k),
             "paths": {name: path for name, path in model.record["paths"].items() if name != expert},
-            "inputs": {name: found for name, found in model.record["inputs"].items() if name != expert},
+            "inputs": {name: origin for name, origin in model.record["inputs"].items() if name != expert},
             "history": [*model.record["history"], {"drop": expert}],
             "next": "finetune {output} for a short while: its shared weights were trained or merged with the expert",
             "versions": versions(),

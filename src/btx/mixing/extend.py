@@ -86,60 +86,74 @@ def extend(
     allow_open_files((moe, expert))
     model = MoeFolder.open(moe)
     init = seeded(RouterInit(router_init) if isinstance(router_init, str) else router_init, rng_seed, "router_init")
-    problems = init.problems()
-    if shared not in SHARED:
-        problems.append(f"shared weights {shared!r}: allowed: {', '.join(SHARED)}")
-    if name in model.names:
-        problems.append(f"{moe}: has an expert {name!r} already; its experts: {', '.join(model.names)}")
-    if init.method == "ridge" and init.scale is not None:
-        problems.append("router_init ridge takes no scale here: the old rows' logits set it")
-    if init.needs_text:
-        problems += _text_problems(texts or {}, name, model.names, init.method)
-    if problems:
+    if problems := _problems(model, name, shared, init, texts or {}):
         raise CheckpointError("; ".join(problems))
     check_ids(moe, int(model.config["vocab_size"]))
     dense = open_expert(model, name, expert, lambda line: log(f"extend: warning: {line}"))
     rows_LD = _new_rows(model, name, init, texts or {})
-    n = len(model.names)
     names = [*model.names, name]
     config = model.config_with(names)
-    tensors = list(_planned(model, dense, name, rows_LD, 1 / (n + 1) if shared == "fold" else 0.0))
+    tensors = list(_planned(model, dense, name, rows_LD, 1 / len(names) if shared == "fold" else 0.0))
     check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     require_space(output, tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(moe, folder)
         model.write_config(folder, config)
         written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
-        step = {"extend": name, "path": str(expert), "shared": shared, "router_init": init.as_json()}
-        record = model.record | {
-            "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
-            "experts": names,
-            "top_k": model.top_k,
+        record = _record(model, dense, name, expert) | {
             "config": config,
             "bytes": written,
-            "parameters": parameters(tensors, n + 1, model.top_k),
-            "paths": model.record["paths"] | {name: str(expert)},
-            "inputs": model.record["inputs"] | {name: model_provenance(expert)},
-            "history": [*model.record["history"], step],
-            "next": FINETUNE_NEXT,
-            "versions": versions(),
+            "parameters": parameters(tensors, len(names), model.top_k),
+            "history": [
+                *model.record["history"],
+                {"extend": name, "path": str(expert), "shared": shared, "router_init": init.as_json()},
+            ],
         }
-        for stale in ("tensors", "tensors_by_origin", "drift"):
-            record.pop(stale, None)
         write_json(folder / RECORD, record)
         write_model_card(folder, record)
-    log(f"extend: {name} is expert {n}; shared weights " + ("left as they were" if shared == "left" else
-        f"folded with weight {1 / (n + 1):.3f}"))  # fmt: skip
+    log(f"extend: {name} is expert {len(model.names)}; shared weights " + ("left as they were" if shared == "left" else
+        f"folded with weight {1 / len(names):.3f}"))  # fmt: skip
     return record
+
+
+def _problems(
+    model: MoeFolder, name: str, shared: str, init: RouterInit, texts: Mapping[str, Path]
+) -> list[str]:  # fmt: skip
+    """What is wrong with what was asked for."""
+    problems = init.problems()
+    if shared not in SHARED:
+        problems.append(f"shared weights {shared!r}: allowed: {', '.join(SHARED)}")
+    if name in model.names:
+        problems.append(f"{model.path}: has an expert {name!r} already; its experts: {', '.join(model.names)}")
+    if init.method == "ridge" and init.scale is not None:
+        problems.append("router_init ridge takes no scale here: the old rows' logits set it")
+    if init.needs_text:
+        problems += _text_problems(texts, name, model.names, init.method)
+    return problems
+
+
+def _record(model: MoeFolder, dense: DenseExpert, name: str, expert: Path) -> dict[str, Any]:
+    """What the old record becomes with the new expert, but for what the writing adds. What was known of single tensors
+    holds no longer."""
+    old = {key: value for key, value in model.record.items() if key not in ("tensors", "tensors_by_origin", "drift")}
+    return old | {
+        "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
+        "experts": [*model.names, name],
+        "top_k": model.top_k,
+        "paths": model.record["paths"] | {name: str(expert)},
+        "inputs": model.record["inputs"] | {name: model_provenance(expert)},
+        "next": FINETUNE_NEXT,
+        "versions": versions(),
+    }
 
 
 def _text_problems(texts: Mapping[str, Path], name: str, old: Sequence[str], method: str) -> list[str]:
     unknown = [text for text in texts if text != name and text not in old]
-    found = [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
+    wrong = [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
     if name not in texts or not any(text in old for text in texts):
-        found.append(f"router_init {method} needs text of {name} and of at least one of {', '.join(old)}: the new row "
+        wrong.append(f"router_init {method} needs text of {name} and of at least one of {', '.join(old)}: the new row "
                      f"has to tell them apart")  # fmt: skip
-    return found
+    return wrong
 
 
 def _new_rows(model: MoeFolder, name: str, init: RouterInit, texts: Mapping[str, Path]) -> list[Tensor]:

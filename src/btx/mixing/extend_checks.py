@@ -108,13 +108,13 @@ def _family(model: MoeFolder, config: Config, where: str) -> Family:
 def _config_problems(model: MoeFolder, expert: Opened) -> list[str]:
     """Where the MoE config that this dense model would give means something else than the one that is there."""
     try:
-        found = differences(expert.moe_config(len(model.names), model.top_k), model.completed)
+        differing = differences(expert.moe_config(len(model.names), model.top_k), model.completed)
     except CheckpointError as error:
         return [f"{expert.who}: {error}"]
     return [
-        f"{expert.who}: {expert.folder / 'config.json'}: as an expert its {key} would be {own!r}, the MoE model has "
+        f"{expert.who}: {expert.folder / 'config.json'}: as an expert its {key} would be {value!r}, the MoE model has "
         f"{other!r}{what_to_do(key, model.path)}"
-        for key, (own, other) in found.items() if key not in OF_ROUTING and key not in DENSE_LAYERS
+        for key, (value, other) in differing.items() if key not in OF_ROUTING and key not in DENSE_LAYERS
     ]  # fmt: skip
 
 
@@ -132,24 +132,24 @@ def _dense_layers(model: MoeFolder) -> list[str]:
 
 def _tensor_problems(model: MoeFolder, family: Family, tensors: TensorFolder) -> list[str]:
     """Shared tensors and FF tensors of another shape than the MoE model's. Both models are their classes' already."""
-    found = []
+    problems = []
     for name in tensors.names:
         if family.feed_forward_match(name) is None and name not in model.tensors:
-            found.append(f"{tensors.where(name)}: {name}: the MoE model has no such tensor")
+            problems.append(f"{tensors.where(name)}: {name}: the MoE model has no such tensor")
         elif name in model.tensors and tensors[name].shape != model.tensors[name].shape:
-            found.append(f"{tensors.where(name)}: {name} is {tensors[name].shape}, "
-                         f"the MoE model's is {model.tensors[name].shape}")  # fmt: skip
-    found += [f"{tensors.file}: lacks {name}, which the MoE model has" for name in model.shared_names
-              if name not in tensors]  # fmt: skip
+            problems.append(f"{tensors.where(name)}: {name} is {tensors[name].shape}, "
+                            f"the MoE model's is {model.tensors[name].shape}")  # fmt: skip
+    problems += [f"{tensors.file}: lacks {name}, which the MoE model has" for name in model.shared_names
+                 if name not in tensors]  # fmt: skip
     for layer in range(model.num_layers):
         for pattern, roles in family.experts.items():
             names = [family.feed_forward[role].format(layer=layer) for role in roles]
             if missing := [name for name in names if name not in tensors]:
-                found.append(f"{tensors.folder}: lacks {', '.join(missing)}")
+                problems.append(f"{tensors.folder}: lacks {', '.join(missing)}")
                 continue
             there = model.tensors[pattern.format(layer=layer, expert=0)].shape[-2:]
             shape = (sum(tensors[name].shape[0] for name in names), tensors[names[0]].shape[1])
             if shape != there:
-                found.append(f"{tensors.where(names[0])}: {' and '.join(names)} make an expert of {shape}, "
-                             f"the MoE model's are {tuple(there)}")  # fmt: skip
-    return found[:10]
+                problems.append(f"{tensors.where(names[0])}: {' and '.join(names)} make an expert of {shape}, "
+                                f"the MoE model's are {tuple(there)}")  # fmt: skip
+    return problems[:10]

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from btx.choices.families import Config
 from btx.choices.merges import MergeSettings
@@ -28,6 +31,7 @@ from btx.mixing.inputs import MixInputs
 from btx.mixing.merge import Merge
 from btx.mixing.merge_methods import bind
 from btx.mixing.moe_layout import (
+    Expert,
     ExpertsTransform,
     expert_tensors,
     experts_of_layer,
@@ -99,26 +103,16 @@ def mix(
     init = settings.start
     if problems := init.problems():
         raise CheckpointError("; ".join(problems))
-    transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
     inputs = open_checked(
         seed_model, folders, settings.generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log)
     )  # fmt: skip
     rows = int(inputs.config["vocab_size"])
     chosen = ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log)) if tokenizer is not None else None
-    bound = bind(settings.merging, list(inputs.members))
-    first_layer = transform(experts_of_layer(inputs, 0))
-    names = [expert.name for expert in first_layer]
-    top_k = settings.rule.plain_top_k(len(names))
-    if not 1 <= top_k <= len(names):
-        raise CheckpointError(f"top_k is {top_k}, but there are {len(names)} experts")
+    planned = _plan(inputs, settings, forced)
+    config = planned.config
     text_rows = _texts(inputs, texts, init, settings.blend)
-    width = first_layer[0].gate.shape[0]
-    config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(names), top_k)
-    config = with_names(config, names)
     drifts = _measure(inputs)
-    tensors, config = in_one_type(list(_planned(inputs, config, transform, bound, init)), config, forced)
-    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
-    require_space(output, tensors)
+    require_space(output, planned.tensors)
     with atomic_folder(output) as folder:
         copy_beside_weights(seed_model, folder, tokenizer_from=tokenizer, warn=warning_to(log))
         write_generation_config(folder, config)
@@ -126,24 +120,13 @@ def mix(
             config = chosen.config_with_its_ids(folder, config)
         write_json(folder / "config.json", config)
         config = route_by(folder, settings.rule, log)
-        written = write_shards(folder, tensors, max_shard_size=shard_bytes, progress=progress)
+        written = write_shards(folder, planned.tensors, max_shard_size=shard_bytes, progress=progress)
         if text_rows:
             log(f"mix: routers from {sum(text.tokens for text in text_rows.values()):,} tokens of text ({init.method})")
-            owners = [list(text_rows).index(expert.origin["of"]) for expert in first_layer]
+            owners = [list(text_rows).index(expert.origin["of"]) for expert in planned.experts]
             place = Place(choose_device(device).type, weights_per_device=weights_per_device, log=log)
             fit_routers(folder, inputs.family, list(text_rows.values()), owners, init, place)
-        report = _record(inputs, names, config, top_k, settings) | {
-            "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in text_rows.items()},
-            "bytes": written,
-            "parameters": parameters(tensors, len(names), top_k),
-            "diagnostics": drifts.summary(),
-            "warnings": warnings(drifts.summary()),
-            "next": FINETUNE_NEXT,
-            **inputs_provenance(inputs),
-            "tensors_by_origin": _by_origin(tensors),
-            "tensors": {tensor.name: tensor.origin for tensor in tensors},
-            "drift": drifts.tensors,
-        }
+        report = _record(inputs, planned, settings, config, text_rows, drifts, written)
         write_json(folder / "mix.json", report)
         write_model_card(folder, report)
     if record is not None:
@@ -151,6 +134,44 @@ def mix(
     for line in screen_lines(report, str(output)):
         log(f"mix: {line}")
     return report
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """The MoE model before anything of it is read."""
+
+    experts: list[Expert]
+    """Those of the first layer; every other has as many, made likewise."""
+    top_k: int
+    tensors: list[OutputTensor]
+    """In the order they are written."""
+    config: Config
+    """Of the plain class, the tokenizer's ids as the seed model has them."""
+
+
+def _plan(inputs: MixInputs, settings: MixSettings, forced: torch.dtype | None) -> _Planned:
+    """What will be written.
+
+    Args:
+        forced: type of all weights; None: as they are.
+
+    Raises:
+        CheckpointError: a setting does not fit the models.
+    """
+    transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
+    bound = bind(settings.merging, list(inputs.members))
+    experts = transform(experts_of_layer(inputs, 0))
+    top_k = settings.rule.plain_top_k(len(experts))
+    if not 1 <= top_k <= len(experts):
+        raise CheckpointError(f"top_k is {top_k}, but there are {len(experts)} experts")
+    width = experts[0].gate.shape[0]
+    config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(experts), top_k)
+    config = with_names(config, [expert.name for expert in experts])
+    tensors, config = in_one_type(
+        list(_tensors(inputs, config, transform, bound, settings.start)), config, forced
+    )  # fmt: skip
+    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
+    return _Planned(experts, top_k, tensors, config)
 
 
 def route_by(folder: Path, rule: RoutingRule, log: Callable[[str], None]) -> Config:
@@ -204,8 +225,8 @@ def _texts(
     read = text_from_files(
         files, load_tokenizer(inputs.seed_model), tokens=init.tokens, sequence_length=length
     ) if files else {}  # fmt: skip
-    given = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
-    return {name: (read | given)[name] for name in inputs.members}
+    ready = {name: text for name, text in (texts or {}).items() if isinstance(text, TextRows)}
+    return {name: (read | ready)[name] for name in inputs.members}
 
 
 def _measure(inputs: MixInputs) -> Drifts:
@@ -218,7 +239,7 @@ def _measure(inputs: MixInputs) -> Drifts:
     return drifts
 
 
-def _planned(
+def _tensors(
     inputs: MixInputs,
     config: Config,
     transform: ExpertsTransform,
@@ -251,12 +272,20 @@ def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
 
 
 def _record(
-    inputs: MixInputs, names: Sequence[str], config: Config, top_k: int, settings: MixSettings
-) -> dict[str, Any]:
-    """What the mix was told to do; what it did is added by the caller."""
+    inputs: MixInputs, planned: _Planned, settings: MixSettings, config: Config, texts: Mapping[str, TextRows],
+    drifts: Drifts, written: int,
+) -> dict[str, Any]:  # fmt: skip
+    """mix.json: what the mix was told to do, and what it did.
+
+    Args:
+        config: as it was written.
+        texts: what routers were made from.
+        written: bytes.
+    """
+    names, top_k = [expert.name for expert in planned.experts], planned.top_k
     return {
         "family": f"{inputs.family.dense} -> {inputs.family.moe}",
-        "experts": list(names),
+        "experts": names,
         "seed_model": str(inputs.seed_model),
         "paths": {name: str(path) for name, path in inputs.experts.items()},
         "generalist": inputs.generalist,
@@ -266,4 +295,14 @@ def _record(
         "config": config,
         "split": {"chunks": settings.split, "rescale": settings.split_rescale} if settings.split > 1 else None,
         "blend": settings.blend,
+        "texts": {name: {"source": text.source, "tokens": text.tokens} for name, text in texts.items()},
+        "bytes": written,
+        "parameters": parameters(planned.tensors, len(names), top_k),
+        "diagnostics": drifts.summary(),
+        "warnings": warnings(drifts.summary()),
+        "next": FINETUNE_NEXT,
+        **inputs_provenance(inputs),
+        "tensors_by_origin": _by_origin(planned.tensors),
+        "tensors": {tensor.name: tensor.origin for tensor in planned.tensors},
+        "drift": drifts.tensors,
     }

@@ -141,11 +141,11 @@ class MoeFolder:
     @property
     def shared_names(self) -> list[str]:
         """Names of the tensors that a dense model of the family has, too, and that are in no expert."""
-        own = set(self.family.inert(self.completed))
+        inert = set(self.family.inert(self.completed))
         return [
             name for name in self.tensors.names
             if self.place_of(name) is None and not self.holds_all_experts(name)
-            and not any(match(pattern, name) is not None for pattern in own)
+            and not any(match(pattern, name) is not None for pattern in inert)
         ]  # fmt: skip
 
     def write_config(self, folder: Path, config: Config) -> None:
@@ -169,8 +169,8 @@ class MoeFolder:
         for pattern in self.family.experts:
             if "{expert}" in pattern:
                 regex = re.escape(pattern).replace(r"\{layer\}", r"(\d+)").replace(r"\{expert\}", r"(\d+)")
-                if found := re.fullmatch(regex, name):
-                    return pattern, int(found.group(1)), int(found.group(2))
+                if matched := re.fullmatch(regex, name):
+                    return pattern, int(matched.group(1)), int(matched.group(2))
         return None
 
     def expert_axis(self, name: str) -> int | None:
@@ -205,15 +205,15 @@ def _record(path: Path) -> dict[str, Any]:
     """
     try:
         record = read_json(path / RECORD)
-        found = UNKNOWN | ({} if record is None else {**record})
-        RECORDS.validate_python(found, strict=True)
-        names = found.get("experts") or []
+        completed = UNKNOWN | ({} if record is None else {**record})
+        RECORDS.validate_python(completed, strict=True)
+        names = completed.get("experts") or []
         if len(set(map(str, names))) < len(names):
             raise ValueError("two experts of one name")
     except (RunFolderError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / RECORD}: this is no record of a mix ({first_line(error)}); mend it, or remove "
                               f"it: without it experts are called by their numbers") from error  # fmt: skip
-    return found | {"experts": list(map(str, names))}
+    return completed | {"experts": list(map(str, names))}
 
 
 def _count(config: Config) -> int | None:

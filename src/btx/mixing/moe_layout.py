@@ -54,16 +54,18 @@ def experts_of_layer(inputs: MixInputs, layer: int) -> list[Expert]:
 def expert_tensors(family: Family, layer: int, experts: Sequence[Expert], dtype: torch.dtype) -> Iterator[OutputTensor]:
     """The experts of one layer under their published names."""
     for pattern, roles in family.experts.items():
-        found = {"tensors": [family.feed_forward[role].format(layer=layer) for role in roles]}
+        made_from = {"tensors": [family.feed_forward[role].format(layer=layer) for role in roles]}
         parts = [[cast(getattr(expert, role), dtype) for role in roles] for expert in experts]
         rows, columns = sum(part.shape[0] for part in parts[0]), parts[0][0].shape[1]
         if "{expert}" in pattern:
-            for number, (expert, own) in enumerate(zip(experts, parts, strict=True)):
-                origin = {**expert.origin, **found}
-                yield OutputTensor(pattern.format(layer=layer, expert=number), (rows, columns), dtype, own, origin)
+            for number, (expert, parts_of_expert) in enumerate(zip(experts, parts, strict=True)):
+                origin = {**expert.origin, **made_from}
+                yield OutputTensor(
+                    pattern.format(layer=layer, expert=number), (rows, columns), dtype, parts_of_expert, origin
+                )
         else:
-            origin = {"from": "stack", "experts": [dict(expert.origin) for expert in experts], **found}
-            stacked = [part for own in parts for part in own]
+            origin = {"from": "stack", "experts": [dict(expert.origin) for expert in experts], **made_from}
+            stacked = [part for parts_of_expert in parts for part in parts_of_expert]
             yield OutputTensor(pattern.format(layer=layer), (len(experts), rows, columns), dtype, stacked, origin)
 
 
@@ -104,8 +106,8 @@ def fused_again(inputs: MixInputs, tensors: Sequence[OutputTensor]) -> list[Outp
     by_name = {tensor.name: tensor for tensor in tensors}
     for layer in range(inputs.num_layers):
         for fused, parts in inputs.family.fused(inputs.config).items():
-            own = [by_name.pop(part.format(layer=layer)) for part in parts]
-            name, rows = fused.format(layer=layer), sum(part.shape[0] for part in own)
-            laid = [lazy for part in own for lazy in part.parts]
-            by_name[name] = OutputTensor(name, (rows, *own[0].shape[1:]), own[0].dtype, laid, own[0].origin)
+            apart = [by_name.pop(part.format(layer=layer)) for part in parts]
+            name, rows = fused.format(layer=layer), sum(part.shape[0] for part in apart)
+            laid = [lazy for part in apart for lazy in part.parts]
+            by_name[name] = OutputTensor(name, (rows, *apart[0].shape[1:]), apart[0].dtype, laid, apart[0].origin)
     return list(by_name.values())

@@ -37,19 +37,19 @@ def inputs_provenance(inputs: MixInputs) -> dict[str, Any]:
 
 def warnings(diagnostics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What in the experts' drift makes a mean of shared weights dangerous."""
-    found = []
+    lines = []
     for group, drift in diagnostics.items():
         if group != "feed_forward" and (spread := drift.get("spread")) is not None and spread > RISKY_DRIFT:
-            found.append(
+            lines.append(
                 f"{group}: the experts have drifted apart by {spread:.2f} of the seed model's norm (more than "
                 f"{RISKY_DRIFT}): averaging these weights will hurt every expert"
             )
-    if found:
-        found.append(
+    if lines:
+        lines.append(
             "train the branches with a lower learning rate and more general text, or their FF weights only "
             "(train.trainable=feed_forward); or try --merge ties; and finetune the mixed model longer"
         )
-    return found
+    return lines
 
 
 def screen_lines(report: Mapping[str, Any], output: str) -> list[str]:

@@ -47,9 +47,9 @@ def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method:
     Raises:
         CheckpointError: an expert without text, or text of no expert.
     """
-    given = list(texts or ())
-    missing = [name for name in experts if name not in given]
-    unknown = [name for name in given if name not in experts]
+    named = list(texts or ())
+    missing = [name for name in experts if name not in named]
+    unknown = [name for name in named if name not in experts]
     if missing or unknown:
         parts = [f"no text for {', '.join(missing)}"] if missing else []
         parts += [f"text for {', '.join(unknown)}, which is no expert"] if unknown else []
@@ -171,15 +171,15 @@ class MoeRouter:
 
 def moe_routers(model: nn.Module) -> list[MoeRouter]:
     """The routers of a MoE model in layer order: what is called `gate` or `router` beside `experts`."""
-    found = []
+    routers = []
     for block in model.modules():
         parts = dict(block.named_children())
         module = parts.get("gate") or parts.get("router")
         if "experts" not in parts or module is None:
             continue
         weight = next(parameter for parameter in module.parameters() if parameter.dim() == 2)
-        found.append(MoeRouter(block, module, weight))
-    return found
+        routers.append(MoeRouter(block, module, weight))
+    return routers
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def _without_weights(folder: Path, config: Mapping[str, Any]) -> str:
 def _added(file: Path, config: Mapping[str, Any]) -> dict[str, LowRank]:
     """Weight → A, B and scaling; raises CheckpointError for anything else in the file."""
     tensors = read_header(file)
-    found = {}
+    deltas = {}
     for name, entry in sorted(tensors.items()):
         if not name.startswith(PREFIX) or not name.endswith((A, B)):
             raise CheckpointError(f"{file}: {name} is no A or B of a linear weight ({PREFIX}...{A}); {MERGE_FIRST}")
@@ -143,10 +143,10 @@ def _added(file: Path, config: Mapping[str, Any]) -> dict[str, LowRank]:
             raise CheckpointError(f"{file}: {module}: A is {a.shape} and B {b.shape}, but {CONFIG} says rank {rank}")
         alpha = _of_module(module, config.get("alpha_pattern"), config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        found[f"{module}.weight"] = LowRank(a, b, scaling)
-    if not found:
+        deltas[f"{module}.weight"] = LowRank(a, b, scaling)
+    if not deltas:
         raise CheckpointError(f"{file}: holds no tensors; save the adapter again")
-    return found
+    return deltas
 
 
 def _of_module(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:

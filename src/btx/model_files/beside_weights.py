@@ -74,8 +74,8 @@ def check_links(folder: Path, patterns: tuple[str, ...] = (*SETTINGS, *TOKENIZER
 
 def files_of(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     """The files of a folder that are called like one of the patterns, or lie in a folder that is."""
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
-    for path in sorted(found):
+    files = {path for pattern in patterns for path in folder.glob(pattern)}
+    for path in sorted(files):
         yield from sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else (path,)
 
 

@@ -67,13 +67,13 @@ def change_router(folder: Path, rule: RoutingRule) -> None:
     Raises:
         CheckpointError: its btx.json is missing or broken.
     """
-    found: Config = json.loads((folder / "config.json").read_text("utf-8"))
-    plain, now = open_btx_folder(folder, found) if is_btx_folder(found) else (found, None)
+    config: Config = json.loads((folder / "config.json").read_text("utf-8"))
+    plain, now = open_btx_folder(folder, config) if is_btx_folder(config) else (config, None)
     if "num_experts_per_tok" not in plain or now == rule:
         return  # routers of the class's own kind, which go by another name; or nothing to do
     num_experts = plain.get("num_local_experts") or plain["num_experts"]
     wanted = plain | {"num_experts_per_tok": rule.plain_top_k(num_experts)}
-    if wanted != found:
+    if wanted != config:
         (folder / FILE).unlink(missing_ok=True)
         write_json(folder / "config.json", wanted)
     write_router(folder, rule)

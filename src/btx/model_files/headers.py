@@ -79,13 +79,13 @@ class Headers:
             if Path(file).name != file:
                 raise CheckpointError(f"shard {file!r} lies outside the folder (named by {index})")
             try:
-                found = read_header(self.folder / file)
+                entries = read_header(self.folder / file)
             except CheckpointError as error:
                 raise CheckpointError(f"{error} (named by {index})") from error
-            if twice := sorted(found.keys() & self.tensors.keys()):
+            if twice := sorted(entries.keys() & self.tensors.keys()):
                 other = self.tensors[twice[0]].file
                 raise CheckpointError(f"{self.folder / file}: holds {twice[0]}, which {other} holds too; one is stale")
-            self.tensors |= found
+            self.tensors |= entries
         absent = [name for name in sorted(listed)
                   if name not in self.tensors or self.tensors[name].file.name != listed[name]]  # fmt: skip
         if absent:

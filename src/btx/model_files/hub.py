@@ -77,8 +77,8 @@ def fetch(model: HubName, where: str) -> Path:
 
 def hub_origin(folder: Path) -> str | None:
     """`hf:ORG/NAME@COMMIT` of a folder that the hub's cache holds; None for any other."""
-    found = SNAPSHOT.search(os.path.realpath(folder))
-    return f"hf:{found[1]}/{found[2]}@{found[3]}" if found else None
+    matched = SNAPSHOT.search(os.path.realpath(folder))
+    return f"hf:{matched[1]}/{matched[2]}@{matched[3]}" if matched else None
 
 
 def shown_name(folder: str | Path) -> str:
@@ -136,10 +136,10 @@ def _nearby(path: str) -> str:
     """The models beside it, for one who has misspelt a folder's name."""
     parent = Path(path).expanduser().parent
     try:
-        found = sorted(str(file.parent) for file in parent.glob("*/config.json"))
+        folders = sorted(str(file.parent) for file in parent.glob("*/config.json"))
     except OSError:
         return ""
-    return f"; models there: {', '.join(found[:5])}{' ...' * (len(found) > 5)}" if found else ""
+    return f"; models there: {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}" if folders else ""
 
 
 @cache

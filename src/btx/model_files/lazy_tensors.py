@@ -96,8 +96,8 @@ class OpenFile:
     @classmethod
     def shared(cls, path: Path) -> OpenFile:
         """The file, opened once however often it is asked for, unless it was written meanwhile."""
-        found = path.stat()
-        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         opened = cls._open.get(key) or cls(path)
         cls._open[key] = opened
         return opened

@@ -115,11 +115,11 @@ def _lfs_pointers(folder: Path) -> Iterator[Path]:
 def _models_below(folder: Path) -> list[Path]:
     """Model folders below one that is none; of a cache entry that of its branch `main` first."""
     for pattern in MODELS_BELOW:
-        found = sorted(file.parent for file in folder.glob(f"{pattern}/config.json"))
-        if found:
+        folders = sorted(file.parent for file in folder.glob(f"{pattern}/config.json"))
+        if folders:
             main = folder / "refs" / "main"
             revision = main.read_text("utf-8", errors="replace").strip() if main.is_file() else ""
-            return sorted(found, key=lambda path: path.name != revision)
+            return sorted(folders, key=lambda path: path.name != revision)
     return []
 
 

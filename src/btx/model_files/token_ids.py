@@ -53,10 +53,10 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     for pattern, read in READERS:
         for file in sorted(folder.glob(pattern)):
             with _naming(file):
-                if not (found := read(file)).ids:
+                if not (vocabulary := read(file)).ids:
                     raise ValueError("it has no entries")
-            _add_tokens(found, folder)
-            return found
+            _add_tokens(vocabulary, folder)
+            return vocabulary
     return None
 
 

@@ -78,8 +78,8 @@ def usable_tokenizer(folder: Path, rows: int, warn: Callable[[str], None]) -> Pr
     from transformers import AutoTokenizer
 
     check_ids(folder, rows)
-    found = read_vocabulary(folder)
-    if found is None:
+    vocabulary = read_vocabulary(folder)
+    if vocabulary is None:
         return None
     if (missing := missing_packages(folder)) is not None:
         warn(f"{missing}. The tokenizer is copied unread")
@@ -88,8 +88,10 @@ def usable_tokenizer(folder: Path, rows: int, warn: Callable[[str], None]) -> Pr
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers fail with errors of many types
         blame(error)
-        beside = [name for name in JSON_BESIDE_WEIGHTS[1:5] if (folder / name).is_file() and name != found.file.name]
-        names = ", ".join([found.file.name, *beside])
+        beside = [
+            name for name in JSON_BESIDE_WEIGHTS[1:5] if (folder / name).is_file() and name != vocabulary.file.name
+        ]
+        names = ", ".join([vocabulary.file.name, *beside])
         raise CheckpointError(f"{folder}: the tokenizer ({names}) cannot be loaded: {error}") from error
     check_ids(folder, rows, tokenizer.get_vocab())
     return tokenizer
@@ -106,12 +108,12 @@ def check_ids(folder: Path, rows: int, ids: Mapping[str, int] | None = None) -> 
     Raises:
         CheckpointError: names the file, the tokens and the number of rows.
     """
-    found = read_vocabulary(folder)
-    ids = ids if ids is not None else found.ids if found else {}
+    vocabulary = read_vocabulary(folder)
+    ids = ids if ids is not None else vocabulary.ids if vocabulary else {}
     beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
     if not beyond:
         return
-    file = (found.added_by.get(beyond[0][1], found.file) if found else None) or folder
+    file = (vocabulary.added_by.get(beyond[0][1], vocabulary.file) if vocabulary else None) or folder
     named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:MOST_NAMED])
     more = f" and {len(beyond) - MOST_NAMED} more" if len(beyond) > MOST_NAMED else ""
     raise CheckpointError(
@@ -129,12 +131,12 @@ def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     Raises:
         CheckpointError: a tokenizer file that cannot be read.
     """
-    own, theirs = read_vocabulary(folder), read_vocabulary(seed)
-    if own is None:
+    ours, theirs = read_vocabulary(folder), read_vocabulary(seed)
+    if ours is None:
         return "no tokenizer" if theirs else None
     if theirs is None:
-        return f"{own.file}: a tokenizer, which the seed model's folder lacks"
-    return _ids_difference(own, theirs) or _rules_difference(own, theirs)
+        return f"{ours.file}: a tokenizer, which the seed model's folder lacks"
+    return _ids_difference(ours, theirs) or _rules_difference(ours, theirs)
 
 
 def _ids_difference(own: Vocabulary, seed: Vocabulary) -> str | None:

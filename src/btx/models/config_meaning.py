@@ -50,18 +50,18 @@ def meaning(config: Mapping[str, Any]) -> Config:
         config: completed with its class's defaults.
     """
     defaults = config_defaults(str(config["model_type"]))
-    found = {
+    meant = {
         key: False if value is None and isinstance(defaults.get(key), bool) else value
         for key, value in config.items() if (key in defaults or key == "rope_parameters") and not _is_harmless(key)
     }  # fmt: skip
-    if "rope_parameters" in found or "rope_theta" in config:
-        found["rope_parameters"] = _rope(rope_of(dict(config)))
+    if "rope_parameters" in meant or "rope_theta" in config:
+        meant["rope_parameters"] = _rope(rope_of(dict(config)))
     if heads := config.get("num_attention_heads"):
-        found["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        found["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    if "hidden_act" in found:
-        found["hidden_act"] = SAME_ACTIVATIONS.get(str(found["hidden_act"]), found["hidden_act"])
-    return found | _windows(found, config, "use_sliding_window" in defaults)
+        meant["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+        meant["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    if "hidden_act" in meant:
+        meant["hidden_act"] = SAME_ACTIVATIONS.get(str(meant["hidden_act"]), meant["hidden_act"])
+    return meant | _windows(meant, config, "use_sliding_window" in defaults)
 
 
 def _is_harmless(key: str) -> bool:

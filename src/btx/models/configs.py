@@ -93,9 +93,9 @@ def own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingRule |
     """Config and router of a folder that only btx reads; None for any other. Broken folders are refused."""
     from transformers import AutoConfig
 
-    found = check_model(path)
-    if found is not None and is_btx_folder(found):
-        plain, router = open_btx_folder(Path(path), found)
+    config = check_model(path)
+    if config is not None and is_btx_folder(config):
+        plain, router = open_btx_folder(Path(path), config)
         values = {key: value for key, value in plain.items() if key != "model_type"}
         return AutoConfig.for_model(plain["model_type"], **values), router
     return None, None

@@ -84,8 +84,10 @@ def load_model(
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, loaded[1].get(kind) or ())) for kind in kinds}
     if any(wrong.values()):
-        found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in wrong.items() if names)
-        raise CheckpointError(f"{path}: the tensors do not fit the config's class {type(model).__name__}: {found}")
+        misfits = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in wrong.items() if names
+        )
+        raise CheckpointError(f"{path}: the tensors do not fit the config's class {type(model).__name__}: {misfits}")
     swap_in_moe(model)
     if router is not None:
         set_router(model, router)
@@ -117,10 +119,10 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
         raise CheckpointError(f"{path}: there is no such folder")
     if (missing := missing_packages(Path(path))) is not None:
         raise CheckpointError(missing)
-    own = own_config(path)[0] if (Path(path) / FILE).exists() else None
+    plain = own_config(path)[0] if (Path(path) / FILE).exists() else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path), config=own, revision=revision or "main", trust_remote_code=False
+            str(path), config=plain, revision=revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         blame(error)

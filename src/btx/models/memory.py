@@ -121,10 +121,10 @@ def model_shape(model: PreTrainedModel, *, experts_per_token: float = 0.0) -> Mo
     """
     config: Any = model.config
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own = {id(getattr(head, "weight", None)): "head", id(embedding.weight): "embedding"}
+    part_of_weight = {id(getattr(head, "weight", None)): "head", id(embedding.weight): "embedding"}
     moe_parts, total, trained = weight_parts(model), Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
-        part = own.get(id(parameter)) or moe_parts[name]
+        part = part_of_weight.get(id(parameter)) or moe_parts[name]
         if part == "shared":
             part = "norms" if parameter.ndim < 2 else "attention" if "attn" in name else "feed_forward"
         total[part] += parameter.numel()
@@ -301,13 +301,13 @@ def _inputs(scheme: MemoryScheme, width: float, products: int) -> float:
 def _attention_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
     """Queries, keys, values, output, the softmax's normalisers, and the mask as numbers to be added."""
     c, keys = scheme.arithmetic, shape.queries if batch.dense_mask else shape.keys
-    found: float = c * (2 * shape.queries + 2 * keys) + FLOAT32 * shape.heads
-    found += c * batch.sequence_length if batch.dense_mask else 0
+    count: float = c * (2 * shape.queries + 2 * keys) + FLOAT32 * shape.heads
+    count += c * batch.sequence_length if batch.dense_mask else 0
     if shape.trains("attention"):
-        found += _inputs(scheme, shape.width, 3)
+        count += _inputs(scheme, shape.width, 3)
     if shape.head_norms:
-        found += (FLOAT32 + c * shape.trains("norms")) * (shape.queries + shape.keys)
-    return found
+        count += (FLOAT32 + c * shape.trains("norms")) * (shape.queries + shape.keys)
+    return count
 
 
 def _dense_bytes(shape: ModelShape, scheme: MemoryScheme, width: int | None = None) -> float:

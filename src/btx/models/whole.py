@@ -93,15 +93,18 @@ def class_problems(folder: Path, config: Mapping[str, Any], *, loading: bool = F
         wanted = class_tensors(config)
     except CheckpointError as error:
         return [f"{folder / 'config.json'}: {error}"]
-    found = {name: entry.shape for name, entry in headers.tensors.items()
-             if not name.endswith(COMPUTED) and name not in wanted.tied}  # fmt: skip
+    shapes = {name: entry.shape for name, entry in headers.tensors.items()
+              if not name.endswith(COMPUTED) and name not in wanted.tied}  # fmt: skip
     where = {name: str(entry.file) for name, entry in headers.tensors.items()}
     whose = f"the class that {folder / 'config.json'} asks for has"
-    if not found.keys() <= wanted.published.keys() and found.keys() & wanted.in_memory.keys() - wanted.published.keys():
+    if (
+        not shapes.keys() <= wanted.published.keys()
+        and shapes.keys() & wanted.in_memory.keys() - wanted.published.keys()
+    ):
         if not loading:
-            return [_other_layout(folder, where, found, wanted)]
-        return shape_problems(found, wanted.in_memory, headers.file, where, whose)
-    return shape_problems(found, wanted.published, headers.file, where, whose)
+            return [_other_layout(folder, where, shapes, wanted)]
+        return shape_problems(shapes, wanted.in_memory, headers.file, where, whose)
+    return shape_problems(shapes, wanted.published, headers.file, where, whose)
 
 
 def check_planned(planned: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:

@@ -185,8 +185,8 @@ class RoutingLoss:
         if self.settings.over == "global_batch":
             u, p = cast(Tensor, self.u_LE) / self.share, cast(Tensor, self.p_LE) / self.share
             # The value of all micro-batches so far, the gradient of this one's part in it.
-            own = (u_LE - u_LE.detach()) * p + u * (p_LE - p_LE.detach())
-            per_layer_L = E * (u * p + own).sum(dim=1)
+            gradient_LE = (u_LE - u_LE.detach()) * p + u * (p_LE - p_LE.detach())
+            per_layer_L = E * (u * p + gradient_LE).sum(dim=1)
         loss = self._over_layers(per_layer_L)
         if self.settings.kind == "pooled":
             loss = pooled_load_balancing_loss(routings, mask_T)

@@ -142,13 +142,13 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
     seed, btx = config_cost(dense), moe_cost(recipe, dense, recipe.routing)
     trainings = stage_trainings(recipe, dense)
     written = {"baselines/soup": seed, "baselines/upcycled": btx, "mix": btx}
-    found = {}
+    costs = {}
     for stage in graph:
         training = trainings.get(stage.name)
         weights = training.cost if training else written.get(stage.name)
         flops = training.flops if training else router_flops(recipe, dense) if stage.name == "mix" else 0.0
         disk = _number_bytes(recipe, dense, stage.name) * weights.total_params if weights else 0
-        found[stage.name] = StageCost(
+        costs[stage.name] = StageCost(
             stage,
             tokens=training.tokens if training else 0,
             flops=flops,
@@ -159,7 +159,7 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             trained=training.trained if training else None,
             processes=recipe.launch.processes_of(stage.name) if training else 1,
         )
-    return Costs(graph, found)
+    return Costs(graph, costs)
 
 
 def _hours(graph: Graph, stage: Stage, flops: float, speed: Speed) -> float:
@@ -176,8 +176,8 @@ def devices_of(recipe: Recipe, stage: str) -> int:
 def _number_bytes(recipe: Recipe, dense: dict[str, Any], stage: str) -> int:
     """Bytes of a number in the weights that a stage writes: the seed model's type, or `mix.dtype` from the mix on."""
     mixed = {"mix", "finetune", *(f"baselines/{name}" for name in recipe.baselines if BASELINES[name].start == "mix")}
-    own = recipe.mix.dtype if stage in mixed or stage.startswith("align/") else None
-    return 2 if (own or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
+    dtype = recipe.mix.dtype if stage in mixed or stage.startswith("align/") else None
+    return 2 if (dtype or dense.get("dtype") or dense.get("torch_dtype")) in ("bfloat16", "float16") else 4
 
 
 @dataclass(frozen=True)
@@ -219,25 +219,25 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
         dense: the seed model's config, completed with its class's defaults.
         device: `cuda` or `cpu`, where its memory is taken; None: as the recipe says, on this machine.
     """
-    found: dict[str, tuple[Training, ModelCost, list[dict[str, float]]]] = {}
+    trainings: dict[str, tuple[Training, ModelCost, list[dict[str, float]]]] = {}
     if recipe.seed_model.train is not None:
-        found["seed"] = recipe.seed_model.train, config_cost(dense), [seed_mixture(recipe)]
+        trainings["seed"] = recipe.seed_model.train, config_cost(dense), [seed_mixture(recipe)]
     branch = config_cost(dense, trainable=recipe.train.trainable, lora_rank=recipe.train.lora.rank)
     for domain in recipe.train.domains:
-        found[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
-    found["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
+        trainings[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
+    trainings["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
     for stage, settings, cost in _aligned_costs(recipe, dense):
-        found[stage] = settings, cost, []
+        trainings[stage] = settings, cost, []
     for name in recipe.baselines:
         for phase in matched_phases(recipe, name, dense):
-            found[phase.stage] = phase.settings, phase.cost, phase.mixtures
+            trainings[phase.stage] = phase.settings, phase.cost, phase.mixtures
     device = device or planned_device(recipe)
     return {
         stage: StageTraining(settings, cost, mixtures, MemoryNeeds(
             settings, cost.shape, recipe.data.sequence_length, device, may_freeze=may_freeze(stage),
             processes=recipe.launch.processes_of(stage),
         ))
-        for stage, (settings, cost, mixtures) in found.items()
+        for stage, (settings, cost, mixtures) in trainings.items()
     }  # fmt: skip
 
 

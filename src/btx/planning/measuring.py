@@ -7,8 +7,9 @@ from typing import Any
 from btx.choices.baselines import BTM
 from btx.models.measuring_memory import ANSWERING, SCORING, cache_bytes, forward_bytes
 from btx.planning.gpu_memory import usable
-from btx.planning.models import cost_in_use, model_stages
+from btx.planning.models import cost_in_use
 from btx.recipe.schema import Recipe
+from btx.run_folder.finished_models import model_stages
 
 MOST_GPUS = 1024
 

@@ -10,20 +10,7 @@ from btx.choices.baselines import BASELINES, BTM
 from btx.models.cost import ModelCost, config_cost, side_by_side
 from btx.planning.costs import Costs
 from btx.recipe.schema import Recipe
-
-
-def model_stages(recipe: Recipe) -> dict[str, str]:
-    """Name in the results → the stage that makes the model: seed, expert/<domain>, soup, other baselines, mix, btx,
-    and sft and dpo of a recipe with `align`."""
-    baselines = sorted(recipe.baselines, key=lambda name: name != "soup")
-    return {
-        "seed": "seed",
-        **{f"expert/{domain}": f"train/{domain}" for domain in recipe.train.domains},
-        **{str(name): f"baselines/{name}" for name in baselines},
-        "mix": "mix",
-        "btx": "finetune",
-        **{name: f"align/{name}" for name in recipe.alignments},
-    }
+from btx.run_folder.finished_models import model_stages
 
 
 def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str, Any]:
@@ -32,16 +19,16 @@ def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str,
     Args:
         dense: the seed model's config, completed with its class's defaults.
     """
-    found = {}
+    rows = {}
     for name, stage in model_stages(recipe).items():
         cost = cost_in_use(recipe, dense, name)
-        found[name] = {
+        rows[name] = {
             "total_params": cost.total_params,
             "active_params": cost.active_params,
             "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
             **costs.behind(stage).as_json(),
         }
-    return found
+    return rows
 
 
 def cost_in_use(recipe: Recipe, dense: dict[str, Any], name: str) -> ModelCost:

@@ -58,9 +58,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
     """
     run = RunFolder(Path(recipe.run_folder), recipe)
     dense = dense_config(run)
-    family = family_of(dense, "seed model")
-    num_experts, layers = len(recipe.expert_names), int(dense["num_hidden_layers"])
-    used = recipe.routing.mean_experts_per_token(layers, num_experts)
+    family_of(dense, "seed model")  # refuses a class that cannot be mixed, before anything is counted
     speed = speed or measured_speed(run)
     costs = run_costs(run, dense, speed)
     states = [_state(run, cost.stage) for cost in costs]
@@ -78,21 +76,11 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
             *gain_notes(prediction),
         ],
         "prediction": prediction and prediction.as_json(),
-        "router": {
-            "kind": recipe.routing.kind,
-            "experts_per_token": used,
-            "saved_as": saved_as(recipe, family),
-            "notes": [*router_notes(recipe, family), *_baseline_notes(recipe)],
-        },
+        "router": _router(recipe, dense),
         "speed": speed and {"flops_per_s": speed.flops_per_s, "source": speed.source},
         "models": model_rows(recipe, dense, costs),
         "stages": [cost.as_json() | state for cost, state in zip(costs, states, strict=True)],
-        "gpu": gpu_memory
-        and {
-            "memory_bytes": gpu_memory,
-            "stages": memory_rows(recipe, dense, gpu_memory),
-            "measuring": measuring_rows(recipe, dense, gpu_memory),
-        },
+        "gpu": gpu_memory and _gpu(recipe, dense, gpu_memory),
         "stays": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] == "done"],
         "to_do": [stage.name for stage in costs.graph if run.state(stage) != "done" and run.is_needed(stage)],
         "baselines": {
@@ -100,23 +88,47 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
             | {"disk_bytes": _disk(costs, name), "matched": matching(recipe, costs, name)}
             for name in recipe.baselines
         },
-        "totals": {
-            "tokens": sum(cost.tokens for cost in costs),
-            "flops": sum(cost.flops for cost in costs),
-            "memory_bytes": max(_memory_at_once(costs), *(cost.memory_bytes for cost in costs)),
-            "disk_bytes": sum(cost.disk_bytes for cost in costs),
-            "to_write_bytes": bytes_to_write(run, costs),
-            "free_bytes": free_bytes(run.path),
-            "machine_hours": None if speed is None else sum(cost.hours or 0.0 for cost in costs),
-        },
+        "totals": _totals(run, costs) | {"machine_hours": speed and sum(cost.hours or 0.0 for cost in costs)},
+    }
+
+
+def _gpu(recipe: Recipe, dense: dict[str, Any], memory: int) -> dict[str, Any]:
+    """Whether every training and measuring fits into so many bytes."""
+    return {
+        "memory_bytes": memory,
+        "stages": memory_rows(recipe, dense, memory),
+        "measuring": measuring_rows(recipe, dense, memory),
+    }
+
+
+def _router(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
+    """How tokens are routed, and what the result is saved as."""
+    family, layers = family_of(dense, "seed model"), int(dense["num_hidden_layers"])
+    return {
+        "kind": recipe.routing.kind,
+        "experts_per_token": recipe.routing.mean_experts_per_token(layers, len(recipe.expert_names)),
+        "saved_as": saved_as(recipe, family),
+        "notes": [*router_notes(recipe, family), *_baseline_notes(recipe)],
+    }
+
+
+def _totals(run: RunFolder, costs: Costs) -> dict[str, Any]:
+    """All stages together, but for the hours."""
+    return {
+        "tokens": sum(cost.tokens for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+        "memory_bytes": max(_memory_at_once(costs), *(cost.memory_bytes for cost in costs)),
+        "disk_bytes": sum(cost.disk_bytes for cost in costs),
+        "to_write_bytes": bytes_to_write(run, costs),
+        "free_bytes": free_bytes(run.path),
     }
 
 
 def _state(run: RunFolder, stage: Stage) -> dict[str, Any]:
     """Where a stage of the run folder stands."""
     state = run.state(stage)
-    found: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs]}
-    return found | ({"why_stale": run.why_stale(stage)} if state == "stale" else {})
+    row: dict[str, Any] = {"state": state, "needs": [needed.name for needed in stage.needs]}
+    return row | ({"why_stale": run.why_stale(stage)} if state == "stale" else {})
 
 
 def matching(recipe: Recipe, costs: Costs, name: str) -> dict[str, Any]:
@@ -127,8 +139,8 @@ def matching(recipe: Recipe, costs: Costs, name: str) -> dict[str, Any]:
 
 def _disk(costs: Costs, name: str) -> int:
     """Bytes of a baseline's own stages."""
-    own = stage_names(name) if BASELINES[name].trains else [f"baselines/{name}"]
-    return sum(costs[stage].disk_bytes for stage in own)
+    stages = stage_names(name) if BASELINES[name].trains else [f"baselines/{name}"]
+    return sum(costs[stage].disk_bytes for stage in stages)
 
 
 def _memory_at_once(costs: Costs) -> int:

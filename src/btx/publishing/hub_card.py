@@ -40,7 +40,7 @@ class Origin:
 
 
 def origin_of_run(run: RunFolder) -> Origin:
-    """What a run says of its model."""
+    """What a run says of its model; no results where those that are there are not of the recipe as it is now."""
     seed = run.model("seed")
     on_hub = hub_origin(seed)
     path = run.recipe.seed_model.path
@@ -50,13 +50,14 @@ def origin_of_run(run: RunFolder) -> Origin:
     datasets = {
         source.hub for each in sources.values() for source in each if source.hub and not Path(source.hub).exists()
     }
+    is_measured = run.state(run.graph["evaluate"]) == "done"
     return Origin(
         base_models=(hub_name(on_hub).repository,) if on_hub else (),
         licence=licence_of(seed),
         datasets=tuple(sorted(datasets)),
         experts=tuple(run.recipe.expert_names),
         sources={name: ", ".join(dict.fromkeys(map(_source, each))) for name, each in sources.items()},
-        results=read_output(run.path / "evaluate" / "results.json", Results) or {},
+        results=(read_output(run.path / "evaluate" / "results.json", Results) or {}) if is_measured else {},
     )
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError, UserError
-from btx.evaluation.analysis_request import EXAMPLES, TOKENS, check_analysis, check_run_alone, read_texts
+from btx.evaluation.analysis_request import (
+    EXAMPLES,
+    TEXT_KEY,
+    TOKENS,
+    check_analysis,
+    check_run_alone,
+    read_texts,
+)
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
@@ -58,7 +65,8 @@ def evaluate(
 
 def analyze(
     model: Run, texts: Mapping[str, str | Path] | None = None, output: str | Path | None = None, *,
-    tokens: int = TOKENS, examples: int = EXAMPLES, without: Sequence[str] = (), log: Log = _print,
+    text_key: str = TEXT_KEY, tokens: int = TOKENS, examples: int = EXAMPLES, without: Sequence[str] = (),
+    log: Log = _print,
 ) -> Analysis:  # fmt: skip
     """Find out which expert each token uses: of a run's model on its held-out text, or of any MoE model on texts.
 
@@ -66,6 +74,7 @@ def analyze(
         model: a run; or, with `texts`, folder or hub name of any MoE model of transformers.
         texts: domain → file or folder of text.
         output: folder for the analysis of a model, with its report.
+        text_key: key of the text on the lines of .jsonl files, or column of .parquet files.
         tokens: of each text, at most.
         examples: documents of each text shown token by token.
         without: experts that are dropped.
@@ -78,7 +87,7 @@ def analyze(
     _refuse_text(without=without)
     if texts is None:
         run = _opened(model)
-        check_run_alone(run.path, output, without, tokens != TOKENS, examples != EXAMPLES)
+        check_run_alone(run.path, text_key != TEXT_KEY, output, without, tokens != TOKENS, examples != EXAMPLES)
         routing = _read(_work_on(run, ["analyze"], log), "analyze/routing.json", Routing)
     elif output is None or isinstance(model, RunFolder):
         raise UserError("analyze: texts go with a model and the folder that its analysis is written to: "
@@ -86,7 +95,7 @@ def analyze(
     else:
         place, paths = folder_or_name(model), {name: Path(path) for name, path in texts.items()}
         check_analysis(place, paths, Path(output))
-        documents = read_texts(paths, tokens)
+        documents = read_texts(paths, tokens, text_key)
         from btx.evaluation.analyze_model import analyze_model
 
         routing = analyze_model(place, documents, Path(output), tokens=tokens, examples=examples, without=without,

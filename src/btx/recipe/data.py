@@ -41,9 +41,9 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
-        given = [kind for kind in ("path", "hub", "generate", "domain") if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"a source needs exactly one of path, hub, generate, domain; given: {given or 'none'}")
+        kinds = [kind for kind in ("path", "hub", "generate", "domain") if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"a source needs exactly one of path, hub, generate, domain; given: {kinds or 'none'}")
         return self
 
 

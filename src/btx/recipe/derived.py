@@ -104,12 +104,12 @@ def _trainings(recipe: Recipe) -> dict[str, Training]:
     seed = recipe.seed_model.train
     trainings: dict[str, Training] = {"seed_model.train": seed} if seed is not None else {}
     for domain in recipe.train.domains:
-        own = domain in recipe.train.domain_tokens
-        trainings[f"train.domain_tokens.{domain}" if own else "train"] = recipe.branch_training(domain)
+        has_tokens = domain in recipe.train.domain_tokens
+        trainings[f"train.domain_tokens.{domain}" if has_tokens else "train"] = recipe.branch_training(domain)
     trainings["finetune"] = recipe.finetune
-    for name, given in recipe.baseline_training.items():
-        own_tokens = {} if given.tokens is None else {"tokens": given.tokens}
-        trainings[f"baseline_training.{name}"] = recipe.finetune.model_copy(update=given.settings | own_tokens)
+    for name, baseline in recipe.baseline_training.items():
+        own_tokens = {} if baseline.tokens is None else {"tokens": baseline.tokens}
+        trainings[f"baseline_training.{name}"] = recipe.finetune.model_copy(update=baseline.settings | own_tokens)
     return trainings
 
 

@@ -64,13 +64,13 @@ _BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most
 def recipe_page() -> str:
     """docs/recipe.md: a table a section, in the order of the recipe, shared fields once."""
     parts = [HEADER]
-    for title, section, own in _sections():
+    for title, section, fields in _sections():
         parts.append(f"## {title}\n\n{_sentence(section.__doc__)}\n")
         shared = [base for base in section.__mro__[1:] if _is_shared(base)]
         if shared:
             parts.append(f"All [{_title(shared[0])}](#{_anchor(_title(shared[0]))}), and:\n")
         rows = [f"| `{name}` | {_kind(field)} | {_default(field, derived=section is Training and name in SETTINGS)} | "
-                f"{_meaning(field)} |" for name, field in own.items()]  # fmt: skip
+                f"{_meaning(field)} |" for name, field in fields.items()]  # fmt: skip
         parts.append("\n".join(["| field | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
@@ -100,9 +100,9 @@ def _sections() -> Iterator[tuple[str, type[BaseModel], dict[str, FieldInfo]]]:
                 if base not in seen:
                     seen.add(base)
                     yield _title(base), base, base.model_fields
-        own = {name: field for name, field in section.model_fields.items() if name not in inherited}
-        yield f"`{path}`" if path else "The recipe", section, own
-        inner = [(f"{path}.{name}".lstrip("."), found) for name, field in own.items() for found in _inner(field)]
+        fields = {name: field for name, field in section.model_fields.items() if name not in inherited}
+        yield f"`{path}`" if path else "The recipe", section, fields
+        inner = [(f"{path}.{name}".lstrip("."), inside) for name, field in fields.items() for inside in _inner(field)]
         waiting = inner + waiting  # a section's parts come right after it
 
 

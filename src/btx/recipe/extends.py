@@ -23,10 +23,10 @@ WHOLE = (("sweep",),)
 
 def fill_in(document: Document, extended: Document) -> None:
     """Put what `document` leaves out into it from `extended`, with the places where it was written."""
-    given = {key: value for key, value in extended.value.items() if key not in OWN}
+    values = {key: value for key, value in extended.value.items() if key not in OWN}
     known = set(document.problems)
     document.problems += [problem for problem in extended.problems if problem not in known]
-    taken = set(_fill(document.value, given, ()))
+    taken = set(_fill(document.value, values, ()))
     for places, theirs in ((document.keys, extended.keys), (document.values, extended.values)):
         for path in [path for path in places if _is_below(path, taken)]:
             del places[path]

@@ -23,11 +23,11 @@ OURS = ("output", "error", "input", "job-name", "open-mode", "dependency", "kill
 
 def _is_an_option(text: str) -> str:
     """Refuse what sbatch would take for something else, and what would not be btx's job any more."""
-    found = re.fullmatch(r"--([a-z][a-z-]*)(=[^\n\r\0]*)?", text)
-    if found is None:
+    matched = re.fullmatch(r"--([a-z][a-z-]*)(=[^\n\r\0]*)?", text)
+    if matched is None:
         raise ValueError("an option of sbatch is one text, `--NAME` or `--NAME=VALUE`: write `--mem=8G`")
-    if any(name.startswith(found[1]) for name in OURS):  # sbatch takes beginnings of names too
-        raise ValueError(f"--{found[1]} is what btx gives sbatch itself; fields of the recipe say what can be chosen")
+    if any(name.startswith(matched[1]) for name in OURS):  # sbatch takes beginnings of names too
+        raise ValueError(f"--{matched[1]} is what btx gives sbatch itself; fields of the recipe say what can be chosen")
     return text
 
 

@@ -26,14 +26,18 @@ from btx.system_errors import blame
 
 MAX_BYTES = 1_000_000
 MAX_PROBLEMS_SHOWN = 50
+RUN_RECIPE = "recipe.yaml"
+"""The recipe in a run folder, which a manifest.json lies beside."""
 MAX_EXTENDED = 8
 """Recipes that may extend each other in a row."""
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: a packaged one by name, a YAML file, or a run folder (then `run` is that folder).
+    """Read a recipe: a packaged one by name, a YAML file, or a run folder.
 
-    A packaged name goes first: a folder of the same name is `./demo`. Raises `RecipeError` with every problem found.
+    Of a run folder, and of the recipe.yaml that lies in one, `run` is that folder, whatever the file says: a folder
+    that was copied or moved is its own run. A packaged name goes first: a folder of the same name is `./demo`. Raises
+    `RecipeError` with every problem found.
     """
     text, file, run = _read(name_or_path)
     return _parse(text, file, overrides, run)
@@ -48,7 +52,9 @@ def _read(name_or_path: str) -> tuple[str, str, str | None]:
     run = None
     try:
         if path.is_dir():
-            run, path = str(path), path / "recipe.yaml"
+            run, path = str(path), path / RUN_RECIPE
+        elif path.name == RUN_RECIPE and (path.parent / "manifest.json").is_file():
+            run = str(path.parent)
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
@@ -207,17 +213,19 @@ def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
     """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
     folder = given.get("run") or f"runs/{given['name']}"
     try:
-        found = read_yaml((Path(str(folder)) / "recipe.yaml").read_text("utf-8"), "").value
+        written = read_yaml((Path(str(folder)) / "recipe.yaml").read_text("utf-8"), "").value
     except (OSError, ValueError, YamlSyntaxError):
         return None
-    return found if isinstance(found, dict) else None
+    return written if isinstance(written, dict) else None
 
 
 def _refuse_idle_paper(document: Document) -> None:
     """A run folder's recipe says everything, so an override of `paper` would change its word and nothing else."""
     place = document.values.get(("paper",))
     if place is not None and place.source.startswith("override"):
-        say = " ".join(f"{section}.{key}={value}" for section, given in PAPER.items() for key, value in given.items())
+        say = " ".join(
+            f"{section}.{key}={value}" for section, settings in PAPER.items() for key, value in settings.items()
+        )
         document.problems.append(Problem(place, "paper", f"a run folder's recipe leaves nothing out that `paper` could "
                                                          f"fill in; the paper's way is {say}"))  # fmt: skip
 
@@ -229,8 +237,8 @@ def _document(text: str, file: str) -> Document:
     except YamlSyntaxError as error:
         raise RecipeError(str(error.problem)) from None
     if not isinstance(document.value, dict):
-        found = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
-        raise RecipeError(f"{document.values[()]}: {found}; start from one that works: btx cp demo my.yaml")
+        problem = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
+        raise RecipeError(f"{document.values[()]}: {problem}; start from one that works: btx cp demo my.yaml")
     return document
 
 
@@ -256,8 +264,8 @@ def _validate(document: Document) -> tuple[Recipe | None, list[Problem]]:
     try:
         return _validated(document), document.problems
     except ValidationError as error:
-        found = {problem.place for problem in document.problems}
-        later = [problem for problem in schema_problems(error.errors(), document) if problem.place not in found]
+        places = {problem.place for problem in document.problems}
+        later = [problem for problem in schema_problems(error.errors(), document) if problem.place not in places]
         return None, document.problems + later
 
 

@@ -27,7 +27,7 @@ def resolve(
     Raises:
         DataError: no weight is positive.
     """
-    found: dict[tuple[str, int], float] = {}
+    weights_of: dict[tuple[str, int], float] = {}
 
     def add(domain: str, weight: float) -> None:
         sources = recipe.data.domains[domain].sources
@@ -37,17 +37,17 @@ def resolve(
             if source.domain is not None:
                 add(source.domain, share)
             elif share > 0:
-                found[domain, number] = found.get((domain, number), 0.0) + share
+                weights_of[domain, number] = weights_of.get((domain, number), 0.0) + share
 
     for domain, weight in weights.items():
         add(domain, weight)
-    total = sum(found.values())
+    total = sum(weights_of.values())
     if not total:
         raise DataError(f"no weight above 0 in the mixture of {', '.join(weights) or 'no domain'}")
     names = known_as or {}
     return [
         (f"{names.get(domain, domain)}/{number}", f"{domain}/{number}", weight / total)
-        for (domain, number), weight in found.items()
+        for (domain, number), weight in weights_of.items()
     ]
 
 

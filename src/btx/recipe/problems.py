@@ -70,7 +70,7 @@ def _without_options(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
     errors = list(errors)
     paths = [error["loc"] for error in errors]
     places = {path[:depth] for path in paths for depth, part in enumerate(path) if str(part).startswith("dict[")}
-    found = []
+    plain = []
     for error in errors:
         depth = next((len(place) for place in places if error["loc"][: len(place)] == place), None)
         if depth is not None:
@@ -78,8 +78,8 @@ def _without_options(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
             if not behind and isinstance(error["input"], dict) is str(option).startswith("constrained-"):
                 continue
             error = {**error, "loc": (*error["loc"][:depth], *behind)}
-        found.append(error)
-    return found
+        plain.append(error)
+    return plain
 
 
 def _is_word(error: ErrorDetails) -> bool:
@@ -107,20 +107,20 @@ def _unknown_key(path: KeyPath, here: KeyPath) -> str:
 
 def _words(error: ErrorDetails, path: KeyPath, word: str | None = None) -> str:
     """What was expected and what was given, for errors about one value; instead it might have been `word`."""
-    kind, given = error["type"], error["input"]
+    kind, value = error["type"], error["input"]
     if kind == "literal_error":
         allowed = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-        return f"expected one of {', '.join(allowed)}, got {_shown(given)}{did_you_mean(str(given), allowed)}"
+        return f"expected one of {', '.join(allowed)}, got {_shown(value)}{did_you_mean(str(value), allowed)}"
     if kind == "string_pattern_mismatch":
-        return f"expected a name (letters, digits, '_', '-', '.'; at most 64 characters), got {_shown(given)}"
+        return f"expected a name (letters, digits, '_', '-', '.'; at most 64 characters), got {_shown(value)}"
     if kind == "too_short":
         return f"expected at least {error['ctx']['min_length']} entry, got an empty list"
     if expected := _EXPECTED.get(kind):
-        hint = ": put it in quotes" if kind == "string_type" and isinstance(given, int | float) else ""
+        hint = ": put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
         either = f" or {word}" if word else ""
-        return f"expected {expected}{either}, got {_shown(given)}{hint}{_meaning(path)}"
+        return f"expected {expected}{either}, got {_shown(value)}{hint}{_meaning(path)}"
     requirement = error["msg"].replace("Input should be", "must be")
-    return f"{requirement}, got {_shown(given)}{_meaning(path)}"
+    return f"{requirement}, got {_shown(value)}{_meaning(path)}"
 
 
 def _shown(value: Any) -> str:

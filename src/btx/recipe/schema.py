@@ -18,6 +18,7 @@ from btx.choices.generators import GENERATORS
 from btx.choices.merges import MergeSettings
 from btx.choices.router_inits import RouterInit
 from btx.choices.routers import RoutingRule
+from btx.choices.trainable import ONE_PROCESS
 from btx.errors import RecipeError, UserError
 from btx.files import home_filled
 from btx.recipe.align import Align, Alignment
@@ -319,9 +320,8 @@ def _adapters_on_experts_are_trained_by_one_process(recipe: Recipe) -> str | Non
     for name, section in recipe.alignments.items():
         count = recipe.launch.processes_of(f"align/{name}")
         if section.trainable == "lora" and count > 1:
-            return (f"align.{name}.trainable: lora is trained by one process, for peft's adapters on experts cannot be "
-                    f"sharded; launch.processes is {count} for it: write `processes: {{align: 1, ...}}`, or train all "
-                    f"weights")  # fmt: skip
+            return (f"align.{name}.trainable: {ONE_PROCESS}; launch.processes is {count} for it: write "
+                    f"`processes: {{align: 1, ...}}`, or train all weights")  # fmt: skip
     return None
 
 
@@ -344,15 +344,15 @@ def _branches_are_equal_where_baselines_need_it(recipe: Recipe) -> str | None:
 
 def _baselines_take_their_settings(recipe: Recipe) -> str | None:
     trained = ", ".join(name for name, kind in BASELINES.items() if kind.trains)
-    for name, given in recipe.baseline_training.items():
+    for name, named in recipe.baseline_training.items():
         kind, where = BASELINES[name], f"baseline_training.{name}"
         if not kind.trains:
             return f"{where}: {name} is made without training; these are trained: {trained}"
-        if given.domains_learning_rate is not None and not kind.two_phases:
+        if named.domains_learning_rate is not None and not kind.two_phases:
             return f"{where}.domains_learning_rate: {name} has one phase; set learning_rate"
-        if given.load_balancing is not None and not kind.has_routers:
+        if named.load_balancing is not None and not kind.has_routers:
             return f"{where}.load_balancing: {name} is dense, it has no routers to balance"
-        if given.load_balancing is not None and "load_balancing" in kind.changes:
+        if named.load_balancing is not None and "load_balancing" in kind.changes:
             return f"{where}.load_balancing: {name} is the baseline without it"
     return None
 

@@ -16,10 +16,10 @@ def bytes_of(size: int | str) -> int:
     Raises:
         UserError: not a size, or not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", str(size))
-    if not found or found.group(2).upper() not in _UNITS:
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", str(size))
+    if not matched or matched.group(2).upper() not in _UNITS:
         raise UserError(f"{size!r} is not a size; write 5GB, 500MB or a number of bytes")
-    count = float(found.group(1)) * _UNITS[found.group(2).upper()]
+    count = float(matched.group(1)) * _UNITS[matched.group(2).upper()]
     if count == math.inf:
         raise UserError(f"{size!r} is not a size: no machine has so many bytes")
     if (value := int(count)) < 1:

@@ -77,9 +77,9 @@ def _changes(run: Run, before: str, after: str) -> list[Change]:
     for domain in (*first.get("domains", {}), None):
         old, new = (_bits(model, domain) for model in (first, second))
         if is_number(old) and is_number(new) and old:
-            found = paired.get("mean", {}) if domain is None else paired.get("domains", {}).get(domain, {})
+            difference = paired.get("mean", {}) if domain is None else paired.get("domains", {}).get(domain, {})
             rows.append(_change(MEAN if domain is None else f"{BITS}, {domain}", decimal_text(old), decimal_text(new),
-                                signed_percent(new / old - 1), old - new, found.get("p")))  # fmt: skip
+                                signed_percent(new / old - 1), old - new, difference.get("p")))  # fmt: skip
     for task in first.get("tasks", {}):
         old, new = task_score(first, task), task_score(second, task)
         if is_share(old) and is_share(new):

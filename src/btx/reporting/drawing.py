@@ -209,9 +209,9 @@ def stacked_svg(charts: Sequence[tuple[str, str]]) -> str:
 def page_colours(*, dark: bool = False) -> dict[str, str]:
     """Name → colour of the page, light or dark: `#rrggbb`."""
     light, _, of_dark = colour_rules().partition("@media")
-    found = re.findall(r"--(\w[\w-]*): (#[0-9a-f]+)", of_dark if dark else light)
+    colours = re.findall(r"--(\w[\w-]*): (#[0-9a-f]+)", of_dark if dark else light)
     return {name: value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:])
-            for name, value in found}  # fmt: skip
+            for name, value in colours}  # fmt: skip
 
 
 def colour_rules() -> str:

@@ -89,7 +89,7 @@ def training(run: Run) -> str:
     """From where to where training brought the loss: finetuning, or before that the expert models in the mean."""
     branches = [stage for stage in run.stages if stage.name.startswith("train/")]
     for whose, stages in (("Finetuning's loss", [run.stage("finetune")]), ("The expert models' mean loss", branches)):
-        ends = [found for stage in stages if (found := _first_and_last(stage))]
+        ends = [both for stage in stages if (both := _first_and_last(stage))]
         if ends:
             first, last = (math.fsum(values) / len(ends) for values in zip(*ends, strict=True))
             verb = "fell" if last < first else "rose"
@@ -110,15 +110,16 @@ def routing(run: Run) -> str:
     if not domains:
         return ""
     means = {
-        domain: [mean_load(found["load"], e) for e in range(len(found["load"][0]))] for domain, found in domains.items()
+        domain: [mean_load(of_domain["load"], e) for e in range(len(of_domain["load"][0]))]
+        for domain, of_domain in domains.items()
     }
-    own = {domain: index for domain in domains
-           if (index := own_expert(domain, experts, run.general)) is not None}  # fmt: skip
-    if own:
-        largest = sum(means[domain][index] == max(means[domain]) for domain, index in own.items())
-        share = math.fsum(means[domain][index] for domain, index in own.items()) / len(own)
+    in_domain = {domain: index for domain in domains
+                 if (index := own_expert(domain, experts, run.general)) is not None}  # fmt: skip
+    if in_domain:
+        largest = sum(means[domain][index] == max(means[domain]) for domain, index in in_domain.items())
+        share = math.fsum(means[domain][index] for domain, index in in_domain.items()) / len(in_domain)
         return (
-            f"In {largest} of {len(own)} domains the in-domain expert has the largest load; on average it takes "
+            f"In {largest} of {len(in_domain)} domains the in-domain expert has the largest load; on average it takes "
             f"{percent_text(share)}, where an even load would give {percent_text(1 / len(experts))}."
         )
     load, expert, domain = max((load, experts[e], name) for name, mean in means.items() for e, load in enumerate(mean))
@@ -130,12 +131,12 @@ def routing(run: Run) -> str:
 
 def lag(run: Run) -> str:
     """After how many tokens the new domain's expert has the larger load, smoothed over a few tokens."""
-    found = run.routing.get("lag")
-    if not found or not found["positions"]:
+    measured = run.routing.get("lag")
+    if not measured or not measured["positions"]:
         return ""
-    rows = list(zip(found["positions"], found["old"], found["new"], strict=True))
+    rows = list(zip(measured["positions"], measured["old"], measured["new"], strict=True))
     before, after = [row for row in rows if row[0] < 0], [row for row in rows if row[0] >= 0]
-    over = f"mean over {found['documents']} documents"
+    over = f"mean over {measured['documents']} documents"
     if not after:
         return ""
     if before and math.fsum(new - old for _, old, new in before) >= 0:
@@ -183,10 +184,10 @@ def kept(run: Run) -> str:
 
 def used_for(run: Run) -> str:
     """The class of tokens that each expert gets most above the others' mean."""
-    found: Mapping[str, Any] = run.routing.get("used_for") or {}
+    uses: Mapping[str, Any] = run.routing.get("used_for") or {}
     parts = []
-    for expert, use in found.items():
-        others = [other["classes"] for name, other in found.items() if name != expert]
+    for expert, use in uses.items():
+        others = [other["classes"] for name, other in uses.items() if name != expert]
         above = [
             (share - math.fsum(other.get(name, 0.0) for other in others) / (len(others) or 1), name, share)
             for name, share in use["classes"].items()
@@ -200,11 +201,11 @@ def used_for(run: Run) -> str:
 
 def specialisation(run: Run) -> str:
     """In which layer the first expert says most of the domain, and in which least."""
-    found = run.statistics.get("specialisation", [])
-    if not found:
+    intervals = run.statistics.get("specialisation", [])
+    if not intervals:
         return ""
-    most, least = (choose(range(len(found)), key=lambda layer: found[layer]["value"]) for choose in (max, min))
-    told = [f"{found[layer]['value']:.3f} (95 %: {found[layer]['low']:.3f} to {found[layer]['high']:.3f})"
+    most, least = (choose(range(len(intervals)), key=lambda layer: intervals[layer]["value"]) for choose in (max, min))
+    told = [f"{intervals[layer]['value']:.3f} (95 %: {intervals[layer]['low']:.3f} to {intervals[layer]['high']:.3f})"
             for layer in (most, least)]  # fmt: skip
     if most == least:
         return f"The first expert tells {told[0]} of the domain, where 1 is all and 0 nothing."
@@ -216,17 +217,21 @@ def specialisation(run: Run) -> str:
 
 def similarity(run: Run) -> str:
     """Which neighbouring layers route most alike."""
-    found = run.statistics.get("similarity", [])
-    if len(found) < 2:
+    similarity_LL = run.statistics.get("similarity", [])
+    if len(similarity_LL) < 2:
         return ""
-    value, layer = max((found[layer][layer + 1], layer) for layer in range(len(found) - 1))
+    value, layer = max((similarity_LL[layer][layer + 1], layer) for layer in range(len(similarity_LL) - 1))
     return f"Of neighbouring layers, {layer} and {layer + 1} route most alike ({value:.2f}; 1 is the same)."
 
 
 def shift(run: Run, model: str) -> str:
     """How many tokens of an aligned model go to another first expert than before."""
     domains = run.aligned.get("models", {}).get(model, {})
-    moved = {name: math.fsum(found["moved"]) / len(found["moved"]) for name, found in domains.items() if found["moved"]}
+    moved = {
+        name: math.fsum(of_domain["moved"]) / len(of_domain["moved"])
+        for name, of_domain in domains.items()
+        if of_domain["moved"]
+    }
     if not moved:
         return ""
     most = max(moved, key=lambda name: moved[name])

@@ -55,12 +55,12 @@ def run_html(folder: Path) -> str:
 
 def results_of(results: Mapping[str, Any]) -> Table:
     """The report's table of results."""
-    found = results_table(results)
-    mixed = ["mixed"] if found.mixed else []
+    table = results_table(results)
+    mixed = ["mixed"] if table.mixed else []
     rows = [(row.name, [*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks, *row.costs])
-            for row in found.rows]  # fmt: skip
-    tasks = [f"{task} (task)" for task in found.tasks]
-    return Table([*found.domains, "mean", *mixed, *tasks, *COSTS], rows,
+            for row in table.rows]  # fmt: skip
+    tasks = [f"{task} (task)" for task in table.tasks]
+    return Table([*table.domains, "mean", *mixed, *tasks, *COSTS], rows,
                  "Bits per byte, lower is better; tasks: share of right answers; tokens, FLOPs and time of training "
                  "after the seed model; active and total parameters")  # fmt: skip
 

@@ -45,8 +45,8 @@ def _routing(run: Run) -> dict[str, Any]:
         for name, domain in run.routing.get("domains", {}).items()
     }
     pairs = {
-        name: {pair: shares for pair, shares in found.items() if pair in domains.get(name, {}).get("pairs", {})}
-        for name, found in run.statistics.get("pairs", {}).items()
+        name: {pair: shares for pair, shares in of_domain.items() if pair in domains.get(name, {}).get("pairs", {})}
+        for name, of_domain in run.statistics.get("pairs", {}).items()
     }
     statistics = run.statistics | ({"pairs": pairs} if pairs else {})
     return run.routing | ({"domains": domains} if domains else {}) | ({"statistics": statistics} if statistics else {})

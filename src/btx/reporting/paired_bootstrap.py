@@ -52,16 +52,16 @@ def read_documents(path: Path) -> dict[str, Any] | None:
     Raises:
         RunFolderError: it is broken, or a model has scores of other documents than there are.
     """
-    found = read_output(path, Documents)
-    if found is None:
+    documents = read_output(path, Documents)
+    if documents is None:
         return None
-    sizes = {"mixed": found["bytes"].get("mixed", []), **found["bytes"]["domains"]}
-    for name, scores in found["models"].items():
+    sizes = {"mixed": documents["bytes"].get("mixed", []), **documents["bytes"]["domains"]}
+    for name, scores in documents["models"].items():
         for key, bits in ({"mixed": scores.get("mixed", sizes["mixed"])} | scores["domains"]).items():
             if len(bits) != len(sizes.get(key, ())):
                 raise RunFolderError(f"{path}: models.{name}: {key} has {len(bits)} documents, bytes has "
                                      f"{len(sizes.get(key, ()))}; {MEND}")  # fmt: skip
-    return dict(found)
+    return dict(documents)
 
 
 def compare_documents(

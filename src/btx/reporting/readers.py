@@ -30,6 +30,10 @@ SCREEN_TOKENS = 2000
 """Tokens on the screen at once, if documents are no longer; documents are turned like pages."""
 SCREEN_DOCUMENTS = 4
 """On the screen at once, and as many more as every domain has its turn."""
+ANALYSE = (
+    "`btx analyze RUN` finds out which experts the tokens of a run use, `btx analyze MODEL --text NAME=FILE` those of "
+    "any other model"
+)
 MAX_LEGEND = 6  # experts; with more, the pairs follow from the single experts' colours
 
 
@@ -96,14 +100,22 @@ def token_readers(run: Run, other: Run | None = None) -> dict[str, Reader]:
 
 
 def read_beside(run: Run, folder: Path) -> Run:
-    """The other run or analysed model. Raises RunFolderError if neither folder has routed any text of the other's."""
+    """The other run or analysed model.
+
+    Raises:
+        RunFolderError: it is neither, it or `run` is not analysed yet, or they show no text that is the same.
+    """
     other = read_run(folder)
-    if _name_beside(run, other) not in _beside(run, run.tokens.get("examples", []), other):
-        raise RunFolderError(
-            f"{folder}: its analysis shows no text that {run.folder} shows too, so nothing can stand side by side; "
-            "`btx analyze RUN` finds out which experts the tokens of a run use, "
-            "`btx analyze MODEL --text NAME=FILE` those of any other model"
-        )
+    if not other.recipe and not other.of_model:
+        raise RunFolderError(f"{folder}: neither a run folder (recipe.yaml is missing) nor an analysed model's "
+                             f"(routing.json); {ANALYSE}")  # fmt: skip
+    for each in (run, other):
+        if not each.tokens.get("examples"):
+            raise RunFolderError(f"{each.folder}: its analysis shows no tokens, so nothing can stand side by side; "
+                                 f"{ANALYSE}")  # fmt: skip
+    if _name_beside(run, other) not in _beside(run, run.tokens["examples"], other):
+        raise RunFolderError(f"{folder}: its analysis shows no text that {run.folder} shows too, so nothing can stand "
+                             f"side by side; {ANALYSE}")  # fmt: skip
     return other
 
 
@@ -113,10 +125,10 @@ def _name_beside(run: Run, other: Run) -> str:
 
 def _beside(run: Run, documents: Sequence[Mapping[str, Any]], other: Run | None) -> dict[str, dict[int, RoutedText]]:
     """Other model → number of the document → the same text as that model routes it."""
-    found: dict[str, dict[int, RoutedText]] = {}
+    texts: dict[str, dict[int, RoutedText]] = {}
     for number, document in enumerate(documents):
         for model, route in document.get("routes", {}).items():
-            found.setdefault(model, {})[number] = routed_text(model, {**route, "tokens": document["tokens"]})
+            texts.setdefault(model, {})[number] = routed_text(model, {**route, "tokens": document["tokens"]})
     if other is not None:
         name = _name_beside(run, other)
         theirs = [
@@ -126,8 +138,8 @@ def _beside(run: Run, documents: Sequence[Mapping[str, Any]], other: Run | None)
         for number, document in enumerate(documents):
             text = routed_text(_model(run), document)
             if (same := next((each for each in theirs if same_text(text, each)), None)) is not None:
-                found.setdefault(name, {})[number] = same
-    return found
+                texts.setdefault(name, {})[number] = same
+    return texts
 
 
 def _model(run: Run) -> str:
@@ -148,7 +160,7 @@ def _reader(
     data: list[dict[str, Any]] = []
     for number in _in_turn([document["domain"] for document in documents]):
         document, text = documents[number], texts[number]
-        own = own_expert(document["domain"], experts, run.general)
+        in_domain = own_expert(document["domain"], experts, run.general)
         cuts = parts([text, *(routed[number] for routed in beside.values() if number in routed)])
         for place, cut in enumerate(cuts, 1):
             count = len(cut[0].tokens)
@@ -159,11 +171,11 @@ def _reader(
             on_screen += count
             seen = range(count if not shown or (on_screen <= SCREEN_TOKENS and len(shown) < most) else 0)
             shown.append(Document(
-                document["domain"], own, f"part {place} of {len(cuts)}" if len(cuts) > 1 else "",
-                [cut[0].token(t, layers // 2, own) for t in seen], document if "answers" in document else None,
+                document["domain"], in_domain, f"part {place} of {len(cuts)}" if len(cuts) > 1 else "",
+                [cut[0].token(t, layers // 2, in_domain) for t in seen], document if "answers" in document else None,
             ))  # fmt: skip
             data.append({
-                "domain": document["domain"], "own": own, "texts": {each.model: each.data() for each in cut},
+                "domain": document["domain"], "own": in_domain, "texts": {each.model: each.data() for each in cut},
             })  # fmt: skip
     measured = list(dict.fromkeys(model for text in texts for model in text.bits))
     names = {own_model: experts} | {model: _experts_of(model, routed, run, other) for model, routed in beside.items()}

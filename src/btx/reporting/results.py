@@ -94,7 +94,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
     best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
     best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
     mixed = [model["mixed"] for model in models.values() if "mixed" in model]
-    best_mixed = _best((found.get("bits_per_byte") for found in mixed), min)
+    best_mixed = _best((measured.get("bits_per_byte") for measured in mixed), min)
     seed = models.get("seed", {})
     rows = [
         Row(
@@ -148,8 +148,8 @@ def _bits(model: Mapping[str, Any], domain: str) -> Any:
 
 def task_score(model: Mapping[str, Any], task: str) -> Any:
     """A model's score on a task; None if it has none."""
-    found = model.get("tasks", {}).get(task, {})
-    return found.get(metric_of(found))
+    measured = model.get("tasks", {}).get(task, {})
+    return measured.get(metric_of(measured))
 
 
 def _best(values: Iterable[Any], choose: Any) -> Any:

@@ -40,13 +40,13 @@ def own_load_figure(run: Run) -> Lines | None:
     has an expert of its own, or a single layer."""
     experts, curves = run.routing.get("experts", []), []
     for domain, routing in run.routing.get("domains", {}).items():
-        own = own_expert(domain, experts, run.general)
-        if own is None or len(routing["load"]) < 2:
+        in_domain = own_expert(domain, experts, run.general)
+        if in_domain is None or len(routing["load"]) < 2:
             continue
         intervals = run.statistics.get("load", {}).get(domain)
         curves.append(Curve(domain, run.colour(domain), range(len(routing["load"])),
-                            [layer[own] for layer in routing["load"]],
-                            *_bounds([layer[own] for layer in intervals] if intervals else [])))  # fmt: skip
+                            [layer[in_domain] for layer in routing["load"]],
+                            *_bounds([layer[in_domain] for layer in intervals] if intervals else [])))  # fmt: skip
     if not curves:
         return None
     return Lines("own-load", curves, "layer", "load of the domain's own expert", level=1 / len(experts), from_zero=True)
@@ -54,10 +54,12 @@ def own_load_figure(run: Run) -> Lines | None:
 
 def specialisation_figure(run: Run) -> Lines | None:
     """What the first expert tells of the domain, layer by layer; None where it was not measured, or a single layer."""
-    found = run.statistics.get("specialisation", [])
-    if len(found) < 2:
+    intervals = run.statistics.get("specialisation", [])
+    if len(intervals) < 2:
         return None
-    curve = Curve("specialisation", "accent", range(len(found)), [layer["value"] for layer in found], *_bounds(found))
+    curve = Curve(
+        "specialisation", "accent", range(len(intervals)), [layer["value"] for layer in intervals], *_bounds(intervals)
+    )
     return Lines("specialisation", [curve], "layer", "specialisation (0 to 1)", from_zero=True)
 
 

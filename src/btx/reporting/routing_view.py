@@ -25,13 +25,13 @@ def routing_view(run: Run) -> dict[str, Any] | None:
     if not domains:
         return None
     experts = run.routing["experts"]
-    own = own_experts(run)
+    in_domain = own_experts(run)
     views = [
         {
             "name": name,
-            "own": own.get(name),
+            "own": in_domain.get(name),
             "load": domain["load"],
-            "own_load": mean_load(domain["load"], own[name]) if name in own else None,
+            "own_load": mean_load(domain["load"], in_domain[name]) if name in in_domain else None,
             "titles": _titles(run, name, domain["load"]),
             "pairs": [(pair, [experts.index(expert) for expert in pair.split("+")], shares)
                       for pair, shares in most_frequent(domain.get("pairs", {})).items()],
@@ -47,15 +47,15 @@ def routing_view(run: Run) -> dict[str, Any] | None:
         "largest_pair": max((s for view in views for *_, shares in view["pairs"] for s in shares), default=0) or 1.0,
         "pairs_cut": pairs if pairs > MOST_PAIRS else 0,
         "dead": [(layer, experts[expert]) for layer, expert in run.routing.get("dead", [])],
-        "before_after": _before_after(run, own),
+        "before_after": _before_after(run, in_domain),
     }
 
 
 def own_experts(run: Run) -> dict[str, int]:
     """Domain → index of its own expert, of the domains that have one."""
     experts = run.routing.get("experts", [])
-    found = {domain: own_expert(domain, experts, run.general) for domain in run.routing.get("domains", {})}
-    return {domain: own for domain, own in found.items() if own is not None}
+    experts_of = {domain: own_expert(domain, experts, run.general) for domain in run.routing.get("domains", {})}
+    return {domain: expert for domain, expert in experts_of.items() if expert is not None}
 
 
 def most_frequent(pairs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:

@@ -14,12 +14,12 @@ from btx.files import misfit
 from btx.metrics_file import read_metrics
 from btx.outputs import check_outputs, read_done, read_output
 from btx.reporting.drawing import COLOURS
+from btx.reporting.oracle import read_oracle
 from btx.reporting.paired_bootstrap import read_documents
 from btx.reporting.shapes import (
     AlignedRouting,
     Manifest,
     MixRecord,
-    Oracle,
     ResolvedRecipe,
     Results,
     Routing,
@@ -93,8 +93,8 @@ class Run:
 
     def colour(self, domain: str) -> str:
         """Palette name of a domain's expert."""
-        own = own_expert(domain, self.experts, self.general)
-        return "quiet" if own is None else f"c{own % COLOURS}"
+        expert = own_expert(domain, self.experts, self.general)
+        return "quiet" if expert is None else f"c{expert % COLOURS}"
 
 
 def read_run(folder: Path) -> Run:
@@ -104,6 +104,7 @@ def read_run(folder: Path) -> Run:
     recipe_text, recipe = _read_recipe(folder / "recipe.yaml")
     analysis = folder if (folder / ROUTING).is_file() else folder / "analyze"
     shown = read_output(folder / "evaluate" / "shown.json", Shown) or {}
+    results = read_output(folder / "evaluate" / "results.json", Results) or {}
     routing = read_output(analysis / ROUTING, Routing) or {}
     tokens = read_output(analysis / TOKENS, Tokens) or {}
     return Run(
@@ -111,13 +112,13 @@ def read_run(folder: Path) -> Run:
         recipe_text,
         recipe,
         manifest=read_output(folder / "manifest.json", Manifest) or {},
-        results=read_output(folder / "evaluate" / "results.json", Results) or {},
+        results=results,
         documents=read_documents(folder / "evaluate" / "documents.json") or {},
         routing=routing | ({"loads": shown["loads"]} if routing and shown else {}),
         aligned=read_output(analysis / "align.json", AlignedRouting) or {},
         tokens=_with_shown(tokens, shown) if shown else tokens,
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
-        oracle=read_output(folder / "mix" / "oracle.json", Oracle) or {},
+        oracle=read_oracle(folder, results),
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
     )
 

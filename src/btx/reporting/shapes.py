@@ -202,8 +202,6 @@ class Routing(TypedDict):
 class RoutingShift(TypedDict):
     """What aligning a model has changed in where a domain's held-out text goes; each list has a value a layer."""
 
-    load: list[list[float]]
-    """After it: share of each expert. Before it: that domain's `load` in routing.json."""
     moved: list[float]
     """Share of the text tokens whose first expert is another one than before."""
     distance: list[float]
@@ -213,8 +211,6 @@ class RoutingShift(TypedDict):
 class AlignedRouting(TypedDict):
     """analyze/align.json, of a run whose recipe has `align`."""
 
-    layers: int
-    experts: list[str]
     before: str
     """Model (a name in results.json) that the others are compared with: btx."""
     models: dict[str, dict[str, RoutingShift]]
@@ -288,6 +284,8 @@ class Oracle(TypedDict):
     """Percent of the seed model's bits that each expert has saved at home."""
     predicted_gain: float
     """Percent over the best single expert."""
+    text: NotRequired[dict[str, str]]
+    """Domain → hash of its data, as they were read for it."""
 
 
 class MixRecord(TypedDict):

@@ -16,8 +16,9 @@ from btx.data.token_files import TokenFile
 from btx.files import read_json, write_sealed
 from btx.outputs import DONE, FORMAT, STARTED, CheckpointState, read_done, read_started
 from btx.process import Log
-from btx.run_folder.folder import RunFolder, started_json
+from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
+from btx.run_folder.stage_notes import started_json
 
 NOT_COMPARED = {"device", "domain", "domains", "general", "data", "files", "members", "domain_tokens"}
 """Keys of old settings that said where something is, or what the stages before and the tokens say now."""

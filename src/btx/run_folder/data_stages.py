@@ -61,7 +61,11 @@ class DataStages:
         held = {name.removeprefix("data/"): noted["settings"]["sources"]
                 for name, noted in self.read.items() if name != TOKENIZER}  # fmt: skip
         sources = {domain: self._sources_if_known(domain) for domain in self.recipe.data.domains}
-        names = {domain: domain for domain, own in sources.items() if own is None or held.get(domain) == own}
+        names = {
+            domain: domain
+            for domain, name_before in sources.items()
+            if name_before is None or held.get(domain) == name_before
+        }
         for domain in sorted(sources.keys() - names.keys()):
             free = held.keys() - names.values()
             if same := sorted(name for name in free if held[name] == sources[domain]):

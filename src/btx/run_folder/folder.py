@@ -33,6 +33,7 @@ from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.lease import lease_file, take_lease
 from btx.run_folder.manifest import manifest, now
+from btx.run_folder.stage_notes import done_json, files_of, is_known, settings_known, started_json
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.system_errors import WRITING, blame
@@ -153,9 +154,9 @@ class RunFolder:
         try:
             return stage.inputs != begun["inputs"]
         except UserError:
-            if not _settings_known(stage):
+            if not settings_known(stage):
                 return self.done(stage) is not None  # made from other files than those that are missing now
-            known = [needed for needed in stage.needs if _is_known(needed)]
+            known = [needed for needed in stage.needs if is_known(needed)]
             if any(begun["upstream"].get(needed.label) != needed.inputs for needed in known):
                 return True
             return stage.settings != begun["settings"]
@@ -171,7 +172,7 @@ class RunFolder:
         except UserError as error:
             return str(error)
         reasons = changed_settings(stage.name, begun["shown"], stage.shown)
-        reasons += changed_files(begun["files"], _names(stage))
+        reasons += changed_files(begun["files"], files_of(stage))
         before = begun["upstream"]
         reasons += [
             f"{name} {'changed' if name in before else 'is new'}"
@@ -300,7 +301,7 @@ class RunFolder:
         """Keep nothing of a stage whose needs, or whose own `files`, changed while it read them."""
         try:
             self.check_needs(stage)
-            if changed := changed_files(files, _names(stage)):
+            if changed := changed_files(files, files_of(stage)):
                 raise DataError(f"{stage.name}: {'; '.join(changed)} while it was read; run the same command again")
         except UserError:
             shutil.rmtree(working)
@@ -376,48 +377,3 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
         owner.unlink(missing_ok=True)
         lease.release()
         lock.release()
-
-
-def started_json(stage: Stage) -> dict[str, Any]:
-    """What is noted of a stage when it is begun."""
-    return {
-        "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
-        "shown": stage.shown, "upstream": stage.upstream, "files": _names(stage),
-        "read": {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
-    }  # fmt: skip
-
-
-def _noted(stage: Stage) -> dict[str, Any]:
-    """What a stage notes of the data it reads, for the day when their folder is not there."""
-    files = _names(stage)
-    return {"format": FORMAT, "inputs": stage.inputs, "settings": stage.settings, "shown": stage.shown, "files": files}
-
-
-def done_json(stage: Stage, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is noted of a stage when it is finished; tokens, FLOPs and seconds are 0 unless `facts` have them."""
-    nothing = {"tokens": 0, "flops": 0.0, "wall_s": 0.0}
-    named = {"stage": stage.name, "inputs": stage.inputs}
-    return named | nothing | dict(facts) | {"node": platform.node(), "finished": now()}
-
-
-def _names(stage: Stage) -> dict[str, str]:
-    """Files of a stage → SHA-256; as recorded if they are not here."""
-    try:
-        return stage.files()
-    except UserError:
-        return dict(stage.recorded["files"]) if stage.recorded else {}
-
-
-def _is_known(stage: Stage) -> bool:
-    """Whether a stage's hash can be told here."""
-    try:
-        return bool(stage.inputs)
-    except UserError:
-        return False
-
-
-def _settings_known(stage: Stage) -> bool:
-    try:
-        return stage.settings is not None
-    except UserError:
-        return False

@@ -118,12 +118,12 @@ class Stage:
 
     def training_behind(self) -> list[Stage]:
         """The stages that compute, from the seed model (itself not counted) up to this one, in an order that runs."""
-        found: dict[str, Stage] = {}
+        behind: dict[str, Stage] = {}
         for needed in self.needs:
-            found |= {stage.name: stage for stage in needed.training_behind() if stage.name != "seed"}
+            behind |= {stage.name: stage for stage in needed.training_behind() if stage.name != "seed"}
         if self.computes:
-            found[self.name] = self
-        return list(found.values())
+            behind[self.name] = self
+        return list(behind.values())
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ def job_of(run: Path, name: str) -> Job | None:
 
 
 def _read(file: Path) -> Job | None:
-    found = read_json(file, JobFile)
-    return None if found is None else Job(**found | {"stages": tuple(found["stages"])})
+    job = read_json(file, JobFile)
+    return None if job is None else Job(**job | {"stages": tuple(job["stages"])})
 
 
 def _file(run: Path, name: str) -> Path:

@@ -39,16 +39,16 @@ def take_lease(file: Path, patience_s: float) -> filelock.SoftFileLease:
     lease = filelock.SoftFileLease(
         file, lease_duration=LEASE_S, heartbeat_interval=BEAT_S, on_compromise=_end, is_singleton=False
     )
-    found, started = _change(file), time.monotonic()
+    at_first, started = _change(file), time.monotonic()
     while True:
         try:
             lease.acquire(timeout=0)
             return lease
         except filelock.Timeout:
             waited, now = time.monotonic() - started, _change(file)
-            if waited > LEASE_S and now == found is not None:
-                _fill_if_empty(file, found[0])
-            if waited >= patience_s and (now != found or waited > LEASE_S + 2 * BEAT_S):
+            if waited > LEASE_S and now == at_first is not None:
+                _fill_if_empty(file, at_first[0])
+            if waited >= patience_s and (now != at_first or waited > LEASE_S + 2 * BEAT_S):
                 raise
         time.sleep(LOOK_S)
 
@@ -79,8 +79,8 @@ def is_alive(file: Path) -> bool:
 def _change(file: Path) -> tuple[int, int] | None:
     """What changes when an owner touches its lease, or another takes it."""
     with contextlib.suppress(FileNotFoundError):
-        found = file.stat()
-        return found.st_ino, found.st_mtime_ns
+        status = file.stat()
+        return status.st_ino, status.st_mtime_ns
     return None
 
 
@@ -88,8 +88,8 @@ def _fill_if_empty(file: Path, inode: int) -> None:
     """Make a stump one that can be taken over: a process killed between making its lease and writing its name into it
     leaves an empty file, which filelock takes for an old version's."""
     with contextlib.suppress(OSError), open(file, "r+b") as opened:
-        found = os.fstat(opened.fileno())
-        if found.st_ino == inode and not found.st_size:
+        status = os.fstat(opened.fileno())
+        if status.st_ino == inode and not status.st_size:
             opened.write(b"of a process that was killed")
 
 

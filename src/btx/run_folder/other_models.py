@@ -32,8 +32,8 @@ class OtherModel(TypedDict):
 
 def read_other_models(run: Path) -> dict[str, OtherModel]:
     """Name → model; raises as `btx.files.read_json`."""
-    found: dict[str, OtherModel] = read_json(run / FILE, dict[str, OtherModel]) or {}
-    return {name: with_inputs(model["path"], model["inputs"]) for name, model in found.items()}
+    models: dict[str, OtherModel] = read_json(run / FILE, dict[str, OtherModel]) or {}
+    return {name: with_inputs(model["path"], model["inputs"]) for name, model in models.items()}
 
 
 def with_inputs(path: str, before: str = "") -> OtherModel:
@@ -72,9 +72,9 @@ def add_other_models(run: Path, models: Mapping[str, str | Path]) -> None:
 
 def forget_other_models(run: Path, names: list[str]) -> None:
     """Measure some no more; raises UserError for one that is not there."""
-    found: dict[str, Any] = dict(read_other_models(run))
+    left: dict[str, Any] = dict(read_other_models(run))
     for name in names:
-        if name not in found:
-            raise UserError(f"--forget {name}: no such model beside the run's; there are: {', '.join(found) or 'none'}")
-        del found[name]
-    write_json(run / FILE, found)
+        if name not in left:
+            raise UserError(f"--forget {name}: no such model beside the run's; there are: {', '.join(left) or 'none'}")
+        del left[name]
+    write_json(run / FILE, left)

@@ -125,8 +125,8 @@ class _Stages:
         mixture = domain_mixture(recipe, domain)
 
         def trained() -> Settings:
-            own = recipe.branch_training(domain).model_copy(update={"domains": [domain]})  # others decide nothing
-            return {"train": own, **self._mixture(mixture), **self.rng}
+            training = recipe.branch_training(domain).model_copy(update={"domains": [domain]})  # others decide nothing
+            return {"train": training, **self._mixture(mixture), **self.rng}
 
         return self._stage(name, trained, (*self._read([mixture]), seed))
 

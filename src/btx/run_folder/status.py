@@ -115,10 +115,10 @@ def last_line(text: str) -> str:
 
 def _failure(run: RunFolder, stage: str) -> dict[str, str] | None:
     """{"error", "node", "time"} of a stage that failed when it was last tried, else None."""
-    found = read_json(path := _failure_file(run, stage))
-    if found is not None and not (isinstance(found, dict) and {"error", "node"} <= found.keys()):
+    failure = read_json(path := _failure_file(run, stage))
+    if failure is not None and not (isinstance(failure, dict) and {"error", "node"} <= failure.keys()):
         raise RunFolderError(f"{path}: not what btx notes of a failure; remove it")
-    return cast(dict[str, str] | None, found)
+    return cast(dict[str, str] | None, failure)
 
 
 def _failure_file(run: RunFolder, stage: str) -> Path:

@@ -26,11 +26,11 @@ def clear_stumps(run: RunFolder) -> None:
     names = {stage.name: stage for stage in run.graph}
     for group in ("", "data/", "train/", "baselines/"):
         for path in (run.path / group).glob(".*"):
-            found = BESIDE.fullmatch(path.name)
-            name = group + found[1] if found else ""
-            if found and (run.path / name).is_file():
+            matched = BESIDE.fullmatch(path.name)
+            name = group + matched[1] if matched else ""
+            if matched and (run.path / name).is_file():
                 _remove(path)  # a file of the run folder itself, which only this process writes
-            elif found and name not in names:
+            elif matched and name not in names:
                 _clear_if_free(run, name, None)
     for name, stage in names.items():
         _clear_if_free(run, name, stage)
@@ -60,8 +60,8 @@ def clear_stumps_of(run: RunFolder, name: str, stage: Stage | None) -> None:
 
 
 def _beside(folder: Path) -> list[Path]:
-    found = [(path, BESIDE.fullmatch(path.name)) for path in folder.parent.glob(f".{folder.name}.*")]
-    return [path for path, match in found if match and match[1] == folder.name]
+    matched = [(path, BESIDE.fullmatch(path.name)) for path in folder.parent.glob(f".{folder.name}.*")]
+    return [path for path, match in matched if match and match[1] == folder.name]
 
 
 def _inside(folder: Path) -> list[Path]:

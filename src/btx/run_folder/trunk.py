@@ -84,10 +84,10 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
 
 def _on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
-    found = []
+    checkpoints = []
     for state in sorted((donor / STATE_FOLDER).glob("step-*/**/state.json")):
         facts = read_json(state) or {}
         if facts.get("trunk") == trunk:
             checkpoint = state.parent if state.parent.name.startswith("step-") else state.parent.parent
-            found.append((int(facts["step"]), checkpoint))
-    return found
+            checkpoints.append((int(facts["step"]), checkpoint))
+    return checkpoints

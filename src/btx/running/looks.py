@@ -107,8 +107,8 @@ class WatchedRun:
     def _opened(self) -> RunFolder:
         """The run, opened anew only where another `btx run` has changed its recipe: a graph may have to read data."""
         try:
-            found = (self.path / "recipe.yaml").stat()
-            now = (found.st_ino, found.st_mtime_ns)
+            status = (self.path / "recipe.yaml").stat()
+            now = (status.st_ino, status.st_mtime_ns)
         except FileNotFoundError:
             now = None  # which is told as such
         if now is None or now != self._recipe:

@@ -235,12 +235,12 @@ class _Pipeline:
     def _why_waiting(self, job: tuple[Stage, ...]) -> str:
         """What the jobs made is not what this run asked for: somebody changed the recipe or the data under it."""
         run = self.run_folder
-        found = [
+        reasons = [
             f"{name} is {run.state(needed)}" + (f" ({run.why_stale(needed)})" if run.state(needed) == "stale" else "")
             for name, needed in self._missing(job).items()
         ]
         return (
-            f"{run.path}: {job[0].name} cannot start: {', '.join(found)}. The recipe in the run folder, the data or "
+            f"{run.path}: {job[0].name} cannot start: {', '.join(reasons)}. The recipe in the run folder, the data or "
             f"btx itself changed meanwhile; run the same command again"
         )
 

@@ -35,7 +35,7 @@ def add_known(rows: list[dict[str, Any]], standings: Sequence[tuple[Job, Standin
 def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]:
     """How the jobs stand that go on without `btx run`, each launcher asked once, and which do not answer. What runs on
     this machine, or has a `btx run` elsewhere, says itself that it is at work."""
-    found: list[tuple[Job, Standing]] = []
+    standings: list[tuple[Job, Standing]] = []
     problems = []
     jobs = jobs_of(run)
     for kind in {job.launcher: None for job in jobs}:
@@ -43,11 +43,11 @@ def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]
         try:
             launcher = START[kind](run.recipe.launch)
             if launcher.goes_on:
-                found += zip(alike, launcher.poll([job.handle for job in alike]), strict=True)
+                standings += zip(alike, launcher.poll([job.handle for job in alike]), strict=True)
         except (SystemFailed, UserError) as error:
             names = ", ".join(job.name for job in alike)
             problems.append(f"{names}: what {kind} knows of these jobs cannot be asked here: {error}")
-    return found, problems
+    return standings, problems
 
 
 def _add(rows: list[dict[str, Any]], job: Job, standing: Standing) -> None:

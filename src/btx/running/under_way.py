@@ -125,8 +125,8 @@ class UnderWay:
         standings: dict[int, Standing] = {}
         for kind in {job.launcher: None for job in jobs}:
             alike = [job for job in jobs if job.launcher == kind]
-            found = self.launcher_of(kind).poll([job.handle for job in alike])
-            standings |= {id(job): standing for job, standing in zip(alike, found, strict=True)}
+            polled = self.launcher_of(kind).poll([job.handle for job in alike])
+            standings |= {id(job): standing for job, standing in zip(alike, polled, strict=True)}
         return [standings[id(job)] for job in jobs]
 
     def let_go(self, running: Running) -> Job:

@@ -15,8 +15,9 @@ from btx.model_files.beside_weights import check_links, copy_beside_weights
 from btx.model_files.vocabularies import check_ids
 from btx.outputs import STARTED, check_outputs, finish
 from btx.process import Log
-from btx.run_folder.folder import RunFolder, done_json, exclusive, started_json
+from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
+from btx.run_folder.stage_notes import done_json, started_json
 from btx.run_folder.stages_of_recipe import model_files
 
 

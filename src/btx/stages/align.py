@@ -11,12 +11,12 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from btx.choices.trainable import without_peft
+from btx.choices.trainable import ONE_PROCESS, without_peft
 from btx.data.chat_text import with_template
 from btx.data.packed_conversations import PackedPairs
 from btx.errors import UserError
 from btx.models.loading import load_tokenizer
-from btx.process import Interrupts, Log
+from btx.process import Interrupts, Log, rank, world_size
 from btx.recipe.align import Dpo
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
@@ -31,6 +31,9 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     """SFT or DPO of the run's model."""
     recipe, name = run.recipe, stage.name.removeprefix("align/")
     section, start = recipe.alignments[name], run.model(aligned_from(recipe, name))
+    if section.trainable == "lora" and world_size() > 1:  # under a torchrun of the user's: a recipe cannot say so
+        problem = f"align.{name}.trainable: {ONE_PROCESS}, and here are {world_size()}; start it without torchrun"
+        raise UserError(problem) if rank() == 0 else SystemExit(UserError.exit_code)
     if section.trainable == "lora" and find_spec("peft") is None:
         raise UserError(without_peft(f"align.{name}"))
     tokenizer = load_tokenizer(start)

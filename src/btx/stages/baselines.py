@@ -93,8 +93,8 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     Raises:
         UserError: the stage's name says no K, or one above the number of members.
     """
-    found = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
-    if not found:
+    matched = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
+    if not matched:
         raise UserError(f"{stage.name}: Branch-Train-Merge is called btm_top<K>, for example btm_top2")
     run.check_needs(stage)
     recipe = run.recipe
@@ -104,7 +104,7 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens), known_as=run.graph.known_as)
     with run.making(stage, log) as facts:
         temperature = write_btm_folder(
-            facts.folder / "model", models, texts, top_k=int(found[1]), place=measuring_place(recipe, log)
+            facts.folder / "model", models, texts, top_k=int(matched[1]), place=measuring_place(recipe, log)
         )
-    log(f"{stage.name}: {len(models)} models side by side, the {found[1]} most like the context answer (T = "
+    log(f"{stage.name}: {len(models)} models side by side, the {matched[1]} most like the context answer (T = "
         f"{temperature:.3g})")  # fmt: skip

@@ -90,11 +90,11 @@ def _elsewhere(run: RunFolder, domain: str, stage: Stage) -> Elsewhere:
     others = {other: run.graph[f"data/{other}"] for other in recipe.data.domains if other != domain}
     there = {other for other, needed in others.items() if run.state(needed) == "done"}
     names, first = list(others), list(recipe.data.domains).index(domain)
-    found = {}
+    folders = {}
     for other in [*names[first:], *names[:first]]:  # each stage starts elsewhere: what one has read, others need not
         files = run.folder(f"data/{other}")
-        found[other] = digests_of_files(files, "val") if other in there else _held_out(run, other, others[other])
-    held_out = {other: found[other] for other in others}
+        folders[other] = digests_of_files(files, "val") if other in there else _held_out(run, other, others[other])
+    held_out = {other: folders[other] for other in others}
     trained_on = {}
     for other, needed in others.items():
         if needed.inputs not in stage.settings["trained_on_before"]:

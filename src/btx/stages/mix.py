@@ -36,7 +36,10 @@ def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) 
         if run.prepared().keys() == run.recipe.data.domains.keys():  # a machine that only mixes may not have them
             experts = {f"expert/{domain}": run.model(f"train/{domain}") for domain in run.recipe.train.domains}
             models = {"seed": run.model("seed"), **experts, "mix": facts.folder / "model"}
-            write_json(facts.folder / "oracle.json", oracle_gap(run.path, run.recipe, models, log))
+            # The text is no input of the mix: which it was is noted, so that nobody takes it for another's.
+            text = {domain: run.graph[f"data/{domain}"].inputs for domain in run.recipe.data.domains}
+            gap = oracle_gap(run.path, run.recipe, models, log)
+            write_json(facts.folder / "oracle.json", gap | {"text": text})
         facts["flops"] = router_flops(run.recipe, read_config(run.model("seed")))
 
 

@@ -6,8 +6,9 @@ from btx.baselines.settings import matched_by
 from btx.evaluation.evaluate import ModelEntry
 from btx.planning.costs import TrainingCost, dense_config, longest_way, run_costs
 from btx.planning.gain import predict_gain
-from btx.planning.models import cost_in_use, model_stages
+from btx.planning.models import cost_in_use
 from btx.planning.speed import measured_speed
+from btx.run_folder.finished_models import model_stages
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 

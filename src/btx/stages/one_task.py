@@ -11,7 +11,7 @@ from btx.errors import UserError
 from btx.evaluation.harness import Harness
 from btx.evaluation.harness_files import TaskRequest
 from btx.model_files.hub import shown_name
-from btx.model_files.model_folder import BTM_FILE, check_model_or_btm
+from btx.model_files.model_folder import check_model_or_btm
 from btx.number_texts import score_text
 from btx.outputs import check_model_of_stage
 
@@ -68,18 +68,18 @@ def _models(
         return
     from btx.baselines.btm_model import load_model_or_btm
     from btx.models.device import measuring_place
+    from btx.run_folder.finished_models import finished_models, tell_stale
     from btx.run_folder.folder import RunFolder
-    from btx.stages.models_of_run import models_of_run
 
     run = RunFolder.open(where)
-    place = measuring_place(run.recipe, log, answers=True)
-    finished = {name: entry.path for name, entry in models_of_run(run).items()
-                if any((entry.path / file).exists() for file in ("config.json", BTM_FILE))}  # fmt: skip
-    if not finished:
+    models = finished_models(run)
+    if not models:
         raise UserError(f"{where}: this run has no finished model yet; `btx status {where}` shows how far it is")
-    for name, folder in finished.items():
-        check_model_of_stage(folder)
-        yield name, folder, partial(load_model_or_btm, folder, place)
+    tell_stale(run, models, log)
+    place = measuring_place(run.recipe, log, answers=True)
+    for model in models:
+        check_model_of_stage(model.folder)
+        yield model.name, model.folder, partial(load_model_or_btm, model.folder, place)
 
 
 def _name_or_folder(where: Path) -> str | Path:

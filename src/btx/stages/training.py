@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,7 +58,7 @@ from btx.training.trackers.tracker import Tracked
 from btx.training.working_weights import give_back_frozen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def train_moe(
@@ -181,29 +181,42 @@ def train_stage(
         if like is not None:
             give_back_frozen(model, like)
         merge_adapters(model)
-        leads = process_number() == 0
-        with atomic_folder(folder / "model") if leads else contextlib.nullcontext(folder) as target:
-            save_model(model, target, like=like, tokenizer=tokenizer)
-            if routing is not None and leads:
-                change_router(target, routing)
-            if given is not None and leads:
-                add_ends(target, given.ends)
-                if given.chat_template is not None:
-                    write_text(target / CHAT_TEMPLATE, given.chat_template)
+        _write_model(model, folder / "model", like, tokenizer, routing, given)
         job.checkpoints.keep_only_last()
-        cost = model_cost(model)
-        facts |= {
-            "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
-            "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
-            "processes": process_count(), "threads": torch.get_num_threads(), "device": str(job.device),
-            "data": job.mixture.fingerprint, "precision": "bfloat16" if job.in_bfloat16 else "float32",
-            "micro_batch_tokens": totals.micro_batch_tokens,
-            "peak_memory_bytes": largest(peak_memory_bytes(job.device)), "unused_tokens": unused,
-            **({"started_from": weights_fingerprint(like)} if like is not None else {}),
-            **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
-            **mfu_fact(totals.tokens, totals.wall_s, job.peak_tokens_per_s),
-        }  # fmt: skip
+        facts |= _facts(model, job, totals) | {"unused_tokens": unused}
+        facts |= {"started_from": weights_fingerprint(like)} if like is not None else {}
     return totals
+
+
+def _write_model(
+    model: PreTrainedModel, target: Path, like: Path | None, tokenizer: PreTrainedTokenizerBase,
+    routing: RoutingRule | None, given: Given | None,
+) -> None:  # fmt: skip
+    """The trained model's folder, by the first of several processes. Arguments as `train_stage` has them."""
+    leads = process_number() == 0
+    with atomic_folder(target) if leads else contextlib.nullcontext(target) as folder:
+        save_model(model, folder, like=like, tokenizer=tokenizer)
+        if routing is not None and leads:
+            change_router(folder, routing)
+        if given is not None and leads:
+            add_ends(folder, given.ends)
+            if given.chat_template is not None:
+                write_text(folder / CHAT_TEMPLATE, given.chat_template)
+
+
+def _facts(model: PreTrainedModel, job: TrainingJob, totals: Totals) -> dict[str, Any]:
+    """What done.json says of a training."""
+    cost = model_cost(model)
+    return {
+        "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
+        "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
+        "processes": process_count(), "threads": torch.get_num_threads(), "device": str(job.device),
+        "data": job.mixture.fingerprint, "precision": "bfloat16" if job.in_bfloat16 else "float32",
+        "micro_batch_tokens": totals.micro_batch_tokens,
+        "peak_memory_bytes": largest(peak_memory_bytes(job.device)),
+        **({"compile_s": round(totals.compile_s, 3)} if totals.compile_s else {}),
+        **mfu_fact(totals.tokens, totals.wall_s, job.peak_tokens_per_s),
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -124,20 +124,20 @@ def _as_the_first_finds(look: Callable[[], Any]) -> Any:
     from btx.models.sharding import same_everywhere
 
     if rank() > 0:
-        found, exit_code = same_everywhere(None)
+        value, exit_code = same_everywhere(None)
         if exit_code is not None and exit_code > 128:
             raise Interrupted("stopped; run it again to continue", exit_code - 128)
         if exit_code is not None:
             raise SystemExit(exit_code)
-        return found
+        return value
     try:
-        found = look()
+        value = look()
     except BaseException as error:
         known = told(error) if isinstance(error, Exception) else None
         same_everywhere((None, known.exit_code if known is not None else 1))
         raise
-    same_everywhere((found, None))
-    return found
+    same_everywhere((value, None))
+    return value
 
 
 def use_all_processors() -> None:

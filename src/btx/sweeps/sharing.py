@@ -33,10 +33,10 @@ def find_donors(places: Sequence[Path]) -> list[Path]:
     """
     donors: list[Path] = []
     for place in places:
-        found = [place] if (place / "recipe.yaml").is_file() else runs_below(place)
-        if not found:
+        runs = [place] if (place / "recipe.yaml").is_file() else runs_below(place)
+        if not runs:
             raise RunFolderError(f"{place}: no run folder and no sweep's folder: there is nothing to share in it")
-        donors += found
+        donors += runs
     return donors
 
 
@@ -136,9 +136,9 @@ def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
             continue
         stage = entry.path.relative_to(run.path).parent
         for donor in donors:
-            begun, found = read_started(donor / stage), donor / "evaluate" / "models" / record
-            if begun and begun["inputs"] == entry.inputs and found.is_file():
+            begun, record_there = read_started(donor / stage), donor / "evaluate" / "models" / record
+            if begun and begun["inputs"] == entry.inputs and record_there.is_file():
                 kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(found, kept / f".{record}.tmp")
+                shutil.copy2(record_there, kept / f".{record}.tmp")
                 (kept / f".{record}.tmp").replace(kept / record)
                 break

@@ -170,9 +170,9 @@ class _Running:
 
     def new_lines(self) -> list[str]:
         """Whole lines its log has got since the last call."""
-        found = self.log.new_lines()
-        self.lines = [*self.lines, *found][-LINES_SHOWN:]
-        return found
+        lines = self.log.new_lines()
+        self.lines = [*self.lines, *lines][-LINES_SHOWN:]
+        return lines
 
     def claims(self) -> set[str]:
         """Hashes of the stages it has yet to make, and of their trunks."""

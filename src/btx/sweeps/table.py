@@ -54,17 +54,17 @@ def sweep_rows(written: Mapping[str, Any]) -> list[SweepRow]:
     The seed model's own FLOPs and hours stay with the seed model, as in results.json.
     """
     finished = {label: variant["aggregated"] for label, variant in written["variants"].items() if variant["aggregated"]}
-    names = list(dict.fromkeys(name for found in finished.values() for name in found["models"]))
+    names = list(dict.fromkeys(name for results in finished.values() for name in results["models"]))
     wanted = [name for name in written["models"] or names if name in names]
     same = {name for name in wanted if len(finished) > 1 and _is_same(name, list(finished.values()))}
     first = next(iter(finished.values()), None)
     rows = [_row(ALL, name, first) for name in wanted if name in same and first]
     if "btx" not in same:  # each variant has a btx of its own: there is no one difference to it
         rows = [replace(row, to_btx=None) for row in rows]
-    for label, found in finished.items():
+    for label, results in finished.items():
         for name in wanted:
-            if name in found["models"] and name not in same:
-                rows.append(_row(label, name, found, first if found is not first else None))
+            if name in results["models"] and name not in same:
+                rows.append(_row(label, name, results, first if results is not first else None))
     return rows
 
 
@@ -175,7 +175,7 @@ def _row(variant: str, name: str, found: Mapping[str, Any], first: Mapping[str, 
 
 def _is_same(name: str, finished: list[Mapping[str, Any]]) -> bool:
     """Whether a model has the same numbers in every variant: it was made once and shared."""
-    entries = [found["models"].get(name) for found in finished]
+    entries = [results["models"].get(name) for results in finished]
     kept = [entry and {key: value for key, value in entry.items()
                        if key not in NOT_OF_THE_MODEL and not key.startswith("difference_to")}
             for entry in entries]  # fmt: skip

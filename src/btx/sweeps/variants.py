@@ -138,10 +138,10 @@ def plan_sweep(
     problems: list[tuple[str, str]] = []
     for rng_seed in plan.rng_seeds:
         for variant in variants:
-            own = [f"run={inline_yaml(str(folder / variant.label / f'rng-{rng_seed}'))}", f"rng_seed={rng_seed}",
-                   *always]  # fmt: skip
+            of_run = [f"run={inline_yaml(str(folder / variant.label / f'rng-{rng_seed}'))}", f"rng_seed={rng_seed}",
+                      *always]  # fmt: skip
             try:
-                run = SweepRun(variant, rng_seed, load_recipe(name, [*fixed, *variant.overrides, *own]))
+                run = SweepRun(variant, rng_seed, load_recipe(name, [*fixed, *variant.overrides, *of_run]))
                 check(run.recipe)
                 plan.runs.append(run)
             except UserError as error:
@@ -173,7 +173,7 @@ def combinations(
         raise UserError(
             f"sweep: {number:,} combinations, at most {MOST_VARIANTS:,} are made; vary fewer settings at a time"
         )
-    found = []
+    combined = []
     single = {key: values[0] for key, values in axes.items() if len(values) == 1}
     many = {key: values for key, values in axes.items() if len(values) > 1}
     for variant, settings in (variants or {"": {}}).items():
@@ -181,8 +181,8 @@ def combinations(
             chosen = dict(zip(many, values, strict=True))
             parts = [variant] if variant else []
             parts += [f"{key}={value_label(value)}" for key, value in chosen.items()]
-            found.append(Variant(",".join(parts) or plain, single | dict(settings) | chosen))
-    labels = [variant.label for variant in found]
+            combined.append(Variant(",".join(parts) or plain, single | dict(settings) | chosen))
+    labels = [variant.label for variant in combined]
     for label in labels:
         if label in OWN_FILES:
             raise UserError(
@@ -190,7 +190,7 @@ def combinations(
             )
     if twice := sorted(label for label, count in Counter(labels).items() if count > 1):
         raise UserError(f"the sweep has the same variant twice: {', '.join(twice)}")
-    return found
+    return combined
 
 
 def value_label(value: Any) -> str:
@@ -241,7 +241,7 @@ def _arguments(arguments: Iterable[str]) -> tuple[list[str], dict[str, list[Any]
         if not equals or not key:
             raise UserError(f"{argument!r}: expected key=value, or key=a,b,c to vary it")
         values = split_values(text)
-        if key in varied or (len(values) > 1 and key in [given.partition("=")[0].strip() for given in fixed]):
+        if key in varied or (len(values) > 1 and key in [override.partition("=")[0].strip() for override in fixed]):
             raise UserError(f"{key} is given twice: write all its values in one argument")
         if len(values) == 1:
             fixed.append(argument)

@@ -133,10 +133,10 @@ def _compiled_forward(layer: nn.Module, **options: Any) -> Callable[..., Any]:
 
     transformers 5.17 checkpoints in `__call__`, which is around any forward; 5.24 in a forward around the class's own.
     """
-    own = getattr(type(layer).forward, "__wrapped__", None)
-    if own is None or "__call__" in vars(_checkpointing_layer()):
+    uncompiled = getattr(type(layer).forward, "__wrapped__", None)
+    if uncompiled is None or "__call__" in vars(_checkpointing_layer()):
         return _routing_as_wanted(layer, torch.compile(layer.forward, **options))
-    compiled, either = _routing_as_wanted(layer, torch.compile(own.__get__(layer), **options)), cast(Any, layer)
+    compiled, either = _routing_as_wanted(layer, torch.compile(uncompiled.__get__(layer), **options)), cast(Any, layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if either.gradient_checkpointing and layer.training and torch.is_grad_enabled():

@@ -75,6 +75,6 @@ def _head() -> str | None:
 
 def first_host(names: str) -> str:
     """The first of Slurm's host names: of `n[03-05,9],m1` it is n03."""
-    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", names)
-    assert found is not None
-    return "".join(part or "" for part in found.groups())
+    matched = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", names)
+    assert matched is not None
+    return "".join(part or "" for part in matched.groups())

@@ -107,8 +107,8 @@ class MemoryNeeds:
         for chosen in range(1 << len(others)):  # a bit says whether a change is made
             made = {name: value for bit, change in enumerate(others) if chosen >> bit & 1
                     for name, value in change.items()}  # fmt: skip
-            if (found := self._largest_micro_batch(made, most)) is not None:
-                fitting.append((len(found.changed), chosen, found))
+            if (largest := self._largest_micro_batch(made, most)) is not None:
+                fitting.append((len(largest.changed), chosen, largest))
         return min(fitting, key=lambda ranked: ranked[:2])[2] if fitting else None
 
     def _largest_micro_batch(self, made: dict[str, Any], most: int) -> Variant | None:
@@ -118,10 +118,10 @@ class MemoryNeeds:
             self.with_changes({}).micro_batch_tokens, *self._smaller_micro_batches()
         ]  # fmt: skip
         variants = (self.with_changes(made | {"micro_batch_tokens": tokens}) for tokens in sizes)
-        found = next((variant for variant in variants if variant.memory.peak <= most), None)
-        if found is not None and (automatic or found.micro_batch_tokens == sizes[0]):
-            return replace(found, changed=made)
-        return found
+        fitting = next((variant for variant in variants if variant.memory.peak <= most), None)
+        if fitting is not None and (automatic or fitting.micro_batch_tokens == sizes[0]):
+            return replace(fitting, changed=made)
+        return fitting
 
     def processes_that_fit(self, most: int) -> int | None:
         """The fewest processes with which the peak of each is `most` bytes at most, all else as it is; they share a

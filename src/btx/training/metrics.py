@@ -25,8 +25,8 @@ class Metrics:
 
     def __init__(self, path: Path, done: int, peak_tokens_per_s: float | None = None) -> None:
         writes = process_number() == 0
-        found = read_metrics(path, skip_broken=True) if writes else []
-        kept = same_everywhere([line for line in found if line["step"] <= done])
+        lines = read_metrics(path, skip_broken=True) if writes else []
+        kept = same_everywhere([line for line in lines if line["step"] <= done])
         self.path = path if writes else Path(os.devnull)
         self.peak_tokens_per_s = peak_tokens_per_s
         self.wall_s = 0.0

@@ -43,16 +43,16 @@ class SpikeWatch:
             {"of": "loss" or "grad_norm", "usual": the median, "factor": how many times that it is, "counts_as": name →
             value among the steps before the next}, or None.
         """
-        found: dict[str, Any] | None = None
+        spike: dict[str, Any] | None = None
         for name, recent in self._recent.items():
             value = facts[name]
             if len(recent) >= LEAST and (usual := median(recent)) > 0:
                 limit = max(FACTORS[name] * usual, fmean(recent) + DEVIATIONS * pstdev(recent))
                 if value > limit:
-                    found = found or {"of": name, "usual": usual, "factor": round(value / usual, 3), "counts_as": {}}
-                    found["counts_as"][name] = value = limit
+                    spike = spike or {"of": name, "usual": usual, "factor": round(value / usual, 3), "counts_as": {}}
+                    spike["counts_as"][name] = value = limit
             recent.append(value)
-        return found
+        return spike
 
 
 def spike_text(facts: Mapping[str, Any], spike: Mapping[str, Any]) -> str:

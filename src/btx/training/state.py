@@ -144,7 +144,7 @@ class StateFolder:
         folders = [part_folder(checkpoint, number, len(states)) for number in range(len(states))]
         rows = [state.get("rows", {}) for state in states]
         weights, moments = (
-            JoinedFiles([(folder / file, own) for folder, own in zip(folders, rows, strict=True)], like)
+            JoinedFiles([(folder / file, rows_there) for folder, rows_there in zip(folders, rows, strict=True)], like)
             for file in (WEIGHTS, MOMENTS)
         )  # fmt: skip
         try:

@@ -47,15 +47,15 @@ class Accumulated:
 
     def add_up(self) -> None:
         """Put the parts of all processes together."""
-        own = {"loss": self.loss} | self.means | self.routing_loss.values() | self.meter.values()
+        sums = {"loss": self.loss} | self.means | self.routing_loss.values() | self.meter.values()
         if process_count() == 1:
-            self.values = own
+            self.values = sums
             return
-        if "load_balancing" in own:
-            own["load_balancing"] = own["load_balancing"] / process_count()
-        flat = added_up(torch.cat([value.flatten() for value in own.values()]))
-        parts = flat.split([value.numel() for value in own.values()])
-        self.values = {name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)}
+        if "load_balancing" in sums:
+            sums["load_balancing"] = sums["load_balancing"] / process_count()
+        flat = added_up(torch.cat([value.flatten() for value in sums.values()]))
+        parts = flat.split([value.numel() for value in sums.values()])
+        self.values = {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
 
     def readings(self, grad_norm: Tensor) -> Readings:
         """All values on their way to the host."""
@@ -134,9 +134,9 @@ def step_gradients(job: TrainingJob, step: int, count: int) -> Accumulated:
         done = accumulate_gradients(job, step, range(first, first + count))
     else:
         micro = samples_at_once(job)
-        own = own_samples(count, micro, process_count(), process_number())
-        samples = range(first + own.start, first + own.stop)
-        done = accumulate_gradients(job, step, samples, of=count, before=own.start // micro)
+        samples_here = own_samples(count, micro, process_count(), process_number())
+        samples = range(first + samples_here.start, first + samples_here.stop)
+        done = accumulate_gradients(job, step, samples, of=count, before=samples_here.start // micro)
     done.meter.tokens = count * job.mixture.sequence_length
     done.add_up()
     return done

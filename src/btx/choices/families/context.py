@@ -48,10 +48,10 @@ def refuse_longer_sequences(config: Config, sequence_length: int, where: str) ->
     Raises:
         RecipeError: names both lengths and what to set.
     """
-    found = context_length(config)
-    if found is None or sequence_length <= found[0]:
+    longest = context_length(config)
+    if longest is None or sequence_length <= longest[0]:
         return
-    length, said = found
+    length, said = longest
     scaling = f"rope_type: yarn, factor: {-(-sequence_length // length)}, original_max_position_embeddings: {length}"
     raise RecipeError(
         f"data.sequence_length is {sequence_length:,}, but the seed model reads {length:,} tokens at once ({said}, in "

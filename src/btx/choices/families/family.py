@@ -69,22 +69,22 @@ class Family:
     def feed_forward_match(self, name: str) -> tuple[int, str] | None:
         """(layer, role) if the dense tensor `name` belongs to an FF sublayer, else None. Fused tensors do not match."""
         for role, pattern in self.feed_forward.items():
-            found = match(pattern, name)
-            if found is not None:
-                return found, role
+            layer = match(pattern, name)
+            if layer is not None:
+                return layer, role
         return None
 
     def is_feed_forward(self, name: str, dense: Config) -> bool:
         """Whether the dense tensor `name`, fused or not, belongs to an FF sublayer."""
-        own = set(self.feed_forward.values())
-        fused = [pattern for pattern, parts in self.fused(dense).items() if parts.keys() <= own]
-        return any(match(pattern, name) is not None for pattern in [*own, *fused])
+        apart = set(self.feed_forward.values())
+        fused = [pattern for pattern, parts in self.fused(dense).items() if parts.keys() <= apart]
+        return any(match(pattern, name) is not None for pattern in [*apart, *fused])
 
 
 def match(pattern: str, name: str) -> int | None:
     """The layer number if `name` is `pattern` in some layer, else None."""
-    found = _regex(pattern).fullmatch(name)
-    return int(found.group(1)) if found else None
+    matched = _regex(pattern).fullmatch(name)
+    return int(matched.group(1)) if matched else None
 
 
 @cache

@@ -52,9 +52,9 @@ def documents(split: Split, rng_seed: int, max_bytes: int, held_out: float) -> I
 
 def questions(rng_seed: int, count: int) -> list[Question]:
     """Different held-out problems; the prompt ends at "Solution:", the gold continuation ends with the answer."""
-    found: dict[str, Question] = {}
+    by_id: dict[str, Question] = {}
     stream = problems("val", rng_seed, "questions")
-    while len(found) < count:
+    while len(by_id) < count:
         kind, worked = next(stream)
-        found.setdefault(problem_id(kind, worked), Question(worked.prompt, worked.answer, worked.text))
-    return list(found.values())
+        by_id.setdefault(problem_id(kind, worked), Question(worked.prompt, worked.answer, worked.text))
+    return list(by_id.values())

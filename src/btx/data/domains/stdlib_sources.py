@@ -89,11 +89,11 @@ def documented_functions(name: str) -> list[str]:
         tree = ast.parse(text)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     members = [*tree.body, *(node for parent in classes for node in parent.body)]
-    found = []
+    functions = []
     for node in members:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "\n" in (ast.get_docstring(node) or ""):
-            found.append(dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
-    return found
+            functions.append(dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
+    return functions
 
 
 def _module_paths(root: str) -> list[str]:

@@ -88,13 +88,13 @@ def jobs_of(recipe: Recipe) -> list[Job]:
     jobs = RunFolder(Path(recipe.run_folder), recipe).graph.jobs()
     maker = {stage.name: job[0].name for job in jobs for stage in job}
     behind: dict[str, set[str]] = {}  # all jobs that one waits for
-    found = []
+    texts = []
     for job in jobs:
         wanted = dict.fromkeys(maker[needed.name] for stage in job for needed in stage.needs)
         wanted.pop(job[0].name, None)
         needs = tuple(name for name in wanted if not any(name in behind[other] for other in wanted))
         behind[job[0].name] = set(needs).union(*(behind[name] for name in needs))
-        found.append(
+        texts.append(
             Job(
                 stages=tuple(stage.name for stage in job),
                 needs=needs,
@@ -102,7 +102,7 @@ def jobs_of(recipe: Recipe) -> list[Job]:
                 nodes=max(recipe.launch.nodes_of(stage.name) for stage in job),
             )
         )
-    return found
+    return texts
 
 
 def groups_of(jobs: Sequence[Job]) -> list[Group]:

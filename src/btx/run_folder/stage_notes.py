@@ -1,0 +1,59 @@
+"""What is noted of a stage: started.json when it is begun, done.json when it is finished; and what can be told of one
+whose files, or those of the stages before it, are not here. Plain Python."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from btx.errors import UserError
+from btx.outputs import FORMAT
+from btx.run_folder.graph import Stage
+from btx.run_folder.manifest import now
+
+
+def started_json(stage: Stage) -> dict[str, Any]:
+    """What is noted of a stage when it is begun."""
+    return {
+        "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
+        "shown": stage.shown, "upstream": stage.upstream, "files": files_of(stage),
+        "read": {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
+    }  # fmt: skip
+
+
+def _noted(stage: Stage) -> dict[str, Any]:
+    """What a stage notes of the data it reads, for the day when their folder is not there."""
+    files = files_of(stage)
+    return {"format": FORMAT, "inputs": stage.inputs, "settings": stage.settings, "shown": stage.shown, "files": files}
+
+
+def done_json(stage: Stage, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is noted of a stage when it is finished; tokens, FLOPs and seconds are 0 unless `facts` have them."""
+    nothing = {"tokens": 0, "flops": 0.0, "wall_s": 0.0}
+    named = {"stage": stage.name, "inputs": stage.inputs}
+    return named | nothing | dict(facts) | {"node": platform.node(), "finished": now()}
+
+
+def files_of(stage: Stage) -> dict[str, str]:
+    """Files of a stage → SHA-256; as recorded if they are not here."""
+    try:
+        return stage.files()
+    except UserError:
+        return dict(stage.recorded["files"]) if stage.recorded else {}
+
+
+def is_known(stage: Stage) -> bool:
+    """Whether a stage's hash can be told here."""
+    try:
+        return bool(stage.inputs)
+    except UserError:
+        return False
+
+
+def settings_known(stage: Stage) -> bool:
+    """Whether what decides a stage besides the stages before it can be told here."""
+    try:
+        return stage.settings is not None
+    except UserError:
+        return False

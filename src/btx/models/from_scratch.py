@@ -6,13 +6,17 @@ those of a layer within it.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from btx.errors import CheckpointError
 from btx.models.configs import quiet_transformers
@@ -54,9 +58,10 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
     return model
 
 
-def drawn_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Name of a weight → the numbers of this process's rows, for a model of `new_model` that is not sharded yet."""
-    return {name: getattr(weight, ROWS) for name, weight in model.named_parameters() if hasattr(weight, ROWS)}
+def take_drawn_rows(model: nn.Module) -> dict[str, Tensor]:
+    """Name of a weight → the numbers of this process's rows, out of a model of `new_model` that is not sharded yet. The
+    model no longer has them."""
+    return {name: vars(weight).pop(ROWS) for name, weight in model.named_parameters() if hasattr(weight, ROWS)}
 
 
 @contextmanager
@@ -73,36 +78,54 @@ def _rows_alone() -> Iterator[None]:
             module._parameters[name] = _around_rows(weight)
         initialize(self, module, *args, **kwargs)
         for name, weight in on_meta.items():
-            drawn = module._parameters[name]
-            assert drawn is not None
-            setattr(weight, ROWS, _own_rows(drawn))
+            setattr(weight, ROWS, _own_rows(getattr(module, name)))
             module._parameters[name] = weight  # the same one: it may be tied
+
+    def off_the_heap(_: nn.Module, __: str, weight: nn.Parameter) -> nn.Parameter:
+        return weight if weight.is_meta else _like(weight, _apart(weight.shape, weight.dtype).copy_(weight.detach()))
 
     def put_on_meta(_: nn.Module, __: str, module: nn.Module | None) -> None:
         for name, weight in getattr(module, "_parameters", {}).items():
             if weight is not None and not weight.is_meta:
-                on_meta = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+                on_meta = _like(weight, weight.detach().to("meta"))
                 setattr(on_meta, ROWS, _own_rows(weight))
                 setattr(module, name, on_meta)
 
-    hook = register_module_module_registration_hook(put_on_meta)
+    hooks = [
+        register_module_parameter_registration_hook(off_the_heap),  # type: ignore[arg-type]  # torch forgot its result
+        register_module_module_registration_hook(put_on_meta),
+    ]
     PreTrainedModel._initialize_weights = initialize_as_a_whole  # type: ignore[method-assign]
     try:
         yield
     finally:
         PreTrainedModel._initialize_weights = initialize  # type: ignore[method-assign]
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _own_rows(weight: Tensor) -> Tensor:
     """A copy of the rows that this process is going to hold."""
-    rows = share_of_rows(len(weight), process_number())
-    return weight.detach()[rows.start : rows.stop].clone()
+    held = share_of_rows(len(weight), process_number())
+    rows = weight.detach()[held.start : held.stop]
+    return _apart(rows.shape, rows.dtype).copy_(rows)
 
 
 def _around_rows(weight: nn.Parameter) -> nn.Parameter:
     """A whole weight with the rows that are known of it; the others are any numbers."""
-    rows = share_of_rows(len(weight), process_number())
-    around = torch.empty(weight.shape, dtype=weight.dtype)
-    around[rows.start : rows.stop] = getattr(weight, ROWS)
-    return nn.Parameter(around, requires_grad=weight.requires_grad)
+    held = share_of_rows(len(weight), process_number())
+    around = _apart(weight.shape, weight.dtype)
+    around[held.start : held.stop] = getattr(weight, ROWS)
+    return _like(weight, around)
+
+
+def _like(weight: nn.Parameter, numbers: Tensor) -> nn.Parameter:
+    return nn.Parameter(numbers, requires_grad=weight.requires_grad)
+
+
+def _apart(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory of its own, which is given back with the tensor. On the heap what comes and goes leaves holes that the next
+    one does not fit into, and the heap grows as large as the model."""
+    size = shape.numel() * dtype.itemsize
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)

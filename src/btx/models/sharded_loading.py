@@ -18,7 +18,7 @@ from btx.errors import CheckpointError
 from btx.model_files.headers import FLOATS, Entry, Headers, check_unquantised
 from btx.model_files.lazy_tensors import OpenFile
 from btx.models.configs import own_config, quiet_transformers, read_config
-from btx.models.from_scratch import drawn_rows
+from btx.models.from_scratch import take_drawn_rows
 from btx.models.published_layout import published_tensors, weights_in_memory
 from btx.models.sharding import first_row, local_rows, shard
 from btx.models.whole import check_whole
@@ -81,7 +81,7 @@ def share_out(model: PreTrainedModel, start: Path | None, device: torch.device, 
     Raises:
         CheckpointError: a file has become shorter, or several processes cannot share the class.
     """
-    drawn = drawn_rows(model)
+    drawn = take_drawn_rows(model)
     shard(model, device=device.type, in_bfloat16=in_bfloat16)
     _allocate(model, device)
     if start is not None:

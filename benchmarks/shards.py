@@ -1,4 +1,5 @@
-"""Host memory of one of several processes that share a model: loaded into shards, loaded whole by each, and written.
+"""Host memory of one of several processes that share a model: loaded into shards, with adapters too, drawn from scratch,
+written, and loaded whole by each.
 
     python benchmarks/shards.py [--processes 4] [--hidden-size 1024] [--layers 12]
 
@@ -39,19 +40,20 @@ class Peak:
 
 def measure(rank: int, folder: Path, processes: int) -> None:
     """One process: what it takes, as JSON beside the model."""
+    from btx.models.adapters import add_adapters, merge_adapters
+    from btx.models.from_scratch import new_model
     from btx.models.loading import load_model, load_tokenizer, save_model
-    from btx.models.sharded_loading import load_skeleton, read_weights
+    from btx.models.sharded_loading import load_skeleton, share_out
     from btx.models.sharding import shard
 
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / "store"), processes)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    found = {}
-    load_skeleton(folder / "small")  # what is imported for the first time counts for nothing
+    found, host = {}, torch.device("cpu")
+    share_out(load_skeleton(folder / "small"), folder / "small", host)  # what is there for the first time counts not
     with Peak() as peak:
         model = load_skeleton(folder / "model")
-        shard(model)
-        read_weights(model, folder / "model", torch.device("cpu"))
+        share_out(model, folder / "model", host)
     found["into shards"] = peak.bytes
     if rank == 0:
         (folder / "written").mkdir()
@@ -59,6 +61,19 @@ def measure(rank: int, folder: Path, processes: int) -> None:
         save_model(model, folder / "written", like=folder / "model", tokenizer=load_tokenizer(folder / "model"))
     found["written from shards"] = peak.bytes
     del model
+    with Peak() as peak:
+        model = load_skeleton(folder / "model")
+        add_adapters(model, 16, 16.0, rng_seed=0)
+        share_out(model, folder / "model", host)
+    found["with adapters"] = peak.bytes
+    with Peak() as peak:
+        merge_adapters(model)
+    found["adapters merged"] = peak.bytes
+    del model
+    config = json.loads((folder / "model" / "config.json").read_text())
+    with Peak() as peak:
+        share_out(new_model(config, rng_seed=0), None, host)
+    found["from scratch"] = peak.bytes
     with Peak() as peak:
         shard(load_model(folder / "model"))
     found["whole by each"] = peak.bytes

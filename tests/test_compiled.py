@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 
 from btx.choices.routers import RoutingRule
 from btx.models.device import has_bfloat16_units
-from btx.models.loading import checkpoint_activations, new_model
+from btx.models.from_scratch import new_model
+from btx.models.loading import checkpoint_activations
 from btx.moe import dispatch
 from btx.moe.layer import set_router, swap_in_moe
 from btx.planning.speed import RandomSamples

@@ -26,8 +26,10 @@ from btx.data.switching import Switching
 from btx.errors import NotFinite
 from btx.models import device
 from btx.models.adapters import add_adapters
-from btx.models.loading import checkpoint_activations, new_model
-from btx.models.sharding import whole
+from btx.models.from_scratch import new_model
+from btx.models.loading import checkpoint_activations
+from btx.models.sharded_loading import share_out
+from btx.models.sharding import process_count, whole
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import moe_blocks, set_router, swap_in_moe, use_selection_bias
@@ -127,10 +129,13 @@ def job_of(case: Case, folder: Path) -> TrainingJob:
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     mixture = Switching(cast(Any, Counted()), case.switching) if case.switching else Counted()
-    return TrainingJob(
+    job = TrainingJob(
         model=model, mixture=mixture, settings=settings, folder=folder, checkpoints=Kept(), flops_per_token=1.0,
         rng_seed=5, balancing=Balancing.of(settings) if moe_blocks(model) else Balancing(),
     )  # fmt: skip
+    if process_count() > 1:
+        share_out(model, None, job.device, in_bfloat16=job.in_bfloat16)
+    return job
 
 
 def trained(case: Case, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from btx.errors import NotFinite
-from btx.models.loading import new_model
+from btx.models.from_scratch import new_model
 from btx.moe.balancing import Balancing
 from btx.moe.layer import moe_blocks, swap_in_moe, use_selection_bias
 from btx.planning.speed import RandomSamples

@@ -19,14 +19,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from btx.choices.routers import RoutingRule
 from btx.errors import RunFolderError
 from btx.files import atomic_folder, read_json
 from btx.model_files.btx_folder import write_router
 from btx.models.adapters import add_adapters, merge_adapters
+from btx.models.from_scratch import new_model
 from btx.models.loading import load_model, save_model
-from btx.models.sharded_loading import load_skeleton, read_weights
+from btx.models.sharded_loading import load_skeleton, share_out
 from btx.models.sharding import local_rows, shard, whole
 from btx.moe.layer import moe_blocks, swap_in_moe, use_selection_bias
 from btx.training.optimizer import kept_tensors
@@ -38,7 +40,24 @@ MARKS = {"inputs": "i", "data": "d"}
 COUNTS = (4, 4, 2, 1, 4)
 """Numbers of processes that go on one after another, a step each."""
 MODELS = ("llama", "tied", "mixtral", "qwen2_moe", "only_btx", "in_memory")
-FROM_SCRATCH = ("llama", "tied", "mixtral")
+NEW = ("llama", "tied", "mixtral")
+"""Of these, what is written as models from scratch are."""
+CPU = torch.device("cpu")
+SCRATCH = {
+    "llama": {}, "cohere2": {"tie_word_embeddings": True}, "qwen2": {"tie_word_embeddings": True}, "phi3": {},
+    "gemma3_text": {"pad_token_id": 3}, "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "mixtral": {},
+}  # fmt: skip
+"""Classes of models from scratch: with biases, fused weights, norms that begin with ones and with zeros, buffers,
+weights of their own kind."""
+
+
+def from_scratch(model_type: str) -> PreTrainedModel:
+    """A pico model of a class."""
+    sizes = {"vocab_size": 97, "intermediate_size": 42, "hidden_size": 24, "pad_token_id": 0}
+    return new_model(
+        {"model_type": model_type} | pico_models.SIZES | sizes | SCRATCH[model_type], rng_seed=5
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -249,8 +268,7 @@ def load_and_write(folder: Path, rank: int) -> dict[str, Any]:
             adapters = name == "llama" and find_spec("peft") is not None
             if adapters:
                 add_adapters(model, 2, 4.0, rng_seed=1)
-            shard(model)
-            read_weights(model, folder / name, torch.device("cpu"))
+            share_out(model, folder / name, CPU)
             held = sum(local_rows(parameter).numel() for parameter in model.parameters())
             with torch.no_grad():
                 logits = model(torch.arange(12).view(1, 12)).logits
@@ -265,15 +283,35 @@ def load_and_write(folder: Path, rank: int) -> dict[str, Any]:
                                      if "lora_" in key}  # fmt: skip
                 merge_adapters(model)
             write(model, folder / "written" / name, folder / name)
-            if name in FROM_SCRATCH:
+            if name in NEW:
                 write(model, folder / "from scratch" / name, None)
     return found
+
+
+def draw(folder: Path, rank: int) -> dict[str, Any]:
+    """Four processes build every model from scratch."""
+    found: dict[str, Any] = {}
+    with processes(folder / "store", rank, 4):
+        for model_type in SCRATCH:
+            model = from_scratch(model_type)
+            found[model_type] = {"before": all(weight.is_meta for weight in model.parameters())}
+            share_out(model, None, CPU)
+            torch.save({name: whole(weight).detach() for name, weight in model.named_parameters()} |
+                       dict(model.named_buffers()), folder / f"{model_type}-{rank}.pt")  # fmt: skip
+            found[model_type] |= {
+                "held": sum(local_rows(weight).numel() for weight in model.parameters()),
+                "one head": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+            }  # fmt: skip
+    return found
+
+
+CASES = (change_processes, suffer, load_and_write, draw)
 
 
 def all_cases(rank: int, folder: str) -> None:
     """One of four processes."""
     torch.set_num_threads(1)
-    for case in (change_processes, suffer, load_and_write):
+    for case in CASES:
         found = case(Path(folder) / case.__name__, rank)
         (Path(folder) / f"{case.__name__}-{rank}.json").write_text(json.dumps(found))
 
@@ -282,7 +320,7 @@ def all_cases(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which four processes have worked through all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    for case in (change_processes, suffer, load_and_write):
+    for case in CASES:
         (folder / case.__name__).mkdir()
     models(folder / "load_and_write")
     run_ranks(all_cases, folder, 4)
@@ -323,6 +361,22 @@ def test_the_last_two_checkpoints_stay_whatever_processes_wrote_them(ranks: Path
     left = sorted(path.name for path in (ranks / "change_processes" / "state").iterdir())
     assert left[-2:] == ["step-00000004", "step-00000005"]
     assert len(left) <= 3  # the others' parts of step 5 may have come later than the first process looked
+
+
+@pytest.mark.parametrize("model_type", SCRATCH)
+def test_a_model_from_scratch_has_the_numbers_of_one_process_and_is_whole_on_none(ranks: Path, model_type: str) -> None:
+    model = from_scratch(model_type)
+    expected = dict(model.named_parameters()) | dict(model.named_buffers())
+    total, held = sum(weight.numel() for weight in model.parameters()), 0
+    for rank in range(4):
+        found = told(ranks, draw, rank)[model_type]
+        assert found["before"]
+        assert found["one head"] == SCRATCH[model_type].get("tie_word_embeddings", model_type == "gemma3_text")
+        tensors = torch.load(ranks / "draw" / f"{model_type}-{rank}.pt")
+        assert tensors.keys() == expected.keys()
+        assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])] == []
+        held += found["held"]
+    assert held == total
 
 
 NOT_WRITTEN = "step-00000002: not every process has written its part"
@@ -379,7 +433,7 @@ def test_a_sharded_model_is_the_folders_and_no_process_holds_more_than_its_rows(
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    *((name, "written") for name in MODELS), *((name, "from scratch") for name in FROM_SCRATCH)
+    *((name, "written") for name in MODELS), *((name, "from scratch") for name in NEW)
 ])  # fmt: skip
 def test_what_several_processes_write_are_the_bytes_that_one_writes(ranks: Path, name: str, kind: str) -> None:
     source = ranks / "load_and_write" / name

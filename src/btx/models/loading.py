@@ -134,29 +134,6 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     return tokenizer
 
 
-@quick_imports()
-def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> PreTrainedModel:
-    """A model from scratch, float32, initialised from `rng_seed` alone.
-
-    Args:
-        config: `model_type` and what its transformers config class takes.
-        overrides: config values that the tokenizer decides (vocab_size, bos_token_id, ...).
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    quiet_transformers()
-    try:
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        built = AutoConfig.for_model(config["model_type"], **(values | overrides))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng_seed)
-            model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
-    except Exception as error:
-        blame(error)
-        raise CheckpointError(f"seed_model.config: transformers cannot build this model: {error}") from error
-    return model
-
-
 def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a model folder that any engine reads, in the published layout, without btx. Of several processes that share
     the model all have to call it, and the first one writes what one process would write.

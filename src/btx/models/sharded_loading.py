@@ -1,5 +1,5 @@
-"""Loading one model into several processes: built without numbers, sharded, and then every process reads the rows that
-it holds. So none of them ever has the whole model.
+"""One model in several processes: built without numbers, sharded, and then every process gets the rows that it holds,
+out of a folder or as they were drawn. So none of them ever has the whole model.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from btx.errors import CheckpointError
 from btx.model_files.headers import FLOATS, Entry, Headers, check_unquantised
 from btx.model_files.lazy_tensors import OpenFile
 from btx.models.configs import own_config, quiet_transformers, read_config
+from btx.models.from_scratch import take_drawn_rows
 from btx.models.published_layout import published_tensors, weights_in_memory
-from btx.models.sharding import first_row, local_rows
+from btx.models.sharding import first_row, local_rows, shard
 from btx.models.whole import check_whole
 from btx.moe.layer import set_router, swap_in_moe
 from btx.process import quick_imports
@@ -66,17 +68,31 @@ def _generation_settings(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def read_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
-    """Give a sharded skeleton its numbers: of every weight the rows that this process holds, on `device`. Adapters keep
-    those they have.
+def share_out(model: PreTrainedModel, start: Path | None, device: torch.device, *, in_bfloat16: bool = False) -> None:
+    """Shard a model whose weights are on the meta device, and give it its numbers: of every weight the rows that this
+    process holds, on `device`. Adapters keep those they have.
 
     Beside them, host memory holds the rows of one tensor at a time.
+
+    Args:
+        start: the folder of `load_skeleton`; None for a model of `btx.models.from_scratch`.
+        in_bfloat16: as `btx.models.sharding.shard` takes it.
 
     Raises:
         CheckpointError: a file has become shorter, or several processes cannot share the class.
     """
-    headers = Headers(folder)
+    drawn = take_drawn_rows(model)
+    shard(model, device=device.type, in_bfloat16=in_bfloat16)
     _allocate(model, device)
+    if start is not None:
+        _read_rows(model, start)
+    with torch.no_grad():
+        for name in list(drawn):
+            local_rows(model.get_parameter(name)).copy_(drawn.pop(name))
+
+
+def _read_rows(model: PreTrainedModel, folder: Path) -> None:
+    headers = Headers(folder)
     weights = weights_in_memory(model)
     with torch.no_grad():
         for piece in published_tensors(model, headers.tensors):
@@ -101,18 +117,17 @@ def _rows(entry: Entry, start: int, stop: int) -> Tensor:
 def _weights_on_meta() -> Iterator[None]:
     """Within, modules are built with weights on the meta device and with real buffers: those of positions are computed
     when they are built, and are in no file."""
-    register = nn.Module.register_parameter
 
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    def on_meta(_: nn.Module, __: str, weight: nn.Parameter) -> nn.Parameter | None:
+        if weight.is_meta:  # it is being tied
+            return None
+        return nn.Parameter(weight.data.to("meta"), requires_grad=weight.requires_grad)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch forgot what it takes
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

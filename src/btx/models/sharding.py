@@ -74,11 +74,14 @@ def local_rows(tensor: Tensor) -> Tensor:
 
 
 def rows_of(tensor: Tensor, number: int) -> range:
-    """Numbers of the rows that process `number` holds; all unless it is sharded. FSDP2 cuts as torch.chunk does."""
-    if not isinstance(tensor, DTensor):
-        return range(len(tensor))
-    per_process = -(-len(tensor) // tensor.device_mesh.size())
-    return range(min(len(tensor), per_process * number), min(len(tensor), per_process * (number + 1)))
+    """Numbers of the rows that process `number` holds; all unless it is sharded."""
+    return share_of_rows(len(tensor), number) if isinstance(tensor, DTensor) else range(len(tensor))
+
+
+def share_of_rows(rows: int, number: int) -> range:
+    """Numbers of the rows that process `number` gets of so many. FSDP2 cuts as torch.chunk does."""
+    per_process = -(-rows // process_count())
+    return range(min(rows, per_process * number), min(rows, per_process * (number + 1)))
 
 
 def first_row(tensor: Tensor) -> int:

@@ -13,7 +13,8 @@ from btx.model_files.beside_weights import check_links
 from btx.model_files.hub import check_hub_name, fetch
 from btx.models.config_meaning import differences
 from btx.models.configs import completed, read_config
-from btx.models.loading import load_tokenizer, new_model
+from btx.models.from_scratch import new_model
+from btx.models.loading import load_tokenizer
 from btx.models.whole import check_whole
 from btx.planning.budgets import check_budgets
 from btx.planning.disk import check_disk

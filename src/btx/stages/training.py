@@ -32,8 +32,8 @@ from btx.models.loading import (
     save_model,
 )
 from btx.models.peak_flops import mfu_fact, peak_tokens_per_s
-from btx.models.sharded_loading import load_skeleton, read_weights
-from btx.models.sharding import largest, process_count, process_number, same_everywhere, shard
+from btx.models.sharded_loading import load_skeleton, share_out
+from btx.models.sharding import largest, process_count, process_number, same_everywhere
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
@@ -156,9 +156,7 @@ def train_stage(
     )  # fmt: skip
     job, needs = _job_of(run, stage, model, settings, samples, log)
     if process_count() > 1:
-        shard(model, device=job.device.type, in_bfloat16=job.in_bfloat16)
-        if any(parameter.is_meta for parameter in model.parameters()) and start is not None:
-            read_weights(model, start, job.device)
+        share_out(model, start, job.device, in_bfloat16=job.in_bfloat16)
     job = replace(job, balancing=balancing or Balancing(), experts=experts)
     if run.recipe.track and process_number() == 0:
         tracked = Tracked(run.recipe.name, run.path, stage.name, folder / FOLDER, stage.shown)

@@ -14,7 +14,7 @@ import torch
 from btx.errors import LossSpike
 from btx.models.device import precision_text
 from btx.models.packed import dense_mask_because
-from btx.models.sharding import is_sharded, largest, process_count, shard
+from btx.models.sharding import largest, process_count
 from btx.process import Interrupted, Interrupts
 from btx.training.compiled import compiled_layers
 from btx.training.job import TrainingJob
@@ -109,10 +109,7 @@ def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, t
         The job with a number for `micro_batch_tokens: auto`; the optimiser; finished steps.
     """
     settings = job.settings
-    if process_count() > 1:
-        if not is_sharded(job.model):
-            shard(job.model, device=job.device.type, in_bfloat16=job.in_bfloat16)
-    elif job.in_bfloat16:
+    if process_count() == 1 and job.in_bfloat16:
         hold_frozen_in_bfloat16(job.model)
     model = job.model.to(job.device).train()
     optimizer = adamw(model, settings)

@@ -91,7 +91,7 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
             return
         if leads:
             held.enter_context(trying(run, name))
-            held.enter_context(ending_if_hung(run.recipe.launch.hung_after_s, partial(note_failure, run, name)))
+            held.enter_context(ending_if_hung(run.recipe.launch.hung_after_s, partial(_note_hang, run, name)))
         # Training saves before it stops; what the other stages have not written yet is soon made again.
         held.enter_context(contextlib.nullcontext() if stage.trains else interrupts.at_once())
         work = partial(_work, run, stage, interrupts, log)
@@ -100,6 +100,11 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
             _as_the_first_finds(lambda: None)
         else:
             _as_the_first_finds(work)
+
+
+def _note_hang(run: RunFolder, stage: str, line: str) -> None:
+    note_failure(run, stage, f"{line}; its log says where it stood. `btx run {run.path}` goes on with it; if it was only "
+                             f"slow, with a higher launch.hung_after_s")  # fmt: skip
 
 
 def _work(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

@@ -159,7 +159,7 @@ def test_of_processes_that_come_no_further_the_one_that_hangs_is_named_in_the_ru
     run = tmp_path / "run"
     shutil.copytree(prepared, run, symlinks=True)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["launch"]["hung_after_s"] = 3
+    recipe["launch"]["hung_after_s"] = 12
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     if stops:
         (run / "stop").touch()

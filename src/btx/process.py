@@ -186,11 +186,16 @@ def ending_if_hung(after_s: float | None, note: Callable[[str], None]) -> Iterat
 
 
 @contextlib.contextmanager
-def at_standstill(after_s: float, act: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block, call `act` once, in a thread and with a line that says so, if this process's work has come no
-    further for `after_s` seconds. Only time in which it runs counts, by a clock that nobody can set."""
+def at_standstill(
+    after_s: float, act: Callable[[str], None], over: Callable[[], None] = lambda: None
+) -> Iterator[None]:  # fmt: skip
+    """Inside the block, call `act`, in a thread and with a line that says so, when this process's work has come no
+    further for `after_s` seconds, and `over` if it goes on after all. Only time in which the process runs counts, by a
+    clock that nobody can set."""
     ended = threading.Event()
-    thread = threading.Thread(target=_watch_progress, args=(after_s, act, ended), name="watches progress", daemon=True)
+    thread = threading.Thread(
+        target=_watch_progress, args=(after_s, act, over, ended), name="watches progress", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -198,16 +203,21 @@ def at_standstill(after_s: float, act: Callable[[str], None]) -> Iterator[None]:
         ended.set()
 
 
-def _watch_progress(after_s: float, act: Callable[[str], None], ended: threading.Event) -> None:
+def _watch_progress(
+    after_s: float, act: Callable[[str], None], over: Callable[[], None], ended: threading.Event
+) -> None:  # fmt: skip
     look_s = min(LOOK_S, after_s / 10)
-    seen, still_s, before = _progress, 0.0, time.monotonic()
+    seen, still_s, before, stands = _progress, 0.0, time.monotonic(), False
     while not ended.wait(look_s):
         now = time.monotonic()
         # Of a long pause only a little counts: then this process, and not its work, was stopped.
         seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
-        if still_s >= after_s:
+        if stands and still_s < after_s:
+            stands = False
+            over()
+        elif not stands and still_s >= after_s:
+            stands = True
             act(f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang")
-            return
 
 
 def rank() -> int:

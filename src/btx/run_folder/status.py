@@ -62,7 +62,7 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     elif node is not None:
         state = "running"
     elif state == "begun" and (lost := owner_of(run.path, stage.name)) is not None:
-        why = f"its process on {lost[1]} ended without a word: it was killed, or the machine is gone"
+        why = lost_on(lost[1])
     line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if has_metrics else None
     if line is None or not line.keys() >= NUMBERS or not line["step"] or not line["tokens_per_s"]:
         return StageStatus(stage.name, state, why=why, node=node)
@@ -152,6 +152,11 @@ def holder_of(folder: Path, work: str) -> str | None:
         return node if lives else None
     except (OSError, psutil.Error):
         return None
+
+
+def lost_on(node: str) -> str:
+    """What is said of work whose process has not given it back."""
+    return f"its process on {node} ended without a word: it was killed, or the machine is gone"
 
 
 def owner_of(folder: Path, work: str) -> tuple[int, str] | None:

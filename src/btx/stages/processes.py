@@ -44,7 +44,7 @@ RunStages = Callable[[RunFolder, Sequence[str], Interrupts, Log], None]
 """`btx.stages.work.run_stages`."""
 OFTEN_S = 0.1
 KILLED = "killed from outside; so the system ends what takes too much memory"
-MEETS = os.sep + os.path.join("torch", "distributed") + os.sep
+MEETS = str(Path("/torch/distributed/"))
 """Part of the paths of the modules by which processes wait for each other."""
 BTX = str(Path(errors.__file__).parent) + os.sep
 
@@ -284,13 +284,15 @@ def _telling_where(reports: Path, after_s: float | None) -> Iterator[None]:
     """Inside, say in a file where this process's main thread stands when its work comes no further: the last call of
     btx's and what that calls. Whether it is a hang, the first of all decides (`btx.process.ending_if_hung`)."""
 
+    file = reports / f"{os.environ['RANK']}.stands"
+
     def tell_where(line: str) -> None:
         calls = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
         last = max((place for place, call in enumerate(calls) if call.filename.startswith(BTX)), default=0)
         stands = [(call.filename, f"{call.name} ({Path(call.filename).name}:{call.lineno})") for call in calls[last:]]
-        Path(reports, f"{os.environ['RANK']}.stands").write_text(json.dumps(stands), "utf-8")
+        file.write_text(json.dumps(stands), "utf-8")
 
-    with contextlib.nullcontext() if after_s is None else at_standstill(after_s, tell_where):
+    with contextlib.nullcontext() if after_s is None else at_standstill(after_s, tell_where, file.unlink):
         yield
 
 

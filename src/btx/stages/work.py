@@ -53,7 +53,7 @@ def _take_part(run: RunFolder, stages: Sequence[Stage], interrupts: Interrupts, 
         from btx.models.sharding import largest
         from btx.training.joined import joined
         from btx.training.loop import stop_if_asked
-    with joined(run.recipe.device):
+    with joined(run.recipe.device, run.recipe.launch.hung_after_s):
         for stage in stages:
             _do(run, stage, interrupts, log if rank() == 0 else lambda line: None)
             stop_if_asked(interrupts, largest(interrupts.pending or 0), _stopped_after(stage))
@@ -103,8 +103,8 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
 
 
 def _note_hang(run: RunFolder, stage: str, line: str) -> None:
-    note_failure(run, stage, f"{line}; its log says where it stood. `btx run {run.path}` goes on with it; if it was only "
-                             f"slow, with a higher launch.hung_after_s")  # fmt: skip
+    note_failure(run, stage, f"{line}; its log says where it stood. `btx run {run.path}` goes on with it; if it was "
+                             f"only slow, with a higher launch.hung_after_s")  # fmt: skip
 
 
 def _work(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

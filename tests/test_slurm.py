@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster,
     command = ("run", "pico.yaml", "run=s", "launch.kind=slurm", "--until", "mix")
     code, output = btx(*command, "launch.slurm.stages.train.setup=[echo no such module >&2, exit 3]", cwd=tmp_path)
     assert code == 1, output
-    assert "train/birds failed (exit code 3)" in output
+    assert re.search(r"train/birds failed \(exit code 3 on n[12]\)", output), output
     assert "no such module" in output
     assert "not begun: mix" in output
     assert queue(slurm) == ""

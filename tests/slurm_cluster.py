@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from getpass import getuser
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 STARTING_S = 30.0
@@ -102,8 +103,7 @@ class Cluster:
         for node in self.nodes:
             self.start_node(node)
         try:
-            _until(lambda: self.ask("sinfo", "-h", "-p", "spot", "-t", "idle", "-o", "%D") == str(len(self.nodes)),
-                   "nodes")  # fmt: skip
+            self.await_idle()
         except RuntimeError as error:
             logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
             raise RuntimeError(f"{error}\n{logs}") from error
@@ -117,9 +117,39 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill(self, daemon: str) -> None:
-        """End a daemon as a lost machine would, with kill -9; `slurmd`'s jobs stay, as orphans."""
+        """End a daemon with kill -9; a `slurmd`'s jobs stay, as orphans."""
         self.daemons[daemon].kill()
         self.daemons.pop(daemon).wait()
+
+    def lose(self, node: str) -> None:
+        """End a node as if its machine were gone: its daemon and all of its jobs' processes with kill -9, before any of
+        them can tell of another's end."""
+        import psutil
+
+        gone = [psutil.Process(self.daemons[node].pid)]
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") == node:
+                    gone += [process, *(parent for parent in process.parents() if parent.name() == "slurmstepd")]
+        for act in ("suspend", "kill"):
+            for process in set(gone):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    getattr(process, act)()
+        self.daemons.pop(node).wait()
+
+    def await_idle(self) -> None:
+        """Wait until all nodes are there and have nothing to do."""
+        _until(lambda: self.ask("sinfo", "-h", "-p", "spot", "-t", "idle", "-o", "%D") == str(len(self.nodes)), "nodes")
+
+    def _processes(self) -> Iterator[Any]:
+        """Those of its jobs' steps: psutil's."""
+        import psutil
+
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                    yield process
 
     def _start(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as output:
@@ -153,7 +183,8 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        _kill_steps(self.folder)
+        for process in self._processes():  # of daemons that were killed
+            process.kill()
 
 
 @contextlib.contextmanager
@@ -203,17 +234,6 @@ def _until(holds: Callable[[], bool], what: str) -> None:
         if time.monotonic() > ends:
             raise RuntimeError(f"{what} did not come up in {STARTING_S:.0f} s")
         time.sleep(0.1)
-
-
-def _kill_steps(folder: Path) -> None:
-    """End what daemons that were killed have left: processes with this cluster's configuration."""
-    import psutil
-
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            environment = process.environ()
-            if "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == str(folder / "slurm.conf"):
-                process.kill()
 
 
 if __name__ == "__main__":

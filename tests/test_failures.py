@@ -11,7 +11,7 @@ import pytest
 from btx.errors import BtxError, StageFailed, UserError
 from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.status import stage_status
+from btx.run_folder.status import note_failure, stage_status
 from btx.running import pipeline
 from btx.running.launchers import START, Handle, Standing
 from btx.running.progress import Display
@@ -106,6 +106,33 @@ def test_a_run_names_every_failure_and_nothing_waits_for_what_needs_them(
     assert "baselines/dense_dm_domains failed (NODE_FAIL)" in str(error)
     assert run.state(run.graph["train/tools"]) == "done"
     assert "train/general: failed: it left no message" in said
+
+
+def test_a_failure_says_on_which_machine_it_was_and_a_job_that_is_back_in_the_queue_where_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Standing("ended", 1, "n1", "NODE_FAIL")
+    queued = Standing("queued", why="BeginTime")
+    fail = {"train/birds": [lost], "train/tools": [Standing("running", None, "n2"), queued]}
+    run, _, said, error = run_with(tmp_path, monkeypatch, fail)
+    assert "train/birds failed (NODE_FAIL on n1)" in str(error)
+    status = stage_status(run, run.graph["train/birds"])
+    assert (status.state, status.node, status.why) == ("failed", "n1", "NODE_FAIL on n1")
+    assert "train/tools: back in the queue (BeginTime); it ran on n2" in said
+
+
+def test_what_a_job_has_noted_of_its_failure_stays_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noting(FailingLauncher):
+        def standing(self, name: str) -> Standing:
+            note_failure(run, name, "no progress for 5 s") if name == "train/birds" else None
+            return super().standing(name)
+
+    monkeypatch.setattr(f"{__name__}.FailingLauncher", Noting)
+    run = RunFolder(tmp_path / "run", pico_recipe(tmp_path))
+    _, _, said, error = run_with(tmp_path, monkeypatch, {"train/birds": [Standing("ended", 143)]})
+    assert stage_status(run, run.graph["train/birds"]).why == "no progress for 5 s"
+    assert "train/birds: failed: no progress for 5 s" in said
+    assert "no progress for 5 s" in str(error)
 
 
 def test_a_job_says_nothing_of_its_stages_that_were_done_before(

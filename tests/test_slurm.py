@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,7 @@ LONG = ["seed_model.train.tokens=76800", "train.tokens=76800", "finetune.tokens=
 """Training that is still at it when something happens to it."""
 
 
+BRANCHES = ("train/birds", "train/tools")
 STARTED: list[subprocess.Popen[bytes]] = []
 
 
@@ -137,12 +140,61 @@ def test_a_run_that_is_preempted_requeued_and_left_alone_gives_the_weights_of_a_
     assert weights(run) == weights(local.path)
 
 
+def test_a_run_whose_node_dies_goes_on_on_the_other_and_gives_the_weights_of_a_local_one(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    """And Slurm's controller is killed before and comes back, which costs nothing. The job of one branch is requeued by
+    Slurm, that of the other, which may not be, has failed and is tried again."""
+    write_pico_recipe(tmp_path)
+    settings = ["train.tokens=153600", "train.checkpoint_every=20", "evaluate.tasks={}", "launch.threads=1"]
+    run, output = tmp_path / "s", tmp_path / "output.txt"
+    watching = start("run", "pico.yaml", "run=s", *settings, "launch.kind=slurm", "launch.slurm.partition=spot",
+                     "launch.retries=1", "--until", "finetune", cwd=tmp_path, to=output)  # fmt: skip
+
+    def both_come_further() -> None:
+        before = {branch: steps(run, branch) for branch in BRANCHES}
+        until(lambda: all(steps(run, branch) > before[branch] + 5 for branch in BRANCHES))
+
+    until(lambda: all(steps(run, branch) > 25 for branch in BRANCHES))
+    slurm.kill("slurmctld")
+    until(lambda: "the jobs go on, and it is asked again" in output.read_text())
+    both_come_further()
+    slurm.start_controller()
+    until(lambda: queue(slurm))
+    rows, finished = states("s", tmp_path), weights(run, "seed")
+    node = rows["train/birds"]["node"]
+    assert rows["train/tools"]["node"] == node, "Slurm fills one node before the next"
+    slurm.ask("scontrol", "update", f"JobId={job_of(run, 'train/tools')}", "Requeue=0")
+    try:
+        slurm.lose(node)
+        assert states("s", tmp_path)["train/birds"]["node"] == node
+        until(lambda: "train/birds: back in the queue" in output.read_text())
+        row = states("s", tmp_path)["train/birds"]
+        assert row["state"] == "queued"
+        assert f"its process on {platform.node()} ended without a word" in row["why"]
+        assert watching.wait(400) == 0, output.read_text()
+    finally:
+        slurm.start_node(node)
+        slurm.await_idle()
+    said = output.read_text()
+    assert f"; it ran on {node}\n" in said
+    assert f"train/tools: failed (NODE_FAIL on {node}): " in said
+    assert said.count("tried again, 1 of 1") == 1
+    assert all(log(run, branch).count("resumed after step") == 1 for branch in BRANCHES)
+    assert [path.name for path in (run / "jobs").iterdir()] == []
+    assert weights(run, "seed") == finished
+    local, _ = run_here(pico_recipe(tmp_path, "local", *settings), ["data", "seed", "train", "mix", "finetune"])
+    assert {stage: weights(run, stage) for stage in (*BRANCHES, "finetune")} == {
+        stage: weights(local.path, stage) for stage in (*BRANCHES, "finetune")
+    }
+
+
 def test_what_waits_for_a_job_that_failed_does_not_wait_for_ever(slurm: Cluster, tmp_path: Path) -> None:
     write_pico_recipe(tmp_path)
     command = ("run", "pico.yaml", "run=s", "launch.kind=slurm", "--until", "mix")
     code, output = btx(*command, "launch.slurm.stages.train.setup=[echo no such module >&2, exit 3]", cwd=tmp_path)
     assert code == 1, output
-    assert "train/birds failed (exit code 3)" in output
+    assert re.search(r"train/birds failed \(exit code 3 on n[12]\)", output), output
     assert "no such module" in output
     assert "not begun: mix" in output
     assert queue(slurm) == ""

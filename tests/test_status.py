@@ -13,10 +13,13 @@ from btx.errors import UserError
 from btx.files import write_json
 from btx.number_texts import clock_text
 from btx.process import Interrupted
-from btx.run_folder.folder import RunFolder
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.jobs import Job
 from btx.run_folder.stage_notes import started_json
 from btx.run_folder.status import run_status, stage_status, trying
+from btx.running.launchers import Standing
 from btx.running.progress import Display
+from btx.running.standing import add_known
 from tests.pico_run import pico_recipe
 
 
@@ -78,6 +81,20 @@ def test_a_stage_has_failed_until_it_is_tried_again(training: RunFolder, error: 
     assert (status.step, status.loss, status.eta_s) == (5, 1.0, None)
     with trying(training, "train/birds"):
         assert state_and_why(training) == ("begun", None)
+    assert state_and_why(training) == ("begun", None)
+
+
+def test_a_process_that_was_killed_and_its_machine_are_named(training: RunFolder) -> None:
+    (training.path / ".locks").mkdir()
+    (training.path / ".locks" / "train-birds.pid").write_text("4194305 on node7")
+    gone = "its process on node7 ended without a word: it was killed, or the machine is gone"
+    assert state_and_why(training) == ("begun", gone)
+    rows = run_status(training)
+    add_known(rows, [(Job(("train/birds",), "slurm", {"job_id": "7"}, "", "", 1), Standing("queued", why="BeginTime"))])
+    (row,) = (row for row in rows if row["stage"] == "train/birds")
+    assert (row["state"], row["why"]) == ("queued", f"BeginTime; {gone}")
+    with exclusive(training.path, "train/birds"):
+        assert state_and_why(training) == ("running", None)
     assert state_and_why(training) == ("begun", None)
 
 

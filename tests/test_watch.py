@@ -23,14 +23,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from btx.errors import RunFolderError, UserError
+from btx.errors import RunFolderError, StageFailed, UserError
 from btx.files import write_json
 from btx.metrics_file import MetricsTail
 from btx.process import Interrupted
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.jobs import Job, note
 from btx.run_folder.stage_notes import started_json
-from btx.run_folder.status import note_failure
+from btx.run_folder.status import forget_failure, note_failure
 from btx.running import looks as looks_module
 from btx.running import watch as watch_module
 from btx.running.launchers import START, Standing
@@ -292,6 +292,32 @@ def test_it_ends_when_nobody_is_at_work(run: RunFolder, capsys: pytest.CaptureFi
     assert lines_of(capsys)[-1] == f"{run.path}: nobody is at work on it"
 
 
+def test_it_fails_if_the_run_has_failed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    note_failure(run, "train/birds", "the loss is NaN in step 6")
+    with pytest.raises(StageFailed, match=r"nobody is at work on it: train/birds: the loss is NaN in step 6$"):
+        watch(lambda: watched_in(run.path), run.path, LineScreen())
+    with exclusive(run.path, "train/birds"):  # it is tried again
+        watching = threading.Thread(target=watch, args=(lambda: watched_in(run.path), run.path, LineScreen(0.02)))
+        watching.start()
+        watching.join(0.3)
+        forget_failure(run, "train/birds")
+    watching.join(5)
+    assert lines_of(capsys)[-1] == f"{run.path}: nobody is at work on it"
+
+
+@pytest.mark.parametrize(("killed", "told"), [("run", "btx run: "), ("train-birds", "train/birds: ")])
+def test_who_was_killed_has_failed(run: RunFolder, killed: str, told: str) -> None:
+    (run.path / ".locks").mkdir(exist_ok=True)
+    (run.path / ".locks" / f"{killed}.pid").write_text("4194305 on node7")
+    with pytest.raises(StageFailed, match=f": {told}its process on node7 ended without a word: it was killed, or"):
+        watch(lambda: watched_in(run.path), run.path, LineScreen())
+
+
+def test_a_sweep_one_of_whose_runs_failed_has_failed(sweep: Path) -> None:
+    with pytest.raises(StageFailed, match=r"pico \d: train/birds: out of memory$"):
+        watch(lambda: watched_in(sweep), sweep, LineScreen())
+
+
 def test_a_run_may_appear_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run"
     watching = threading.Thread(target=watch, args=(lambda: watched_in(path), path, LineScreen()))
@@ -436,7 +462,7 @@ def test_on_a_terminal_it_follows_the_run_and_the_size_and_leaves_all_in_order(
     terminal.resize(10, 50)
     terminal.read_until("12 to come")
     terminal.process.send_signal(signal.SIGINT)
-    assert terminal.process.wait(10) == 130
+    assert terminal.process.wait(10) == 0
     last = terminal.read_until("nothing else was stopped")
     assert "\x1b[?1049l" in last
     assert "\x1b[?25h" in last  # the cursor is back

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,8 +19,14 @@ import psutil
 import pytest
 import yaml
 
+from btx import process
+from btx.errors import StageFailed
 from btx.files import read_json
-from btx.run_folder.folder import exclusive
+from btx.process import Interrupts, Log, rank
+from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.status import stage_status
+from btx.stages.processes import train_in_processes
+from btx.stages.work import run_stages
 from btx.training.meeting import first_host, meeting
 from tests.pico_run import pico_recipe, run_here
 from tests.processes import btx, btx_with_quick_ranks, start
@@ -110,6 +118,60 @@ def test_whatever_stops_it_all_end_and_it_goes_on_bit_for_bit(
         assert len(list(saved.glob("part-*"))) == 2
     assert ended(work(run)) == 0, (run / "log").read_text()
     assert "resumed after step" in (run / "log").read_text()
+    assert weights(run) == undisturbed
+
+
+def hang_in_step_three(run: RunFolder, names: Sequence[str], interrupts: Interrupts, log: Log) -> None:
+    """`run_stages` of which the second process's third step waits until somebody ends it, or stops as by SIGSTOP."""
+    from btx.training import step
+
+    process.GRACE_S, steps = 1.0, step.at_step
+
+    def at_step(model: Any, number: int) -> None:
+        steps(model, number)
+        if number == 3 and rank() == 1 and (run.path / "stop").exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while number == 3 and rank() == 1 and interrupts.pending is None:
+            time.sleep(0.05)
+
+    step.at_step = at_step
+    run_stages(run, names, interrupts, log)
+
+
+def work_that_hangs(path: str) -> None:
+    """`btx work` with such processes."""
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    run = RunFolder.open(path)
+    try:
+        train_in_processes(run, run.graph[STAGE], Interrupts().listen(), print, hang_in_step_three)
+    except StageFailed as error:
+        sys.exit(f"error: {error}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("stops", "expected"), [
+    (False, r"process 1 of them hung in at_step \(test_work_in_processes\.py:\d+\); no progress for \d+ s, which "),
+    (True, r"process 1 of them hung and gave no answer; no progress for \d+ s, which "),
+])  # fmt: skip
+def test_of_processes_that_come_no_further_the_one_that_hangs_is_named_in_the_runs_note_and_what_to_do(
+    prepared: Path, undisturbed: bytes, tmp_path: Path, stops: bool, expected: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run, symlinks=True)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["launch"]["hung_after_s"] = 12
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if stops:
+        (run / "stop").touch()
+    hanging = start(work_that_hangs, str(run), log=run / "log")
+    assert ended(hanging) == 1, (run / "log").read_text()
+    said, opened = (run / "log").read_text(), RunFolder.open(run)
+    status = stage_status(opened, opened.graph[STAGE])
+    assert status.state == "failed"
+    assert re.match(expected, status.why or ""), said
+    assert f"`btx run {run}` goes on with it; if it was only slow, with a higher launch.hung_after_s" in status.why
+    assert said.splitlines()[-1] == f"error: {STAGE}, trained by 2 processes: {status.why}"
+    assert ended(work(run)) == 0, (run / "log").read_text()
     assert weights(run) == undisturbed
 
 

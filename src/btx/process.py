@@ -164,14 +164,38 @@ def ending_if_hung(after_s: float | None, note: Callable[[str], None]) -> Iterat
     process that is stopped as a whole is for whoever started it to notice (`btx.running.silence`).
 
     Args:
-        after_s: None watches nothing. Only time in which this process runs counts, by a clock that nobody can set.
+        after_s: None watches nothing.
         note: called with a line that says so.
     """
     if after_s is None:
         yield
         return
+
+    def ask(line: str) -> None:
+        faulthandler.dump_traceback(file=ERRORS)
+        os.write(ERRORS, f"{line}: asked to save and end\n".encode())
+        note(line)
+        os.kill(os.getpid(), SAVE_AND_END)
+
+    def end(line: str) -> None:
+        os.write(ERRORS, f"{line}: ended where it stood\n".encode())
+        os._exit(1)
+
+    with at_standstill(after_s, ask), at_standstill(after_s + GRACE_S, end):
+        yield
+
+
+@contextlib.contextmanager
+def at_standstill(
+    after_s: float, act: Callable[[str], None], over: Callable[[], None] = lambda: None
+) -> Iterator[None]:  # fmt: skip
+    """Inside the block, call `act`, in a thread and with a line that says so, when this process's work has come no
+    further for `after_s` seconds, and `over` if it goes on after all. Only time in which the process runs counts, by a
+    clock that nobody can set."""
     ended = threading.Event()
-    thread = threading.Thread(target=_watch_progress, args=(after_s, note, ended), name="watches progress", daemon=True)
+    thread = threading.Thread(
+        target=_watch_progress, args=(after_s, act, over, ended), name="watches progress", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -179,25 +203,21 @@ def ending_if_hung(after_s: float | None, note: Callable[[str], None]) -> Iterat
         ended.set()
 
 
-def _watch_progress(after_s: float, note: Callable[[str], None], ended: threading.Event) -> None:
+def _watch_progress(
+    after_s: float, act: Callable[[str], None], over: Callable[[], None], ended: threading.Event
+) -> None:  # fmt: skip
     look_s = min(LOOK_S, after_s / 10)
-    seen, still_s, asked, before = _progress, 0.0, False, time.monotonic()
+    seen, still_s, before, stands = _progress, 0.0, time.monotonic(), False
     while not ended.wait(look_s):
         now = time.monotonic()
         # Of a long pause only a little counts: then this process, and not its work, was stopped.
         seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
-        if still_s < after_s + asked * GRACE_S:
-            continue
-        line = f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang"
-        if not asked:
-            asked = True
-            faulthandler.dump_traceback(file=ERRORS)
-            os.write(ERRORS, f"{line}: asked to save and end\n".encode())
-            note(line)
-            os.kill(os.getpid(), SAVE_AND_END)
-        else:
-            os.write(ERRORS, f"{line}: ended where it stood\n".encode())
-            os._exit(1)
+        if stands and still_s < after_s:
+            stands = False
+            over()
+        elif not stands and still_s >= after_s:
+            stands = True
+            act(f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang")
 
 
 def rank() -> int:

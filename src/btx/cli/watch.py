@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +21,12 @@ def watch(
 ) -> None:  # fmt: skip
     """Watch all jobs of a run, on any launcher and from any machine, until it ends; Ctrl-C ends the watching alone.
 
-    On a terminal a view that is drawn anew; elsewhere, and with --json, a line for each change.
+    The exit code is 1 if the run has failed, else 0. On a terminal a view that is drawn anew; elsewhere, and with
+    --json, a line for each change.
     """
     from rich.console import Console
 
-    from btx.process import ending_at_once
+    from btx.process import Interrupted, ending_at_once
     from btx.running.watch import watch as watch_run
     from btx.running.watch_screens import LineScreen, Screen, TerminalScreen
     from btx.sweeps.looks import watched_in
@@ -32,5 +34,10 @@ def watch(
     console = Console(markup=False, emoji=False, highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and not as_json
     screen: Screen = TerminalScreen(console, every) if live else LineScreen(every, as_json=as_json)
-    with ending_at_once("stopped watching; nothing else was stopped"):
-        watch_run(lambda: watched_in(run_folder), run_folder, screen, html=html)
+    try:
+        with ending_at_once("stopped watching; nothing else was stopped"):
+            watch_run(lambda: watched_in(run_folder), run_folder, screen, html=html)
+    except Interrupted as stopped:
+        if stopped.exit_code != 128 + signal.SIGINT:
+            raise
+        typer.echo(str(stopped), err=True)  # Ctrl-C is how one leaves

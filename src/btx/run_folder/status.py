@@ -39,9 +39,9 @@ class StageStatus:
     """Share of the devices' peak, where that is known."""
     why: str | None = None
     """For a stale stage what changed, for a failed one its last error line, for a damaged one the file, for a queued
-    one why it waits."""
+    one why it waits, for a begun one the machine whose process ended without a word."""
     node: str | None = None
-    """The machine that is at it, or that made it."""
+    """The machine that is at it, that made it, or on which it failed."""
     processes: int = 1
     """How many train it together, or have; tokens_per_s is of all."""
 
@@ -55,12 +55,14 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
                            wall_s=facts.get("wall_s"), mfu=facts.get("mfu"), node=facts.get("node"),
                            processes=facts.get("processes", 1))  # fmt: skip
     why, node, has_metrics = None, at_work(run, stage.name), state == "begun"
-    if node is None and (failure := _failure(run, stage.name)) is not None:
+    if node is None and (failure := failure_of(run, stage.name)) is not None:
         state, why, node = "failed", failure["error"], failure["node"]
     elif state == "stale":
         return StageStatus(stage.name, state, why=run.why_stale(stage))
     elif node is not None:
         state = "running"
+    elif state == "begun" and (lost := owner_of(run.path, stage.name)) is not None:
+        why = lost_on(lost[1])
     line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if has_metrics else None
     if line is None or not line.keys() >= NUMBERS or not line["step"] or not line["tokens_per_s"]:
         return StageStatus(stage.name, state, why=why, node=node)
@@ -90,7 +92,7 @@ def run_status(run: RunFolder, *, verify: bool = False) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def trying(run: RunFolder, stage: str) -> Iterator[None]:
     """Try a stage: it has not failed any more, and has if the block ends with an error that is no interruption."""
-    _failure_file(run, stage).unlink(missing_ok=True)
+    forget_failure(run, stage)
     try:
         yield
     except (Interrupted, BrokenPipeError):
@@ -100,12 +102,16 @@ def trying(run: RunFolder, stage: str) -> Iterator[None]:
         raise
 
 
-def note_failure(run: RunFolder, stage: str, error: str) -> None:
-    """Note that a stage failed, and the last line of what it said."""
+def note_failure(run: RunFolder, stage: str, error: str, *, node: str | None = None) -> None:
+    """Note that a stage failed, the last line of what it said, and on which machine; None: this one."""
+    failure = {"error": last_line(error), "node": node or platform.node(), "time": now()}
     with contextlib.suppress(RunFolderError):  # on a full disk
-        write_json(
-            _failure_file(run, stage), {"error": last_line(error), "node": platform.node(), "time": now()}
-        )  # fmt: skip
+        write_json(_failure_file(run, stage), failure)
+
+
+def forget_failure(run: RunFolder, stage: str) -> None:
+    """A stage is tried again."""
+    _failure_file(run, stage).unlink(missing_ok=True)
 
 
 def last_line(text: str) -> str:
@@ -113,7 +119,7 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it left no message")
 
 
-def _failure(run: RunFolder, stage: str) -> dict[str, str] | None:
+def failure_of(run: RunFolder, stage: str) -> dict[str, str] | None:
     """{"error", "node", "time"} of a stage that failed when it was last tried, else None."""
     failure = read_json(path := _failure_file(run, stage))
     if failure is not None and not (isinstance(failure, dict) and {"error", "node"} <= failure.keys()):
@@ -137,12 +143,26 @@ def holder_of(folder: Path, work: str) -> str | None:
     """
     import psutil
 
-    owner = folder / ".locks" / f"{work.replace('/', '-')}.pid"
     try:
-        pid, _, node = owner.read_text("utf-8").partition(" on ")
-        lives = is_alive(lease_file(folder, work))
+        if (owner := owner_of(folder, work)) is None:
+            return None
+        (pid, node), lives = owner, is_alive(lease_file(folder, work))
         if node == platform.node():  # a number may be another process's by now, and a stopped process gives no sign
-            lives = psutil.pid_exists(int(pid)) and (lives or psutil.Process(int(pid)).status() == "stopped")
+            lives = psutil.pid_exists(pid) and (lives or psutil.Process(pid).status() == "stopped")
         return node if lives else None
-    except (OSError, ValueError, psutil.Error):
+    except (OSError, psutil.Error):
+        return None
+
+
+def lost_on(node: str) -> str:
+    """What is said of work whose process has not given it back."""
+    return f"its process on {node} ended without a word: it was killed, or the machine is gone"
+
+
+def owner_of(folder: Path, work: str) -> tuple[int, str] | None:
+    """Number and machine of the process that has taken some work and not given it back, alive or not."""
+    try:
+        pid, _, node = (folder / ".locks" / f"{work.replace('/', '-')}.pid").read_text("utf-8").partition(" on ")
+        return int(pid), node
+    except (OSError, ValueError):
         return None

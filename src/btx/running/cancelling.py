@@ -11,7 +11,7 @@ from btx.errors import UserError
 from btx.process import SAVE_AND_END, Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import jobs_of, note_cancelled
-from btx.run_folder.status import at_work
+from btx.run_folder.status import at_work, owner_of
 from btx.running.under_way import UnderWay, told
 
 
@@ -64,11 +64,11 @@ def cancel_sweep(folder: Path, runs: Sequence[Path], log: Log) -> None:
 
 def _signal(folder: Path, work: str) -> bool:
     """Ask the process of this machine that holds some work to save and end; False if there is none."""
+    owner = owner_of(folder, work)
+    if owner is None or owner[1] != platform.node():
+        return False
     try:
-        pid, _, node = (folder / ".locks" / f"{work.replace('/', '-')}.pid").read_text("utf-8").partition(" on ")
-        if node != platform.node():
-            return False
-        os.kill(int(pid), SAVE_AND_END)
-    except (OSError, ValueError):
+        os.kill(owner[0], SAVE_AND_END)
+    except OSError:
         return False
     return True

@@ -8,7 +8,7 @@ from btx.errors import BtxError, StageFailed, UserError
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import log_of
-from btx.run_folder.status import last_line, note_failure
+from btx.run_folder.status import failure_of, last_line, note_failure
 from btx.running.launchers import Standing
 
 SILENT = "stopped from outside, or its machine is gone: it gave no sign of life"
@@ -59,6 +59,7 @@ class Failures:
             told += ENDED_BY.get(-exit_code, "")
         how = standing.why or (f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}" if exit_code
                                else "it has left the queue without a trace")  # fmt: skip
+        how += f" on {standing.node}" if standing.node else ""
         # A process may do several stages: the one that failed is the first that is not done.
         name = next((stage.name for stage in stages if self._run.state(stage) != "done"), stages[0].name)
         domain = name.removeprefix("train/")
@@ -66,7 +67,10 @@ class Failures:
             without = f"\n`btx run {self._run.path} --without {domain}` goes on without this expert"
             self._errors[name] = UserError((told or last_line(told)) + (without if domain != name else ""))
         else:
-            note_failure(self._run, name, told or how)  # a job that was killed could not
+            if silent or (noted := failure_of(self._run, name)) is None:  # a job that was killed could not
+                note_failure(self._run, name, told or how, node=standing.node)
+            elif noted["error"] not in told:  # it hung, and then saved, for example
+                told = f"{told}\n{noted['error']}".strip()
             retry, retries = self._retries.get(name, 0) + 1, self._run.recipe.launch.retries
             if retry <= retries:
                 self._retries[name] = retry

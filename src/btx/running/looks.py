@@ -14,7 +14,7 @@ from btx.metrics_file import MetricsTail
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import Job
-from btx.run_folder.status import at_work, stage_status
+from btx.run_folder.status import at_work, lost_on, owner_of, stage_status
 from btx.running.launchers import Standing
 from btx.running.standing import add_known, standings_of
 
@@ -58,6 +58,8 @@ class Look:
     """What could not be found out."""
     is_under_way: bool = False
     is_done: bool = False
+    failed: Sequence[str] = ()
+    """What has failed, or ended without a word, and why."""
 
 
 class Watched(Protocol):
@@ -96,13 +98,17 @@ class WatchedRun:
         is_done = all(
             row.state == "done" or not run.is_needed(stage) for stage, row in zip(run.graph, rows, strict=True)
         )
-        runner = at_work(run, "run")
+        runner, killed = at_work(run, "run"), owner_of(self.path, "run")
+        ended = [row for row in rows if row.state == "failed" or (row.state == "begun" and row.note)]
+        failed = [f"{row.name}: {row.note}" for row in ended]
+        if runner is None and killed is not None:
+            failed.append(f"btx run: {lost_on(killed[1])}")
         launcher = run.recipe.launch.kind
         where = f"btx run on {runner}" if runner else "no btx run"
         under_way = runner is not None or any(row.state in UNDER_WAY for row in rows)
         waits = bool(self._problems) and not is_done  # a job that cannot be asked about may go on
         return Look(f"{run.recipe.name}, {self.path}: launcher {launcher}, {where}", rows, tuple(self._problems),
-                    under_way or waits, is_done)  # fmt: skip
+                    under_way or waits, is_done, failed)  # fmt: skip
 
     def _opened(self) -> RunFolder:
         """The run, opened anew only where another `btx run` has changed its recipe: a graph may have to read data."""

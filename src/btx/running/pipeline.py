@@ -19,7 +19,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.status import at_work, stage_status
+from btx.run_folder.status import at_work, forget_failure, stage_status
 from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
 from btx.running.failures import SILENT, Failures
@@ -250,6 +250,8 @@ class _Pipeline:
             self.display.say(f"{name}: another process, on {node}, is at it; waiting for it to end")
         needed = [running for running in self.under_way.running
                   if running.makes(missing) or (_prepares(running.stages) and not _prepares(stages))]  # fmt: skip
+        for stage in stages:
+            forget_failure(self.run_folder, stage.name)
         running = self.under_way.submit(stages, needed)
         running.finished |= {stage.name for stage in stages if self.run_folder.state(stage) == "done"}  # said already
         self.run_folder.event("start", job=name, **running.job.handle)
@@ -269,6 +271,10 @@ class _Pipeline:
                 self._show_line(running, line)
             for stage in running.stages:
                 self._show_stage(running, stage)
+            if standing.state == "queued" and running.node is not None:
+                why = f" ({standing.why})" if standing.why else ""
+                self.display.say(f"{running.name}: back in the queue{why}; it ran on {running.node}")
+            running.node = standing.node
             if standing.state == "running":
                 self._end_if_silent(running)
             if standing.state == "ended" and self._has_settled(running, standing) and self._end(running, standing):

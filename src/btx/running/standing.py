@@ -55,7 +55,8 @@ def _add(rows: list[dict[str, Any]], job: Job, standing: Standing) -> None:
     left = [row for row in rows if row["stage"] in job.stages and row["state"] not in ("done", "damaged")]
     for place, row in enumerate(left):
         runs = standing.state == "running" and place == 0
+        lost = row["why"] if row["state"] == "begun" else None  # what ran before it was put back into the queue
         row["state"] = "running" if runs else "queued"
         row["node"] = standing.node or row["node"] if runs else None
-        row["why"] = None if runs else standing.why or None
+        row["why"] = None if runs else "; ".join(filter(None, (standing.why, lost))) or None
         row["eta_s"] = row["eta_s"] if runs else None

@@ -36,6 +36,8 @@ class Running:
     """Whether this process has submitted it, and not one before."""
     silence: Silence
     has_begun: bool = False
+    node: str | None = None
+    """Where it runs, as its launcher has said last."""
     hung: bool = False
     """Ended because it gave no sign of life."""
     finished: set[str] = field(default_factory=set)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from btx.errors import BtxError, NotYet, RunFolderError, UserError
+from btx.errors import BtxError, NotYet, RunFolderError, StageFailed, UserError
 from btx.reporting.report import write_report
 from btx.run_folder.folder import exclusive
 from btx.running.looks import Look, Watched, WatchedRun
@@ -34,6 +34,7 @@ def watch(find: Callable[[], Watched | None], path: Path, screen: Screen, *, htm
         html: write the run's report anew while it trains.
 
     Raises:
+        StageFailed: nobody is at work any more, and something has failed.
         RunFolderError: nothing appears in `path`, or what was there is gone, for `PATIENCE_S` seconds.
         UserError: it is no run, or its files are not as btx writes them; `html` of a sweep.
     """
@@ -42,9 +43,11 @@ def watch(find: Callable[[], Watched | None], path: Path, screen: Screen, *, htm
         if html and not isinstance(watched, WatchedRun):
             raise UserError(f"{path}: --html is for one run; a sweep's runs have reports of their own")
         report = Report(path) if html else None
-        _look_on(watched, screen, report)
+        last = _look_on(watched, screen, report)
         if report is not None and (remark := report.write()):
             screen.say(remark)
+    if last.failed and not last.is_done:
+        raise StageFailed(f"{path}: failed, and nobody is at work on it: {'; '.join(last.failed)}")
 
 
 def _appearing(find: Callable[[], Watched | None], path: Path, screen: Screen) -> Watched:
@@ -59,8 +62,8 @@ def _appearing(find: Callable[[], Watched | None], path: Path, screen: Screen) -
     raise RunFolderError(f"{path}: no run has begun here; `btx run RECIPE run={path}` begins one")
 
 
-def _look_on(watched: Watched, screen: Screen, report: Report | None) -> None:
-    """Look until there is nothing more to see."""
+def _look_on(watched: Watched, screen: Screen, report: Report | None) -> Look:
+    """Look until there is nothing more to see; returns the last look."""
     look: Look | None = None
     quiet = failing = 0.0
     """Since when, by this process's clock; 0: not now."""
@@ -78,11 +81,11 @@ def _look_on(watched: Watched, screen: Screen, report: Report | None) -> None:
         screen.show(look, remarks)
         if look.is_done and not failing:
             screen.say(f"{watched.path}: finished")
-            return
+            return look
         quiet = 0.0 if look.is_under_way or failing else quiet or time.monotonic()
         if quiet and time.monotonic() - quiet >= QUIET_S:
             screen.say(f"{watched.path}: nobody is at work on it")
-            return
+            return look
         screen.wait(QUIET_S if quiet else None)
 
 

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import context, reduction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 from btx import errors
 from btx.errors import BtxError, StageFailed, UserError
 from btx.outputs import check_outputs
-from btx.process import SAVE_AND_END, Interrupted, Interrupts, Log, end_with_parent, quick_imports
+from btx.process import SAVE_AND_END, Interrupted, Interrupts, Log, at_standstill, end_with_parent, quick_imports
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.run_folder.status import note_failure
+from btx.run_folder.status import failure_of, forget_failure, note_failure
 from btx.system_errors import told
 from btx.training.meeting import meeting
 
@@ -44,6 +44,9 @@ RunStages = Callable[[RunFolder, Sequence[str], Interrupts, Log], None]
 """`btx.stages.work.run_stages`."""
 OFTEN_S = 0.1
 KILLED = "killed from outside; so the system ends what takes too much memory"
+MEETS = str(Path("/torch/distributed/"))
+"""Part of the paths of the modules by which processes wait for each other."""
+BTX = str(Path(errors.__file__).parent) + os.sep
 
 
 def is_shared(run: RunFolder, stage: Stage) -> bool:
@@ -95,12 +98,14 @@ def train_in_processes(run: RunFolder, stage: Stage, interrupts: Interrupts, log
     )  # fmt: skip
     spread = f", {count // nodes} on each of {nodes} machines" if nodes > 1 else ""
     log(f"{stage.name}: {count} processes train its model{spread}")
+    forget_failure(run, stage.name)
     try:
         with _silent_launcher(), _passing_on(interrupts, output.pids):
             stopped = elastic_launch(config, _process)(run_stages, str(run.path), stage.name, output, str(reports))
     except ChildFailedError as error:
         interrupts.raise_if_pending("stopped before anything was trained; run it again to continue")
-        failed = _Failed.of(reports, output, error.failures)
+        noted = failure_of(run, stage.name)
+        failed = _Failed.of(reports, output, error.failures, noted["error"] if noted is not None else "")
         if not failed.lost:
             note_failure(run, stage.name, failed.message)
         raise failed.error(stage.name, count) from None
@@ -190,14 +195,22 @@ class _Failed(NamedTuple):
     """It lost the others only: they are on another machine, which tells why."""
 
     @classmethod
-    def of(cls, reports: Path, output: _Output, failures: dict[int, Any]) -> _Failed:
-        """What one of the processes reports; else that one was killed; else that they lost those elsewhere."""
+    def of(cls, reports: Path, output: _Output, failures: dict[int, Any], noted: str) -> _Failed:
+        """What one of the processes reports; else that one hung, or was killed; else that they lost those elsewhere.
+
+        Args:
+            noted: what the first of all has noted: that they came no further, where it has not reported anything.
+        """
         found = {int(file.stem): json.loads(file.read_text("utf-8")) for file in reports.glob("[0-9]*.json")}
         first = sorted((report["lost"], report["time"], number) for number, report in found.items())
         if not first or first[0][0]:
             number, failure = next(iter(failures.items()))
             codes = {number - failure.local_rank + place: started.returncode
                      for place, started in enumerate(output.started)}  # fmt: skip
+            if noted and any(reports.glob("*.stands")):
+                who = _who_hung(reports, codes)
+                return cls(f"{who or 'all waited, for each other or for another machine'}; {noted}",
+                           lost=not who and 0 not in codes)  # fmt: skip
             silent = sorted((rank != number, rank) for rank, code in codes.items() if code and rank not in found)
             if silent:
                 return cls(f"process {silent[0][1]} of them {_how(codes[silent[0][1]])}")
@@ -210,6 +223,18 @@ class _Failed(NamedTuple):
         if kind is StageFailed:
             return StageFailed(f"{stage}, trained by {count} processes: {self.message}")
         return kind(self.message)
+
+
+def _who_hung(reports: Path, ranks: Iterable[int]) -> str:
+    """Which of this machine's processes the others waited for, and where it stood; an empty text if all waited. Who
+    waits is in a call of torch's that lets processes meet."""
+    stood = {rank: json.loads(file.read_text("utf-8")) if (file := reports / f"{rank}.stands").exists() else None
+             for rank in ranks}  # fmt: skip
+    hung = {rank: calls for rank, calls in stood.items()
+            if calls is None or not any(MEETS in file for file, _ in calls)}  # fmt: skip
+    said = [f"process {rank} of them " + (f"hung in {calls[-1][1]}" if calls else "hung and gave no answer")
+            for rank, calls in hung.items()]  # fmt: skip
+    return " and ".join(said)
 
 
 def _how(code: int) -> str:
@@ -232,7 +257,9 @@ def _process(
     interrupts = Interrupts().listen()
     outcome = None
     try:
-        run_stages(RunFolder.open(Path(folder)), [stage], interrupts, interrupts.tell)
+        run = RunFolder.open(Path(folder))
+        with _telling_where(Path(reports), run.recipe.launch.hung_after_s):
+            run_stages(run, [stage], interrupts, interrupts.tell)
     except Interrupted as stopped:
         outcome = str(stopped), stopped.exit_code - 128
     except BaseException as error:
@@ -250,6 +277,23 @@ def _process(
         os._exit(known.exit_code if known is not None else 1)  # others may be gone: nothing here may wait for them
     threading.Thread(target=_end_with_starter, daemon=True).start()
     return outcome
+
+
+@contextlib.contextmanager
+def _telling_where(reports: Path, after_s: float | None) -> Iterator[None]:
+    """Inside, say in a file where this process's main thread stands when its work comes no further: the last call of
+    btx's and what that calls. Whether it is a hang, the first of all decides (`btx.process.ending_if_hung`)."""
+
+    file = reports / f"{os.environ['RANK']}.stands"
+
+    def tell_where(line: str) -> None:
+        calls = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
+        last = max((place for place, call in enumerate(calls) if call.filename.startswith(BTX)), default=0)
+        stands = [(call.filename, f"{call.name} ({Path(call.filename).name}:{call.lineno})") for call in calls[last:]]
+        file.write_text(json.dumps(stands), "utf-8")
+
+    with contextlib.nullcontext() if after_s is None else at_standstill(after_s, tell_where, file.unlink):
+        yield
 
 
 def _end_with_starter() -> None:

@@ -53,7 +53,7 @@ def _take_part(run: RunFolder, stages: Sequence[Stage], interrupts: Interrupts, 
         from btx.models.sharding import largest
         from btx.training.joined import joined
         from btx.training.loop import stop_if_asked
-    with joined(run.recipe.device):
+    with joined(run.recipe.device, run.recipe.launch.hung_after_s):
         for stage in stages:
             _do(run, stage, interrupts, log if rank() == 0 else lambda line: None)
             stop_if_asked(interrupts, largest(interrupts.pending or 0), _stopped_after(stage))
@@ -91,7 +91,7 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
             return
         if leads:
             held.enter_context(trying(run, name))
-            held.enter_context(ending_if_hung(run.recipe.launch.hung_after_s, partial(note_failure, run, name)))
+            held.enter_context(ending_if_hung(run.recipe.launch.hung_after_s, partial(_note_hang, run, name)))
         # Training saves before it stops; what the other stages have not written yet is soon made again.
         held.enter_context(contextlib.nullcontext() if stage.trains else interrupts.at_once())
         work = partial(_work, run, stage, interrupts, log)
@@ -100,6 +100,11 @@ def _do(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
             _as_the_first_finds(lambda: None)
         else:
             _as_the_first_finds(work)
+
+
+def _note_hang(run: RunFolder, stage: str, line: str) -> None:
+    note_failure(run, stage, f"{line}; its log says where it stood. `btx run {run.path}` goes on with it; if it was "
+                             f"only slow, with a higher launch.hung_after_s")  # fmt: skip
 
 
 def _work(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from btx.errors import RunFolderError
 from btx.files import read_json
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.status import holder_of
+from btx.run_folder.status import holder_of, lost_on, owner_of
 from btx.running.looks import Look, Row, Watched, WatchedRun
 from btx.sweeps.sweep import SweepFile
 
@@ -38,7 +38,10 @@ class WatchedSweep:
         where = f"btx sweep on {runner}" if runner else "no btx sweep"
         finished = sum(row.state == "done" for row in rows)
         title = f"{self.path}: {finished} of {len(rows)} runs done, {where}"
-        return Look(title, rows, tuple(dict.fromkeys(remarks)), under_way, done and runner is None)
+        failed = [f"{row.name}: {row.note}" for row in rows if row.state == "failed"]
+        if runner is None and (killed := owner_of(self.path, "sweep")) is not None:
+            failed.append(f"btx sweep: {lost_on(killed[1])}")
+        return Look(title, rows, tuple(dict.fromkeys(remarks)), under_way, done and runner is None, failed)
 
     def _row(self, name: str, folder: Path) -> tuple[Look | None, Row]:
         """A run's row, and its look if it is not finished; a finished one is looked at no more."""
@@ -56,13 +59,12 @@ class WatchedSweep:
 def _summary(name: str, look: Look) -> Row:
     """A run in a row: what it is at, with the numbers of the first training under way."""
     at_work = [row for row in look.rows if row.state in ("running", "begun")]
-    failed = [row for row in look.rows if row.state == "failed"]
     queued = [row for row in look.rows if row.state == "queued"]
     done = f"{sum(row.state == 'done' for row in look.rows)} of {len(look.rows)} stages done"
     if look.is_done:
         return Row(name, "done", done)
-    if failed and not look.is_under_way:
-        return Row(name, "failed", "; ".join(f"{row.name}: {row.note}" for row in failed))
+    if look.failed and not look.is_under_way:
+        return Row(name, "failed", "; ".join(look.failed))
     first = next((row for row in at_work if row.step is not None), None)
     state = "running" if look.is_under_way and at_work else "queued" if queued else "begun"
     note = ", ".join([*(row.name for row in at_work), done])

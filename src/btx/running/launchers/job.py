@@ -24,7 +24,8 @@ class Standing:
     """Of a job that has ended; negative: the signal that ended it. None: the launcher knows no more of it, and the run
     folder alone says how it went."""
     node: str | None = None
-    """The machine or machines that a running job is on, as the engine calls them; None: this one."""
+    """The machine or machines that a job is on, or was on when it ended, as the engine calls them; None: this one, or
+    the engine does not say."""
     why: str = ""
     """In the engine's words, why a job waits or what ended it."""
 

@@ -128,7 +128,7 @@ def _standing(state: str, status: int, nodes: str, why: str) -> Standing:
     exit_code = -(status & 127) or status >> 8
     if state != "COMPLETED" and not exit_code:
         exit_code = -15  # never begun, or ended with all it had started
-    return Standing("ended", exit_code, why="" if state in ("COMPLETED", "FAILED") else state)
+    return Standing("ended", exit_code, nodes or None, "" if state in ("COMPLETED", "FAILED") else state)
 
 
 def _slurm(program: str, *arguments: str, script: str | None = None) -> str:

@@ -3,10 +3,10 @@ formulas and back within themselves?
 
     python benchmarks/changing_subject.py ../shared/data -o changing.jsonl
     python benchmarks/changing_subject.py ../shared/data -o changing.jsonl --show 3      # prints some to look at
-    python benchmarks/changing_subject_bits.py changing.jsonl runs/my                     # measures a run's models on them
+    python benchmarks/changing_subject_bits.py changing.jsonl runs/my                    # how well models read them
 
-Reads DOMAIN/val.jsonl.gz below the folder: what a recipe with `held_out: DOMAIN/val.jsonl.gz` never trains on. The rule,
-line by line (`line_kind`):
+Reads DOMAIN/val.jsonl.gz below the folder: what a recipe with `held_out: DOMAIN/val.jsonl.gz` never trains on. The
+rule, line by line (`line_kind`):
 
 formula   more than half of what is no white space is TeX (`$...$`, `\\command`) or digits and operators
 code      else a statement: a keyword and its colon, a prompt, an import, an assignment, a string, a comment of C, a tag
@@ -14,11 +14,11 @@ prose     else three plain words at least, which are 60 % of what is neither whi
 code      else, without TeX, a mark of code: a call, a bracket or a comma at its end, an arrow, an option of a command
 nothing   everything else (blank lines, titles, lists of names): goes with the lines before it
 
-Neighbouring lines of one kind are a passage. One of fewer than 200 bytes goes with the passage before it (the first with
-the one after it), so that a line of code in a paragraph changes nothing. A document counts if two kinds have 20 % of its
-bytes each at least, and if it changes 3 times at least.
+Neighbouring lines of one kind are a passage. One of fewer than 200 bytes goes with the passage before it (the first
+with the one after it), so that a line of code in a paragraph changes nothing. A document counts if two kinds have 20 %
+of its bytes each at least, and if it changes 3 times at least.
 
-Writes one document a line: {"text", "source", "passages": [[first character, kind], ...]}, and prints a table.
+Writes a document a line, {"text", "source", "domain", "passages": [[first character, kind], ...]}, and prints a table.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def line_kind(line: str) -> str | None:
     solid = _solid(line)
     rest = TEX.sub(" ", line)
     tex = solid - _solid(rest)
-    arithmetic = len(ARITHMETIC.findall(rest)) if DIGIT.search(rest) else 0  # a line of dashes is none
-    if 2 * max(tex, arithmetic) > solid:
+    arithmetic = len(ARITHMETIC.findall(rest)) if tex or DIGIT.search(rest) else 0  # a line of dashes is none
+    if 2 * (tex + arithmetic) > solid:
         return "formula"
     if STATEMENT.match(line):
         return "code"
@@ -100,7 +100,9 @@ def passages(text: str) -> list[Passage]:
         return []
     joined = _joined(Passage(passage.start, passage.kind or first, passage.bytes) for passage in found)
     long = [passage for passage in joined if passage.bytes >= LEAST_BYTES]
-    kind = long[0].kind if long else first  # a short passage has the kind of what is before it, else of what is after it
+    kind = (
+        long[0].kind if long else first
+    )  # a short passage has the kind of what is before it, else of what is after it
     kinds = []
     for passage in joined:
         kind = passage.kind if passage.bytes >= LEAST_BYTES else kind
@@ -183,8 +185,8 @@ def main() -> None:
         raise SystemExit(f"{arguments.data}: no document that changes its subject in DOMAIN/val.jsonl.gz; domains: "
                          f"{', '.join(DOMAINS)}")  # fmt: skip
     with arguments.output.open("w", encoding="utf-8", newline="\n") as file:
-        for _, document, parts in rows:
-            line = {"text": document["text"], "source": document["source"],
+        for domain, document, parts in rows:
+            line = {"text": document["text"], "source": document["source"], "domain": domain,
                     "passages": [[part.start, part.kind] for part in parts]}  # fmt: skip
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(table(rows))

@@ -46,6 +46,7 @@ from btx.reporting.paired_bootstrap import compare_documents, learning_and_keepi
 from btx.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
@@ -54,6 +55,7 @@ DENSE = "dense_cm"
 PARTS = ("mean", "learning", "keeping")
 LAW_AT = [2.0 ** (step / 2) for step in range(15)]
 """Tokens a parameter at which the law's line is drawn: 1 to 128."""
+TICKS = (1, 3, 6, 12, 24, 48, 96)
 SURE = 2.0
 """Standard errors beyond which a sign is no chance."""
 NEAR_ZERO = 0.005
@@ -199,69 +201,60 @@ def _signed(value: Sequence[float | None] | None) -> str:
 @dataclass(frozen=True)
 class GainChart(Chart):
     """One part of the gains: a colour a size, full circles btx, empty ones upcycling, a cross where the predicted sign
-    is refuted; the law as a line."""
+    is refuted; the law, which is of the mean, as a line."""
 
     name: str
     rows: Sequence[Row]
+    part: str
 
     def draw(self, colour: Colour) -> Figure:
         """The figure, in these colours."""
-        names = [f"{count_text(size)} {what}" for size in self.sizes() for what in ("law", *MODELS.values())]
+        sizes = sorted({row["parameters"] for row in self.rows})
+        names = [f"{count_text(size)} {what}" for size in sizes for what in ("law", *MODELS.values())]
         figure, axes = empty(max(3.6, column_height(len(names))), column_width(names), colour=colour)
+        places = [row["tokens_per_parameter"] for row in self.rows]
+        low, high = 0.7 * min(places), 1.5 * max(places)
         axes.set_xscale("log")
+        axes.set_xlim(low, high)
         axes.axhline(0.0, color=colour("quiet"), linewidth=0.8)
         ends = []
-        for number, size in enumerate(self.sizes()):
+        for number, size in enumerate(sizes):
             name, shade = count_text(size), f"c{number % COLOURS}"
-            rows = [row for row in self.rows if row["parameters"] == size]
-            law = next((row["law"] for row in rows if row.get("law")), None) if self.name == "gain-mean" else None
-            if law:
-                last = self.widest()[1]
-                drawn = [point for point in law if self.widest()[0] <= point[0] <= last]
-                axes.plot(*zip(*drawn, strict=True), color=colour(shade), linewidth=1.2, linestyle=(0, (4, 2)))
-                ends.append((f"{name} law", shade, *drawn[-1]))
+            rows = [row for row in self.rows if row["parameters"] == size and self.part in row["gains"]["btx"]]
+            law = [point for row in rows[:1] for point in row.get("law", []) if low <= point[0] <= high]
+            if law and self.part == "mean":
+                axes.plot(*zip(*law, strict=True), color=colour(shade), linewidth=1.2, linestyle=(0, (4, 2)))
+                ends.append((f"{name} law", shade, *law[-1]))
             for label in MODELS.values():
-                points = [(row["tokens_per_parameter"], *row["gains"][label][self.part], verdict(row))
-                          for row in rows if self.part in row["gains"][label]]  # fmt: skip
-                for x, gain, error, said in points:
-                    mark = "X" if said == "refuted" and label == "btx" and self.part == "mean" else "o"
-                    axes.errorbar([x], [gain], yerr=[error or 0.0], fmt=mark, markersize=6.5 if mark == "X" else 4.5,
-                                  color=colour(shade), elinewidth=1.0, capsize=2.0,
-                                  markerfacecolor=colour(shade) if label == "btx" else "none")  # fmt: skip
-                if points:
-                    ends.append((f"{name} {label}", shade, *points[-1][:2]))
-        places = sorted({round(row["tokens_per_parameter"], 1) for row in self.rows})
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+                for row in rows:
+                    self._point(axes, row, label, colour(shade))
+                ends += [(f"{name} {label}", shade, row["tokens_per_parameter"], row["gains"][label][self.part][0])
+                         for row in rows[-1:]]  # fmt: skip
+        axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
         axes.set_xticks([], minor=True)
-        ticks(axes, "y", 6, lambda value: f"{value:+.2f}".replace("-", "−"))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ticks(axes, "y", 6, lambda value: f"{1000 * value:+g}".replace("-", "−") if value else "0")
         axes.set_xlabel("tokens a parameter that the seed model has read")
-        axes.set_ylabel(f"bits per byte saved, {self.part}")
+        axes.set_ylabel(f"0.001 bits per byte saved, {self.part}")
         label_column(axes, ends, colour)
         return figure
 
-    @property
-    def part(self) -> str:
-        """mean, learning or keeping."""
-        return self.name.removeprefix("gain-")
-
-    def sizes(self) -> list[int]:
-        """Parameters of the rows that have this part, ascending."""
-        return sorted({row["parameters"] for row in self.rows if self.part in row["gains"]["btx"]})
-
-    def widest(self) -> tuple[float, float]:
-        """The law is drawn a little beyond what was measured."""
-        places = [row["tokens_per_parameter"] for row in self.rows]
-        return 0.7 * min(places), 1.5 * max(places)
+    def _point(self, axes: Axes, row: Row, label: str, shade: str) -> None:
+        gain, error = row["gains"][label][self.part]
+        refuted = label == "btx" and self.part == "mean" and verdict(row) == "refuted"
+        axes.errorbar([row["tokens_per_parameter"]], [gain], yerr=[error or 0.0], fmt="X" if refuted else "o",
+                      markersize=7.0 if refuted else 4.5, color=shade, elinewidth=1.0, capsize=2.0,
+                      markerfacecolor=shade if label == "btx" else "none")  # fmt: skip
 
 
 def figure(rows: Sequence[Row]) -> str:
     """All parts that some row has, as the text of an .svg file."""
     titles = {
-        "mean": "Dense minus btx (full) and minus upcycling (empty) at equal FLOPs, all domains; dashed: the law",
+        "mean": "Gain over dense: btx full, upcycling empty, law dashed",
         "learning": "The same on the branches' domains: learning",
         "keeping": "The same on all other text: keeping",
     }
-    return stacked_svg([(title, GainChart(f"gain-{part}", rows).svg()) for part, title in titles.items()
+    return stacked_svg([(title, GainChart(f"gain-{part}", rows, part).svg()) for part, title in titles.items()
                         if any(part in row["gains"]["btx"] for row in rows)])  # fmt: skip
 
 

@@ -576,7 +576,8 @@ def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
 
 def test_charts_follow_the_pages_colours_and_carry_no_date(html: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(charts) == 13  # gains in 4 domains, in learning and keeping, cost; seed, experts, finetuning, load balancing, load; own load
+    # Gains in 4 domains, in learning and keeping, cost; seed, experts, finetuning, load balancing, load; own load.
+    assert len(charts) == 13
     for chart in charts:
         assert "currentColor" in chart
         assert re.findall(r"#[0-9a-f]{6}", re.sub(r'(href="|url\()#\w+', "", chart)) == []

@@ -45,7 +45,7 @@ LEAST_WORDS = 0.6
 WORD = re.compile(r"(?<![\w.\\/@_-])[A-Za-z]?[a-z]+(?:['’-][a-z]+)*(?=[,.;:!?)\"'’]*(?:\s|$))")
 TEX = re.compile(r"\$[^$]*\$|\\[A-Za-z]+\*?|\$")
 ARITHMETIC = re.compile(r"[\d+*/=<>^×÷%−-]")
-DIGIT = re.compile(r"\d")
+OPERATION = re.compile(r"\d.*[+*/=<>^×÷%−]|[+*/=<>^×÷%−].*\d|\d\s*-\s*\d")
 STATEMENT = re.compile(
     r"(?:>>>|\.\.\. |@\w|#include|//|/\*|[rbfu]?[\"'].*[\"'][,)\]}]+$|\$ |</?\w|"
     r"(?:def|class|async|with|for|while|if|elif|else|try|except|finally)\b.*:$|(?:import|from) [\w.]+(?: import .*)?$|"
@@ -71,7 +71,7 @@ def line_kind(line: str) -> str | None:
     solid = _solid(line)
     rest = TEX.sub(" ", line)
     tex = solid - _solid(rest)
-    arithmetic = len(ARITHMETIC.findall(rest)) if tex or DIGIT.search(rest) else 0  # a line of dashes is none
+    arithmetic = len(ARITHMETIC.findall(rest)) if tex or OPERATION.search(rest) else 0  # a lone number is none
     if 2 * (tex + arithmetic) > solid:
         return "formula"
     if STATEMENT.match(line):

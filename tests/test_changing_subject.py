@@ -55,6 +55,7 @@ def measuring(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
         ("$x^2 + y^2 = z^2$ \\quad \\text{for}", "formula"),
         ("12 * 4 + 3 = 51", "formula"),
         ("------------", None),
+        ("    315.0", None),
         ("Introduction", None),
         ("", None),
     ],

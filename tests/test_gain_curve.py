@@ -105,7 +105,7 @@ def test_what_is_no_sweep_or_has_nothing_to_compare_is_said(gain: ModuleType, sw
 def row(ratio: float, predicted: float, mean: float, error: float | None, name: str = "law") -> dict[str, Any]:
     gains = {label: {"mean": [mean, error]} for label in ("btx", "upcycling")}
     return {"name": name, "parameters": 393_792, "tokens_per_parameter": ratio, "rng_seeds": 3, "errors": None,
-            "predicted": predicted, "law": [[ratio, predicted], [2 * ratio, 2 * predicted]], "gains": gains}  # fmt: skip
+            "predicted": predicted, "law": [[ratio, predicted], [2 * ratio, 0.0]], "gains": gains}  # fmt: skip
 
 
 def test_a_prediction_is_judged_by_its_sign_where_that_is_no_chance(gain: ModuleType):

@@ -131,9 +131,11 @@ def bits_of(model: PreTrainedModel | SideBySide, documents: Sequence[Changing], 
 
 
 def added(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs' measures as one: bits and bytes added up document by document, for each set those that have it."""
+    """Several runs' measures as one: bits and bytes added up document by document, for each set those that have it.
+    Sets that not every run has are left out: tokenizers differ."""
     sizes = [run["bytes"]["domains"] for run in runs]
-    there = {name: np.sum([size[name] for size in sizes], axis=0) > 0 for name in sizes[0]}
+    names = [name for name in sizes[0] if all(sum(size.get(name, ())) for size in sizes)]
+    there = {name: np.sum([size[name] for size in sizes], axis=0) > 0 for name in names}
 
     def total(parts: Sequence[Sets]) -> Sets:
         return {name: np.sum([part[name] for part in parts], axis=0)[has_it].tolist() for name, has_it in there.items()}
@@ -155,31 +157,40 @@ def bits_table(measured: Mapping[str, Any]) -> str:
     return _markdown(["set", "documents", "bytes", *models], rows)
 
 
-def differences_table(pairs: Mapping[str, Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any], str]]]) -> str:
+def differences_table(pairs: Mapping[str, Sequence[Pair]]) -> str:
     """Differences of two models' bits per byte on every set, in Markdown.
 
     Args:
-        pairs: title → one pair a run: the measures and the name of the first model, those of the second.
+        pairs: title → one pair a run.
     """
-    sizes = next(iter(pairs.values()))[0][0]["bytes"]["domains"]
-    cells: dict[str, list[str]] = {name: [name] for name, _ in _in_order(sizes)}
+    cells: dict[str, list[str]] = {}
     for runs in pairs.values():
-        first, second = (added([pair[side] for pair in runs]) for side in (0, 2))
-        both = compare_documents(first["models"][runs[0][1]], second["models"][runs[0][3]], first["bytes"])["domains"]
-        for name, row in cells.items():
-            each = [_difference(*pair, name) for pair in runs]
-            mean, stderr = mean_and_stderr(each)
+        first, second = added([pair.measured for pair in runs]), added([pair.other for pair in runs])
+        both = compare_documents(first["models"][runs[0].model], second["models"][runs[0].other_model], first["bytes"])[
+            "domains"
+        ]
+        for name, _ in _in_order(first["bytes"]["domains"]):
+            mean, stderr = mean_and_stderr([pair.difference(name) for pair in runs])
             over_runs = "" if stderr is None else f" ± {stderr:.3f}"
             told = f"{mean:+.3f}{over_runs} ({both[name]['low']:+.3f} to {both[name]['high']:+.3f})"
-            row.append(told.replace("-", "−"))
+            cells.setdefault(name, [name]).append(told.replace("-", "−"))
     return _markdown(["set", *pairs], list(cells.values()))
 
 
-def _difference(first: Mapping[str, Any], model: str, second: Mapping[str, Any], other: str, name: str) -> float:
-    """Bits per byte of the first minus the second on one set in one run."""
-    size = math.fsum(first["bytes"]["domains"][name])
-    return math.fsum(first["models"][model]["domains"][name]) / size - math.fsum(
-        second["models"][other]["domains"][name]) / size  # fmt: skip
+@dataclass(frozen=True)
+class Pair:
+    """Two models of one run, or of two with the same documents."""
+
+    measured: Mapping[str, Any]
+    model: str
+    other: Mapping[str, Any]
+    other_model: str
+
+    def difference(self, name: str) -> float:
+        """Bits per byte of the first minus the second on one set."""
+        bits = [math.fsum(measured["models"][model]["domains"][name])
+                for measured, model in ((self.measured, self.model), (self.other, self.other_model))]  # fmt: skip
+        return (bits[0] - bits[1]) / math.fsum(self.measured["bytes"]["domains"][name])
 
 
 def _in_order(sizes: Sets) -> list[tuple[str, list[float]]]:
@@ -212,11 +223,11 @@ def main() -> None:
     if any(one["bytes"] != other["bytes"] for one, other in zip(measured, others, strict=bool(others))):
         parser.error("--against: these runs have another tokenizer or sequence length")
     print(f"\n{len(lines)} documents, {len(runs)} runs\n\n{bits_table(added(measured))}\n")
-    print(differences_table({f"{models[0]} − {model}": [(one, models[0], one, model) for one in measured]
+    print(differences_table({f"{models[0]} − {model}": [Pair(one, models[0], one, model) for one in measured]
                              for model in models[1:]}))  # fmt: skip
     if others:
         print(f"\n--against\n\n{bits_table(added(others))}\n")
-        print(differences_table({f"{model}, against − first": [(other, model, one, model) for one, other in
+        print(differences_table({f"{model}, against − first": [Pair(other, model, one, model) for one, other in
                                  zip(measured, others, strict=True)] for model in models}))  # fmt: skip
 
 

@@ -161,7 +161,9 @@ def test_bits_are_those_of_the_evaluation_and_differences_are_taken_run_by_run(
     table = measuring.bits_table(measuring.added([measured, measured]))
     assert f"| {measuring.WHOLE} | 2 | {2 * (len(line['text']) + len(PROSE)):,} |" in table
     assert f"| {measuring.SOON} | 1 |" in table  # the other document never changes
-    rows = measuring.differences_table({"btx − a": [(measured, "btx", measured, "a")] * 2}).split("\n")
+    rows = measuring.differences_table({"btx − a": [measuring.Pair(measured, "btx", measured, "a")] * 2}).split("\n")
+    fewer = {"bytes": {"domains": {measuring.WHOLE: sizes[measuring.WHOLE]}}, "models": models}  # of another tokenizer
+    assert list(measuring.added([measured, fewer])["bytes"]["domains"]) == [measuring.WHOLE]
     (row,) = [row for row in rows if row.startswith(f"| {measuring.WHOLE} |")]
     gap = sum(sums[measuring.WHOLE]) / sum(sizes[measuring.WHOLE]) / 2
     assert row.split("|")[2].startswith(f" −{gap:.3f} ± 0.000 (−")

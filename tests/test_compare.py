@@ -81,6 +81,19 @@ def test_domains_are_drawn_apart_so_the_mean_is_surer_than_each_of_them():
     assert found["mean"]["high"] - found["mean"]["low"] == pytest.approx(np.mean(widths) / 2, rel=0.08)
 
 
+def test_branches_domains_and_the_others_have_means_of_their_own():
+    first, second, sizes = two_models(gap=0.02, noise=0.05)
+    for model in (first, second, sizes):
+        model["domains"]["general"] = [3 * value for value in model["domains"]["math"]]
+    found = compare_documents(first, second, sizes, branches=["math", "code"])
+    domains = {name: value["difference"] for name, value in found["domains"].items()}
+    assert found["learning"]["difference"] == pytest.approx((domains["math"] + domains["code"]) / 2)
+    assert found["keeping"] == found["domains"]["general"]
+    assert found["learning"]["low"] < found["learning"]["difference"] < found["learning"]["high"]
+    for branches in ([], ["math", "code", "general"]):
+        assert not {"learning", "keeping"} & set(compare_documents(first, second, sizes, branches=branches))
+
+
 def test_answers_that_only_one_model_gets_right_decide_a_task():
     right = np.zeros(N, int)
     better = right.copy()

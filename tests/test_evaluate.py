@@ -312,6 +312,11 @@ def test_results_say_everything_the_contract_names(measured):
         assert all(example.keys() == {"prompt", "output", "gold", "correct"} for example in task["examples"])
         values = [found["bits_per_byte"] for found in model["domains"].values()]
         assert model["mean_bits_per_byte"] == pytest.approx(sum(values) / len(values))
+        bits = {domain: found["bits_per_byte"] for domain, found in model["domains"].items()}
+        learned, kept = ([value for domain, value in bits.items() if (domain in settings.train.domains) is has_branch]
+                         for has_branch in (True, False))  # fmt: skip
+        assert model["learning_bits_per_byte"] == pytest.approx(sum(learned) / len(learned))
+        assert model["keeping_bits_per_byte"] == pytest.approx(sum(kept) / len(kept))
         assert (model["tokens"], model["flops"], model["hours"]) == (
             models[name].tokens, models[name].flops, models[name].hours)  # fmt: skip
         assert model["eval_tokens_per_s"] > 0

@@ -88,7 +88,7 @@ def test_compare_says_how_sure_differences_are(run: RunFolder, evaluation: Evalu
     assert isinstance(found, Comparison)
     table = found.to_pandas()
     assert list(table.columns) == ["other", "set", "difference", "low", "high", "p"]
-    assert set(table["set"]) == {"mean", "birds", "tools", "general"}
+    assert set(table["set"]) == {"mean", "learning", "keeping", "birds", "tools", "general"}
     assert (table["low"] <= table["high"]).all()
     means = evaluation.to_pandas()["bits_per_byte.birds"]
     row = table[table["set"] == "birds"].iloc[0]

@@ -298,7 +298,7 @@ def html(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-FILES = ["cost.png", "domains.png", "index.html", "models.svg", "report.md", "routing.png"]
+FILES = ["cost.png", "domains.png", "index.html", "learning.png", "models.svg", "report.md", "routing.png"]
 
 
 def test_the_report_is_one_file_under_two_megabytes_with_its_figures_as_files_beside(run: Path, html: str) -> None:
@@ -576,13 +576,14 @@ def test_the_last_of_two_lines_for_one_step_counts(tmp_path: Path) -> None:
 
 def test_charts_follow_the_pages_colours_and_carry_no_date(html: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(charts) == 11  # gains in 4 domains, cost; seed, experts, finetuning, load balancing, load; own load
+    # Gains in 4 domains, in learning and keeping, cost; seed, experts, finetuning, load balancing, load; own load.
+    assert len(charts) == 13
     for chart in charts:
         assert "currentColor" in chart
         assert re.findall(r"#[0-9a-f]{6}", re.sub(r'(href="|url\()#\w+', "", chart)) == []
         assert "<metadata" not in chart
         assert "font-family" not in chart
-    assert "var(--c0)" in charts[6]
+    assert "var(--c0)" in charts[8]
 
 
 def test_the_figures_file_is_an_image_that_stands_alone(run: Path, html: str) -> None:

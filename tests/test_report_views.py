@@ -15,11 +15,13 @@ from markdown_it import MarkdownIt
 
 from btx.reporting import findings
 from btx.reporting.alignment import aligned_models
+from btx.reporting.charts import BarPanels
 from btx.reporting.page_data import script_text
 from btx.reporting.report import write_report
 from btx.reporting.results import results_table
 from btx.reporting.routing_view import not_measured, routing_view, uses, with_signs
 from btx.reporting.run_files import Run, read_run
+from btx.reporting.views import run_views
 from tests.report_data import analysed_model, full_run, write
 
 pytestmark = pytest.mark.usefixtures("figures_drawn_once")
@@ -247,6 +249,32 @@ def test_gains_name_the_best_and_the_worst_domain(run: Run) -> None:
     )
 
 
+def test_learning_and_keeping_are_told_apart(run: Run) -> None:
+    def model(*bits: float) -> dict[str, Any]:
+        return {"domains": {name: {"bits_per_byte": value} for name, value in zip("abc", bits, strict=True)}}
+
+    results = {"models": {"seed": model(2.0, 1.8, 1.0), "btx": model(1.6, 1.2, 0.9), "dense_cm": model(1.5, 1.2, 0.97)}}
+    sizes, same = {"a": [10.0] * 40, "b": [10.0] * 40, "c": [10.0] * 40}, [9.0, 10.0] * 20
+    alike = {"domains": {"a": same, "b": same, "c": same}, "tasks": {}}
+    turned = {"domains": {"a": [8.9, 9.9] * 20, "b": same, "c": same[::-1]}, "tasks": {}}
+    found = replace(run, results=results, recipe={"train": {"domains": ["a", "b"]}},
+                    documents={"bytes": {"domains": sizes}, "models": {"btx": alike, "dense_cm": turned}})  # fmt: skip
+    assert findings.learning(found) == (
+        "On the domains with a branch btx needs 1.400 bits per byte: 0.050 more than dense_cm, 0.500 fewer than seed; "
+        "on all other text btx needs 0.900 bits per byte: 0.070 fewer than dense_cm (may be chance: p = 1.00), 0.100 "
+        "fewer than seed."
+    )
+    chart = run_views(found)["learning"].chart
+    assert isinstance(chart, BarPanels)
+    assert chart.columns == ["learning", "keeping"]
+    assert {bar.label: bar.values for bar in chart.bars} == {
+        "btx": (pytest.approx(100 * 0.5 / 1.9), pytest.approx(10.0)),
+        "dense_cm": (pytest.approx(100 * 0.55 / 1.9), pytest.approx(3.0)),
+    }
+    every = replace(found, recipe={"train": {"domains": ["a", "b", "c"]}})  # then the mean over the domains says it
+    assert (run_views(every)["learning"].answer, run_views(every)["learning"].chart) == ("", None)
+
+
 def test_before_and_after_alignment_stand_side_by_side(run: Run) -> None:
     (sft,) = aligned_models(run)
     rows = {row.measure: row for row in sft.changes}
@@ -283,6 +311,7 @@ def test_the_short_report_is_markdown_whose_images_lie_beside_it(folder: Path) -
     images = [child.attrs["src"] for token in tokens for child in token.children or [] if child.type == "image"]
     assert images == [
         "domains.png",
+        "learning.png",
         "cost.png",
         "routing.png",
         "specialisation.png",

@@ -239,7 +239,8 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
 
 def _differences(row: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of a comparison in order."""
-    cells = {"mean": row["mean"], **row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
+    cells = {name: row[name] for name in ("mean", "learning", "keeping") if name in row}
+    cells |= {**row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
     return cells | {f"{task} (task)": value for task, value in row["tasks"].items()}
 
 

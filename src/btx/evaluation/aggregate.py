@@ -17,7 +17,7 @@ from btx.number_texts import is_number
 from btx.outputs import read_output
 from btx.reporting.shapes import Results
 
-QUALITY = ("domains", "mixed", "tasks", "mean_bits_per_byte")
+QUALITY = ("domains", "mixed", "tasks", "mean_bits_per_byte", "learning_bits_per_byte", "keeping_bits_per_byte")
 """Parts of a model's entry of which differences are taken."""
 NOT_COMPARED = {"stderr", "tokens", "bytes", "questions", "shots", "limit", "n", "truncated"}
 """Numbers in those parts that say how something was measured, not how well a model does."""

@@ -26,9 +26,10 @@ def compare_models(
         rng_seed: random number seed of the draws, which are the same for every pair of models.
 
     Returns:
-        {"model", "resamples", "rng_seed", "models": {OTHER: {"mean", "domains": {D: ...}, "mixed" (if measured),
-        "tasks": {T: ...}}}}, each a `Difference` as JSON, model minus other: bits per byte (negative: the model is
-        better), for tasks shares of right answers (positive: the model is better). "mean" is that of the domains.
+        {"model", "resamples", "rng_seed", "models": {OTHER: {"mean", "learning", "keeping", "domains": {D: ...},
+        "mixed" (if measured), "tasks": {T: ...}}}}, each a `Difference` as JSON, model minus other: bits per byte
+        (negative: the model is better), for tasks shares of right answers (positive: the model is better). "mean" is
+        that of the domains, "learning" of those with a branch, "keeping" of the others (where there are both).
 
     Raises:
         RunFolderError: a run is not evaluated, or by an older version.
@@ -41,11 +42,13 @@ def compare_models(
             raise UserError(f"{folder} has no results of a model {name!r}; there are: {', '.join(documents['models'])}")
     if resamples < 100:
         raise UserError(f"resamples is {resamples}; intervals of 95 % need at least 100")
+    branches = RunFolder.open(run_folder).recipe.train.domains
     others = [name for name in theirs["models"] if other_run is not None or name != model] if other is None else [other]
     return {
         "model": model, "resamples": resamples, "rng_seed": rng_seed,
         "models": {name: compare_documents(ours["models"][model], theirs["models"][name], ours["bytes"],
-                                           resamples=resamples, rng_seed=rng_seed) for name in others},
+                                           branches=branches, resamples=resamples, rng_seed=rng_seed)
+                   for name in others},
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from btx.models.device import device_and_type, measuring_place
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, cost_of
 from btx.number_texts import score_text
+from btx.reporting.results import learning_and_keeping_means
 from btx.reporting.shapes import ModelResult
 
 if TYPE_CHECKING:
@@ -186,7 +187,9 @@ def evaluate_models(
                 raise
             log(f"{name}: left out: {error}")
             continue
-        results["models"][name] = record["measured"] | _cost(entry)
+        parts = learning_and_keeping_means(record["measured"], recipe.train.domains)
+        means = {f"{part}_bits_per_byte": mean for part, mean in parts.items()}
+        results["models"][name] = record["measured"] | means | _cost(entry)
         documents["models"][name] = record["documents"]
         shown[name] = record["shown"]
     write_json(folder / "shown.json", measures.shown.together(shown))

@@ -20,6 +20,7 @@ from btx.sweeps.table import sweep_cells
 if TYPE_CHECKING:
     import pandas
 
+MEANS = ("mean", "learning", "keeping")
 COSTS = ("tokens", "flops", "hours", "active_params", "total_params")
 
 
@@ -31,8 +32,9 @@ class Evaluation:
     """Model → its entry of results.json."""
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row a model. Columns: `bits_per_byte.DOMAIN` and its `stderr.DOMAIN`, `bits_per_byte.mean`, `.mixed` if
-        it was measured, `task.NAME` (share of right answers), tokens, flops, hours, active_params, total_params."""
+        """A row a model. Columns: `bits_per_byte.DOMAIN` and its `stderr.DOMAIN`, `bits_per_byte.mean`, `.learning`
+        (of the domains with a branch) and `.keeping` (of the others), `.mixed` if it was measured,
+        `task.NAME` (share of right answers), tokens, flops, hours, active_params, total_params."""
         rows = {name: dict(_numbers(model)) for name, model in self.models.items()}
         return _pandas().DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
@@ -44,8 +46,8 @@ def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for domain, measured in model.get("domains", {}).items():
         yield f"bits_per_byte.{domain}", measured.get("bits_per_byte")
         yield f"stderr.{domain}", measured.get("stderr")
-    if "mean_bits_per_byte" in model:
-        yield "bits_per_byte.mean", model["mean_bits_per_byte"]
+    yield from ((f"bits_per_byte.{mean}", model[f"{mean}_bits_per_byte"]) for mean in MEANS
+                if f"{mean}_bits_per_byte" in model)  # fmt: skip
     if "mixed" in model:
         yield "bits_per_byte.mixed", model["mixed"].get("bits_per_byte")
     for task in model.get("tasks", {}):
@@ -59,12 +61,14 @@ class Comparison:
 
     model: str
     differences: Mapping[str, Mapping[str, Any]]
-    """Other model → "mean", "domains", "mixed", "tasks", each a difference with its interval, model minus other."""
+    """Other model → "mean", "learning", "keeping", "domains", "mixed", "tasks", each a difference with its interval,
+    model minus other."""
     resamples: int
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row for each other model and set. Columns: other, set (mean, mixed, a domain, `task.NAME`), difference,
-        low and high (95 % interval), p. Bits per byte: negative is better; tasks: positive is better."""
+        """A row for each other model and set. Columns: other, set (mean, learning, keeping, mixed, a domain,
+        `task.NAME`), difference, low and high (95 % interval), p. Bits per byte: negative is better; tasks:
+        positive is better."""
         rows = [{"other": other, "set": name, **value} for other, row in self.differences.items()
                 for name, value in _sets(row).items()]  # fmt: skip
         return _pandas().DataFrame(rows)
@@ -78,7 +82,8 @@ class Comparison:
 
 
 def _sets(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {"mean": row["mean"], **row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
+    cells = {name: row[name] for name in ("mean", "learning", "keeping") if name in row}
+    cells |= {**row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
     return cells | {f"task.{task}": value for task, value in row["tasks"].items()}
 
 
@@ -142,8 +147,8 @@ class SweepResults:
 def _stats(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for domain, measured in numbers.get("domains", {}).items():
         yield f"bits_per_byte.{domain}", measured["bits_per_byte"]
-    if "mean_bits_per_byte" in numbers:
-        yield "bits_per_byte.mean", numbers["mean_bits_per_byte"]
+    yield from ((f"bits_per_byte.{mean}", numbers[f"{mean}_bits_per_byte"]) for mean in MEANS
+                if f"{mean}_bits_per_byte" in numbers)  # fmt: skip
     if "mixed" in numbers:
         yield "bits_per_byte.mixed", numbers["mixed"]["bits_per_byte"]
     for task, measured in numbers.get("tasks", {}).items():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from btx.number_texts import is_number
 from btx.reporting.charts import BarPanels, Bars, CostChart, CostPoint, Curve, TrainingCurves
 from btx.reporting.drawing import COLOURS
 from btx.reporting.headline import paired_differences
-from btx.reporting.results import EXPERT
+from btx.reporting.results import EXPERT, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import mean_load
 
@@ -98,9 +97,25 @@ def domains_figure(run: Run) -> BarPanels | None:
     for name, model in models.items():
         if name != "seed" and seed:
             paired = paired_differences(run.documents, name, "seed").get("domains", {})
-            saved = (_saved(model, seed[domain], domain, paired.get(domain)) for domain in seed)
+            bits = {domain: found.get("bits_per_byte") for domain, found in model.get("domains", {}).items()}
+            saved = (_saved(bits.get(domain), seed[domain].get("bits_per_byte"), paired.get(domain)) for domain in seed)
             bars.append(Bars(name, model_colour(run, name), *zip(*saved, strict=True)))
     return BarPanels("domains", list(seed), bars) if bars else None
+
+
+def learning_figure(run: Run) -> BarPanels | None:
+    """Bars of what each model saves against the seed model on the branches' domains and on all other text; None where
+    every domain, or none, has a branch."""
+    models, branches = run.results.get("models", {}), run.branches
+    means = {name: learning_and_keeping_means(model, branches) for name, model in models.items()}
+    seed = means.get("seed", {})
+    bars = []
+    for name, found in means.items():
+        if name != "seed" and seed and found:
+            paired = paired_differences(run.documents, name, "seed", branches)
+            both = (_saved(found[part], seed[part], paired.get(part)) for part in seed)
+            bars.append(Bars(name, model_colour(run, name), *zip(*both, strict=True)))
+    return BarPanels("learning", list(seed), bars) if bars else None
 
 
 def model_colour(run: Run, name: str) -> str:
@@ -110,11 +125,10 @@ def model_colour(run: Run, name: str) -> str:
 
 
 def _saved(
-    model: Mapping[str, Any], seed: Mapping[str, Any], domain: str, paired: Mapping[str, float] | None
+    bits: float | None, before: float | None, paired: Mapping[str, float] | None
 ) -> tuple[float | None, tuple[float, float]]:
-    """Percent of the seed model's bits per byte that a model saves in a domain, and how far the interval reaches to the
-    left and right of it."""
-    bits, before = model.get("domains", {}).get(domain, {}).get("bits_per_byte"), seed.get("bits_per_byte")
+    """Percent of the seed model's bits per byte that a model saves, and how far the interval reaches to the left and
+    right of it."""
     if not is_number(bits) or not is_number(before) or not before:
         return None, (0.0, 0.0)
     around = paired or {"low": 0.0, "difference": 0.0, "high": 0.0}

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from btx.number_texts import count_text, duration_text, flops_text, is_number, percent_text, signed_percent
-from btx.reporting.results import Results
+from btx.reporting.headline import paired_differences
+from btx.reporting.paired_bootstrap import SIGNIFICANT
+from btx.reporting.results import Results, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import mean_load, own_expert
 
@@ -36,6 +38,30 @@ def gains(table: Results) -> str:
 def _saves(gain: float) -> str:
     share = f"{percent_text(abs(gain))} of the seed model's bits"
     return f"saves {share}" if gain >= 0 else f"needs {percent_text(-gain)} more bits than the seed model"
+
+
+def learning(run: Run) -> str:
+    """btx on the branches' domains and on all other text, beside the seed model and the baselines that learn the
+    same."""
+    models, branches = run.results.get("models", {}), run.branches
+    ours = learning_and_keeping_means(models.get("btx", {}), branches)
+    if not ours:
+        return ""
+    rivals = [next((name for name in names if name in models), "")
+              for names in (("dense_cm", "dense_dm"), ("upcycling_cm", "upcycling_dm"), ("seed",))]  # fmt: skip
+    places = dict(zip(ours, ("On the domains with a branch", "on all other text"), strict=True))
+    parts = []
+    for part, bits in ours.items():
+        against = []
+        for name in filter(None, rivals):
+            theirs = learning_and_keeping_means(models[name], branches).get(part)
+            p = paired_differences(run.documents, "btx", name, branches).get(part, {}).get("p", 0.0)
+            if theirs is not None:
+                chance = f" (may be chance: p = {p:.2f})" if p >= SIGNIFICANT else ""
+                fewer = "fewer" if bits < theirs else "more"
+                against.append(f"{abs(bits - theirs):.3f} {fewer} than {name}{chance}")
+        parts.append(f"{places[part]} btx needs {bits:.3f} bits per byte{': ' * bool(against)}{', '.join(against)}")
+    return "; ".join(parts) + "."
 
 
 def cost(run: Run) -> str:

@@ -6,7 +6,7 @@ parsed `evaluate/results.json` and `evaluate/documents.json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,13 +97,15 @@ def headline(results: Mapping[str, Any], documents: Mapping[str, Any] | None = N
     )  # fmt: skip
 
 
-def paired_differences(documents: Mapping[str, Any] | None, model: str, other: str) -> dict[str, Any]:
+def paired_differences(
+    documents: Mapping[str, Any] | None, model: str, other: str, branches: Collection[str] = ()
+) -> dict[str, Any]:  # fmt: skip
     """Differences of two models set by set, model minus other (`compare_documents`); empty where documents.json lacks
     one of them."""
     scores = (documents or {}).get("models", {})
     if model not in scores or other not in scores:
         return {}
-    return compare_documents(scores[model], scores[other], (documents or {})["bytes"])
+    return compare_documents(scores[model], scores[other], (documents or {})["bytes"], branches=branches)
 
 
 def _p(differences: Mapping[str, Any], *keys: str) -> float | None:

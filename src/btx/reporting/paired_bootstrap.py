@@ -9,7 +9,7 @@ is in `btx.evaluation.aggregate`. Plain Python and numpy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,23 @@ def read_documents(path: Path) -> dict[str, Any] | None:
     return dict(documents)
 
 
+def learning_and_keeping(domains: Iterable[str], branches: Collection[str]) -> dict[str, list[str]]:
+    """`learning`: the domains that have a branch; `keeping`: all others, general text. Empty where one has none: then
+    the mean over the domains says it all."""
+    parts: dict[str, list[str]] = {"learning": [], "keeping": []}
+    for domain in domains:
+        parts["learning" if domain in branches else "keeping"].append(domain)
+    return parts if all(parts.values()) else {}
+
+
 def compare_documents(
     first: Mapping[str, Any], second: Mapping[str, Any], document_bytes: Mapping[str, Any], *,
-    resamples: int = RESAMPLES, rng_seed: int = 0,
+    branches: Collection[str] = (), resamples: int = RESAMPLES, rng_seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Differences of two models' entries in documents.json, set by set; sets that one of them lacks are left out.
+
+    Args:
+        branches: domains that have a branch, for the means of learning and keeping.
 
     Returns:
         As an entry of `compare_models`' "models".
@@ -86,6 +98,10 @@ def compare_documents(
     }
     result: dict[str, Any] = {
         "mean": _summary(np.mean(list(domains.values()), axis=0)).as_json(),
+        **{
+            part: _summary(np.mean([domains[name] for name in names], axis=0)).as_json()
+            for part, names in learning_and_keeping(domains, branches).items()
+        },
         "domains": {name: _summary(values).as_json() for name, values in domains.items()},
         "tasks": {
             name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right))).as_json()

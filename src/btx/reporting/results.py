@@ -6,7 +6,8 @@ share of 1, higher is better.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from btx.number_texts import (
     metric_of,
     percent_text,
 )
+from btx.reporting.paired_bootstrap import learning_and_keeping
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,6 +138,16 @@ def report_table(results: Mapping[str, Any]) -> Table:
             end_section=row.name == "seed",
         )
     return table
+
+
+def learning_and_keeping_means(model: Mapping[str, Any], branches: Collection[str]) -> dict[str, float]:
+    """Mean bits per byte over the domains that have a branch (`learning`) and over the others (`keeping`); empty where
+    there are not both, or one is not measured."""
+    bits = {domain: _bits(model, domain) for domain in model.get("domains", {})}
+    if not all(map(is_number, bits.values())):
+        return {}
+    return {part: math.fsum(bits[name] for name in names) / len(names)
+            for part, names in learning_and_keeping(bits, branches).items()}  # fmt: skip
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -87,6 +87,11 @@ class Run:
         """The general domain, which is the generalist's."""
         return self.recipe.get("data", {}).get("general", "general")
 
+    @property
+    def branches(self) -> list[str]:
+        """The domains that have a branch."""
+        return self.recipe.get("train", {}).get("domains", [])
+
     def stage(self, name: str) -> Stage:
         """The stage of this name, empty if it has left nothing."""
         return next((stage for stage in self.stages if stage.name == name), Stage(name, None, []))

@@ -67,6 +67,10 @@ class ModelResult(TypedDict):
     mixed: NotRequired[dict[str, Any]]
     tasks: NotRequired[dict[str, TaskResult]]
     mean_bits_per_byte: NotRequired[float | None]
+    learning_bits_per_byte: NotRequired[float | None]
+    """Mean over the domains that have a branch, where others have none."""
+    keeping_bits_per_byte: NotRequired[float | None]
+    """Mean over the domains without a branch."""
     flops: NotRequired[float | None]
     tokens: NotRequired[int | None]
     hours: NotRequired[float | None]

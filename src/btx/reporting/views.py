@@ -25,6 +25,8 @@ def run_views(run: Run) -> dict[str, View]:
     return {
         "domains": View("How much does each model save on each domain?", findings.gains(results_table(run.results)),
                         figures.domains_figure(run)),
+        "learning": View("What did each model learn, and what did it keep?", findings.learning(run),
+                         figures.learning_figure(run)),
         "cost": View("What did the models cost, and what did they gain by it?", findings.cost(run),
                      figures.cost_figure(run)),
         "predicted": View("Did it gain what was predicted?", findings.predicted(run)),

@@ -37,6 +37,10 @@ class SweepRow:
     domains: dict[str, Stat]
     mixed: Stat | None
     mean: Stat | None
+    learning: Stat | None
+    """Mean bits per byte over the domains with a branch."""
+    keeping: Stat | None
+    """Mean over the others."""
     to_btx: Stat | None
     """Mean bits per byte minus btx's of the same variant."""
     to_first: Stat | None
@@ -82,7 +86,8 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
     domains = list(dict.fromkeys(domain for row in rows for domain in row.domains))
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     low: dict[str, list[Stat | None]] = {domain: [row.domains.get(domain) for row in rows] for domain in domains}
-    low |= {"mixed": [row.mixed for row in rows], "mean": [row.mean for row in rows]}
+    low |= {"mixed": [row.mixed for row in rows], "mean": [row.mean for row in rows],
+            "learning": [row.learning for row in rows], "keeping": [row.keeping for row in rows]}  # fmt: skip
     columns: dict[str, list[tuple[str, bool]]] = {}
     if variants:
         columns["variant"] = [(row.variant, False) for row in rows]
@@ -163,6 +168,7 @@ def _row(variant: str, name: str, found: Mapping[str, Any], first: Mapping[str, 
         domains={domain: found["bits_per_byte"] for domain, found in entry.get("domains", {}).items()},
         mixed=entry.get("mixed", {}).get("bits_per_byte"),
         mean=entry.get("mean_bits_per_byte"),
+        learning=entry.get("learning_bits_per_byte"), keeping=entry.get("keeping_bits_per_byte"),
         to_btx=entry.get("difference_to_btx", {}).get("mean_bits_per_byte"),
         to_first=paired(
             entry.get("mean_bits_per_byte"), seeds, other.get("mean_bits_per_byte"), others_seeds, lambda a, b: a - b

@@ -33,6 +33,7 @@ from btx.recipe.loading import load_recipe, packaged_recipes
 from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe, write_pico_recipe
 
+pytestmark = pytest.mark.usefixtures("figures_drawn_once")
 COMMANDS = "run sweep plan status ls cp train mix finetune baselines evaluate analyze report chat".split()
 
 

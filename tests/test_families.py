@@ -80,6 +80,12 @@ IDS = [f"{dense}-{moe}-{number}" for number, (dense, moe, _) in enumerate(VARIAN
 every_variant = pytest.mark.parametrize(("dense", "moe", "config"), VARIANTS, ids=IDS)
 FIRST = {(dense, moe): (dense, moe, config) for dense, moe, config in reversed(VARIANTS)}
 every_family = pytest.mark.parametrize(("dense", "moe", "config"), list(FIRST.values()), ids=map("-".join, FIRST))
+A_CLASS = {moe: dense for dense, moe in reversed(FIRST)}
+every_class = pytest.mark.parametrize(("dense", "moe", "config"), [
+    pytest.param(*variant, marks=() if A_CLASS[moe] == dense else pytest.mark.long, id=f"{dense}-{moe}")
+    for (dense, moe), variant in FIRST.items()
+])  # fmt: skip
+"""Every MoE class from one dense family; from its others in the long tests."""
 
 
 def make(folder: Path, dense: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
@@ -200,7 +206,7 @@ def force(block: torch.nn.Module, chosen: int) -> None:
         block.forward = lambda x, ids, gates: compute(block, x, torch.full_like(ids, chosen), torch.ones_like(gates))
 
 
-@every_family
+@every_class
 def test_bfloat16_models_are_reproduced_within_rounding(
     tmp_path: Path, dense: str, moe: str, config: dict[str, Any]
 ) -> None:

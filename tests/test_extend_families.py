@@ -13,7 +13,7 @@ from btx.data.expert_text import TextRows
 from btx.mixing.drop import drop
 from btx.mixing.extend import extend
 from btx.mixing.mix import mix
-from tests.test_families import branch, every_class, logits, make, plain
+from tests.test_families import branch, every_family, logits, make, plain
 
 
 def text(first_id: int) -> TextRows:
@@ -22,7 +22,7 @@ def text(first_id: int) -> TextRows:
     return TextRows("test", ids, np.tile(np.arange(24), (8, 1)))
 
 
-@every_class
+@every_family
 def test_every_family_takes_routers_from_text_and_can_be_extended_and_cut_back(
     tmp_path: Path, dense: str, moe: str, config: dict[str, Any]
 ) -> None:

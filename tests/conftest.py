@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +123,35 @@ def pico_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_llama(tmp_path: Path, pico_tokenizer_folder: Path) -> Callable[..., Path]:
+def make_llama(tmp_path: Path, made_llama: Callable[..., Path]) -> Callable[..., Path]:
     """make_llama(name, noise_seed, **config): a pico Llama folder; other noise seeds are branches of seed 0.
 
     Norms are randomised too: at their default of 1 wrong mappings look right.
     """
     import torch
+
+    def make(name: str, noise_seed: int = 0, **config: Any) -> Path:
+        torch.manual_seed(noise_seed)
+        made = made_llama(noise_seed, json.dumps(PICO_LLAMA | config))
+        return Path(shutil.copytree(made, tmp_path / name, dirs_exist_ok=True))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_llama(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer_folder: Path) -> Callable[..., Path]:
+    """made_llama(noise_seed, config as JSON): the folder that `make_llama` copies; many tests begin with the same."""
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from btx.models.loading import quiet_transformers
 
-    def make(name: str, noise_seed: int = 0, **config: Any) -> Path:
+    @cache
+    def make(noise_seed: int, config: str) -> Path:
         quiet_transformers()
-        folder = tmp_path / name
+        folder = tmp_path_factory.mktemp("llama")
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(PICO_LLAMA | config)))
+        model = LlamaForCausalLM(LlamaConfig(**json.loads(config)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)

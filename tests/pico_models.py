@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from btx.data.token_files import write_token_file
@@ -60,25 +62,34 @@ def other_tokenizer() -> Tokenizer:
 
 def llama(folder: Path, rng_seed: int = 0, *, tie_word_embeddings: bool = False) -> Path:
     """A Llama folder with tokenizer."""
-    config = LlamaConfig(vocab_size=320, tie_word_embeddings=tie_word_embeddings, **SIZES)
-    return _save(LlamaForCausalLM(config), folder, rng_seed)
+    return _written(folder, LlamaConfig, rng_seed, tie_word_embeddings=tie_word_embeddings)
 
 
 def mixtral(folder: Path, experts: int = 4, top_k: int = 2, rng_seed: int = 0) -> Path:
     """A Mixtral folder with tokenizer."""
-    config = MixtralConfig(vocab_size=320, num_local_experts=experts, num_experts_per_tok=top_k, **SIZES)
-    return _save(MixtralForCausalLM(config), folder, rng_seed)
+    return _written(folder, MixtralConfig, rng_seed, num_local_experts=experts, num_experts_per_tok=top_k)
 
 
-def _save(model: PreTrainedModel, folder: Path, rng_seed: int) -> Path:
+def _written(folder: Path, kind: type[PreTrainedConfig], rng_seed: int, **config: Any) -> Path:
+    """A model's folder, of files that are made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(kind, rng_seed, *config.items()).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@cache
+def _files(kind: type[PreTrainedConfig], rng_seed: int, *config: tuple[str, Any]) -> dict[str, bytes]:
     """Large random weights, norms too: such a model has clear opinions, so wrong positions or masks show."""
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=320, **SIZES, **dict(config)))
     generator = torch.Generator().manual_seed(rng_seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(float(parameter.dim() == 1), 0.25, generator=generator)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def recipe(change: tuple[str, str] = ("", "")) -> Recipe:

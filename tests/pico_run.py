@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import yaml
 
 from btx.files import write_sealed
@@ -23,6 +24,9 @@ WORDS = {
     "tools": "hammer saw drill lathe plane file chisel clamp cuts bores turns holds with from into the a".split(),
     "general": "people time year way day thing man world life hand part child and of to in is that it".split(),
 }
+
+FEW = {"btx.evaluation.shown.NEW_TOKENS": 4, "btx.evaluation.analyze.DOCUMENTS": 6}
+"""What a run here shows less of, for the time it takes: tokens of an answer, texts that change domain."""
 
 TRAINING = {"batch_tokens": 256, "micro_batch_tokens": 128, "warmup_steps": 2, "checkpoint_every": 3}
 
@@ -74,7 +78,10 @@ def pico_recipe(folder: Path, run: str = "run", *overrides: str) -> Recipe:
 def run_here(recipe: Recipe, stages: Sequence[str] | None = None) -> tuple[RunFolder, list[str]]:
     """Run stages in this process, without the pipeline; returns what they logged."""
     run, lines = RunFolder.create(recipe), []
-    run_stages(run, stages or [stage.name for stage in run.graph], Interrupts(), lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in FEW.items():
+            patch.setattr(name, few)
+        run_stages(run, stages or [stage.name for stage in run.graph], Interrupts(), lines.append)
     return run, lines
 
 

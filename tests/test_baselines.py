@@ -182,7 +182,7 @@ def test_a_baseline_stopped_in_either_phase_goes_on_bit_for_bit(finished: RunFol
 
 @pytest.mark.parametrize(("overrides", "experts"), [
     (["mix.split=2", "mix.generalist=false", "mix.router=soft"], 4),
-    (["mix.blend=true"], 3),
+    pytest.param(["mix.blend=true"], 3, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_baselines_have_the_shape_of_the_runs_mix(finished: RunFolder, overrides: list[str], experts: int) -> None:
     run = other(finished, f"shape-{experts}", *overrides, "train.tokens=256", "finetune.tokens=256")

@@ -31,8 +31,9 @@ from btx.planning.speed import training_speed
 from btx.process import SAVE_AND_END
 from btx.recipe.loading import load_recipe, packaged_recipes
 from btx.run_folder.folder import RunFolder
-from tests.pico_run import pico_recipe, write_pico_recipe
+from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
+pytestmark = pytest.mark.usefixtures("figures_drawn_once")
 COMMANDS = "run sweep plan status ls cp train mix finetune baselines evaluate analyze report chat".split()
 
 
@@ -98,11 +99,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(run: Path) -> Path:
     """The same run, to the end."""
-    for command in ("mix", "finetune", "evaluate", "analyze", "report"):
+    for command in ("mix", "finetune", "evaluate", "analyze"):
         sys.argv = ["btx", command, str(run)]
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 0
+    run_here(RunFolder.open(run).recipe, ["report"])
     return run
 
 

@@ -175,6 +175,7 @@ def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.long
 def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> None:
     model = model_of("mixtral")
     hold_in_bfloat16(model, masters=False, gradients=torch.float32)

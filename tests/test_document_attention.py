@@ -179,6 +179,7 @@ def test_generation_does_not_notice(on_cpu: Callable[[bool], None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it
+@pytest.mark.long
 def test_compiled_layers_are_compiled_once_however_many_documents_there_are(on_cpu: Callable[[bool], None]) -> None:
     on_cpu(True)
     model, eager = model_of("mistral", WINDOW).train(), model_of("mistral", WINDOW).train()

@@ -239,6 +239,7 @@ def bits_per_byte() -> dict[str, dict[str, float]]:
     }
 
 
+@pytest.mark.long
 def test_an_n_gram_model_of_a_domain_knows_it_and_no_other():
     table = bits_per_byte()
     for own in GENERATORS:
@@ -250,6 +251,7 @@ def test_an_n_gram_model_of_a_domain_knows_it_and_no_other():
             assert table[other][own] > apart * table[own][own], table
 
 
+@pytest.mark.long
 def test_general_text_is_the_pythons_own_whatever_is_installed_beside_it():
     program = (
         f"import sys; sys.path.insert(0, {str(Path(btx.__file__).parents[1])!r})\n"

@@ -62,6 +62,7 @@ def all_tasks(files: dict[str, Path], **options: Any) -> Harness:
     return Harness(requests, allow_code_execution=True)
 
 
+@pytest.mark.long
 def test_a_real_model_answers_all_nine_tasks_without_a_network(files, dense, no_network) -> None:
     scores = all_tasks(files).measure(load_model(dense), load_tokenizer(dense))
     assert {name: score.n for name, score in scores.items()} == SCORED

@@ -46,8 +46,9 @@ def test_what_an_earlier_version_trained_stays(old: Path) -> None:
     states, lines = carried()
     assert {name for name, state in states.items() if state != "done"} == {"evaluate", "analyze", "report"}
     assert sum("stays, though an earlier version made it" in line for line in lines) == len(TRAINED) + 2
-    run, lines = run_here(load_recipe("old.yaml"))
-    assert {run.state(stage) for stage in RunFolder.open(run.path).graph} == {"done"}
+    later = {"analyze", "report"}
+    run, lines = run_here(load_recipe("old.yaml"), [name for name in states if name not in later])
+    assert {name for name in states if run.state(run.graph[name]) != "done"} == later
     assert "seed: already done, skipped" in lines
     assert {file: file.read_bytes() for file in old.rglob("model.safetensors")} == weights
 

@@ -199,7 +199,7 @@ def test_no_accident_to_a_json_file_ends_in_a_traceback_or_goes_unsaid(
     monkeypatch.setattr(RunFolder, "create", lambda recipe: RunFolder(run.path, recipe))  # would write the manifest
     path, results = run.path / file, (run.folder("evaluate") / "results.json").read_text()
     text, chance = path.read_text(), random.Random(file)
-    for kind in (*chance.sample(["{}", "[]", '""', "null", "", "truncated"], 3), "type", *(["digit"] * sealed)):
+    for kind in (*chance.sample(["{}", "[]", '""', "null", "", "truncated"], 1), "type", *(["digit"] * sealed)):
         path.write_text(changed(text, kind, chance))
         said = list[str]()
         for look in (read_by_status, read_by_run, read_by_report):

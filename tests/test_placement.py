@@ -83,6 +83,7 @@ def test_a_spread_model_says_what_the_undivided_one_says(make: Any, room: int, t
     torch.testing.assert_close(*scores, rtol=0, atol=4e-6)
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_and_analyzed_with_the_same_numbers(tmp_path: Path) -> None:
     run, lines = prepared_run(tmp_path), list[str]()
     folder = mixtral(tmp_path / "moe", experts=2)

@@ -318,6 +318,7 @@ def test_a_run_in_a_thread_listens_to_no_signals(run: RunFolder) -> None:
     assert "btx" in found[1]
 
 
+@pytest.mark.long
 def test_an_interrupt_saves_and_the_same_call_goes_on(run: RunFolder, tmp_path: Path) -> None:
     """As a kernel's interrupt comes: SIGINT, in the main thread, while a cell works."""
     copied = RunFolder.open(_copied(run, tmp_path))

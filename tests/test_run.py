@@ -85,6 +85,7 @@ def test_every_step_of_finetuning_is_recorded(finished: tuple[Path, str]) -> Non
         assert all(sum(layer) == pytest.approx(1.0, abs=1e-2) for layer in line["load"])
 
 
+@pytest.mark.long
 def test_the_model_generates_in_a_process_that_never_imports_btx(finished: tuple[Path, str]) -> None:
     program = (
         "import sys\n"

@@ -17,7 +17,9 @@ from btx.running.preflight import preflight
 from tests.pico_run import pico_recipe, run_here
 
 
-@pytest.mark.parametrize(("dense", "moe"), [("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")])
+@pytest.mark.parametrize(("dense", "moe"), [
+    ("qwen2", "qwen2_moe"), pytest.param("qwen3", "qwen3_moe", marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_run_on_another_family_ends_with_a_plain_model_of_its_moe_class(tmp_path: Path, dense: str, moe: str) -> None:
     config = "{model_type: %s, hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48, num_attention_heads: 4, " \
              "num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64}"  # fmt: skip

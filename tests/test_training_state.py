@@ -69,7 +69,7 @@ def test_a_checkpoint_of_other_data_or_inputs_is_refused(tmp_path: Path, other: 
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("mark", ["inputs", "data"])
+@pytest.mark.parametrize("mark", ["inputs", pytest.param("data", marks=pytest.mark.long)])
 def test_a_stage_refuses_a_checkpoint_of_its_own_folder_that_another_training_left(tmp_path: Path, mark: str) -> None:
     recipe = pico_recipe(tmp_path)
     run, _ = run_here(recipe, ["data", "seed"])

@@ -39,7 +39,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [(CONSTANT, LONGER), (*WSD, LONGER)], ids=["constant", "wsd"])
+@pytest.mark.parametrize("settings", [
+    pytest.param((CONSTANT, LONGER), marks=pytest.mark.long, id="constant"), pytest.param((*WSD, LONGER), id="wsd"),
+])  # fmt: skip
 def test_a_longer_training_goes_on_from_a_shorter_one_of_its_trunk_and_ends_as_if_alone(
     here: Path, settings: tuple[str, ...]
 ) -> None:

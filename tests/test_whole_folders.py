@@ -130,7 +130,7 @@ def test_quantised_models_are_refused_by_key(make_llama: MakeLlama, tmp_path: Pa
         assert f"config.json: {key}: give the unquantised model; these weights are quantised (gptq)" in message(action)
 
 
-def test_tensors_that_every_class_computes_are_no_weights(make_llama: MakeLlama, tmp_path: Path) -> None:
+def test_tensors_that_every_family_computes_are_no_weights(make_llama: MakeLlama, tmp_path: Path) -> None:
     old = edit(make_llama("old"), lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     mix(old, {"a": old}, tmp_path / "moe")
     assert not [name for name in load_file(tmp_path / "moe" / "model.safetensors") if "inv_freq" in name]

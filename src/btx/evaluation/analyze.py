@@ -19,7 +19,7 @@ from torch import Tensor
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
 from btx.errors import CheckpointError
 from btx.evaluation.kept_experts import documents_for_curve, kept_curve
-from btx.evaluation.lag import changing_documents, lag
+from btx.evaluation.lag import DOCUMENTS, changing_documents, lag
 from btx.evaluation.mixed_set import texts_to_halve
 from btx.evaluation.routed_text import example_documents, name_of, routing_of, token_by_token
 from btx.evaluation.routing_statistics import RoutedTokens, routed_tokens, routing_statistics, together
@@ -201,7 +201,7 @@ class Analysis:
     ) -> dict[str, Lag]:  # fmt: skip
         """`lag`, where two domains at least have an expert of their own and text to halve."""
         by_expert = {expert: domains[name].halves for name, expert in self.owners.items() if domains[name].halves}
-        return {"lag": lag(model, changing_documents(by_expert, tokenizer))} if len(by_expert) > 1 else {}
+        return {"lag": lag(model, changing_documents(by_expert, tokenizer, DOCUMENTS))} if len(by_expert) > 1 else {}
 
 
 def say(routing: Mapping[str, Any], general: str | None, log: Callable[[str], None]) -> None:

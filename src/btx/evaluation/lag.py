@@ -42,7 +42,7 @@ class Change:
 
 
 def changing_documents(
-    texts: Mapping[int, Sequence[str]], tokenizer: PreTrainedTokenizerBase, count: int = DOCUMENTS
+    texts: Mapping[int, Sequence[str]], tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[Change]:
     """First halves of one expert's documents followed by second halves of another's, every ordered pair in turn.
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from btx.files import read_json
 from btx.run_folder.folder import exclusive
@@ -36,8 +37,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.path
 
 
-def work(run: Path) -> BaseProcess:
-    return start(btx_with_quick_ranks, "work", str(run), STAGE, log=run / "log")
+def work(run: Path, stage: str = STAGE) -> BaseProcess:
+    return start(btx_with_quick_ranks, "work", str(run), stage, log=run / "log")
 
 
 def ended(process: BaseProcess) -> int | None:
@@ -111,6 +112,21 @@ def test_whatever_stops_it_all_end_and_it_goes_on_bit_for_bit(
     assert ended(work(run)) == 0, (run / "log").read_text()
     assert "resumed after step" in (run / "log").read_text()
     assert weights(run) == undisturbed
+
+
+@pytest.mark.long
+def test_two_processes_draw_and_train_the_seed_model_that_one_does(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run, symlinks=True)
+    shutil.rmtree(run / "seed")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["launch"]["processes"] = {"seed": 2}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert ended(work(run, "seed")) == 0, (run / "log").read_text()
+    one, two = (load_file(folder / "seed" / "model" / "model.safetensors") for folder in (prepared, run))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-6
+    assert (run / "seed/model/config.json").read_bytes() == (prepared / "seed/model/config.json").read_bytes()
 
 
 def test_what_the_user_has_to_mend_is_told_once(prepared: Path, tmp_path: Path) -> None:

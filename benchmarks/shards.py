@@ -1,5 +1,5 @@
-"""Host memory of one of several processes that share a model: loaded into shards, with adapters too, drawn from scratch,
-written, and loaded whole by each.
+"""Host memory of one of several processes that share a model: loaded into shards, without and with adapters, drawn from
+scratch, written, and loaded whole by each.
 
     python benchmarks/shards.py [--processes 4] [--hidden-size 1024] [--layers 12]
 
@@ -50,7 +50,7 @@ def measure(rank: int, folder: Path, processes: int) -> None:
     store = distributed.FileStore(str(folder / "store"), processes)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     found, host = {}, torch.device("cpu")
-    share_out(load_skeleton(folder / "small"), folder / "small", host)  # what is there for the first time counts not
+    share_out(load_skeleton(folder / "small"), folder / "small", host)  # what is imported there counts for nothing
     with Peak() as peak:
         model = load_skeleton(folder / "model")
         share_out(model, folder / "model", host)

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from btx import process
 from btx.errors import StageFailed
@@ -44,8 +45,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.path
 
 
-def work(run: Path) -> BaseProcess:
-    return start(btx_with_quick_ranks, "work", str(run), STAGE, log=run / "log")
+def work(run: Path, stage: str = STAGE) -> BaseProcess:
+    return start(btx_with_quick_ranks, "work", str(run), stage, log=run / "log")
 
 
 def ended(process: BaseProcess) -> int | None:
@@ -173,6 +174,21 @@ def test_of_processes_that_come_no_further_the_one_that_hangs_is_named_in_the_ru
     assert said.splitlines()[-1] == f"error: {STAGE}, trained by 2 processes: {status.why}"
     assert ended(work(run)) == 0, (run / "log").read_text()
     assert weights(run) == undisturbed
+
+
+@pytest.mark.long
+def test_two_processes_draw_and_train_the_seed_model_that_one_does(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run, symlinks=True)
+    shutil.rmtree(run / "seed")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["launch"]["processes"] = {"seed": 2}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert ended(work(run, "seed")) == 0, (run / "log").read_text()
+    one, two = (load_file(folder / "seed" / "model" / "model.safetensors") for folder in (prepared, run))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-6
+    assert (run / "seed/model/config.json").read_bytes() == (prepared / "seed/model/config.json").read_bytes()
 
 
 def test_what_the_user_has_to_mend_is_told_once(prepared: Path, tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def _like(weight: nn.Parameter, numbers: Tensor) -> nn.Parameter:
 
 
 def _apart(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory of its own, which is given back with the tensor. On the heap what comes and goes leaves holes that the next
-    one does not fit into, and the heap grows as large as the model."""
+    """Memory of its own, which goes back to the system with the tensor. On the heap each weight leaves a hole that the
+    next one does not fit into, and the heap grows as large as the model."""
     size = shape.numel() * dtype.itemsize
     memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)

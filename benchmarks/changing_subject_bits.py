@@ -13,6 +13,9 @@ Below, differences with their 95 % interval (paired bootstrap over documents): b
 `--against` every model there minus itself here (as many runs, of the same rng seeds in the same order, so that
 documents have the same tokens). Of several runs bits and bytes are added up document by document; ± is the standard
 error of the mean difference over runs.
+
+`--routing` tells instead how btx of the first run routes around a change: the share of the load that the experts of the
+old and of the new kind of text take, which is half at most with Top-2.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -34,6 +37,7 @@ from btx.data.held_out import HeldOutDocument
 from btx.data.token_files import DocumentEncoder
 from btx.evaluation.aggregate import mean_and_stderr
 from btx.evaluation.bits_per_byte import token_bits
+from btx.evaluation.lag import AFTER, BEFORE, DOCUMENTS, Change, lag
 from btx.models.device import measuring_place
 from btx.models.loading import load_tokenizer
 from btx.planning.models import model_stages
@@ -50,6 +54,11 @@ WHOLE = "whole documents"
 SOON, LATER, REST = "first 32 tokens after a change", "tokens 33 to 128 after it", "the rest"
 IN_SIGHT = 16
 """Tokens before a change that a model has to have read for it to count."""
+
+EXPERTS = {"code": "code", "formula": "math", "prose": "generalist"}
+"""Kind of text → the expert that it is for, by the names of the `results` recipe."""
+BEFORE_CHANGE = 128
+"""Tokens before a change that are read with it, at most."""
 
 Sets = dict[str, list[float]]
 """Set of tokens → a number of each document."""
@@ -70,9 +79,7 @@ class Changing:
 def in_tokens(line: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Changing:
     """A line of changing.jsonl as a run's models read it."""
     encoder = DocumentEncoder(tokenizer)
-    starts = [start for start, _ in line["passages"]]
-    texts = [line["text"][start:end] for start, end in pairwise([*starts, len(line["text"])])]
-    ids = [found[1 : -1 if encoder.trailing_eos else None] for found in encoder(texts)]
+    ids = passage_ids(line, encoder)
     ends = np.cumsum([len(found) for found in ids])
     kinds = [kind for _, kind in line["passages"]]
     sets: list[frozenset[str]] = []
@@ -92,6 +99,13 @@ def in_tokens(line: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seque
         sizes.update(dict.fromkeys(names, len(text.encode())))
         start = end
     return Changing(flat, parts, sizes)
+
+
+def passage_ids(line: Mapping[str, Any], encoder: DocumentEncoder) -> list[list[int]]:
+    """Tokens of each passage, without separators."""
+    starts = [start for start, _ in line["passages"]]
+    texts = [line["text"][start:end] for start, end in pairwise([*starts, len(line["text"])])]
+    return [found[1 : -1 if encoder.trailing_eos else None] for found in encoder(texts)]
 
 
 def _sets(after: float, old: str, new: str, domain: str) -> frozenset[str]:
@@ -128,6 +142,42 @@ def bits_of(model: PreTrainedModel | SideBySide, documents: Sequence[Changing], 
             for name in names:
                 sums[name][number] += math.fsum(of_one[start:end])
     return sums
+
+
+def changes_of(
+    lines: Sequence[Mapping[str, Any]], encoder: DocumentEncoder, experts: Sequence[str]
+) -> dict[str, list[Change]]:  # fmt: skip
+    """Domain and direction → changes between kinds that have an expert, each with the last tokens before it."""
+    own = {kind: experts.index(name) for kind, name in EXPERTS.items() if name in experts}
+    changes: dict[str, list[Change]] = {}
+    for line in lines:
+        ids, kinds = passage_ids(line, encoder), [kind for _, kind in line["passages"]]
+        for (before, old), (after, new) in pairwise(zip(ids, kinds, strict=True)):
+            if old in own and new in own:
+                seen = before[-BEFORE_CHANGE:]
+                tokens = np.array([encoder.separator, *seen, *after[:AFTER]], np.int64)
+                changes.setdefault(f"{line['domain']}, {old} to {new}", []).append(
+                    Change(tokens, 1 + len(seen), own[old], own[new])
+                )
+    return changes
+
+
+def routing_table(run: RunFolder, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Loads of the old and of the new kind's expert around changes, in Markdown; what changes seldom is left out."""
+    changes = changes_of(lines, DocumentEncoder(load_tokenizer(run.model("seed"))), run.recipe.expert_names)
+    model = cast("PreTrainedModel", load_model_or_btm(run.model("finetune"), measuring_place(run.recipe, print)))
+    windows, rows = [(-BEFORE, 0), (0, 4), (4, 16), (16, 32), (32, AFTER)], []
+    for name, found in changes.items():
+        if len(found) >= DOCUMENTS // 2:
+            loads = lag(model, found[:: -(-len(found) // DOCUMENTS)])
+            cells = []
+            for low, high in windows:
+                inside = [at for at, position in enumerate(loads["positions"]) if low <= position < high]
+                cells.append(" → ".join(f"{math.fsum(loads[key][at] for at in inside) / len(inside):.2f}"
+                                        for key in ("old", "new")))  # fmt: skip
+            rows.append([name, str(loads["documents"]), *cells])
+    titles = [f"tokens {low} to {high - 1}: old → new" for low, high in windows]
+    return _markdown(["change", "changes", *titles], rows)
 
 
 def added(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -211,6 +261,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders that differ in their rng seed")
     parser.add_argument("--against", type=Path, nargs="+", default=[], help="as many others, of the same rng seeds")
     parser.add_argument("--models", nargs="+", default=MODELS, help="of the runs' results, the first is compared")
+    parser.add_argument("--routing", action="store_true", help="how btx of the first run routes, and nothing else")
     parser.add_argument("--documents-at-most", type=int, help="evenly spread; default: all")
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in arguments.documents.read_text("utf-8").split("\n") if line]
@@ -218,6 +269,9 @@ def main() -> None:
     runs, against = ([RunFolder.open(path) for path in paths] for paths in (arguments.runs, arguments.against))
     if against and [run.recipe.rng_seed for run in runs] != [run.recipe.rng_seed for run in against]:
         parser.error("--against: needs as many runs, of the same rng seeds in the same order")
+    if arguments.routing:
+        print(routing_table(runs[0], lines))
+        return
     models = list(arguments.models)
     measured, others = ([measure(run, lines, models) for run in group] for group in (runs, against))
     if any(one["bytes"] != other["bytes"] for one, other in zip(measured, others, strict=bool(others))):

@@ -141,6 +141,20 @@ def test_tokens_are_told_apart_by_how_long_ago_the_last_change_in_sight_was(
             assert (measuring.LATER in names) == (seen and 32 <= token - last < 128), token
 
 
+def test_changes_are_read_with_what_was_before_them_and_know_the_experts_of_their_kinds(
+    measuring: ModuleType, line: dict[str, Any], pico_tokenizer_folder: Path
+):
+    tokenizer = load_tokenizer(pico_tokenizer_folder)
+    found = measuring.changes_of([line], measuring.DocumentEncoder(tokenizer), ["math", "code", "generalist"])
+    assert list(found) == ["math, prose to code", "math, code to formula", "math, formula to code"]
+    assert [(change.old, change.new) for (change,) in found.values()] == [(2, 1), (1, 0), (0, 1)]
+    (change,) = found["math, code to formula"]
+    before, after = (tokenizer.decode(part) for part in (change.tokens[1 : change.at], change.tokens[change.at :]))
+    assert CODE.endswith(before)
+    assert FORMULA.startswith(after)
+    assert not measuring.changes_of([line], measuring.DocumentEncoder(tokenizer), ["birds", "tools"])
+
+
 def test_bits_are_those_of_the_evaluation_and_differences_are_taken_run_by_run(
     measuring: ModuleType, line: dict[str, Any], make_llama: Callable[..., Path], pico_tokenizer_folder: Path
 ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -279,8 +280,8 @@ def test_the_folder_holds_no_weights_and_can_move_together_with_its_members(fold
 @pytest.mark.parametrize(("name", "content"), [
     ("btm.json", "{"), ("btm.json", '{"members": ["a"]}'), ("similarity.npz", "nothing"),
 ])  # fmt: skip
-def test_a_broken_folder_is_named(name, content, tmp_path):
-    broken = folder_of(tmp_path)
+def test_a_broken_folder_is_named(name, content, folder, tmp_path):
+    broken = shutil.copytree(folder.parent, tmp_path / "models") / folder.name
     (broken / name).write_text(content, "utf-8")
     with pytest.raises(CheckpointError, match=name):
         BtmModel.load(broken)

@@ -105,10 +105,10 @@ def test_the_model_generates_in_a_process_that_never_imports_btx(finished: tuple
 def test_a_finished_run_is_skipped_and_says_so(finished: tuple[Path, str]) -> None:
     run = finished[0]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
-    again = btx("run", "pico.yaml", "data.root=.", cwd=run.parent.parent)
-    assert again.returncode == 0
+    code, printed, errors = btx_here("run", "pico.yaml", "data.root=.", cwd=run.parent.parent)
+    assert code == 0, errors
     for stage in ("seed", "train/birds", "finetune", "evaluate"):
-        assert f"{stage}: already done, skipped" in again.stdout
+        assert f"{stage}: already done, skipped" in printed
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 

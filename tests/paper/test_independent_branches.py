@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from btx.run_folder.folder import RunFolder
 from btx.stages.adopt import adopt
 from btx.stages.work import run_stages
 from tests.pico_run import WORDS, pico_recipe, run_here, write_pico_recipe
+from tests.processes import btx_here
 
 LATER = {"mix", "baselines/soup", "finetune", "evaluate", "analyze", "report"}
 LAW = ("data.domains.law=law.jsonl", "train.domains=[birds,tools,law]")
@@ -65,11 +64,6 @@ def stamp(run: RunFolder, stage: str) -> Any:
     """When a stage was finished, to the nanosecond."""
     done = run.folder(stage) / "done.json"
     return done.stat().st_mtime_ns if done.is_file() else None
-
-
-def btx_train(run: Path, domain: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "btx", "train", str(run), domain]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
 def states(recipe: Recipe) -> dict[str, str]:
@@ -122,7 +116,9 @@ def test_a_renamed_general_domain_leaves_all_models_as_they_are(here: Path) -> N
     assert stale(pico_recipe(here, "run", *LAW)) == {"evaluate", "analyze", "report"}  # and back
 
 
-@pytest.mark.parametrize("names", [{"tools": "hardware"}, {"birds": "tools", "tools": "birds"}])
+@pytest.mark.parametrize("names", [
+    pytest.param({"tools": "hardware"}, marks=pytest.mark.long), {"birds": "tools", "tools": "birds"},
+])  # fmt: skip
 def test_a_seed_model_of_many_domains_survives_their_new_names(here: Path, names: dict[str, str]) -> None:
     seed = "seed_model.train.mixture={general: 1, birds: 0.5, tools: 0.25}"
     run_here(pico_recipe(here, "mixed", seed), ["data", "seed", "train/birds", "train/tools"])
@@ -314,8 +310,8 @@ def test_from_another_folder_a_finished_expert_stays(here: Path, monkeypatch: py
     monkeypatch.chdir(here)
     run_here(load_recipe("pico.yaml", ["run=relative"]), ["data", "seed", "train/birds"])
     (here / "empty").mkdir()
-    done = btx_train(here / "relative", "birds", cwd=here / "empty")
-    assert (done.returncode, done.stdout) == (0, "· train/birds: already done, skipped\n")
+    done = btx_here("train", here / "relative", "birds", cwd=here / "empty")
+    assert done == (0, "· train/birds: already done, skipped\n", "")
     assert not (here / "relative" / "stale").exists()
 
 

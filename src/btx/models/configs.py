@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,12 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
     if values.get("tie_word_embeddings") and Path(path).is_dir() and has_own_head(Headers(Path(path))):
         values["tie_word_embeddings"] = False
     return values
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A config as JSON, equal for models of one shape wherever they lie."""
+    return json.dumps({key: value for key, value in config.items() if key != "_name_or_path"},
+                      sort_keys=True, default=repr)  # fmt: skip
 
 
 def as_the_files_say(config: dict[str, Any], folder: Path) -> dict[str, Any]:

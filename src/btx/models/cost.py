@@ -17,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from btx.models.adapters import plan_adapters
+from btx.models.configs import config_text
 from btx.models.memory import ModelShape, model_shape
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.layer import mean_experts_per_token, swap_in_moe
@@ -121,7 +122,7 @@ def config_cost(
         trainable: what trains, as in a recipe.
         lora_rank: of the adapters that count too where `trainable` is lora.
     """
-    return _config_cost(json.dumps(config, sort_keys=True), experts_per_token, trainable, lora_rank)
+    return _config_cost(config_text(config), experts_per_token, trainable, lora_rank)
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from btx.choices.families import FAMILIES
 from btx.errors import CheckpointError
 from btx.model_files.headers import COMPUTED, Headers
-from btx.models.configs import quiet_transformers
+from btx.models.configs import config_text, quiet_transformers
 from btx.system_errors import blame
 
 Config = dict[str, Any]
@@ -45,7 +45,7 @@ def class_tensors(config: Mapping[str, Any]) -> ClassTensors:
     Raises:
         CheckpointError: transformers cannot build the model.
     """
-    return _class_tensors(json.dumps(config, sort_keys=True, default=repr))
+    return _class_tensors(config_text(config))
 
 
 @lru_cache(maxsize=32)

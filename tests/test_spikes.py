@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from btx.errors import LossSpike
+from btx.errors import LossSpike, NotFinite
 from btx.process import Interrupts
 from btx.recipe.training import Train
 from btx.run_folder.decisive import decisive
 from btx.run_folder.folder import RunFolder
+from btx.run_folder.status import stage_status
 from btx.stages.work import run_stages
 from btx.training import step as step_module
 from btx.training.job import TrainingJob
+from btx.training.metrics import Metrics
 from btx.training.spikes import SpikeWatch
 from tests.pico_run import pico_recipe, run_here, stopped_after
 
@@ -59,20 +62,39 @@ def test_a_spike_does_not_hide_the_next_and_a_loss_that_stays_high_is_in_time_th
     assert not any(spikes[50:])
 
 
+def test_a_resumed_training_knows_as_many_steps_with_a_loss_as_one_that_went_through(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"step": step, "loss": 2.0, "grad_norm": 1.0} for step in range(1, 151)]
+    for step in (60, 149):
+        steps[step - 1] = {"step": step, "spike": {"of": "loss", "value": "nan", "skipped": True}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in steps))
+    recent = Metrics(path, 150).recent
+    assert (recent[0]["step"], sum("loss" in line for line in recent)) == (50, 100)
+    assert SpikeWatch(recent).see({"loss": 2.5, "grad_norm": 1.0}) is not None
+
+
 @pytest.fixture
-def spiky(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of two steps of every training is four times what it should be."""
+def factors(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Step of every training, from 0 → what its loss is multiplied by."""
     now, next_token_loss, at_step = [0], step_module.next_token_loss, step_module.at_step
+    factors: dict[int, float] = {}
 
     def note(model: nn.Module, step: int) -> None:
         now[0] = step
         at_step(model, step)
 
     def loss(*arguments: Any) -> torch.Tensor:
-        return next_token_loss(*arguments) * (4.0 if now[0] in SPIKES else 1.0)
+        return next_token_loss(*arguments) * factors.get(now[0], 1.0)
 
     monkeypatch.setattr(step_module, "at_step", note)
     monkeypatch.setattr(step_module, "next_token_loss", loss)
+    return factors
+
+
+@pytest.fixture
+def spiky(factors: dict[int, float]) -> None:
+    """The loss of two steps of every training is four times what it should be."""
+    factors |= dict.fromkeys(SPIKES, 4.0)
 
 
 def seed_run(folder: Path, name: str, on_spike: str) -> RunFolder:
@@ -144,6 +166,32 @@ def test_a_resumed_training_leaves_out_the_same_steps(tmp_path: Path, spiky: Non
     assert [line["loss"] for line in metrics(cut)] == [line["loss"] for line in metrics(whole)]
     one, two = (load_file(run.model("seed") / "model.safetensors") for run in (whole, cut))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_steps_without_numbers_are_left_out_alike_after_a_resume_and_too_many_in_a_row_stop_it(
+    tmp_path: Path, factors: dict[int, float]
+) -> None:
+    factors |= {1: math.nan, 11: math.inf, 12: math.nan}
+    whole, cut = seed_run(tmp_path, "whole", "skip"), seed_run(tmp_path, "cut", "skip")
+    said = train(whole)
+    assert [line for line in said if "left out" in line] == [
+        f"warning: step {step}: the loss is {value}; this step is left out, as on_spike: skip says"
+        for step, value in ((2, "nan"), (12, "inf"), (13, "nan"))
+    ]
+    lines_of_whole = metrics(whole)
+    assert [line["step"] for line in lines_of_whole if "loss" not in line] == [2, 12, 13]
+    assert lines_of_whole[11]["spike"] == {"of": "loss", "value": "inf", "skipped": True}
+    stopped_after(cut, "seed", 13)
+    status = stage_status(cut, cut.graph["seed"])
+    assert (status.step, status.loss) == (13, None)
+    train(cut)
+    assert [line.get("loss") for line in metrics(cut)] == [line.get("loss") for line in lines_of_whole]
+    one, two = (load_file(run.model("seed") / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+    factors |= dict.fromkeys(range(3, 14), math.nan)  # steps 4 to 14: eleven
+    with pytest.raises(NotFinite, match=r"^step 14: the loss is nan"):
+        train(seed_run(tmp_path, "broken", "skip"))
 
 
 def test_a_training_that_stops_has_saved_what_was_before_and_goes_on_with_log(tmp_path: Path, spiky: None) -> None:

@@ -85,7 +85,8 @@ class Training(Section):
     """Optimiser steps between two resumable checkpoints."""
     on_spike: OnSpike = "log"
     """What to do about a step whose loss or gradient norm stands far out from the last 100 (docs/footguns.md). log: say
-    so; skip: say so and leave weights and moments as they were; stop: save what was before it, and fail."""
+    so; skip: say so and leave weights and moments as they were; stop: save what was before it, and fail. A NaN fails
+    too, unless it is skip, and then after more than ten such steps in a row."""
 
     @model_validator(mode="after")
     def _what_falls_is_wsd(self) -> Training:

@@ -64,11 +64,11 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
     elif state == "begun" and (lost := owner_of(run.path, stage.name)) is not None:
         why = lost_on(lost[1])
     line = last_metrics(run.folder(stage.name) / "metrics.jsonl") if has_metrics else None
-    if line is None or not line.keys() >= NUMBERS or not line["step"] or not line["tokens_per_s"]:
+    if line is None or not line.keys() >= NUMBERS - {"loss"} or not line["step"] or not line["tokens_per_s"]:
         return StageStatus(stage.name, state, why=why, node=node)
     remaining_tokens = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
     return StageStatus(
-        stage.name, state, line["step"], line["steps"], line["loss"], line["tokens_per_s"],
+        stage.name, state, line["step"], line["steps"], line.get("loss"), line["tokens_per_s"],
         remaining_tokens / line["tokens_per_s"] if state != "failed" else None, line["wall_s"], line.get("mfu"), why,
         node, line.get("processes", 1),
     )  # fmt: skip

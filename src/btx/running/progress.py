@@ -78,4 +78,5 @@ class Display:
 
 def _facts(status: StageStatus) -> str:
     eta = clock_text(status.eta_s) if status.eta_s is not None else "?"
-    return f"loss {status.loss:.3f}, {status.tokens_per_s:,.0f} tokens/s, ETA {eta}"
+    loss = f"loss {status.loss:.3f}" if status.loss is not None else "no loss"  # of a step that was left out
+    return f"{loss}, {status.tokens_per_s:,.0f} tokens/s, ETA {eta}"

@@ -33,10 +33,11 @@ class Metrics:
         self.last_loss = math.nan
         self.loads: list[list[list[float]]] = []
         """The experts' load in the steps before, for a MoE model."""
-        self.recent = kept[-WINDOW:]
-        """The last steps before, for the watch on spikes."""
+        numbered = [index for index, line in enumerate(kept) if "loss" in line]
+        self.recent = kept[numbered[-WINDOW] :] if len(numbered) > WINDOW else kept
+        """The last steps before, for the watch on spikes: as many with a loss as it looks back on."""
         for line in kept:
-            self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", math.nan)
+            self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", self.last_loss)
             self.loads += [line["load"]] if "load" in line else []
         with writing(self.path):
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
@@ -48,7 +49,7 @@ class Metrics:
     def write(self, file: IO[str], facts: dict[str, Any], tokens: int, seconds: float) -> None:
         """Append one step's line; `wall_s` adds up over interruptions."""
         self.wall_s += seconds
-        self.last_loss = facts["loss"]
+        self.last_loss = facts.get("loss", self.last_loss)  # a step that was left out may have none
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
         line |= mfu_fact(tokens, seconds, self.peak_tokens_per_s)
         with writing(self.path):

@@ -26,7 +26,7 @@ from btx.training.optimizer import clip_gradients, step_unless
 from btx.training.parallel import own_samples
 from btx.training.random_state import leave_out, numbers_drawn, seed_step
 from btx.training.readings import Readings
-from btx.training.spikes import SpikeWatch, spike_text
+from btx.training.spikes import MOST_IN_A_ROW, SpikeWatch, spike_text
 
 Facts = dict[str, Any]
 """A step's part of its line in metrics.jsonl."""
@@ -78,7 +78,7 @@ def training_step(
         spikes: what came before; None looks for no spikes.
 
     Raises:
-        NotFinite: the loss or gradient is NaN or infinite; the weights were not updated.
+        NotFinite: the loss or gradient is NaN or infinite, and is not left out; the weights were not updated.
         LossSpike: it is a spike and `on_spike` is stop; the weights were not updated.
     """
     done = step_gradients(job, step, samples_per_step)
@@ -90,7 +90,7 @@ def training_step(
         if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
             move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias)
     optimizer.zero_grad(set_to_none=True)
-    return facts | done.other_facts(values)
+    return facts | done.other_facts(values) if "loss" in facts else facts
 
 
 def launch_step(
@@ -195,21 +195,25 @@ def next_token_objective(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[st
 
 
 def judged(job: TrainingJob, step: int, values: dict[str, Tensor], spikes: SpikeWatch | None) -> Facts:
-    """A step's loss and gradient norm, and the spike if it is one.
+    """A step's loss and gradient norm, and the spike if it is one; of a step that is left out as it has no numbers the
+    spike alone.
 
     Raises:
-        NotFinite: one of them is NaN or infinite.
+        NotFinite: one of them is NaN or infinite, and `on_spike` is not skip, or too many steps before it were so.
         LossSpike: it is a spike and `on_spike` is stop.
     """
     settings = job.settings
     facts: Facts = {name: values[name].item() for name in ("loss", "grad_norm")}
+    spike = spikes.see(facts) if spikes is not None else None
     if not all(map(math.isfinite, facts.values())):
+        if spikes is not None and settings.on_spike == "skip" and spikes.in_a_row <= MOST_IN_A_ROW:
+            return {"spike": {**(spike or {}), "skipped": True}}
         raise NotFinite(
             f"step {step + 1}: the loss is {facts['loss']} and the gradient norm {facts['grad_norm']}; the weights "
             f"were not updated. Last good checkpoint: {job.checkpoints.last()}. Lower "
             f"learning_rate (now {settings.learning_rate}) or raise warmup_steps"
         )
-    if spikes is not None and (spike := spikes.see(facts)) is not None:
+    if spike is not None:
         if settings.on_spike == "stop":
             raise LossSpike(
                 f"step {step + 1}: {spike_text(facts, spike)}; stopped before this step, as on_spike: stop says, and "

@@ -316,6 +316,9 @@ def all_cases(rank: int, folder: str) -> None:
         (Path(folder) / f"{case.__name__}-{rank}.json").write_text(json.dumps(found))
 
 
+pytestmark = pytest.mark.long  # two processes train, save and resume what one does in test_processes.py, in seconds
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which four processes have worked through all cases."""

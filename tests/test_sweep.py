@@ -24,6 +24,7 @@ from btx.sweeps.table import paired, sweep_cells, sweep_rows
 from btx.sweeps.variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
+pytestmark = pytest.mark.usefixtures("figures_drawn_once")
 FAST = ["seed_model.train.tokens=512", "train.tokens=512", "evaluate.tasks={}",
         "evaluate.tokens=200", "analyze={tokens: 100, examples: 0}"]  # fmt: skip
 VARIED = "finetune.learning_rate=1e-3,2e-3"

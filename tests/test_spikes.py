@@ -97,9 +97,9 @@ def spiky(factors: dict[int, float]) -> None:
     factors |= dict.fromkeys(SPIKES, 4.0)
 
 
-def seed_run(folder: Path, name: str, on_spike: str) -> RunFolder:
-    """A run that has its data, and whose seed model trains for 15 steps."""
-    overrides = [f"seed_model.train.tokens={256 * STEPS}", f"seed_model.train.on_spike={on_spike}"]
+def seed_run(folder: Path, name: str, on_spike: str, steps: int = STEPS) -> RunFolder:
+    """A run that has its data, and whose seed model trains for so many steps."""
+    overrides = [f"seed_model.train.tokens={256 * steps}", f"seed_model.train.on_spike={on_spike}"]
     return run_here(pico_recipe(folder, name, *overrides), ["data"])[0]
 
 
@@ -192,6 +192,15 @@ def test_steps_without_numbers_are_left_out_alike_after_a_resume_and_too_many_in
     factors |= dict.fromkeys(range(3, 14), math.nan)  # steps 4 to 14: eleven
     with pytest.raises(NotFinite, match=r"^step 14: the loss is nan"):
         train(seed_run(tmp_path, "broken", "skip"))
+
+
+def test_a_training_whose_every_step_is_left_out_has_failed(tmp_path: Path, factors: dict[int, float]) -> None:
+    factors |= dict.fromkeys(range(8), math.nan)  # fewer than are too many in a row
+    run = seed_run(tmp_path, "run", "skip", steps=8)
+    with pytest.raises(NotFinite, match=r"^each of the 8 steps was left out.*nothing was trained") as failed:
+        train(run)
+    assert failed.value.exit_code == 1
+    assert run.done("seed") is None
 
 
 def test_a_training_that_stops_has_saved_what_was_before_and_goes_on_with_log(tmp_path: Path, spiky: None) -> None:

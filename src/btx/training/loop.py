@@ -5,13 +5,14 @@ A stage differs in its start weights, its data mixture and the set of weights th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
-from btx.errors import LossSpike
+from btx.errors import LossSpike, NotFinite
 from btx.models.device import precision_text
 from btx.models.packed import dense_mask_because
 from btx.models.sharding import largest, process_count
@@ -53,7 +54,8 @@ def run_training(
             on GPUs, unless a spike is to change or stop its step, for then it is looked at before the weights move.
 
     Raises:
-        NotFinite: the loss or gradient became NaN or infinite; the weights were not updated.
+        NotFinite: the loss or gradient became NaN or infinite; the weights were not updated. Or every step was left
+            out for that.
         LossSpike: there was one, and `on_spike` is stop; a checkpoint of the steps before it was written.
         Interrupted: a signal came; a checkpoint was written.
     """
@@ -95,6 +97,12 @@ def run_training(
                 record.go_on()
             stopped_after = f"stopped after step {finished} of {total_steps}; run it again to continue"
             stop_if_asked(interrupts, ending, stopped_after)
+    if math.isnan(metrics.last_loss):
+        raise NotFinite(
+            f"each of the {total_steps} steps was left out, as on_spike: skip says: no loss or gradient was a number, "
+            f"and nothing was trained. Lower learning_rate (now {settings.learning_rate}), or look at the model that it "
+            f"starts from"
+        )
     give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from btx.cli.tables import plan_tables
 from btx.models.cost import config_cost
 from btx.models.measuring_memory import ANSWERING, cache_bytes, forward_bytes
 from btx.models.memory import MemoryScheme, MicroBatch, training_memory
@@ -85,6 +86,9 @@ def test_hours_are_those_of_all_gpus_and_processors_are_shared(tmp_path: Path) -
     assert gpus["train/birds"] == pytest.approx(one["train/birds"] / 4)
     assert gpus["finetune"] == pytest.approx(one["finetune"])
     assert hours("launch.processes=4") == pytest.approx(one), "four processes on the same processors"
+    planned = plan(pico_recipe(tmp_path), speed=Speed(1e9, "as given"))
+    told = plan_tables(planned | {"data": []})
+    assert any("hours at 1.00e+09 FLOP/s a device: as given" in text for text in told if isinstance(text, str))
 
 
 @pytest.mark.parametrize(("gpu", "reached", "threads"), [(True, 25.0, None), (False, 100.0, 8)])

@@ -131,7 +131,7 @@ def _measuring_table(gpu: Mapping[str, Any]) -> Table:
 def _speed_text(speed: Mapping[str, Any] | None) -> str:
     if speed is None:
         return "no hours: this machine cannot time the model in a moment; --flops-per-second says what yours reaches"
-    return f"hours at {speed['flops_per_s']:.2e} FLOP/s a job: {speed['source']}; evaluation comes on top"
+    return f"hours at {speed['flops_per_s']:.2e} FLOP/s a device: {speed['source']}; evaluation comes on top"
 
 
 def _baselines_table(baselines: dict[str, Any]) -> Table:

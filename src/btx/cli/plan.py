@@ -33,8 +33,8 @@ def plan(
         typer.Option(
             min=1.0,
             help="Training FLOP/s of one device where it will run, for the hours: of a GPU, or of the processors that "
-            "a job has on a machine. Default: what the run's first training stage reached, or else a few training steps "
-            "timed here.",
+            "a job has on a machine. Default: what the run's first training stage reached, or else a few training "
+            "steps timed here.",
         ),
     ] = None,
     gpu_memory: Annotated[

@@ -100,8 +100,8 @@ def run_training(
     if math.isnan(metrics.last_loss):
         raise NotFinite(
             f"each of the {total_steps} steps was left out, as on_spike: skip says: no loss or gradient was a number, "
-            f"and nothing was trained. Lower learning_rate (now {settings.learning_rate}), or look at the model that it "
-            f"starts from"
+            f"and nothing was trained. Lower learning_rate (now {settings.learning_rate}), or look at the model "
+            f"that it starts from"
         )
     give_back_float32(model)
     return Totals(

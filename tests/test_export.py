@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from btx.cli import out
 from btx.errors import BtxError, CheckpointError, RunFolderError, UserError
@@ -48,6 +50,7 @@ def changed(moe: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"hidden_act": "gelu"}, r"computes SiLU whatever hidden_act says \(gelu\).*transformers"),
         ({"rope_parameters": {"rope_type": "yarn", "llama_4_scaling_beta": 0.1}}, "no llama 4 scaling"),
         ({"model_type": "qwen2_moe", "norm_topk_prob": True}, "never normalises the gates of Qwen2-MoE"),
+        ({"model_type": "olmoe", "norm_topk_prob": True}, "never normalises the gates of OLMoE"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "always normalises the gates of Qwen3-MoE"),
         ({"model_type": "qwen3_moe"}, "always normalises the gates of Qwen3-MoE"),
         ({"model_type": "flex_olmo"}, "does not know FlexOlmo"),
@@ -67,6 +70,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 @pytest.mark.parametrize("config", [
     {}, {"sliding_window": 256}, {"model_type": "qwen3_moe", "norm_topk_prob": True}, {"model_type": "granitemoe"},
     {"model_type": "qwen2_moe", "norm_topk_prob": False}, {"model_type": "cohere2_moe"}, {"model_type": "llama"},
+    {"model_type": "olmoe", "norm_topk_prob": False},
 ])  # fmt: skip
 def test_what_it_computes_alike_is_not(changed: Callable[..., Path], config: dict[str, Any]) -> None:
     assert check_gguf(changed(**config)) == []
@@ -74,6 +78,19 @@ def test_what_it_computes_alike_is_not(changed: Callable[..., Path], config: dic
 
 def test_what_nobody_has_checked_is_said(changed: Callable[..., Path]) -> None:
     assert "was not checked against llama.cpp" in check_gguf(changed(model_type="ernie4_5_moe"))[0]
+
+
+@pytest.mark.parametrize(("model_type", "is_published"), [("gpt_oss", True), ("llama4_text", True), ("mixtral", False)])
+def test_fused_experts_are_refused_only_of_classes_that_publish_them_apart(
+    changed: Callable[..., Path], model_type: str, *, is_published: bool
+) -> None:
+    folder = changed(model_type=model_type)
+    save_file({"model.layers.0.mlp.experts.gate_up_proj": np.zeros((1, 1), np.float32)}, folder / "model.safetensors")
+    if is_published:
+        assert "was not checked" in check_gguf(folder)[0]
+    else:
+        with pytest.raises(CheckpointError, match="A model that was loaded keeps its layout"):
+            check_gguf(folder)
 
 
 def test_a_router_that_only_btx_reads_is_refused_with_its_reason(changed: Callable[..., Path]) -> None:
@@ -159,6 +176,11 @@ def test_the_file_appears_when_it_is_complete(
         CONVERTER.replace("given =", "raise OSError('broken'); given =")
     )
     with pytest.raises(BtxError, match="converter failed: OSError: broken"):
+        write_gguf(moe, tmp_path / "out" / "n.gguf", "f16", converter)
+    Path(converter, "convert_hf_to_gguf.py").write_text(
+        CONVERTER.replace("given =", "raise AttributeError('HY_V3'); given =")
+    )
+    with pytest.raises(BtxError, match=r"does not know HY_V3\. A checkout of llama.cpp"):
         write_gguf(moe, tmp_path / "out" / "n.gguf", "f16", converter)
     monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(RunFolderError, match=r"n.gguf: about .* GB are free;"):
@@ -269,7 +291,6 @@ TEXT = "the sum of 42 and 7 is three and four Question: café 😀 def x return"
 def test_llama_cpp_computes_what_transformers_computes(tmp_path: Path, top_k: int) -> None:
     """The same ids for the same text, and the same logits after each."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python computes with llama.cpp")
-    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

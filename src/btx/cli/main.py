@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -28,6 +28,9 @@ from btx.cli.terminal import end, prepare_streams, show, show_json
 from btx.errors import NOT_YET, NotYet, UserError
 from btx.process import READER_GONE, Interrupted, rank
 from btx.system_errors import told
+
+if TYPE_CHECKING:
+    from btx.run_folder.folder import RunFolder
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, pretty_exceptions_enable=False,
@@ -117,18 +120,20 @@ def status(
         run = open_run(run_folder)
         rows = run_status(run, verify=verify)
         problems = add_standings(run, rows)
-        show_json(rows) if as_json else _print_status(rows)
+        show_json(rows) if as_json else _print_status(run, rows)
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
         raise UserError("\n".join(damaged))
 
 
-def _print_status(rows: list[dict[str, Any]]) -> None:
+def _print_status(run: RunFolder, rows: list[dict[str, Any]]) -> None:
     from btx.cli.tables import status_table, work_text
 
     stays = [row["stage"] for row in rows if row["state"] == "done"]
-    show(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
+    to_do = [row["stage"] for row in rows if row["state"] == "damaged"
+             or (row["stage"] not in stays and run.is_needed(run.graph[row["stage"]]))]  # fmt: skip
+    show(status_table(rows), work_text(to_do, stays))
 
 
 def ls(

@@ -164,6 +164,8 @@ def test_the_aligned_model_is_one_of_the_run(aligned: RunFolder, finetuned: Path
     routed = read_json(run.path / "analyze" / "align.json")
     assert (list(routed["models"]), list(routed["models"]["sft"])) == (["sft", "dpo"], ["birds", "tools", "general"])
     assert all(0 < share <= 1 for share in routed["models"]["dpo"]["birds"]["moved"])
+    without = RunFolder(run.path, recipe_of(finetuned, "aligned", *quick, "align.dpo=null"))
+    assert without.why_stale(without.graph["evaluate"]) == "align/dpo is gone"
     loads = read_json(run.path / "evaluate" / "shown.json")["loads"]
     assert {"btx", "sft", "dpo"} <= loads.keys()
 

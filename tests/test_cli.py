@@ -408,7 +408,9 @@ def test_a_copied_recipe_is_named_with_its_path(btx: Btx, tmp_path: Path) -> Non
 def test_branches_are_trained_by_hand_in_any_order(btx: Btx, run: Path) -> None:
     for domain in ("tools", "birds"):
         assert (run / "train" / domain / "model" / "model.safetensors").is_file()
-        assert f"train/{domain}: already done, skipped" in btx("train", run, domain).out
+        printed = btx("train", run, domain).out
+        assert f"train/{domain}: already done, skipped" in printed
+        assert f"train/{domain}: done, {run}/train/{domain}/model" in printed
     unknown = btx("train", run, "birsd")
     assert unknown.code == 2
     assert "train/birds" in unknown.err

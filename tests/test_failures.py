@@ -86,7 +86,8 @@ def test_a_failed_expert_leaves_the_others_alone(tmp_path: Path, monkeypatch: py
     run, launcher, said, error = run_with(tmp_path, monkeypatch, fail, "launch.jobs=1")
     assert type(error) is StageFailed
     assert "train/birds failed (exit code 1); its log is " in str(error)
-    assert f"`btx run {run.path}` continues from its last checkpoint; with --without birds it goes on" in str(error)
+    assert f"`btx run {run.path}` continues from its last checkpoint\n" in str(error)
+    assert str(error).endswith(f"\n`btx run {run.path} --without birds` goes on without this expert")
     done = {stage.name for stage in run.graph if run.state(stage) == "done" and not stage.name.startswith("data/")}
     assert done == {"seed", "train/tools", "train/general", "baselines/dense_dm_domains", "baselines/dense_dm"}
     assert said[-1].startswith("failed: train/birds; not begun: mix, baselines/soup, finetune, evaluate")
@@ -167,8 +168,18 @@ def test_it_is_given_up_after_so_many_times_and_what_the_user_has_to_mend_at_onc
     fail = {"train/birds": [FAILED] * 9, "train/tools": [MISTAKEN] * 9}
     run, launcher, _, error = run_with(tmp_path, monkeypatch, fail, "launch.retries=2")
     assert "train/birds failed 3 times (exit code 1)" in str(error)
-    assert f"it left no message\n`btx run {run.path} --without tools` goes on without this expert" in str(error)
+    without = " ".join(f"--without {domain}" for domain in run.recipe.train.domains if f"train/{domain}" in fail)
+    assert str(error).endswith(f"\n`btx run {run.path} {without}` goes on without these experts")
     assert {name: launcher.begun.count(name) for name in fail} == {"train/birds": 3, "train/tools": 1}
+
+
+def test_where_no_expert_is_left_nobody_is_told_to_go_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = {f"train/{domain}": [MISTAKEN] for domain in ("birds", "tools", "general")}
+    *_, error = run_with(tmp_path, monkeypatch, fail)
+    assert "it left no message" in str(error)
+    assert "--without" not in str(error)
 
 
 @pytest.mark.parametrize("retries", [0, 1])

@@ -13,7 +13,7 @@ from btx.choices.families import FAMILIES, context_length, refuse_longer_sequenc
 from btx.choices.families.context import DEFAULTS
 from btx.cli.tables import plan_tables
 from btx.data.json_lines import json_objects, pieces
-from btx.errors import DataError, RecipeError, RunFolderError, UserError
+from btx.errors import CheckpointError, DataError, RecipeError, RunFolderError, UserError
 from btx.evaluation.harness_files import requests_of
 from btx.evaluation.questions import read_questions
 from btx.planning import disk
@@ -65,6 +65,9 @@ def test_a_run_is_refused_longer_sequences_also_once_its_seed_model_is_there(tmp
         preflight(pico_recipe(tmp_path, run, "data.sequence_length=64", *own))
         with pytest.raises(RecipeError, match=r"reads 64 tokens at once .*config\.json"):
             preflight(pico_recipe(tmp_path, run, "data.sequence_length=65", *own))
+    own[0] = f"seed_model.path={path}l"
+    with pytest.raises(CheckpointError, match="modell: there is no such folder here"):
+        preflight(pico_recipe(tmp_path, "run", *own))
 
 
 @pytest.mark.parametrize(("lines", "message"), [

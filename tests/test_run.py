@@ -112,6 +112,19 @@ def test_a_finished_run_is_skipped_and_says_so(finished: tuple[Path, str]) -> No
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 
+def test_a_stale_domain_that_nothing_needs_is_not_said_to_be_made(finished: tuple[Path, str]) -> None:
+    run = finished[0]
+    code, printed, errors = btx_here(
+        "run", "pico.yaml", "data.root=.", "data.domains.birds=nowhere.txt", cwd=run.parent.parent
+    )
+    assert code == 0, errors
+    assert "data/birds: stale, but nothing needs it (domain 'birds': " in printed
+    _, printed, _ = btx_here("status", str(run), cwd=run.parent.parent)
+    assert "to do: nothing; stays: " in printed
+    code, _, errors = btx_here("run", "pico.yaml", "data.root=.", cwd=run.parent.parent)
+    assert code == 0, errors
+
+
 def test_a_changed_recipe_names_the_stale_stages_and_why(tmp_path: Path) -> None:
     run, _ = run_here(pico_recipe(tmp_path), ["data", "seed"])
     changed = pico_recipe(tmp_path, "run", "seed_model.train.learning_rate=1e-3")

@@ -108,7 +108,9 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
     missing = [f"{name}: {looked['problem']}" for name, looked in looks.items() if "problem" in looked]
     if "/" not in model and not Path(model).expanduser().is_dir():
         model = f"./{model}"
-    if not Path(model).expanduser().is_dir() and model.startswith((".", "/", "~")):
+    if Path(model).expanduser().is_file():
+        missing.append(f"seed_model.path: {model}: a model is a folder, as save_pretrained writes it; this is a file")
+    elif not Path(model).expanduser().is_dir() and model.startswith((".", "/", "~")):
         missing.append(f"seed_model.path: {model}: there is no such folder yet")
     lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
     if "general" not in looks:

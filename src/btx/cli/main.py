@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -23,11 +23,14 @@ from btx.cli import sweep as cli_sweep
 from btx.cli import watch as cli_watch
 from btx.cli.hub_models import with_hub_models
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
-from btx.cli.run_folders import RunArgument, open_run, show_results, work_on
+from btx.cli.run_folders import RunArgument, open_run, show_results, train_here, work_on
 from btx.cli.terminal import end, prepare_streams, show, show_json
 from btx.errors import NOT_YET, NotYet, UserError
 from btx.process import READER_GONE, Interrupted, rank
 from btx.system_errors import told
+
+if TYPE_CHECKING:
+    from btx.run_folder.folder import RunFolder
 
 app = typer.Typer(
     name="btx", no_args_is_help=True, pretty_exceptions_enable=False,
@@ -117,18 +120,20 @@ def status(
         run = open_run(run_folder)
         rows = run_status(run, verify=verify)
         problems = add_standings(run, rows)
-        show_json(rows) if as_json else _print_status(rows)
+        show_json(rows) if as_json else _print_status(run, rows)
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
         raise UserError("\n".join(damaged))
 
 
-def _print_status(rows: list[dict[str, Any]]) -> None:
+def _print_status(run: RunFolder, rows: list[dict[str, Any]]) -> None:
     from btx.cli.tables import status_table, work_text
 
     stays = [row["stage"] for row in rows if row["state"] == "done"]
-    show(status_table(rows), work_text([row["stage"] for row in rows if row["stage"] not in stays], stays))
+    to_do = [row["stage"] for row in rows if row["state"] == "damaged"
+             or (row["stage"] not in stays and run.is_needed(run.graph[row["stage"]]))]  # fmt: skip
+    show(status_table(rows), work_text(to_do, stays))
 
 
 def ls(
@@ -186,7 +191,7 @@ def train(
     needs = [] if run.state(stage) == "done" else run.unfinished_needs(stage)
     for needed in needs if rank() == 0 else ():
         typer.echo(f"· {needed.name}: not there, made first")
-    work_on(run_folder, [needed.name for needed in (*needs, stage)])
+    train_here(run_folder, [needed.name for needed in (*needs, stage)])
 
 
 def adopt(
@@ -208,14 +213,14 @@ def adopt(
 
 def finetune(run_folder: RunArgument) -> None:
     """Finetune the mixed model of a run."""
-    work_on(run_folder, ["finetune"])
+    train_here(run_folder, ["finetune"])
 
 
 def align(run_folder: RunArgument) -> None:
     """Train the finetuned model of a run on conversations, then on preferences: what its recipe has under `align`."""
     if not open_run(run_folder).graph.aligned:
         raise UserError(f"{run_folder}: the recipe has no `align`; it says what to train on (docs/after.md)")
-    work_on(run_folder, ["align"])
+    train_here(run_folder, ["align"])
 
 
 def baselines(
@@ -229,7 +234,7 @@ def baselines(
 ) -> None:
     """Make the baselines of a run, or some of them."""
     stages = [stage.name for stage in open_run(run_folder).graph.baseline_stages(names)]
-    work_on(run_folder, stages)
+    train_here(run_folder, stages)
 
 
 def work(run_folder: Path, stages: list[str]) -> None:

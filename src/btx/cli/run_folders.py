@@ -34,6 +34,15 @@ def work_on(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None
         raise StageFailed(f"process {rank()} has lost another one of the {world_size()} that train a model") from None
 
 
+def train_here(run_folder: Path, stages: list[str]) -> None:
+    """Work on stages that train, and say at the end where their models are."""
+    work_on(run_folder, stages)
+    run = open_run(run_folder)
+    for stage in run.graph.named(stages, where=str(run_folder)) if rank() == 0 else ():
+        if stage.trains:
+            typer.echo(f"· {stage.name}: done, {run.model(stage.name)}")
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's and no model's."""
     return (path / "recipe.yaml").is_file()

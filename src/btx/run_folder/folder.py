@@ -178,6 +178,7 @@ class RunFolder:
             f"{name} {'changed' if name in before else 'is new'}"
             for name, inputs in stage.upstream.items() if before.get(name) != inputs
         ]  # fmt: skip
+        reasons += [f"{name} is gone" for name in before if name not in stage.upstream]
         if not reasons and begun["settings"] != stage.settings:
             reasons = ["its files are read in another order"]
         return "; ".join(reasons) or "made by another version"

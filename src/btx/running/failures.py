@@ -32,6 +32,7 @@ class Failures:
         self._run, self._say = run, say
         self._errors: dict[str, BtxError] = {}
         self._retries: dict[str, int] = {}
+        self._lost: list[str] = []
         self._ends_run = False
 
     def __bool__(self) -> bool:
@@ -62,10 +63,8 @@ class Failures:
         how += f" on {standing.node}" if standing.node else ""
         # A process may do several stages: the one that failed is the first that is not done.
         name = next((stage.name for stage in stages if self._run.state(stage) != "done"), stages[0].name)
-        domain = name.removeprefix("train/")
         if exit_code == UserError.exit_code:
-            without = f"\n`btx run {self._run.path} --without {domain}` goes on without this expert"
-            self._errors[name] = UserError((told or last_line(told)) + (without if domain != name else ""))
+            self._errors[name] = UserError(told or last_line(told))
         else:
             if silent or (noted := failure_of(self._run, name)) is None:  # a job that was killed could not
                 note_failure(self._run, name, told or how, node=standing.node)
@@ -76,13 +75,13 @@ class Failures:
                 self._retries[name] = retry
                 self._say(f"{name}: failed ({how}): {last_line(told)}; tried again, {retry} of {retries}")
                 return True
-            without = f"; with --without {domain} it goes on without this expert" if domain != name else ""
             times = f" {retries + 1} times" if retries else ""
             self._errors[name] = StageFailed(
                 f"{name} failed{times} ({how}); its log is {log_of(self._run.path, stages[0].name)}:\n"
                 f"{told or last_line(told)}\n"
-                f"`btx run {self._run.path}` continues from its last checkpoint{without}"
+                f"`btx run {self._run.path}` continues from its last checkpoint"
             )
+        self._lost += [name.removeprefix("train/")] if name.startswith("train/") else []
         self._say(f"{name}: failed: {last_line(told)}")
         self._ends_run |= name.startswith("data/")
         return False
@@ -109,4 +108,13 @@ class Failures:
         if not self._errors:
             return
         errors = sorted(self._errors.values(), key=lambda error: error.exit_code)
-        raise type(errors[0])("\n\n".join(map(str, errors))) if len(errors) > 1 else errors[0]
+        raise type(errors[0])("\n\n".join(map(str, errors)) + self._without())
+
+    def _without(self) -> str:
+        """How to go on without the experts that failed, where others are left."""
+        lost = [domain for domain in self._run.recipe.train.domains if domain in self._lost]
+        if len(lost) in (0, len(self._run.recipe.train.domains)):
+            return ""
+        options = " ".join(f"--without {domain}" for domain in lost)
+        experts = "this expert" if len(lost) == 1 else "these experts"
+        return f"\n`btx run {self._run.path} {options}` goes on without {experts}"

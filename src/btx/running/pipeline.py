@@ -179,7 +179,8 @@ class _Pipeline:
                 if state == "done" and stage.name != "report":
                     self.display.say(f"{stage.name}: already done, skipped")
                 elif state == "stale":
-                    self.display.say(f"{stage.name}: stale, will be done anew ({self.run_folder.why_stale(stage)})")
+                    then = "will be done anew" if self.run_folder.is_needed(stage) else "but nothing needs it"
+                    self.display.say(f"{stage.name}: stale, {then} ({self.run_folder.why_stale(stage)})")
                 elif state == "begun":
                     self.display.say(f"{stage.name}: begun, will be continued")
 

@@ -138,7 +138,8 @@ def _check_seed_model(run: RunFolder) -> None:
     seed, length = run.recipe.seed_model, run.recipe.data.sequence_length
     if seed.config is not None:
         refuse_longer_sequences(seed.config, length, "seed_model.config")
-    if run.recorded("seed"):  # it is in the run folder and its family was checked when it came there
+    stays = run.state(run.graph["seed"]) == "done" or not run.is_needed(run.graph["seed"])
+    if run.recorded("seed") and stays:  # it is in the run folder and its family was checked when it came there
         file = run.model("seed") / "config.json"
         if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
             refuse_longer_sequences(read_json(file) or {}, length, str(file))

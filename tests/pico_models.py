@@ -99,7 +99,9 @@ def recipe(change: tuple[str, str] = ("", "")) -> Recipe:
 
 
 def prepared_run(folder: Path) -> Path:
-    """A run folder with the held-out token files of RECIPE's domains."""
+    """A run folder with RECIPE and the held-out token files of its domains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(RECIPE)
     for number, domain in enumerate(("math", "general")):
         documents = texts(40, rng_seed=1 + number)
         write_token_file(folder / "data" / domain / "0" / "val", documents, tokenizer(), rng_seed=0, source={})

@@ -311,7 +311,8 @@ def test_from_another_folder_a_finished_expert_stays(here: Path, monkeypatch: py
     run_here(load_recipe("pico.yaml", ["run=relative"]), ["data", "seed", "train/birds"])
     (here / "empty").mkdir()
     done = btx_here("train", here / "relative", "birds", cwd=here / "empty")
-    assert done == (0, "· train/birds: already done, skipped\n", "")
+    model = here / "relative" / "train" / "birds" / "model"
+    assert done == (0, f"· train/birds: already done, skipped\n· train/birds: done, {model}\n", "")
     assert not (here / "relative" / "stale").exists()
 
 

@@ -87,6 +87,20 @@ def aligned(finetuned: Path) -> RunFolder:
     return run_here(recipe_of(finetuned, "aligned"), ["align"])[0]
 
 
+def test_where_its_conversations_are_missing_an_alignment_is_known_by_their_files_name(
+    finetuned: Path, aligned: RunFolder
+) -> None:
+    chat = finetuned / "chat.jsonl"
+    chat.rename(finetuned / "away.jsonl")
+    try:
+        overrides = ("align.sft.data=chat.jsonl", "align.sft.epochs=9", "align.sft.data=chta.jsonl")
+        runs = [RunFolder(aligned.path, recipe_of(finetuned, "aligned", override)) for override in overrides]
+        assert [run.state(run.graph["align/sft"]) for run in runs] == ["done", "stale", "stale"]
+        assert "chta.jsonl: No such file" in runs[2].why_stale(runs[2].graph["align/sft"])
+    finally:
+        (finetuned / "away.jsonl").rename(chat)
+
+
 def metrics(run: RunFolder, stage: str) -> list[dict[str, Any]]:
     timing = ("tokens_per_s", "wall_s")
     lines = (json.loads(line) for line in (run.folder(stage) / "metrics.jsonl").read_text("utf-8").splitlines())

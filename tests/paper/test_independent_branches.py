@@ -210,6 +210,17 @@ def test_settings_that_can_be_compared_are_compared_where_the_files_are_missing(
     assert {"data/birds", "data/tools", "data/general"} <= stale(pico_recipe(here, "run", "data.held_out=0.2"))
 
 
+def test_an_evaluation_whose_questions_are_missing_is_known_by_their_files_name(here: Path) -> None:
+    (here / "quiz.jsonl").unlink()
+    assert stale(pico_recipe(here)) == set()
+    assert stale(pico_recipe(here, "run", "evaluate.tokens=77")) == {"evaluate", "report"}
+    other = pico_recipe(here, "run", "evaluate.tasks.quiz.path=qiuz.jsonl")
+    run = RunFolder.create(other)
+    assert run.state(run.graph["evaluate"]) == "stale"
+    assert "evaluate.tasks.quiz.path" in run.why_stale(run.graph["evaluate"])
+    assert "qiuz.jsonl: No such file" in run.why_stale(run.graph["evaluate"])
+
+
 def test_an_existing_seed_model_that_moved_is_found_again_by_content(here: Path, template: Path) -> None:
     shutil.copytree(template / "run" / "seed" / "model", here / "mine")
     existing = ("seed_model={path: " + str(here / "mine") + "}",)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from btx.baselines.settings import matching_inputs, phases_of, routing_of
@@ -69,14 +69,16 @@ class _Stages:
         results = [stage for stage in others if stage.name.removeprefix("baselines/") in recipe.baselines]
         every_domain = self.data.of(recipe.data.domains)
         models = (*every_domain, seed, *branches, mixed, *soup, finetune, *aligned, *results)
-        evaluate = self._stage("evaluate", self._evaluate, models, files=self._task_files)
+        evaluate = self._stage("evaluate", self._evaluate, models, files=self._task_files, recorded=None)
         analyze = self._stage("analyze", self._analyze, (*every_domain, finetune, *aligned))
         report = self._stage("report", dict, (evaluate, analyze))
         made = (seed, *branches, mixed, *soup, finetune, *aligned, *others)
         return Graph(recipe, (*self.data, *made, evaluate, analyze, report))
 
     def _stage(self, name: str, describe: Any, needs: Iterable[Stage], **more: Any) -> Stage:
-        return Stage(name, describe, tuple(needs), recorded=self.recorded(name), begun=self.begun(name), **more)
+        return Stage(
+            name, describe, tuple(needs), **{"recorded": self.recorded(name), "begun": self.begun(name)} | more
+        )
 
     def _read(self, mixtures: list[dict[str, float]]) -> list[Stage]:
         """The data stages behind some mixtures of domains."""
@@ -150,7 +152,7 @@ class _Stages:
         stages = [finetune]
         for name in self.recipe.alignments:
             settings, files = partial(self._phase, name), partial(self._phase_files, name)
-            stages.append(self._stage(f"align/{name}", settings, stages[-1:], files=files))
+            stages.append(self._stage(f"align/{name}", settings, stages[-1:], files=files, recorded=None))
         return stages[1:]
 
     def _phase(self, name: str) -> Settings:
@@ -160,19 +162,43 @@ class _Stages:
         return {"align": {name: section}, "files": files, "sequence_length": length, **self.rng}
 
     def _phase_files(self, name: str) -> dict[str, str]:
-        section, root = self.recipe.alignments[name], self.recipe.data.root
-        return {str(path): _content(path, f"align.{name}.data") for path in data_files(section, root, name)}
+        section, root, stage = self.recipe.alignments[name], self.recipe.data.root, f"align/{name}"
+        try:
+            data_files(section, root, name)
+        except DataError:
+            if self.recorded(stage) is None:
+                raise
+        return self._contents(stage, {f"align.{name}.data: {path}": located(path, root) for path in section.data})
 
     def _evaluate(self) -> Settings:
         recipe = self.recipe
         domains = {domain: self._mixture({domain: 1.0}) for domain in recipe.data.domains}
         generated = {"held_out": recipe.data.held_out} if recipe.evaluate.mixed.kind == "generated" else {}
-        files = {where: _content(path, where) for where, path in task_files(recipe).items()}
+        paths, contents = task_files(recipe), self._task_files()
+        files = {where: contents[str(path)] for where, path in paths.items()}
         more = {} if recipe.analyze.scored_examples == Analyze().examples else {"examples": recipe.analyze.examples}
         return {"evaluate": recipe.evaluate, "domains": domains, "files": files, **generated, **more, **self.rng}
 
     def _task_files(self) -> dict[str, str]:
-        return {str(path): _content(path, where) for where, path in task_files(self.recipe).items()}
+        return self._contents("evaluate", task_files(self.recipe))
+
+    def _contents(self, stage: str, paths: Mapping[str, Path]) -> dict[str, str]:
+        """Path of each file → its SHA-256; of one that is not here, what a file of its name held when the stage was
+        finished.
+
+        Args:
+            paths: where the recipe names the file → the file.
+
+        Raises:
+            DataError: it is not here, and no file of its name was.
+        """
+        recorded = {
+            PurePath(file).name: sha256 for file, sha256 in (self.recorded(stage) or {"files": {}})["files"].items()
+        }
+        return {
+            str(path): recorded[path.name] if path.name in recorded and not path.exists() else _content(path, where)
+            for where, path in paths.items()
+        }
 
     def _analyze(self) -> Settings:
         domains = {domain: self._mixture({domain: 1.0}) for domain in self.recipe.data.domains}

@@ -78,6 +78,7 @@ def test_what_it_computes_alike_is_not(changed: Callable[..., Path], config: dic
 
 def test_what_nobody_has_checked_is_said(changed: Callable[..., Path]) -> None:
     assert "was not checked against llama.cpp" in check_gguf(changed(model_type="ernie4_5_moe"))[0]
+    assert "was not checked against llama.cpp" in check_gguf(changed(model_type="a_class_of_tomorrow"))[0]
 
 
 @pytest.mark.parametrize(("model_type", "is_published"), [("gpt_oss", True), ("llama4_text", True), ("mixtral", False)])

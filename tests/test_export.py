@@ -69,7 +69,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 
 @pytest.mark.parametrize("config", [
     {}, {"sliding_window": 256}, {"model_type": "qwen3_moe", "norm_topk_prob": True}, {"model_type": "granitemoe"},
-    {"model_type": "qwen2_moe", "norm_topk_prob": False}, {"model_type": "cohere2_moe"}, {"model_type": "llama"},
+    {"model_type": "qwen2_moe", "norm_topk_prob": False}, {"model_type": "cohere2_moe"},
     {"model_type": "olmoe", "norm_topk_prob": False},
 ])  # fmt: skip
 def test_what_it_computes_alike_is_not(changed: Callable[..., Path], config: dict[str, Any]) -> None:

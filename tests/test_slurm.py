@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -151,14 +152,19 @@ def test_a_run_whose_node_dies_goes_on_on_the_other_and_gives_the_weights_of_a_l
     watching = start("run", "pico.yaml", "run=s", *settings, "launch.kind=slurm", "launch.slurm.partition=spot",
                      "launch.retries=1", "--until", "finetune", cwd=tmp_path, to=output)  # fmt: skip
 
-    def both_come_further() -> None:
-        before = {branch: steps(run, branch) for branch in BRANCHES}
-        until(lambda: all(steps(run, branch) > before[branch] + 5 for branch in BRANCHES))
+    def signal_both(number: int) -> None:
+        """However fast the machine trains, the branches are still at it: they stand still while Slurm is waited for."""
+        for branch in BRANCHES:
+            os.kill(int((run / ".locks" / f"{branch.replace('/', '-')}.pid").read_text().split()[0]), number)
 
     until(lambda: all(steps(run, branch) > 25 for branch in BRANCHES))
+    signal_both(signal.SIGSTOP)
     slurm.kill("slurmctld")
     until(lambda: "the jobs go on, and it is asked again" in output.read_text())
-    both_come_further()
+    before = {branch: steps(run, branch) for branch in BRANCHES}
+    signal_both(signal.SIGCONT)
+    until(lambda: all(steps(run, branch) > before[branch] + 5 for branch in BRANCHES))
+    signal_both(signal.SIGSTOP)
     slurm.start_controller()
     until(lambda: queue(slurm))
     rows, finished = states("s", tmp_path), weights(run, "seed")

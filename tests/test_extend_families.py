@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ def text(first_id: int) -> TextRows:
     return TextRows("test", ids, np.tile(np.arange(24), (8, 1)))
 
 
+@pytest.mark.long  # tests/test_extend.py has Mixtral
 @every_family
 def test_every_family_takes_routers_from_text_and_can_be_extended_and_cut_back(
     tmp_path: Path, dense: str, moe: str, config: dict[str, Any]

@@ -77,8 +77,12 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     }),
 ]  # fmt: skip
 IDS = [f"{dense}-{moe}-{number}" for number, (dense, moe, _) in enumerate(VARIANTS)]
-every_variant = pytest.mark.parametrize(("dense", "moe", "config"), VARIANTS, ids=IDS)
 FIRST = {(dense, moe): (dense, moe, config) for dense, moe, config in reversed(VARIANTS)}
+every_variant = pytest.mark.parametrize(("dense", "moe", "config"), [
+    pytest.param(*variant, marks=() if variant == FIRST[variant[:2]] else pytest.mark.long, id=name)
+    for variant, name in zip(VARIANTS, IDS, strict=True)
+])  # fmt: skip
+"""Every family; its other settings in the long tests."""
 A_CLASS = {moe: dense for dense, moe in reversed(FIRST)}
 every_family = pytest.mark.parametrize(("dense", "moe", "config"), [
     pytest.param(*variant, marks=() if A_CLASS[moe] == dense else pytest.mark.long, id=f"{dense}-{moe}")
@@ -205,6 +209,7 @@ def force(block: torch.nn.Module, chosen: int) -> None:
         block.forward = lambda x, ids, gates: compute(block, x, torch.full_like(ids, chosen), torch.ones_like(gates))
 
 
+@pytest.mark.long
 @every_family
 def test_bfloat16_models_are_reproduced_within_rounding(
     tmp_path: Path, dense: str, moe: str, config: dict[str, Any]

@@ -48,7 +48,9 @@ def metrics(run: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "finetune" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("router", ["switch", pytest.param("sample_top1", marks=pytest.mark.long), "soft"])
+@pytest.mark.parametrize("router", [
+    pytest.param("switch", marks=pytest.mark.long), pytest.param("sample_top1", marks=pytest.mark.long), "soft",
+])  # fmt: skip
 def test_every_router_trains_evaluates_analyses_and_saves(branched: Path, router: str) -> None:
     stages = ("mix", "baselines/soup", "finetune", "evaluate", "analyze", *(["report"] * (router == "switch")))
     quick = ("evaluate.tokens=200", "analyze.tokens=200")

@@ -67,7 +67,7 @@ def empty(content: bytes, at: float, value: int) -> bytes:
 CHANGES = (truncate, flip, insert, zero, saturate, empty)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     whose=st.sampled_from(["seed", "math"]),
     name=st.sampled_from(FILES),
@@ -94,7 +94,7 @@ def test_a_missing_file_is_harmless_or_refused_by_name(folders: dict[str, Path],
     check(folders, folders[whose] / name)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     whose=st.sampled_from(["seed", "math"]),
     name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json", INDEX]),

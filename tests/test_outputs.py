@@ -23,7 +23,7 @@ from btx.run_folder.status import run_status
 from btx.run_folder.stumps import clear_stumps
 from btx.running import pipeline
 from btx.sweeps.sharing import take_over
-from tests.pico_run import pico_recipe, run_here
+from tests.pico_run import finished_here, pico_recipe
 
 SMALL = ("seed_model.train.tokens=512", "train.tokens=512", "finetune.tokens=512", "evaluate.tokens=200",
          "evaluate.tasks={}", "analyze.tokens=100")  # fmt: skip
@@ -32,7 +32,7 @@ SMALL = ("seed_model.train.tokens=512", "train.tokens=512", "finetune.tokens=512
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run; nobody may change it."""
-    return run_here(pico_recipe(tmp_path_factory.mktemp("finished"), "run", *SMALL))[0]
+    return finished_here(pico_recipe(tmp_path_factory.mktemp("finished"), "run", *SMALL))
 
 
 @pytest.fixture

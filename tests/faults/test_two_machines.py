@@ -73,6 +73,7 @@ def answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return int(request.param)
 
 
+@pytest.mark.long
 def test_of_two_coordinators_on_two_machines_one_is_refused_and_takes_over_when_the_other_machine_dies(
     run: RunFolder, answer: int, tmp_path: Path
 ) -> None:

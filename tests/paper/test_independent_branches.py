@@ -23,7 +23,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.stages.adopt import adopt
 from btx.stages.work import run_stages
-from tests.pico_run import WORDS, pico_recipe, run_here, write_pico_recipe
+from tests.pico_run import WORDS, finished_here, pico_recipe, run_here, write_pico_recipe
 from tests.processes import btx_here
 
 LATER = {"mix", "baselines/soup", "finetune", "evaluate", "analyze", "report"}
@@ -34,7 +34,7 @@ LAW = ("data.domains.law=law.jsonl", "train.domains=[birds,tools,law]")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, recipe and a finished run of it."""
     folder = tmp_path_factory.mktemp("finished")
-    run_here(pico_recipe(folder))
+    finished_here(pico_recipe(folder))
     return folder
 
 

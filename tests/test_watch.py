@@ -318,6 +318,11 @@ def test_a_sweep_one_of_whose_runs_failed_has_failed(sweep: Path) -> None:
         watch(lambda: watched_in(sweep), sweep, LineScreen())
 
 
+def test_a_run_whose_recipe_is_being_written_may_appear(tmp_path: Path) -> None:
+    (tmp_path / ".recipe.yaml.0123abcd.tmp").touch()
+    assert watched_in(tmp_path) is None
+
+
 def test_a_run_may_appear_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run"
     watching = threading.Thread(target=watch, args=(lambda: watched_in(path), path, LineScreen()))

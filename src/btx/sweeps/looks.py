@@ -86,7 +86,7 @@ def watched_in(path: Path) -> Watched | None:
     if (path / "recipe.yaml").is_file():
         return WatchedRun(path)
     try:
-        others = [file.name for file in path.iterdir() if file.name != ".locks"]
+        others = [file.name for file in path.iterdir() if file.name[0] != "."]  # locks, a recipe that is being written
     except FileNotFoundError:
         return None
     except NotADirectoryError:

@@ -35,7 +35,7 @@ test: $(VENV)/.stamp-test
 # Slurm: apt install slurm-wlm munge; a browser: pip install playwright, apt install chromium. What is not installed skips itself, with the reason.
 ENGINES ?= slurm or ray or chaos or texts or long or browser
 test-engines: $(VENV)/.stamp-test
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --engines -m "$(ENGINES)" -rs
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgroup --engines -m "$(ENGINES)" -rs
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"

@@ -35,6 +35,7 @@ gc.disable()  # until all test modules are imported: what they make stays
 
 
 ENGINES = ("slurm", "ray", "chaos", "texts", "long", "browser")
+CLUSTERS = ("slurm", "ray")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,11 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --engines their tests skip themselves."""
+    """Without --engines their tests skip themselves; a cluster or file shares a process."""
     if not config.getoption("--engines"):
         for item in items:
             if any(item.get_closest_marker(engine) for engine in ENGINES):
                 item.add_marker(pytest.mark.skip(reason="starts an engine and takes minutes: make test-engines"))
+        return
+    for item in items:
+        cluster = next((cluster for cluster in CLUSTERS if item.get_closest_marker(cluster)), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(cluster))
 
 
 def pytest_collection_finish() -> None:

@@ -86,6 +86,11 @@ def test_hours_are_those_of_all_gpus_and_processors_are_shared(tmp_path: Path) -
     assert gpus["train/birds"] == pytest.approx(one["train/birds"] / 4)
     assert gpus["finetune"] == pytest.approx(one["finetune"])
     assert hours("launch.processes=4") == pytest.approx(one), "four processes on the same processors"
+    spread = plan(pico_recipe(tmp_path, "run", "launch.kind=slurm", "launch.nodes={finetune: 2}",
+                              "launch.processes={finetune: 2}"), speed=Speed(1e9, "as given"))  # fmt: skip
+    in_all = {row["stage"]: row["hours"] for row in spread["stages"]}
+    assert in_all["finetune"] == pytest.approx(one["finetune"] / 2)
+    assert spread["totals"]["machine_hours"] == pytest.approx(sum(one.values())), "two machines for half of the time"
     planned = plan(pico_recipe(tmp_path), speed=Speed(1e9, "as given"))
     told = plan_tables(planned | {"data": []})
     assert any("hours at 1.00e+09 FLOP/s a device: as given" in text for text in told if isinstance(text, str))

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from btx.cli.run_folders import open_run
 from btx.run_folder.folder import RunFolder
+from btx.stages.models_of_run import models_of_run
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 from tests.slurm_cluster import Cluster
 
@@ -292,4 +294,8 @@ def test_two_machines_train_one_model_as_two_processes_of_this_machine_do(slurm:
         assert code == 0, output
     assert weights(tmp_path / "s") == weights(tmp_path / "l")
     done = json.loads((tmp_path / "s" / "finetune" / "done.json").read_text())
-    assert done["processes"] == 2
+    assert (done["processes"], done["machines"]) == (2, 2)
+    spread = open_run(tmp_path / "s")
+    branches_s = sum((spread.done(f"train/{domain}") or {})["wall_s"] for domain in ("birds", "tools"))
+    machine_hours = models_of_run(spread)["btx"].accounting["machine_hours"]
+    assert machine_hours == pytest.approx((branches_s + 2 * done["wall_s"]) / 3600)

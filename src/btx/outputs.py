@@ -50,6 +50,7 @@ class Done(TypedDict):
     steps: NotRequired[int]
     loss: NotRequired[float]
     node: NotRequired[str]
+    machines: NotRequired[int]
     started_from: NotRequired[str]
     data: NotRequired[str]
     peak_memory_bytes: NotRequired[int | None]

@@ -63,6 +63,13 @@ class StageCost:
     trained: Trained | None
     processes: int = 1
     """That train the model together; the memory is that of each."""
+    machines: int = 1
+    """They are spread over."""
+
+    @property
+    def machine_hours(self) -> float:
+        """Hours of all its machines; 0 where no speed is known."""
+        return (self.hours or 0.0) * self.machines
 
     def as_json(self) -> dict[str, Any]:
         """Its row of `btx plan --json`."""
@@ -115,7 +122,7 @@ class Costs:
             flops=sum(cost.flops for cost in behind),
             memory_bytes=max((cost.memory_bytes for cost in behind), default=0),
             hours=longest_way(stage, lambda needed: self[needed.name].hours or 0.0) if timed else None,
-            machine_hours=sum(cost.hours or 0.0 for cost in behind if cost.stage.trains) if timed else None,
+            machine_hours=sum(cost.machine_hours for cost in behind if cost.stage.trains) if timed else None,
         )
 
 
@@ -158,6 +165,7 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             hours=None if speed is None else _hours(graph, stage, flops, speed),
             trained=training.trained if training else None,
             processes=recipe.launch.processes_of(stage.name) if training else 1,
+            machines=recipe.launch.nodes_of(stage.name) if training else 1,
         )
     return Costs(graph, costs)
 

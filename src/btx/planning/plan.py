@@ -88,7 +88,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
             | {"disk_bytes": _disk(costs, name), "matched": matching(recipe, costs, name)}
             for name in recipe.baselines
         },
-        "totals": _totals(run, costs) | {"machine_hours": speed and sum(cost.hours or 0.0 for cost in costs)},
+        "totals": _totals(run, costs) | {"machine_hours": speed and sum(cost.machine_hours for cost in costs)},
     }
 
 

@@ -35,6 +35,7 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
 
 def _entry(run: RunFolder, stage: Stage, predicted: TrainingCost) -> ModelEntry:
     done = [run.done(behind) or {} for behind in stage.training_behind()]
+    trained = [run.done(behind) or {} for behind in stage.training_behind() if behind.trains]
     peaks = [facts["peak_memory_bytes"] for facts in done if "peak_memory_bytes" in facts]
     return ModelEntry(
         path=run.model(stage.name),
@@ -43,7 +44,7 @@ def _entry(run: RunFolder, stage: Stage, predicted: TrainingCost) -> ModelEntry:
         hours=longest_way(stage, lambda needed: _wall_s(run, needed)) / 3600,
         inputs=stage.inputs,
         accounting={
-            "machine_hours": sum(_wall_s(run, behind) for behind in stage.training_behind() if behind.trains) / 3600,
+            "machine_hours": sum(facts.get("machines", 1) * facts.get("wall_s", 0.0) for facts in trained) / 3600,
             "peak_memory_bytes": max(peaks, default=None),
             "predicted": predicted.as_json(),
             **({"mfu": done[-1]["mfu"]} if done and "mfu" in done[-1] else {}),

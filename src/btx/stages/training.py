@@ -37,7 +37,7 @@ from btx.models.sharding import largest, process_count, process_number, same_eve
 from btx.models.trainable import set_trainable, trainable_parameters
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
-from btx.process import Interrupts, Log
+from btx.process import Interrupts, Log, processes_here
 from btx.recipe.training import Finetune, Lora, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import Making, RunFolder
@@ -208,7 +208,8 @@ def _facts(model: PreTrainedModel, job: TrainingJob, totals: Totals) -> dict[str
     return {
         "tokens": totals.tokens, "flops": totals.flops, "wall_s": round(totals.wall_s, 3), "steps": totals.steps,
         "loss": totals.loss, "total_params": cost.total_params, "active_params": cost.active_params,
-        "processes": process_count(), "threads": torch.get_num_threads(), "device": str(job.device),
+        "processes": process_count(), "machines": max(1, process_count() // processes_here()),
+        "threads": torch.get_num_threads(), "device": str(job.device),
         "data": job.mixture.fingerprint, "precision": "bfloat16" if job.in_bfloat16 else "float32",
         "micro_batch_tokens": totals.micro_batch_tokens,
         "peak_memory_bytes": largest(peak_memory_bytes(job.device)),

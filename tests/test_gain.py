@@ -65,6 +65,22 @@ def test_plan_predicts_from_the_tokens_a_parameter_and_warns_below_ten(tmp_path:
     assert short["prediction"]["gain"] < 0 < long["prediction"]["gain"]
 
 
+def test_plan_says_what_a_phase_in_proportion_would_gain(tmp_path: Path) -> None:
+    few, many = (
+        plan(pico_recipe(tmp_path, "run", "seed_model.train.tokens=5120000", f"finetune.tokens={tokens}"))
+        for tokens in (25_600, 1_280_000)
+    )
+    told, nothing = (
+        [note for note in planned["notes"] if "the training after the seed model is" in note] for planned in (few, many)
+    )
+    assert (len(told), nothing) == (1, [])
+    few, many = few["prediction"], many["prediction"]
+    assert few["phase_share"] < 0.1 < many["phase_share"]
+    assert few["gain_in_proportion"] == many["gain_in_proportion"]
+    assert few["gain"] < many["gain"] < few["gain_in_proportion"] * many["phase_share"] * 3 * 1.5
+    assert f"were it a third, the law would say {few['gain_in_proportion']:+.3f}" in told[0]
+
+
 def test_the_oracle_is_the_best_model_of_each_domain_and_divergence_is_what_was_won_at_home() -> None:
     told = gap_of({
         "seed": {"math": 2.0, "code": 1.0, "general": 1.5}, "expert/math": {"math": 1.5, "code": 1.3, "general": 1.7},

@@ -24,7 +24,12 @@ ENOUGH = 10
 BYTES_PER_TOKEN = 4.0
 """Where the text is not prepared yet."""
 UNCERTAINTY = 0.02
-"""Bits per byte: root mean square of outcome minus prediction in earlier runs (docs/results.md)."""
+"""Bits per byte: half as much again as the root mean square of outcome minus prediction in the runs of docs/results.md,
+whose training after the seed model was a third of the seed model's."""
+PROPORTION = 1 / 3
+"""Of training after the seed model to its own, in those runs."""
+SMALL = 0.1
+"""A share of the seed model's tokens below which the law has little to gain from."""
 
 # Table 2 of the paper: loss in nats a token of N active parameters after D tokens with E experts,
 # A·Ê^δ·N^(α + γ ln Ê) + B·Ê^ω·D^(β + ζ ln Ê) + C, with 1/Ê = 1/(E - 1 + 1/(1/Es - 1/Em)) + 1/Em.
@@ -48,6 +53,10 @@ class Prediction:
     high: float
     """One standard error to either side."""
     bytes_per_token: float
+    phase_share: float
+    """Tokens of dense training for the FLOPs after the seed model, as a share of those it has read."""
+    gain_in_proportion: float
+    """Bits per byte, were that share `PROPORTION`."""
 
     def as_json(self) -> dict[str, Any]:
         """As `btx plan --json` and results.json have it."""
@@ -103,12 +112,14 @@ def predict_gain(run: RunFolder, dense_config: dict[str, Any], mixture: ModelCos
     seed_tokens, source = tokens_read(recipe, costs)
     if not seed_tokens:
         return None
-    bytes_per_token = bytes_per_token_of(run) or BYTES_PER_TOKEN
-    nats = law_gain(dense, mixture, len(recipe.expert_names), seed_tokens, costs.behind("finetune").flops,
-                    recipe.data.sequence_length)  # fmt: skip
-    gain = nats / math.log(2) / bytes_per_token
+    bytes_per_token, length = bytes_per_token_of(run) or BYTES_PER_TOKEN, recipe.data.sequence_length
+    flops, seed_flops = costs.behind("finetune").flops, seed_tokens * dense.training_flops_per_token(length)
+    gain, in_proportion = (
+        law_gain(dense, mixture, len(recipe.expert_names), seed_tokens, spent, length) / math.log(2) / bytes_per_token
+        for spent in (flops, PROPORTION * seed_flops)
+    )
     return Prediction(seed_tokens, seed_tokens / dense.total_params, source, gain, gain - UNCERTAINTY,
-                      gain + UNCERTAINTY, bytes_per_token)  # fmt: skip
+                      gain + UNCERTAINTY, bytes_per_token, flops / seed_flops, in_proportion)  # fmt: skip
 
 
 def tokens_read(recipe: Recipe, costs: Costs) -> tuple[float, str]:
@@ -157,8 +168,12 @@ def gain_notes(prediction: Prediction | None) -> list[str]:
         f"predicted gain over dense training at equal FLOPs: {prediction.gain:+.3f} ± {UNCERTAINTY:.2f} bits per byte "
         f"(law of arXiv 2502.05172, docs/results.md)"
     )
+    short = (
+        f"the training after the seed model is {100 * prediction.phase_share:.2g} % of its tokens: were it a third, "
+        f"the law would say {prediction.gain_in_proportion:+.3f}; of text unlike the seed model's it knows nothing"
+    )
     few = (
         f"warning: below {ENOUGH} tokens a parameter a mixture is expected to gain nothing over dense training, or to "
         f"lose: train the seed model longer, or branch one that was"
     )
-    return [said] if prediction.enough else [said, few]
+    return [said] + [few] * (not prediction.enough) + [short] * (prediction.phase_share < SMALL)

@@ -89,6 +89,11 @@ class DocumentEncoder:
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         return [[self.separator, *document.ids, *self._tail] for document in encoded]
 
+    def beginning(self, text: str) -> list[int]:
+        """The token ids of a text of any length that may go on: the end-of-text token of a document is left out."""
+        ids = [token for part in self.in_parts(text) for token in part]
+        return ids[:-1] if self.trailing_eos else ids
+
     def in_parts(self, text: str) -> Iterator[list[int]]:
         """The token ids of a long document, part by part: tokenizers take 150 bytes of memory a character.
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from btx.data.held_out import HeldOutDocument
+from btx.data.held_out import HeldOutDocument, shortened
 from btx.data.token_files import DocumentEncoder
+from btx.data.token_texts import UNFINISHED, decoded
 from btx.errors import CheckpointError, DataError
 from btx.evaluation.analysis_request import dropped_experts
 from btx.evaluation.analyze import HALVES, Analysis, DomainText, say, spread
@@ -87,22 +88,16 @@ def _text_of(
 ) -> DomainText:  # fmt: skip
     """What the routing of a domain is looked at on: its first documents."""
     encoder = DocumentEncoder(tokenizer)
-    encoded = [_document(text, encoder) for text in documents]
-    encoded = [document for document in encoded if len(document.tokens) > 1]
+    encoded = [HeldOutDocument(np.array(ids, np.int64), len(text.encode()))
+               for text in documents if len(ids := encoder.beginning(text)) > 1]  # fmt: skip
     if not encoded:
         raise DataError(f"--text {domain}: no document has a token")
     shown = [HeldOutDocument(document.tokens[: 1 + EXAMPLE_TOKENS], document.bytes)
              for document in spread(encoded, examples)]  # fmt: skip
-    starts = (tokenizer.decode(document.tokens[1 : SEQUENCE_LENGTH // 2].tolist(), clean_up_tokenization_spaces=False)
-              for document in spread(encoded, HALVES))  # fmt: skip
-    halves = [text for start in starts if len((text := cast(str, start).strip("\ufffd")).split()) > 1]
+    starts = (document.tokens[1 : SEQUENCE_LENGTH // 2] for document in spread(encoded, HALVES))
+    halves = [text for start in starts if len((text := decoded(tokenizer, start).strip(UNFINISHED)).split()) > 1]
     counted, curve = (_up_to(encoded, most, tokenizer) for most in (tokens, CURVE_TOKENS))
     return DomainText(counted, curve, shown, halves)
-
-
-def _document(text: str, encoder: DocumentEncoder) -> HeldOutDocument:
-    ids = np.array([token for part in encoder.in_parts(text) for token in part], np.int64)
-    return HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, len(text.encode()))
 
 
 def _up_to(
@@ -113,10 +108,6 @@ def _up_to(
     for document in documents:
         if tokens < 1:
             break
-        if len(document.tokens) > 1 + tokens:
-            ids = document.tokens[: 1 + tokens]
-            text = cast(str, tokenizer.decode(ids[1:].tolist(), clean_up_tokenization_spaces=False))
-            document = HeldOutDocument(ids, max(1, len(text.encode())))
-        chosen.append(document)
-        tokens -= len(document.tokens) - 1
+        chosen.append(shortened(document, tokens, tokenizer))
+        tokens -= len(chosen[-1].tokens) - 1
     return chosen

@@ -61,7 +61,7 @@ def changing_documents(
         for expert, half in ((old, 0), (new, 1)):
             halves.append(split_in_the_middle(texts[expert][used[expert] % len(texts[expert])])[half])
             used[expert] += 1
-        first, second = (ids[:-1] if encoder.trailing_eos else ids for ids in encoder([halves[0] + JOINT, halves[1]]))
+        first, second = encoder.beginning(halves[0] + JOINT), encoder.beginning(halves[1])
         changes.append(Change(np.array([*first, *second[1:]], np.int64), len(first), old, new))
     return changes
 

@@ -126,7 +126,7 @@ def complete(
         One text a prompt, without special tokens.
     """
     encoder = DocumentEncoder(tokenizer)
-    encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    encoded = [encoder.beginning(prompt) for prompt in prompts]
     if chat and getattr(tokenizer, "chat_template", None):
         encoded = [question_ids(tokenizer, prompt) for prompt in prompts]
     line_ends = _line_end_tokens(tokenizer)
@@ -148,7 +148,7 @@ def go_on(
 ) -> list[str]:
     """How a model goes on with each text: `new_tokens` greedy tokens, fewer where the end-of-text token comes."""
     encoder = DocumentEncoder(tokenizer)
-    encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    encoded = [encoder.beginning(prompt) for prompt in prompts]
     new_ids = _greedy(model, encoded, new_tokens, lambda ids: ids[-1] == tokenizer.eos_token_id) if prompts else []
     return [_decode(tokenizer, ids) for ids in new_ids]
 

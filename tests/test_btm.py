@@ -20,7 +20,7 @@ from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.baselines.text_similarity import TextSimilarity, looks
 from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
-from btx.data.token_files import DocumentEncoder, write_token_file
+from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
@@ -32,7 +32,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.serving.speaker import Sampling, completion
 from btx.stages.baselines import write_btm
-from tests.pico_models import llama, prepared_run, recipe, tokenizer
+from tests.pico_models import llama, prepared_run, recipe, tokenizer, write_token_file
 
 WORDS = {
     "math": ["sum", "three", "four", "seven", "42", "7", "+", "x"],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from btx.data.domains import Question
 from btx.data.held_out import HeldOutDocument, held_out_documents, pack
 from btx.data.mixture import NO_LABEL
-from btx.data.token_files import DocumentEncoder, write_token_file
+from btx.data.token_files import DocumentEncoder
 from btx.errors import DataError
 from btx.evaluation.bits_per_byte import bits_per_byte, ratio
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
@@ -27,7 +27,7 @@ from btx.models.device import device_and_type
 from btx.models.loading import load_model
 from btx.recipe.evaluate import Task
 from btx.recipe.schema import Recipe
-from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer
+from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer, write_token_file
 
 MODELS = {"llama": llama, "mixtral": mixtral}
 

@@ -218,7 +218,6 @@ def test_positions_and_labels_are_those_of_a_plain_loop(
 def test_components_without_weight_are_left_out_and_epochs_are_counted(files: list[TokenFile]) -> None:
     mixed = mixture(files, [3.0, 0.0, 1.0])
     assert mixed.names == ["c0", "c2"]
-    assert mixed.tokens_available == (5 + 7) * 4
     assert mixed.epochs(100) == {"c0": 75 / 5, "c2": 25 / 7}
 
 

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from btx.data import sources, token_files
 from btx.data import tokenizer as tokenizer_module
-from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer, write_token_file
+from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer
 from btx.data.tokenizer import as_loaded_beside, fast_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError, DataError
+from tests.pico_models import write_token_file
 
 WORDS = ["".join(random.Random(n).choices("aeioukmnprst", k=6)) for n in range(100)]
 TEXTS = [f"The {n}th {WORDS[n % 100]} isn't {n * n} {WORDS[n % 7]}: naïve 日本\n\n\tx  y" for n in range(300)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from btx.data.document_files import located
 from btx.data.json_lines import json_objects, refuse_half_characters
@@ -65,7 +65,6 @@ class Preference:
 
 
 Row = Conversation | Preference
-Read = TypeVar("Read", Conversation, Preference)
 
 
 def data_files(section: Alignment, root: str | None, name: str) -> list[Path]:

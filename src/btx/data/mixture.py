@@ -98,11 +98,6 @@ class Mixture:
             {"components": components, "sequence_length": self.sequence_length, "rng_seed": self.rng_seed}
         )
 
-    @property
-    def tokens_available(self) -> int:
-        """Different training tokens of all components together."""
-        return int(self.sequences.sum()) * self.sequence_length
-
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each component's sequences are seen in a job of so many samples."""
         return dict(zip(self.names, (self.weights * samples / self.sequences).tolist(), strict=True))

@@ -216,16 +216,6 @@ def token_file_writer(
         writer.finish(rng_seed, source, dict(skipped or {}))
 
 
-def write_token_file(
-    folder: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, rng_seed: int, source: dict[str, Any]
-) -> TokenFile:
-    """Tokenise `texts` into a token file at `folder`; arguments as `token_file_writer`."""
-    with token_file_writer(folder, DocumentEncoder(tokenizer), rng_seed=rng_seed, source=source) as writer:
-        for text in texts:
-            writer.add(text)
-    return TokenFile.open(folder)
-
-
 @dataclass(frozen=True, eq=False)
 class TokenFile:
     """A complete token file, mapped into memory."""

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from btx.data.document_files import SUFFIXES, located
-from btx.data.sources import owns_held_out, source_files
+from btx.data.sources import naming, owns_held_out, source_files
 from btx.errors import DataError
 from btx.files import content_sha256, value_hash
 from btx.recipe.data import Data, Source
@@ -71,10 +71,8 @@ def files_identity(files: Sequence[Path]) -> list[list[str]]:
 
 
 def _source_identity(data: Data, domain: str, source: Source, rng_seed: int) -> dict[str, Any]:
-    try:
+    with naming(domain):
         train, held_out = source_files(source, domain, data)
-    except DataError as error:
-        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
     files = {"train": files_identity(train), "held_out": files_identity(held_out)}
     return _settings(data, domain, source, rng_seed, files)
 

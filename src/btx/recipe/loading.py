@@ -190,11 +190,11 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
     document.value.setdefault("name", Path(file).stem)
     if run is not None:
         document.value["run"] = run
-    is_base = [override.partition("=")[0].strip() == "extends" for override in overrides]
-    for override in (override for override, base in zip(overrides, is_base, strict=True) if base):
+    bases = [override for override in overrides if override.partition("=")[0].strip() == "extends"]
+    for override in bases:
         apply_override(document, override)
     _fill_from_extended(document)
-    for override in (override for override, base in zip(overrides, is_base, strict=True) if not base):
+    for override in (override for override in overrides if override not in bases):
         apply_override(document, override)
     if run is not None:
         _refuse_idle_paper(document)

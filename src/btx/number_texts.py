@@ -75,6 +75,11 @@ def decimal_text(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if is_number(value) else MISSING
 
 
+def evenly(count: int, at_most: int) -> list[int]:
+    """Numbers from 0 to `count` - 1: all, or `at_most` of them evenly spread from the first to the last."""
+    return list(range(count)) if count <= at_most else [round(i * (count - 1) / (at_most - 1)) for i in range(at_most)]
+
+
 def metric_of(found: Mapping[str, Any]) -> str:
     """Under which key of a task's entry its score stands."""
     return str(found.get("metric", "exact_match"))

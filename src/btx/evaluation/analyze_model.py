@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,8 +23,9 @@ from btx.models.loading import load_tokenizer
 from btx.models.measuring_memory import SCORING
 from btx.moe.any_moe import num_experts
 from btx.number_texts import decimal_text
+from btx.process import Log
 from btx.reporting.report import write_report
-from btx.reporting.tokens import own_expert
+from btx.reporting.tokens import own_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ SEQUENCE_LENGTH = 512
 
 def analyze_model(
     path: str | Path, texts: Mapping[str, Sequence[str]], output: Path, *, tokens: int, examples: int,
-    without: Sequence[str] = (), log: Callable[[str], None] = lambda line: None,
+    without: Sequence[str] = (), log: Log = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Route text of several domains through a MoE model; write routing.json, tokens.json and the report's page.
 
@@ -64,10 +65,9 @@ def analyze_model(
                               f"experts")  # fmt: skip
     names = names_of_experts(model, Path(path))
     longest = int(getattr(model.config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
-    owners = {domain: own_expert(domain, names, GENERAL) for domain in texts}
     analysis = Analysis(
-        names, {domain: expert for domain, expert in owners.items() if expert is not None},
-        min(SEQUENCE_LENGTH, longest), dropped_experts(without, names), apart=not keeps_apart(model),
+        names, own_experts(texts, names, GENERAL), min(SEQUENCE_LENGTH, longest), dropped_experts(without, names),
+        apart=not keeps_apart(model),
     )  # fmt: skip
     domains = {domain: _text_of(domain, documents, tokenizer, tokens, examples) for domain, documents in texts.items()}
     routing, shown = analysis.of(model, tokenizer, domains)

@@ -14,6 +14,7 @@ import torch
 from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, shortened
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.moe.any_moe import only_experts
+from btx.number_texts import evenly
 from btx.reporting.shapes import Kept
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ def kept_curve(
         names: the experts' names, E.
         order: experts in the order in which they go, the least used first: all E of them.
     """
-    most = len(order) - 1
-    steps = sorted({round(i * most / min(most, POINTS - 1)) for i in range(min(most, POINTS - 1) + 1)}) if most else [0]
     curve: list[Kept] = []
-    for dropped in steps:
+    for dropped in evenly(len(order), POINTS):
         allowed_E = torch.ones(len(names), dtype=torch.bool)
         allowed_E[list(order[:dropped])] = False
         with only_experts(model, allowed_E if dropped else None):

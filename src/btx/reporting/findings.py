@@ -14,7 +14,7 @@ from btx.reporting.headline import paired_differences
 from btx.reporting.paired_bootstrap import SIGNIFICANT
 from btx.reporting.results import Results, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
-from btx.reporting.tokens import mean_load, own_expert
+from btx.reporting.tokens import mean_load
 
 AS_GOOD = 0.01
 """Relative change of the bits per byte up to which fewer experts count as as good."""
@@ -139,9 +139,7 @@ def routing(run: Run) -> str:
         domain: [mean_load(of_domain["load"], e) for e in range(len(of_domain["load"][0]))]
         for domain, of_domain in domains.items()
     }
-    in_domain = {domain: index for domain in domains
-                 if (index := own_expert(domain, experts, run.general)) is not None}  # fmt: skip
-    if in_domain:
+    if in_domain := run.own_experts:
         largest = sum(means[domain][index] == max(means[domain]) for domain, index in in_domain.items())
         share = math.fsum(means[domain][index] for domain, index in in_domain.items()) / len(in_domain)
         return (

@@ -36,7 +36,7 @@ from btx.reporting.page_data import page_data, script_text
 from btx.reporting.readers import read_beside, script, token_readers
 from btx.reporting.results import report_table, results_table
 from btx.reporting.routing_figures import shift_figures
-from btx.reporting.routing_view import not_measured, own_experts, routing_view, shares_by, uses
+from btx.reporting.routing_view import not_measured, routing_view, shares_by, uses
 from btx.reporting.run_files import Run, read_run
 from btx.reporting.short_report import short_report
 from btx.reporting.views import View, run_views
@@ -167,7 +167,7 @@ def render(
     losses = loss_charts(run)
     charts = losses | {view.question: view.chart for view in views.values() if view.chart} | shift_figures(run)
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             run=run,
@@ -213,7 +213,7 @@ def _routing(run: Run) -> dict[str, Any]:
     return {
         "routing": routing_view(run),
         "top_k": run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
-        "own_experts": own_experts(run),
+        "own_experts": run.own_experts,
         "not_measured": not_measured(run),
         "by_position": by_position,
         "by_class": by_class,
@@ -225,7 +225,8 @@ def _routing(run: Run) -> dict[str, Any]:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates: what they are given is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("btx.reporting", "templates"), autoescape=True,

@@ -58,11 +58,16 @@ class Row:
     description: str
     domains: list[Cell]
     mean: Cell
-    mixed: Cell
-    """Documents that switch domain; empty where they were not measured."""
+    mixed: Cell | None
+    """Documents that switch domain; None where they were measured of no model."""
     tasks: list[Cell]
     costs: list[Cell]
     gains: list[float | None]
+
+    @property
+    def quality(self) -> list[Cell]:
+        """All cells but the costs, as `Results.quality_titles`."""
+        return [*self.domains, self.mean, *([self.mixed] if self.mixed else []), *self.tasks]
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,14 @@ class Results:
     rows: list[Row]
     mixed: bool
     """Whether documents that switch domain were measured."""
+
+    def quality_titles(self, tasks: Iterable[str]) -> list[str]:
+        """Titles of the rows' `quality`.
+
+        Args:
+            tasks: those of the tasks.
+        """
+        return [*self.domains, "mean", *(["mixed"] if self.mixed else []), *tasks]
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
@@ -102,9 +115,9 @@ def results_table(results: Mapping[str, Any]) -> Results:
         Row(
             name=name,
             description=describe(name) if "other" not in model else f"not the run's: {model['other']['path']}",
-            domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
+            domains=[_measured_cell(model.get("domains", {}).get(d, {}), best_domain[d]) for d in domains],
             mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
-            mixed=_cell(model.get("mixed", {}).get("bits_per_byte"), model.get("mixed", {}).get("stderr"), best_mixed),
+            mixed=_measured_cell(model.get("mixed", {}), best_mixed) if mixed else None,
             tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
             costs=_cost_cells(model),
             gains=[_gain(_bits(model, d), _bits(seed, d)) for d in domains]
@@ -127,16 +140,11 @@ def report_table(results: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_style="bold")
     table.add_column("model", no_wrap=True)
     tasks = (f"{task} {SHORT.get(metrics[task], metrics[task])}" for task in view.tasks)
-    mixed = ["mixed"] if view.mixed else []
-    for column in (*view.domains, "mean", *mixed, *tasks):
+    for column in view.quality_titles(tasks):
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
-        cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
-        table.add_row(
-            row.name,
-            *(Text(cell.text, style="bold" if cell.best else "") for cell in cells),
-            end_section=row.name == "seed",
-        )
+        cells = (Text(cell.text, style="bold" if cell.best else "") for cell in row.quality)
+        table.add_row(row.name, *cells, end_section=row.name == "seed")
     return table
 
 
@@ -182,8 +190,8 @@ def _cell(value: Any, error: Any, best: Any) -> Cell:
     )
 
 
-def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
-    return _cell(_bits(model, domain), model.get("domains", {}).get(domain, {}).get("stderr"), best)
+def _measured_cell(measured: Mapping[str, Any], best: Any) -> Cell:
+    return _cell(measured.get("bits_per_byte"), measured.get("stderr"), best)
 
 
 def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:

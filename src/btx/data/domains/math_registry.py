@@ -31,28 +31,9 @@ Drawn = tuple[dict[str, Any], list[str], list[str], str]
 KINDS: dict[str, Callable[[random.Random], Worked]] = {}
 """Kind of problem → function that draws one."""
 
-NAMES = [
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Ida",
-    "Jonas",
-    "Lena",
-    "Mark",
-    "Nora",
-    "Oscar",
-    "Paula",
-    "Robert",
-    "Sara",
-    "Tom",
-    "Vera",
-    "Will",
-]
+NAMES = (
+    "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Lena Mark Nora Oscar Paula Robert Sara Tom Vera Will"
+).split()
 THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "oranges", "pens", "stamps"]
 
 

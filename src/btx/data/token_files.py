@@ -35,7 +35,7 @@ from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 from btx.data.sources import digest_of
 from btx.data.tokenizer import TokenizerFile, fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError, RunFolderError
-from btx.files import atomic_folder, file_sha256, read_json
+from btx.files import atomic_folder, read_json
 from btx.system_errors import blame
 
 if TYPE_CHECKING:
@@ -224,16 +224,14 @@ class TokenFile:
     index: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path | str, *, verify: bool = False) -> TokenFile:
-        """Open `folder`, checking the sizes of its files; with `verify` also that no byte of tokens.bin changed.
+    def open(cls, folder: Path | str) -> TokenFile:
+        """Open `folder`, checking the sizes of its files.
 
         Raises:
             DataError: a file is missing, cut off, or not what the index says.
         """
         file = cls(Path(folder), _read_index(Path(folder)))
         file._check_sizes()
-        if verify and file_sha256(file.folder / "tokens.bin") != file.sha256:
-            raise DataError(f"{file.folder / 'tokens.bin'}: {_BROKEN.format('its bytes changed since it was written')}")
         return file
 
     def __len__(self) -> int:

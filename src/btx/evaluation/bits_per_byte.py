@@ -46,19 +46,16 @@ class BitsPerByte:
         return {"bits_per_byte": self.bits_per_byte, "stderr": self.stderr, "tokens": self.tokens, "bytes": self.bytes}
 
 
-def bits_per_byte(
-    model: PreTrainedModel | SideBySide, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
-) -> BitsPerByte:
+def bits_per_byte(model: PreTrainedModel | SideBySide, packed: Packed) -> BitsPerByte:
     """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
 
     Args:
         model: causal language model, on any device.
         packed: held-out documents as `btx.data.held_out.pack` lays them out.
-        micro_batch_tokens: tokens a forward pass, at most (one row at least).
     """
     started = time.perf_counter()
     nll_N = torch.zeros(len(packed.bytes_N), dtype=torch.float64)
-    for rows in packed.batches(micro_batch_tokens):
+    for rows in packed.batches(MICRO_BATCH_TOKENS):
         nll_R = token_nll(model, rows)
         nll_N.index_add_(0, rows.document_ids_BS[rows.scored_BS], nll_R.double().cpu())
     bits_N = nll_N / math.log(2)

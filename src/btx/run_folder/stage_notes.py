@@ -15,15 +15,12 @@ from btx.run_folder.manifest import now
 
 def started_json(stage: Stage) -> dict[str, Any]:
     """What is noted of a stage when it is begun."""
-    return {
-        "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
-        "shown": stage.shown, "upstream": stage.upstream, "files": files_of(stage),
-        "read": {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
-    }  # fmt: skip
+    read = {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")}
+    return {"stage": stage.name, **_noted(stage), "upstream": stage.upstream, "read": read}
 
 
 def _noted(stage: Stage) -> dict[str, Any]:
-    """What a stage notes of the data it reads, for the day when their folder is not there."""
+    """What is noted of a stage itself; of the data that it reads too, for the day when their folder is not there."""
     files = files_of(stage)
     return {"format": FORMAT, "inputs": stage.inputs, "settings": stage.settings, "shown": stage.shown, "files": files}
 

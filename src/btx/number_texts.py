@@ -53,6 +53,11 @@ def duration_text(seconds: Any) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def hours_text(hours: Any) -> str:
+    """Hours as `duration_text` has them."""
+    return duration_text(3600 * hours) if is_number(hours) else MISSING
+
+
 def clock_text(seconds: float) -> str:
     """What is left of something, as a clock shows it: 59.6 → "1:00", 3725 → "1:02:05"."""
     minutes, rest = divmod(round(seconds), 60)

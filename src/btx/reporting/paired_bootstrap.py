@@ -28,6 +28,11 @@ SIGNIFICANT = 0.05
 """A difference with a larger p is told as one that may be chance."""
 
 
+def chance_text(p: float | None) -> str:
+    """What is said behind a difference that may be chance; nothing behind another one."""
+    return f" (may be chance: p = {p:.2f})" if p is not None and p >= SIGNIFICANT else ""
+
+
 @dataclass(frozen=True)
 class Difference:
     """A difference of two models on one set."""

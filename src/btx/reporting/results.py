@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from btx.choices.baselines import BASELINES
 from btx.number_texts import (
-    MISSING,
     SHORT,
     count_text,
     decimal_text,
-    duration_text,
     flops_text,
+    hours_text,
     is_number,
     is_share,
     metric_of,
@@ -105,7 +104,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
     models: dict[str, Any] = results.get("models", {})
     domains = _in_order(name for model in models.values() for name in model.get("domains", {}))
     tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
-    best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
+    best_domain = {d: _best((bits_of(m, d) for m in models.values()), min) for d in domains}
     best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
     best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
     mixed = [model["mixed"] for model in models.values() if "mixed" in model]
@@ -120,7 +119,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
             mixed=_measured_cell(model.get("mixed", {}), best_mixed) if mixed else None,
             tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
             costs=_cost_cells(model),
-            gains=[_gain(_bits(model, d), _bits(seed, d)) for d in domains]
+            gains=[_gain(bits_of(model, d), bits_of(seed, d)) for d in domains]
             + [_gain(model.get("mean_bits_per_byte"), seed.get("mean_bits_per_byte"))],
         )
         for name, model in models.items()
@@ -151,7 +150,7 @@ def report_table(results: Mapping[str, Any]) -> Table:
 def learning_and_keeping_means(model: Mapping[str, Any], branches: Collection[str]) -> dict[str, float]:
     """Mean bits per byte over the domains that have a branch (`learning`) and over the others (`keeping`); empty where
     there are not both, or one is not measured."""
-    bits = {domain: _bits(model, domain) for domain in model.get("domains", {})}
+    bits = {domain: bits_of(model, domain) for domain in model.get("domains", {})}
     if not all(map(is_number, bits.values())):
         return {}
     return {part: math.fsum(bits[name] for name in names) / len(names)
@@ -162,7 +161,8 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _bits(model: Mapping[str, Any], domain: str) -> Any:
+def bits_of(model: Mapping[str, Any], domain: str) -> Any:
+    """A model's bits per byte in a domain; None if they are not measured."""
     return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
 
 
@@ -213,7 +213,7 @@ def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
     return [
         tokens,
         flops,
-        Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),
+        Cell(hours_text(hours), exact=f"{hours} hours"),
         active,
         total,
     ]

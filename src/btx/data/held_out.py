@@ -71,12 +71,10 @@ class Packed:
         rows = max(1, tokens // self.input_ids_BS.shape[1])
         for start in range(0, len(self.input_ids_BS), rows):
             note_progress()
-            part = slice(start, start + rows)
-            yield Packed(self.input_ids_BS[part], self.labels_BS[part], self.position_ids_BS[part],
-                         self.document_ids_BS[part], self.bytes_N)  # fmt: skip
+            yield self.select(slice(start, start + rows))
 
-    def select(self, rows_B: Tensor) -> Packed:
-        """Some rows: a mask or indices."""
+    def select(self, rows_B: Tensor | slice) -> Packed:
+        """Some rows: a mask, indices or a slice."""
         return Packed(self.input_ids_BS[rows_B], self.labels_BS[rows_B], self.position_ids_BS[rows_B],
                       self.document_ids_BS[rows_B], self.bytes_N)  # fmt: skip
 

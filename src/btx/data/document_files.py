@@ -204,8 +204,6 @@ def _each_once(files: Sequence[Path]) -> list[Path]:
 
 def _documents(file: Path, source: Source) -> Iterator[str]:
     name = file.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise DataError(f"{file}: unknown format; formats: {', '.join(SUFFIXES)}")
     if name.endswith(".parquet"):
         return _parquet(file, source.text)
     if name.endswith(".txt"):

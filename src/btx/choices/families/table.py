@@ -31,11 +31,8 @@ ROPES = "tied embeddings, head_dim, every rope scaling"
 
 def _no_biases(dense: Config) -> str | None:
     """Neither Mixtral's attention nor its experts have biases."""
-    if dense.get("mlp_bias"):
-        return "mlp_bias: no MoE class has biases in its experts"
-    if dense.get("attention_bias"):
-        return "attention_bias: Mixtral's attention has no biases"
-    return None
+    attention = "attention_bias: Mixtral's attention has no biases" if dense.get("attention_bias") else None
+    return _no_mlp_bias(dense) or attention
 
 
 def _no_mlp_bias(dense: Config) -> str | None:

@@ -33,7 +33,7 @@ from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
 from btx.run_folder.lease import lock_file, take_lease
 from btx.run_folder.manifest import manifest, now
-from btx.run_folder.stage_notes import done_json, files_of, is_known, settings_known, started_json
+from btx.run_folder.stage_notes import done_json, files_of, is_known, started_json
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.system_errors import WRITING, blame
@@ -154,9 +154,9 @@ class RunFolder:
         try:
             return stage.inputs != begun["inputs"]
         except UserError:
-            if not settings_known(stage):
+            if not is_known(stage, "settings"):
                 return self.done(stage) is not None  # made from other files than those that are missing now
-            known = [needed for needed in stage.needs if is_known(needed)]
+            known = [needed for needed in stage.needs if is_known(needed, "inputs")]
             if any(begun["upstream"].get(needed.label) != needed.inputs for needed in known):
                 return True
             return stage.settings != begun["settings"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from btx.errors import UserError
 from btx.outputs import FORMAT
@@ -40,17 +40,9 @@ def files_of(stage: Stage) -> dict[str, str]:
         return dict(stage.recorded["files"]) if stage.recorded else {}
 
 
-def is_known(stage: Stage) -> bool:
-    """Whether a stage's hash can be told here."""
+def is_known(stage: Stage, what: Literal["inputs", "settings"]) -> bool:
+    """Whether a stage's hash, or what decides it besides the stages before it, can be told here."""
     try:
-        return bool(stage.inputs)
-    except UserError:
-        return False
-
-
-def settings_known(stage: Stage) -> bool:
-    """Whether what decides a stage besides the stages before it can be told here."""
-    try:
-        return stage.settings is not None
+        return getattr(stage, what) is not None
     except UserError:
         return False

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -131,8 +131,7 @@ def _run(program: str, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
         raise UserError("code execution needs Linux or macOS: this system has no resource limits for a process")
     token = secrets.token_hex(16)
     settings = {
-        "token": token, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes,
-        "open_files": limits.open_files, "user": NOBODY if _is_root() else None,
+        **asdict(limits), "token": token, "user": NOBODY if _is_root() else None,
         "read_all": not _all_may_read(sys.base_prefix),
     }  # fmt: skip
     with _empty_folder() as folder, tempfile.TemporaryFile() as report:

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,15 +71,12 @@ def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
         texts: domain → its documents, one at least.
         count: texts wanted.
     """
-    pairs, used, joined = list(combinations(texts, 2)), dict.fromkeys(texts, 0), []
+    pairs, joined = list(combinations(texts, 2)), []
+    halves = {domain: cycle(map(split_in_the_middle, of_it)) for domain, of_it in texts.items()}
     for number in range(count):
         turn, place = divmod(number, len(pairs))
-        pair = pairs[place] if (turn + place) % 2 == 0 else pairs[place][::-1]
-        halves = []
-        for domain, half in zip(pair, (0, 1), strict=True):
-            halves.append(split_in_the_middle(texts[domain][used[domain] % len(texts[domain])])[half])
-            used[domain] += 1
-        joined.append(JOINT.join(halves))
+        first, second = pairs[place] if (turn + place) % 2 == 0 else pairs[place][::-1]
+        joined.append(next(halves[first])[0] + JOINT + next(halves[second])[1])
     return joined
 
 

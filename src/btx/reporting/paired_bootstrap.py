@@ -10,7 +10,7 @@ is in `btx.evaluation.aggregate`. Plain Python and numpy.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Difference:
 
     def as_json(self) -> dict[str, float]:
         """As `btx compare --json` has it."""
-        return {"difference": self.difference, "low": self.low, "high": self.high, "p": self.p}
+        return asdict(self)
 
 
 def read_documents(path: Path) -> dict[str, Any] | None:

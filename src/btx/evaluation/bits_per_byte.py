@@ -35,7 +35,6 @@ class BitsPerByte:
     """Scored tokens."""
     bytes: int
     """UTF-8 bytes of the scored text."""
-    documents: int
     seconds: float
     """Wall seconds of the forward passes."""
     document_bits: list[float]
@@ -62,8 +61,7 @@ def bits_per_byte(model: PreTrainedModel | SideBySide, packed: Packed) -> BitsPe
     value, stderr = ratio(bits_N, packed.bytes_N.double())
     return BitsPerByte(
         bits_per_byte=value, stderr=stderr, tokens=int(packed.scored_BS.sum()), bytes=int(packed.bytes_N.sum()),
-        documents=len(nll_N), seconds=time.perf_counter() - started,
-        document_bits=[round(bits, 4) for bits in bits_N.tolist()],
+        seconds=time.perf_counter() - started, document_bits=[round(bits, 4) for bits in bits_N.tolist()],
     )  # fmt: skip
 
 

@@ -153,10 +153,8 @@ class ToShow:
         """
         answers = []
         for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
-            asked, said = (
-                self.asked[int(number)],
-                {name: of_model["answers"].get(number) for name, of_model in kept.items()},
-            )
+            asked = self.asked[int(number)]
+            said = {name: of_model["answers"].get(number) for name, of_model in kept.items()}
             answers.append({
                 "domain": asked.domain, "prompt": asked.prompt, "gold": asked.gold,
                 "answers": {name: answer["output"] for name, answer in said.items() if answer},

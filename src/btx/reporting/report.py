@@ -34,7 +34,7 @@ from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
 from btx.reporting.page_data import page_data, script_text
 from btx.reporting.readers import read_beside, script, token_readers
-from btx.reporting.results import report_table, results_table
+from btx.reporting.results import results_table
 from btx.reporting.routing_figures import shift_figures
 from btx.reporting.routing_view import not_measured, routing_view, shares_by, uses
 from btx.reporting.run_files import Run, read_run
@@ -43,8 +43,6 @@ from btx.reporting.views import View, run_views
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-__all__ = ["report_table", "write_report"]
 
 MOST_NAMES = 12  # of experts, in a line
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task

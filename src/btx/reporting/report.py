@@ -88,16 +88,13 @@ def _write(path: Path, text: str) -> None:
 
 def stage_costs(run: Run) -> dict[str, Any]:
     """Finished stages with tokens, FLOPs and wall seconds, and their sums."""
+    costs = ("tokens", "flops", "wall_s")
     rows = [
-        {"name": stage.name, **{key: stage.done.get(key) for key in ("tokens", "flops", "wall_s")}}
+        {"name": stage.name, **{key: stage.done.get(key) for key in costs}}
         for stage in run.stages
         if stage.done is not None
     ]
-    sums = (
-        {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in rows[0] if key != "name"}
-        if rows
-        else {}
-    )
+    sums = {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in costs} if rows else {}
     return {"rows": rows, "sums": sums, "running": [stage.name for stage in run.stages if stage.done is None]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from btx.data.token_files import write_token_file
+from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer
 from btx.data.tokenizer import train_tokenizer
 from btx.recipe.loading import parse_recipe
 from btx.recipe.schema import Recipe
@@ -51,6 +52,16 @@ def texts(count: int, rng_seed: int, longest: int = 60) -> list[str]:
 def tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer of 320 entries."""
     return train_tokenizer(texts(50, rng_seed=0), 320)
+
+
+def write_token_file(
+    folder: Path, texts: Iterable[str], tokenizer: Tokenizer, *, rng_seed: int, source: dict[str, Any]
+) -> TokenFile:
+    """A token file of some texts."""
+    with token_file_writer(folder, DocumentEncoder(tokenizer), rng_seed=rng_seed, source=source) as writer:
+        for text in texts:
+            writer.add(text)
+    return TokenFile.open(folder)
 
 
 def other_tokenizer() -> Tokenizer:

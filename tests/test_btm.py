@@ -20,8 +20,9 @@ from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.baselines.text_similarity import TextSimilarity, looks
 from btx.data.expert_text import TextRows
 from btx.data.held_out import HeldOutDocument, Packed, pack
-from btx.data.token_files import DocumentEncoder, write_token_file
+from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
+from btx.evaluation import bits_per_byte as bits_per_byte_module
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.tasks import complete
@@ -32,7 +33,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.serving.speaker import Sampling, completion
 from btx.stages.baselines import write_btm
-from tests.pico_models import llama, prepared_run, recipe, tokenizer
+from tests.pico_models import llama, prepared_run, recipe, tokenizer, write_token_file
 
 WORDS = {
     "math": ["sum", "three", "four", "seven", "42", "7", "+", "x"],
@@ -194,10 +195,11 @@ def test_the_likelihood_is_that_of_mixed_distributions_one_token_after_the_other
     assert found.bits_per_byte == pytest.approx(bits / sum(document.bytes for document in documents), rel=1e-5)
 
 
-def test_neither_packing_nor_the_micro_batch_changes_the_bits(btm):
+def test_neither_packing_nor_the_micro_batch_changes_the_bits(btm, monkeypatch):
     packed = pack(mixed_documents(), 48)
     whole = bits_per_byte(btm, packed).bits_per_byte
-    assert bits_per_byte(btm, packed, micro_batch_tokens=1).bits_per_byte == pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr(bits_per_byte_module, "MICRO_BATCH_TOKENS", 1)
+    assert bits_per_byte(btm, packed).bits_per_byte == pytest.approx(whole, rel=1e-6)
     alone = [bits_per_byte(btm, pack([document], 48)) for document in mixed_documents()]
     bits = sum(one.bits_per_byte * one.bytes for one in alone)
     assert bits / sum(one.bytes for one in alone) == pytest.approx(whole, rel=1e-6)

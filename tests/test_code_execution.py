@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs the resource l
 def test_a_program_passes_only_if_it_runs_to_its_end() -> None:
     programs = ["assert sorted([2, 1]) == [1, 2]", "assert 1 == 2", "raise SystemExit(0)\nassert False",
                 "import os\nos._exit(0)", "def broken(:", "import ctypes\nctypes.string_at(0)"]  # fmt: skip
-    outcomes = run_programs(programs, jobs=2)
+    outcomes = run_programs(programs)
     assert outcomes[0] == Outcome(True, "")
     assert not any(outcome.passed for outcome in outcomes[1:])
     why = [outcome.why for outcome in outcomes[1:]]
@@ -47,7 +47,7 @@ os._exit(0)
 
 def test_an_endless_loop_and_a_long_sleep_end_when_their_time_is_up() -> None:
     started = time.monotonic()
-    busy, asleep = run_programs(["while True: pass", "import time\ntime.sleep(60)"], jobs=2,
+    busy, asleep = run_programs(["while True: pass", "import time\ntime.sleep(60)"],
                                 limits=Limits(seconds=1.5, cpu_s=1))  # fmt: skip
     assert busy.why in ("signal SIGKILL", "signal SIGXCPU", "time")
     assert asleep.why == "time"

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from btx.data.domains import Question
 from btx.data.held_out import HeldOutDocument, held_out_documents, pack
 from btx.data.mixture import NO_LABEL
-from btx.data.token_files import DocumentEncoder, write_token_file
+from btx.data.token_files import DocumentEncoder
 from btx.errors import DataError
+from btx.evaluation import bits_per_byte as bits_per_byte_module
+from btx.evaluation import tasks
 from btx.evaluation.bits_per_byte import bits_per_byte, ratio
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.questions import read_questions
@@ -27,7 +29,7 @@ from btx.models.device import device_and_type
 from btx.models.loading import load_model
 from btx.recipe.evaluate import Task
 from btx.recipe.schema import Recipe
-from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer
+from tests.pico_models import llama, mixtral, other_tokenizer, prepared_run, recipe, texts, tokenizer, write_token_file
 
 MODELS = {"llama": llama, "mixtral": mixtral}
 
@@ -62,7 +64,7 @@ def test_bits_per_byte_equals_a_slow_float64_reference_one_document_at_a_time(ki
     assert measured.bits_per_byte == pytest.approx(sum(bits) / size, rel=1e-5)
     assert measured.bytes == size
     assert measured.tokens == sum(len(document.tokens) - 1 for document in documents())
-    assert measured.documents == 12
+    assert len(measured.document_bits) == 12
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -92,7 +94,8 @@ def test_neither_packing_nor_the_micro_batch_nor_the_head_s_slices_change_the_bi
     packed = pack(documents(), 24)
     assert max(len(row.unique()) for row in packed.document_ids_BS) > 2, "some rows should hold several documents"
     whole = bits_per_byte(model, packed).bits_per_byte
-    assert bits_per_byte(model, packed, micro_batch_tokens=1).bits_per_byte == pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr(bits_per_byte_module, "MICRO_BATCH_TOKENS", 1)
+    assert bits_per_byte(model, packed).bits_per_byte == pytest.approx(whole, rel=1e-6)
     monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", 1)
     assert bits_per_byte(model, packed).bits_per_byte == pytest.approx(whole, rel=1e-6)
     alone = [bits_per_byte(model, pack([document], 24)) for document in documents()]
@@ -235,13 +238,14 @@ def test_a_gold_answer_may_hold_the_marker_or_not():
     assert gold_answer("a\n b", None) == "a b"
 
 
-def test_a_model_asked_for_its_own_outputs_is_always_right_and_for_others_never(tmp_path):
+def test_a_model_asked_for_its_own_outputs_is_always_right_and_for_others_never(tmp_path, monkeypatch):
     model, task = load_model(llama(tmp_path / "llama")), Task(generate="math", max_new_tokens=6)
     outputs = complete(model, tokenizer(), PROMPTS, None, 6)
     own = [Question(p, final_answer(o, None), "") for p, o in zip(PROMPTS, outputs, strict=True)]
     assert exact_match(model, tokenizer(), own, task).exact_match == 1.0
     half = [*own[:2], *[Question(question.prompt, "something else", "") for question in own[2:]]]
-    found = exact_match(model, tokenizer(), half, task, batch_tokens=1)
+    monkeypatch.setattr(tasks, "BATCH_TOKENS", 1)
+    found = exact_match(model, tokenizer(), half, task)
     assert (found.exact_match, found.stderr) == (0.5, 0.25)
     assert [answer["correct"] for answer in found.as_json()["examples"]] == [True, True, False, False]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from btx.data.held_out import HeldOutDocument, pack
-from btx.data.token_files import write_token_file
 from btx.evaluation.analyze import RoutingTotals, analyze, least_used_first
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.kept_experts import POINTS, TOKENS, documents_for_curve, kept_curve
@@ -19,7 +18,7 @@ from btx.evaluation.used_for import TokenTotals
 from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
 from btx.moe.routers import Routing
-from tests.pico_models import mixtral, prepared_run, recipe, tokenizer
+from tests.pico_models import mixtral, prepared_run, recipe, tokenizer, write_token_file
 
 OLD, NEW = 40, 41
 """Two tokens, each with an expert of its own in `domain_router`."""

@@ -8,13 +8,12 @@ from itertools import combinations
 
 import pytest
 
-from btx.data.token_files import write_token_file
 from btx.errors import DataError, RecipeError
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.evaluation.mixed_set import JOINT, joined_halves, mixed_documents, split_in_the_middle
 from btx.recipe.loading import parse_recipe
 from btx.recipe.schema import Recipe
-from tests.pico_models import RECIPE, llama, other_tokenizer, prepared_run, recipe, texts, tokenizer
+from tests.pico_models import RECIPE, llama, other_tokenizer, prepared_run, recipe, texts, tokenizer, write_token_file
 
 # --- halves of held-out documents -----------------------------------------------------------------------------------
 

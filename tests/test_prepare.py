@@ -90,7 +90,7 @@ def test_each_own_source_has_its_token_files(
     )
     assert folders == [f"{domain}/0/{split}" for domain in ("code", "general", "math") for split in ("train", "val")]
     for split in ("train", "val"):
-        file = TokenFile.open(tmp_path / "data" / "math" / "0" / split, verify=True)
+        file = TokenFile.open(tmp_path / "data" / "math" / "0" / split)
         source = recipe.data.domains["math"].sources[0]
         texts = list(read_documents(source, split, domain="math", data=recipe.data, rng_seed=0))  # type: ignore[arg-type]
         starts = file.document_starts
@@ -253,7 +253,7 @@ def test_a_runs_data_stages_leave_a_tokenizer_and_token_files(make: Callable[...
 
 def texts_of(folder: Path, tokenizer: PreTrainedTokenizerFast) -> set[str]:
     """The documents of a token file, white space apart."""
-    file = TokenFile.open(folder, verify=True)
+    file = TokenFile.open(folder)
     documents = (tokenizer.decode(file.tokens[a + 1 : b]) for a, b in pairwise(file.document_starts))
     return {" ".join(text.split()) for text in documents}
 

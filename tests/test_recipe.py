@@ -427,7 +427,7 @@ def test_a_copy_goes_into_a_folder_and_never_over_an_existing_file(tmp_path: Pat
     ("name", "target", "expected"),
     [
         ("dmo", "a.yaml", "no packaged recipe 'dmo'; did you mean 'demo'"),
-        ("demo", "missing/a.yaml", "cannot be written: No such file or directory"),
+        ("demo", "missing/a.yaml", "cannot be written: there is no folder .*missing"),
         ("demo", "a.txt", "ends in .yaml"),
         ("demo", "my copy.yaml", "name: expected a name"),
     ],

@@ -19,7 +19,7 @@ import pytest
 
 from btx.cli.terminal import show
 from btx.errors import RunFolderError
-from btx.number_texts import count_text, duration_text, flops_text, signed_percent
+from btx.number_texts import count_text, duration_text, evenly, flops_text, signed_percent
 from btx.reporting.charts import CostChart, CostPoint, bucket_means
 from btx.reporting.drawing import Chart, spread
 from btx.reporting.headline import headline
@@ -27,7 +27,7 @@ from btx.reporting.paired_bootstrap import compare_documents
 from btx.reporting.readers import script
 from btx.reporting.report import write_report
 from btx.reporting.results import report_table, results_table
-from btx.reporting.tokens import own_expert, shown_layers
+from btx.reporting.tokens import own_expert
 from tests.report_data import DRAW
 
 DOMAINS = ["math", "code", "knowledge", "general"]
@@ -623,8 +623,8 @@ def test_the_routing_tables_hold_the_shares_in_percent(run: Path, html: str) -> 
 
 
 def test_layers_shown_run_evenly_from_first_to_last() -> None:
-    assert shown_layers(4, 8) == [0, 1, 2, 3]
-    assert shown_layers(32, 8) == [0, 4, 9, 13, 18, 22, 27, 31]
+    assert evenly(4, 8) == [0, 1, 2, 3]
+    assert evenly(32, 8) == [0, 4, 9, 13, 18, 22, 27, 31]
 
 
 def test_the_generalist_is_the_general_domains_own_expert() -> None:

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from btx.data import sources, token_files
 from btx.data import tokenizer as tokenizer_module
-from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer, write_token_file
+from btx.data.token_files import DocumentEncoder, TokenFile, token_file_writer
 from btx.data.tokenizer import as_loaded_beside, fast_tokenizer, tokenizer_sha256, train_tokenizer
 from btx.errors import CheckpointError, DataError
+from tests.pico_models import write_token_file
 
 WORDS = ["".join(random.Random(n).choices("aeioukmnprst", k=6)) for n in range(100)]
 TEXTS = [f"The {n}th {WORDS[n % 100]} isn't {n * n} {WORDS[n % 7]}: naïve 日本\n\n\tx  y" for n in range(300)]
@@ -190,10 +191,10 @@ def test_an_interrupted_writer_leaves_what_was_there(tokenizer: PreTrainedTokeni
     before = write_token_file(tmp_path / "f", TEXTS, tokenizer, rng_seed=0, source={}).index
     with pytest.raises(KeyboardInterrupt):
         interrupted(TEXTS[:5])
-    assert TokenFile.open(tmp_path / "f", verify=True).index == before
+    assert TokenFile.open(tmp_path / "f").index == before
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     write_token_file(tmp_path / "f", TEXTS[:5], tokenizer, rng_seed=0, source={})
-    assert TokenFile.open(tmp_path / "f", verify=True).documents == 5
+    assert TokenFile.open(tmp_path / "f").documents == 5
 
 
 @pytest.mark.parametrize("name", ["index.json", "tokens.bin", "documents.npy", "bytes.npy"])
@@ -222,17 +223,6 @@ def test_offsets_of_another_token_file_are_noticed(tokenizer: PreTrainedTokenize
         with pytest.raises(DataError, match=f"{name}: .* does not fit the index"):
             TokenFile.open(tmp_path / "f")
         (tmp_path / "f" / name).write_bytes(kept)
-
-
-def test_a_changed_byte_is_noticed_on_verification(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    write_token_file(tmp_path / "f", TEXTS, tokenizer, rng_seed=0, source={})
-    path = tmp_path / "f" / "tokens.bin"
-    content = bytearray(path.read_bytes())
-    content[100] ^= 1
-    path.write_bytes(content)
-    TokenFile.open(tmp_path / "f")
-    with pytest.raises(DataError, match=r"tokens\.bin: .*bytes changed"):
-        TokenFile.open(tmp_path / "f", verify=True)
 
 
 # Long documents and long words

@@ -53,6 +53,11 @@ def duration_text(seconds: Any) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def hours_text(hours: Any) -> str:
+    """Hours as `duration_text` has them."""
+    return duration_text(3600 * hours) if is_number(hours) else MISSING
+
+
 def clock_text(seconds: float) -> str:
     """What is left of something, as a clock shows it: 59.6 → "1:00", 3725 → "1:02:05"."""
     minutes, rest = divmod(round(seconds), 60)
@@ -73,6 +78,11 @@ def signed_percent(share: float, digits: int = 1) -> str:
 def decimal_text(value: Any, digits: int = 3) -> str:
     """A number with fixed decimals, or a dash."""
     return f"{value:.{digits}f}" if is_number(value) else MISSING
+
+
+def evenly(count: int, at_most: int) -> list[int]:
+    """Numbers from 0 to `count` - 1: all, or `at_most` of them evenly spread from the first to the last."""
+    return list(range(count)) if count <= at_most else [round(i * (count - 1) / (at_most - 1)) for i in range(at_most)]
 
 
 def metric_of(found: Mapping[str, Any]) -> str:

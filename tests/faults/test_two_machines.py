@@ -131,8 +131,8 @@ def test_a_lease_whose_owner_was_killed_while_it_made_it_is_taken_over(
 ) -> None:
     monkeypatch.setattr(lease, "LEASE_S", LEASE_S)
     monkeypatch.setattr(lease, "BEAT_S", 3 * BEAT_S)
-    lease.lease_file(run.path, "run").parent.mkdir()
-    lease.lease_file(run.path, "run").write_text(left)
+    lease.lock_file(run.path, "run", "lease").parent.mkdir()
+    lease.lock_file(run.path, "run", "lease").write_text(left)
     with exclusive(run.path, "run", patience_s=10):
         assert at_work(run, "run") == platform.node()
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from btx.data.document_files import located
-from btx.data.json_lines import json_objects, refuse_half_characters
+from btx.data.json_lines import json_objects, kind_of, refuse_half_characters
 from btx.errors import DataError
 from btx.recipe.align import Alignment
 
@@ -65,7 +65,6 @@ class Preference:
 
 
 Row = Conversation | Preference
-Read = TypeVar("Read", Conversation, Preference)
 
 
 def data_files(section: Alignment, root: str | None, name: str) -> list[Path]:
@@ -180,8 +179,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if role not in ROLES:
         raise DataError(f"{where}: its role is {role!r}; roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise DataError(f"{where}: its content is {'null' if content is None else f'a {type(content).__name__}'}; "
-                        f"it has to be text")  # fmt: skip
+        raise DataError(f"{where}: its content is {kind_of(content)}; it has to be text")
     if role == "assistant" and not content.strip():
         raise DataError(f"{where}: the assistant says nothing; leave the conversation out, or end it before")
     if more := sorted(name for name, said in message.items() if name not in ("role", "content") and said):

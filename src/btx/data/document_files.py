@@ -19,7 +19,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from btx.data.json_lines import BLOCK, json_value, numbered_lines, optional, pieces, refuse_half_characters
+from btx.data.json_lines import BLOCK, json_value, kind_of, numbered_lines, optional, pieces, refuse_half_characters
 from btx.errors import DataError
 from btx.files import home_filled
 from btx.recipe.data import Source
@@ -204,8 +204,6 @@ def _each_once(files: Sequence[Path]) -> list[Path]:
 
 def _documents(file: Path, source: Source) -> Iterator[str]:
     name = file.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise DataError(f"{file}: unknown format; formats: {', '.join(SUFFIXES)}")
     if name.endswith(".parquet"):
         return _parquet(file, source.text)
     if name.endswith(".txt"):
@@ -235,14 +233,10 @@ def _text(value: Any, key: str, where: str) -> str:
         raise DataError(f"{where}: no key {key!r}; keys there: {keys}. {NAME_IT}")
     text = value[key]
     if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} is {_kind(text)}, not a string")
+        raise DataError(f"{where}: {key!r} is {kind_of(text)}, not a string")
     if not text.isascii():
         refuse_half_characters(text, where, key)
     return text
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:

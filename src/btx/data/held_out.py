@@ -5,7 +5,6 @@ Shape letters: B rows, S sequence, N documents.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,17 @@ import torch
 from torch import Tensor
 
 from btx.data.mixture import NO_LABEL
+from btx.data.packed_conversations import best_fit_decreasing
 from btx.data.token_files import TokenFile
+from btx.data.token_texts import decoded
 from btx.errors import DataError
 from btx.process import note_progress
 from btx.recipe.mixtures import resolve
 
 if TYPE_CHECKING:
-    from btx.recipe.schema import Recipe
+    from transformers import PreTrainedTokenizerBase
 
+    from btx.recipe.schema import Recipe
 
 PADDING = -1
 
@@ -69,12 +71,10 @@ class Packed:
         rows = max(1, tokens // self.input_ids_BS.shape[1])
         for start in range(0, len(self.input_ids_BS), rows):
             note_progress()
-            part = slice(start, start + rows)
-            yield Packed(self.input_ids_BS[part], self.labels_BS[part], self.position_ids_BS[part],
-                         self.document_ids_BS[part], self.bytes_N)  # fmt: skip
+            yield self.select(slice(start, start + rows))
 
-    def select(self, rows_B: Tensor) -> Packed:
-        """Some rows: a mask or indices."""
+    def select(self, rows_B: Tensor | slice) -> Packed:
+        """Some rows: a mask, indices or a slice."""
         return Packed(self.input_ids_BS[rows_B], self.labels_BS[rows_B], self.position_ids_BS[rows_B],
                       self.document_ids_BS[rows_B], self.bytes_N)  # fmt: skip
 
@@ -118,6 +118,14 @@ def held_out_documents(
         for number in _selected(file, int(tokens * weight / total),
                                 None if documents is None else math.ceil(documents * weight / total))
     ]  # fmt: skip
+
+
+def shortened(document: HeldOutDocument, tokens: int, tokenizer: PreTrainedTokenizerBase) -> HeldOutDocument:
+    """The first tokens of a document's text, with the bytes that they stand for."""
+    if len(document.tokens) <= 1 + tokens:
+        return document
+    ids = document.tokens[: 1 + tokens]
+    return HeldOutDocument(ids, max(1, len(decoded(tokenizer, ids[1:]).encode())))
 
 
 def _document(file: TokenFile, number: int) -> HeldOutDocument:
@@ -164,7 +172,7 @@ def pack(documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: b
     ]
     lengths = [len(piece) for _, piece in pieces]
     alone = [[i] for i in sorted(range(len(pieces)), key=lambda i: -lengths[i])]
-    rows = alone if apart else _best_fit(lengths, sequence_length)
+    rows = alone if apart else best_fit_decreasing(lengths, sequence_length)
     width = max(sum(len(pieces[i][1]) for i in row) for row in rows)
     shape = (len(rows), width)
     input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -180,19 +188,3 @@ def pack(documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: b
             document_ids[r, start:end] = number
             start = end
     return Packed(input_ids, labels, positions, document_ids, torch.tensor([document.bytes for document in documents]))
-
-
-def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `capacity`: longest first, each where it leaves the least room."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect.bisect_left(room, (lengths[i], -1))
-        if place == len(room):
-            free, row = capacity, len(rows)
-            rows.append([])
-        else:
-            free, row = room.pop(place)
-        rows[row].append(i)
-        bisect.insort(room, (free - lengths[i], row))
-    return rows

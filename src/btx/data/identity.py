@@ -4,13 +4,13 @@ when they were written is no part of it. Plain Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from glob import has_magic
 from pathlib import Path, PurePath
 from typing import Any
 
 from btx.data.document_files import SUFFIXES, located
-from btx.data.sources import owns_held_out, source_files
+from btx.data.sources import naming, owns_held_out, source_files
 from btx.errors import DataError
 from btx.files import content_sha256, value_hash
 from btx.recipe.data import Data, Source
@@ -62,7 +62,8 @@ def held_out_identity(identity: dict[str, Any]) -> str:
 
 def domain_files(data: Data, domain: str) -> dict[str, str]:
     """Path of every local file that a domain is read from → its SHA-256, to name the one that changed."""
-    return {str(file): content_sha256(file) for file in _files_of(data, domain)}
+    files = [source_files(source, domain, data) for _, source in own_sources(data, domain)]
+    return {str(file): content_sha256(file) for train, held_out in files for file in (*train, *held_out)}
 
 
 def files_identity(files: Sequence[Path]) -> list[list[str]]:
@@ -71,10 +72,8 @@ def files_identity(files: Sequence[Path]) -> list[list[str]]:
 
 
 def _source_identity(data: Data, domain: str, source: Source, rng_seed: int) -> dict[str, Any]:
-    try:
+    with naming(domain):
         train, held_out = source_files(source, domain, data)
-    except DataError as error:
-        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
     files = {"train": files_identity(train), "held_out": files_identity(held_out)}
     return _settings(data, domain, source, rng_seed, files)
 
@@ -109,12 +108,6 @@ def _refuse_other_paths(data: Data, domain: str, known: set[str], recorded: Mapp
         raise DataError(
             f"domain {domain!r}: its sources are not those it was prepared from, and files of it are missing"
         )
-
-
-def _files_of(data: Data, domain: str) -> Iterator[Path]:
-    for _, source in own_sources(data, domain):
-        for files in source_files(source, domain, data):
-            yield from files
 
 
 def _format(file: Path) -> str:

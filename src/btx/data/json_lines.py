@@ -64,6 +64,11 @@ def json_value(line: bytes, where: str, what: str) -> Any:
         raise DataError(f"{where}: not JSON ({error}); each line has to be one JSON object, a {what}") from error
 
 
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, for messages: `null`, `a list`."""
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
 def refuse_half_characters(value: Any, where: str, key: str) -> None:
     """Refuse text that JSON can spell, "\\ud83d", but that is no Unicode: half of a surrogate pair.
 

@@ -82,11 +82,6 @@ class Mixture:
         self._key = np.array([int(self.fingerprint[:16], 16)], np.uint64)
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def __getitem__(self, sample: int) -> tuple[int, int]:
-        """(component index, sequence index within the component) of a sample."""
-        components, sequences = self.locate(np.array([sample]))
-        return int(components[0]), int(sequences[0])
-
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the samples: a job resumes only with the same fingerprint."""
@@ -97,11 +92,6 @@ class Mixture:
         return value_hash(
             {"components": components, "sequence_length": self.sequence_length, "rng_seed": self.rng_seed}
         )
-
-    @property
-    def tokens_available(self) -> int:
-        """Different training tokens of all components together."""
-        return int(self.sequences.sum()) * self.sequence_length
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each component's sequences are seen in a job of so many samples."""

@@ -178,10 +178,6 @@ class PackedPairs(PackedConversations):
         input_ids, labels, positions, answers = (np.stack([row[part] for row in made]) for part in range(4))
         return PairBatch(input_ids, labels, positions, answers, self.reference[list(rows)])
 
-    def batch(self, start: int, count: int) -> PairBatch:
-        """Samples start, ..., start + count - 1 as the rows of a batch."""
-        return self.of_rows(self.located(start, count))
-
 
 def best_fit_decreasing(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Numbers of the things in each row, longest first, each in the fullest row with room for it."""

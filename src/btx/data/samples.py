@@ -50,9 +50,14 @@ def open_mixtures(
         )
         for weights in mixtures
     ]  # fmt: skip
-    if len(opened) > 1:
-        return Interleaved(opened)
-    return Switching(opened[0], switching) if switching else opened[0]
+    return in_turn(opened, switching)
+
+
+def in_turn(mixtures: Sequence[Mixture], switching: float) -> Samples:
+    """Several mixtures in turn; or a single one, in which a share of the sequences switch domain."""
+    if len(mixtures) > 1:
+        return Interleaved(mixtures)
+    return Switching(mixtures[0], switching) if switching else mixtures[0]
 
 
 def unused_tokens(data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]]) -> dict[str, int]:

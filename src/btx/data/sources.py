@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -61,7 +62,7 @@ def split_documents(
     if source.domain is not None:
         raise ValueError(f"a source that takes from domain {source.domain!r} has no documents of its own")
     skipped = Counter[str]() if skipped is None else skipped
-    try:
+    with naming(domain):
         held_out, train = _sides(source, domain, data, rng_seed)
         if held_out is None:
             yield from _divide_by_hash(_up_to(_distinct(train, set(), skipped), source.max_bytes), data.held_out)
@@ -70,6 +71,13 @@ def split_documents(
             if not owns_held_out(source, domain, data):
                 val_bytes = 0
             yield from _given_sides(held_out, train, val_bytes, train_bytes, skipped)
+
+
+@contextmanager
+def naming(domain: str) -> Iterator[None]:
+    """Say of which domain the data are that the block finds missing or broken."""
+    try:
+        yield
     except DataError as error:
         raise DataError(f"domain {domain!r}: {error}") from error.__cause__
 
@@ -111,16 +119,13 @@ def held_out_texts(source: Source, *, domain: str, data: Data, rng_seed: int) ->
     """
     if not owns_held_out(source, domain, data):
         return
-    try:
+    with naming(domain):
         held_out, _ = _sides(source, domain, data, rng_seed)
         if held_out is not None:
             val_bytes, _ = _budgets(source.max_bytes, data.held_out)
             yield from _up_to(_distinct(held_out, set(), Counter()), val_bytes)
             return
-    except DataError as error:
-        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
-    documents = split_documents(source, domain=domain, data=data, rng_seed=rng_seed)
-    yield from (text for side, text in documents if side == "val")
+    yield from read_documents(source, "val", domain=domain, data=data, rng_seed=rng_seed)
 
 
 def held_out_among(files: list[Path], folder: Path) -> list[Path]:

@@ -35,7 +35,7 @@ from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 from btx.data.sources import digest_of
 from btx.data.tokenizer import TokenizerFile, fast_tokenizer, tokenizer_sha256
 from btx.errors import CheckpointError, DataError, RunFolderError
-from btx.files import atomic_folder, file_sha256, read_json
+from btx.files import atomic_folder, read_json
 from btx.system_errors import blame
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class DocumentEncoder:
         """Token ids of each document; uses all cores."""
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         return [[self.separator, *document.ids, *self._tail] for document in encoded]
+
+    def beginning(self, text: str) -> list[int]:
+        """The token ids of a text of any length that may go on: the end-of-text token of a document is left out."""
+        ids = [token for part in self.in_parts(text) for token in part]
+        return ids[:-1] if self.trailing_eos else ids
 
     def in_parts(self, text: str) -> Iterator[list[int]]:
         """The token ids of a long document, part by part: tokenizers take 150 bytes of memory a character.
@@ -211,16 +216,6 @@ def token_file_writer(
         writer.finish(rng_seed, source, dict(skipped or {}))
 
 
-def write_token_file(
-    folder: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, rng_seed: int, source: dict[str, Any]
-) -> TokenFile:
-    """Tokenise `texts` into a token file at `folder`; arguments as `token_file_writer`."""
-    with token_file_writer(folder, DocumentEncoder(tokenizer), rng_seed=rng_seed, source=source) as writer:
-        for text in texts:
-            writer.add(text)
-    return TokenFile.open(folder)
-
-
 @dataclass(frozen=True, eq=False)
 class TokenFile:
     """A complete token file, mapped into memory."""
@@ -229,16 +224,14 @@ class TokenFile:
     index: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path | str, *, verify: bool = False) -> TokenFile:
-        """Open `folder`, checking the sizes of its files; with `verify` also that no byte of tokens.bin changed.
+    def open(cls, folder: Path | str) -> TokenFile:
+        """Open `folder`, checking the sizes of its files.
 
         Raises:
             DataError: a file is missing, cut off, or not what the index says.
         """
         file = cls(Path(folder), _read_index(Path(folder)))
         file._check_sizes()
-        if verify and file_sha256(file.folder / "tokens.bin") != file.sha256:
-            raise DataError(f"{file.folder / 'tokens.bin'}: {_BROKEN.format('its bytes changed since it was written')}")
         return file
 
     def __len__(self) -> int:

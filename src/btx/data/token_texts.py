@@ -1,4 +1,4 @@
-"""Texts of single tokens, for showing."""
+"""Texts of tokens, together and one by one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """The text of some tokens, white space as it is."""
+    return cast(str, tokenizer.decode([int(token) for token in ids], clean_up_tokenization_spaces=False))
 
 
 class TokenTexts:
@@ -25,14 +30,11 @@ class TokenTexts:
 
     def __call__(self, token: int) -> str:
         self._ids.append(token)
-        return self._new(self._text().rstrip(UNFINISHED))
+        return self._new(decoded(self._tokenizer, self._ids).rstrip(UNFINISHED))
 
     def rest(self) -> str:
         """Text of the tokens that still wait for the end of their character."""
-        return self._new(self._text())
-
-    def _text(self) -> str:
-        return cast(str, self._tokenizer.decode(self._ids, clean_up_tokenization_spaces=False))
+        return self._new(decoded(self._tokenizer, self._ids))
 
     def _new(self, text: str) -> str:
         new = text[self._shown :]

@@ -27,9 +27,7 @@ END_OF_WORD = re.compile(r"[^\W\d_](?=[\W\d_])")
 """Between a letter and what is none there is the end of a word, whatever comes after."""
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, model_max_length: int = 1_000_000
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; equal texts give an equal tokenizer, in whatever order they come.
 
     Every text can be encoded and decodes to itself; digits are tokens of their own, as in Llama. `<|endoftext|>`, id 0,
@@ -38,7 +36,6 @@ def train_tokenizer(
     Args:
         texts: the documents to learn merges from.
         vocab_size: entries wanted, special token and the 256 bytes included.
-        model_max_length: longest text in tokens that it encodes without complaint.
 
     Raises:
         DataError: there is no text.
@@ -73,7 +70,7 @@ def train_tokenizer(
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_max_length=model_max_length,
+        model_max_length=1_000_000,  # tokens that it encodes without complaint
         clean_up_tokenization_spaces=False,
     )
 

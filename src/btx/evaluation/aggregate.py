@@ -39,19 +39,18 @@ def read_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def aggregate(results: Sequence[Mapping[str, Any]], *, reference: str = "btx") -> dict[str, Any]:
+def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and standard error over runs of every number in their results.
 
     Args:
         results: parsed results.json of runs that differ in their rng seed only, one at least.
-        reference: the model others are compared with, run by run.
 
     Returns:
         {"runs": number of results, "models": {NAME: entry}}. An entry has the keys of results.json's, each number in
         it replaced by {"mean", "stderr", "n", "values"}: stderr is the standard error of the mean over the n runs that
         have the number (None for a single one), values are in the order of `results`. What is no number (examples,
-        texts) is left out. "difference_to_<reference>" holds the same for model minus reference: bits per byte
-        (domains, mixed, mean) and the tasks' scores; the reference itself has none.
+        texts) is left out. "difference_to_btx" holds the same for model minus btx, run by run: bits per byte (domains,
+        mixed, mean) and the tasks' scores; btx itself has none.
 
     Raises:
         ValueError: no results.
@@ -63,10 +62,10 @@ def aggregate(results: Sequence[Mapping[str, Any]], *, reference: str = "btx") -
     for name in names:
         entries = [result["models"][name] for result in results if name in result["models"]]
         models[name] = _numbers(entries)
-        pairs = [(result["models"][name], result["models"][reference]) for result in results
-                 if name in result["models"] and reference in result["models"]]  # fmt: skip
-        if pairs and name != reference:
-            models[name][f"difference_to_{reference}"] = _numbers([_difference(*pair) for pair in pairs])
+        pairs = [(result["models"][name], result["models"]["btx"]) for result in results
+                 if name in result["models"] and "btx" in result["models"]]  # fmt: skip
+        if pairs and name != "btx":
+            models[name]["difference_to_btx"] = _numbers([_difference(*pair) for pair in pairs])
     return {"runs": len(results), "models": models}
 
 

@@ -33,8 +33,9 @@ from btx.models.placement import load_placed
 from btx.moe.any_moe import moe_layers, num_experts, only_experts
 from btx.moe.routers import Routing
 from btx.moe.routing_metrics import DEAD_LOAD
+from btx.process import Log
 from btx.reporting.shapes import Lag
-from btx.reporting.tokens import own_expert
+from btx.reporting.tokens import own_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +205,7 @@ class Analysis:
         return {"lag": lag(model, changing_documents(by_expert, tokenizer, DOCUMENTS))} if len(by_expert) > 1 else {}
 
 
-def say(routing: Mapping[str, Any], general: str | None, log: Callable[[str], None]) -> None:
+def say(routing: Mapping[str, Any], general: str | None, log: Log) -> None:
     """The findings of routing.json in a few lines; `general` as for `in_domain_layers`."""
     for domain, layers in in_domain_layers(routing, general).items():
         log(f"{domain}: its expert has the largest load in {len(layers)} of {routing['layers']} layers")
@@ -214,7 +215,7 @@ def say(routing: Mapping[str, Any], general: str | None, log: Callable[[str], No
 
 
 def analyze(
-    run_folder: Path, recipe: Recipe, model_path: Path, *, log: Callable[[str], None], folder: Path | None = None
+    run_folder: Path, recipe: Recipe, model_path: Path, *, log: Log, folder: Path | None = None
 ) -> dict[str, Any]:
     """Route held-out text of every domain; write routing.json and tokens.json.
 
@@ -239,9 +240,7 @@ def analyze(
     if (there := num_experts(model)) != len(experts):
         has = f"{there} experts" if there else "no MoE layer"
         raise CheckpointError(f"{model_path}: this model has {has}; the recipe's are {', '.join(experts)}")
-    owners = {domain: own_expert(domain, experts, recipe.data.general) for domain in domains}
-    analysis = Analysis(experts, {domain: expert for domain, expert in owners.items() if expert is not None},
-                        recipe.data.sequence_length)  # fmt: skip
+    analysis = Analysis(experts, own_experts(domains, experts, recipe.data.general), recipe.data.sequence_length)
     halves = texts_to_halve(run_folder, recipe, tokenizer, analysis.owners, HALVES)
     texts = {
         domain: DomainText(
@@ -292,12 +291,11 @@ def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> 
         routing: routing.json.
         general: name of the general domain, whose own expert is the generalist.
     """
-    experts: list[str] = routing["experts"]
-    layers = {}
-    for domain, of_domain in routing["domains"].items():
-        if (expert := own_expert(domain, experts, general)) is not None:
-            layers[domain] = [layer for layer, load_E in enumerate(of_domain["load"]) if load_E[expert] == max(load_E)]
-    return layers
+    domains = routing["domains"]
+    return {
+        domain: [layer for layer, load_E in enumerate(domains[domain]["load"]) if load_E[expert] == max(load_E)]
+        for domain, expert in own_experts(domains, routing["experts"], general).items()
+    }
 
 
 def spread(documents: Sequence[HeldOutDocument], count: int) -> list[HeldOutDocument]:

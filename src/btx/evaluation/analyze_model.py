@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from btx.data.held_out import HeldOutDocument
+from btx.data.held_out import HeldOutDocument, shortened
 from btx.data.token_files import DocumentEncoder
+from btx.data.token_texts import UNFINISHED, decoded
 from btx.errors import CheckpointError, DataError
 from btx.evaluation.analysis_request import dropped_experts
 from btx.evaluation.analyze import HALVES, Analysis, DomainText, say, spread
@@ -22,8 +23,9 @@ from btx.models.loading import load_tokenizer
 from btx.models.measuring_memory import SCORING
 from btx.moe.any_moe import num_experts
 from btx.number_texts import decimal_text
+from btx.process import Log
 from btx.reporting.report import write_report
-from btx.reporting.tokens import own_expert
+from btx.reporting.tokens import own_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ SEQUENCE_LENGTH = 512
 
 def analyze_model(
     path: str | Path, texts: Mapping[str, Sequence[str]], output: Path, *, tokens: int, examples: int,
-    without: Sequence[str] = (), log: Callable[[str], None] = lambda line: None,
+    without: Sequence[str] = (), log: Log = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Route text of several domains through a MoE model; write routing.json, tokens.json and the report's page.
 
@@ -63,10 +65,9 @@ def analyze_model(
                               f"experts")  # fmt: skip
     names = names_of_experts(model, Path(path))
     longest = int(getattr(model.config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
-    owners = {domain: own_expert(domain, names, GENERAL) for domain in texts}
     analysis = Analysis(
-        names, {domain: expert for domain, expert in owners.items() if expert is not None},
-        min(SEQUENCE_LENGTH, longest), dropped_experts(without, names), apart=not keeps_apart(model),
+        names, own_experts(texts, names, GENERAL), min(SEQUENCE_LENGTH, longest), dropped_experts(without, names),
+        apart=not keeps_apart(model),
     )  # fmt: skip
     domains = {domain: _text_of(domain, documents, tokenizer, tokens, examples) for domain, documents in texts.items()}
     routing, shown = analysis.of(model, tokenizer, domains)
@@ -87,22 +88,16 @@ def _text_of(
 ) -> DomainText:  # fmt: skip
     """What the routing of a domain is looked at on: its first documents."""
     encoder = DocumentEncoder(tokenizer)
-    encoded = [_document(text, encoder) for text in documents]
-    encoded = [document for document in encoded if len(document.tokens) > 1]
+    encoded = [HeldOutDocument(np.array(ids, np.int64), len(text.encode()))
+               for text in documents if len(ids := encoder.beginning(text)) > 1]  # fmt: skip
     if not encoded:
         raise DataError(f"--text {domain}: no document has a token")
     shown = [HeldOutDocument(document.tokens[: 1 + EXAMPLE_TOKENS], document.bytes)
              for document in spread(encoded, examples)]  # fmt: skip
-    starts = (tokenizer.decode(document.tokens[1 : SEQUENCE_LENGTH // 2].tolist(), clean_up_tokenization_spaces=False)
-              for document in spread(encoded, HALVES))  # fmt: skip
-    halves = [text for start in starts if len((text := cast(str, start).strip("\ufffd")).split()) > 1]
+    starts = (document.tokens[1 : SEQUENCE_LENGTH // 2] for document in spread(encoded, HALVES))
+    halves = [text for start in starts if len((text := decoded(tokenizer, start).strip(UNFINISHED)).split()) > 1]
     counted, curve = (_up_to(encoded, most, tokenizer) for most in (tokens, CURVE_TOKENS))
     return DomainText(counted, curve, shown, halves)
-
-
-def _document(text: str, encoder: DocumentEncoder) -> HeldOutDocument:
-    ids = np.array([token for part in encoder.in_parts(text) for token in part], np.int64)
-    return HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, len(text.encode()))
 
 
 def _up_to(
@@ -113,10 +108,6 @@ def _up_to(
     for document in documents:
         if tokens < 1:
             break
-        if len(document.tokens) > 1 + tokens:
-            ids = document.tokens[: 1 + tokens]
-            text = cast(str, tokenizer.decode(ids[1:].tolist(), clean_up_tokenization_spaces=False))
-            document = HeldOutDocument(ids, max(1, len(text.encode())))
-        chosen.append(document)
-        tokens -= len(document.tokens) - 1
+        chosen.append(shortened(document, tokens, tokenizer))
+        tokens -= len(chosen[-1].tokens) - 1
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,6 +17,7 @@ from btx.models.measuring_memory import ANSWERING, Reading
 from btx.models.outputs import SideBySide
 from btx.models.packed import packed_hidden
 from btx.models.placement import Place
+from btx.process import Log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ APART = 0.01
 
 
 def load_any(
-    path: str | Path, log: Callable[[str], None], reading: Reading = ANSWERING
+    path: str | Path, log: Log, reading: Reading = ANSWERING
 ) -> PreTrainedModel | SideBySide:  # fmt: skip
     """A model on GPUs in its own type, where there are any; else on the CPU in float32.
 

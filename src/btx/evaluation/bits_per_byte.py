@@ -35,7 +35,6 @@ class BitsPerByte:
     """Scored tokens."""
     bytes: int
     """UTF-8 bytes of the scored text."""
-    documents: int
     seconds: float
     """Wall seconds of the forward passes."""
     document_bits: list[float]
@@ -46,27 +45,23 @@ class BitsPerByte:
         return {"bits_per_byte": self.bits_per_byte, "stderr": self.stderr, "tokens": self.tokens, "bytes": self.bytes}
 
 
-def bits_per_byte(
-    model: PreTrainedModel | SideBySide, packed: Packed, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
-) -> BitsPerByte:
+def bits_per_byte(model: PreTrainedModel | SideBySide, packed: Packed) -> BitsPerByte:
     """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
 
     Args:
         model: causal language model, on any device.
         packed: held-out documents as `btx.data.held_out.pack` lays them out.
-        micro_batch_tokens: tokens a forward pass, at most (one row at least).
     """
     started = time.perf_counter()
     nll_N = torch.zeros(len(packed.bytes_N), dtype=torch.float64)
-    for rows in packed.batches(micro_batch_tokens):
+    for rows in packed.batches(MICRO_BATCH_TOKENS):
         nll_R = token_nll(model, rows)
         nll_N.index_add_(0, rows.document_ids_BS[rows.scored_BS], nll_R.double().cpu())
     bits_N = nll_N / math.log(2)
     value, stderr = ratio(bits_N, packed.bytes_N.double())
     return BitsPerByte(
         bits_per_byte=value, stderr=stderr, tokens=int(packed.scored_BS.sum()), bytes=int(packed.bytes_N.sum()),
-        documents=len(nll_N), seconds=time.perf_counter() - started,
-        document_bits=[round(bits, 4) for bits in bits_N.tolist()],
+        seconds=time.perf_counter() - started, document_bits=[round(bits, 4) for bits in bits_N.tolist()],
     )  # fmt: skip
 
 

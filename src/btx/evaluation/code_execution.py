@@ -22,12 +22,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from btx.errors import UserError
+from btx.run_folder.threads import processors
 
 NOBODY = 65534
 PROBE = "import bisect, collections, heapq, itertools, math, random, re, string\nassert math.gcd(4, 6) == 2\n"
@@ -73,10 +74,9 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     return _run(program, limits)[0]
 
 
-def run_programs(programs: Sequence[str], *, jobs: int | None = None, limits: Limits = Limits()) -> list[Outcome]:
-    """Run programs, `jobs` at a time (default: one a processor); outcomes in their order."""
-    at_once = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with ThreadPoolExecutor(at_once) as pool:
+def run_programs(programs: Sequence[str], limits: Limits = Limits()) -> list[Outcome]:
+    """Run programs, one a processor at a time; outcomes in their order."""
+    with ThreadPoolExecutor(processors()) as pool:
         return list(pool.map(lambda program: run_program(program, limits), programs))
 
 
@@ -126,17 +126,12 @@ def _all_may_read(folder: str) -> bool:
     return all(parent.stat().st_mode & stat.S_IXOTH for parent in (path, *path.parents))
 
 
-def _jail() -> str:
-    return (Path(__file__).parent / "code_jail.py").read_text("utf-8")
-
-
 def _run(program: str, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
     if os.name != "posix":
         raise UserError("code execution needs Linux or macOS: this system has no resource limits for a process")
     token = secrets.token_hex(16)
     settings = {
-        "token": token, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes,
-        "open_files": limits.open_files, "user": NOBODY if _is_root() else None,
+        **asdict(limits), "token": token, "user": NOBODY if _is_root() else None,
         "read_all": not _all_may_read(sys.base_prefix),
     }  # fmt: skip
     with _empty_folder() as folder, tempfile.TemporaryFile() as report:
@@ -191,8 +186,9 @@ def _remove(folder: str) -> None:
 
 def _wait(folder: str, settings: str, report: IO[bytes], seconds: float) -> int | None:
     """The process's exit code, or None when its time was up; nothing of it is left running."""
+    jail = (Path(__file__).parent / "code_jail.py").read_text("utf-8")
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", "-c", _jail()], cwd=folder, stdin=subprocess.PIPE, stdout=report,
+        [sys.executable, "-I", "-S", "-B", "-c", jail], cwd=folder, stdin=subprocess.PIPE, stdout=report,
         stderr=subprocess.DEVNULL, start_new_session=True,
         env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
     )  # fmt: skip

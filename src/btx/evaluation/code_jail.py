@@ -98,8 +98,8 @@ def forbid_calls(libc: ctypes.CDLL) -> bool:
         (give, 0, 0, refused),  # another architecture's calls
         (load, 0, 0, 0),
         (at_least, 0, 1, 1 << 30),
-        (give, 0, 0, refused),
-    ]  # the x32 calls of x86_64
+        (give, 0, 0, refused),  # the x32 calls of x86_64
+    ]
     for number in numbers:
         steps += [(equal, 0, 1, number), (give, 0, 0, refused)]
     steps.append((give, 0, 0, 0x7FFF0000))  # all else is allowed

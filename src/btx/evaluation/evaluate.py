@@ -5,7 +5,7 @@ Beside the numbers, what the report shows of every model: `btx.evaluation.shown`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from btx.models.device import device_and_type, measuring_place
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide, cost_of
 from btx.number_texts import score_text
+from btx.process import Log
 from btx.reporting.results import learning_and_keeping_means
 from btx.reporting.shapes import ModelResult
 
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
     from btx.recipe.evaluate import Task
     from btx.recipe.schema import Recipe
-
-Log = Callable[[str], None]
 
 MEASURE_VERSION = 2
 """Goes into the key of kept results; raised whenever a number would come out differently, or is new."""

@@ -102,18 +102,13 @@ class Harness:
         return None
 
     def measure(
-        self,
-        model: PreTrainedModel | SideBySide,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        log: Callable[[str], None] | None = None,
-    ) -> dict[str, TaskScore]:
+        self, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, TaskScore]:  # fmt: skip
         """Measure a model on every task; label → score.
 
         Args:
             model: causal language model, loaded by `btx.baselines.btm_model.load_model_or_btm`, on any device.
             tokenizer: its tokenizer.
-            log: called after each task with a line for the user.
 
         Raises:
             UserError: lm-eval cannot load a task's data from the hub, or cannot score it.
@@ -129,10 +124,7 @@ class Harness:
             if request.label not in self._tasks:
                 with _quiet():
                     self._tasks[request.label] = _build(request, self.documents[request.label])
-            score = scores[request.label] = _score(request, self._tasks[request.label], adapter)
-            if log is not None:
-                cut = f", {score.truncated} prompts cut" if score.truncated else ""
-                log(f"{request.label}: {score.metric} {100 * score.value:.1f} % of {score.n}{cut}")
+            scores[request.label] = _score(request, self._tasks[request.label], adapter)
         return scores
 
 

@@ -203,17 +203,15 @@ def _shown(task: LocalTask, pool: list[Document], shots: int, where: str, *, own
     groups: dict[Any, list[Document]] = {}
     for document in pool:
         groups.setdefault(document[task.shots_by] if task.shots_by else None, []).append(document)
+    if not groups:
+        raise DataError(f"{where}: there are no documents to take shots from; ask for none with `shots: 0`")
     for value, documents in groups.items():
         if len(documents) < shots:
             whose = f" with {task.shots_by} {value!r}" if task.shots_by else ""
             source = f" (lines with {task.shots_where})" if task.shots_where and own_file else ""
             raise DataError(f"{where}: {shots} shots are asked for, but there are only {len(documents)} documents"
                             f"{whose} to take them from{source}; ask for fewer with `shots`")  # fmt: skip
-    return [document for documents in groups.values() for document in documents[:shots]] or _no_shots(where)
-
-
-def _no_shots(where: str) -> list[Document]:
-    raise DataError(f"{where}: there are no documents to take shots from; ask for none with `shots: 0`")
+    return [document for documents in groups.values() for document in documents[:shots]]
 
 
 def _scored(task: LocalTask, lines: list[Document], own_file: bool) -> list[Document]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from btx.data.held_out import HeldOutDocument, Packed, held_out_documents
+from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, shortened
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.moe.any_moe import only_experts
+from btx.number_texts import evenly
 from btx.reporting.shapes import Kept
 
 if TYPE_CHECKING:
@@ -31,14 +32,8 @@ def documents_for_curve(
     run_folder: Path, recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[HeldOutDocument]:  # fmt: skip
     """Held-out documents of a domain for the curve: about TOKENS, longer ones cut."""
-    documents = []
-    for document in held_out_documents(run_folder, recipe, domain, TOKENS):
-        if len(document.tokens) > 1 + TOKENS:
-            ids = document.tokens[: 1 + TOKENS]
-            text = cast(str, tokenizer.decode(ids[1:].tolist(), clean_up_tokenization_spaces=False))
-            document = HeldOutDocument(ids, len(text.encode()))
-        documents.append(document)
-    return documents
+    documents = held_out_documents(run_folder, recipe, domain, TOKENS)
+    return [shortened(document, TOKENS, tokenizer) for document in documents]
 
 
 def kept_curve(
@@ -54,10 +49,8 @@ def kept_curve(
         names: the experts' names, E.
         order: experts in the order in which they go, the least used first: all E of them.
     """
-    most = len(order) - 1
-    steps = sorted({round(i * most / min(most, POINTS - 1)) for i in range(min(most, POINTS - 1) + 1)}) if most else [0]
     curve: list[Kept] = []
-    for dropped in steps:
+    for dropped in evenly(len(order), POINTS):
         allowed_E = torch.ones(len(names), dtype=torch.bool)
         allowed_E[list(order[:dropped])] = False
         with only_experts(model, allowed_E if dropped else None):

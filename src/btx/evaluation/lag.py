@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import cycle, islice, permutations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,16 +52,12 @@ def changing_documents(
         texts: index of a domain's own expert → documents of the domain; two experts at least.
         count: documents wanted.
     """
-    encoder, used = DocumentEncoder(tokenizer), dict.fromkeys(texts, 0)
-    pairs = list(permutations(texts, 2))
+    encoder = DocumentEncoder(tokenizer)
+    halves = {expert: cycle(map(split_in_the_middle, of_it)) for expert, of_it in texts.items()}
     changes = []
-    for number in range(count):
-        old, new = pairs[number % len(pairs)]
-        halves = []
-        for expert, half in ((old, 0), (new, 1)):
-            halves.append(split_in_the_middle(texts[expert][used[expert] % len(texts[expert])])[half])
-            used[expert] += 1
-        first, second = (ids[:-1] if encoder.trailing_eos else ids for ids in encoder([halves[0] + JOINT, halves[1]]))
+    for old, new in islice(cycle(permutations(texts, 2)), count):
+        first = encoder.beginning(next(halves[old])[0] + JOINT)
+        second = encoder.beginning(next(halves[new])[1])
         changes.append(Change(np.array([*first, *second[1:]], np.int64), len(first), old, new))
     return changes
 

@@ -10,14 +10,15 @@ import math
 import re
 import sys
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from btx.data.held_out import HeldOutDocument, held_out_documents
 from btx.data.token_files import DocumentEncoder
+from btx.data.token_texts import UNFINISHED, decoded
 from btx.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedToken
                             f"leave evaluate.mixed out")  # fmt: skip
         texts = joined_halves(halved, mixed.documents)
     encoder = DocumentEncoder(tokenizer)
-    end = -1 if encoder.trailing_eos else None
-    return [HeldOutDocument(np.array(ids[:end], np.int64), len(text.encode()))
-            for ids, text in zip(encoder(texts), texts, strict=True)]  # fmt: skip
+    return [HeldOutDocument(np.array(encoder.beginning(text), np.int64), len(text.encode())) for text in texts]
 
 
 def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
@@ -72,15 +71,12 @@ def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
         texts: domain → its documents, one at least.
         count: texts wanted.
     """
-    pairs, used, joined = list(combinations(texts, 2)), dict.fromkeys(texts, 0), []
+    pairs, joined = list(combinations(texts, 2)), []
+    halves = {domain: cycle(map(split_in_the_middle, of_it)) for domain, of_it in texts.items()}
     for number in range(count):
         turn, place = divmod(number, len(pairs))
-        pair = pairs[place] if (turn + place) % 2 == 0 else pairs[place][::-1]
-        halves = []
-        for domain, half in zip(pair, (0, 1), strict=True):
-            halves.append(split_in_the_middle(texts[domain][used[domain] % len(texts[domain])])[half])
-            used[domain] += 1
-        joined.append(JOINT.join(halves))
+        first, second = pairs[place] if (turn + place) % 2 == 0 else pairs[place][::-1]
+        joined.append(next(halves[first])[0] + JOINT + next(halves[second])[1])
     return joined
 
 
@@ -112,7 +108,7 @@ def texts_to_halve(
         for document in held_out_documents(run_folder, recipe, domain, sys.maxsize, documents=halves):
             ids, surplus = document.tokens[1:], max(0, len(document.tokens) - 1 - longest)
             ids = ids[surplus // 2 : surplus // 2 + longest]
-            text = cast(str, tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)).strip("\ufffd")
+            text = decoded(tokenizer, ids).strip(UNFINISHED)
             if surplus:
                 text = re.sub(r"\A\S*\s+|\s+\S*\Z", "", text)  # a word may have been cut at either end
             if len(text.split()) > 1:

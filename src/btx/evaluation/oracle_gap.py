@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.data.held_out import held_out_documents, pack
-from btx.evaluation.evaluate import bits_per_byte
+from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.models.device import measuring_place
 from btx.models.placement import load_placed
 from btx.process import Log

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from btx.data.held_out import HeldOutDocument
 from btx.data.token_files import DocumentEncoder
+from btx.data.token_texts import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +29,7 @@ def in_tokens_of(
     encoder = DocumentEncoder(theirs)
     read = []
     for document in documents:
-        text = cast(str, ours.decode(document.tokens[1:].tolist(), clean_up_tokenization_spaces=False))
-        ids = np.array([token for part in encoder.in_parts(text) for token in part], np.int64)
-        read.append(HeldOutDocument(ids[:-1] if encoder.trailing_eos else ids, document.bytes))
+        ids = encoder.beginning(decoded(ours, document.tokens[1:]))
+        read.append(HeldOutDocument(np.array(ids, np.int64), document.bytes))
     same = all(np.array_equal(new.tokens[1:], old.tokens[1:]) for new, old in zip(read, documents, strict=True))
     return list(documents) if same else read

@@ -54,10 +54,8 @@ def _lines(path: Path, task: str) -> Iterator[tuple[str, Document]]:
             for number, row in enumerate(csv.reader(file), 1):
                 if len(row) != 6:
                     raise DataError(f"{path}:{number}: {len(row)} columns; MMLU's files have six, the answer last")
-                yield (
-                    f"{path}:{number}",
-                    dict(zip(("question", *"ABCD", "answer"), row, strict=True)) | {"subject": subject},
-                )
+                fields = dict(zip(("question", *"ABCD", "answer"), row, strict=True))
+                yield f"{path}:{number}", fields | {"subject": subject}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 

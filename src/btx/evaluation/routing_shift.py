@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from btx.data.held_out import held_out_documents, pack
-from btx.evaluation.analyze import routing_of
+from btx.evaluation.routed_text import routing_of
 from btx.files import write_json
 from btx.models.device import measuring_place
 from btx.models.outputs import MICRO_BATCH_TOKENS

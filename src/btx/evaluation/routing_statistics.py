@@ -74,7 +74,7 @@ def together(parts: Sequence[RoutedTokens]) -> RoutedTokens:
 
 def routing_statistics(
     domains: Mapping[str, RoutedTokens], experts: Sequence[str], class_V: np.ndarray,
-    pairs: Mapping[str, Sequence[tuple[int, int]]], *, rng_seed: int = 0,
+    pairs: Mapping[str, Sequence[tuple[int, int]]],
 ) -> Statistics:  # fmt: skip
     """What the routing says as a whole.
 
@@ -83,11 +83,10 @@ def routing_statistics(
         experts: names, E.
         class_V: index in CLASSES of every token of the vocabulary.
         pairs: domain → pairs of experts, the smaller index first, whose shares are told.
-        rng_seed: random number seed of the draws.
     """
     E, everything = len(experts), together(list(domains.values()))
     groups = [_groups(tokens.document_T, GROUPS) for tokens in domains.values()]
-    draws = [_draws(group_T, [rng_seed, number]) for number, group_T in enumerate(groups)]
+    draws = [_draws(group_T, [0, number]) for number, group_T in enumerate(groups)]
     load, pair_load, firsts = {}, {}, []
     for (name, tokens), group_T, draws_RG in zip(domains.items(), groups, draws, strict=True):
         G = draws_RG.shape[1]

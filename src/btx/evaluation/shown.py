@@ -19,6 +19,7 @@ from btx.choices.baselines import BASELINES
 from btx.data.domains import Question
 from btx.data.held_out import HeldOutDocument, held_out_documents
 from btx.data.token_files import DocumentEncoder
+from btx.data.token_texts import decoded
 from btx.evaluation.analyze import domain_routing
 from btx.evaluation.bits_per_byte import token_bits
 from btx.evaluation.routed_text import example_documents, name_of, token_by_token
@@ -152,10 +153,8 @@ class ToShow:
         """
         answers = []
         for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
-            asked, said = (
-                self.asked[int(number)],
-                {name: of_model["answers"].get(number) for name, of_model in kept.items()},
-            )
+            asked = self.asked[int(number)]
+            said = {name: of_model["answers"].get(number) for name, of_model in kept.items()}
             answers.append({
                 "domain": asked.domain, "prompt": asked.prompt, "gold": asked.gold,
                 "answers": {name: answer["output"] for name, answer in said.items() if answer},
@@ -223,8 +222,7 @@ def routed_answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
 ) -> dict[str, Any]:  # fmt: skip
     """The tokens of an answer as `token_by_token` gives them, read after its prompt."""
-    encoder = DocumentEncoder(tokenizer)
-    asked, said = (ids[:-1] if encoder.trailing_eos else ids for ids in encoder([prompt, answer]))
+    asked, said = map(DocumentEncoder(tokenizer).beginning, (prompt, answer))
     return token_by_token(model, tokenizer, np.array([*asked, *said[1:]], np.int64), shown_from=len(asked))
 
 
@@ -236,8 +234,5 @@ def _start(tokenizer: PreTrainedTokenizerBase, domain: str, document: HeldOutDoc
     """The start of a document and the tokens after it, halves of a short one; None where there are not two."""
     ids_T = document.tokens[1:]
     cut = min(PROMPT_TOKENS, len(ids_T) // 2)
-    prompt, gold = (
-        cast(str, tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
-        for ids in (ids_T[:cut], ids_T[cut : cut + NEW_TOKENS])
-    )
+    prompt, gold = decoded(tokenizer, ids_T[:cut]), decoded(tokenizer, ids_T[cut : cut + NEW_TOKENS])
     return Asked(domain, prompt, gold) if prompt.strip() and gold.strip() else None

@@ -70,8 +70,7 @@ def example_numbers(questions: int) -> range:
 
 
 def exact_match(
-    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task,
-    *, batch_tokens: int = BATCH_TOKENS,
+    model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task
 ) -> ExactMatch:  # fmt: skip
     """Answer every question greedily and compare with its gold answer.
 
@@ -80,12 +79,9 @@ def exact_match(
         tokenizer: its tokenizer.
         questions: at least one.
         task: `answer_after` and `max_new_tokens` decide where an answer is and how long the model may take.
-        batch_tokens: positions (prompt and new tokens) of the questions answered at once.
     """
     prompts = [question.prompt for question in questions]
-    outputs = complete(
-        model, tokenizer, prompts, task.answer_after, task.max_new_tokens, batch_tokens=batch_tokens, chat=task.chat
-    )
+    outputs = complete(model, tokenizer, prompts, task.answer_after, task.max_new_tokens, chat=task.chat)
     answers = []
     for question, output in zip(questions, outputs, strict=True):
         answer, gold = final_answer(output, task.answer_after), gold_answer(question.answer, task.answer_after)
@@ -113,7 +109,7 @@ def gold_answer(gold: str, answer_after: str | None) -> str:
 
 def complete(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
-    answer_after: str | None, max_new_tokens: int, *, batch_tokens: int = BATCH_TOKENS, chat: bool = False,
+    answer_after: str | None, max_new_tokens: int, *, chat: bool = False,
 ) -> list[str]:  # fmt: skip
     """Greedy continuations, batched with left padding; a prompt starts like a document, with the separator.
 
@@ -126,7 +122,7 @@ def complete(
         One text a prompt, without special tokens.
     """
     encoder = DocumentEncoder(tokenizer)
-    encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    encoded = [encoder.beginning(prompt) for prompt in prompts]
     if chat and getattr(tokenizer, "chat_template", None):
         encoded = [question_ids(tokenizer, prompt) for prompt in prompts]
     line_ends = _line_end_tokens(tokenizer)
@@ -137,7 +133,7 @@ def complete(
         return new_ids[-1] in line_ends and has_answer_line(_decode(tokenizer, new_ids), answer_after)
 
     outputs = [""] * len(prompts)
-    for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens):
+    for batch in _batches([len(ids) for ids in encoded], max_new_tokens):
         for i, new_ids in zip(batch, _greedy(model, [encoded[i] for i in batch], max_new_tokens, ends), strict=True):
             outputs[i] = _decode(tokenizer, new_ids)
     return outputs
@@ -148,7 +144,7 @@ def go_on(
 ) -> list[str]:
     """How a model goes on with each text: `new_tokens` greedy tokens, fewer where the end-of-text token comes."""
     encoder = DocumentEncoder(tokenizer)
-    encoded = [ids[:-1] if encoder.trailing_eos else ids for ids in encoder(list(prompts))]
+    encoded = [encoder.beginning(prompt) for prompt in prompts]
     new_ids = _greedy(model, encoded, new_tokens, lambda ids: ids[-1] == tokenizer.eos_token_id) if prompts else []
     return [_decode(tokenizer, ids) for ids in new_ids]
 
@@ -185,11 +181,11 @@ def _greedy(
         mask_BS = torch.cat([mask_BS, torch.ones_like(next_B)[:, None]], dim=1)
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
     """Indices of prompts answered together: alike in length, so that little is padding."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * (lengths[i] + max_new_tokens) > batch_tokens:
+        if batch and (len(batch) + 1) * (lengths[i] + max_new_tokens) > BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(i)

@@ -29,11 +29,7 @@ def check_budgets(recipe: Recipe, folders: Mapping[str, Path], *, baselines: boo
     for domain in folders:
         if {component.split("/")[0] for component, _, _ in resolve(recipe, {domain: 1.0})} <= folders.keys():
             check_held_out(recipe, folders, domain)
-    seed = recipe.seed_model.train
-    uses = [] if seed is None else [(seed_mixture(recipe), seed.tokens, "seed_model.train.tokens")]
-    uses += [(domain_mixture(recipe, domain), recipe.branch_training(domain).tokens, "train.tokens")
-             for domain in recipe.train.domains]  # fmt: skip
-    uses.append((finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens"))
+    uses = reading(recipe)
     trained = [name for name in recipe.baselines if BASELINES[name].trains and baselines]
     if trained:
         from btx.baselines.matching import matched_phases
@@ -46,6 +42,16 @@ def check_budgets(recipe: Recipe, folders: Mapping[str, Path], *, baselines: boo
             uses += [(weights, tokens, f"baseline {name}") for weights in phase.mixtures]
     for weights, tokens, where in uses:
         check_budget(recipe, folders, weights, tokens, where)
+
+
+def reading(recipe: Recipe) -> list[tuple[dict[str, float], int, str]]:
+    """(domain → sampling weight, training tokens, key of the recipe that says how many) of every training that is no
+    baseline's."""
+    seed = recipe.seed_model.train
+    of_seed = [] if seed is None else [(seed_mixture(recipe), seed.tokens, "seed_model.train.tokens")]
+    branches = [(domain_mixture(recipe, domain), recipe.branch_training(domain).tokens, "train.tokens")
+                for domain in recipe.train.domains]  # fmt: skip
+    return [*of_seed, *branches, (finetune_mixture(recipe), recipe.finetune.tokens, "finetune.tokens")]
 
 
 def check_held_out(recipe: Recipe, folders: Mapping[str, Path], domain: str) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 from btx.data import document_files
 from btx.data.identity import own_sources
 from btx.data.json_lines import json_objects
-from btx.data.sources import source_files
-from btx.errors import DataError
-from btx.planning.budgets import MOST_EPOCHS
+from btx.data.sources import naming, source_files
+from btx.planning.budgets import MOST_EPOCHS, reading
 from btx.recipe.data import Source
-from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
+from btx.recipe.mixtures import resolve
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 
@@ -67,10 +66,8 @@ def data_notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def _looked_at(recipe: Recipe, domain: str, source: Source) -> dict[str, Any]:
     files, held_out = source_files(source, domain, recipe.data)
-    try:
+    with naming(domain):
         sample, whole = _sample(document_files.read(files, source))
-    except DataError as error:
-        raise DataError(f"domain {domain!r}: {error}") from error.__cause__
     size = sum(file.stat().st_size for file in files)
     lengths = [len(text.encode()) for text in sample]
     text = sum(lengths) if whole else sum(map(text_bytes, files))
@@ -115,12 +112,8 @@ def columns(file: Path) -> list[str]:
 
 def _tokens_needed(recipe: Recipe) -> Mapping[str, float]:
     """Component of a domain → tokens that the stage takes from it that takes the most."""
-    seed = recipe.seed_model.train
-    uses = [(seed_mixture(recipe), seed.tokens)] if seed is not None else []
-    uses += [(domain_mixture(recipe, domain), recipe.branch_training(domain).tokens) for domain in recipe.train.domains]
-    uses.append((finetune_mixture(recipe), recipe.finetune.tokens))
     needed: dict[str, float] = {}
-    for weights, tokens in uses:
+    for weights, tokens, _ in reading(recipe):
         for name, _, weight in resolve(recipe, weights):
             needed[name] = max(needed.get(name, 0.0), tokens * weight)
     return needed

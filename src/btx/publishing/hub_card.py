@@ -146,11 +146,10 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     if not results.get("models"):
         return []
     table = results_table(results)
-    columns = ["model", *table.domains, "mean", *(["mixed"] if table.mixed else []), *table.tasks]
+    columns = ["model", *table.quality_titles(table.tasks)]
     lines = [f"| {' | '.join(map(literal, columns))} |", "|---" * len(columns) + "|"]
     for row in table.rows:
-        cells = [*row.domains, row.mean, *([row.mixed] if table.mixed else []), *row.tasks]
-        texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in cells]
+        texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in row.quality]
         lines.append(f"| {' | '.join([literal(row.name), *texts])} |")
     told = (
         "Held-out text in bits per byte (lower is better), tasks in per cent. `btx` is this model before any alignment."

@@ -6,7 +6,6 @@ in one `RecipeError`, a line each: `my.yaml:6:25: train.learning_rte: unknown ke
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
+from btx.files import write_text
 from btx.recipe.derived import SETTINGS, fill_in_training
 from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
@@ -103,14 +103,9 @@ def copy_recipe(name: str, target: Path) -> None:
         raise UserError(f"{target} exists already and is not overwritten: choose another name or remove it")
     text = _renamed(packaged[name], target.stem)
     parse_recipe(text, str(target))
-    draft = target.with_name(f".{target.name}.part")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    if not target.parent.is_dir():
+        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
+    write_text(target, text)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -190,11 +185,11 @@ def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> R
     document.value.setdefault("name", Path(file).stem)
     if run is not None:
         document.value["run"] = run
-    is_base = [override.partition("=")[0].strip() == "extends" for override in overrides]
-    for override in (override for override, base in zip(overrides, is_base, strict=True) if base):
+    bases = [override for override in overrides if override.partition("=")[0].strip() == "extends"]
+    for override in bases:
         apply_override(document, override)
     _fill_from_extended(document)
-    for override in (override for override, base in zip(overrides, is_base, strict=True) if not base):
+    for override in (override for override in overrides if override not in bases):
         apply_override(document, override)
     if run is not None:
         _refuse_idle_paper(document)

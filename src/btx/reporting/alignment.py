@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from btx.number_texts import decimal_text, is_number, is_share, percent_text, signed_percent
 from btx.reporting import findings
 from btx.reporting.charts import Lines
 from btx.reporting.headline import paired_differences
 from btx.reporting.paired_bootstrap import SIGNIFICANT
-from btx.reporting.results import task_score
+from btx.reporting.results import bits_of, task_score
 from btx.reporting.routing_figures import shift_figures
 from btx.reporting.run_files import Run
 
@@ -62,12 +60,9 @@ def aligned_models(run: Run) -> list[Aligned]:
     before = run.aligned.get("before", "btx")
     names = dict.fromkeys([*(name for name in ALIGNED if name in models), *run.aligned.get("models", {})])
     return [
-        Aligned(
-            name, before, _changes(run, before, name), findings.shift(run, name),
-            charts.get(name),
-        )
+        Aligned(name, before, _changes(run, before, name), findings.shift(run, name), charts.get(name))
         for name in names
-    ]  # fmt: skip
+    ]
 
 
 def _changes(run: Run, before: str, after: str) -> list[Change]:
@@ -75,7 +70,8 @@ def _changes(run: Run, before: str, after: str) -> list[Change]:
     paired = paired_differences(run.documents, after, before)
     rows = []
     for domain in (*first.get("domains", {}), None):
-        old, new = (_bits(model, domain) for model in (first, second))
+        old, new = (model.get("mean_bits_per_byte") if domain is None else bits_of(model, domain)
+                    for model in (first, second))  # fmt: skip
         if is_number(old) and is_number(new) and old:
             difference = paired.get("mean", {}) if domain is None else paired.get("domains", {}).get(domain, {})
             rows.append(_change(MEAN if domain is None else f"{BITS}, {domain}", decimal_text(old), decimal_text(new),
@@ -92,9 +88,3 @@ def _changes(run: Run, before: str, after: str) -> list[Change]:
 def _change(measure: str, before: str, after: str, change: str, gain: float, p: float | None) -> Change:
     chance = p is not None and p >= SIGNIFICANT
     return Change(measure, before, after, change, None if chance or not gain else gain > 0, chance)
-
-
-def _bits(model: Mapping[str, Any], domain: str | None) -> Any:
-    if domain is None:
-        return model.get("mean_bits_per_byte")
-    return model.get("domains", {}).get(domain, {}).get("bits_per_byte")

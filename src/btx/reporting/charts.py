@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from btx.number_texts import count_text, flops_text
+from btx.number_texts import count_text, evenly, flops_text
 from btx.reporting.drawing import (
     FONT_SIZE,
     LABEL_GAP,
@@ -234,8 +234,7 @@ class HeatMap(Chart):
         """The figure, in these colours."""
         from matplotlib.patches import Rectangle
 
-        count = len(self.values)
-        shown = [round(i * (count - 1) / (min(count, LONGEST_SIDE) - 1 or 1)) for i in range(min(count, LONGEST_SIDE))]
+        shown = evenly(len(self.values), LONGEST_SIDE)
         figure, axes = empty(3.6, 1.2, colour=colour)
         style(figure, axes, None, colour)
         axes.grid(visible=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from btx.number_texts import MISSING, count_text, duration_text, flops_text, is_number, percent_text
+from btx.number_texts import MISSING, count_text, flops_text, hours_text, is_number, percent_text
 from btx.reporting.results import Cell
 
 TITLES = ("tokens", "FLOPs", "peak memory", "machine time", "FLOPs to btx's", "machine time to btx's",
@@ -47,7 +47,7 @@ def _cells(model: Mapping[str, Any]) -> list[Cell]:
         beside_plan(count_text, "tokens"),
         beside_plan(flops_text, "flops"),
         beside_plan(memory_text, "peak_memory_bytes", "memory_bytes"),
-        beside_plan(_duration, "machine_hours"),
+        beside_plan(hours_text, "machine_hours"),
         Cell(_times(matched.get("flops_ratio"))),
         Cell(_times(matched.get("hours_ratio"))),
         Cell(flops_text(model.get("inference_flops_per_token"))),
@@ -59,10 +59,6 @@ def memory_text(value: Any) -> str:
     if not is_number(value) or value <= 0:
         return MISSING
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
-
-
-def _duration(hours: Any) -> str:
-    return duration_text(3600 * hours) if is_number(hours) else MISSING
 
 
 def _times(ratio: Any) -> str:

@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from btx.number_texts import count_text, duration_text, flops_text, is_number, percent_text, signed_percent
+from btx.number_texts import count_text, flops_text, hours_text, is_number, percent_text, signed_percent
 from btx.reporting.headline import paired_differences
-from btx.reporting.paired_bootstrap import SIGNIFICANT
+from btx.reporting.oracle import mean_of
+from btx.reporting.paired_bootstrap import chance_text
 from btx.reporting.results import Results, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
-from btx.reporting.tokens import mean_load, own_expert
+from btx.reporting.tokens import mean_load
 
 AS_GOOD = 0.01
 """Relative change of the bits per byte up to which fewer experts count as as good."""
@@ -55,11 +56,10 @@ def learning(run: Run) -> str:
         against = []
         for name in filter(None, rivals):
             theirs = learning_and_keeping_means(models[name], branches).get(part)
-            p = paired_differences(run.documents, "btx", name, branches).get(part, {}).get("p", 0.0)
+            p = paired_differences(run.documents, "btx", name, branches).get(part, {}).get("p")
             if theirs is not None:
-                chance = f" (may be chance: p = {p:.2f})" if p >= SIGNIFICANT else ""
                 fewer = "fewer" if bits < theirs else "more"
-                against.append(f"{abs(bits - theirs):.3f} {fewer} than {name}{chance}")
+                against.append(f"{abs(bits - theirs):.3f} {fewer} than {name}{chance_text(p)}")
         parts.append(f"{places[part]} btx needs {bits:.3f} bits per byte{': ' * bool(against)}{', '.join(against)}")
     return "; ".join(parts) + "."
 
@@ -70,7 +70,7 @@ def cost(run: Run) -> str:
     if not is_number(btx.get("flops")):
         return ""
     hours = btx.get("machine_hours", btx.get("hours"))
-    time = f" and {duration_text(3600 * hours)} of machine time" if is_number(hours) else ""
+    time = f" and {hours_text(hours)} of machine time" if is_number(hours) else ""
     planned = btx.get("predicted", {}).get("flops")
     against = f"; the plan had said {flops_text(planned)} FLOPs" if is_number(planned) else ""
     return (
@@ -101,9 +101,7 @@ def oracle(run: Run) -> str:
     """How far the mix was behind the best model of every domain, and what the experts' divergence lets expect."""
     if not run.oracle:
         return ""
-    divergence = run.oracle["divergence"]
-    mean = math.fsum(divergence.values()) / max(1, len(divergence))
-    gap = run.oracle["mean_gap"]
+    mean, gap = mean_of(run.oracle["divergence"]), run.oracle["mean_gap"]
     return (
         f"Before the finetuning the mix was {abs(gap):.3f} bits per byte {'behind' if gap > 0 else 'ahead of'} each "
         f"domain's best model; experts needed {mean:.1f} % fewer bits at home than the seed model, which lets expect "
@@ -139,9 +137,7 @@ def routing(run: Run) -> str:
         domain: [mean_load(of_domain["load"], e) for e in range(len(of_domain["load"][0]))]
         for domain, of_domain in domains.items()
     }
-    in_domain = {domain: index for domain in domains
-                 if (index := own_expert(domain, experts, run.general)) is not None}  # fmt: skip
-    if in_domain:
+    if in_domain := run.own_experts:
         largest = sum(means[domain][index] == max(means[domain]) for domain, index in in_domain.items())
         share = math.fsum(means[domain][index] for domain, index in in_domain.items()) / len(in_domain)
         return (

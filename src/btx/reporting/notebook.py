@@ -14,6 +14,7 @@ from typing import Any
 from btx.number_texts import MISSING
 from btx.reporting.drawing import colour_rules
 from btx.reporting.figures import cost_figure
+from btx.reporting.report import environment
 from btx.reporting.results import Cell, results_table
 from btx.reporting.run_files import Run, read_run
 
@@ -31,12 +32,8 @@ class Table:
 
 def table_html(table: Table, *, title: str = "", figure: str = "") -> str:
     """A table, and below it an `<svg>` of `btx.reporting.drawing`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("btx.reporting", "templates"), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     rules = colour_rules().replace(":root", ".btx")
-    return environment.get_template("notebook.html.j2").render(table=table, title=title, figure=figure, rules=rules)
+    return environment().get_template("notebook.html.j2").render(table=table, title=title, figure=figure, rules=rules)
 
 
 def run_html(folder: Path) -> str:
@@ -56,11 +53,8 @@ def run_html(folder: Path) -> str:
 def results_of(results: Mapping[str, Any]) -> Table:
     """The report's table of results."""
     table = results_table(results)
-    mixed = ["mixed"] if table.mixed else []
-    rows = [(row.name, [*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks, *row.costs])
-            for row in table.rows]  # fmt: skip
-    tasks = [f"{task} (task)" for task in table.tasks]
-    return Table([*table.domains, "mean", *mixed, *tasks, *COSTS], rows,
+    rows = [(row.name, [*row.quality, *row.costs]) for row in table.rows]
+    return Table([*table.quality_titles(f"{task} (task)" for task in table.tasks), *COSTS], rows,
                  "Bits per byte, lower is better; tasks: share of right answers; tokens, FLOPs and time of training "
                  "after the seed model; active and total parameters")  # fmt: skip
 

@@ -49,8 +49,8 @@ def gap_of(bits: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def mean_of(values: Mapping[str, float]) -> float:
-    """The mean of the values."""
-    return sum(values.values()) / len(values)
+    """The mean of the values; 0 of none."""
+    return sum(values.values()) / max(1, len(values))
 
 
 def read_oracle(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ is in `btx.evaluation.aggregate`. Plain Python and numpy.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ SIGNIFICANT = 0.05
 """A difference with a larger p is told as one that may be chance."""
 
 
+def chance_text(p: float | None) -> str:
+    """What is said behind a difference that may be chance; nothing behind another one."""
+    return f" (may be chance: p = {p:.2f})" if p is not None and p >= SIGNIFICANT else ""
+
+
 @dataclass(frozen=True)
 class Difference:
     """A difference of two models on one set."""
@@ -43,7 +48,7 @@ class Difference:
 
     def as_json(self) -> dict[str, float]:
         """As `btx compare --json` has it."""
-        return {"difference": self.difference, "low": self.low, "high": self.high, "p": self.p}
+        return asdict(self)
 
 
 def read_documents(path: Path) -> dict[str, Any] | None:

@@ -34,17 +34,15 @@ from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
 from btx.reporting.page_data import page_data, script_text
 from btx.reporting.readers import read_beside, script, token_readers
-from btx.reporting.results import report_table, results_table
+from btx.reporting.results import results_table
 from btx.reporting.routing_figures import shift_figures
-from btx.reporting.routing_view import not_measured, own_experts, routing_view, shares_by, uses
+from btx.reporting.routing_view import not_measured, routing_view, shares_by, uses
 from btx.reporting.run_files import Run, read_run
 from btx.reporting.short_report import short_report
 from btx.reporting.views import View, run_views
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-__all__ = ["report_table", "write_report"]
 
 MOST_NAMES = 12  # of experts, in a line
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
@@ -90,16 +88,13 @@ def _write(path: Path, text: str) -> None:
 
 def stage_costs(run: Run) -> dict[str, Any]:
     """Finished stages with tokens, FLOPs and wall seconds, and their sums."""
+    costs = ("tokens", "flops", "wall_s")
     rows = [
-        {"name": stage.name, **{key: stage.done.get(key) for key in ("tokens", "flops", "wall_s")}}
+        {"name": stage.name, **{key: stage.done.get(key) for key in costs}}
         for stage in run.stages
         if stage.done is not None
     ]
-    sums = (
-        {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in rows[0] if key != "name"}
-        if rows
-        else {}
-    )
+    sums = {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in costs} if rows else {}
     return {"rows": rows, "sums": sums, "running": [stage.name for stage in run.stages if stage.done is None]}
 
 
@@ -167,7 +162,7 @@ def render(
     losses = loss_charts(run)
     charts = losses | {view.question: view.chart for view in views.values() if view.chart} | shift_figures(run)
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             run=run,
@@ -213,7 +208,7 @@ def _routing(run: Run) -> dict[str, Any]:
     return {
         "routing": routing_view(run),
         "top_k": run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,
-        "own_experts": own_experts(run),
+        "own_experts": run.own_experts,
         "not_measured": not_measured(run),
         "by_position": by_position,
         "by_class": by_class,
@@ -225,7 +220,8 @@ def _routing(run: Run) -> dict[str, Any]:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates: what they are given is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("btx.reporting", "templates"), autoescape=True,

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from btx.choices.baselines import BASELINES
 from btx.number_texts import (
-    MISSING,
     SHORT,
     count_text,
     decimal_text,
-    duration_text,
     flops_text,
+    hours_text,
     is_number,
     is_share,
     metric_of,
@@ -58,11 +57,16 @@ class Row:
     description: str
     domains: list[Cell]
     mean: Cell
-    mixed: Cell
-    """Documents that switch domain; empty where they were not measured."""
+    mixed: Cell | None
+    """Documents that switch domain; None where they were measured of no model."""
     tasks: list[Cell]
     costs: list[Cell]
     gains: list[float | None]
+
+    @property
+    def quality(self) -> list[Cell]:
+        """All cells but the costs, as `Results.quality_titles`."""
+        return [*self.domains, self.mean, *([self.mixed] if self.mixed else []), *self.tasks]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,14 @@ class Results:
     rows: list[Row]
     mixed: bool
     """Whether documents that switch domain were measured."""
+
+    def quality_titles(self, tasks: Iterable[str]) -> list[str]:
+        """Titles of the rows' `quality`.
+
+        Args:
+            tasks: those of the tasks.
+        """
+        return [*self.domains, "mean", *(["mixed"] if self.mixed else []), *tasks]
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
@@ -92,7 +104,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
     models: dict[str, Any] = results.get("models", {})
     domains = _in_order(name for model in models.values() for name in model.get("domains", {}))
     tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
-    best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
+    best_domain = {d: _best((bits_of(m, d) for m in models.values()), min) for d in domains}
     best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
     best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
     mixed = [model["mixed"] for model in models.values() if "mixed" in model]
@@ -102,12 +114,12 @@ def results_table(results: Mapping[str, Any]) -> Results:
         Row(
             name=name,
             description=describe(name) if "other" not in model else f"not the run's: {model['other']['path']}",
-            domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
+            domains=[_measured_cell(model.get("domains", {}).get(d, {}), best_domain[d]) for d in domains],
             mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
-            mixed=_cell(model.get("mixed", {}).get("bits_per_byte"), model.get("mixed", {}).get("stderr"), best_mixed),
+            mixed=_measured_cell(model.get("mixed", {}), best_mixed) if mixed else None,
             tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
             costs=_cost_cells(model),
-            gains=[_gain(_bits(model, d), _bits(seed, d)) for d in domains]
+            gains=[_gain(bits_of(model, d), bits_of(seed, d)) for d in domains]
             + [_gain(model.get("mean_bits_per_byte"), seed.get("mean_bits_per_byte"))],
         )
         for name, model in models.items()
@@ -127,23 +139,18 @@ def report_table(results: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_style="bold")
     table.add_column("model", no_wrap=True)
     tasks = (f"{task} {SHORT.get(metrics[task], metrics[task])}" for task in view.tasks)
-    mixed = ["mixed"] if view.mixed else []
-    for column in (*view.domains, "mean", *mixed, *tasks):
+    for column in view.quality_titles(tasks):
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
-        cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
-        table.add_row(
-            row.name,
-            *(Text(cell.text, style="bold" if cell.best else "") for cell in cells),
-            end_section=row.name == "seed",
-        )
+        cells = (Text(cell.text, style="bold" if cell.best else "") for cell in row.quality)
+        table.add_row(row.name, *cells, end_section=row.name == "seed")
     return table
 
 
 def learning_and_keeping_means(model: Mapping[str, Any], branches: Collection[str]) -> dict[str, float]:
     """Mean bits per byte over the domains that have a branch (`learning`) and over the others (`keeping`); empty where
     there are not both, or one is not measured."""
-    bits = {domain: _bits(model, domain) for domain in model.get("domains", {})}
+    bits = {domain: bits_of(model, domain) for domain in model.get("domains", {})}
     if not all(map(is_number, bits.values())):
         return {}
     return {part: math.fsum(bits[name] for name in names) / len(names)
@@ -154,7 +161,8 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _bits(model: Mapping[str, Any], domain: str) -> Any:
+def bits_of(model: Mapping[str, Any], domain: str) -> Any:
+    """A model's bits per byte in a domain; None if they are not measured."""
     return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
 
 
@@ -182,8 +190,8 @@ def _cell(value: Any, error: Any, best: Any) -> Cell:
     )
 
 
-def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
-    return _cell(_bits(model, domain), model.get("domains", {}).get(domain, {}).get("stderr"), best)
+def _measured_cell(measured: Mapping[str, Any], best: Any) -> Cell:
+    return _cell(measured.get("bits_per_byte"), measured.get("stderr"), best)
 
 
 def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
@@ -205,7 +213,7 @@ def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
     return [
         tokens,
         flops,
-        Cell(duration_text(3600 * hours) if is_number(hours) else MISSING, exact=f"{hours} hours"),
+        Cell(hours_text(hours), exact=f"{hours} hours"),
         active,
         total,
     ]

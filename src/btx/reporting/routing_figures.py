@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from btx.reporting.charts import Curve, HeatMap, Lines
 from btx.reporting.drawing import COLOURS
 from btx.reporting.run_files import Run
-from btx.reporting.tokens import own_expert
 
 
 def lag_figure(run: Run) -> Lines | None:
@@ -38,18 +37,16 @@ def kept_figure(run: Run) -> Lines | None:
 def own_load_figure(run: Run) -> Lines | None:
     """Load of every domain's own expert, layer by layer, with its interval where there is one; None where no domain
     has an expert of its own, or a single layer."""
-    experts, curves = run.routing.get("experts", []), []
-    for domain, routing in run.routing.get("domains", {}).items():
-        in_domain = own_expert(domain, experts, run.general)
-        if in_domain is None or len(routing["load"]) < 2:
-            continue
-        intervals = run.statistics.get("load", {}).get(domain)
-        curves.append(Curve(domain, run.colour(domain), range(len(routing["load"])),
-                            [layer[in_domain] for layer in routing["load"]],
-                            *_bounds([layer[in_domain] for layer in intervals] if intervals else [])))  # fmt: skip
+    curves = []
+    for domain, expert in run.own_experts.items():
+        load, intervals = run.routing["domains"][domain]["load"], run.statistics.get("load", {}).get(domain, [])
+        if len(load) > 1:
+            curves.append(Curve(domain, run.colour(domain), range(len(load)), [layer[expert] for layer in load],
+                                *_bounds([layer[expert] for layer in intervals])))  # fmt: skip
     if not curves:
         return None
-    return Lines("own-load", curves, "layer", "load of the domain's own expert", level=1 / len(experts), from_zero=True)
+    even = 1 / len(run.routing["experts"])
+    return Lines("own-load", curves, "layer", "load of the domain's own expert", level=even, from_zero=True)
 
 
 def specialisation_figure(run: Run) -> Lines | None:

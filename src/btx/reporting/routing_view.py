@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from btx.number_texts import percent_text
+from btx.number_texts import evenly, percent_text
 from btx.reporting.run_files import Run
-from btx.reporting.tokens import mean_load, own_expert, shown_layers
+from btx.reporting.tokens import mean_load
 
 MOST_PAIRS = 10
 """Pairs of experts shown of a domain: a page has room for no more columns."""
@@ -25,7 +25,7 @@ def routing_view(run: Run) -> dict[str, Any] | None:
     if not domains:
         return None
     experts = run.routing["experts"]
-    in_domain = own_experts(run)
+    in_domain = run.own_experts
     views = [
         {
             "name": name,
@@ -51,13 +51,6 @@ def routing_view(run: Run) -> dict[str, Any] | None:
     }
 
 
-def own_experts(run: Run) -> dict[str, int]:
-    """Domain → index of its own expert, of the domains that have one."""
-    experts = run.routing.get("experts", [])
-    experts_of = {domain: own_expert(domain, experts, run.general) for domain in run.routing.get("domains", {})}
-    return {domain: expert for domain, expert in experts_of.items() if expert is not None}
-
-
 def most_frequent(pairs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
     """The pairs that most tokens have, in the order of the file."""
     chosen = sorted(pairs, key=lambda pair: -math.fsum(pairs[pair]))[:MOST_PAIRS]
@@ -79,7 +72,7 @@ def _share(
     name: str, expert: int, layers: Sequence[Sequence[float]], bounds: Sequence[Sequence[Sequence[float]]]
 ) -> tuple[float, str]:
     lines = [name]
-    for layer in shown_layers(len(layers), MOST_LAYERS):
+    for layer in evenly(len(layers), MOST_LAYERS):
         around = " to ".join(percent_text(bound) for bound in bounds[layer][expert]) if bounds else ""
         lines.append(f"layer {layer}: {percent_text(layers[layer][expert])}" + (f" (95 %: {around})" if around else ""))
     return mean_load(layers, expert), "\n".join(lines)

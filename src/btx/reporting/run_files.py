@@ -26,7 +26,7 @@ from btx.reporting.shapes import (
     Shown,
     Tokens,
 )  # fmt: skip
-from btx.reporting.tokens import own_expert
+from btx.reporting.tokens import own_expert, own_experts
 
 ROUTING, TOKENS = "routing.json", "tokens.json"
 
@@ -91,6 +91,11 @@ class Run:
     def branches(self) -> list[str]:
         """The domains that have a branch."""
         return self.recipe.get("train", {}).get("domains", [])
+
+    @property
+    def own_experts(self) -> dict[str, int]:
+        """Domain → index of its own expert, of the routed domains that have one."""
+        return own_experts(self.routing.get("domains", {}), self.routing.get("experts", []), self.general)
 
     def stage(self, name: str) -> Stage:
         """The stage of this name, empty if it has left nothing."""

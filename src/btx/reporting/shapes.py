@@ -228,13 +228,11 @@ class Route(TypedDict):
     gates: list[list[list[float]]]
 
 
-class Example(TypedDict):
-    """A document token by token: its texts, and the experts and gate weights of each in every layer."""
+class Example(Route):
+    """A document token by token: its texts, and how they are routed."""
 
     domain: str
     tokens: list[str]
-    experts: list[list[list[int]]]
-    gates: list[list[list[float]]]
     document: NotRequired[str]
     """Name of the document, made from its tokens."""
     losses: NotRequired[dict[str, list[float]]]
@@ -244,7 +242,7 @@ class Example(TypedDict):
     """Other MoE models of the run (mix, upcycling, an aligned one) → how they route it; from evaluate/shown.json."""
 
 
-class ShownAnswer(TypedDict):
+class ShownAnswer(Route):
     """A question of a domain, what models answered, and the tokens of the run's model as an example's."""
 
     domain: str
@@ -255,8 +253,6 @@ class ShownAnswer(TypedDict):
     """Model (btx, seed, the domain's expert) → its answer."""
     correct: NotRequired[dict[str, bool]]
     tokens: list[str]
-    experts: list[list[list[int]]]
-    gates: list[list[list[float]]]
 
 
 class Shown(TypedDict):

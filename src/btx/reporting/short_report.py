@@ -8,6 +8,7 @@ from btx.markdown_text import literal
 from btx.number_texts import MISSING, signed_percent
 from btx.reporting.alignment import aligned_models
 from btx.reporting.headline import Headline, headline
+from btx.reporting.paired_bootstrap import chance_text
 from btx.reporting.results import Cell, results_table
 from btx.reporting.run_files import Run
 from btx.reporting.views import View
@@ -38,27 +39,19 @@ def _headline(line: Headline) -> str:
     text = (
         f"**btx needs {line.mean:.3f} bits per byte** on average over {line.domains} held-out domains (lower is better)"
     )
-    others = [f"{signed_percent(other.change)} against {literal(other.label)}{_chance(other.p, other.may_be_chance)}"
+    others = [f"{signed_percent(other.change)} against {literal(other.label)}{chance_text(other.p)}"
               for other in line.comparisons]  # fmt: skip
     tasks = [f" {literal(task.metric).capitalize()} on {literal(task.task)}: {100 * task.seed:.1f} % → "
-             f"{100 * task.btx:.1f} %{_chance(task.p, task.may_be_chance)}." for task in line.tasks]  # fmt: skip
+             f"{100 * task.btx:.1f} %{chance_text(task.p)}." for task in line.tasks]  # fmt: skip
     return text + (": " + ", ".join(others) if others else "") + "." + "".join(tasks)
-
-
-def _chance(p: float | None, may_be: bool) -> str:
-    return f" (may be chance: p = {p:.2f})" if may_be else ""
 
 
 def _tables(run: Run) -> list[str]:
     """Quality, and cost, of every model."""
     table = results_table(run.results)
-    mixed = ["mixed"] if table.mixed else []
-    quality = [
-        [literal(row.name), *map(_text, [*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks])]
-        for row in table.rows
-    ]
+    quality = [[literal(row.name), *map(_text, row.quality)] for row in table.rows]
     costs = [[literal(row.name), *map(_text, row.costs)] for row in table.rows]
-    names = [literal(name) for name in (*table.domains, "mean", *mixed, *table.tasks)]
+    names = map(literal, table.quality_titles(table.tasks))
     return [
         "Bits per byte of held-out text ± one standard error (lower is better)"
         + ("; scores of tasks in percent (higher is better)" if table.tasks else "") + "; the best in bold.",

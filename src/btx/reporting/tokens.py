@@ -6,7 +6,7 @@ Token texts reach the page through jinja2's escaping, or in JSON through `script
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -112,13 +112,6 @@ def visible(text: str) -> str:
     return text.replace("\n", "↵\n")
 
 
-def shown_layers(layers: int, at_most: int) -> list[int]:
-    """All layers, or `at_most` of them evenly spread from the first to the last."""
-    if layers <= at_most:
-        return list(range(layers))
-    return [round(i * (layers - 1) / (at_most - 1)) for i in range(at_most)]
-
-
 def mean_load(layers: Sequence[Sequence[float]], expert: int) -> float:
     """An expert's share of the load, mean over layers."""
     return math.fsum(layer[expert] for layer in layers) / len(layers)
@@ -128,3 +121,8 @@ def own_expert(domain: str, experts: Sequence[str], general: str | None) -> int 
     """Index of a domain's own expert; the general domain's is the generalist."""
     name = "generalist" if domain == general and domain not in experts else domain
     return list(experts).index(name) if name in experts else None
+
+
+def own_experts(domains: Iterable[str], experts: Sequence[str], general: str | None) -> dict[str, int]:
+    """Domain → index of its own expert, of the domains that have one."""
+    return {domain: e for domain in domains if (e := own_expert(domain, experts, general)) is not None}

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx.data.mixture import Interleaved, Mixture
-from btx.data.switching import Switching
+from btx.data.mixture import Mixture
+from btx.data.samples import in_turn
 from btx.data.token_files import TokenFile
 from btx.files import read_json, write_sealed
 from btx.outputs import DONE, FORMAT, STARTED, CheckpointState, read_done, read_started
@@ -118,11 +118,8 @@ def fingerprint(run: RunFolder, stage: Stage) -> str:
         )
         for read in _mixtures(stage)
     ]
-    if len(opened) > 1:
-        return Interleaved(opened).fingerprint
     section = stage.shown.get("finetune") or stage.shown.get("training") or {}
-    switching = section.get("switching", 0.0)
-    return Switching(opened[0], switching).fingerprint if switching else opened[0].fingerprint
+    return in_turn(opened, section.get("switching", 0.0)).fingerprint
 
 
 def trained_on(run: RunFolder, stage: Stage) -> str | None:

@@ -31,9 +31,9 @@ from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.differences import changed_files, changed_settings
 from btx.run_folder.graph import Graph, Stage
-from btx.run_folder.lease import lease_file, take_lease
+from btx.run_folder.lease import lock_file, take_lease
 from btx.run_folder.manifest import manifest, now
-from btx.run_folder.stage_notes import done_json, files_of, is_known, settings_known, started_json
+from btx.run_folder.stage_notes import done_json, files_of, is_known, started_json
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.system_errors import WRITING, blame
@@ -154,9 +154,9 @@ class RunFolder:
         try:
             return stage.inputs != begun["inputs"]
         except UserError:
-            if not settings_known(stage):
+            if not is_known(stage, "settings"):
                 return self.done(stage) is not None  # made from other files than those that are missing now
-            known = [needed for needed in stage.needs if is_known(needed)]
+            known = [needed for needed in stage.needs if is_known(needed, "inputs")]
             if any(begun["upstream"].get(needed.label) != needed.inputs for needed in known):
                 return True
             return stage.settings != begun["settings"]
@@ -343,19 +343,17 @@ def exclusive(run: Path, work: str, *, patience_s: float = 0.0) -> Iterator[None
     Raises:
         NotYet: another process is at it; the message names its pid.
     """
-    locks = run / ".locks"
-    name = work.replace("/", "-")
-    owner = locks / f"{name}.pid"
-    lock = filelock.FileLock(locks / f"{name}.lock", timeout=patience_s, fallback_to_soft=False)
+    owner = lock_file(run, work, "pid")
+    lock = filelock.FileLock(lock_file(run, work, "lock"), timeout=patience_s, fallback_to_soft=False)
     lease = None
     try:
-        locks.mkdir(parents=True, exist_ok=True)
+        owner.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except OSError as error:
             if isinstance(error, filelock.Timeout) or error.errno not in NO_LOCKS:
                 raise
-        lease = take_lease(lease_file(run, work), patience_s)
+        lease = take_lease(lock_file(run, work, "lease"), patience_s)
         owner.write_text(f"{os.getpid()} on {platform.node()}")
     except filelock.Timeout:
         lock.release()

@@ -53,14 +53,14 @@ def take_lease(file: Path, patience_s: float) -> filelock.SoftFileLease:
         time.sleep(LOOK_S)
 
 
-def lease_file(run: Path, work: str) -> Path:
-    """The lease on `work` in the run folder `run`."""
-    return run / ".locks" / f"{work.replace('/', '-')}.lease"
+def lock_file(run: Path, work: str, kind: str) -> Path:
+    """What a run folder says of some work: who is at it (`lock`, `lease`, `pid`), how it failed (`failed.json`)."""
+    return run / ".locks" / f"{work.replace('/', '-')}.{kind}"
 
 
 def last_sign(run: Path, work: str) -> tuple[int, int] | None:
     """What changes with each sign of life of the process that is at work; None if there is none."""
-    return _change(lease_file(run, work))
+    return _change(lock_file(run, work, "lease"))
 
 
 def is_alive(file: Path) -> bool:

@@ -15,6 +15,7 @@ from btx.errors import UserError
 from btx.files import content_sha256, read_json, value_hash, write_json
 from btx.model_files.model_folder import BTM_FILE, check_model_or_btm
 from btx.recipe.schema import Recipe
+from btx.run_folder.finished_models import model_stages
 from btx.run_folder.stages_of_recipe import model_files
 
 FILE = "other_models.json"
@@ -53,8 +54,7 @@ def check_other_models(recipe: Recipe, models: Mapping[str, str | Path]) -> None
         UserError: of a name.
         CheckpointError: of a folder.
     """
-    experts = [f"expert__{domain}" for domain in recipe.train.domains]  # as files call expert/DOMAIN
-    ours = {"seed", "mix", "btx", *map(str, recipe.baselines), *recipe.alignments, *experts}
+    ours = {name.replace("/", "__") for name in model_stages(recipe)}  # as files call expert/DOMAIN
     for name, path in models.items():
         if not NAME.fullmatch(name):
             raise UserError(f"--model {name}: a name has letters, digits, `_`, `.` and `-`, 64 at most, and begins "

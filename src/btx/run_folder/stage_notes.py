@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from btx.errors import UserError
 from btx.outputs import FORMAT
@@ -15,15 +15,12 @@ from btx.run_folder.manifest import now
 
 def started_json(stage: Stage) -> dict[str, Any]:
     """What is noted of a stage when it is begun."""
-    return {
-        "format": FORMAT, "stage": stage.name, "inputs": stage.inputs, "settings": stage.settings,
-        "shown": stage.shown, "upstream": stage.upstream, "files": files_of(stage),
-        "read": {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")},
-    }  # fmt: skip
+    read = {needed.label: _noted(needed) for needed in stage.needs if needed.name.startswith("data/")}
+    return {"stage": stage.name, **_noted(stage), "upstream": stage.upstream, "read": read}
 
 
 def _noted(stage: Stage) -> dict[str, Any]:
-    """What a stage notes of the data it reads, for the day when their folder is not there."""
+    """What is noted of a stage itself; of the data that it reads too, for the day when their folder is not there."""
     files = files_of(stage)
     return {"format": FORMAT, "inputs": stage.inputs, "settings": stage.settings, "shown": stage.shown, "files": files}
 
@@ -43,17 +40,9 @@ def files_of(stage: Stage) -> dict[str, str]:
         return dict(stage.recorded["files"]) if stage.recorded else {}
 
 
-def is_known(stage: Stage) -> bool:
-    """Whether a stage's hash can be told here."""
+def is_known(stage: Stage, what: Literal["inputs", "settings"]) -> bool:
+    """Whether a stage's hash, or what decides it besides the stages before it, can be told here."""
     try:
-        return bool(stage.inputs)
-    except UserError:
-        return False
-
-
-def settings_known(stage: Stage) -> bool:
-    """Whether what decides a stage besides the stages before it can be told here."""
-    try:
-        return stage.settings is not None
+        return getattr(stage, what) is not None
     except UserError:
         return False

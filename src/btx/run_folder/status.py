@@ -16,7 +16,7 @@ from btx.outputs import damage
 from btx.process import Interrupted
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.run_folder.lease import is_alive, lease_file
+from btx.run_folder.lease import is_alive, lock_file
 from btx.run_folder.manifest import now
 from btx.system_errors import told
 
@@ -128,7 +128,7 @@ def failure_of(run: RunFolder, stage: str) -> dict[str, str] | None:
 
 
 def _failure_file(run: RunFolder, stage: str) -> Path:
-    return run.path / ".locks" / f"{stage.replace('/', '-')}.failed.json"
+    return lock_file(run.path, stage, "failed.json")
 
 
 def at_work(run: RunFolder, work: str) -> str | None:
@@ -146,7 +146,7 @@ def holder_of(folder: Path, work: str) -> str | None:
     try:
         if (owner := owner_of(folder, work)) is None:
             return None
-        (pid, node), lives = owner, is_alive(lease_file(folder, work))
+        (pid, node), lives = owner, is_alive(lock_file(folder, work, "lease"))
         if node == platform.node():  # a number may be another process's by now, and a stopped process gives no sign
             lives = psutil.pid_exists(pid) and (lives or psutil.Process(pid).status() == "stopped")
         return node if lives else None
@@ -162,7 +162,7 @@ def lost_on(node: str) -> str:
 def owner_of(folder: Path, work: str) -> tuple[int, str] | None:
     """Number and machine of the process that has taken some work and not given it back, alive or not."""
     try:
-        pid, _, node = (folder / ".locks" / f"{work.replace('/', '-')}.pid").read_text("utf-8").partition(" on ")
+        pid, _, node = lock_file(folder, work, "pid").read_text("utf-8").partition(" on ")
         return int(pid), node
     except (OSError, ValueError):
         return None

@@ -166,9 +166,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messag
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text to complete; see `Speaker.text_ids`."""
     check_prompt(text)
-    encoder = DocumentEncoder(tokenizer)
-    ids = encoder([text])[0]
-    return ids[:-1] if encoder.trailing_eos else ids
+    return DocumentEncoder(tokenizer).beginning(text)
 
 
 def completion(

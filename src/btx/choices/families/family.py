@@ -16,21 +16,11 @@ Config = dict[str, Any]
 ROLES = ("gate", "up", "down")
 
 
-def no_reason(dense: Config) -> str | None:
-    """Nothing stands against it."""
-    return None
-
-
 class Filled(NamedTuple):
     """A tensor with the same number everywhere."""
 
     shape: tuple[int, ...]
     value: float = 0.0
-
-
-def nothing_extra(moe: Config) -> dict[str, Filled]:
-    """No extra tensors."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -50,9 +40,9 @@ class Family:
     """Published name of a layer's router, (E, D)."""
     moe_config: Callable[[Config, int, int], Config]
     """(dense config, num_experts, top_k) → MoE config. The experts' width is the dense config's `intermediate_size`."""
-    refuse: Callable[[Config], str | None] = no_reason
+    refuse: Callable[[Config], str | None] = field(default=lambda dense: None)
     """Why this dense config cannot be expressed in the MoE class, or None."""
-    inert: Callable[[Config], dict[str, Filled]] = nothing_extra
+    inert: Callable[[Config], dict[str, Filled]] = field(default=lambda moe: {})
     """(MoE config) → tensors of a layer that the MoE class has and the dense class lacks, filled so that they add
     nothing."""
     fused: Callable[[Config], dict[str, dict[str, int]]] = field(default=lambda dense: {})

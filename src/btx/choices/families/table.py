@@ -8,36 +8,31 @@ from btx.choices.families.family import Config, Family, Filled
 
 LAYER = "model.layers.{layer}."
 ROLES_OF_PROJECTIONS = {role: f"{LAYER}mlp.{role}_proj.weight" for role in ("gate", "up", "down")}
-MIXTRAL_EXPERTS = {
+# Layouts: the FF sublayer in the dense class, experts and router in the MoE class.
+MIXTRAL = (ROLES_OF_PROJECTIONS, {
     f"{LAYER}block_sparse_moe.experts.{{expert}}.{name}.weight": (role,)
     for name, role in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
-}
-MIXTRAL_ROUTER = f"{LAYER}block_sparse_moe.gate.weight"
+}, f"{LAYER}block_sparse_moe.gate.weight")  # fmt: skip
 QWEN_EXPERTS = {
     f"{LAYER}mlp.experts.{{expert}}.{role}_proj.weight": (role,) for role in ("gate", "up", "down")
 }  # fmt: skip
-QWEN_ROUTER = f"{LAYER}mlp.gate.weight"
-GRANITE_EXPERTS = {
+QWEN = (ROLES_OF_PROJECTIONS, QWEN_EXPERTS, f"{LAYER}mlp.gate.weight")
+GRANITE = (ROLES_OF_PROJECTIONS, {
     f"{LAYER}block_sparse_moe.input_linear.weight": ("gate", "up"),
     f"{LAYER}block_sparse_moe.output_linear.weight": ("down",),
-}
-GRANITE_ROUTER = f"{LAYER}block_sparse_moe.router.layer.weight"
+}, f"{LAYER}block_sparse_moe.router.layer.weight")  # fmt: skip
 # GraniteMoE-SWA is published as transformers keeps it in memory: it has no older layout.
-GRANITE_SWA_EXPERTS = {
+GRANITE_SWA = (ROLES_OF_PROJECTIONS, {
     f"{LAYER}block_sparse_moe.experts.gate_up_proj": ("gate", "up"),
     f"{LAYER}block_sparse_moe.experts.down_proj": ("down",),
-}
-GRANITE_SWA_ROUTER = f"{LAYER}block_sparse_moe.router.weight"
+}, f"{LAYER}block_sparse_moe.router.weight")  # fmt: skip
 ROPES = "tied embeddings, head_dim, every rope scaling"
 
 
 def _no_biases(dense: Config) -> str | None:
     """Neither Mixtral's attention nor its experts have biases."""
-    if dense.get("mlp_bias"):
-        return "mlp_bias: no MoE class has biases in its experts"
-    if dense.get("attention_bias"):
-        return "attention_bias: Mixtral's attention has no biases"
-    return None
+    attention = "attention_bias: Mixtral's attention has no biases" if dense.get("attention_bias") else None
+    return _no_mlp_bias(dense) or attention
 
 
 def _no_mlp_bias(dense: Config) -> str | None:
@@ -126,88 +121,83 @@ def _ernie_bias(moe: Config) -> dict[str, Filled]:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        "llama", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral, _no_biases,
-        exact=f"base, {ROPES}, gelu", notes="vLLM and llama.cpp compute SiLU whatever hidden_act says",
+        "llama", "mixtral", *MIXTRAL, configs.mixtral, _no_biases, exact=f"base, {ROPES}, gelu",
+        notes="vLLM and llama.cpp compute SiLU whatever hidden_act says",
     ),
     Family(
-        "llama", "granitemoe", ROLES_OF_PROJECTIONS, GRANITE_EXPERTS, GRANITE_ROUTER, configs.granitemoe_of_llama,
-        _no_mlp_bias, finetunes=False, exact="attention_bias", notes="vLLM leaves the biases out",
+        "llama", "granitemoe", *GRANITE, configs.granitemoe_of_llama, _no_mlp_bias, finetunes=False,
+        exact="attention_bias", notes="vLLM leaves the biases out",
     ),
     Family(
-        "mistral", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral, _no_biases,
-        exact="full, sliding window, head_dim", notes="vLLM's Mixtral has no sliding window",
+        "mistral", "mixtral", *MIXTRAL, configs.mixtral, _no_biases, exact="full, sliding window, head_dim",
+        notes="vLLM's Mixtral has no sliding window",
     ),
     Family(
-        "ministral", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral_of_ministral,
-        _one_window, exact="one kind of attention in all layers",
+        "ministral", "mixtral", *MIXTRAL, configs.mixtral_of_ministral, _one_window,
+        exact="one kind of attention in all layers",
     ),
     Family(
-        "ministral3", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral_of_ministral3,
-        exact="up to the original context length", notes="queries beyond it are scaled, which Mixtral cannot",
+        "ministral3", "mixtral", *MIXTRAL, configs.mixtral_of_ministral3, exact="up to the original context length",
+        notes="queries beyond it are scaled, which Mixtral cannot",
     ),
     Family(
-        "internlm3", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral, _no_biases,
-        exact="base, head_dim",
+        "internlm3", "mixtral", *MIXTRAL, configs.mixtral, _no_biases, exact="base, head_dim",
     ),
     Family(
-        "iquestcoder", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral, _no_biases,
-        exact="base, head_dim",
+        "iquestcoder", "mixtral", *MIXTRAL, configs.mixtral, _no_biases, exact="base, head_dim",
     ),
     Family(
-        "phi3", "mixtral", ROLES_OF_PROJECTIONS, MIXTRAL_EXPERTS, MIXTRAL_ROUTER, configs.mixtral, _phi3,
-        fused=_phi3_fused, exact="full, sliding window", notes="qkv_proj and gate_up_proj are taken apart",
+        "phi3", "mixtral", *MIXTRAL, configs.mixtral, _phi3, fused=_phi3_fused, exact="full, sliding window",
+        notes="qkv_proj and gate_up_proj are taken apart",
     ),
     Family(
-        "qwen2", "qwen2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen2_moe,
-        inert=_shared_expert, probability_gates=True, exact="base, tied embeddings, yarn, windows in some layers",
+        "qwen2", "qwen2_moe", *QWEN, configs.qwen2_moe, inert=_shared_expert, probability_gates=True,
+        exact="base, tied embeddings, yarn, windows in some layers",
         notes="the shared expert is zero; llama.cpp does not normalise the gates",
     ),
     Family(
-        "seed_oss", "qwen2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen2_moe, _seed_oss,
-        inert=_shared_expert, probability_gates=True, exact="base, without biases", notes="the shared expert is zero",
+        "seed_oss", "qwen2_moe", *QWEN, configs.qwen2_moe, _seed_oss, inert=_shared_expert, probability_gates=True,
+        exact="base, without biases", notes="the shared expert is zero",
     ),
     Family(
-        "qwen3", "qwen3_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen3_moe, _full_attention_only,
-        probability_gates=True, exact="base, tied embeddings, attention_bias, yarn",
+        "qwen3", "qwen3_moe", *QWEN, configs.qwen3_moe, _full_attention_only, probability_gates=True,
+        exact="base, tied embeddings, attention_bias, yarn",
     ),
     Family(
-        "qwen3", "mellum", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.mellum, _any_window,
-        probability_gates=True, exact="windows in some layers", notes="needs transformers 5",
+        "qwen3", "mellum", *QWEN, configs.mellum, _any_window, probability_gates=True, exact="windows in some layers",
+        notes="needs transformers 5",
     ),
     Family(
-        "olmo2", "flex_olmo", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.flex_olmo,
-        probability_gates=True, exact="base, tied embeddings",
+        "olmo2", "flex_olmo", *QWEN, configs.flex_olmo, probability_gates=True, exact="base, tied embeddings",
     ),
     Family(
-        "olmo3", "flex_olmo", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.flex_olmo, _olmo3,
-        probability_gates=True, exact="full attention in every layer",
+        "olmo3", "flex_olmo", *QWEN, configs.flex_olmo, _olmo3, probability_gates=True,
+        exact="full attention in every layer",
     ),
     Family(
-        "granite", "granitemoe", ROLES_OF_PROJECTIONS, GRANITE_EXPERTS, GRANITE_ROUTER, configs.granitemoe,
-        _no_mlp_bias, finetunes=False, exact="multipliers, tied embeddings, attention_bias",
+        "granite", "granitemoe", *GRANITE, configs.granitemoe, _no_mlp_bias, finetunes=False,
+        exact="multipliers, tied embeddings, attention_bias",
     ),
     Family(
-        "granite_swa", "granitemoe_swa", ROLES_OF_PROJECTIONS, GRANITE_SWA_EXPERTS, GRANITE_SWA_ROUTER,
-        configs.granitemoe_swa, _no_mlp_bias, finetunes=False,
+        "granite_swa", "granitemoe_swa", *GRANITE_SWA, configs.granitemoe_swa, _no_mlp_bias, finetunes=False,
         exact="multipliers, windows, sinks", notes="needs transformers 5",
     ),
     Family(
-        "ernie4_5", "ernie4_5_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.ernie4_5_moe, _ernie,
-        inert=_ernie_bias, finetunes=False, exact="base, tied embeddings",
+        "ernie4_5", "ernie4_5_moe", *QWEN, configs.ernie4_5_moe, _ernie, inert=_ernie_bias, finetunes=False,
+        exact="base, tied embeddings",
     ),
     Family(
-        "cohere2", "cohere2_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.cohere2_moe,
-        exact="windows in some layers, attention_bias", notes="needs transformers 5",
+        "cohere2", "cohere2_moe", *QWEN, configs.cohere2_moe, exact="windows in some layers, attention_bias",
+        notes="needs transformers 5",
     ),
     Family(
         "hunyuan_v1_dense", "hunyuan_v1_moe", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, f"{LAYER}mlp.gate.wg.weight",
-        configs.hunyuan_v1_moe, inert=_hunyuan_shared, finetunes=False,
-        exact="base, tied embeddings, attention_bias",
+        configs.hunyuan_v1_moe, inert=_hunyuan_shared, finetunes=False, exact="base, tied embeddings, attention_bias",
         notes="a zero shared MLP as wide as an expert",
     ),
     Family(
-        "qwen3_5_text", "qwen3_5_moe_text", ROLES_OF_PROJECTIONS, QWEN_EXPERTS, QWEN_ROUTER, configs.qwen3_5_moe,
-        inert=_shared_expert, exact="base, linear attention", notes="the shared expert is zero; needs transformers 5",
+        "qwen3_5_text", "qwen3_5_moe_text", *QWEN, configs.qwen3_5_moe, inert=_shared_expert,
+        exact="base, linear attention", notes="the shared expert is zero; needs transformers 5",
     ),
 )  # fmt: skip
 

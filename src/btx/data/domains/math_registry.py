@@ -26,40 +26,23 @@ class Worked:
         return "\n".join([f"{self.prompt} {self.steps[0]}", *self.steps[1:], f"Answer: {self.answer}"])
 
 
-Maker = Callable[[random.Random], Worked]
-KINDS: dict[str, Maker] = {}
+Drawn = tuple[dict[str, Any], list[str], list[str], str]
+"""Parameters, wordings of the question, steps and answer of a problem."""
+KINDS: dict[str, Callable[[random.Random], Worked]] = {}
 """Kind of problem → function that draws one."""
 
-NAMES = [
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Ida",
-    "Jonas",
-    "Lena",
-    "Mark",
-    "Nora",
-    "Oscar",
-    "Paula",
-    "Robert",
-    "Sara",
-    "Tom",
-    "Vera",
-    "Will",
-]
+NAMES = (
+    "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Lena Mark Nora Oscar Paula Robert Sara Tom Vera Will"
+).split()
 THINGS = ["apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "oranges", "pens", "stamps"]
 
 
-def kind(name: str) -> Callable[[Maker], Maker]:
-    """Register a function as the maker of one kind of problem."""
+def kind(draw: Callable[[random.Random], Drawn]) -> Callable[[random.Random], Drawn]:
+    """Register a function as what draws the kind of problem that it is called after."""
 
-    def register(maker: Maker) -> Maker:
-        KINDS[name] = maker
-        return maker
+    def worked(rng: random.Random) -> Worked:
+        parameters, wordings, steps, answer = draw(rng)
+        return Worked(parameters, rng.choice(wordings), steps, answer)
 
-    return register
+    KINDS[draw.__name__] = worked
+    return draw

@@ -17,21 +17,9 @@ from textwrap import dedent
 from btx.errors import DataError
 
 LEFT_OUT_FOLDERS = {
-    "__pycache__",
-    "dist-packages",
-    "encodings",
-    "idle_test",
-    "idlelib",
-    "lib-dynload",
-    "pydoc_data",
-    "site-packages",
-    "test",
-    "tests",
-    "turtledemo",
-    "distutils",
-    "lib2to3",
-    "tkinter",
-}
+    "__pycache__", "dist-packages", "encodings", "idle_test", "idlelib", "lib-dynload", "pydoc_data", "site-packages",
+    "test", "tests", "turtledemo", "distutils", "lib2to3", "tkinter",
+}  # fmt: skip
 """Tests, tables, installed packages, and (the last three) what not every Python has."""
 LEFT_OUT_FILES = {"html/entities.py", "locale.py", "stringprep.py"}
 """Files that are mostly tables."""

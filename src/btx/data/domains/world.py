@@ -24,119 +24,23 @@ ENDINGS = {
     "river": ["ne", "le"],
 }
 
-PROFESSIONS = [
-    "baker",
-    "carpenter",
-    "dentist",
-    "doctor",
-    "farmer",
-    "gardener",
-    "lawyer",
-    "painter",
-    "pilot",
-    "singer",
-    "tailor",
-    "teacher",
-]
+PROFESSIONS = "baker carpenter dentist doctor farmer gardener lawyer painter pilot singer tailor teacher".split()
 INSTRUMENTS = ["cello", "drum", "flute", "guitar", "harp", "piano", "trumpet", "violin"]
 YEARS = [str(year) for year in range(1900, 1980, 5)]
 FOODS = ["ants", "berries", "fish", "grass", "honey", "leaves", "mice", "nuts", "roots", "seeds", "snails", "worms"]
 HABITATS = ["caves", "deserts", "forests", "lakes", "marshes", "meadows", "mountains", "rivers"]
 COLOURS = ["black", "blue", "brown", "green", "grey", "orange", "purple", "red", "white", "yellow"]
-PRODUCTS = [
-    "bicycles",
-    "boats",
-    "boots",
-    "candles",
-    "carpets",
-    "clocks",
-    "furniture",
-    "glass",
-    "lamps",
-    "paper",
-    "shirts",
-    "tools",
-]
-SPECIALITIES = [
-    "bread",
-    "cheese",
-    "chocolate",
-    "coal",
-    "copper",
-    "marble",
-    "salt",
-    "silk",
-    "silver",
-    "tea",
-    "timber",
-    "wine",
-]
-SETTINGS = [
-    "castle",
-    "circus",
-    "desert",
-    "factory",
-    "harbour",
-    "hospital",
-    "hotel",
-    "island",
-    "library",
-    "monastery",
-    "prison",
-    "school",
-]
-ADJECTIVES = [
-    "Ancient",
-    "Bitter",
-    "Broken",
-    "Burning",
-    "Crooked",
-    "Distant",
-    "Empty",
-    "Endless",
-    "Frozen",
-    "Gentle",
-    "Golden",
-    "Hidden",
-    "Hollow",
-    "Lonely",
-    "Northern",
-    "Patient",
-    "Quiet",
-    "Restless",
-    "Secret",
-    "Silent",
-    "Sleeping",
-    "Stolen",
-    "Velvet",
-    "Winding",
-]
-NOUNS = [
-    "Anchor",
-    "Bridge",
-    "Compass",
-    "Crown",
-    "Door",
-    "Feather",
-    "Garden",
-    "Hour",
-    "Key",
-    "Lantern",
-    "Letter",
-    "Mirror",
-    "Orchard",
-    "Promise",
-    "River",
-    "Road",
-    "Shadow",
-    "Song",
-    "Stairs",
-    "Storm",
-    "Thread",
-    "Tower",
-    "Voyage",
-    "Winter",
-]
+PRODUCTS = "bicycles boats boots candles carpets clocks furniture glass lamps paper shirts tools".split()
+SPECIALITIES = "bread cheese chocolate coal copper marble salt silk silver tea timber wine".split()
+SETTINGS = "castle circus desert factory harbour hospital hotel island library monastery prison school".split()
+ADJECTIVES = (
+    "Ancient Bitter Broken Burning Crooked Distant Empty Endless Frozen Gentle Golden Hidden Hollow "
+    "Lonely Northern Patient Quiet Restless Secret Silent Sleeping Stolen Velvet Winding"
+).split()
+NOUNS = (
+    "Anchor Bridge Compass Crown Door Feather Garden Hour Key Lantern Letter Mirror Orchard Promise River "
+    "Road Shadow Song Stairs Storm Thread Tower Voyage Winter"
+).split()
 
 
 @dataclass(frozen=True)

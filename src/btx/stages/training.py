@@ -108,11 +108,11 @@ class Given:
     """Samples that are no mixture of the run's domains, and what is learnt of them."""
 
     samples: Samples
-    ready: Callable[[TrainingJob], TrainingJob] = lambda job: job
+    ready: Callable[[TrainingJob], TrainingJob] | None
     """Completes the job when its model has its weights, before any of them moves."""
-    chat_template: str | None = None
+    chat_template: str | None
     """Written beside the model; None: as it was."""
-    ends: Collection[int] = ()
+    ends: Collection[int]
     """Tokens that end an answer: engines stop at them too."""
 
 
@@ -166,7 +166,7 @@ def train_stage(
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
-        if given is not None:
+        if given is not None and given.ready is not None:
             job = given.ready(job)
         try:
             totals = run_training(job, interrupts, log)

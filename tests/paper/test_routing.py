@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from btx.moe.balancing import expert_load, load_balancing_loss, total_load_balancing_loss
-from btx.moe.layer import Routing, top_k_gates
+from btx.moe.routers import Routing, top_k_gates
 
 
 def routing(logits_TE: Tensor, top_k: int) -> Routing:

@@ -28,7 +28,6 @@ class Merge:
     elementwise: bool
     """Every element of the result depends on the same element of the inputs alone. Then tensors are merged in blocks,
     and memory does not grow with the largest tensor."""
-    description: str = ""
 
 
 def mean(values: Sequence[Tensor], start: Tensor | None = None, name: str = "") -> Tensor:

@@ -43,5 +43,4 @@ def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
             start, values, density=density, scale=scale, key=f"{settings.rng_seed}/{name}"
         ),
     }
-    method = MERGE_METHODS[settings.method]
-    return Merge(settings.method, functions[settings.method], method.elementwise, method.summary)
+    return Merge(settings.method, functions[settings.method], MERGE_METHODS[settings.method].elementwise)

@@ -8,6 +8,7 @@ Shape letters: B batch, S sequence, R scored tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btx.models.cost import ModelCost, model_cost
-from btx.models.kv_cache import cache_arguments, new_cache
 from btx.models.measuring_memory import LOGITS_AT_ONCE, SCORING
 from btx.models.packed import packed_hidden
 
@@ -101,8 +101,12 @@ class ModelReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._cache = new_cache(self._model)
-        self._arguments = cache_arguments(self._model, self._cache)
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        # The argument was called past_key_values before transformers 5.24. The cache is filled in place.
+        name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
+        self._arguments = {name: self._cache, "use_cache": True}
         self._read = 0  # columns
 
     @torch.inference_mode()

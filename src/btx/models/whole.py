@@ -54,10 +54,9 @@ def _class_tensors(config_json: str) -> ClassTensors:
     from transformers.core_model_loading import revert_weight_conversion
 
     quiet_transformers()
-    values = json.loads(config_json)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config_json)))
         tied = dict(model.all_tied_weights_keys)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         published = revert_weight_conversion(model, state)

@@ -253,7 +253,7 @@ def _activation_gradient(act: Activation, grad: Tensor, x: Tensor, out: Tensor) 
 def can_group(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
     """Whether torch's grouped matrix product takes these tensors: a GPU from SM80 on, 16- or 32-bit numbers, and rows
     aligned to 16 bytes."""
-    if x_TD.device.type != "cuda" or x_TD.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
+    if x_TD.device.type != "cuda" or x_TD.dtype == torch.float64:
         return False
     if not all(size * x_TD.element_size() % 16 == 0 for size in (x_TD.shape[1], down_EDF.shape[2])):
         return False

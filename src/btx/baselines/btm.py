@@ -17,7 +17,7 @@ Shape letters: B batch, S sequence, N member models, R scored tokens, T texts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +35,6 @@ from btx.model_files.model_folder import BTM_FILE
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS, token_nll
 from btx.models.placement import Place, load_placed
-
-Log = Callable[[str], None]
 
 PIECE_TOKENS = 256
 """Its documents are cut into pieces of so many tokens at most: contexts are not much longer."""

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.choices.families import Config, Family, moe_family_of
 from btx.choices.families.family import match
 from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError, RunFolderError
-from btx.files import atomic_folder, read_json, write_json
+from btx.files import atomic_folder, misfit, read_json, write_json
 from btx.mixing.report import parameters
 from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_router
@@ -231,9 +230,6 @@ class MoeFolder:
         return any(match(pattern, name) is not None for pattern in [self.family.router, *stacked])
 
 
-RECORDS = TypeAdapter(_Record)
-
-
 def _record(path: Path) -> dict[str, Any]:
     """mix.json with what it lacks.
 
@@ -243,7 +239,8 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         record = read_json(path / RECORD)
         completed = UNKNOWN | ({} if record is None else {**record})
-        RECORDS.validate_python(completed, strict=True)
+        if problem := misfit(completed, _Record):
+            raise ValueError(problem)
         names = completed.get("experts") or []
         if len(set(map(str, names))) < len(names):
             raise ValueError("two experts of one name")

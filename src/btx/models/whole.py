@@ -20,7 +20,6 @@ from btx.model_files.headers import COMPUTED, Headers
 from btx.models.configs import config_text, quiet_transformers
 from btx.system_errors import blame
 
-Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 MOST_SHOWN = 5
 """Tensors named in a line; the line says how many there are."""

@@ -34,7 +34,7 @@ from btx.models.loading import (
 from btx.models.peak_flops import mfu_fact, peak_tokens_per_s
 from btx.models.sharded_loading import load_skeleton, share_out
 from btx.models.sharding import largest, process_count, process_number, same_everywhere
-from btx.models.trainable import set_trainable, trainable_parameters
+from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.process import Interrupts, Log
@@ -278,7 +278,8 @@ def _say_what_trains(
 ) -> dict[str, int]:
     """Parameters and threads, and tokens that are in no sequence, which are returned, text by text."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{trainable_parameters(model):,} of {total:,} parameters train, {torch.get_num_threads()} threads")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log(f"{trained:,} of {total:,} parameters train, {torch.get_num_threads()} threads")
     if not mixtures:
         return {}
     unused, length = unused_tokens(run.path / "data", run.recipe, mixtures), run.recipe.data.sequence_length

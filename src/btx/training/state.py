@@ -240,7 +240,7 @@ class StateFolder:
         if process_number() == 0:
             self._remove_all_but(1)
 
-    def _metrics(self, size: int | None = None) -> dict[str, Any]:
+    def _metrics(self, size: int) -> dict[str, Any]:
         """What metrics.jsonl holds, up to `size` bytes: seconds and loss of a resumed training go on from there."""
         path = self.folder.parent / METRICS
         written = path.read_bytes()[:size] if path.exists() else b""

@@ -20,7 +20,7 @@ from btx.data.held_out import Packed
 from btx.errors import CheckpointError, UserError
 from btx.model_files.model_folder import BTM_FILE
 from btx.models.cost import ModelCost, model_cost, side_by_side
-from btx.models.outputs import ModelReader, SideBySide, token_nll
+from btx.models.outputs import ModelReader, SideBySide, ends_of, token_nll
 from btx.models.placement import Place, load_placed
 from btx.system_errors import blame
 
@@ -153,7 +153,7 @@ class BtmModel:
         ids_BS = input_ids
         mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
         limits = [limit for limit in (max_length, max_new_tokens and ids_BS.shape[1] + max_new_tokens) if limit]
-        ends = self._end_tokens()
+        ends = ends_of(next(iter(self.members.values())))
         running_B = torch.ones(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
         reader = self.reader()
         while running_B.any() and ids_BS.shape[1] < min(limits):
@@ -168,10 +168,6 @@ class BtmModel:
             if stopping_criteria is not None and bool(torch.as_tensor(stopping_criteria(ids_BS, scores_BV)).all()):
                 break
         return ids_BS
-
-    def _end_tokens(self) -> list[int]:
-        ends = next(iter(self.members.values())).generation_config.eos_token_id
-        return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
 
 class BtmReader:

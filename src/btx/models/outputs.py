@@ -93,6 +93,12 @@ def cost_of(model: PreTrainedModel | SideBySide) -> ModelCost:
     return model.cost() if isinstance(model, SideBySide) else model_cost(model)
 
 
+def ends_of(model: PreTrainedModel | SideBySide) -> list[int]:
+    """Tokens at which a model's generation settings end a text: a chat model's turns end with one of its own."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return declared if isinstance(declared, list) else [] if declared is None else [declared]
+
+
 class ModelReader:
     """Reader of one model. Columns it has read stay in its key-value cache; a call may bring any number of new ones."""
 

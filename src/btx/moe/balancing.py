@@ -33,7 +33,7 @@ class Balancing:
     kind: Literal["paper", "pooled"] = "paper"
     """`paper`: per layer; `pooled`: transformers' loss, to compare with."""
     over_layers: Literal["sum", "mean"] = "sum"
-    """How the layers' losses become one."""
+    """How the layers' losses become one: the paper does not say."""
     over: Literal["micro_batch", "global_batch"] = "micro_batch"
     """The batch that the means u and p are taken over."""
     router_z_loss: float = 0.0
@@ -111,17 +111,6 @@ def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(W x)²: keeps router logits small (arXiv 2202.08906, eq. 5)."""
     z_T = routing.logits_TE.logsumexp(dim=-1).square()
     return z_T.mean() if mask_T is None else (z_T * mask_T).sum() / mask_T.sum()
-
-
-def total_load_balancing_loss(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
-    """Sum of `load_balancing_loss` over layers (the paper does not say whether it sums or averages)."""
-    return torch.stack([load_balancing_loss(routing, mask_T) for routing in routings]).sum()
-
-
-def expert_load(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
-    """Share of the routed rows each expert takes, dropped ones left out: (E,), sums to 1."""
-    count_E = routed_rows(routing, mask_T)
-    return count_E / count_E.sum()
 
 
 def routed_rows(routing: Routing, mask_T: Tensor | None = None) -> Tensor:

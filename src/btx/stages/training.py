@@ -48,7 +48,6 @@ from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
 from btx.training.memory import MemoryNeeds, may_freeze
 from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
-from btx.training.out_of_memory import memory_advice
 from btx.training.parallel import has_dropout, why_not_shared
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.schedule import steps_before_decay
@@ -172,9 +171,8 @@ def train_stage(
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(
-                    memory_advice(error, needs.settled(noted_micro_batch(folder, stage.inputs)))
-                ) from error
+                needs = needs.settled(noted_micro_batch(folder, stage.inputs))
+                raise OutOfMemory(needs.advice(error)) from error
             raise
         if like is not None:
             give_back_frozen(model, like)

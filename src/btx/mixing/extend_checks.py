@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from btx.choices.families import FAMILIES, Config, Family
@@ -34,10 +35,7 @@ def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], N
         CheckpointError: it does not; all problems in one message.
     """
     problems: list[str] = []
-
-    def family_here(config: Config, where: str) -> Family:
-        return _family(model, config, where)
-
+    family_here = partial(_family, model)
     if is_adapter(path):
         seed = Opened.open("seed model", _seed_model(model, path), problems, family_here)
         opened = Opened.adapted(f"expert {name}", path, seed, problems, warn)

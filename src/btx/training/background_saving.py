@@ -1,4 +1,4 @@
-"""What is written while training goes on: tensors are copied in host memory, where training cannot change them any more,
+"""What is written while training goes on: tensors are copied within memory, where training cannot change them any more,
 and a thread writes the copies into safetensors files, which are hashed as they are written."""
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ opens a folder as a model asks here: mix, extend, drop, adopt, the branches of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,16 +147,15 @@ def shape_problems(
     return shown + [f"{file}: and {len(lines) - len(shown)} more like it"] * (len(lines) > len(shown))
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`3 tensors: a, b, c`, shortened."""
-    all_names = list(names)
-    more = ", ..." if len(all_names) > MOST_SHOWN else ""
-    return f"{len(all_names)} tensor{'s' * (len(all_names) != 1)}: {', '.join(all_names[:MOST_SHOWN])}{more}"
+    more = ", ..." if len(names) > MOST_SHOWN else ""
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:MOST_SHOWN])}{more}"
 
 
 def _other_layout(folder: Path, where: Mapping[str, str], found: Shapes, wanted: ClassTensors) -> str:
-    other = sorted(found.keys() & wanted.in_memory.keys() - wanted.published.keys())[0]
-    expected = sorted(wanted.published.keys() - wanted.in_memory.keys())[0]
+    other = min(found.keys() & wanted.in_memory.keys() - wanted.published.keys())
+    expected = min(wanted.published.keys() - wanted.in_memory.keys())
     return (
         f"{where[other]}: has {other}, where the published layout has {expected}: this is how transformers 5 holds the "
         f"model in memory (save_original_format=False). Save it in the published layout, by way of a new model, since "

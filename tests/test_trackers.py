@@ -259,12 +259,12 @@ def test_trackio_shows_every_step_once_after_a_kill(stage: Tracked, monkeypatch:
 
 def test_wandb_writes_one_offline_run_with_every_step(stage: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    from btx.training.trackers.wandb import WandbRun
+    from btx.training.trackers.wandb import Run
 
     monkeypatch.setenv("HOME", str(stage.run))
     for variable in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(variable, raising=False)
-    WandbRun(stage).add([Point(step, 1000.0, {"loss": 99.0}) for step in range(1, 9)])  # and then killed
+    Run(stage).add([Point(step, 1000.0, {"loss": 99.0}) for step in range(1, 9)])  # and then killed
     import wandb
 
     wandb.finish()

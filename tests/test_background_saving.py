@@ -22,13 +22,11 @@ from btx.models.loading import load_model
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupted, Interrupts
 from btx.recipe.training import Training
-from btx.training import host_memory, state, tensor_file
-from btx.training.background_writer import BackgroundWriter
-from btx.training.host_memory import HostCopy, tensor_bytes
+from btx.training import background_saving, state
+from btx.training.background_saving import BackgroundWriter, HostCopy, TensorFile, tensor_bytes
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.state import StateFolder
-from btx.training.tensor_file import TensorFile
 from tests.pico_run import StopAfter
 from tests.processes import start
 from tests.test_training_state import MARKS, trained
@@ -53,7 +51,7 @@ class HeldFile(DirectFile):
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set no checkpoint gets on."""
     HeldFile.may_write, HeldFile.error = threading.Event(), None
-    monkeypatch.setattr(tensor_file, "DirectFile", HeldFile)
+    monkeypatch.setattr(background_saving, "DirectFile", HeldFile)
     yield HeldFile.may_write
     HeldFile.may_write.set()
 
@@ -137,7 +135,7 @@ def test_a_second_save_waits_for_the_first_and_says_so_once(
 def test_without_room_for_a_copy_training_waits_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_memory, "free_memory", lambda: 100)
+    monkeypatch.setattr(background_saving, "free_memory", lambda: 100)
     told: list[str] = []
     folder = StateFolder(tmp_path / "state", MARKS, log=told.append)
     for step in (1, 2):
@@ -217,7 +215,7 @@ def killed_in(seed: str, folder: str, at: int) -> None:
         begin()
         return rename(path, target)
 
-    tensor_file.DirectFile = Killing  # type: ignore[misc]
+    background_saving.DirectFile = Killing  # type: ignore[misc]
     Path.rename = renamed  # type: ignore[method-assign,assignment]
     torch.set_num_threads(1)
     run_training(job(Path(seed), Path(folder)), Interrupts(), print)
@@ -259,7 +257,7 @@ def some_tensors() -> dict[str, Tensor]:
 def test_a_file_holds_what_was_copied_whatever_its_type_and_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_memory, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(background_saving, "BLOCK_BYTES", 64)
     tensors, copy = some_tensors(), HostCopy()
     copy.take(tensors.values())
     places = [block.data_ptr() for block in copy.pieces()]

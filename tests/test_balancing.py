@@ -17,7 +17,6 @@ from btx.moe.balancing import (
     pooled_load_balancing_loss,
     router_z_loss,
     sparse_gates,
-    total_load_balancing_loss,
 )
 from btx.moe.routers import Routing, biased_top_k_gates, switch_gates, top_k_gates
 from tests.processes import run_ranks
@@ -50,7 +49,8 @@ def test_load_balancing_equals_the_slow_reference(k: int) -> None:
     assert load_balancing_loss(layer).item() == pytest.approx(slow_loss(layer), abs=1e-12)
     assert load_balancing_loss(layer, torch.tensor(mask)).item() == pytest.approx(slow_loss(layer, mask), abs=1e-12)
     layers = [routing(seed, k) for seed in range(3)]
-    assert total_load_balancing_loss(layers).item() == pytest.approx(sum(map(slow_loss, layers)), abs=1e-12)
+    total = RoutingLoss(Balancing(load_balancing=1.0)).add(layers, 1.0)
+    assert total.item() == pytest.approx(sum(map(slow_loss, layers)), abs=1e-12)
 
 
 def test_u_is_the_mean_of_the_sparse_gate_also_where_rows_are_dropped() -> None:

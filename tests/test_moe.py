@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.models.loading import checkpoint_activations, load_model
-from btx.moe.balancing import total_load_balancing_loss
+from btx.moe.balancing import load_balancing_loss
 from btx.moe.layer import moe_blocks, set_router
 from tests.processes import run_ranks
 
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_changes_nothing(mixtral: Path) -> None:
                 checkpoint_activations(model)
             torch.manual_seed(5)
             loss = model(ids, labels=ids, use_cache=False).loss
-            loss = loss + total_load_balancing_loss([block.routing for block in moe_blocks(model)])
+            loss = loss + sum(load_balancing_loss(block.routing) for block in moe_blocks(model))
             loss.backward()
             grads.append({name: p.grad for name, p in model.named_parameters()})
     for plain, checkpointed in (grads[:2], grads[2:]):

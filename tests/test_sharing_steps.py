@@ -113,5 +113,5 @@ def test_the_generator_tells_how_much_it_has_given_and_leaves_as_much_out(count:
         torch.empty(3, 50).exponential_()
     expected = torch.rand(5)
     seed_step(3, 5)
-    leave_out(3, drawn, CPU)
+    leave_out(3, drawn)
     assert torch.equal(torch.rand(5), expected)

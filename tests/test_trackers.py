@@ -72,7 +72,7 @@ class Kept:
 def known(monkeypatch: pytest.MonkeyPatch, tracker: Any) -> Any:
     """The tracker is started under the name `kept`."""
     module = ModuleType("kept")
-    module.start = lambda tracked: tracker  # type: ignore[attr-defined]
+    module.Run = lambda tracked: tracker  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "btx.training.trackers.kept", module)
     return tracker
 
@@ -208,9 +208,9 @@ def test_tensorboard_shows_every_step_once_after_a_kill(stage: Tracked) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from btx.training.trackers.tensorboard import EventFile
+    from btx.training.trackers.tensorboard import Run
 
-    killed = EventFile(stage)
+    killed = Run(stage)
     killed.add([Point(step, 1000.0 + step, {"loss": 99.0}) for step in range(1, 9)])  # and then killed: steps 6-8 again
     with follow_it(["tensorboard"], stage):
         write(stage.folder.parent / "metrics.jsonl", [line(step) for step in range(6, 10)], "a")
@@ -225,12 +225,12 @@ def test_mlflow_shows_every_step_once_after_a_kill(stage: Tracked, monkeypatch: 
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     from mlflow.tracking import MlflowClient
 
-    from btx.training.trackers.mlflow import MlflowRun
+    from btx.training.trackers.mlflow import Run
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (stage.run / ".mlflow.db.making").parent.mkdir()
     (stage.run / ".mlflow.db.making").write_bytes(b"cut off")
-    MlflowRun(stage).add([Point(step, 1000.0, {"loss": step / 8}) for step in range(1, 5)])  # and then killed
+    Run(stage).add([Point(step, 1000.0, {"loss": step / 8}) for step in range(1, 5)])  # and then killed
     with follow_it(["mlflow"], stage):
         write(stage.folder.parent / "metrics.jsonl", [line(6)], "a")
     client = MlflowClient(tracking_uri=f"sqlite:///{stage.run / 'mlflow.db'}")
@@ -246,9 +246,9 @@ def test_trackio_shows_every_step_once_after_a_kill(stage: Tracked, monkeypatch:
     monkeypatch.setenv("TRACKIO_DIR", str(stage.run / "trackio"))
     from trackio.sqlite_storage import SQLiteStorage
 
-    from btx.training.trackers.trackio import TrackioRun
+    from btx.training.trackers.trackio import Run
 
-    begun = TrackioRun(stage)
+    begun = Run(stage)
     begun.add([Point(step, 1000.0, {"loss": step / 8}) for step in range(1, 5)])
     begun.close("failed")
     with follow_it(["trackio"], stage):
@@ -259,12 +259,12 @@ def test_trackio_shows_every_step_once_after_a_kill(stage: Tracked, monkeypatch:
 
 def test_wandb_writes_one_offline_run_with_every_step(stage: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    from btx.training.trackers.wandb import WandbRun
+    from btx.training.trackers.wandb import Run
 
     monkeypatch.setenv("HOME", str(stage.run))
     for variable in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(variable, raising=False)
-    WandbRun(stage).add([Point(step, 1000.0, {"loss": 99.0}) for step in range(1, 9)])  # and then killed
+    Run(stage).add([Point(step, 1000.0, {"loss": 99.0}) for step in range(1, 9)])  # and then killed
     import wandb
 
     wandb.finish()

@@ -21,7 +21,7 @@ from btx.process import Interrupts, ending_if_hung
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.status import run_status
 from btx.stages.work import run_stages
-from btx.training import tensor_file
+from btx.training import background_saving
 from btx.training.state import StateFolder
 from tests.pico_run import pico_recipe, run_here, stopped_after
 from tests.processes import start
@@ -143,7 +143,7 @@ class Slow(DirectFile):
 
 @pytest.mark.long
 def test_writing_to_a_slow_disk_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "DirectFile", Slow)
+    monkeypatch.setattr(background_saving, "DirectFile", Slow)
     folder = StateFolder(tmp_path / "state", MARKS)
     with ending_if_hung(1.0, pytest.fail):
         for step in (1, 2, 3):

@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path:
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from btx.errors import RunFolderError
     from btx.model_files.direct_file import DirectFile
-    from btx.training import tensor_file
+    from btx.training import background_saving
 
     recipe = pico_recipe(tmp_path)
     run, _ = run_here(recipe, ["data"])
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkey
                 raise OSError(28, "No space left on device")
             super()._write(data)
 
-    monkeypatch.setattr(tensor_file, "DirectFile", Full)
+    monkeypatch.setattr(background_saving, "DirectFile", Full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         run_here(recipe, ["seed"])
     state = run.folder("seed") / "state"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from btx.moe.balancing import expert_load, load_balancing_loss, total_load_balancing_loss
-from btx.moe.layer import Routing, top_k_gates
+from btx.moe.balancing import Balancing, RoutingLoss, load_balancing_loss, routed_rows
+from btx.moe.routers import Routing, top_k_gates
 
 
 def routing(logits_TE: Tensor, top_k: int) -> Routing:
@@ -74,7 +74,7 @@ def test_balancing_is_per_layer() -> None:
         logits = torch.zeros(64, 4)
         logits[:, list(pair)] = 50.0
         layers.append(routing(logits, 2))
-    assert float(total_load_balancing_loss(layers)) == pytest.approx(4 * 2.0, abs=1e-4)
+    assert float(RoutingLoss(Balancing(load_balancing=1.0)).add(layers, 1.0)) == pytest.approx(4 * 2.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -90,7 +90,7 @@ def test_padding_changes_neither_loss_nor_load() -> None:
     padded = torch.cat([real, torch.full((20, 4), 9.0)])
     mask = torch.arange(60) < 40
     assert torch.allclose(load_balancing_loss(routing(padded, 2), mask), load_balancing_loss(routing(real, 2)))
-    assert torch.allclose(expert_load(routing(padded, 2), mask), expert_load(routing(real, 2)))
+    assert torch.equal(routed_rows(routing(padded, 2), mask), routed_rows(routing(real, 2)))
 
 
 def test_the_loss_pulls_routing_towards_balance() -> None:

@@ -17,7 +17,7 @@ Shape letters: B batch, S sequence, N member models, R scored tokens, T texts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +35,6 @@ from btx.model_files.model_folder import BTM_FILE
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import MICRO_BATCH_TOKENS, token_nll
 from btx.models.placement import Place, load_placed
-
-Log = Callable[[str], None]
 
 PIECE_TOKENS = 256
 """Its documents are cut into pieces of so many tokens at most: contexts are not much longer."""
@@ -78,27 +76,13 @@ def write_btm_folder(
     tokenizer = load_tokenizer(list(models.values())[-1])
     highest = max(int(rows.input_ids_BS.max(initial=0)) for rows in texts.values())
     pieces = {name: pieces_of(texts[name]) for name in models}
-    aside = {
-        name: of_member[::ASIDE_EVERY][:MOST_ASIDE] if len(of_member) > 1 else [] for name, of_member in pieces.items()
-    }
-    kept = {
-        name: [
-            piece
-            for number, piece in enumerate(of_member)
-            if number % ASIDE_EVERY or number >= ASIDE_EVERY * len(aside[name])
-        ]
-        for name, of_member in pieces.items()
-    }
-    similarity = TextSimilarity.fit(kept, max(len(tokenizer), highest + 1), special=tokenizer.all_special_ids)
-    if top_k > 1 and all(aside.values()):
+    aside = [_put_aside(of_member) for of_member in pieces.values()]
+    similarity = TextSimilarity.fit(pieces, max(len(tokenizer), highest + 1), special=tokenizer.all_special_ids)
+    if top_k > 1 and all(aside):
         rows = [pack([HeldOutDocument(piece, 1) for piece in of_member if len(piece) > 1], PIECE_TOKENS)
-                for of_member in aside.values()]  # fmt: skip
-        similarity = replace(
-            similarity,
-            temperature=best_temperature(
-                similarity, list(models.values()), rows, top_k=top_k, window=window, place=place
-            ),
-        )
+                for of_member in aside]  # fmt: skip
+        best = best_temperature(similarity, list(models.values()), rows, top_k=top_k, window=window, place=place)
+        similarity = replace(similarity, temperature=best)
     with atomic_folder(folder) as beside:
         similarity.save(beside / SIMILARITY)
         save_tokenizer(tokenizer, beside)
@@ -108,6 +92,15 @@ def write_btm_folder(
             "text_tokens": {name: texts[name].tokens for name in models},
         })  # fmt: skip
     return similarity.temperature
+
+
+def _put_aside(pieces: list[np.ndarray]) -> list[np.ndarray]:
+    """Take some of a member's pieces out; none of a single one."""
+    taken = slice(None, ASIDE_EVERY * MOST_ASIDE, ASIDE_EVERY)
+    aside = pieces[taken] if len(pieces) > 1 else []
+    if aside:
+        del pieces[taken]
+    return aside
 
 
 def best_temperature(

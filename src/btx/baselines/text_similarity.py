@@ -62,6 +62,7 @@ class TextSimilarity:
         Raises:
             DataError: a kind has no piece of text.
         """
+        from scipy.sparse import vstack
         from sklearn.feature_extraction.text import TfidfTransformer
 
         for name, texts in pieces.items():
@@ -69,14 +70,16 @@ class TextSimilarity:
                 raise DataError(f"btm: no text of {name!r} to compare contexts with")
         counts = {name: _counts(texts, vocab_size) for name, texts in pieces.items()}
         tf_idf = TfidfTransformer(sublinear_tf=True)
-        tf_idf.fit(_stacked(list(counts.values())))
-        tf_idf.idf_ = _without(tf_idf.idf_, special)
+        tf_idf.fit(vstack(list(counts.values()), format="csr"))
+        idf_V = tf_idf.idf_.copy()
+        idf_V[list(special)] = 0.0
+        tf_idf.idf_ = idf_V
         means_NV = np.stack(
             [np.asarray(tf_idf.transform(counts_of_domain).mean(axis=0))[0] for counts_of_domain in counts.values()]
         )
         lengths_N1 = np.linalg.norm(means_NV, axis=1, keepdims=True)
         means_NV = (means_NV / np.maximum(lengths_N1, np.finfo(np.float32).tiny)).astype(np.float32)
-        return cls(tuple(pieces), tf_idf.idf_.astype(np.float32), means_NV, TEMPERATURE)
+        return cls(tuple(pieces), idf_V.astype(np.float32), means_NV, TEMPERATURE)
 
     def cosines(self, contexts: Sequence[np.ndarray]) -> np.ndarray:
         """Cosine of each context's tf-idf vector with each mean: (C, N); 0 for a context without any known token."""
@@ -90,12 +93,14 @@ class TextSimilarity:
 
         A context that says nothing (no token but special ones) has equal weights for all kinds.
         """
+        from scipy.special import softmax
+
         cosines_CN = self.cosines(contexts)
         order_CN = np.argsort(-cosines_CN, axis=1, kind="stable")
         chosen_CN = np.zeros_like(cosines_CN, bool)
         np.put_along_axis(chosen_CN, order_CN[:, :top_k], True, axis=1)
         chosen_CN[~cosines_CN.any(axis=1)] = True
-        return _softmax(np.where(chosen_CN, 2 * cosines_CN / self.temperature, -np.inf))
+        return np.asarray(softmax(np.where(chosen_CN, 2 * cosines_CN / self.temperature, -np.inf), axis=1))
 
     def save(self, file: Path) -> None:
         """Write to an .npz file; the names and T are the caller's to keep."""
@@ -137,20 +142,3 @@ def _counts(texts: Sequence[np.ndarray], vocab_size: int) -> Any:
     counts = csr_matrix((np.ones(len(ids), np.float32), ids, starts), shape=(len(texts), vocab_size))
     counts.sum_duplicates()
     return counts
-
-
-def _stacked(parts: Sequence[Any]) -> Any:
-    from scipy.sparse import vstack
-
-    return vstack(parts, format="csr")
-
-
-def _without(idf_V: np.ndarray, special: Sequence[int]) -> np.ndarray:
-    idf_V = idf_V.copy()
-    idf_V[list(special)] = 0.0
-    return idf_V
-
-
-def _softmax(logits_CN: np.ndarray) -> np.ndarray:
-    raised_CN = np.exp(logits_CN - logits_CN.max(axis=1, keepdims=True))
-    return np.asarray(raised_CN / raised_CN.sum(axis=1, keepdims=True))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -73,18 +74,18 @@ def open_checked(
     return MixInputs(seed_model, dict(experts), generalist, seed.config, seed.family, seed.tensors, tensors)
 
 
+@dataclass
 class Opened:
     """A dense model, opened."""
 
-    def __init__(self, who: str, folder: Path, config: Config, family: Family, tensors: TensorFolder) -> None:
-        self.who = who
-        self.folder = folder
-        self.config = config
-        """Completed with its class's defaults."""
-        self.family = family
-        self.tensors = tensors
-        self.whole = True
-        """Its tensors are those of its class."""
+    who: str
+    folder: Path
+    config: Config
+    """Completed with its class's defaults."""
+    family: Family
+    tensors: TensorFolder
+    whole: bool = True
+    """Its tensors are those of its class."""
 
     @classmethod
     def open(
@@ -99,12 +100,11 @@ class Opened:
             config = read_config(folder)
             family = family_of(config, str(folder / "config.json"))
             broken = class_problems(folder, config)
-            opened = cls(who, folder, config, family, open_tensors(folder, family, config, who))
+            opened = cls(who, folder, config, family, open_tensors(folder, family, config, who), whole=not broken)
         except CheckpointError as error:
             problems.append(f"{who}: {error}")
             return None
         problems += [f"{who}: {problem}" for problem in [*broken_json(folder), *broken]]
-        opened.whole = not broken
         return opened
 
     @classmethod

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from btx.errors import CheckpointError
-from btx.files import atomic_folder, write_json
-from btx.mixing.moe_folder import RECORD, MoeFolder
-from btx.mixing.report import parameters
-from btx.model_files.beside_weights import copy_beside_weights
+from btx.mixing.moe_folder import MoeFolder
 from btx.model_files.checkpoints import allow_open_files
 from btx.model_files.hub import local_model
 from btx.model_files.lazy_tensors import Computed, FileTensor
-from btx.model_files.model_card import write_model_card
-from btx.model_files.provenance import versions
-from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
-from btx.models.whole import check_planned
+from btx.model_files.shard_writer import OutputTensor
 from btx.recipe.sizes import bytes_of
 
 
@@ -62,31 +56,14 @@ def drop(
         raise CheckpointError(f"{moe}: without {expert} one expert is left, which is no mixture; use its dense model")
     if model.top_k > len(left):
         raise CheckpointError(f"{moe}: a token uses {model.top_k} experts, but only {len(left)} would be left")
-    config = model.config_with(left)
-    tensors = list(_planned(model, model.names.index(expert)))
-    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
-    require_space(output, tensors)
-    with atomic_folder(output) as folder:
-        copy_beside_weights(moe, folder)
-        model.write_config(folder, config)
-        written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
-        record = model.record | {
-            "family": model.record.get("family", f"? -> {model.family.moe}"),
-            "experts": left,
-            "top_k": model.top_k,
-            "config": config,
-            "bytes": written,
-            "parameters": parameters(tensors, len(left), model.top_k),
-            "paths": {name: path for name, path in model.record["paths"].items() if name != expert},
-            "inputs": {name: origin for name, origin in model.record["inputs"].items() if name != expert},
-            "history": [*model.record["history"], {"drop": expert}],
-            "next": "finetune {output} for a short while: its shared weights were trained or merged with the expert",
-            "versions": versions(),
-        }
-        for stale in ("tensors", "tensors_by_origin", "drift"):
-            record.pop(stale, None)
-        write_json(folder / RECORD, record)
-        write_model_card(folder, record)
+    changes = {
+        "family": model.record.get("family", f"? -> {model.family.moe}"),
+        "paths": {name: path for name, path in model.record["paths"].items() if name != expert},
+        "inputs": {name: origin for name, origin in model.record["inputs"].items() if name != expert},
+        "next": "finetune {output} for a short while: its shared weights were trained or merged with the expert",
+    }
+    planned = list(_planned(model, model.names.index(expert)))
+    record = model.write_with(left, planned, output, changes, {"drop": expert}, bytes_of(max_shard_size))
     log(f"drop: {expert} removed; shared weights are left as they were")
     return record
 

@@ -23,25 +23,22 @@ from torch import Tensor
 from btx.choices.router_inits import RouterInit
 from btx.data.expert_text import SEQUENCE_LENGTH, TextRows, text_from_files
 from btx.errors import CheckpointError
-from btx.files import atomic_folder, write_json
-from btx.mixing.extend_checks import DenseExpert, open_expert
-from btx.mixing.moe_folder import RECORD, MoeFolder
-from btx.mixing.report import FINETUNE_NEXT, parameters
+from btx.mixing.checks import Opened
+from btx.mixing.extend_checks import open_expert
+from btx.mixing.moe_folder import MoeFolder
+from btx.mixing.report import FINETUNE_NEXT
 from btx.mixing.router_fit import load_for_text, router_sums
 from btx.mixing.router_init import hidden_mean, initial_router, ridge
 from btx.mixing.settings import seeded
-from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.checkpoints import allow_open_files
 from btx.model_files.hub import local_model
-from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, cast
-from btx.model_files.model_card import write_model_card
-from btx.model_files.provenance import model_provenance, versions
-from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
+from btx.model_files.lazy_tensors import Computed, Elementwise, FileTensor, LazyTensor, cast
+from btx.model_files.provenance import model_provenance
+from btx.model_files.shard_writer import OutputTensor
 from btx.model_files.vocabularies import check_ids
 from btx.models.device import choose_device
 from btx.models.loading import load_tokenizer
 from btx.models.placement import Place
-from btx.models.whole import check_planned
 from btx.recipe.sizes import bytes_of
 
 SHARED = ("left", "fold")
@@ -92,25 +89,15 @@ def extend(
     dense = open_expert(model, name, expert, lambda line: log(f"extend: warning: {line}"))
     rows_LD = _new_rows(model, name, init, texts or {})
     names = [*model.names, name]
-    config = model.config_with(names)
-    tensors = list(_planned(model, dense, name, rows_LD, 1 / len(names) if shared == "fold" else 0.0))
-    check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
-    require_space(output, tensors)
-    with atomic_folder(output) as folder:
-        copy_beside_weights(moe, folder)
-        model.write_config(folder, config)
-        written = write_shards(folder, tensors, max_shard_size=bytes_of(max_shard_size))
-        record = _record(model, dense, name, expert) | {
-            "config": config,
-            "bytes": written,
-            "parameters": parameters(tensors, len(names), model.top_k),
-            "history": [
-                *model.record["history"],
-                {"extend": name, "path": str(expert), "shared": shared, "router_init": init.as_json()},
-            ],
-        }
-        write_json(folder / RECORD, record)
-        write_model_card(folder, record)
+    changes = {
+        "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
+        "paths": model.record["paths"] | {name: str(expert)},
+        "inputs": model.record["inputs"] | {name: model_provenance(expert)},
+        "next": FINETUNE_NEXT,
+    }
+    event = {"extend": name, "path": str(expert), "shared": shared, "router_init": init.as_json()}
+    planned = _planned(model, dense, rows_LD, 1 / len(names) if shared == "fold" else 0.0)
+    record = model.write_with(names, list(planned), output, changes, event, bytes_of(max_shard_size))
     log(f"extend: {name} is expert {len(model.names)}; shared weights " + ("left as they were" if shared == "left" else
         f"folded with weight {1 / len(names):.3f}"))  # fmt: skip
     return record
@@ -130,21 +117,6 @@ def _problems(
     if init.needs_text:
         problems += _text_problems(texts, name, model.names, init.method)
     return problems
-
-
-def _record(model: MoeFolder, dense: DenseExpert, name: str, expert: Path) -> dict[str, Any]:
-    """What the old record becomes with the new expert, but for what the writing adds. What was known of single tensors
-    holds no longer."""
-    old = {key: value for key, value in model.record.items() if key not in ("tensors", "tensors_by_origin", "drift")}
-    return old | {
-        "family": model.record.get("family", f"{dense.family.dense} -> {dense.family.moe}"),
-        "experts": [*model.names, name],
-        "top_k": model.top_k,
-        "paths": model.record["paths"] | {name: str(expert)},
-        "inputs": model.record["inputs"] | {name: model_provenance(expert)},
-        "next": FINETUNE_NEXT,
-        "versions": versions(),
-    }
 
 
 def _text_problems(texts: Mapping[str, Path], name: str, old: Sequence[str], method: str) -> list[str]:
@@ -220,11 +192,13 @@ def _constant(value: Tensor, dtype: torch.dtype) -> Computed:
     return Computed(tuple(value.shape), dtype, lambda: value)
 
 
-def _planned(
-    model: MoeFolder, dense: DenseExpert, name: str, rows_LD: Sequence[Tensor], fold: float
-) -> Iterator[OutputTensor]:
+def _planned(model: MoeFolder, dense: Opened, rows_LD: Sequence[Tensor], fold: float) -> Iterator[OutputTensor]:
     """All tensors of the larger model: the old ones, each followed by what the new expert adds to it."""
     family, n = dense.family, len(model.names)
+
+    def feed_forward(roles: Sequence[str], layer: int, dtype: torch.dtype) -> list[LazyTensor]:
+        return [cast(dense.tensors[family.feed_forward[role].format(layer=layer)], dtype) for role in roles]
+
     added = {pattern.format(layer=layer): (layer, roles) for pattern, roles in family.experts.items()
              for layer in range(model.num_layers) if "{expert}" not in pattern}  # fmt: skip
     routers = {family.router.format(layer=layer): layer for layer in range(model.num_layers)}
@@ -237,7 +211,7 @@ def _planned(
             yield OutputTensor(tensor_name, shape, dtype, parts, {"from": "router"})
         elif tensor_name in added:
             layer, roles = added[tensor_name]
-            parts = [tensor, *[cast(dense.feed_forward(role, layer), dtype) for role in roles]]
+            parts = [tensor, *feed_forward(roles, layer, dtype)]
             yield OutputTensor(tensor_name, shape, dtype, parts, {"from": "stack"})
         elif (axis := model.expert_axis(tensor_name)) is not None:
             shape = tuple(size + (number == axis) for number, size in enumerate(tensor.shape))
@@ -254,6 +228,6 @@ def _planned(
     for pattern, roles in family.experts.items():
         for layer in range(model.num_layers) if "{expert}" in pattern else ():
             dtype = model.tensors[pattern.format(layer=layer, expert=0)].dtype
-            parts = [cast(dense.feed_forward(role, layer), dtype) for role in roles]
+            parts = feed_forward(roles, layer, dtype)
             shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
             yield OutputTensor(pattern.format(layer=layer, expert=n), shape, dtype, parts, {"from": "copy"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from btx.choices.families import FAMILIES, Config, Family
@@ -12,7 +12,6 @@ from btx.mixing.checks import Opened, what_to_do
 from btx.mixing.moe_folder import NUMBERS_OF_EXPERTS, RECORD, TOP_KS, MoeFolder
 from btx.model_files.adapter_folder import is_adapter
 from btx.model_files.checkpoints import TensorFolder
-from btx.model_files.lazy_tensors import FileTensor
 from btx.model_files.provenance import model_provenance
 from btx.model_files.vocabularies import vocabulary_difference
 from btx.models.config_meaning import differences
@@ -26,19 +25,7 @@ DENSE_LAYERS = (
 """Config keys that make layers of a MoE class dense."""
 
 
-@dataclass(frozen=True)
-class DenseExpert:
-    """The new expert, opened."""
-
-    family: Family
-    tensors: TensorFolder
-
-    def feed_forward(self, role: str, layer: int) -> FileTensor:
-        """An FF tensor of a layer."""
-        return self.tensors[self.family.feed_forward[role].format(layer=layer)]
-
-
-def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], None]) -> DenseExpert:
+def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], None]) -> Opened:
     """Open a dense model that fits a MoE model, or an adapter of its seed model.
 
     Args:
@@ -48,10 +35,7 @@ def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], N
         CheckpointError: it does not; all problems in one message.
     """
     problems: list[str] = []
-
-    def family_here(config: Config, where: str) -> Family:
-        return _family(model, config, where)
-
+    family_here = partial(_family, model)
     if is_adapter(path):
         seed = Opened.open("seed model", _seed_model(model, path), problems, family_here)
         opened = Opened.adapted(f"expert {name}", path, seed, problems, warn)
@@ -70,7 +54,7 @@ def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], N
             + "\nIt has to be branched from the same seed model and keep its shape and tokenizer. Nothing was written."
         )  # fmt: skip
     assert opened is not None  # or there were problems
-    return DenseExpert(opened.family, opened.tensors)
+    return opened
 
 
 def _seed_model(model: MoeFolder, adapter: Path) -> Path:

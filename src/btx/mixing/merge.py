@@ -28,10 +28,9 @@ class Merge:
     elementwise: bool
     """Every element of the result depends on the same element of the inputs alone. Then tensors are merged in blocks,
     and memory does not grow with the largest tensor."""
-    description: str = ""
 
 
-def mean(values: Sequence[Tensor], start: Tensor | None = None, name: str = "") -> Tensor:
+def mean(values: Sequence[Tensor]) -> Tensor:
     """Plain mean (paper, section 3.2). Rounded once by the caller, it is the value nearest to the exact mean.
 
     Accumulating in bfloat16 instead would add 40 % to the rounding error. 16-bit values are added in float32, wider

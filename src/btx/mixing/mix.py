@@ -7,8 +7,8 @@ the mean over the experts (the generalist included); the routers are new. Tensor
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,13 +264,6 @@ def _tensors(
         yield shared_tensor(name, inputs.values(name), start, merge, start.dtype, origin)
 
 
-def _by_origin(tensors: Sequence[OutputTensor]) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for tensor in tensors:
-        counts[tensor.origin["from"]] += 1
-    return dict(counts)
-
-
 def _record(
     inputs: MixInputs, planned: _Planned, settings: MixSettings, config: Config, texts: Mapping[str, TextRows],
     drifts: Drifts, written: int,
@@ -302,7 +295,7 @@ def _record(
         "warnings": warnings(drifts.summary()),
         "next": FINETUNE_NEXT,
         **inputs_provenance(inputs),
-        "tensors_by_origin": _by_origin(planned.tensors),
+        "tensors_by_origin": dict(Counter(tensor.origin["from"] for tensor in planned.tensors)),
         "tensors": {tensor.name: tensor.origin for tensor in planned.tensors},
         "drift": drifts.tensors,
     }

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.choices.families import Config, Family, moe_family_of
 from btx.choices.families.family import match
 from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError, RunFolderError
-from btx.files import read_json, write_json
+from btx.files import atomic_folder, misfit, read_json, write_json
+from btx.mixing.report import parameters
+from btx.model_files.beside_weights import copy_beside_weights
 from btx.model_files.btx_folder import is_btx_folder, open_btx_folder, write_router
 from btx.model_files.checkpoints import TensorFolder
+from btx.model_files.model_card import write_model_card
 from btx.model_files.model_folder import check_model_folder
+from btx.model_files.provenance import versions
+from btx.model_files.shard_writer import OutputTensor, require_space, write_shards
 from btx.models.configs import as_the_files_say, read_config
 from btx.models.expert_names import names_in, with_names
-from btx.models.whole import check_whole
+from btx.models.whole import check_planned, check_whole
 from btx.system_errors import first_line
 
 RECORD = "mix.json"
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
+OF_TENSORS = ("tensors", "tensors_by_origin", "drift")
+"""What of mix.json is about single tensors."""
 TOP_KS = ("num_experts_per_tok", "moe_k", "moe_topk")
 
 
@@ -148,15 +154,45 @@ class MoeFolder:
             and not any(match(pattern, name) is not None for pattern in inert)
         ]  # fmt: skip
 
-    def write_config(self, folder: Path, config: Config) -> None:
-        """Write config.json, and btx.json for a router that only btx reads."""
-        write_json(folder / "config.json", config)
-        if self.routing is not None:
-            write_router(folder, self.routing)
+    def write_with(
+        self, names: Sequence[str], tensors: Sequence[OutputTensor], output: Path, changes: Mapping[str, Any],
+        event: Mapping[str, Any], max_shard_size: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Write a folder like this one with other experts; it appears when it is complete.
 
-    def config_with(self, names: Sequence[str]) -> Config:
-        """config.json for other experts."""
-        return with_names(self._config_for(len(names)), names)
+        Args:
+            names: its experts.
+            tensors: all that it will hold.
+            output: the new folder.
+            changes: what else is new in mix.json, where what was known of single tensors holds no longer.
+            event: what the history in mix.json tells of it.
+            max_shard_size: bytes that an output file has at most.
+
+        Returns:
+            mix.json, as written.
+
+        Raises:
+            CheckpointError: these are not the tensors of the class.
+            RunFolderError: the disk has no room.
+        """
+        config = with_names(self._config_for(len(names)), names)
+        check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
+        require_space(output, tensors)
+        with atomic_folder(output) as folder:
+            copy_beside_weights(self.path, folder)
+            write_json(folder / "config.json", config)
+            if self.routing is not None:
+                write_router(folder, self.routing)
+            written = write_shards(folder, tensors, max_shard_size=max_shard_size)
+            kept = {key: value for key, value in self.record.items() if key not in OF_TENSORS}
+            record = kept | {
+                "experts": list(names), "top_k": self.top_k, "config": config, "bytes": written,
+                "parameters": parameters(tensors, len(names), self.top_k),
+                "history": [*self.record["history"], event], "versions": versions(), **changes,
+            }  # fmt: skip
+            write_json(folder / RECORD, record)
+            write_model_card(folder, record)
+        return record
 
     def _config_for(self, num_experts: int) -> Config:
         """config.json for another number of experts."""
@@ -194,9 +230,6 @@ class MoeFolder:
         return any(match(pattern, name) is not None for pattern in [self.family.router, *stacked])
 
 
-RECORDS = TypeAdapter(_Record)
-
-
 def _record(path: Path) -> dict[str, Any]:
     """mix.json with what it lacks.
 
@@ -206,7 +239,8 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         record = read_json(path / RECORD)
         completed = UNKNOWN | ({} if record is None else {**record})
-        RECORDS.validate_python(completed, strict=True)
+        if problem := misfit(completed, _Record):
+            raise ValueError(problem)
         names = completed.get("experts") or []
         if len(set(map(str, names))) < len(names):
             raise ValueError("two experts of one name")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ from btx.models.free_memory import free_memory
 from btx.models.measuring_memory import FITTING, SCORING
 from btx.models.packed import packed_hidden
 from btx.models.placement import Place, load_placed
-from btx.moe.layer import MoE
 from btx.moe.routers import LayerRule
 
 if TYPE_CHECKING:
@@ -151,23 +149,6 @@ class MoeRouter:
     weight: nn.Parameter
     """(E, D)"""
 
-    def choose(self, top_k: int) -> Callable[[], None]:
-        """Let a token use so many experts; returns what undoes it."""
-        if isinstance(self.block, MoE):
-            block, rule = self.block, self.block.rule
-            block.rule = LayerRule(RoutingRule(top_k=top_k))
-            return partial(setattr, block, "rule", rule)
-        holders: list[Any] = [part for part in (self.block, self.module) if hasattr(part, "top_k")]
-        before = [part.top_k for part in holders]
-        for part in holders:
-            part.top_k = top_k
-
-        def undo() -> None:
-            for part, k in zip(holders, before, strict=True):
-                part.top_k = k
-
-        return undo
-
 
 def moe_routers(model: nn.Module) -> list[MoeRouter]:
     """The routers of a MoE model in layer order: what is called `gate` or `router` beside `experts`."""
@@ -185,14 +166,16 @@ def moe_routers(model: nn.Module) -> list[MoeRouter]:
 @contextlib.contextmanager
 def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
     """All experts of every MoE layer with the same gate weight, 1/E."""
-    routers = moe_routers(model)
-    undo = [router.choose(router.weight.shape[0]) for router in routers]
-    undo += [router.module.register_forward_pre_hook(_nothing_in).remove for router in routers]
-    try:
+    with contextlib.ExitStack() as undo:
+        for router in moe_routers(model):
+            E = len(router.weight)
+            for part, name, value in ((router.block, "rule", LayerRule(RoutingRule(top_k=E))),
+                                      (router.block, "top_k", E), (router.module, "top_k", E)):  # fmt: skip
+                if hasattr(part, name):  # a rule in btx's blocks, a number in those of transformers
+                    undo.callback(setattr, part, name, getattr(part, name))
+                    setattr(part, name, value)
+            undo.callback(router.module.register_forward_pre_hook(_nothing_in).remove)
         yield
-    finally:
-        for restore in undo:
-            restore()
 
 
 def _nothing_in(router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

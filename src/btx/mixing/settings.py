@@ -11,10 +11,6 @@ from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.recipe.schema import Recipe
 
-TOP_K = RoutingRule().top_k
-"""Experts a token uses, unless said otherwise."""
-
-
 Part = TypeVar("Part", MergeSettings, RouterInit)
 
 
@@ -74,7 +70,9 @@ class MixSettings:
     @property
     def rule(self) -> RoutingRule:
         """How tokens are routed, whichever way it was said."""
-        return self.routing or RoutingRule(top_k=TOP_K if self.top_k is None else self.top_k)
+        if self.top_k is not None:
+            return RoutingRule(top_k=self.top_k)
+        return self.routing or RoutingRule()
 
     @property
     def merging(self) -> MergeSettings:

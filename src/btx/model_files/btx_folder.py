@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from btx.choices.families import moe_family_of
+from btx.choices.families import Config, moe_family_of
 from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.files import write_json
@@ -24,8 +23,6 @@ PREFIX = "btx_"
 REFUSED = "read btx.json"
 """Stands in config.json for the number of experts a token: no reader can take it for one."""
 HIDDEN = ("model_type", "architectures", "num_experts_per_tok")
-
-Config = dict[str, Any]
 
 
 def is_btx_folder(config: Config) -> bool:

@@ -162,7 +162,7 @@ def _why_not(name: str, revision: str | None) -> str:
         return "the hub has no such model, or it is private (`hf auth login`)"
     except Exception as error:  # the network's errors are of half a dozen libraries
         if not downloaded:
-            return f"the hub cannot be reached ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            return f"the hub cannot be reached ({first_line(error)})"
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that are started from here
         constants.HF_HUB_OFFLINE = True
     return ""

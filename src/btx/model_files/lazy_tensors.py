@@ -63,19 +63,15 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def tasks(self) -> Iterator[Task]:
-        """How to get the elements, block by block; every task can be run in a thread of its own.
+        """How to get the elements in order, block by block, as flat tensors of `dtype`; every task can be run in a
+        thread of its own.
 
         A task raises CheckpointError for NaN or infinity; the message names the tensor and its file.
         """
 
-    def blocks(self) -> Iterator[Tensor]:
-        """The elements in order, as flat tensors of `dtype`."""
-        for task in self.tasks():
-            yield task.run()
-
     def load(self) -> Tensor:
         """The whole tensor."""
-        parts = list(self.blocks())
+        parts = [task.run() for task in self.tasks()]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
 
     def rows(self, start: int, stop: int) -> LazyTensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from btx.model_files.adapter_folder import AdapterFolder, is_adapter
 from btx.model_files.headers import Headers, check_unquantised
 from btx.model_files.hub import check_hub_name
 from btx.model_files.mistaken import mistaken_file, mistaken_folder, several_models
+from btx.model_files.token_ids import read_object
 from btx.outputs import check_model_of_stage
-from btx.system_errors import blame
 
 BTM_FILE = "btm.json"
 """In place of a config and weights: the folder names the models that Branch-Train-Merge runs side by side."""
@@ -83,12 +82,8 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: this folder holds no model: config.json is missing")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        blame(error)
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_object(file)
+    if "model_type" not in config:
         raise CheckpointError(f"{file}: no model_type: this is no transformers model")
     if (mistake := several_models(config)) is not None:
         raise CheckpointError(f"{file}: {mistake}")

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,13 @@ def write_shards(
     shards = _shards(tensors, max_shard_size)
     total_bytes, written = sum(tensor.nbytes for tensor in tensors), 0
     weight_map: dict[str, str] = {}
+
+    def told(done: int) -> None:
+        progress(written + done, total_bytes)
+
     for number, shard in enumerate(shards):
         file = ONE_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, partial(_shifted, progress, written, total_bytes))
+        write_file(folder / file, shard, told)
         written += sum(tensor.nbytes for tensor in shard)
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
@@ -121,11 +124,6 @@ def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Callable[[
             file.write(block.contiguous().view(torch.uint8).numpy().data)
             done += block.nbytes
             progress(done)
-
-
-def _shifted(progress: Progress, before: int, total: int, done: int) -> None:
-    """Progress of one shard as progress of all."""
-    progress(before + done, total)
 
 
 def _shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> list[list[OutputTensor]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.system_errors import blame
 
 CONFIG = "tokenizer_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -80,6 +81,7 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        blame(error)
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")

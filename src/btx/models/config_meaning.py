@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from btx.choices.families import Config
 from btx.choices.families.configs import rope_of
 from btx.models.configs import config_defaults
 
-Config = dict[str, Any]
 # What may differ without changing what the tensors mean.
 HARMLESS_KEYS = {
     "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",

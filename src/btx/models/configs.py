@@ -103,6 +103,5 @@ def own_config(path: str | Path) -> tuple[PreTrainedConfig | None, RoutingRule |
     config = check_model(path)
     if config is not None and is_btx_folder(config):
         plain, router = open_btx_folder(Path(path), config)
-        values = {key: value for key, value in plain.items() if key != "model_type"}
-        return AutoConfig.for_model(plain["model_type"], **values), router
+        return AutoConfig.for_model(**plain), router
     return None, None

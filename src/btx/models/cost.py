@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from btx.models.adapters import plan_adapters
 from btx.models.configs import config_text
 from btx.models.memory import ModelShape, model_shape
-from btx.models.trainable import set_trainable, trainable_parameters
+from btx.models.trainable import set_trainable
 from btx.moe.layer import mean_experts_per_token, swap_in_moe
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ class ModelCost:
     """Active parameters that take part in matrix products."""
     attention_width: int
     """L·H·Q: layers times heads times head size."""
-    trained_params: int
-    """Parameters that have a gradient and optimiser state."""
     trained_multiplied_params: int
     """Those of `multiplied_params` that train."""
     shape: ModelShape
@@ -67,7 +65,7 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
     unused_share = 1 - used / experts if experts else 0.0
     named = list(model.named_parameters())
     lookup = None if config.tie_word_embeddings else model.get_input_embeddings().weight
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = model_shape(model, experts_per_token=used)
 
     def active(parameters: Iterable[tuple[str, nn.Parameter]], *, multiplied: bool) -> int:
         sizes = [(name, p.numel()) for name, p in parameters if not (multiplied and p is lookup)]
@@ -79,10 +77,9 @@ def model_cost(model: PreTrainedModel, *, experts_per_token: float | None = None
         total_params=sum(p.numel() for _, p in named),
         active_params=active(named, multiplied=False),
         multiplied_params=active(named, multiplied=True),
-        attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
-        trained_params=trainable_parameters(model),
+        attention_width=shape.layers * shape.queries,
         trained_multiplied_params=active(trained, multiplied=True),
-        shape=model_shape(model, experts_per_token=used),
+        shape=shape,
     )
 
 
@@ -130,10 +127,8 @@ def _config_cost(config: str, experts_per_token: float | None, trainable: str, l
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = json.loads(config)
-    model_type = values.pop("model_type")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
         swap_in_moe(model)
     if trainable == "lora":
         plan_adapters(model, lora_rank)

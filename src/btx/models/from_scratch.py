@@ -47,8 +47,7 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
 
     quiet_transformers()
     try:
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        built = AutoConfig.for_model(config["model_type"], **(values | overrides))
+        built = AutoConfig.for_model(**(config | overrides))
         with torch.random.fork_rng(devices=[]), _rows_alone() if process_count() > 1 else nullcontext():
             torch.manual_seed(rng_seed)
             model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")

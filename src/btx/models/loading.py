@@ -19,7 +19,8 @@ from btx.errors import CheckpointError
 from btx.files import write_json
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import FILE
-from btx.model_files.headers import FLOATS, Headers, check_unquantised, main_type
+from btx.model_files.checkpoints import DTYPES
+from btx.model_files.headers import Headers, check_unquantised, main_type
 from btx.model_files.hub import local_model
 from btx.model_files.token_ids import read_object
 from btx.model_files.vocabularies import check_ids, missing_packages
@@ -148,8 +149,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
         _save_weights(model, folder, {}, None)
     else:
         headers = Headers(like)
-        types = {name: getattr(torch, FLOATS[entry.dtype]) for name, entry in headers.tensors.items()
-                 if entry.dtype in FLOATS}  # fmt: skip
+        types = {name: DTYPES[entry.dtype] for name, entry in headers.tensors.items() if entry.dtype in DTYPES}
         main: torch.dtype = getattr(torch, main_type(headers))
         _save_weights(model, folder, {name: types.get(name, main) for name in model.state_dict()}, headers.tensors)
     if process_number() == 0:

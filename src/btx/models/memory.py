@@ -46,26 +46,22 @@ class MemoryScheme:
     """A weight that trains, as the optimiser moves it."""
     frozen: float = 4.0
     """A weight that does not train."""
-    gradient: float = 4.0
-    """The gradient of a weight, as those of micro-batches are added up."""
     moments: float = 8.0
     """AdamW's two moments of a weight, together."""
     working: float = 0.0
     """A copy of a trained weight in the arithmetic's type, there all the time; a tied LM head has one too."""
     arithmetic: int = 4
     """A number in matrix products and in what they leave behind: 2 in bfloat16."""
-    stream: int = 4
-    """A number in the sum that goes from layer to layer, which has the embedding's type."""
 
     @property
     def casts(self) -> bool:
-        """Whether every product makes a copy of its input in the arithmetic's type, and keeps it."""
-        return self.arithmetic < self.stream
+        """Whether every product makes a copy of its input, float32, in the arithmetic's type, and keeps it."""
+        return self.arithmetic < FLOAT32
 
     @property
     def holds_copies(self) -> bool:
         """Whether products take weights as they are held; a tied LM head, float32 as an embedding, has a copy then."""
-        return self.arithmetic < FLOAT32 and not self.casts_trained
+        return self.casts and not self.casts_trained
 
     @property
     def casts_trained(self) -> bool:
@@ -113,7 +109,7 @@ class ModelShape:
         return self.trains("embedding" if self.tied else "head")
 
 
-def model_shape(model: PreTrainedModel, *, experts_per_token: float = 0.0) -> ModelShape:
+def model_shape(model: PreTrainedModel, *, experts_per_token: float) -> ModelShape:
     """The shape of a model with btx's MoE blocks in place; one on the meta device will do.
 
     Args:
@@ -221,10 +217,9 @@ def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) 
     head = shape.vocabulary * shape.width * shape.tied * scheme.holds_copies
     weights = (scheme.weight + scheme.working) * matrices + scheme.frozen * frozen + FLOAT32 * others
     weights += scheme.arithmetic * head
-    gradients = scheme.gradient * matrices + FLOAT32 * (trained - matrices)
     optimizer = scheme.moments * trained
     moments = [
-        TrainingMemory(*map(round, (weights, there * gradients, optimizer, activations, logits, workspace)))
+        TrainingMemory(*map(round, (weights, there * FLOAT32 * trained, optimizer, activations, logits, workspace)))
         for there, activations, logits, workspace in _moments(shape, scheme, batch)
     ]
     return max(moments, key=lambda moment: moment.peak)
@@ -255,10 +250,10 @@ def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list
     """(gradients are there, activations, logits, workspace) of the moments in which a step may be at its peak."""
     T, D, c, before = batch.tokens, shape.width, scheme.arithmetic, 0 if batch.alone else 1
     mask = T * batch.sequence_length if batch.dense_mask else 0  # bool, one for all layers
-    top = T * D * (FLOAT32 + scheme.stream + c * scheme.casts)  # the last norm's input, its output, and a copy of that
+    top = T * D * (2 * FLOAT32 + c * scheme.casts)  # the last norm's input, its output, and a copy of that
     layer, copies = T * layer_bytes(shape, scheme, batch), _weight_copies(shape, scheme)
     if batch.checkpointed:
-        kept: float = mask + shape.layers * T * D * scheme.stream
+        kept: float = mask + shape.layers * T * D * FLOAT32
         by_autocast = _matrices(shape.trained) - shape.trained.get("experts", 0)  # which keeps the copies it has made
         at_end = kept + c * by_autocast * scheme.casts_trained
         in_backward, in_layer = kept, kept + layer + copies / shape.layers
@@ -288,7 +283,7 @@ def _logits_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) ->
 
 def layer_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
     """Bytes a token that a layer keeps for its backward pass."""
-    norm = (FLOAT32 + scheme.stream * shape.trains("norms")) * shape.width  # the input and the normalised input
+    norm = FLOAT32 * (1 + shape.trains("norms")) * shape.width  # the input and the normalised input
     feed_forward = moe_bytes(shape, scheme, batch) if shape.experts else _dense_bytes(shape, scheme)
     return 2 * norm + _attention_bytes(shape, scheme, batch) + feed_forward
 
@@ -338,7 +333,7 @@ def _backward_bytes(shape: ModelShape, scheme: MemoryScheme) -> float:
     """Bytes a token of gradients that are alive together in the backward pass of a layer: two of the stream, and what
     those of a dense sublayer are more than the activations that are gone by then."""
     dense = scheme.arithmetic * shape.feed_forward * (3 - shape.trains("feed_forward"))
-    return 2 * scheme.stream * shape.width + dense * (not shape.experts)
+    return 2 * FLOAT32 * shape.width + dense * (not shape.experts)
 
 
 def _expert_rows(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:

@@ -8,6 +8,7 @@ Shape letters: B batch, S sequence, R scored tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from btx.models.cost import ModelCost, model_cost
-from btx.models.kv_cache import cache_arguments, new_cache
 from btx.models.measuring_memory import LOGITS_AT_ONCE, SCORING
 from btx.models.packed import packed_hidden
 
@@ -93,6 +93,12 @@ def cost_of(model: PreTrainedModel | SideBySide) -> ModelCost:
     return model.cost() if isinstance(model, SideBySide) else model_cost(model)
 
 
+def ends_of(model: PreTrainedModel | SideBySide) -> list[int]:
+    """Tokens at which a model's generation settings end a text: a chat model's turns end with one of its own."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return declared if isinstance(declared, list) else [] if declared is None else [declared]
+
+
 class ModelReader:
     """Reader of one model. Columns it has read stay in its key-value cache; a call may bring any number of new ones."""
 
@@ -101,8 +107,12 @@ class ModelReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._cache = new_cache(self._model)
-        self._arguments = cache_arguments(self._model, self._cache)
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        # The argument was called past_key_values before transformers 5.24. The cache is filled in place.
+        name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
+        self._arguments = {name: self._cache, "use_cache": True}
         self._read = 0  # columns
 
     @torch.inference_mode()

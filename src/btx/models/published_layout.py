@@ -61,7 +61,7 @@ def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = N
     renamed = {name: whole[id(tensor)] for name, tensor in reverted.items() if id(tensor) in whole}
     rows = _expert_rows(model, {name: in_memory[name] for name in in_memory.keys() - set(renamed.values())})
     if reverted.keys() != renamed.keys() | rows.keys():
-        raise _unknown(model, sorted(reverted.keys() ^ (renamed.keys() | rows.keys()))[0])
+        raise _unknown(model, min(reverted.keys() ^ (renamed.keys() | rows.keys())))
     return [
         Published(name, renamed[name], tuple(tensor.shape)) if name in renamed else rows[name]
         for name, tensor in reverted.items()

@@ -8,8 +8,7 @@ from typing import Any
 from btx.choices.families import family_of
 from btx.errors import CheckpointError, RecipeError
 from btx.model_files.hub import check_hub_name
-from btx.model_files.model_folder import check_model_folder
-from btx.models.configs import read_config
+from btx.models.configs import config_defaults, read_config
 from btx.models.whole import check_whole
 from btx.recipe.problems import did_you_mean
 from btx.recipe.schema import Recipe
@@ -37,7 +36,6 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
     if not folder.is_dir():
         check_hub_name(seed.path, revision=seed.revision)
         return read_config(seed.path, revision=seed.revision)
-    check_model_folder(folder)
     config = read_config(folder)
     family_of(config, str(folder / "config.json"))
     check_whole(folder, config)
@@ -48,14 +46,13 @@ def _config_from_scratch(config: dict[str, Any], vocab_size: int, where: str = "
     """The config that `where` holds, as transformers completes it; a misspelt key, which it would keep, is refused."""
     from transformers import AutoConfig
 
-    values = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        known = AutoConfig.for_model(config["model_type"]).to_dict().keys() | _OLDER_KEYS
-        built = AutoConfig.for_model(config["model_type"], **({"vocab_size": vocab_size} | values))
+        known = config_defaults(config["model_type"]).keys() | _OLDER_KEYS
+        built = AutoConfig.for_model(**({"vocab_size": vocab_size} | config))
     except Exception as error:  # each config class has checks, and errors, of its own
         blame(error)
         raise CheckpointError(f"{where}: transformers cannot build this model: {error}") from error
-    for key in values.keys() - known:
+    for key in config.keys() - known:
         hint = did_you_mean(key, known) or f"; {config['model_type']} has: {', '.join(sorted(known))}"
         raise RecipeError(f"{where}.{key}: unknown key {key!r}{hint}")
     return built.to_dict()

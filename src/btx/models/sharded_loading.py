@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from btx.errors import CheckpointError
-from btx.model_files.headers import FLOATS, Entry, Headers, check_unquantised
+from btx.model_files.checkpoints import DTYPES
+from btx.model_files.headers import Entry, Headers
 from btx.model_files.lazy_tensors import OpenFile
 from btx.models.configs import own_config, quiet_transformers, read_config
 from btx.models.from_scratch import take_drawn_rows
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @quick_imports()
-def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_skeleton(folder: Path) -> PreTrainedModel:
     """`btx.models.loading.load_model` without the numbers: weights are on the meta device, buffers are what they are.
 
     Raises:
@@ -43,12 +44,11 @@ def load_skeleton(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTra
     config, router = own_config(folder)
     plain = read_config(folder)
     check_whole(folder, plain, loading=True)
-    check_unquantised(folder, plain)
     try:
         config = config or AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         config.tie_word_embeddings = plain.get("tie_word_embeddings", False)
         with _weights_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.generation_config = _generation_settings(folder)
     except Exception as error:
         blame(error)
@@ -107,7 +107,7 @@ def _read_rows(model: PreTrainedModel, folder: Path) -> None:
 
 def _rows(entry: Entry, start: int, stop: int) -> Tensor:
     """Rows of a tensor in a file."""
-    dtype: torch.dtype = getattr(torch, FLOATS[entry.dtype])
+    dtype = DTYPES[entry.dtype]
     row = math.prod(entry.shape[1:]) * dtype.itemsize
     data = OpenFile.shared(entry.file).read(entry.start + start * row, (stop - start) * row)
     return data.view(dtype).view(stop - start, *entry.shape[1:])

@@ -40,11 +40,6 @@ class _Stacked(NamedTuple):
     first_row: int
     nbytes: int
 
-    @classmethod
-    def of_piece(cls, piece: Published, planned: Tensor, weight: Tensor) -> _Stacked:
-        """That of a published tensor."""
-        return cls(piece.of, piece.first_row, planned.nbytes * (1 if piece.expert is None else len(weight)))
-
 
 def stream_model(
     model: PreTrainedModel, folder: Path, types: Mapping[str, torch.dtype], layout: Collection[str] | None
@@ -62,8 +57,10 @@ def stream_model(
         for name, piece in pieces.items()
     }  # fmt: skip
     largest: int | str = inspect.signature(model.save_pretrained).parameters["max_shard_size"].default
+    experts = {name: 1 if piece.expert is None else len(weights[piece.of]) for name, piece in pieces.items()}
     split = split_state_dict_into_shards_factory(
-        {name: _Stacked.of_piece(piece, planned[name], weights[piece.of]) for name, piece in pieces.items()},
+        {name: _Stacked(piece.of, piece.first_row, planned[name].nbytes * experts[name])
+         for name, piece in pieces.items()},
         get_storage_size=lambda stacked: stacked.nbytes, get_storage_id=lambda stacked: stacked[:2],
         filename_pattern="model{suffix}.safetensors", max_shard_size=largest,
     )  # fmt: skip

@@ -27,7 +27,7 @@ def process_number() -> int:
     return distributed.get_rank() if process_count() > 1 else 0
 
 
-def shard(model: nn.Module, *, device: str = "cpu", in_bfloat16: bool = False, reshard: bool = False) -> None:
+def shard(model: nn.Module, *, device: str = "cpu", in_bfloat16: bool = False) -> None:
     """Spread `model` over all processes: one unit a decoder layer, what is left (embeddings, last norm, head) the
     root's. Gradients are added up over the processes after every backward pass, each keeping the sum of its rows.
 
@@ -35,7 +35,6 @@ def shard(model: nn.Module, *, device: str = "cpu", in_bfloat16: bool = False, r
         device: kind of device that the shares lie on.
         in_bfloat16: layers put their weights together in bfloat16, from float32 shares, and gradients are added up in
             float32: what autocast makes of one process's weights. The root's stay in float32.
-        reshard: give the other processes' rows back after a layer's forward; less memory, more traffic.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -46,7 +45,7 @@ def shard(model: nn.Module, *, device: str = "cpu", in_bfloat16: bool = False, r
         cast_forward_inputs=False,
     )  # fmt: skip
     for layer in cast(Any, model).base_model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):

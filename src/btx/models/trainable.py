@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from btx.choices.families import family_of
 from btx.choices.trainable import MOE_TRAINABLE
 from btx.errors import CheckpointError
@@ -44,8 +42,3 @@ def set_trainable(model: PreTrainedModel, which: str) -> None:
     chosen = trainable_names(model, which)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """Number of weights that train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

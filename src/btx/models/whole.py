@@ -7,7 +7,7 @@ opens a folder as a model asks here: mix, extend, drop, adopt, the branches of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from btx.model_files.headers import COMPUTED, Headers
 from btx.models.configs import config_text, quiet_transformers
 from btx.system_errors import blame
 
-Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 MOST_SHOWN = 5
 """Tensors named in a line; the line says how many there are."""
@@ -54,10 +53,9 @@ def _class_tensors(config_json: str) -> ClassTensors:
     from transformers.core_model_loading import revert_weight_conversion
 
     quiet_transformers()
-    values = json.loads(config_json)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config_json)))
         tied = dict(model.all_tied_weights_keys)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         published = revert_weight_conversion(model, state)
@@ -149,16 +147,15 @@ def shape_problems(
     return shown + [f"{file}: and {len(lines) - len(shown)} more like it"] * (len(lines) > len(shown))
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`3 tensors: a, b, c`, shortened."""
-    all_names = list(names)
-    more = ", ..." if len(all_names) > MOST_SHOWN else ""
-    return f"{len(all_names)} tensor{'s' * (len(all_names) != 1)}: {', '.join(all_names[:MOST_SHOWN])}{more}"
+    more = ", ..." if len(names) > MOST_SHOWN else ""
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:MOST_SHOWN])}{more}"
 
 
 def _other_layout(folder: Path, where: Mapping[str, str], found: Shapes, wanted: ClassTensors) -> str:
-    other = sorted(found.keys() & wanted.in_memory.keys() - wanted.published.keys())[0]
-    expected = sorted(wanted.published.keys() - wanted.in_memory.keys())[0]
+    other = min(found.keys() & wanted.in_memory.keys() - wanted.published.keys())
+    expected = min(wanted.published.keys() - wanted.in_memory.keys())
     return (
         f"{where[other]}: has {other}, where the published layout has {expected}: this is how transformers 5 holds the "
         f"model in memory (save_original_format=False). Save it in the published layout, by way of a new model, since "

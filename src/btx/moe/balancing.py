@@ -14,7 +14,7 @@ Shape letters: T tokens, E experts, K experts a token, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -33,7 +33,7 @@ class Balancing:
     kind: Literal["paper", "pooled"] = "paper"
     """`paper`: per layer; `pooled`: transformers' loss, to compare with."""
     over_layers: Literal["sum", "mean"] = "sum"
-    """How the layers' losses become one."""
+    """How the layers' losses become one: the paper does not say."""
     over: Literal["micro_batch", "global_batch"] = "micro_batch"
     """The batch that the means u and p are taken over."""
     router_z_loss: float = 0.0
@@ -63,16 +63,11 @@ def batch_means(routing: Routing, mask_T: Tensor | None = None) -> tuple[Tensor,
         mask_T: True for real tokens (T,); padding does not count. None: all are real.
     """
     (T, E), probs_TE, gates_TK = routing.logits_TE.shape, routing.logits_TE.softmax(dim=-1), routing.gates_TK
-    share_T1 = None if mask_T is None else _shares(mask_T, probs_TE.dtype)
+    share_T1 = None if mask_T is None else (mask_T.to(probs_TE.dtype) / mask_T.sum())[:, None]  # in a mean of real ones
     gates_TK = gates_TK / T if share_T1 is None else gates_TK * share_T1
     # Added up by expert: no (T, E) tensor of gates is made.
     u_E = probs_TE.new_zeros(E).index_add(0, routing.expert_ids_TK.flatten(), gates_TK.flatten().to(probs_TE.dtype))
     return u_E, probs_TE.mean(dim=0) if share_T1 is None else (probs_TE * share_T1).sum(dim=0)
-
-
-def _shares(mask_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weight of each token in a mean over the real ones: (T, 1)."""
-    return (mask_T.to(dtype) / mask_T.sum())[:, None]
 
 
 def load_balancing_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -95,33 +90,21 @@ def pooled_load_balancing_loss(routings: Sequence[Routing], mask_T: Tensor | Non
     Returns:
         A scalar: K when balanced. Gradients reach p alone.
     """
-    share_T1 = None if mask_T is None else _shares(mask_T, routings[0].logits_TE.dtype)
-    count_LE, p_LE = [], []
-    for routing in routings:
-        probs_TE, ids_TK = routing.logits_TE.softmax(dim=-1), routing.expert_ids_TK
-        weight_TK = torch.ones_like(ids_TK, dtype=probs_TE.dtype)
-        weight_TK = weight_TK / len(ids_TK) if share_T1 is None else weight_TK * share_T1
-        count_LE.append(probs_TE.new_zeros(probs_TE.shape[1]).index_add(0, ids_TK.flatten(), weight_TK.flatten()))
-        p_LE.append(probs_TE.mean(dim=0) if share_T1 is None else (probs_TE * share_T1).sum(dim=0))
-    counts_LE, probs_LE = torch.stack(count_LE), torch.stack(p_LE)
-    return counts_LE.shape[1] * (counts_LE.mean(dim=0) * probs_LE.mean(dim=0)).sum()
+    selected = [replace(routing, gates_TK=torch.ones_like(routing.gates_TK)) for routing in routings]
+    counts_LE, p_LE = _means_of_layers(selected, mask_T)
+    return counts_LE.shape[1] * (counts_LE.mean(dim=0) * p_LE.mean(dim=0)).sum()
+
+
+def _means_of_layers(routings: Sequence[Routing], mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`batch_means` of all layers: (L, E) each."""
+    means = [batch_means(routing, mask_T) for routing in routings]
+    return torch.stack([u_E for u_E, _ in means]), torch.stack([p_E for _, p_E in means])
 
 
 def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(W x)²: keeps router logits small (arXiv 2202.08906, eq. 5)."""
     z_T = routing.logits_TE.logsumexp(dim=-1).square()
     return z_T.mean() if mask_T is None else (z_T * mask_T).sum() / mask_T.sum()
-
-
-def total_load_balancing_loss(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
-    """Sum of `load_balancing_loss` over layers (the paper does not say whether it sums or averages)."""
-    return torch.stack([load_balancing_loss(routing, mask_T) for routing in routings]).sum()
-
-
-def expert_load(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
-    """Share of the routed rows each expert takes, dropped ones left out: (E,), sums to 1."""
-    count_E = routed_rows(routing, mask_T)
-    return count_E / count_E.sum()
 
 
 def routed_rows(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -176,8 +159,7 @@ class RoutingLoss:
             share: the micro-batch's share of the step's samples on this process.
             mask_T: True for real tokens; None: all are real.
         """
-        means = [batch_means(routing, mask_T) for routing in routings]
-        u_LE, p_LE = torch.stack([u for u, _ in means]), torch.stack([p for _, p in means])
+        u_LE, p_LE = _means_of_layers(routings, mask_T)
         E = u_LE.shape[1]
         self._sum_up(u_LE.detach(), p_LE.detach(), share)
         per_layer_L = E * (u_LE * p_LE).sum(dim=1)

@@ -68,7 +68,7 @@ def feed_forward(
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         x_TD, gate_up_E2FD, down_EDF = x_TD.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
-        if can_group(x_TD, gate_up_E2FD, down_EDF):
+        if can_group(x_TD, down_EDF):
             return grouped_feed_forward(x_TD, gates_TK, expert_ids_TK, gate_up_E2FD, down_EDF, act)
         order = sort_by_expert(expert_ids_TK, len(gate_up_E2FD), kept_TK)
         inputs = (x_TD, gates_TK, gate_up_E2FD, down_EDF)
@@ -250,10 +250,10 @@ def _activation_gradient(act: Activation, grad: Tensor, x: Tensor, out: Tensor) 
         out.copy_(torch.autograd.grad(act(x), x, grad)[0])
 
 
-def can_group(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
+def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
     """Whether torch's grouped matrix product takes these tensors: a GPU from SM80 on, 16- or 32-bit numbers, and rows
     aligned to 16 bytes."""
-    if x_TD.device.type != "cuda" or x_TD.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
+    if x_TD.device.type != "cuda" or x_TD.dtype == torch.float64:
         return False
     if not all(size * x_TD.element_size() % 16 == 0 for size in (x_TD.shape[1], down_EDF.shape[2])):
         return False

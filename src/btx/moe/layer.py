@@ -22,13 +22,7 @@ from torch.nn import functional as F
 from btx.choices.routers import RoutingRule
 from btx.errors import CheckpointError
 from btx.moe.dispatch import feed_forward
-from btx.moe.routers import LayerRule, Routing, straight_through, top_k_gates
-
-__all__ = [
-    "Experts", "MoE", "Router", "Routing", "at_step", "experts_run_in_training", "mean_experts_per_token", "moe_blocks",
-    "routing_unchanged", "set_router", "swap_in_moe", "top_k_gates", "use_selection_bias",
-    "weight_parts",
-]  # fmt: skip
+from btx.moe.routers import LayerRule, Routing, straight_through
 
 
 class Router(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from btx.baselines.btm_model import BtmReader
 from btx.data.token_texts import TokenTexts
-from btx.models.outputs import SideBySide, open_reader
+from btx.models.outputs import SideBySide, ends_of, open_reader
 from btx.moe.any_moe import only_experts, watched
 from btx.moe.balancing import sparse_gates
 from btx.moe.routers import Routing
@@ -98,12 +98,6 @@ def complete_token_by_token(
         new_ids = [token]
     if rest := texts.rest():
         yield ShownToken(rest, (), from_prompt=shown <= len(prompt))
-
-
-def ends_of(model: PreTrainedModel | SideBySide) -> list[int]:
-    """Tokens at which a model's generation settings end a text: a chat model's turns end with one of its own."""
-    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return declared if isinstance(declared, list) else [] if declared is None else [declared]
 
 
 def gates_of(routings: Sequence[Routing], tokens: int) -> Tensor:

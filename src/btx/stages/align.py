@@ -40,17 +40,13 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     is_given = with_template(tokenizer)
     samples = packed(run, name, section, tokenizer, log)
     settings = section.training(recipe.finetune, len(samples.rows), samples.sequence_length)
-    ready = partial(_with_preferences, section, run.folder(stage.name)) if isinstance(section, Dpo) else _as_it_is
+    ready = partial(_with_preferences, section, run.folder(stage.name)) if isinstance(section, Dpo) else None
     template = str(tokenizer.chat_template) if is_given else None
     train_moe(
         run, stage, start, settings, [], interrupts, log, routing=recipe.routing, experts=recipe.expert_names,
         lora=section.lora if section.trainable == "lora" else None,
         given=Given(samples, ready, template, ends_of_turns(samples, tokenizer)),
     )  # fmt: skip
-
-
-def _as_it_is(job: TrainingJob) -> TrainingJob:
-    return job
 
 
 def _with_preferences(section: Dpo, folder: Path, job: TrainingJob) -> TrainingJob:

@@ -6,14 +6,11 @@ and for how long it trains. Nothing else of it is its own.
 
 from __future__ import annotations
 
-import re
-
 from btx.baselines.btm import write_btm_folder
 from btx.baselines.matching import matched_phases
 from btx.baselines.settings import matched_by, routing_of
 from btx.choices.baselines import BASELINES, BTM, DOMAINS, UPCYCLED
 from btx.data.expert_text import text_from_run
-from btx.errors import UserError
 from btx.mixing.mix import mix, soup
 from btx.mixing.settings import upcycling_settings
 from btx.models.configs import read_config
@@ -91,20 +88,16 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
     Members are the experts of the mix, the untouched seed model among them if `mix.generalist`. Nothing is trained.
 
     Raises:
-        UserError: the stage's name says no K, or one above the number of members.
+        UserError: K is above the number of members.
     """
-    matched = re.fullmatch(r"baselines/btm_top([1-9]\d*)", stage.name)
-    if not matched:
-        raise UserError(f"{stage.name}: Branch-Train-Merge is called btm_top<K>, for example btm_top2")
-    run.check_needs(stage)
-    recipe = run.recipe
+    recipe, top_k = run.recipe, BTM[stage.name.removeprefix("baselines/")]
     models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
     if recipe.mix.generalist:
         models["generalist"] = run.model("seed")
     texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens), known_as=run.graph.known_as)
     with run.making(stage, log) as facts:
         temperature = write_btm_folder(
-            facts.folder / "model", models, texts, top_k=int(matched[1]), place=measuring_place(recipe, log)
+            facts.folder / "model", models, texts, top_k=top_k, place=measuring_place(recipe, log)
         )
-    log(f"{stage.name}: {len(models)} models side by side, the {matched[1]} most like the context answer (T = "
+    log(f"{stage.name}: {len(models)} models side by side, the {top_k} most like the context answer (T = "
         f"{temperature:.3g})")  # fmt: skip

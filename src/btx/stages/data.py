@@ -6,7 +6,7 @@ A domain's stage reads its own files and what the other domains hold out, and wr
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +21,8 @@ from btx.data.prepare import (
     training_texts,
 )
 from btx.data.tokenizer import TokenizerFile, as_loaded_beside, save_tokenizer, tokenizer_sha256, train_tokenizer
-from btx.errors import CheckpointError
-from btx.files import read_json
+from btx.errors import CheckpointError, RunFolderError
+from btx.files import read_json, write_bytes
 from btx.outputs import DONE, TokenizerDone
 from btx.planning.budgets import check_budgets
 from btx.process import Interrupts, Log
@@ -114,10 +114,7 @@ def _held_out(run: RunFolder, domain: str, stage: Stage) -> np.ndarray:
     with contextlib.suppress(OSError, ValueError, EOFError):
         return np.asarray(np.load(kept, allow_pickle=False))
     digests = held_out_digests(run.recipe, domain)
-    beside = kept.with_name(f"{kept.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # it only saves time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            np.save(file, digests)
-        beside.replace(kept)
+    with contextlib.suppress(RunFolderError), io.BytesIO() as file:  # it only saves time
+        np.save(file, digests)
+        write_bytes(kept, file.getvalue())
     return digests

@@ -308,6 +308,4 @@ def is_lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone: as torch's backends say it."""
     from torch import distributed
 
-    kinds = tuple(kind for name in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
-                  if (kind := getattr(distributed, name, None)) is not None)  # fmt: skip
-    return isinstance(error, kinds) or "gloo/transport" in str(error)
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)

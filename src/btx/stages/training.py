@@ -34,7 +34,7 @@ from btx.models.loading import (
 from btx.models.peak_flops import mfu_fact, peak_tokens_per_s
 from btx.models.sharded_loading import load_skeleton, share_out
 from btx.models.sharding import largest, process_count, process_number, same_everywhere
-from btx.models.trainable import set_trainable, trainable_parameters
+from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
 from btx.process import Interrupts, Log, processes_here
@@ -48,7 +48,6 @@ from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
 from btx.training.memory import MemoryNeeds, may_freeze
 from btx.training.micro_batch import AutoMicroBatch, noted_micro_batch
-from btx.training.out_of_memory import memory_advice
 from btx.training.parallel import has_dropout, why_not_shared
 from btx.training.peak_memory import peak_memory_bytes, reset_peak_memory
 from btx.training.schedule import steps_before_decay
@@ -108,11 +107,11 @@ class Given:
     """Samples that are no mixture of the run's domains, and what is learnt of them."""
 
     samples: Samples
-    ready: Callable[[TrainingJob], TrainingJob] = lambda job: job
+    ready: Callable[[TrainingJob], TrainingJob] | None
     """Completes the job when its model has its weights, before any of them moves."""
-    chat_template: str | None = None
+    chat_template: str | None
     """Written beside the model; None: as it was."""
-    ends: Collection[int] = ()
+    ends: Collection[int]
     """Tokens that end an answer: engines stop at them too."""
 
 
@@ -166,15 +165,14 @@ def train_stage(
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
-        if given is not None:
+        if given is not None and given.ready is not None:
             job = given.ready(job)
         try:
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(
-                    memory_advice(error, needs.settled(noted_micro_batch(folder, stage.inputs)))
-                ) from error
+                needs = needs.settled(noted_micro_batch(folder, stage.inputs))
+                raise OutOfMemory(needs.advice(error)) from error
             raise
         if like is not None:
             give_back_frozen(model, like)
@@ -279,7 +277,8 @@ def _say_what_trains(
 ) -> dict[str, int]:
     """Parameters and threads, and tokens that are in no sequence, which are returned, text by text."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{trainable_parameters(model):,} of {total:,} parameters train, {torch.get_num_threads()} threads")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log(f"{trained:,} of {total:,} parameters train, {torch.get_num_threads()} threads")
     if not mixtures:
         return {}
     unused, length = unused_tokens(run.path / "data", run.recipe, mixtures), run.recipe.data.sequence_length

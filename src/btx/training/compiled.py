@@ -170,9 +170,9 @@ def _put(module: nn.Module, method: str, instead: Callable[..., Any], undo: cont
 
 def _experts_are_traced(job: TrainingJob, block: MoE) -> bool:
     """Whether the experts of a layer are a grouped product in bfloat16; torch 2.13 cannot trace one in float32."""
-    weight = block.experts.gate_up_proj
-    x_TD = weight.new_empty(0, weight.shape[2], dtype=torch.bfloat16)
-    return job.in_bfloat16 and can_group(x_TD, weight, block.experts.down_proj)
+    down_EDF = block.experts.down_proj
+    x_TD = down_EDF.new_empty(0, down_EDF.shape[1], dtype=torch.bfloat16)
+    return job.in_bfloat16 and can_group(x_TD, down_EDF)
 
 
 def _before_graphs(base_model: nn.Module, arguments: object) -> None:

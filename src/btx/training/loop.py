@@ -19,9 +19,8 @@ from btx.models.sharding import largest, process_count
 from btx.process import Interrupted, Interrupts
 from btx.training.compiled import compiled_layers
 from btx.training.job import TrainingJob
-from btx.training.metrics import Metrics
+from btx.training.metrics import Metrics, StepRecord
 from btx.training.optimizer import adamw, set_learning_rate, skips_on_device
-from btx.training.record import StepRecord
 from btx.training.schedule import learning_rate
 from btx.training.spikes import SpikeWatch
 from btx.training.step import Facts, launch_step, numbers_of_micro_batch, training_step

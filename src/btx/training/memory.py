@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from btx.choices.trainable import MOE_TRAINABLE
 from btx.models.device import in_bfloat16
 from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, logit_rows, training_memory
+from btx.number_texts import bytes_text
 from btx.recipe.training import Train, Training
+from btx.system_errors import first_line
 
 CPU = torch.device("cpu")
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -99,6 +101,18 @@ class MemoryNeeds:
         saved = [(variant, now - variant.memory.peak)
                  for variant in map(self.with_changes, [*smaller, *self._other_changes()])]  # fmt: skip
         return sorted((pair for pair in saved if pair[1] > 0), key=lambda pair: -pair[1])
+
+    def advice(self, error: BaseException) -> str:
+        """For a training that ran out of memory: what takes it, and what makes it less, the largest saving first."""
+        memory, less = self.memory, self.savings()
+        parts = ", ".join(f"{part} {bytes_text(count)}" for part, count in asdict(memory).items() if count)
+        savings = [f"{variant} saves about {bytes_text(saved)}" for variant, saved in less]
+        if not any("micro_batch_tokens" in variant.changed for variant, _ in less):
+            savings.append("micro_batch_tokens is one sequence already: a smaller data.sequence_length saves more")
+        return (
+            f"out of memory: {first_line(error)}. This training takes about {bytes_text(memory.peak)} ({parts}). "
+            f"{'; '.join(savings)}; with a smaller launch.jobs fewer trainings share the memory"
+        )
 
     def that_fits(self, most: int) -> Variant | None:
         """The fewest settings to change so that the peak is `most` bytes at most: none where it fits as it is; None

@@ -36,7 +36,7 @@ def numbers_drawn(device: torch.device) -> tuple[int, int]:
     return (max(0, drawn - BLOCK + 1) + place - start if drawn else 0), on_device
 
 
-def leave_out(times: int, numbers: tuple[int, int], device: torch.device) -> None:
+def leave_out(times: int, numbers: tuple[int, int]) -> None:
     """Move the generators on as if what has given `numbers_drawn` had been done so many times more."""
     on_cpu, on_device = numbers
     _draw(times * on_cpu, None)

@@ -24,8 +24,6 @@ def learning_rate(step: int, total_steps: int, settings: Training) -> float:
     warmup = min(settings.warmup_steps, total_steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    if settings.schedule == "constant":
-        return settings.learning_rate
     if step < (begins := steps_before_decay(total_steps, settings)):
         return settings.learning_rate
     begins, shape = (begins, settings.decay_shape) if settings.schedule == "wsd" else (warmup, "cosine")

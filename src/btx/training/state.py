@@ -27,7 +27,7 @@ from btx.errors import RunFolderError
 from btx.files import atomic_folder, remove_left_overs, write_sealed
 from btx.models.sharding import from_all, process_count, process_number, same_everywhere
 from btx.process import Log, processes_here
-from btx.training.background_writer import BackgroundWriter
+from btx.training.background_saving import BackgroundWriter, HostCopy, TensorFile, fits_in_host_memory
 from btx.training.checkpoint_parts import (
     MOMENTS,
     PART,
@@ -40,9 +40,7 @@ from btx.training.checkpoint_parts import (
     part_folder,
     step_name,
 )
-from btx.training.host_memory import HostCopy, fits_in_host_memory
 from btx.training.optimizer import kept_tensors, kept_weights, restore_tensors
-from btx.training.tensor_file import TensorFile
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
 METRICS = "metrics.jsonl"
@@ -240,7 +238,7 @@ class StateFolder:
         if process_number() == 0:
             self._remove_all_but(1)
 
-    def _metrics(self, size: int | None = None) -> dict[str, Any]:
+    def _metrics(self, size: int) -> dict[str, Any]:
         """What metrics.jsonl holds, up to `size` bytes: seconds and loss of a resumed training go on from there."""
         path = self.folder.parent / METRICS
         written = path.read_bytes()[:size] if path.exists() else b""

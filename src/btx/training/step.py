@@ -161,7 +161,7 @@ def accumulate_gradients(
     model, micro, count = job.model, samples_at_once(job), of or len(samples)
     seed_step(job.rng_seed, step)
     if before:
-        leave_out(before, job.drawn_at_once, job.device)
+        leave_out(before, job.drawn_at_once)
     at_step(model, step)
     batch = job.mixture.batch(samples.start, len(samples))
     scored: int | Tensor = batch.scored

@@ -34,7 +34,7 @@ def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
     density, scale, t = (cast(float, chosen.get(name, 0.0)) for name in ("density", "scale", "t"))
     weights = [(settings.weights or {}).get(member, 0.0) for member in members]
     functions: dict[str, MergeFunction] = {
-        "mean": mean,
+        "mean": lambda values, start, name: mean(values),
         "seed": lambda values, start, name: start,
         "weighted": lambda values, start, name: weighted(values, weights),
         "slerp": lambda values, start, name: slerp(*values, t=t),
@@ -43,5 +43,4 @@ def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
             start, values, density=density, scale=scale, key=f"{settings.rng_seed}/{name}"
         ),
     }
-    method = MERGE_METHODS[settings.method]
-    return Merge(settings.method, functions[settings.method], method.elementwise, method.summary)
+    return Merge(settings.method, functions[settings.method], MERGE_METHODS[settings.method].elementwise)

@@ -22,6 +22,7 @@ from btx.errors import UserError
 from btx.metrics_file import last_metrics
 from btx.number_texts import is_number
 from btx.process import Interrupted, Log
+from btx.system_errors import first_line
 from btx.training.trackers.tracker import Ending, Point, Tracked, Tracker
 
 FOLDER = "trackers"
@@ -98,7 +99,7 @@ class Follower(threading.Thread):
     def run(self) -> None:
         """Until the end, or the first failure."""
         try:
-            tracker: Tracker = import_module(f"btx.training.trackers.{self.name}").start(self._tracked)
+            tracker: Tracker = import_module(f"btx.training.trackers.{self.name}").Run(self._tracked)
             with open(self._file, "rb") as lines:
                 last = False
                 while not last:
@@ -106,7 +107,7 @@ class Follower(threading.Thread):
                     self._hand_on(lines, tracker)
             tracker.close(self._ending)
         except Exception as error:
-            why = next((line[:LONGEST] for line in str(error).splitlines() if line.strip()), "no reason given")
+            why = first_line(error)[:LONGEST]
             self._log(
                 f"warning: track: {self.name} failed ({type(error).__name__}: {why}); training goes on without it, and "
                 f"metrics.jsonl has every step. The next start of this stage tries again"

@@ -22,13 +22,8 @@ MOST_SETTINGS, LONGEST_SETTING = 100, 500
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
-def start(tracked: Tracked) -> Tracker:
+class Run(Tracker):
     """The stage's run, resumed by its id."""
-    return MlflowRun(tracked)
-
-
-class MlflowRun:
-    """One run."""
 
     def __init__(self, tracked: Tracked) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -61,8 +61,8 @@ class Point(NamedTuple):
 class Tracker(Protocol):
     """A place that takes the numbers of a stage. It is used by one thread; what it raises ends the tracking alone.
 
-    Each has a function `start(tracked: Tracked) -> Tracker` in its file, which imports the package and opens, or opens
-    again, what belongs to the stage.
+    The file of each has one as its class `Run`, which is made with a `Tracked`: it imports the package and opens, or
+    opens again, what belongs to the stage.
     """
 
     last_step: int

@@ -14,13 +14,8 @@ from collections.abc import Sequence
 from btx.training.trackers.tracker import Ending, Point, Tracked, Tracker
 
 
-def start(tracked: Tracked) -> Tracker:
+class Run(Tracker):
     """The stage's run, resumed by its name, which no other has."""
-    return TrackioRun(tracked)
-
-
-class TrackioRun:
-    """One run."""
 
     def __init__(self, tracked: Tracked) -> None:
         os.environ.setdefault("TRACKIO_DIR", str(tracked.run.absolute() / "trackio"))  # read when it is imported

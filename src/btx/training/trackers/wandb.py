@@ -21,13 +21,8 @@ from btx.training.trackers.tracker import Ending, Point, Tracked, Tracker
 EXIT_CODES = {"finished": 0, "interrupted": 143, "failed": 1}
 
 
-def start(tracked: Tracked) -> Tracker:
+class Run(Tracker):
     """The stage's run, offline or resumed."""
-    return WandbRun(tracked)
-
-
-class WandbRun:
-    """One run."""
 
     def __init__(self, tracked: Tracked) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from btx.cli import chat
+from btx.cli import serve as cli_serve
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.tasks import complete
@@ -148,7 +149,7 @@ def test_a_chat_template_that_does_not_work_is_one_message_in_its_own_words(temp
 def test_half_characters_are_refused_and_the_next_line_may_be_better(tmp_path, monkeypatch, capsys):
     folder = llama(tmp_path / "model")
     with pytest.raises(UserError, match=r"its character 3 is '\\udcff'"):
-        said(tmp_path / "nothing", prompt="hi\udcff")  # before a model is looked for
+        cli_serve.chat(tmp_path / "nothing", prompt="hi\udcff")  # before a model is looked for
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\udcff\n{PROMPT}\n"))
     assert said(folder, prompt=None) == said(folder), "nothing but answers goes into a pipe"
     assert "error: the prompt is no valid text" in capsys.readouterr().err
@@ -161,7 +162,7 @@ def test_a_dense_model_has_no_experts_to_show(tmp_path):
 
 def test_a_negative_temperature_is_refused(tmp_path):
     with pytest.raises(UserError, match="temperature"):
-        said(tmp_path, temperature=-1.0)
+        cli_serve.chat(tmp_path / "nothing", temperature=-1.0)
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}assistant:"
@@ -212,7 +213,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(tmp_path, monkeypatch):
 def test_experts_can_be_used_alone_or_left_out(tmp_path):
     folder = mixtral(tmp_path / "model")
     model = speaker.Speaker(folder)
-    ids = model.prompt_ids(PROMPT)
+    ids = speaker.prompt_ids(model.tokenizer, PROMPT)
 
     def used(experts: ExpertChoice) -> set[int]:
         tokens = list(model.answer(ids, Sampling(6), experts))

@@ -28,15 +28,18 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Talk to a run's model, or any model folder."""
+    from btx.model_files.model_folder import check_model_or_btm
     from btx.run_folder.finished_models import last_model
     from btx.serving.expert_choice import ExpertChoice
-    from btx.serving.refusals import check_completion, check_sampling
+    from btx.serving.refusals import check_prompt, check_sampling
 
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
     check_sampling(temperature, top_p, max_new_tokens)
     path = last_model(open_run(model), remark).folder if is_run(model) else model
-    check_completion(path, prompt)
+    if prompt is not None:
+        check_prompt(prompt)
+    check_model_or_btm(path)
     from btx.cli.chat import chat as start_chat
     from btx.serving.speaker import Sampling, completion
 
@@ -68,11 +71,11 @@ def _served(model: Path) -> dict[str, Path]:
         UserError: it is neither a run nor a model, or nothing of the run is finished.
     """
     from btx.model_files.hub import shown_name
+    from btx.model_files.model_folder import check_model_or_btm
     from btx.run_folder.finished_models import finished_models, tell_stale
-    from btx.serving.refusals import check_completion
 
     if not is_run(model):
-        check_completion(model)
+        check_model_or_btm(model)
         return {shown_name(model): model}
     run = open_run(model)
     models = finished_models(run)
@@ -80,5 +83,5 @@ def _served(model: Path) -> dict[str, Path]:
         raise UserError(f"{model}: no model of this run is finished yet; `btx run {model}` goes on")
     tell_stale(run, models, remark)
     for each in models:
-        check_completion(each.folder)
+        check_model_or_btm(each.folder)
     return {each.name: each.folder for each in reversed(models)}

@@ -3,22 +3,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from btx.errors import UserError
-from btx.model_files.model_folder import check_model_or_btm
-
-
-def check_completion(model_path: Path, prompt: str | None = None) -> None:
-    """Refuse what cannot be completed with.
-
-    Raises:
-        CheckpointError: the folder is no model.
-        UserError: the prompt is no valid text.
-    """
-    if prompt is not None:
-        check_prompt(prompt)
-    check_model_or_btm(model_path)
 
 
 def check_sampling(temperature: float, top_p: float = 1.0, max_new_tokens: int = 1) -> None:

@@ -213,7 +213,7 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
         UserError: the request cannot be answered.
         CheckpointError: the model cannot be loaded.
     """
-    from btx.serving.speaker import Sampling
+    from btx.serving.speaker import Sampling, prompt_ids, text_ids
 
     name, speaker = speakers.get(asked.model)
     limit = asked.max_tokens
@@ -221,9 +221,9 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
         limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else limit
         messages = [message.as_message() for message in asked.messages]
         # A base model takes the last message as the text to complete: so the page can show it beside the others.
-        ids = speaker.prompt_ids(messages if speaker.has_template else messages[-1]["content"])
+        ids = prompt_ids(speaker.tokenizer, messages if speaker.has_template else messages[-1]["content"])
     else:
-        ids = speaker.text_ids(asked.text)
+        ids = text_ids(speaker.tokenizer, asked.text)
     rng_seed = secrets.randbelow(2**63) if asked.seed is None else asked.seed
     sampling = Sampling(NEW_TOKENS if limit is None else limit, asked.temperature, asked.top_p, rng_seed, asked.stops)
     answer = speaker.answer(ids, sampling, asked.choice)

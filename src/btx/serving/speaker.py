@@ -13,6 +13,7 @@ import torch
 from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
+from btx.model_files.model_folder import check_model_or_btm
 from btx.models.device import choose_device
 from btx.models.expert_names import names_of_experts
 from btx.models.loading import load_tokenizer
@@ -20,7 +21,7 @@ from btx.models.outputs import SideBySide
 from btx.models.placement import Place
 from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop
 from btx.serving.expert_choice import ExpertChoice
-from btx.serving.refusals import check_completion, check_prompt, check_sampling
+from btx.serving.refusals import check_prompt, check_sampling
 from btx.system_errors import blame, first_line
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ class Speaker:
     """
 
     def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
-        check_completion(path)
-        self.path = path
+        check_model_or_btm(path)
         self.model: PreTrainedModel | SideBySide = load_model_or_btm(path, Place(choose_device("auto").type, log=log))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
         self.expert_names: list[str] = (
@@ -99,20 +99,6 @@ class Speaker:
         """Tokens of prompt and answer together, at most."""
         config = cast(Any, next(iter(self.model.members.values())) if isinstance(self.model, BtmModel) else self.model)
         return int(getattr(config.config, "max_position_embeddings", None) or 2**31)
-
-    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Tokens of a prompt: messages as the chat template says, and so is a text where there is one; else a text is
-        like a document's start.
-
-        Raises:
-            UserError: the prompt is no valid text, or messages for a model without a template.
-            CheckpointError: the chat template is broken, refuses the messages or makes nothing of them.
-        """
-        return prompt_ids(self.tokenizer, prompt)
-
-    def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text to complete, like a document's start; raises UserError if it is no valid text."""
-        return text_ids(self.tokenizer, text)
 
     def answer(
         self, prompt: Sequence[int], sampling: Sampling = Sampling(), experts: ExpertChoice = ExpertChoice()
@@ -139,7 +125,13 @@ class Speaker:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    """Tokens of a prompt; see `Speaker.prompt_ids`."""
+    """Tokens of a prompt: messages as the chat template says, and so is a text where there is one; else a text is like
+    a document's start.
+
+    Raises:
+        UserError: the prompt is no valid text, or messages for a model without a template.
+        CheckpointError: the chat template is broken, refuses the messages or makes nothing of them.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages:
         check_prompt(message["content"])
@@ -164,7 +156,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messag
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text to complete; see `Speaker.text_ids`."""
+    """Tokens of a text to complete, like a document's start; raises UserError if it is no valid text."""
     check_prompt(text)
     encoder = DocumentEncoder(tokenizer)
     ids = encoder([text])[0]
@@ -179,9 +171,9 @@ def completion(
     Each of `tokens` is {"text", "experts": [names of the two with the most gate weight], "from_prompt"}, prompt's and
     completion's in order. Raises as `Speaker`, `prompt_ids` and `answer`.
     """
-    check_completion(model_path, prompt)
     speaker = Speaker(model_path)
-    names, shown = speaker.expert_names, list(speaker.answer(speaker.prompt_ids(prompt), sampling, experts))
+    names = speaker.expert_names
+    shown = list(speaker.answer(prompt_ids(speaker.tokenizer, prompt), sampling, experts))
     return {
         "prompt": prompt,
         "completion": "".join(token.text for token in shown if not token.from_prompt),

@@ -33,8 +33,7 @@ Start = Callable[[SweepRun, Path], LocalProcess]
 
 
 def sweep(
-    plan: SweepPlan, start: Start, *, share: Sequence[Path] = (), jobs: int = 1, log: Log,
-    interrupts: Interrupts | None = None,
+    plan: SweepPlan, start: Start, *, share: Sequence[Path] = (), jobs: int = 1, log: Log
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not finished; write sweep.json, sweep.md and sweep.svg.
 
@@ -44,7 +43,6 @@ def sweep(
         share: run folders, or sweeps' folders, whose finished stages may be taken over too.
         jobs: runs at a time.
         log: called with lines for the user.
-        interrupts: signals; None: this call listens for them.
 
     Returns:
         What sweep.json holds.
@@ -55,15 +53,9 @@ def sweep(
         Interrupted: SIGINT or SIGTERM; all runs have saved.
     """
     donors = find_donors(share)
-    listening = interrupts or Interrupts().listen()
-    try:
-        with exclusive(plan.folder, "sweep"):
-            work = _Sweep(plan, start, donors, jobs, log, listening)
-            failures = work.run()
-            written = write_sweep(plan, failures, figures=True)
-    finally:
-        if interrupts is None:
-            listening.unlisten()
+    with Interrupts() as interrupts, exclusive(plan.folder, "sweep"):
+        failures = _Sweep(plan, start, donors, jobs, log, interrupts).run()
+        written = write_sweep(plan, failures, figures=True)
     if failures:
         count = f"{len(failures)} of {len(plan.runs)} runs failed; the same command runs them again"
         raise StageFailed("\n".join([f"{count}:", *(f"{name}: {text}" for name, text in failures.items())]))

@@ -147,16 +147,16 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from."""
-    from btx.cli.catalogue import CATALOGUE, entries
+    from btx.cli.catalogue import CATALOGUE
 
     if what not in CATALOGUE:
         raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
     if as_json:
-        show_json(entries(what))
+        show_json(CATALOGUE[what]())
         return
     from btx.cli.tables import families_table, pairs_table
 
-    show(families_table() if what == "families" else pairs_table(what, entries(what)))
+    show(families_table() if what == "families" else pairs_table(what, CATALOGUE[what]()))
 
 
 def cp(recipe: Annotated[str, typer.Argument(autocompletion=completing_names.packaged)], target: Path) -> None:

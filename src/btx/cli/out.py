@@ -11,7 +11,7 @@ import typer
 
 from btx.cli.plan import AsJson
 from btx.cli.run_folders import is_run, open_run
-from btx.cli.terminal import remark, show_json
+from btx.cli.terminal import remark, show_json, silent
 from btx.errors import UserError
 from btx.model_files.hub import shown_name
 from btx.process import ending_at_once
@@ -61,7 +61,7 @@ def export(
     file = target if to is Format.gguf else target / "model.gguf"
     told: dict[str, Any] = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
             "bytes": gguf_bytes(folder, weights), "notes": notes}  # fmt: skip
-    say = _silent if as_json else typer.echo
+    say = silent if as_json else typer.echo
     if dry_run:
         say(f"{file}: about {told['bytes'] / 1e6:,.1f} MB ({weights}); nothing was written")
         for note in notes:
@@ -79,10 +79,6 @@ def export(
             f"next: llama-cli -m {file}")  # fmt: skip
     if as_json:
         show_json(told)
-
-
-def _silent(line: str) -> None:
-    """With --json nothing but it is printed."""
 
 
 def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Callable[[str], None]) -> list[str]:
@@ -122,7 +118,7 @@ def push(
                f"goes on")  # fmt: skip
     upload = upload_of(folder, origin, name, model / "report" if origin.results else None)
     sizes = upload.sizes()
-    say = _silent if as_json else typer.echo
+    say = silent if as_json else typer.echo
     told: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
     if dry_run:
         for file, size in sizes.items():

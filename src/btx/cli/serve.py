@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from btx.cli.plan import AsJson
 from btx.cli.run_folders import is_run, open_run
 from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
@@ -25,7 +26,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,
     rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Talk to a run's model, or any model folder."""
     from btx.model_files.model_folder import check_model_or_btm

@@ -15,9 +15,9 @@ from typing import Any
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
-from btx.errors import StageFailed, UserError
+from btx.errors import RunFolderError, StageFailed, UserError
 from btx.evaluation.aggregate import aggregate, read_results
-from btx.files import write_sealed, write_text
+from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.running.launchers.local import LocalProcess
@@ -79,6 +79,19 @@ class SweepFile(TypedDict):
     """sweep.json, as far as it is read again."""
 
     variants: dict[str, VariantOfSweep]
+
+
+def runs_in(folder: Path) -> list[tuple[str, int, Path]]:
+    """Variant, rng seed and run folder of every run of a sweep's folder.
+
+    Raises:
+        RunFolderError: there is no sweep.json any more, or it is not as btx writes it.
+    """
+    written = read_json(folder / "sweep.json", SweepFile)
+    if written is None:
+        raise RunFolderError(f"{folder}: sweep.json is gone")
+    return [(label, run["rng_seed"], Path(run["folder"])) for label, variant in written["variants"].items()
+            for run in variant["runs"]]  # fmt: skip
 
 
 def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]:

@@ -38,13 +38,12 @@ exit "$exit_code"
 """
 
 
-def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *, name: str | None = None) -> str:
+def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch) -> str:
     """A batch script that does some stages of a run in one job.
 
     Args:
         stages: all with the same `launch.resources_of`.
         log: its output goes there, behind what is there; the folder has to exist when the job starts.
-        name: of the job; None: the first stage's.
 
     Raises:
         UserError: the path of the run cannot be written into a batch script.
@@ -57,7 +56,7 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *
             )
     job, nodes = launch.slurm_of(stages[0]), launch.nodes_of(stages[0])
     asked = {
-        "job-name": name or stages[0],
+        "job-name": stages[0],
         "output": str(log).replace("%", "%%"),
         "open-mode": "append",
         "requeue": None,

@@ -173,7 +173,7 @@ def _row(variant: str, name: str, found: Mapping[str, Any], first: Mapping[str, 
         to_first=paired(
             entry.get("mean_bits_per_byte"), seeds, other.get("mean_bits_per_byte"), others_seeds, lambda a, b: a - b
         ),
-        tasks={task: score for task, found in entry.get("tasks", {}).items() if (score := _score(found)) is not None},
+        tasks={task: score for task, found in entry.get("tasks", {}).items() if (score := score_of(found)) is not None},
         flops=entry.get("flops"), hours=entry.get("hours"),
         machine_hours=entry.get("machine_hours"), active_params=entry.get("active_params"),
     )  # fmt: skip
@@ -204,7 +204,7 @@ def paired(
     return over_runs([compare(*pair) for pair in pairs]) if pairs else None
 
 
-def _score(task: Mapping[str, Any]) -> Stat | None:
+def score_of(task: Mapping[str, Any]) -> Stat | None:
     """A task's first metric."""
     return next((value for key, value in task.items() if key not in NOT_COMPARED and "mean" in value), None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from btx.cli.run_folders import is_run, open_run
 from btx.cli.terminal import remark, show_json, silent
 from btx.errors import UserError
 from btx.model_files.hub import shown_name
-from btx.process import ending_at_once
+from btx.process import Log, ending_at_once
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, or sent, and do neither.")]
@@ -62,10 +61,10 @@ def export(
     told: dict[str, Any] = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
             "bytes": gguf_bytes(folder, weights), "notes": notes}  # fmt: skip
     say = silent if as_json else typer.echo
+    for note in notes:
+        say(f"warning: {note}")
     if dry_run:
         say(f"{file}: about {told['bytes'] / 1e6:,.1f} MB ({weights}); nothing was written")
-        for note in notes:
-            say(f"warning: {note}")
     else:
         place = find_converter(converter)
         with ending_at_once(f"stopped; nothing was written to {target}"):
@@ -81,7 +80,7 @@ def export(
         show_json(told)
 
 
-def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Callable[[str], None]) -> list[str]:
+def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Log) -> list[str]:
     from btx.files import atomic_folder
     from btx.publishing.gguf import write_gguf
     from btx.publishing.ollama import modelfile

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from btx.files import read_json
 from btx.hub_names import REPOSITORY
 from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER, check_links, files_of
 from btx.model_files.model_folder import check_model_folder
+from btx.process import Log
 from btx.publishing.hub_card import Origin, card
 from btx.system_errors import blame, first_line
 
@@ -79,7 +79,7 @@ def _without_paths(record: Any) -> bytes:
     return (json.dumps(plain(record), indent=1) + "\n").encode()
 
 
-def push(upload: Upload, name: str, *, public: bool = False, log: Callable[[str], None] = lambda line: None) -> str:
+def push(upload: Upload, name: str, *, public: bool = False, log: Log = lambda line: None) -> str:
     """Put files on the hub in one commit; what is there already is not sent again. The commit's address.
 
     Args:

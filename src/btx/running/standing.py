@@ -8,7 +8,8 @@ from typing import Any
 from btx.errors import SystemFailed, UserError
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import Job, jobs_of
-from btx.running.launchers import START, Standing
+from btx.running.launchers import Standing
+from btx.running.under_way import UnderWay
 
 
 def add_standings(run: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
@@ -37,13 +38,12 @@ def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]
     this machine, or has a `btx run` elsewhere, says itself that it is at work."""
     standings: list[tuple[Job, Standing]] = []
     problems = []
-    jobs = jobs_of(run)
+    jobs, under_way = jobs_of(run), UnderWay(run)
     for kind in {job.launcher: None for job in jobs}:
         alike = [job for job in jobs if job.launcher == kind]
         try:
-            launcher = START[kind](run.recipe.launch)
-            if launcher.goes_on:
-                standings += zip(alike, launcher.poll([job.handle for job in alike]), strict=True)
+            if under_way.launcher_of(kind).goes_on:
+                standings += zip(alike, under_way.poll(alike), strict=True)
         except (SystemFailed, UserError) as error:
             names = ", ".join(job.name for job in alike)
             problems.append(f"{names}: what {kind} knows of these jobs cannot be asked here: {error}")

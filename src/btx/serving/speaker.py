@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from btx.models.expert_names import names_of_experts
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide
 from btx.models.placement import Place
+from btx.process import Log
 from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop
 from btx.serving.expert_choice import ExpertChoice
 from btx.serving.refusals import check_prompt, check_sampling
@@ -78,7 +79,7 @@ class Speaker:
         CheckpointError: no such model.
     """
 
-    def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, path: Path, log: Log = lambda line: None) -> None:
         check_model_or_btm(path)
         self.model: PreTrainedModel | SideBySide = load_model_or_btm(path, Place(choose_device("auto").type, log=log))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)

@@ -99,20 +99,9 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
 
 def _copy_stage(source: Path, target: Path, donor: Path) -> None:
     with atomic_folder(target) as beside:
-        for path in sorted(source.rglob("*")):
-            _copy(path, beside / path.relative_to(source))
+        link_or_copy(source, beside)
         done = read_done(beside) or {}
         write_sealed(beside / DONE, {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A folder, link or file; large files are hard links where the file system has them."""
-    if source.is_symlink():  # an existing seed model is a link to its folder
-        target.symlink_to(source.readlink(), target_is_directory=source.is_dir())
-    elif source.is_dir():
-        target.mkdir(exist_ok=True)
-    else:
-        link_or_copy(source, target)
 
 
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:

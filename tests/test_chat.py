@@ -20,8 +20,7 @@ from btx.models.loading import load_model, load_tokenizer
 from btx.moe.any_moe import only_experts, watched
 from btx.moe.layer import moe_blocks
 from btx.serving import completing, speaker
-from btx.serving.expert_choice import ExpertChoice
-from btx.serving.speaker import Sampling
+from btx.serving.sampling import ExpertChoice, Sampling
 from tests.pico_models import llama, mixtral, tokenizer
 
 PROMPT = "the sum of three €"

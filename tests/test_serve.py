@@ -17,8 +17,9 @@ from btx.cli.serve import _served
 from btx.errors import CheckpointError, UserError
 from btx.serving import server
 from btx.serving.requests import CompletionRequest, Refused, read_request
+from btx.serving.sampling import Sampling
 from btx.serving.server import Speakers, begin, make_app, serve
-from btx.serving.speaker import Sampling, Speaker, prompt_ids, text_ids
+from btx.serving.speaker import Speaker, prompt_ids, text_ids
 from tests.pico_models import llama, mixtral
 
 EXPERTS = ["math", "code", "wiki", "generalist"]

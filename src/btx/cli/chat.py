@@ -17,8 +17,8 @@ from rich.text import Text
 from btx.cli.terminal import remark
 from btx.errors import CheckpointError, UserError
 from btx.serving.completing import ShownToken
-from btx.serving.expert_choice import ExpertChoice
-from btx.serving.speaker import Message, Sampling, Speaker, prompt_ids
+from btx.serving.sampling import ExpertChoice, Sampling
+from btx.serving.speaker import Message, Speaker, prompt_ids
 
 PALETTE = (
     "bright_blue", "bright_green", "bright_magenta", "bright_yellow", "bright_cyan", "bright_red",
@@ -47,7 +47,7 @@ def chat(
 
     Raises:
         CheckpointError: no such model, or a dense one with `show_experts`.
-        UserError: a prompt that is no valid text, experts that are not there, or sampling that cannot be.
+        UserError: a prompt that is no valid text, or experts that are not there.
     """
     console = console or Console(highlight=False)
     speaker = Speaker(model_path, remark)

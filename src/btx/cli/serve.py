@@ -31,20 +31,18 @@ def chat(
     """Talk to a run's model, or any model folder."""
     from btx.model_files.model_folder import check_model_or_btm
     from btx.run_folder.finished_models import last_model
-    from btx.serving.expert_choice import ExpertChoice
-    from btx.serving.refusals import check_prompt, check_sampling
+    from btx.serving.sampling import ExpertChoice, Sampling, check_prompt
 
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
-    check_sampling(temperature, top_p, max_new_tokens)
+    sampling = Sampling(max_new_tokens, temperature, top_p, rng_seed)
     path = last_model(open_run(model), remark).folder if is_run(model) else model
     if prompt is not None:
         check_prompt(prompt)
     check_model_or_btm(path)
     from btx.cli.chat import chat as start_chat
-    from btx.serving.speaker import Sampling, completion
+    from btx.serving.speaker import completion
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, rng_seed)
     experts = ExpertChoice(tuple(only or ()), tuple(without or ()))
     if as_json and prompt is not None:
         show_json(completion(path, prompt, sampling, experts))

@@ -40,6 +40,8 @@ class Running:
     """Where it runs, as its launcher has said last."""
     hung: bool = False
     """Ended because it gave no sign of life."""
+    lines: list[str] = field(default_factory=list)
+    """What has come into its log, but for what it told the user."""
     finished: set[str] = field(default_factory=set)
     ended: float | None = None
     """When its end was first seen, by this process's clock."""

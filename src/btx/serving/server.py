@@ -31,6 +31,7 @@ from btx.errors import BtxError, CheckpointError, UserError
 from btx.process import Log
 from btx.serving.replies import Reply, error_event, error_reply
 from btx.serving.requests import ChatRequest, CompletionRequest, Refused, read_request
+from btx.serving.sampling import Sampling
 from btx.system_errors import told
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
         UserError: the request cannot be answered.
         CheckpointError: the model cannot be loaded.
     """
-    from btx.serving.speaker import Sampling, prompt_ids, text_ids
+    from btx.serving.speaker import prompt_ids, text_ids
 
     name, speaker = speakers.get(asked.model)
     limit = asked.max_tokens

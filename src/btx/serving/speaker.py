@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +20,7 @@ from btx.models.outputs import SideBySide
 from btx.models.placement import Place
 from btx.process import Log
 from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop
-from btx.serving.expert_choice import ExpertChoice
-from btx.serving.refusals import check_prompt, check_sampling
+from btx.serving.sampling import ExpertChoice, Sampling, check_prompt
 from btx.system_errors import blame, first_line
 
 if TYPE_CHECKING:
@@ -30,20 +28,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 """{"role": system, user or assistant, "content": text}."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Share of the probability that the tokens drawn from have together."""
-    rng_seed: int = 0
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer, and are no part of it."""
 
 
 class Answer:
@@ -107,9 +91,8 @@ class Speaker:
         """Begin to answer; nothing is computed before the first token is asked for.
 
         Raises:
-            UserError: what `sampling` or `experts` ask for cannot be, or the prompt is as long as the model can read.
+            UserError: what `experts` asks for cannot be, or the prompt is as long as the model can read.
         """
-        check_sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         if len(prompt) >= self.longest:
             raise UserError(f"the prompt has {len(prompt)} tokens, and with its answer the model reads "
                             f"{self.longest} at most; shorten it")  # fmt: skip

@@ -258,7 +258,10 @@ def test_top_p_draws_from_the_likeliest_alone():
     (["a", "b"], ["a"], ""), (["a\n", "\nb"], ["\n\n", "x"], "a"), (["a", "b"], [], "ab"),
 ])  # fmt: skip
 def test_an_answer_ends_before_a_stop_string(texts, stops, shown):
-    tokens, met = [completing.ShownToken(text, (), from_prompt=False) for text in texts], []
-    left = completing.until_stop(iter(tokens), stops, lambda: met.append(True))
+    tokens = [completing.ShownToken(text, (), from_prompt=False) for text in texts]
+    answer, left = completing.until_stop(iter(tokens), stops), []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            left.append(next(answer))
     assert "".join(token.text for token in left) == shown
-    assert bool(met) == (shown != "".join(texts))
+    assert end.value.value == (shown != "".join(texts))

@@ -134,9 +134,7 @@ def extend(
     _refuse_missing(moe, experts=[folder])
     from btx.mixing.extend import extend as extend_model
 
-    init = RouterInit(
-        router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
-    )  # fmt: skip
+    init = RouterInit(router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens)
     with ending_at_once(f"stopped; nothing was written to {output}"):
         record = extend_model(
             moe, name, folder, output, shared=shared, router_init=init, texts=named(text or (), "--text", "FILE"),

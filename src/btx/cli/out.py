@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import is_run, open_run
+from btx.cli.run_folders import ModelArgument, is_run, open_run
 from btx.cli.terminal import remark, show_json, silent
 from btx.errors import UserError
 from btx.model_files.hub import shown_name
 from btx.process import Log, ending_at_once
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, or sent, and do neither.")]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from btx.run_folder.folder import RunFolder
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
 
 
 def work_on(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:

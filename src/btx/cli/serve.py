@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import is_run, open_run
+from btx.cli.run_folders import ModelArgument, is_run, open_run
 from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
 
@@ -17,7 +17,7 @@ Without = Annotated[list[str] | None, typer.Option("--without", help="Never use 
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder; hf:ORG/NAME.")],
+    model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="Answer this text and end; default: ask for lines.")] = None,
     show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
     only: Only = None,
@@ -51,7 +51,7 @@ def chat(
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder; hf:ORG/NAME.")],
+    model: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")] = (
         "127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,

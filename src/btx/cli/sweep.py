@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from btx.cli.plan import AsJson
+from btx.cli.plan import AsJson, RecipeArgument
 from btx.cli.run_folders import is_run, open_run
 from btx.cli.terminal import show, show_json, silent
 
@@ -18,7 +18,7 @@ Values = Annotated[list[str] | None, typer.Argument(
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")],
+    recipe: RecipeArgument,
     settings: Values = None,
     rng_seeds: Annotated[int | None, typer.Option(
         help="Rng seeds of every variant; default: the recipe's sweep.rng_seeds, or 3.")] = None,

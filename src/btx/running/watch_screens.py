@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import asdict, replace
 from datetime import datetime
-from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
@@ -35,9 +34,7 @@ class TerminalScreen:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
         if self._last is not None:
             self._console.print(replace(self._last, whole=True))
@@ -83,9 +80,7 @@ class LineScreen:
     def __enter__(self) -> LineScreen:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def say(self, line: str) -> None:

@@ -40,8 +40,7 @@ class Answer:
         self._tokens, self._stops, self._limit = tokens, sampling.stop, limit
 
     def __iter__(self) -> Iterator[ShownToken]:
-        stopped: list[bool] = []
-        yield from until_stop(self._counted(), self._stops, lambda: stopped.append(True))
+        stopped = yield from until_stop(self._counted(), self._stops)
         if not stopped and self.new_tokens >= self._limit:
             self.finish_reason = "length"
 

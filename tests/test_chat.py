@@ -258,10 +258,10 @@ def test_top_p_draws_from_the_likeliest_alone():
     (["a", "b"], ["a"], ""), (["a\n", "\nb"], ["\n\n", "x"], "a"), (["a", "b"], [], "ab"),
 ])  # fmt: skip
 def test_an_answer_ends_before_a_stop_string(texts, stops, shown):
-    tokens = [completing.ShownToken(text, (), from_prompt=False) for text in texts]
-    answer, left = completing.until_stop(iter(tokens), stops), []
-    with pytest.raises(StopIteration) as end:
-        while True:
-            left.append(next(answer))
-    assert "".join(token.text for token in left) == shown
-    assert end.value.value == (shown != "".join(texts))
+    tokens, met = [completing.ShownToken(text, (), from_prompt=False) for text in texts], []
+
+    def answer():
+        met.append((yield from completing.until_stop(iter(tokens), stops)))
+
+    assert "".join(token.text for token in answer()) == shown
+    assert met == [shown != "".join(texts)]

@@ -60,11 +60,6 @@ class Speakers:
         self.closing = threading.Event()
         """Set when the server ends: answers under way are given up."""
 
-    @property
-    def first(self) -> str:
-        """Name of the model that answers where none is named."""
-        return next(iter(self.paths))
-
     def named(self, name: str) -> str:
         """The name, if there is such a model; raises Refused if not."""
         if name not in self.paths:
@@ -73,13 +68,13 @@ class Speakers:
         return name
 
     def get(self, name: str | None) -> tuple[str, Speaker]:
-        """A model by its name, and the name.
+        """A model by its name, the first where none is named, and the name.
 
         Raises:
             Refused: there is none of this name.
             CheckpointError: it cannot be loaded.
         """
-        name = self.named(name or self.first)
+        name = self.named(name or next(iter(self.paths)))
         with self._loading:
             if name not in self._loaded:
                 from btx.serving.speaker import Speaker

@@ -125,7 +125,7 @@ def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figu
     """
     variants: dict[str, Any] = {}
     for variant in plan.variants:
-        runs = [_run_facts(run, failures or {}) for run in plan.runs_of(variant)]
+        runs = [_run_facts(run, failures or {}) for run in plan.runs if run.variant == variant]
         done = [run for run in runs if run["state"] == "done"]
         aggregated = aggregate(read_results([Path(run["folder"]) for run in done])) if done else None
         if aggregated:

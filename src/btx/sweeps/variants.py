@@ -102,10 +102,6 @@ class SweepPlan:
     """Models the table shows; None for all."""
     runs: list[SweepRun] = field(default_factory=list)
 
-    def runs_of(self, variant: Variant) -> list[SweepRun]:
-        """The runs of one variant, by rng seed."""
-        return [run for run in self.runs if run.variant == variant]
-
 
 def plan_sweep(
     name: str, arguments: Sequence[str], *, rng_seeds: int | None = None, models: Sequence[str] | None = None,

@@ -22,7 +22,7 @@ from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
-from btx.sweeps.sharing import donors_of, find_donors, runs_below, take_over
+from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
 from btx.sweeps.variants import SweepPlan, SweepRun
 
@@ -220,7 +220,7 @@ class _Sweep:
         number = self.plan.runs.index(run) + 1
         self.log(f"run {number} of {len(self.plan.runs)}: {run.name}, in {run.folder}")
         try:
-            with exclusive(run.folder, "run", patience_s=60.0):
+            with exclusive(run.folder, "run", patience_s=PATIENCE_S):
                 made = RunFolder.create(run.recipe)
             take_over(made, [*runs_below(self.plan.folder), *self.donors], lambda line: self._say(run, line))
             self._check_data(made)

@@ -8,11 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from btx.errors import NOT_YET
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
+from btx.running.launchers.job import SAVED
 
 MOUNT, VOLUME = "/btx", "btx-runs"
 """Where the file system with the run folder is on an engine's machines, if its path is relative; and its name there."""
+RETRIED = [NOT_YET, SAVED]
+"""Exit codes after which a job is started again: what it needs is not there yet; it was asked to end, and has saved."""
 
 
 @dataclass(frozen=True)

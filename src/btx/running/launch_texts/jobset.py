@@ -12,7 +12,7 @@ from typing import Any
 from btx.errors import UserError
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
-from btx.running.launch_texts.jobs import VOLUME, Group, Job, gpus_of, groups_of, mount_of, unlike, work_text
+from btx.running.launch_texts.jobs import RETRIED, VOLUME, Group, Job, gpus_of, groups_of, mount_of, unlike, work_text
 from btx.running.launch_texts.yaml_text import Image, yaml_text
 
 HEADER = """\
@@ -28,8 +28,6 @@ HEADER = """\
 IMAGE = "branchtrainmix:latest"
 GRACE_S = 600
 """Seconds a pod has to write a checkpoint before it is killed."""
-NOT_COUNTED = [75, 143]
-"""Exit codes that are no failure: what it needs is not there yet; it was asked to end, and has saved."""
 MOST_NEEDS = 5
 """Items that `dependsOn` takes."""
 NAME_LENGTH = 24
@@ -101,7 +99,7 @@ def _replicated_job(
         volumes.append({"name": "recipe", "configMap": {"name": config}})
     rules: list[dict[str, Any]] = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": NOT_COUNTED}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": RETRIED}},
         {"action": "FailJob" if spread else "FailIndex", "onExitCodes": {"operator": "In", "values": [2]}},
     ]
     pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": GRACE_S, "containers": [container],

@@ -10,7 +10,7 @@ from typing import Any
 
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
-from btx.running.launch_texts.jobs import VOLUME, Group, Job, gpus_of, groups_of, mount_of, work_text
+from btx.running.launch_texts.jobs import RETRIED, VOLUME, Group, Job, gpus_of, groups_of, mount_of, work_text
 from btx.running.launch_texts.yaml_text import yaml_text
 
 HEADER = """\
@@ -24,8 +24,6 @@ HEADER = """\
 # {accelerators}
 """
 ACCELERATOR = "H100"
-RECOVERED = [75, 143]
-"""Exit codes after which a task is started again: what it needs is not there yet; it was told to end, and has saved."""
 
 
 def sky_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
@@ -42,7 +40,7 @@ def sky_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
 def _task(group: Group, recipe: Recipe, mount: str) -> dict[str, Any]:
     shares = group.shares(recipe.launch.jobs)
     resources: dict[str, Any] = {
-        "job_recovery": {"max_restarts_on_errors": recipe.launch.retries, "recover_on_exit_codes": RECOVERED}
+        "job_recovery": {"max_restarts_on_errors": recipe.launch.retries, "recover_on_exit_codes": RETRIED}
     }
     if gpus := gpus_of(group, recipe):
         resources["accelerators"] = f"{ACCELERATOR}:{gpus}"

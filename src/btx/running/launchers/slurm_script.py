@@ -18,16 +18,15 @@ from pathlib import Path
 from btx.errors import UserError
 from btx.recipe.launch import Launch
 from btx.run_folder.graph import trains
+from btx.running.launchers.job import SAVED, VARIABLES
 
-SAVED = 143
-"""Exit code of a job that was told to end by SIGTERM and has saved."""
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
 
 SCRIPT = """\
 #!/bin/bash
 {options}
 set -e
-export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8 TOKENIZERS_PARALLELISM=true{pythonpath}
+export {variables}
 export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-1}}"  # srun does not take it from sbatch
 {setup}exit_code=0
 srun --nodes={nodes} --ntasks-per-node=1 --export=ALL {work} || exit_code=$?
@@ -70,10 +69,10 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch) -
         asked["signal"] = f"TERM@{launch.slurm.grace_s}"
     asked |= {field: value for field in ("account", "partition", "gres", "time") if (value := getattr(job, field))}
     options = [f"--{option}" if value is None else f"--{option}={value}" for option, value in asked.items()]
-    pythonpath = os.environ.get("PYTHONPATH")
+    variables = VARIABLES | ({"PYTHONPATH": path} if (path := os.environ.get("PYTHONPATH")) else {})
     return SCRIPT.format(
         options="\n".join(f"#SBATCH {_quoted(option)}" for option in (*options, *(job.options or ()))),
-        pythonpath=f" PYTHONPATH={shlex.quote(pythonpath)}" if pythonpath else "",
+        variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
         setup="".join(f"{line}\n" for line in job.setup or ()),
         nodes=nodes,
         work=shlex.join([sys.executable, "-m", "btx", "work", str(run), *stages]),

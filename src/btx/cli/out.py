@@ -115,7 +115,7 @@ def push(
         remark(f"warning: evaluate is {run.state(run.graph['evaluate'])}: the card has no results; `btx run {model}` "
                f"goes on")  # fmt: skip
     upload = upload_of(folder, origin, name, model / "report" if origin.results else None)
-    sizes = upload.sizes()
+    sizes = {file: len(it) if isinstance(it, bytes) else it.stat().st_size for file, it in upload.items()}
     say = silent if as_json else typer.echo
     told: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
     if dry_run:

@@ -130,7 +130,7 @@ def start(arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}
     """Start a command of btx in a process and session of its own; its output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "btx", *arguments]
-    environment = os.environ | VARIABLES | variables
+    environment = {**os.environ, **VARIABLES, **variables}
     with open(log, "ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,

@@ -69,7 +69,7 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch) -
         asked["signal"] = f"TERM@{launch.slurm.grace_s}"
     asked |= {field: value for field in ("account", "partition", "gres", "time") if (value := getattr(job, field))}
     options = [f"--{option}" if value is None else f"--{option}={value}" for option, value in asked.items()]
-    variables = VARIABLES | ({"PYTHONPATH": path} if (path := os.environ.get("PYTHONPATH")) else {})
+    variables = VARIABLES | ({"PYTHONPATH": search} if (search := os.environ.get("PYTHONPATH")) else {})
     return SCRIPT.format(
         options="\n".join(f"#SBATCH {_quoted(option)}" for option in (*options, *(job.options or ()))),
         variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),

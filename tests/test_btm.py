@@ -31,7 +31,8 @@ from btx.models.outputs import token_nll
 from btx.models.placement import Place
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
-from btx.serving.speaker import Sampling, completion
+from btx.serving.sampling import Sampling
+from btx.serving.speaker import completion
 from btx.stages.baselines import write_btm
 from tests.pico_models import llama, prepared_run, recipe, tokenizer, write_token_file
 

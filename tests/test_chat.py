@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from btx.cli import chat
+from btx.cli import serve as cli_serve
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
 from btx.evaluation.tasks import complete
@@ -19,8 +20,7 @@ from btx.models.loading import load_model, load_tokenizer
 from btx.moe.any_moe import only_experts, watched
 from btx.moe.layer import moe_blocks
 from btx.serving import completing, speaker
-from btx.serving.expert_choice import ExpertChoice
-from btx.serving.speaker import Sampling
+from btx.serving.sampling import ExpertChoice, Sampling
 from tests.pico_models import llama, mixtral, tokenizer
 
 PROMPT = "the sum of three €"
@@ -148,7 +148,7 @@ def test_a_chat_template_that_does_not_work_is_one_message_in_its_own_words(temp
 def test_half_characters_are_refused_and_the_next_line_may_be_better(tmp_path, monkeypatch, capsys):
     folder = llama(tmp_path / "model")
     with pytest.raises(UserError, match=r"its character 3 is '\\udcff'"):
-        said(tmp_path / "nothing", prompt="hi\udcff")  # before a model is looked for
+        cli_serve.chat(tmp_path / "nothing", prompt="hi\udcff")  # before a model is looked for
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\udcff\n{PROMPT}\n"))
     assert said(folder, prompt=None) == said(folder), "nothing but answers goes into a pipe"
     assert "error: the prompt is no valid text" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_a_dense_model_has_no_experts_to_show(tmp_path):
 
 def test_a_negative_temperature_is_refused(tmp_path):
     with pytest.raises(UserError, match="temperature"):
-        said(tmp_path, temperature=-1.0)
+        cli_serve.chat(tmp_path / "nothing", temperature=-1.0)
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}assistant:"
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(tmp_path, monkeypatch):
 def test_experts_can_be_used_alone_or_left_out(tmp_path):
     folder = mixtral(tmp_path / "model")
     model = speaker.Speaker(folder)
-    ids = model.prompt_ids(PROMPT)
+    ids = speaker.prompt_ids(model.tokenizer, PROMPT)
 
     def used(experts: ExpertChoice) -> set[int]:
         tokens = list(model.answer(ids, Sampling(6), experts))
@@ -259,6 +259,9 @@ def test_top_p_draws_from_the_likeliest_alone():
 ])  # fmt: skip
 def test_an_answer_ends_before_a_stop_string(texts, stops, shown):
     tokens, met = [completing.ShownToken(text, (), from_prompt=False) for text in texts], []
-    left = completing.until_stop(iter(tokens), stops, lambda: met.append(True))
-    assert "".join(token.text for token in left) == shown
-    assert bool(met) == (shown != "".join(texts))
+
+    def answer():
+        met.append((yield from completing.until_stop(iter(tokens), stops)))
+
+    assert "".join(token.text for token in answer()) == shown
+    assert met == [shown != "".join(texts)]

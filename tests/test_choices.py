@@ -15,7 +15,7 @@ from btx.choices.merges import MERGE_METHODS, MergeSettings
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
 from btx.choices.routers import ROUTERS, RoutingRule
 from btx.choices.trainable import DENSE_TRAINABLE, MOE_TRAINABLE
-from btx.cli.catalogue import entries
+from btx.cli.catalogue import CATALOGUE
 from btx.data.domains import DOCUMENT_GENERATORS, QUESTION_GENERATORS
 from btx.errors import CheckpointError, RecipeError
 from btx.mixing.extend import ROW_FROM_TEXT
@@ -74,8 +74,8 @@ print(recipe.routing.kind, recipe.merge_settings.method)
     ("launchers", LAUNCHERS),
 ])  # fmt: skip
 def test_btx_ls_shows_what_is_listed(what: str, names: Any) -> None:
-    assert list(entries(what)) == list(names)
-    assert all(entries(what).values())
+    assert list(CATALOGUE[what]()) == list(names)
+    assert all(CATALOGUE[what]().values())
 
 
 def test_every_listed_name_has_what_it_names() -> None:

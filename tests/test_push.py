@@ -189,7 +189,7 @@ def test_links_that_lead_out_of_the_folder_are_refused(made: Path, tmp_path: Pat
 
 def test_the_card_of_a_run_has_results_data_licence_and_report(run: RunFolder) -> None:
     upload = upload_of(run.path / "finetune" / "model", origin_of_run(run), "org/moe", run.path / "report")
-    text = upload.files["README.md"]
+    text = upload["README.md"]
     assert isinstance(text, bytes)
     told = text.decode()
     assert front(told)["license"] == "llama3.2"
@@ -199,8 +199,8 @@ def test_the_card_of_a_run_has_results_data_licence_and_report(run: RunFolder) -
     assert "| birds | files birds.jsonl |" in told
     assert "The seed model's: llama3.2" in told
     assert "[report.md](report.md)" in told
-    assert {"report.md", "routing.png"} <= upload.files.keys()
-    assert "index.html" not in upload.files
+    assert {"report.md", "routing.png"} <= upload.keys()
+    assert "index.html" not in upload
     assert str(run.path.parent) not in told
 
 

@@ -17,8 +17,9 @@ from btx.cli.serve import _served
 from btx.errors import CheckpointError, UserError
 from btx.serving import server
 from btx.serving.requests import CompletionRequest, Refused, read_request
+from btx.serving.sampling import Sampling
 from btx.serving.server import Speakers, begin, make_app, serve
-from btx.serving.speaker import Sampling, Speaker
+from btx.serving.speaker import Speaker, prompt_ids, text_ids
 from tests.pico_models import llama, mixtral
 
 EXPERTS = ["math", "code", "wiki", "generalist"]
@@ -57,7 +58,8 @@ def test_a_conversation_is_answered_with_the_experts_of_every_token(
 ) -> None:
     reply = client.post("/v1/chat/completions", json=ASKED).json()
     speaker = Speaker(folders["btx"])
-    expected = list(speaker.answer(speaker.prompt_ids(ASKED["messages"]), Sampling(6)))  # type: ignore[arg-type]
+    ids = prompt_ids(speaker.tokenizer, ASKED["messages"])  # type: ignore[arg-type]
+    expected = list(speaker.answer(ids, Sampling(6)))
     (choice,) = reply["choices"]
     assert reply["object"] == "chat.completion"
     assert choice["message"] == {
@@ -94,9 +96,8 @@ def test_a_text_is_completed_without_the_template(client: TestClient, folders: d
     assert reply["object"] == "text_completion"
     assert "routing" not in reply["choices"][0]
     speaker = Speaker(folders["btx"])
-    expected = "".join(
-        token.text for token in speaker.answer(speaker.text_ids("the sum of"), Sampling(4)) if not token.from_prompt
-    )
+    answer = speaker.answer(text_ids(speaker.tokenizer, "the sum of"), Sampling(4))
+    expected = "".join(token.text for token in answer if not token.from_prompt)
     assert reply["choices"][0]["text"] == expected
     streamed = pieces(client.post("/v1/completions", json=asked | {"stream": True}))
     assert "".join(piece["choices"][0]["text"] for piece in streamed) == expected

@@ -45,7 +45,7 @@ WITHOUT_TORCH = (
     "errors number_texts markdown_text hub_names recipes system_errors files process metrics_file outputs choices "
     "recipe reporting run_folder running "
     "mixing.settings evaluation.aggregate evaluation.code_execution evaluation.code_jail evaluation.harness_checks "
-    "evaluation.harness_files evaluation.compare serving.refusals publishing sweeps python"
+    "evaluation.harness_files evaluation.compare serving.sampling publishing sweeps python"
 ).split()
 """Packages and modules that load neither torch nor transformers, not even through others."""
 HEAVY = ("torch", "transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import sub
@@ -14,7 +15,7 @@ import pytest
 
 from btx.errors import StageFailed, UserError
 from btx.files import read_json
-from btx.process import Interrupted, Interrupts
+from btx.process import Interrupted
 from btx.recipe.loading import load_recipe
 from btx.run_folder.folder import RunFolder
 from btx.running.launchers.local import start_run
@@ -72,7 +73,7 @@ class Done:
 
 def run_sweep(plan: SweepPlan, start: Any, **options: Any) -> tuple[dict[str, Any], list[str]]:
     lines: list[str] = []
-    return sweep(plan, start, log=lines.append, interrupts=Interrupts(), **options), lines
+    return sweep(plan, start, log=lines.append, **options), lines
 
 
 @pytest.fixture(scope="module")
@@ -267,18 +268,18 @@ def test_of_runs_side_by_side_none_makes_a_stage_that_another_is_making(
 
 def test_a_signal_ends_the_runs_under_way(tmp_path: Path) -> None:
     plan = plan_here(tmp_path, "finetune.tokens=256,512", rng_seeds=1)
-    interrupts, job = Interrupts(), None
+    job = None
 
     def start(run: SweepRun, output: Path) -> Pretending:
         nonlocal job
         output.touch()
-        interrupts.pending = 15
+        signal.raise_signal(signal.SIGTERM)
         job = Pretending(run, output)
         return job
 
     with pytest.raises(Interrupted) as stopped:
-        sweep(plan, start, log=lambda line: None, interrupts=interrupts)
-    assert stopped.value.exit_code == 128 + 15
+        sweep(plan, start, log=lambda line: None)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert job is not None
     assert job.exit == -15
 

@@ -134,12 +134,20 @@ LINKED = {".safetensors", ".bin", ".npy", ".npz"}
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make a file be elsewhere too: a large one as a hard link where the file system has them, else as a copy."""
-    if source.suffix in LINKED:
-        with contextlib.suppress(OSError):  # another disk, or one without hard links
-            os.link(source, target)
-            return
-    shutil.copy2(source, target)
+    """Let a folder hold all that another holds: large files as hard links where the file system has them, others as
+    copies, and links as they are."""
+    for path in sorted(source.rglob("*")):
+        there = target / path.relative_to(source)
+        if path.is_symlink():  # an existing seed model is a link to its folder
+            there.symlink_to(path.readlink(), target_is_directory=path.is_dir())
+        elif path.is_dir():
+            there.mkdir(exist_ok=True)
+        else:
+            if path.suffix in LINKED:
+                with contextlib.suppress(OSError):  # another disk, or one without hard links
+                    os.link(path, there)
+                    continue
+            shutil.copy2(path, there)
 
 
 @contextlib.contextmanager

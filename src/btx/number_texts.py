@@ -70,14 +70,14 @@ def percent_text(share: Any, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if is_number(share) else MISSING
 
 
-def signed_percent(share: float, digits: int = 1) -> str:
+def signed_percent(share: float) -> str:
     """A relative change as percent with a true minus sign: -0.079 → "−7.9 %"."""
-    return f"{100 * share:+.{digits}f} %".replace("-", "−")
+    return f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def decimal_text(value: Any, digits: int = 3) -> str:
-    """A number with fixed decimals, or a dash."""
-    return f"{value:.{digits}f}" if is_number(value) else MISSING
+def decimal_text(value: Any) -> str:
+    """A number with three decimals, or a dash."""
+    return f"{value:.3f}" if is_number(value) else MISSING
 
 
 def evenly(count: int, at_most: int) -> list[int]:

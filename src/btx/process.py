@@ -73,7 +73,8 @@ class Interrupts:
     """Remembers the first Ctrl-C, SIGTERM or SIGHUP; a second one, more than a second later, ends the process at once,
     or, where a person types into this very process (a notebook, Python's prompt), what it is doing.
 
-    A signal that is ignored when the process starts, as `nohup` does it with SIGHUP, stays ignored.
+    A signal that is ignored when the process starts, as `nohup` does it with SIGHUP, stays ignored. As a context
+    manager it listens inside the block.
     """
 
     def __init__(self) -> None:
@@ -96,6 +97,12 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+    def __enter__(self) -> Interrupts:
+        return self.listen()
+
+    def __exit__(self, *error: object) -> None:
+        self.unlisten()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now, asked = time.monotonic(), number == SAVE_AND_END
@@ -140,12 +147,8 @@ class Interrupts:
 @contextlib.contextmanager
 def ending_at_once(message: str) -> Iterator[None]:
     """Raise `Interrupted` from the block at the first signal, so that it cleans up."""
-    interrupts = Interrupts().listen()
-    try:
-        with interrupts.at_once(message):
-            yield
-    finally:
-        interrupts.unlisten()
+    with Interrupts() as interrupts, interrupts.at_once(message):
+        yield
 
 
 GRACE_S = 60.0

@@ -16,7 +16,8 @@ from pathlib import Path
 from btx.errors import BtxError, DataError, OutOfMemory, RunFolderError, SystemFailed, UserError
 
 PACKAGES = {"datasets": "branchtrainmix[data]", "zstandard": "branchtrainmix[data]", "lm_eval": "branchtrainmix[eval]",
-            "peft": "branchtrainmix[lora]", "sklearn": "scikit-learn", "yaml": "PyYAML"}  # fmt: skip
+            "peft": "branchtrainmix[lora]", "starlette": "branchtrainmix[serve]", "uvicorn": "branchtrainmix[serve]",
+            "sklearn": "scikit-learn", "yaml": "PyYAML"}  # fmt: skip
 """Module → what pip installs for it, where the name is another or an extra has it."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "failed to allocate memory")
 """How the allocators of torch, CUDA and the system say it."""

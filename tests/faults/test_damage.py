@@ -24,7 +24,7 @@ from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder
 from btx.running.launchers import START
 from btx.running.pipeline import run as run_pipeline
-from btx.serving.refusals import check_completion
+from btx.serving.speaker import Speaker
 from btx.stages.adopt import adopt
 from btx.stages.one_task import evaluate_task
 from btx.stages.work import run_stages
@@ -60,8 +60,8 @@ def by_hand(run: RunFolder, out: Path) -> dict[str, Callable[[], Any]]:
         "btx extend of the mix": lambda: extend(moe, "law", tools, out),
         "btx drop": lambda: drop(moe, "birds", out),
         "btx adopt": lambda: adopt(run, "tools", birds, print),
-        "btx chat": lambda: check_completion(birds, "the"),
-        "btx chat with Branch-Train-Merge": lambda: check_completion(run.model("baselines/btm_top2"), "the"),
+        "btx chat": lambda: Speaker(birds),
+        "btx chat with Branch-Train-Merge": lambda: Speaker(run.model("baselines/btm_top2")),
         "btx evaluate --task": lambda: evaluate_task(birds, task, **ask),
     }
 

@@ -23,8 +23,4 @@ CATALOGUE: dict[str, Callable[[], dict[str, str]]] = {
     "launchers": lambda: dict(LAUNCHERS),
     "trackers": lambda: dict(TRACKERS),
 }
-
-
-def entries(what: str) -> dict[str, str]:
-    """Name → one line, for one kind of thing."""
-    return CATALOGUE[what]()
+"""Kind of thing → names, each with a line."""

@@ -17,9 +17,8 @@ from rich.text import Text
 from btx.cli.terminal import remark
 from btx.errors import CheckpointError, UserError
 from btx.serving.completing import ShownToken
-from btx.serving.expert_choice import ExpertChoice
-from btx.serving.refusals import check_completion, check_sampling
-from btx.serving.speaker import Message, Sampling, Speaker
+from btx.serving.sampling import ExpertChoice, Sampling
+from btx.serving.speaker import Message, Speaker, prompt_ids
 
 PALETTE = (
     "bright_blue", "bright_green", "bright_magenta", "bright_yellow", "bright_cyan", "bright_red",
@@ -48,10 +47,8 @@ def chat(
 
     Raises:
         CheckpointError: no such model, or a dense one with `show_experts`.
-        UserError: a prompt that is no valid text, experts that are not there, or sampling that cannot be.
+        UserError: a prompt that is no valid text, or experts that are not there.
     """
-    check_sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
-    check_completion(model_path, prompt)
     console = console or Console(highlight=False)
     speaker = Speaker(model_path, remark)
     if show_experts and not speaker.expert_names:
@@ -103,9 +100,9 @@ class _Talk:
         sampling = replace(self.sampling, rng_seed=self.sampling.rng_seed + self.answers)
         self.answers += 1
         if not self.speaker.has_template:
-            return iter(self.speaker.answer(self.speaker.prompt_ids(line), sampling, self.experts))
+            return iter(self.speaker.answer(prompt_ids(self.speaker.tokenizer, line), sampling, self.experts))
         while True:
-            ids = self.speaker.prompt_ids([*self.messages, {"role": "user", "content": line}])
+            ids = prompt_ids(self.speaker.tokenizer, [*self.messages, {"role": "user", "content": line}])
             if len(ids) + sampling.max_new_tokens <= self.speaker.longest or not self.messages:
                 return iter(self.speaker.answer(ids, sampling, self.experts))
             self.messages = self.messages[2:]  # the oldest question and its answer

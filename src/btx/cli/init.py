@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from btx.cli.mix import named
+from btx.cli.terminal import remark
 from btx.errors import DataError, UserError
 from btx.number_texts import count_text
 
@@ -90,7 +91,7 @@ def init(
     parse_recipe(text, str(target))
     write_text(target, text)
     for line in missing:
-        typer.echo(f"note: {line}", err=True)
+        remark(f"note: {line}")
     typer.echo(f"wrote {target}; look at its lines `tokens`, then: btx plan {target}")
 
 

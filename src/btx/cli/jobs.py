@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from btx.files import read_json
-
-Run = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+from btx.cli.run_folders import RunArgument, open_run
 
 
 def cancel(
@@ -17,33 +16,26 @@ def cancel(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages whose jobs are ended; default: all.")] = None,
 ) -> None:
     """Let jobs that are under way save and end, on any launcher; the next `btx run` goes on with them."""
-    from btx.run_folder.folder import RunFolder
     from btx.running.cancelling import cancel as cancel_jobs
 
     if (run_folder / "sweep.json").is_file():
         from btx.running.cancelling import cancel_sweep
-        from btx.sweeps.sweep import SweepFile
+        from btx.sweeps.sweep import runs_in
 
-        written = read_json(run_folder / "sweep.json", SweepFile)
-        cancel_sweep(run_folder, [Path(run["folder"]) for each in written["variants"].values() for run in each["runs"]],
-                     typer.echo)  # fmt: skip
+        cancel_sweep(run_folder, [folder for _, _, folder in runs_in(run_folder)], typer.echo)
         return
-    run = RunFolder.open(run_folder)
+    run = open_run(run_folder)
     names = [stage.name for stage in run.graph.named(stages or (), where=str(run_folder))]
     cancel_jobs(run, names, typer.echo)
 
 
 def logs(
-    run_folder: Run,
+    run_folder: RunArgument,
     stage: Annotated[str | None, typer.Argument(help="A stage, whose job's log is shown; default: all logs.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until nothing is under way any more.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of each log.")] = 20,
 ) -> None:
     """The last lines that jobs have printed."""
-    from btx.run_folder.folder import RunFolder
     from btx.running.logs import show_logs
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    show_logs(RunFolder.open(run_folder), stage, lines, follow=follow, say=say)
+    show_logs(open_run(run_folder), stage, lines, follow=follow, say=partial(print, flush=True))

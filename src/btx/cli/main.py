@@ -24,7 +24,7 @@ from btx.cli import watch as cli_watch
 from btx.cli.hub_models import with_hub_models
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, train_here, work_on
-from btx.cli.terminal import end, prepare_streams, show, show_json
+from btx.cli.terminal import end, prepare_streams, remark, show, show_json
 from btx.errors import NOT_YET, NotYet, UserError
 from btx.process import READER_GONE, Interrupted, rank
 from btx.system_errors import told
@@ -122,7 +122,7 @@ def status(
         problems = add_standings(run, rows)
         show_json(rows) if as_json else _print_status(run, rows)
         for problem in problems:
-            typer.echo(f"warning: {problem}", err=True)
+            remark(f"warning: {problem}")
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
         raise UserError("\n".join(damaged))
 
@@ -147,16 +147,16 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from."""
-    from btx.cli.catalogue import CATALOGUE, entries
+    from btx.cli.catalogue import CATALOGUE
 
     if what not in CATALOGUE:
         raise UserError(f"btx ls: {what!r} is nothing to list; there are: {', '.join(CATALOGUE)}")
     if as_json:
-        show_json(entries(what))
+        show_json(CATALOGUE[what]())
         return
     from btx.cli.tables import families_table, pairs_table
 
-    show(families_table() if what == "families" else pairs_table(what, entries(what)))
+    show(families_table() if what == "families" else pairs_table(what, CATALOGUE[what]()))
 
 
 def cp(recipe: Annotated[str, typer.Argument(autocompletion=completing_names.packaged)], target: Path) -> None:

@@ -11,7 +11,7 @@ from btx.cli import completing_names
 from btx.cli.mix import named
 from btx.cli.plan import AsJson
 from btx.cli.run_folders import RunArgument, is_run, open_run, show_results, work_on
-from btx.cli.terminal import show, show_json
+from btx.cli.terminal import show, show_json, silent
 from btx.errors import UserError
 from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_analysis, check_run_alone, read_texts
 from btx.model_files.hub import folder_or_name
@@ -49,7 +49,7 @@ def evaluate(
             raise UserError("btx evaluate: --model and --forget go with a run's own text and tasks, not with --task")
         request = TaskRequest(task, task, file, shots_file, shots, limit)
         results = evaluate_task(run_folder, request, allow_code_execution=allow_code_execution,
-                                log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+                                log=silent if as_json else typer.echo)  # fmt: skip
         if as_json:
             show_json(results)
         return
@@ -78,7 +78,7 @@ def _evaluate_beside(run_folder: Path, models: dict[str, Path], forget: list[str
     from btx.stages.evaluate import evaluate_beside  # here, so that what is refused before is refused at once
 
     interrupts = Interrupts().listen()
-    evaluate_beside(run, wanted, forget, interrupts, (lambda line: None) if quiet else interrupts.tell)
+    evaluate_beside(run, wanted, forget, interrupts, silent if quiet else interrupts.tell)
 
 
 def analyze(
@@ -114,7 +114,7 @@ def analyze(
     from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
 
     routing = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
-                            log=lambda line: None if as_json else typer.echo(line))  # fmt: skip
+                            log=silent if as_json else typer.echo)  # fmt: skip
     show_json(routing) if as_json else typer.echo(f"report: {output / 'index.html'}")
 
 

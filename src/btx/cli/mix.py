@@ -80,8 +80,10 @@ def mix(
     named_options = _given(context)
     if run_folder is not None:
         if options := named_options - {"run_folder"}:
-            raise UserError(f"{_as_written(options)}: a run is mixed as its recipe says, under `mix:`; set it there")
-        _mix_run(run_folder)
+            written = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
+            raise UserError(f"{written}: a run is mixed as its recipe says, under `mix:`; set it there")
+        soup = ["baselines/soup"] if "soup" in open_run(run_folder).recipe.baselines else []
+        work_on(run_folder, ["mix", *soup])
         return
     if seed_model is None or output is None or bool(expert) == (copies is not None):
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
@@ -134,9 +136,7 @@ def extend(
     _refuse_missing(moe, experts=[folder])
     from btx.mixing.extend import extend as extend_model
 
-    init = RouterInit(
-        router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens
-    )  # fmt: skip
+    init = RouterInit(router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens)
     with ending_at_once(f"stopped; nothing was written to {output}"):
         record = extend_model(
             moe, name, folder, output, shared=shared, router_init=init, texts=named(text or (), "--text", "FILE"),
@@ -166,10 +166,6 @@ def _given(context: typer.Context) -> set[str]:
     """Names of the arguments and options that stand on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _as_written(options: set[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
 
 
 def named(pairs: list[str] | tuple[str, ...], option: str, kind: str) -> dict[str, Path]:
@@ -223,8 +219,3 @@ def _refuse_missing(model: Path, experts: Iterable[Path] = ()) -> None:
             problems.append(str(error))
     if problems:
         raise CheckpointError("\n".join([*problems, "Nothing was written."]))
-
-
-def _mix_run(run_folder: Path) -> None:
-    soup = ["baselines/soup"] if "soup" in open_run(run_folder).recipe.baselines else []
-    work_on(run_folder, ["mix", *soup])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import is_run, open_run
-from btx.cli.terminal import remark, show_json
+from btx.cli.run_folders import ModelArgument, is_run, open_run
+from btx.cli.terminal import remark, show_json, silent
 from btx.errors import UserError
 from btx.model_files.hub import shown_name
-from btx.process import ending_at_once
+from btx.process import Log, ending_at_once
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, or sent, and do neither.")]
 
 
@@ -61,11 +59,11 @@ def export(
     file = target if to is Format.gguf else target / "model.gguf"
     told: dict[str, Any] = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
             "bytes": gguf_bytes(folder, weights), "notes": notes}  # fmt: skip
-    say = _silent if as_json else typer.echo
+    say = silent if as_json else typer.echo
+    for note in notes:
+        say(f"warning: {note}")
     if dry_run:
         say(f"{file}: about {told['bytes'] / 1e6:,.1f} MB ({weights}); nothing was written")
-        for note in notes:
-            say(f"warning: {note}")
     else:
         place = find_converter(converter)
         with ending_at_once(f"stopped; nothing was written to {target}"):
@@ -81,11 +79,7 @@ def export(
         show_json(told)
 
 
-def _silent(line: str) -> None:
-    """With --json nothing but it is printed."""
-
-
-def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Callable[[str], None]) -> list[str]:
+def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Log) -> list[str]:
     from btx.files import atomic_folder
     from btx.publishing.gguf import write_gguf
     from btx.publishing.ollama import modelfile
@@ -121,8 +115,8 @@ def push(
         remark(f"warning: evaluate is {run.state(run.graph['evaluate'])}: the card has no results; `btx run {model}` "
                f"goes on")  # fmt: skip
     upload = upload_of(folder, origin, name, model / "report" if origin.results else None)
-    sizes = upload.sizes()
-    say = _silent if as_json else typer.echo
+    sizes = {file: len(it) if isinstance(it, bytes) else it.stat().st_size for file, it in upload.items()}
+    say = silent if as_json else typer.echo
     told: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
     if dry_run:
         for file, size in sizes.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btx.cli import completing_names
-from btx.cli.terminal import show, show_json
+from btx.cli.terminal import remark, show, show_json
 from btx.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _speed(recipe: Recipe, flops_per_second: float | None) -> Speed | None:
     except UserError:  # a recipe for another machine
         return H100
     dense = seed_config(recipe)
-    typer.echo("timing a few training steps: 5 seconds at most (--flops-per-second FIGURE does without) ...", err=True)
+    remark("timing a few training steps: 5 seconds at most (--flops-per-second FIGURE does without) ...")
     return training_speed(recipe, dense, device, training_threads(run.graph))
 
 

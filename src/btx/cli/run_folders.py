@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btx.cli.terminal import show
+from btx.cli.terminal import show, silent
 from btx.errors import StageFailed
 from btx.outputs import read_output
 from btx.process import rank, world_size
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from btx.run_folder.folder import RunFolder
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
 
 
 def work_on(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None:
@@ -25,7 +26,7 @@ def work_on(run_folder: Path, stages: list[str], *, quiet: bool = False) -> None
 
     interrupts = Interrupts().listen()
     try:
-        run_stages(open_run(run_folder), stages, interrupts, (lambda line: None) if quiet else interrupts.tell)
+        run_stages(open_run(run_folder), stages, interrupts, silent if quiet else interrupts.tell)
     except RuntimeError as error:  # under a torchrun of the user's
         from btx.stages.processes import is_lost
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from btx.cli.run_folders import is_run, open_run
+from btx.cli.plan import AsJson
+from btx.cli.run_folders import ModelArgument, is_run, open_run
 from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
 
@@ -16,7 +17,7 @@ Without = Annotated[list[str] | None, typer.Option("--without", help="Never use 
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder; hf:ORG/NAME.")],
+    model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="Answer this text and end; default: ask for lines.")] = None,
     show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
     only: Only = None,
@@ -25,22 +26,23 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,
     rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Talk to a run's model, or any model folder."""
+    from btx.model_files.model_folder import check_model_or_btm
     from btx.run_folder.finished_models import last_model
-    from btx.serving.expert_choice import ExpertChoice
-    from btx.serving.refusals import check_completion, check_sampling
+    from btx.serving.sampling import ExpertChoice, Sampling, check_prompt
 
     if as_json and prompt is None:
         raise UserError("btx chat --json needs --prompt TEXT")
-    check_sampling(temperature, top_p, max_new_tokens)
-    path = last_model(open_run(model), remark).folder if is_run(model) else model
-    check_completion(path, prompt)
-    from btx.cli.chat import chat as start_chat
-    from btx.serving.speaker import Sampling, completion
-
     sampling = Sampling(max_new_tokens, temperature, top_p, rng_seed)
+    path = last_model(open_run(model), remark).folder if is_run(model) else model
+    if prompt is not None:
+        check_prompt(prompt)
+    check_model_or_btm(path)
+    from btx.cli.chat import chat as start_chat
+    from btx.serving.speaker import completion
+
     experts = ExpertChoice(tuple(only or ()), tuple(without or ()))
     if as_json and prompt is not None:
         show_json(completion(path, prompt, sampling, experts))
@@ -49,7 +51,7 @@ def chat(
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="Run folder or model folder; hf:ORG/NAME.")],
+    model: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")] = (
         "127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
@@ -68,11 +70,11 @@ def _served(model: Path) -> dict[str, Path]:
         UserError: it is neither a run nor a model, or nothing of the run is finished.
     """
     from btx.model_files.hub import shown_name
+    from btx.model_files.model_folder import check_model_or_btm
     from btx.run_folder.finished_models import finished_models, tell_stale
-    from btx.serving.refusals import check_completion
 
     if not is_run(model):
-        check_completion(model)
+        check_model_or_btm(model)
         return {shown_name(model): model}
     run = open_run(model)
     models = finished_models(run)
@@ -80,5 +82,5 @@ def _served(model: Path) -> dict[str, Path]:
         raise UserError(f"{model}: no model of this run is finished yet; `btx run {model}` goes on")
     tell_stale(run, models, remark)
     for each in models:
-        check_completion(each.folder)
+        check_model_or_btm(each.folder)
     return {each.name: each.folder for each in reversed(models)}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from btx.cli.terminal import show, show_json
-from btx.files import read_json
+from btx.cli.plan import AsJson, RecipeArgument
+from btx.cli.run_folders import is_run, open_run
+from btx.cli.terminal import show, show_json, silent
 
 Values = Annotated[list[str] | None, typer.Argument(
     help="key=a,b,c varies a setting; key=value sets it for all variants.")]  # fmt: skip
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, a .yaml file, or a run folder.")],
+    recipe: RecipeArgument,
     settings: Values = None,
     rng_seeds: Annotated[int | None, typer.Option(
         help="Rng seeds of every variant; default: the recipe's sweep.rng_seeds, or 3.")] = None,
@@ -26,7 +28,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; each run trains its branches side by side.")] = 1,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Say what would be run and shared, and what it costs; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Variants of a recipe times rng seeds, sharing what they have in common; one table with error bars."""
     from btx.running.preflight import preflight
@@ -50,11 +52,8 @@ def sweep(
             show(*sweep_overview(overview))
         return
 
-    def log(line: str) -> None:
-        if not as_json:
-            print(line, flush=True)
-
-    written = run_sweep(planned, starter(jobs), share=share or (), jobs=jobs, log=log)
+    written = run_sweep(planned, starter(jobs), share=share or (), jobs=jobs,
+                        log=silent if as_json else partial(print, flush=True))  # fmt: skip
     if as_json:
         show_json(written)
     else:
@@ -74,22 +73,19 @@ def run_of_sweep(run_folder: Path) -> None:
 
 def sweep_status(folder: Path) -> list[dict[str, Any]]:
     """State of every run of a sweep's folder, as its stages' files say now."""
-    from btx.run_folder.folder import RunFolder
     from btx.run_folder.status import stage_status
     from btx.running.standing import add_standings
-    from btx.sweeps.sweep import SweepFile
+    from btx.sweeps.sweep import runs_in
 
-    written = read_json(folder / "sweep.json", SweepFile)
     rows = []
-    for label, variant in written["variants"].items():
-        for run in variant["runs"]:
-            path = Path(run["folder"])
-            opened = RunFolder.open(path) if (path / "recipe.yaml").is_file() else None
-            of_run = [asdict(stage_status(opened, stage)) for stage in opened.graph] if opened else []
-            if opened:
-                add_standings(opened, of_run)
-            stages = {row["stage"]: row["state"] for row in of_run}
-            rows.append({"variant": label, "rng_seed": run["rng_seed"], "folder": run["folder"], "stages": stages})
+    for variant, rng_seed, path in runs_in(folder):
+        of_run: list[dict[str, Any]] = []
+        if is_run(path):
+            run = open_run(path)
+            of_run = [asdict(stage_status(run, stage)) for stage in run.graph]
+            add_standings(run, of_run)
+        stages = {row["stage"]: row["state"] for row in of_run}
+        rows.append({"variant": variant, "rng_seed": rng_seed, "folder": str(path), "stages": stages})
     return rows
 
 

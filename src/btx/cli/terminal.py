@@ -65,6 +65,10 @@ def remark(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def silent(line: str) -> None:
+    """Print nothing: where JSON is asked for, it is all there is."""
+
+
 def show(*renderables: Any) -> None:
     """Print tables and lines; what stands in them is shown as it is, brackets and colons too."""
     from rich.console import Console

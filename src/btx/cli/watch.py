@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from btx.cli.plan import AsJson
+from btx.cli.terminal import remark
 
 
 def watch(
@@ -40,4 +41,4 @@ def watch(
     except Interrupted as stopped:
         if stopped.exit_code != 128 + signal.SIGINT:
             raise
-        typer.echo(str(stopped), err=True)  # Ctrl-C is how one leaves
+        remark(str(stopped))  # Ctrl-C is how one leaves

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from btx.errors import BtxError, CheckpointError, RunFolderError, UserError
 from btx.model_files.headers import Headers
-from btx.publishing.gguf_refusals import check_gguf, pre_tokenizer
+from btx.process import Log
+from btx.publishing.gguf_refusals import pre_tokenizer
 
 TYPES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 """Type of the weights in the file → bytes of a weight."""
@@ -77,9 +77,7 @@ def gguf_bytes(folder: Path, kind: str) -> int:
     return int(weights * TYPES[kind]) + sum(file.stat().st_size for file in folder.glob("tokenizer.json"))
 
 
-def write_gguf(
-    folder: Path, output: Path, kind: str, converter: str, log: Callable[[str], None] = lambda line: None
-) -> None:
+def write_gguf(folder: Path, output: Path, kind: str, converter: str, log: Log = lambda line: None) -> None:
     """Write a GGUF file; it appears when it is complete.
 
     Args:
@@ -94,8 +92,6 @@ def write_gguf(
         CheckpointError: the converter does not take the model or its tokenizer.
         BtxError: the converter failed otherwise; the message has its end.
     """
-    for line in check_gguf(folder):
-        log(f"warning: {line}")
     output.parent.mkdir(parents=True, exist_ok=True)
     needed, free = gguf_bytes(folder, kind), shutil.disk_usage(output.parent).free
     if needed > free:
@@ -116,7 +112,7 @@ def write_gguf(
         beside.unlink(missing_ok=True)
 
 
-def _run(command: list[str], growing: Path, needed: int, log: Callable[[str], None]) -> str:
+def _run(command: list[str], growing: Path, needed: int, log: Log) -> str:
     """Run the converter, telling every tenth of its file; what it said, if it failed."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     log_file = growing.with_name(f"{growing.name}.log")

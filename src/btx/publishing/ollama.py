@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import CheckpointError
+from btx.model_files.beside_weights import CHAT_TEMPLATE
+from btx.model_files.token_ids import read_object
 
 Messages = Sequence[Mapping[str, str]]
 Render = Callable[[Messages, bool], str]
@@ -57,7 +59,7 @@ def modelfile(folder: Path, gguf: str, licence: str | None = None) -> tuple[str,
     Returns:
         The text, and what the user should know of it, if anything.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_object(folder / "config.json")
     special = _special_tokens(folder)
     render, note, chat = chat_template(folder, special), None, None
     if render is None:
@@ -176,7 +178,7 @@ def _quoted(text: str) -> str:
 
 
 def _template_text(folder: Path) -> str | None:
-    if (file := folder / "chat_template.jinja").is_file():
+    if (file := folder / CHAT_TEMPLATE).is_file():
         return file.read_text("utf-8")
     template = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
@@ -203,10 +205,4 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
+    return read_object(file) if file.is_file() else {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +13,7 @@ from btx.files import read_json
 from btx.hub_names import REPOSITORY
 from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER, check_links, files_of
 from btx.model_files.model_folder import check_model_folder
+from btx.process import Log
 from btx.publishing.hub_card import Origin, card
 from btx.system_errors import blame, first_line
 
@@ -24,15 +23,8 @@ TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}")
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
-@dataclass(frozen=True)
-class Upload:
-    """What goes up: name on the hub → file here, or its bytes."""
-
-    files: dict[str, Path | bytes]
-
-    def sizes(self) -> dict[str, int]:
-        """Name → bytes."""
-        return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
+Upload = dict[str, Path | bytes]
+"""What goes up: name on the hub → file here, or its bytes."""
 
 
 def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = None) -> Upload:
@@ -55,7 +47,7 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
         )
     check_model_folder(folder)
     check_links(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
-    files: dict[str, Path | bytes] = {
+    files: Upload = {
         file.relative_to(folder).as_posix(): file
         for file in files_of(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
     }
@@ -64,7 +56,7 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
     written = files_of(report, REPORT) if report is not None and (report / "report.md").is_file() else ()
     files |= {file.name: file for file in written}
     files["README.md"] = card(folder, origin, name, has_report="report.md" in files).encode()
-    return Upload(files)
+    return files
 
 
 def _without_paths(record: Any) -> bytes:
@@ -79,7 +71,7 @@ def _without_paths(record: Any) -> bytes:
     return (json.dumps(plain(record), indent=1) + "\n").encode()
 
 
-def push(upload: Upload, name: str, *, public: bool = False, log: Callable[[str], None] = lambda line: None) -> str:
+def push(upload: Upload, name: str, *, public: bool = False, log: Log = lambda line: None) -> str:
     """Put files on the hub in one commit; what is there already is not sent again. The commit's address.
 
     Args:
@@ -103,10 +95,8 @@ def push(upload: Upload, name: str, *, public: bool = False, log: Callable[[str]
     api = HfApi(library_name="btx")
     try:
         api.create_repo(name, private=not public, exist_ok=True)
-        log(f"{name}: {'public' if public else 'private, if it is new'}; {len(upload.files)} files")
-        operations = [
-            CommitOperationAdd(path, str(it) if isinstance(it, Path) else it) for path, it in upload.files.items()
-        ]
+        log(f"{name}: {'public' if public else 'private, if it is new'}; {len(upload)} files")
+        operations = [CommitOperationAdd(path, str(it) if isinstance(it, Path) else it) for path, it in upload.items()]
         commit = api.create_commit(name, operations, commit_message="A model made with btx")
     except Exception as error:
         _tell(name, error)

@@ -6,8 +6,7 @@ training save first and then raises `Interrupted`: the same call goes on from th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def evaluate(
         from btx.stages.evaluate import evaluate_beside
 
         beside = {name: folder_or_name(path) for name, path in (models or {}).items()}
-        with _listening() as interrupts:
+        with Interrupts() as interrupts:
             evaluate_beside(opened := _opened(run), beside, forget, interrupts, log)
     else:
         opened = _work_on(run, ["evaluate"], log)
@@ -216,18 +215,9 @@ def _work_on(run: Run, stages: list[str], log: Log) -> RunFolder:
     from btx.stages.work import run_stages
 
     opened = _opened(run)
-    with _listening() as interrupts:
+    with Interrupts() as interrupts:
         run_stages(opened, stages, interrupts, log)
     return RunFolder.open(opened.path)
-
-
-@contextlib.contextmanager
-def _listening() -> Iterator[Interrupts]:
-    interrupts = Interrupts().listen()
-    try:
-        yield interrupts
-    finally:
-        interrupts.unlisten()
 
 
 def _read(run: RunFolder, file: str, shape: Any) -> Any:

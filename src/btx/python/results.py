@@ -5,17 +5,16 @@ Only `to_pandas` imports pandas, which btx itself does not need.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx.errors import UserError
-from btx.evaluation.aggregate import NOT_COMPARED
-from btx.number_texts import percent_text
+from btx.number_texts import metric_of, percent_text
 from btx.reporting.notebook import Table, results_of, table_html
-from btx.reporting.results import Cell, task_score
-from btx.sweeps.table import sweep_cells
+from btx.reporting.results import Cell
+from btx.sweeps.table import score_of, sweep_cells
 
 if TYPE_CHECKING:
     import pandas
@@ -35,24 +34,26 @@ class Evaluation:
         """A row a model. Columns: `bits_per_byte.DOMAIN` and its `stderr.DOMAIN`, `bits_per_byte.mean`, `.learning`
         (of the domains with a branch) and `.keeping` (of the others), `.mixed` if it was measured,
         `task.NAME` (share of right answers), tokens, flops, hours, active_params, total_params."""
-        rows = {name: dict(_numbers(model)) for name, model in self.models.items()}
+        rows = {
+            name: dict(_columns(model, lambda task: task.get(metric_of(task)))) for name, model in self.models.items()
+        }
         return _pandas().DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
     def _repr_html_(self) -> str:
         return table_html(results_of({"models": self.models}))
 
 
-def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for domain, measured in model.get("domains", {}).items():
+def _columns(entry: Mapping[str, Any], score: Callable[[Mapping[str, Any]], Any]) -> Iterator[tuple[str, Any]]:
+    """Column → what a model's entry, of one run or over several, has there; `score` finds that of a task."""
+    for domain, measured in entry.get("domains", {}).items():
         yield f"bits_per_byte.{domain}", measured.get("bits_per_byte")
         yield f"stderr.{domain}", measured.get("stderr")
-    yield from ((f"bits_per_byte.{mean}", model[f"{mean}_bits_per_byte"]) for mean in MEANS
-                if f"{mean}_bits_per_byte" in model)  # fmt: skip
-    if "mixed" in model:
-        yield "bits_per_byte.mixed", model["mixed"].get("bits_per_byte")
-    for task in model.get("tasks", {}):
-        yield f"task.{task}", task_score(model, task)
-    yield from ((key, model[key]) for key in COSTS if key in model)
+    yield from ((f"bits_per_byte.{mean}", entry[f"{mean}_bits_per_byte"]) for mean in MEANS
+                if f"{mean}_bits_per_byte" in entry)  # fmt: skip
+    if "mixed" in entry:
+        yield "bits_per_byte.mixed", entry["mixed"].get("bits_per_byte")
+    yield from ((f"task.{task}", score(measured)) for task, measured in entry.get("tasks", {}).items())
+    yield from ((key, entry[key]) for key in COSTS if key in entry)
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,15 @@ class SweepResults:
     """All of sweep.json."""
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row for each variant, model and rng seed; columns as in `Evaluation.to_pandas`."""
+        """A row for each variant, model and rng seed; columns as in `Evaluation.to_pandas`, without `stderr.DOMAIN`."""
         rows = []
         for variant, entry in self.written["variants"].items():
             means = entry["aggregated"]
             for model, numbers in (means["models"] if means else {}).items():
                 for place, seed in enumerate(means["rng_seeds"]):
-                    values = {name: stat["values"][place] for name, stat in _stats(numbers)
-                              if stat["n"] == len(means["rng_seeds"])}  # fmt: skip
+                    values = {name: stat["values"][place] for name, stat in _columns(numbers, score_of)
+                              if stat and stat["n"] == len(means["rng_seeds"]) and not name.startswith("stderr.")
+                              }  # fmt: skip
                     rows.append({"variant": variant, "model": model, "rng_seed": seed, **values})
         return _pandas().DataFrame(rows)
 
@@ -142,18 +144,6 @@ class SweepResults:
         titles, rows = sweep_cells(self.written)
         cells = [(row[0][0], [Cell(text, best=best) for text, best in row[1:]]) for row in rows]
         return table_html(Table(titles[1:], cells, "Mean ± standard error over rng seeds"), title=str(self.folder))
-
-
-def _stats(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for domain, measured in numbers.get("domains", {}).items():
-        yield f"bits_per_byte.{domain}", measured["bits_per_byte"]
-    yield from ((f"bits_per_byte.{mean}", numbers[f"{mean}_bits_per_byte"]) for mean in MEANS
-                if f"{mean}_bits_per_byte" in numbers)  # fmt: skip
-    if "mixed" in numbers:
-        yield "bits_per_byte.mixed", numbers["mixed"]["bits_per_byte"]
-    for task, measured in numbers.get("tasks", {}).items():
-        yield from ((f"task.{task}", stat) for key, stat in list(measured.items())[:1] if key not in NOT_COMPARED)
-    yield from ((key, numbers[key]) for key in COSTS if key in numbers)
 
 
 def _pandas() -> Any:

@@ -75,9 +75,7 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
     if (donor / METRICS).is_file():
         shutil.copy2(donor / METRICS, folder / METRICS)
     with atomic_folder(folder / STATE_FOLDER / checkpoint.name) as beside:
-        for path in sorted(checkpoint.rglob("*")):
-            target = beside / path.relative_to(checkpoint)
-            target.mkdir(exist_ok=True) if path.is_dir() else link_or_copy(path, target)
+        link_or_copy(checkpoint, beside)
     log(f"{folder.name}: goes on from step {step} of {donor}, which is the same training until there")
     return True
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from btx.errors import BtxError, StageFailed, UserError
+from btx.process import Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import log_of
@@ -28,7 +29,7 @@ class Failures:
     soon as they are known, before anything is trained; so does whoever cancels a job.
     """
 
-    def __init__(self, run: RunFolder, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunFolder, say: Log) -> None:
         self._run, self._say = run, say
         self._errors: dict[str, BtxError] = {}
         self._retries: dict[str, int] = {}

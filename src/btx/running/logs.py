@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from btx.errors import UserError
+from btx.process import Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import jobs_of, log_of
 from btx.run_folder.status import at_work
@@ -18,7 +18,7 @@ ASK_EVERY_S = 5.0
 """Seconds between two questions whether anything is still under way."""
 
 
-def show_logs(run: RunFolder, stage: str | None, lines: int, *, follow: bool, say: Callable[[str], None]) -> None:
+def show_logs(run: RunFolder, stage: str | None, lines: int, *, follow: bool, say: Log) -> None:
     """Print the last lines of the logs of a run's jobs.
 
     Args:
@@ -31,8 +31,7 @@ def show_logs(run: RunFolder, stage: str | None, lines: int, *, follow: bool, sa
         UserError: no such stage, or nothing that it has printed.
     """
     logs = _logs(run, stage)
-    there = {name: log for name, log in logs.items() if log.is_file()}
-    if not there and not (follow and _under_way(run, stage)):
+    if not any(log.is_file() for log in logs.values()) and not (follow and _under_way(run, stage)):
         what = f"{stage} has" if stage is not None else "its jobs have"
         raise UserError(f"{run.path}: {what} no log: none was started by `btx run` yet")
     talker = _Talker(say, names=len(logs) > 1)
@@ -55,7 +54,7 @@ def show_logs(run: RunFolder, stage: str | None, lines: int, *, follow: bool, sa
 class _Talker:
     """Prints lines of several logs, and says which log when it is another one, as `tail` does."""
 
-    def __init__(self, say: Callable[[str], None], *, names: bool) -> None:
+    def __init__(self, say: Log, *, names: bool) -> None:
         self._say = say
         self._names = names
         self._last: str | None = None

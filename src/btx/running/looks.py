@@ -92,7 +92,9 @@ class WatchedRun:
         """One row a stage, in the order they run; raises as `Watched.look`."""
         run = self._opened()
         statuses = [asdict(stage_status(run, stage)) for stage in run.graph]
-        self._ask(run)
+        if time.monotonic() - self._asked >= ASK_EVERY_S:
+            self._standings, self._problems = standings_of(run)
+            self._asked = time.monotonic()
         add_known(statuses, self._standings)
         rows = [self._row(run, stage, status) for stage, status in zip(run.graph, statuses, strict=True)]
         is_done = all(
@@ -120,11 +122,6 @@ class WatchedRun:
         if now is None or now != self._recipe:
             self._run, self._recipe = RunFolder.open(self.path), now
         return self._run
-
-    def _ask(self, run: RunFolder) -> None:
-        if time.monotonic() - self._asked >= ASK_EVERY_S:
-            self._standings, self._problems = standings_of(run)
-            self._asked = time.monotonic()
 
     def _row(self, run: RunFolder, stage: Stage, status: Mapping[str, Any]) -> Row:
         name, state = stage.name, status["state"]

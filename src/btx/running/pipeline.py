@@ -117,7 +117,6 @@ class _Pipeline:
         self.interrupts = interrupts
         self.at_once = jobs_at_once(self.run_folder.graph)
         self.failures = Failures(run, display.say)
-        self.error_lines: dict[str, list[str]] = {}
         self.unheard = False
         """Whether the engine did not answer when it was last asked."""
         self.compared = False
@@ -269,7 +268,10 @@ class _Pipeline:
                 running.has_begun = True
                 self.display.begin(running.first_left)
             for line in lines:
-                self._show_line(running, line)
+                if line.startswith(TOLD):
+                    self.display.say(line.removeprefix(TOLD))
+                elif not line.startswith(SRUN):
+                    running.lines.append(line)
             for stage in running.stages:
                 self._show_stage(running, stage)
             if standing.state == "queued" and running.node is not None:
@@ -321,8 +323,7 @@ class _Pipeline:
             return True  # nobody has seen its end, or it was begun before what it needs was made anew
         if standing.exit_code == 0:
             return False
-        lines = [line for line in self.error_lines.pop(running.name, []) if not line.startswith((TOLD, SRUN))]
-        return self.failures.note(running.stages, standing, lines, silent=running.hung)
+        return self.failures.note(running.stages, standing, running.lines, silent=running.hung)
 
     def _end_if_silent(self, running: Running) -> None:
         limit = self.run_folder.recipe.launch.hung_after_s
@@ -330,11 +331,6 @@ class _Pipeline:
             running.hung = True
             self.display.say(f"{running.name}: {SILENT}; ended")
             self.under_way.kill(running)
-
-    def _show_line(self, running: Running, line: str) -> None:
-        self.error_lines.setdefault(running.name, []).append(line)
-        if line.startswith(TOLD):
-            self.display.say(line.removeprefix(TOLD))
 
     def _show_stage(self, running: Running, stage: Stage) -> None:
         status = stage_status(self.run_folder, stage)

@@ -8,7 +8,8 @@ from typing import Any
 from btx.errors import SystemFailed, UserError
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import Job, jobs_of
-from btx.running.launchers import START, Standing
+from btx.running.launchers import Standing
+from btx.running.under_way import UnderWay
 
 
 def add_standings(run: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
@@ -26,10 +27,17 @@ def add_standings(run: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def add_known(rows: list[dict[str, Any]], standings: Sequence[tuple[Job, Standing]]) -> None:
-    """Add what `standings_of` has found out."""
+    """Add what `standings_of` has found out: of a job's stages that they wait, or of the first that is not done where
+    it runs."""
     for job, standing in standings:
-        if standing.state != "ended":
-            _add(rows, job, standing)
+        left = [row for row in rows if row["stage"] in job.stages and row["state"] not in ("done", "damaged")]
+        for place, row in enumerate(left if standing.state != "ended" else ()):
+            runs = standing.state == "running" and place == 0
+            lost = row["why"] if row["state"] == "begun" else None  # what ran before it was put back into the queue
+            row["state"] = "running" if runs else "queued"
+            row["node"] = standing.node or row["node"] if runs else None
+            row["why"] = None if runs else "; ".join(filter(None, (standing.why, lost))) or None
+            row["eta_s"] = row["eta_s"] if runs else None
 
 
 def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]:
@@ -37,26 +45,13 @@ def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]
     this machine, or has a `btx run` elsewhere, says itself that it is at work."""
     standings: list[tuple[Job, Standing]] = []
     problems = []
-    jobs = jobs_of(run)
+    jobs, under_way = jobs_of(run), UnderWay(run)
     for kind in {job.launcher: None for job in jobs}:
         alike = [job for job in jobs if job.launcher == kind]
         try:
-            launcher = START[kind](run.recipe.launch)
-            if launcher.goes_on:
-                standings += zip(alike, launcher.poll([job.handle for job in alike]), strict=True)
+            if under_way.launcher_of(kind).goes_on:
+                standings += zip(alike, under_way.poll(alike), strict=True)
         except (SystemFailed, UserError) as error:
             names = ", ".join(job.name for job in alike)
             problems.append(f"{names}: what {kind} knows of these jobs cannot be asked here: {error}")
     return standings, problems
-
-
-def _add(rows: list[dict[str, Any]], job: Job, standing: Standing) -> None:
-    """Say of a job's stages that they wait, or of the first that is not done where it runs."""
-    left = [row for row in rows if row["stage"] in job.stages and row["state"] not in ("done", "damaged")]
-    for place, row in enumerate(left):
-        runs = standing.state == "running" and place == 0
-        lost = row["why"] if row["state"] == "begun" else None  # what ran before it was put back into the queue
-        row["state"] = "running" if runs else "queued"
-        row["node"] = standing.node or row["node"] if runs else None
-        row["why"] = None if runs else "; ".join(filter(None, (standing.why, lost))) or None
-        row["eta_s"] = row["eta_s"] if runs else None

@@ -7,11 +7,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from btx.errors import RunFolderError, UserError
 from btx.files import value_hash
-from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import JOBS, Job, forget, job_of, jobs_of, log_of, note
@@ -40,6 +38,8 @@ class Running:
     """Where it runs, as its launcher has said last."""
     hung: bool = False
     """Ended because it gave no sign of life."""
+    lines: list[str] = field(default_factory=list)
+    """What has come into its log, but for what it told the user."""
     finished: set[str] = field(default_factory=set)
     ended: float | None = None
     """When its end was first seen, by this process's clock."""
@@ -66,7 +66,8 @@ class UnderWay:
         self.run = run
         self.running: list[Running] = []
         self._launchers: dict[str, Launcher] = {}
-        self._recipe = recipe_hash(run.recipe)
+        self._recipe = value_hash(run.recipe.model_dump(mode="json", exclude=DECIDES_NOTHING))
+        """By what it is known whether jobs were submitted for this recipe."""
         self._attempts: dict[str, int] = {}
 
     @property
@@ -161,12 +162,6 @@ class UnderWay:
                     self.let_go(running)
         files = [job_of(self.run.path, running.name) for running in self.running]
         return [job.name for job in files if job is not None and not job.cancelled]
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """By what it is known whether jobs were submitted for this recipe."""
-    decides: dict[str, Any] = recipe.model_dump(mode="json", exclude=DECIDES_NOTHING)
-    return value_hash(decides)
 
 
 def told(job: Job) -> str:

@@ -6,8 +6,6 @@ import json
 import time
 from dataclasses import asdict, replace
 from datetime import datetime
-from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -20,25 +18,6 @@ RESIZE_S = 0.1
 """Seconds in which a terminal follows a change of its size."""
 SCREEN_EVERY_S, LINES_EVERY_S = 1.0, 10.0
 """Seconds between two looks, unless the user says otherwise."""
-
-
-class Screen(Protocol):
-    """Where looks are shown; a context manager."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def say(self, line: str) -> None:
-        """Say something that is no look."""
-
-    def show(self, look: Look, remarks: list[str]) -> None:
-        """Show how things stand, and what could not be found out this time."""
-
-    def wait(self, at_most_s: float | None) -> None:
-        """Let time go by until the next look."""
 
 
 class TerminalScreen:
@@ -55,9 +34,7 @@ class TerminalScreen:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
         if self._last is not None:
             self._console.print(replace(self._last, whole=True))
@@ -103,9 +80,7 @@ class LineScreen:
     def __enter__(self) -> LineScreen:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def say(self, line: str) -> None:
@@ -130,6 +105,11 @@ class LineScreen:
     def wait(self, at_most_s: float | None) -> None:
         """Wait."""
         time.sleep(min(self.every_s, at_most_s or self.every_s))
+
+
+Screen = TerminalScreen | LineScreen
+"""Where looks are shown: each is a context manager that can `say` what is no look, `show` a look with what could not be
+found out this time, and `wait` for the next."""
 
 
 def _json_of(row: Row) -> str:

@@ -5,7 +5,7 @@ Shape letters: B batch, S sequence, T tokens, V vocabulary, E experts, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -121,13 +121,9 @@ def top_pairs(gates_TLE: Tensor) -> list[tuple[int, ...]]:
     ]
 
 
-def until_stop(tokens: Iterator[ShownToken], stops: Sequence[str], stopped: Callable[[], None]) -> Iterator[ShownToken]:
+def until_stop(tokens: Iterator[ShownToken], stops: Sequence[str]) -> Generator[ShownToken, None, bool]:
     """The tokens up to the first of some strings in the completion, which is left out; a token that may be the start of
-    one is held back until it is known.
-
-    Args:
-        stopped: called when one was met.
-    """
+    one is held back until it is known. Returns whether one was met."""
     held: list[ShownToken] = []
     for token in tokens:
         if token.from_prompt or not stops:
@@ -138,13 +134,13 @@ def until_stop(tokens: Iterator[ShownToken], stops: Sequence[str], stopped: Call
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         if places:
             yield from _cut(held, min(places))
-            stopped()
-            return
+            return True
         begun = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         while held and len(text) - len(held[0].text) >= begun:
             text = text[len(held[0].text) :]
             yield held.pop(0)
     yield from held
+    return False
 
 
 def _cut(tokens: Sequence[ShownToken], length: int) -> Iterator[ShownToken]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from btx.errors import UserError
-from btx.serving.expert_choice import ExpertChoice
+from btx.serving.sampling import ExpertChoice
 
 LONGEST_TEXT = 1_000_000
 """Characters of a prompt or message, at most."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -15,16 +16,25 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
 from btx.errors import BtxError, CheckpointError, UserError
 from btx.process import Log
 from btx.serving.replies import Reply, error_event, error_reply
 from btx.serving.requests import ChatRequest, CompletionRequest, Refused, read_request
+from btx.serving.sampling import Sampling
+from btx.system_errors import told
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-
     from btx.serving.speaker import Speaker
 
 LARGEST_REQUEST = 4_000_000
@@ -50,11 +60,6 @@ class Speakers:
         self.closing = threading.Event()
         """Set when the server ends: answers under way are given up."""
 
-    @property
-    def first(self) -> str:
-        """Name of the model that answers where none is named."""
-        return next(iter(self.paths))
-
     def named(self, name: str) -> str:
         """The name, if there is such a model; raises Refused if not."""
         if name not in self.paths:
@@ -63,13 +68,13 @@ class Speakers:
         return name
 
     def get(self, name: str | None) -> tuple[str, Speaker]:
-        """A model by its name, and the name.
+        """A model by its name, the first where none is named, and the name.
 
         Raises:
             Refused: there is none of this name.
             CheckpointError: it cannot be loaded.
         """
-        name = self.named(name or self.first)
+        name = self.named(name or next(iter(self.paths)))
         with self._loading:
             if name not in self._loaded:
                 from btx.serving.speaker import Speaker
@@ -85,28 +90,19 @@ def make_app(speakers: Speakers, hosts: list[str]) -> Starlette:
     Args:
         hosts: host names that it answers to.
     """
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.routing import Route
-
     answers = _Answers(speakers)
     return Starlette(
         routes=[
             *[Route(f"/{'' if file == 'index.html' else file}", _page(file, kind)) for file, kind in FILES.items()],
-            Route("/v1/models", answers.models), Route("/v1/models/{name:path}", _refusing(answers.model)),
-            Route("/model", _refusing(answers.described)),
-            Route("/v1/chat/completions", _refusing(partial(answers.completion, ChatRequest)), methods=["POST"]),
-            Route("/v1/completions", _refusing(partial(answers.completion, CompletionRequest)), methods=["POST"]),
+            Route("/v1/models", answers.models), Route("/v1/models/{name:path}", answers.model),
+            Route("/model", answers.described),
+            Route("/v1/chat/completions", partial(answers.completion, ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(answers.completion, CompletionRequest), methods=["POST"]),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
                     Middleware(_OwnPagesOnly)],
-        exception_handlers={HTTPException: _told_as_openai_does, Exception: _failed},
+        exception_handlers={HTTPException: _told_as_openai_does, BtxError: _refused, Exception: _failed},
     )  # fmt: skip
-
-
-Endpoint = Callable[["Request"], Awaitable["Response"]]
 
 
 class _OwnPagesOnly:
@@ -117,9 +113,6 @@ class _OwnPagesOnly:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.datastructures import Headers
-        from starlette.responses import JSONResponse
-
         answers = self.app
         if scope["type"] == "http":
             headers = Headers(scope=scope)
@@ -133,23 +126,26 @@ class _OwnPagesOnly:
 
 async def _told_as_openai_does(request: Request, error: Any) -> Response:
     """No such address, or no such method."""
-    from starlette.responses import JSONResponse
-
     there_is = "/v1/models, /v1/chat/completions, /v1/completions"
     message = f"{request.method} {request.url.path}: {error.detail}; there is {there_is}"
     return JSONResponse(error_reply(message), error.status_code, headers=error.headers)
 
 
+async def _refused(request: Request, error: Any) -> Response:
+    """What btx raises on purpose."""
+    ours = isinstance(error, CheckpointError) or not isinstance(error, UserError)
+    status = error.status if isinstance(error, Refused) else 500 if ours else 400
+    param, code = (error.param, error.code) if isinstance(error, Refused) else (None, None)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse(error_reply(str(error), kind, param=param, code=code), status)
+
+
 async def _failed(request: Request, error: Exception) -> Response:
     """What nobody has foreseen; Starlette raises it again, so that its traceback is printed."""
-    from starlette.responses import JSONResponse
-
     return JSONResponse(error_reply(_why(error), "server_error"), 500)
 
 
 def _why(error: Exception) -> str:
-    from btx.system_errors import told
-
     return str(told(error) or f"{type(error).__name__}: {error}")
 
 
@@ -160,27 +156,17 @@ class _Answers:
         self.speakers = speakers
 
     async def models(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         return JSONResponse({"object": "list", "data": [_listed(name) for name in self.speakers.paths]})
 
     async def model(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         return JSONResponse(_listed(self.speakers.named(request.path_params["name"])))
 
     async def described(self, request: Request) -> Response:
-        from starlette.concurrency import run_in_threadpool
-        from starlette.responses import JSONResponse
-
         name, speaker = await run_in_threadpool(self.speakers.get, request.query_params.get("model"))
         return JSONResponse({"model": name, "experts": speaker.expert_names, "has_template": speaker.has_template,
                              "longest": speaker.longest})  # fmt: skip
 
     async def completion(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Response:
-        from starlette.concurrency import run_in_threadpool
-        from starlette.responses import JSONResponse, StreamingResponse
-
         asked = read_request(kind, await _body(request))
         reply = await run_in_threadpool(begin, self.speakers, asked)
         if asked.stream:
@@ -204,24 +190,6 @@ async def _left(request: Request, reply: Reply) -> None:
     reply.is_left = True
 
 
-def _refusing(endpoint: Endpoint) -> Endpoint:
-    """Errors become replies as OpenAI's."""
-
-    async def answered(request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        try:
-            return await endpoint(request)
-        except BtxError as error:
-            ours = isinstance(error, CheckpointError) or not isinstance(error, UserError)
-            status = error.status if isinstance(error, Refused) else 500 if ours else 400
-            param, code = (error.param, error.code) if isinstance(error, Refused) else (None, None)
-            kind = "server_error" if status >= 500 else "invalid_request_error"
-            return JSONResponse(error_reply(str(error), kind, param=param, code=code), status)
-
-    return answered
-
-
 async def _body(request: Request) -> bytes:
     """The request's JSON. A form, which a browser would send for any page, is no JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -241,7 +209,7 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
         UserError: the request cannot be answered.
         CheckpointError: the model cannot be loaded.
     """
-    from btx.serving.speaker import Sampling
+    from btx.serving.speaker import prompt_ids, text_ids
 
     name, speaker = speakers.get(asked.model)
     limit = asked.max_tokens
@@ -249,9 +217,9 @@ def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
         limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else limit
         messages = [message.as_message() for message in asked.messages]
         # A base model takes the last message as the text to complete: so the page can show it beside the others.
-        ids = speaker.prompt_ids(messages if speaker.has_template else messages[-1]["content"])
+        ids = prompt_ids(speaker.tokenizer, messages if speaker.has_template else messages[-1]["content"])
     else:
-        ids = speaker.text_ids(asked.text)
+        ids = text_ids(speaker.tokenizer, asked.text)
     rng_seed = secrets.randbelow(2**63) if asked.seed is None else asked.seed
     sampling = Sampling(NEW_TOKENS if limit is None else limit, asked.temperature, asked.top_p, rng_seed, asked.stops)
     answer = speaker.answer(ids, sampling, asked.choice)
@@ -268,12 +236,10 @@ def _guarded(reply: Reply) -> Iterator[bytes]:
         yield error_event(_why(error))
 
 
-def _page(file: str, kind: str) -> Endpoint:
+def _page(file: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     content = (resources.files("btx.serving") / "page" / file).read_bytes()
 
     async def page(request: Request) -> Response:
-        from starlette.responses import Response
-
         return Response(content, media_type=kind, headers={
             "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
             "cache-control": "no-store",
@@ -291,12 +257,9 @@ def serve(paths: Mapping[str, Path], *, host: str, port: int, log: Log) -> None:
         port: 0 takes a free one.
 
     Raises:
-        UserError: a package is missing, or the address cannot be listened on.
+        UserError: the address cannot be listened on.
         CheckpointError: the first model cannot be loaded.
     """
-    import socket
-
-    uvicorn = _uvicorn()
     speakers = Speakers(paths, log)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -315,18 +278,9 @@ def serve(paths: Mapping[str, Path], *, host: str, port: int, log: Log) -> None:
         config = uvicorn.Config(make_app(speakers, hosts), log_level="warning", access_log=False,
                                 timeout_graceful_shutdown=1)  # fmt: skip
 
-        class Server(uvicorn.Server):  # type: ignore[name-defined]
+        class Server(uvicorn.Server):
             def handle_exit(self, signal: int, frame: Any) -> None:
                 speakers.closing.set()
                 super().handle_exit(signal, frame)
 
         Server(config).run(sockets=[listening])
-
-
-def _uvicorn() -> Any:
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise UserError(f'btx serve needs a package more ({error.name}): pip install "branchtrainmix[serve]"') from None
-    return uvicorn

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,14 +12,15 @@ import torch
 from btx.baselines.btm_model import BtmModel, load_model_or_btm
 from btx.data.token_files import DocumentEncoder
 from btx.errors import CheckpointError, UserError
+from btx.model_files.model_folder import check_model_or_btm
 from btx.models.device import choose_device
 from btx.models.expert_names import names_of_experts
 from btx.models.loading import load_tokenizer
 from btx.models.outputs import SideBySide
 from btx.models.placement import Place
+from btx.process import Log
 from btx.serving.completing import ShownToken, complete_token_by_token, pick, until_stop
-from btx.serving.expert_choice import ExpertChoice
-from btx.serving.refusals import check_completion, check_prompt, check_sampling
+from btx.serving.sampling import ExpertChoice, Sampling, check_prompt
 from btx.system_errors import blame, first_line
 
 if TYPE_CHECKING:
@@ -28,20 +28,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 """{"role": system, user or assistant, "content": text}."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Share of the probability that the tokens drawn from have together."""
-    rng_seed: int = 0
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer, and are no part of it."""
 
 
 class Answer:
@@ -54,8 +40,7 @@ class Answer:
         self._tokens, self._stops, self._limit = tokens, sampling.stop, limit
 
     def __iter__(self) -> Iterator[ShownToken]:
-        stopped: list[bool] = []
-        yield from until_stop(self._counted(), self._stops, lambda: stopped.append(True))
+        stopped = yield from until_stop(self._counted(), self._stops)
         if not stopped and self.new_tokens >= self._limit:
             self.finish_reason = "length"
 
@@ -77,9 +62,8 @@ class Speaker:
         CheckpointError: no such model.
     """
 
-    def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
-        check_completion(path)
-        self.path = path
+    def __init__(self, path: Path, log: Log = lambda line: None) -> None:
+        check_model_or_btm(path)
         self.model: PreTrainedModel | SideBySide = load_model_or_btm(path, Place(choose_device("auto").type, log=log))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
         self.expert_names: list[str] = (
@@ -100,29 +84,14 @@ class Speaker:
         config = cast(Any, next(iter(self.model.members.values())) if isinstance(self.model, BtmModel) else self.model)
         return int(getattr(config.config, "max_position_embeddings", None) or 2**31)
 
-    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Tokens of a prompt: messages as the chat template says, and so is a text where there is one; else a text is
-        like a document's start.
-
-        Raises:
-            UserError: the prompt is no valid text, or messages for a model without a template.
-            CheckpointError: the chat template is broken, refuses the messages or makes nothing of them.
-        """
-        return prompt_ids(self.tokenizer, prompt)
-
-    def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text to complete, like a document's start; raises UserError if it is no valid text."""
-        return text_ids(self.tokenizer, text)
-
     def answer(
         self, prompt: Sequence[int], sampling: Sampling = Sampling(), experts: ExpertChoice = ExpertChoice()
     ) -> Answer:
         """Begin to answer; nothing is computed before the first token is asked for.
 
         Raises:
-            UserError: what `sampling` or `experts` ask for cannot be, or the prompt is as long as the model can read.
+            UserError: what `experts` asks for cannot be, or the prompt is as long as the model can read.
         """
-        check_sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         if len(prompt) >= self.longest:
             raise UserError(f"the prompt has {len(prompt)} tokens, and with its answer the model reads "
                             f"{self.longest} at most; shorten it")  # fmt: skip
@@ -139,7 +108,13 @@ class Speaker:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    """Tokens of a prompt; see `Speaker.prompt_ids`."""
+    """Tokens of a prompt: messages as the chat template says, and so is a text where there is one; else a text is like
+    a document's start.
+
+    Raises:
+        UserError: the prompt is no valid text, or messages for a model without a template.
+        CheckpointError: the chat template is broken, refuses the messages or makes nothing of them.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages:
         check_prompt(message["content"])
@@ -164,7 +139,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messag
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text to complete; see `Speaker.text_ids`."""
+    """Tokens of a text to complete, like a document's start; raises UserError if it is no valid text."""
     check_prompt(text)
     return DocumentEncoder(tokenizer).beginning(text)
 
@@ -177,9 +152,9 @@ def completion(
     Each of `tokens` is {"text", "experts": [names of the two with the most gate weight], "from_prompt"}, prompt's and
     completion's in order. Raises as `Speaker`, `prompt_ids` and `answer`.
     """
-    check_completion(model_path, prompt)
     speaker = Speaker(model_path)
-    names, shown = speaker.expert_names, list(speaker.answer(speaker.prompt_ids(prompt), sampling, experts))
+    names = speaker.expert_names
+    shown = list(speaker.answer(prompt_ids(speaker.tokenizer, prompt), sampling, experts))
     return {
         "prompt": prompt,
         "completion": "".join(token.text for token in shown if not token.from_prompt),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from btx.errors import RunFolderError
-from btx.files import read_json
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.status import holder_of, lost_on, owner_of
 from btx.running.looks import Look, Row, Watched, WatchedRun
-from btx.sweeps.sweep import SweepFile
+from btx.sweeps.sweep import runs_in
 
 
 class WatchedSweep:
@@ -22,19 +20,16 @@ class WatchedSweep:
 
     def look(self) -> Look:
         """One row a run; raises as `Watched.look`."""
-        written = read_json(self.path / "sweep.json", SweepFile)
-        if written is None:
-            raise RunFolderError(f"{self.path}: sweep.json is gone")
+        runs = runs_in(self.path)
         runner = holder_of(self.path, "sweep")
         rows, remarks, under_way, done = [], list[str](), runner is not None, True
-        for variant, entry in written["variants"].items():
-            for run in entry["runs"]:
-                look, row = self._row(f"{variant} {run['rng_seed']}", Path(run["folder"]))
-                rows.append(row)
-                if look is not None:
-                    remarks += look.remarks
-                    under_way |= look.is_under_way
-                    done &= look.is_done
+        for variant, rng_seed, folder in runs:
+            look, row = self._row(f"{variant} {rng_seed}", folder)
+            rows.append(row)
+            if look is not None:
+                remarks += look.remarks
+                under_way |= look.is_under_way
+                done &= look.is_done
         where = f"btx sweep on {runner}" if runner else "no btx sweep"
         finished = sum(row.state == "done" for row in rows)
         title = f"{self.path}: {finished} of {len(rows)} runs done, {where}"

@@ -9,17 +9,15 @@ ones.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, link_or_copy, write_sealed
+from btx.files import atomic_folder, link_or_copy, write_bytes, write_sealed
 from btx.outputs import DONE, damage, read_done, read_started
+from btx.process import Log
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-
-Log = Callable[[str], None]
 
 PATIENCE_S = 60.0
 """How long to wait for a run that is just ending."""
@@ -45,21 +43,20 @@ def runs_below(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/rng-*/recipe.yaml"))
 
 
-def donor_of(stage: Stage, donors: Sequence[Path]) -> Path | None:
-    """The first run folder in which this very stage is done; None if there is none."""
+def donors_of(stage: Stage, donors: Sequence[Path]) -> Iterator[Path]:
+    """The run folders in which this very stage, made from the same inputs, is done."""
     for donor in donors:
-        if _done_there(donor / stage.name, stage):
-            return donor
-    return None
+        begun, done = read_started(donor / stage.name), read_done(donor / stage.name)
+        if begun is not None and done is not None and begun["inputs"] == done["inputs"] == stage.inputs:
+            yield donor
 
 
 def _whole_donor(stage: Stage, donors: Sequence[Path], log: Log) -> Path | None:
     """The first run folder in which a stage is done and as it was left; those in which it is damaged are named."""
-    for donor in donors:
-        if _done_there(donor / stage.name, stage):
-            if (problem := damage(donor / stage.name, "used")) is None:
-                return donor
-            log(f"{stage.name}: not taken over from {donor}: {problem}")
+    for donor in donors_of(stage, donors):
+        if (problem := damage(donor / stage.name, "used")) is None:
+            return donor
+        log(f"{stage.name}: not taken over from {donor}: {problem}")
     return None
 
 
@@ -100,28 +97,11 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
     return taken
 
 
-def _done_there(folder: Path, stage: Stage) -> bool:
-    """Whether the stage in `folder` is finished and was made from the same inputs."""
-    begun, done = read_started(folder), read_done(folder)
-    return begun is not None and done is not None and begun["inputs"] == done["inputs"] == stage.inputs
-
-
 def _copy_stage(source: Path, target: Path, donor: Path) -> None:
     with atomic_folder(target) as beside:
-        for path in sorted(source.rglob("*")):
-            _copy(path, beside / path.relative_to(source))
+        link_or_copy(source, beside)
         done = read_done(beside) or {}
         write_sealed(beside / DONE, {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A folder, link or file; large files are hard links where the file system has them."""
-    if source.is_symlink():  # an existing seed model is a link to its folder
-        target.symlink_to(source.readlink(), target_is_directory=source.is_dir())
-    elif source.is_dir():
-        target.mkdir(exist_ok=True)
-    else:
-        link_or_copy(source, target)
 
 
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
@@ -138,7 +118,5 @@ def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
         for donor in donors:
             begun, record_there = read_started(donor / stage), donor / "evaluate" / "models" / record
             if begun and begun["inputs"] == entry.inputs and record_there.is_file():
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(record_there, kept / f".{record}.tmp")
-                (kept / f".{record}.tmp").replace(kept / record)
+                write_bytes(kept / record, record_there.read_bytes())
                 break

@@ -15,30 +15,25 @@ from typing import Any
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
-from btx.errors import StageFailed, UserError
+from btx.errors import RunFolderError, StageFailed, UserError
 from btx.evaluation.aggregate import aggregate, read_results
-from btx.files import write_sealed, write_text
-from btx.process import Interrupts
+from btx.files import read_json, write_sealed, write_text
+from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
-from btx.sweeps.sharing import donor_of, find_donors, runs_below, take_over
+from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
 from btx.sweeps.variants import SweepPlan, SweepRun
 
-Log = Callable[[str], None]
-
 POLL_S = 0.3
 LINES_SHOWN = 15  # of a failed run's log
-
-
 Start = Callable[[SweepRun, Path], LocalProcess]
 """Starts the run whose folder is made; its output goes to the given file."""
 
 
 def sweep(
-    plan: SweepPlan, start: Start, *, share: Sequence[Path] = (), jobs: int = 1, log: Log,
-    interrupts: Interrupts | None = None,
+    plan: SweepPlan, start: Start, *, share: Sequence[Path] = (), jobs: int = 1, log: Log
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that is not finished; write sweep.json, sweep.md and sweep.svg.
 
@@ -48,7 +43,6 @@ def sweep(
         share: run folders, or sweeps' folders, whose finished stages may be taken over too.
         jobs: runs at a time.
         log: called with lines for the user.
-        interrupts: signals; None: this call listens for them.
 
     Returns:
         What sweep.json holds.
@@ -59,15 +53,9 @@ def sweep(
         Interrupted: SIGINT or SIGTERM; all runs have saved.
     """
     donors = find_donors(share)
-    listening = interrupts or Interrupts().listen()
-    try:
-        with exclusive(plan.folder, "sweep"):
-            work = _Sweep(plan, start, donors, jobs, log, listening)
-            failures = work.run()
-            written = write_sweep(plan, failures, figures=True)
-    finally:
-        if interrupts is None:
-            listening.unlisten()
+    with Interrupts() as interrupts, exclusive(plan.folder, "sweep"):
+        failures = _Sweep(plan, start, donors, jobs, log, interrupts).run()
+        written = write_sweep(plan, failures, figures=True)
     if failures:
         count = f"{len(failures)} of {len(plan.runs)} runs failed; the same command runs them again"
         raise StageFailed("\n".join([f"{count}:", *(f"{name}: {text}" for name, text in failures.items())]))
@@ -93,6 +81,19 @@ class SweepFile(TypedDict):
     variants: dict[str, VariantOfSweep]
 
 
+def runs_in(folder: Path) -> list[tuple[str, int, Path]]:
+    """Variant, rng seed and run folder of every run of a sweep's folder.
+
+    Raises:
+        RunFolderError: there is no sweep.json any more, or it is not as btx writes it.
+    """
+    written = read_json(folder / "sweep.json", SweepFile)
+    if written is None:
+        raise RunFolderError(f"{folder}: sweep.json is gone")
+    return [(label, run["rng_seed"], Path(run["folder"])) for label, variant in written["variants"].items()
+            for run in variant["runs"]]  # fmt: skip
+
+
 def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]:
     """Where each run stands: {"variant", "rng_seed", "folder", "stages": {NAME: state}}.
 
@@ -103,10 +104,9 @@ def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]
     everywhere = [*runs_below(plan.folder), *donors]
     for run in plan.runs:
         stages: dict[str, str] = {}
-        folder = RunFolder(run.folder, run.recipe)
         for stage in run.stages:
-            state: str = folder.state(stage)
-            if state != "done" and (stage.inputs in made_before or donor_of(stage, everywhere)):
+            state: str = run.run_folder.state(stage)
+            if state != "done" and (stage.inputs in made_before or any(donors_of(stage, everywhere))):
                 state = "shared"
             stages[stage.name] = state
             made_before.add(stage.inputs)
@@ -125,7 +125,7 @@ def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figu
     """
     variants: dict[str, Any] = {}
     for variant in plan.variants:
-        runs = [_run_facts(run, failures or {}) for run in plan.runs_of(variant)]
+        runs = [_run_facts(run, failures or {}) for run in plan.runs if run.variant == variant]
         done = [run for run in runs if run["state"] == "done"]
         aggregated = aggregate(read_results([Path(run["folder"]) for run in done])) if done else None
         if aggregated:
@@ -144,17 +144,16 @@ def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figu
 
 
 def _run_facts(run: SweepRun, failures: dict[str, str]) -> dict[str, Any]:
-    folder = RunFolder(run.folder, run.recipe)
-    states = {folder.state(stage) for stage in run.stages}
+    states = {run.run_folder.state(stage) for stage in run.stages}
     state = "done" if states == {"done"} else "failed" if run.name in failures else (
         "absent" if states == {"absent"} else "begun")  # fmt: skip
     facts = {"rng_seed": run.rng_seed, "folder": str(run.folder), "state": state}
     return facts | ({"failure": failures[run.name]} if state == "failed" else {})
 
 
-def missing(folder: RunFolder, run: SweepRun) -> set[str]:
+def _to_make(run: SweepRun) -> set[str]:
     """Hashes of the stages that a run has yet to make, and of the trunks of those that train."""
-    stages = [stage for stage in run.stages if folder.state(stage) != "done"]
+    stages = run.unfinished()
     return {stage.inputs for stage in stages} | {stage.trunk for stage in stages if stage.trains and stage.trunk}
 
 
@@ -163,7 +162,6 @@ class _Running:
     """A run under way."""
 
     run: SweepRun
-    folder: RunFolder
     job: LocalProcess
     log: LogTail
     lines: list[str] = field(default_factory=list)
@@ -173,10 +171,6 @@ class _Running:
         lines = self.log.new_lines()
         self.lines = [*self.lines, *lines][-LINES_SHOWN:]
         return lines
-
-    def claims(self) -> set[str]:
-        """Hashes of the stages it has yet to make, and of their trunks."""
-        return missing(self.folder, self.run)
 
 
 class _Sweep:
@@ -196,7 +190,7 @@ class _Sweep:
 
     def run(self) -> dict[str, str]:
         """Run all; returns failed runs → why."""
-        waiting = [run for run in self.plan.runs if not self._is_done(run)]
+        waiting = [run for run in self.plan.runs if run.unfinished()]
         finished = len(self.plan.runs) - len(waiting)
         if finished:
             self.log(f"{finished} of {len(self.plan.runs)} runs are done already")
@@ -217,25 +211,20 @@ class _Sweep:
                 running.job.wait()
         return self.failures
 
-    def _is_done(self, run: SweepRun) -> bool:
-        folder = RunFolder(run.folder, run.recipe)
-        return all(folder.state(stage) == "done" for stage in run.stages)
-
     def _next(self, waiting: Sequence[SweepRun]) -> SweepRun | None:
         """The first run none of whose missing stages is being made by another one."""
-        claimed = set[str]().union(*(running.claims() for running in self.running))
-        return next((run for run in waiting if not missing(RunFolder(run.folder, run.recipe), run) & claimed), None)
+        claimed = set[str]().union(*(_to_make(running.run) for running in self.running))
+        return next((run for run in waiting if not _to_make(run) & claimed), None)
 
     def _begin(self, run: SweepRun) -> None:
         number = self.plan.runs.index(run) + 1
         self.log(f"run {number} of {len(self.plan.runs)}: {run.name}, in {run.folder}")
         try:
-            made = RunFolder(run.folder, run.recipe)
-            with exclusive(run.folder, "run", patience_s=60.0):
+            with exclusive(run.folder, "run", patience_s=PATIENCE_S):
                 made = RunFolder.create(run.recipe)
             take_over(made, [*runs_below(self.plan.folder), *self.donors], lambda line: self._say(run, line))
             self._check_data(made)
-            if self._is_done(run):
+            if not run.unfinished():
                 self.log(f"done: {run.name}: nothing was left to do")
                 return
             output = run.folder / "logs" / "run.log"
@@ -245,7 +234,7 @@ class _Sweep:
         except UserError as error:
             self._fail(run, str(error))
             return
-        self.running.append(_Running(run, made, job, tail))
+        self.running.append(_Running(run, job, tail))
 
     def _check_data(self, made: RunFolder) -> None:
         """Token files of another run were checked against that run's budgets: check them against this one's."""

@@ -72,13 +72,6 @@ def sweep_rows(written: Mapping[str, Any]) -> list[SweepRow]:
     return rows
 
 
-def missing_models(written: Mapping[str, Any]) -> list[str]:
-    """Models that were asked for and are in no variant's results."""
-    there = {name for variant in written["variants"].values() if variant["aggregated"]
-             for name in variant["aggregated"]["models"]}  # fmt: skip
-    return [name for name in written["models"] or () if there and name not in there]
-
-
 def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Column titles, and each row's cells: text, and whether it is the best of its column."""
     rows = sweep_rows(written)
@@ -92,9 +85,9 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
     if variants:
         columns["variant"] = [(row.variant, False) for row in rows]
     columns["model"] = [(row.model, False) for row in rows]
-    columns |= {name: _marked(stats, _bits, min) for name, stats in low.items()}
-    columns["− btx"] = [(_difference(row.to_btx), False) for row in rows]
-    columns["− first variant"] = [(_difference(row.to_first), False) for row in rows]
+    columns |= {name: _marked(stats, _text, min) for name, stats in low.items()}
+    columns["− btx"] = [(_text(row.to_btx, sign="+"), False) for row in rows]
+    columns["− first variant"] = [(_text(row.to_first, sign="+"), False) for row in rows]
     columns |= {f"{task} %": _marked([row.tasks.get(task) for row in rows], _percent, max) for task in tasks}
     columns["FLOPs"] = [(flops_text(_mean(row.flops)), False) for row in rows]
     columns["hours"] = [(_hours(row.hours), False) for row in rows]
@@ -152,7 +145,9 @@ def notes(written: Mapping[str, Any]) -> list[str]:
     if open_runs := [f"{label}, rng seed {run['rng_seed']} ({run['state']})" for label, run in runs
                      if run["state"] != "done"]:  # fmt: skip
         lines.append(f"Not in these numbers, {len(open_runs)} of {len(runs)} runs: {'; '.join(open_runs)}.")
-    if absent := missing_models(written):
+    there = {name for variant in written["variants"].values() if variant["aggregated"]
+             for name in variant["aggregated"]["models"]}  # fmt: skip
+    if there and (absent := [name for name in written["models"] or () if name not in there]):
         lines.append(f"No run has these models: {', '.join(absent)}.")
     if len(written["rng_seeds"]) == 1:
         lines.append("One rng seed: there are no standard errors, and differences may be chance.")
@@ -173,7 +168,7 @@ def _row(variant: str, name: str, found: Mapping[str, Any], first: Mapping[str, 
         to_first=paired(
             entry.get("mean_bits_per_byte"), seeds, other.get("mean_bits_per_byte"), others_seeds, lambda a, b: a - b
         ),
-        tasks={task: score for task, found in entry.get("tasks", {}).items() if (score := _score(found)) is not None},
+        tasks={task: score for task, found in entry.get("tasks", {}).items() if (score := score_of(found)) is not None},
         flops=entry.get("flops"), hours=entry.get("hours"),
         machine_hours=entry.get("machine_hours"), active_params=entry.get("active_params"),
     )  # fmt: skip
@@ -204,7 +199,7 @@ def paired(
     return over_runs([compare(*pair) for pair in pairs]) if pairs else None
 
 
-def _score(task: Mapping[str, Any]) -> Stat | None:
+def score_of(task: Mapping[str, Any]) -> Stat | None:
     """A task's first metric."""
     return next((value for key, value in task.items() if key not in NOT_COMPARED and "mean" in value), None)
 
@@ -213,18 +208,15 @@ def _mean(stat: Stat | None) -> float | None:
     return None if stat is None else stat["mean"]
 
 
-def _bits(stat: Stat) -> str:
-    return f"{stat['mean']:.3f}" + ("" if stat["stderr"] is None else f" ± {stat['stderr']:.3f}")
-
-
-def _percent(stat: Stat) -> str:
-    return f"{100 * stat['mean']:.1f}" + ("" if stat["stderr"] is None else f" ± {100 * stat['stderr']:.1f}")
-
-
-def _difference(stat: Stat | None) -> str:
+def _text(stat: Stat | None, *, digits: int = 3, factor: int = 1, sign: str = "") -> str:
     if stat is None:
         return MISSING
-    return f"{stat['mean']:+.3f}".replace("-", "−") + ("" if stat["stderr"] is None else f" ± {stat['stderr']:.3f}")
+    mean = f"{factor * stat['mean']:{sign}.{digits}f}".replace("-", "−")
+    return mean if stat["stderr"] is None else f"{mean} ± {factor * stat['stderr']:.{digits}f}"
+
+
+def _percent(stat: Stat | None) -> str:
+    return _text(stat, digits=1, factor=100)
 
 
 def _hours(stat: Stat | None) -> str:
@@ -235,7 +227,7 @@ def _marked(stats: list[Stat | None], text: Any, choose: Any) -> list[tuple[str,
     """Texts of a column, the best mean marked unless all are equal."""
     means = [stat["mean"] for stat in stats if stat is not None]
     best = choose(means) if len(set(means)) > 1 else None
-    return [(MISSING, False) if stat is None else (text(stat), stat["mean"] == best) for stat in stats]
+    return [(text(stat), stat is not None and stat["mean"] == best) for stat in stats]
 
 
 def _title(written: Mapping[str, Any]) -> str:

@@ -76,9 +76,18 @@ class SweepRun:
         return f"{self.variant.label}, rng seed {self.rng_seed}"
 
     @cached_property
+    def run_folder(self) -> RunFolder:
+        """The run, there or still to come, with the graph of its stages as it is when first asked for."""
+        return RunFolder(self.folder, self.recipe)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """The run's stages, with the hashes that say what can be shared."""
-        return RunFolder(self.folder, self.recipe).graph.stages
+        return self.run_folder.graph.stages
+
+    def unfinished(self) -> list[Stage]:
+        """The stages that are not done."""
+        return [stage for stage in self.stages if self.run_folder.state(stage) != "done"]
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,6 @@ class SweepPlan:
     models: list[str] | None
     """Models the table shows; None for all."""
     runs: list[SweepRun] = field(default_factory=list)
-
-    def runs_of(self, variant: Variant) -> list[SweepRun]:
-        """The runs of one variant, by rng seed."""
-        return [run for run in self.runs if run.variant == variant]
 
 
 def plan_sweep(

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from btx.errors import NOT_YET
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
+from btx.running.launchers.job import SAVED
+
+MOUNT, VOLUME = "/btx", "btx-runs"
+"""Where the file system with the run folder is on an engine's machines, if its path is relative; and its name there."""
+RETRIED = [NOT_YET, SAVED]
+"""Exit codes after which a job is started again: what it needs is not there yet; it was asked to end, and has saved."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,6 @@ class Job:
     def kind(self) -> str:
         """What its settings are given by: data, seed, train, ..."""
         return self.name.partition("/")[0]
-
-    @property
-    def log(self) -> str:
-        """The file in the run folder's logs/ that its output goes to, as with `btx run`."""
-        return f"{dashed(self.name)}.log"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,30 @@ def dashed(stage: str) -> str:
 def filled(template: str, values: Mapping[str, str]) -> str:
     """A script's text with `@NAME@` replaced by values; what these hold is left as it is."""
     return re.sub("@([A-Z]+)@", lambda place: values[place[1]], template)
+
+
+def mount_of(recipe: Recipe) -> str:
+    """Where the file system with the run folder is on an engine's machines."""
+    run = PurePosixPath(recipe.run_folder)
+    return str(run.parent) if run.is_absolute() else MOUNT
+
+
+def gpus_of(group: Group, recipe: Recipe) -> int:
+    """GPUs of one of a group's jobs on one machine: as many as processes, where the recipe says `device: cuda`."""
+    return group.processes_a_node if recipe.device == "cuda" and group.kind not in ("data", "report") else 0
+
+
+def work_text(run: str, shares: Sequence[tuple[str, ...]], place: str) -> str:
+    """What is done in each of several places: its share, in the place of the shell, so that signals reach it.
+
+    Args:
+        place: what the shell knows the place's number by.
+    """
+    works = [f"exec btx work {shlex.quote(run)} {' '.join(stages)}" for stages in shares]
+    if len(works) == 1:
+        return f"{works[0]}\n"
+    cases = "".join(f"  {number}) {work} ;;\n" for number, work in enumerate(works))
+    return f'case "{place}" in\n{cases}esac\n'
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:

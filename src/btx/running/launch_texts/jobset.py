@@ -7,14 +7,12 @@ Jobs alike are the indexes of one Job: what `dependsOn: Complete` waits for is t
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import PurePosixPath
 from typing import Any
 
 from btx.errors import UserError
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
-from btx.running.launch_texts.jobs import Group, Job, groups_of, unlike
+from btx.running.launch_texts.jobs import RETRIED, VOLUME, Group, Job, gpus_of, groups_of, mount_of, unlike, work_text
 from btx.running.launch_texts.yaml_text import Image, yaml_text
 
 HEADER = """\
@@ -28,12 +26,8 @@ HEADER = """\
 # {gpus}
 """
 IMAGE = "branchtrainmix:latest"
-CLAIM = "btx-runs"
-MOUNT = "/btx"
 GRACE_S = 600
 """Seconds a pod has to write a checkpoint before it is killed."""
-NOT_COUNTED = [75, 143]
-"""Exit codes that are no failure: what it needs is not there yet; it was asked to end, and has saved."""
 MOST_NEEDS = 5
 """Items that `dependsOn` takes."""
 NAME_LENGTH = 24
@@ -46,8 +40,7 @@ def jobset_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     Raises:
         UserError: a job waits for more kinds of jobs than `dependsOn` takes.
     """
-    run = PurePosixPath(recipe.run_folder)
-    mount = str(run.parent) if run.is_absolute() else MOUNT
+    mount = mount_of(recipe)
     name, config = label(recipe.name), f"{label(recipe.name)}-recipe"
     groups = groups_of(jobs)
     labels = _labels(groups)
@@ -67,7 +60,7 @@ def jobset_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     ]  # fmt: skip
     gpus = ("device: cuda, so every process has a GPU" if recipe.device == "cuda" else
             f"device: {recipe.device}, so no GPU is asked for; device=cuda asks for one a process")  # fmt: skip
-    header = HEADER.format(run=recipe.run_folder, name=name, claim=CLAIM, mount=mount, grace=GRACE_S, gpus=gpus)
+    header = HEADER.format(run=recipe.run_folder, name=name, claim=VOLUME, mount=mount, grace=GRACE_S, gpus=gpus)
     return {"jobset.yaml": header + yaml_text(documents)}
 
 
@@ -84,19 +77,20 @@ def _replicated_job(
         {"completions": len(shares), "parallelism": min(recipe.launch.jobs or len(shares), len(shares)),
          "backoffLimitPerIndex": retries}
     )  # fmt: skip
-    index = "BTX_JOB" if spread else "JOB_COMPLETION_INDEX"
+    begin = "btx begin /etc/btx/recipe.yaml || exit\n" if first else ""
+    work = work_text(recipe.run_folder, shares, "$BTX_JOB" if spread else "$JOB_COMPLETION_INDEX")
     container: dict[str, Any] = {
         "name": "btx",
         "image": image,
         "workingDir": mount,
-        "command": ["bash", "-c", _unexpanded(_script(group, recipe.run_folder, shares, index, begins=first))],
+        "command": ["bash", "-c", _unexpanded(begin + work)],
         "volumeMounts": [{"name": "runs", "mountPath": mount}],
     }
-    volumes: list[dict[str, Any]] = [{"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}}]
+    volumes: list[dict[str, Any]] = [{"name": "runs", "persistentVolumeClaim": {"claimName": VOLUME}}]
     if spread:
         container["env"] = _meeting_point(label(recipe.name), labels[group.name])
-    if recipe.device == "cuda" and group.kind not in ("data", "report"):
-        container["resources"] = {"limits": {"nvidia.com/gpu": group.processes_a_node}}
+    if gpus := gpus_of(group, recipe):
+        container["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
     if group.processes_a_node > 1:  # processes of one machine talk through shared memory, 64 MiB if nothing is said
         container["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
@@ -105,7 +99,7 @@ def _replicated_job(
         volumes.append({"name": "recipe", "configMap": {"name": config}})
     rules: list[dict[str, Any]] = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": NOT_COUNTED}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": RETRIED}},
         {"action": "FailJob" if spread else "FailIndex", "onExitCodes": {"operator": "In", "values": [2]}},
     ]
     pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": GRACE_S, "containers": [container],
@@ -129,16 +123,6 @@ def _meeting_point(jobset: str, part: str) -> list[dict[str, Any]]:
         {"name": "BTX_HEAD", "value": f"{jobset}-{part}-$(BTX_JOB)-0.{jobset}"},
         {"name": "BTX_NODE", "valueFrom": {"fieldRef": {"fieldPath": pod_index}}},
     ]
-
-
-def _script(group: Group, run: str, shares: list[tuple[str, ...]], index: str, *, begins: bool) -> str:
-    """What a pod does: its share of the group, in the place of the shell, so that signals reach it."""
-    works = [f"exec btx work {shlex.quote(run)} {' '.join(stages)}" for stages in shares]
-    begin = "btx begin /etc/btx/recipe.yaml || exit\n" if begins else ""
-    if len(works) == 1:
-        return f"{begin}{works[0]}\n"
-    cases = "".join(f"  {number}) {work} ;;\n" for number, work in enumerate(works))
-    return f'{begin}case "${index}" in\n{cases}esac\n'
 
 
 def _unexpanded(text: str) -> str:

@@ -6,12 +6,11 @@ A pipeline's tasks run one after the other. So jobs that may run side by side ar
 from __future__ import annotations
 
 import shlex
-from pathlib import PurePosixPath
 from typing import Any
 
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
-from btx.running.launch_texts.jobs import Group, Job, groups_of
+from btx.running.launch_texts.jobs import RETRIED, VOLUME, Group, Job, gpus_of, groups_of, mount_of, work_text
 from btx.running.launch_texts.yaml_text import yaml_text
 
 HEADER = """\
@@ -24,17 +23,12 @@ HEADER = """\
 # one fails the others are stopped, and all go on from their last checkpoints.
 # {accelerators}
 """
-VOLUME = "btx-runs"
-MOUNT = "/btx"
 ACCELERATOR = "H100"
-RECOVERED = [75, 143]
-"""Exit codes after which a task is started again: what it needs is not there yet; it was told to end, and has saved."""
 
 
 def sky_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     """The pipeline: a document with its name, and one for each task."""
-    run = PurePosixPath(recipe.run_folder)
-    mount = str(run.parent) if run.is_absolute() else MOUNT
+    mount = mount_of(recipe)
     tasks = [_task(group, recipe, mount) for group in groups_of(jobs)]
     accelerators = (f"{ACCELERATOR}: put in the GPUs that you have" if recipe.device == "cuda" else
                     f"device: {recipe.device}, so no GPU is asked for; device=cuda asks for one a process")  # fmt: skip
@@ -46,10 +40,10 @@ def sky_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
 def _task(group: Group, recipe: Recipe, mount: str) -> dict[str, Any]:
     shares = group.shares(recipe.launch.jobs)
     resources: dict[str, Any] = {
-        "job_recovery": {"max_restarts_on_errors": recipe.launch.retries, "recover_on_exit_codes": RECOVERED}
+        "job_recovery": {"max_restarts_on_errors": recipe.launch.retries, "recover_on_exit_codes": RETRIED}
     }
-    if recipe.device == "cuda" and group.kind not in ("data", "report"):
-        resources["accelerators"] = f"{ACCELERATOR}:{group.processes_a_node}"
+    if gpus := gpus_of(group, recipe):
+        resources["accelerators"] = f"{ACCELERATOR}:{gpus}"
     return {
         "name": group.name.replace("_", "-").replace(".", "-").lower(),
         "num_nodes": len(shares) * group.nodes,
@@ -62,8 +56,6 @@ def _task(group: Group, recipe: Recipe, mount: str) -> dict[str, Any]:
 
 def _script(group: Group, recipe: Recipe, shares: list[tuple[str, ...]], mount: str) -> str:
     """What each node does: its share of the group."""
-    run = shlex.quote(recipe.run_folder)
-    works = [f"exec btx work {run} {' '.join(stages)}" for stages in shares]
     lines = ["set -eu", f"cd {shlex.quote(mount)}"]
     if not group.needs:
         lines += ["btx begin /dev/stdin <<'RECIPE'", dump_recipe(recipe).rstrip("\n"), "RECIPE"]
@@ -76,7 +68,4 @@ def _script(group: Group, recipe: Recipe, shares: list[tuple[str, ...]], mount: 
             "export BTX_HEAD BTX_NODE",
         ]
         rank = f"$((SKYPILOT_NODE_RANK / {group.nodes}))"
-    if len(works) == 1:
-        return "\n".join([*lines, *works, ""])
-    cases = [f"  {number}) {work} ;;" for number, work in enumerate(works)]
-    return "\n".join([*lines, f'case "{rank}" in', *cases, "esac", ""])
+    return "\n".join([*lines, work_text(recipe.run_folder, shares, rank)])

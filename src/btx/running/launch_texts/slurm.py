@@ -8,6 +8,7 @@ from pathlib import Path
 
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
+from btx.run_folder.jobs import log_of
 from btx.running.launch_texts.jobs import Job, dashed, filled
 from btx.running.launchers.slurm_script import sbatch_script
 
@@ -54,7 +55,7 @@ def slurm_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     """
     run = Path(recipe.run_folder)
     scripts = {
-        f"{dashed(job.name)}.sbatch": sbatch_script(run, job.stages, run / "logs" / job.log, recipe.launch)
+        f"{dashed(job.name)}.sbatch": sbatch_script(run, job.stages, log_of(run, job.name), recipe.launch)
         for job in jobs
     }
     lines = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from btx.recipe.launch import Launch
 Handle = Mapping[str, Any]
 """By what a launcher knows a job again, in another process and on another machine too: a JSON value that the run folder
 keeps."""
+
+VARIABLES = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_PARALLELISM": "true"}
+"""Environment of every job."""
+SAVED = 128 + signal.SIGTERM
+"""Exit code of a job that was asked to end, and has saved."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from btx.errors import UserError
 from btx.process import SAVE_AND_END
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import Handle, Standing, refuse_several_nodes
+from btx.running.launchers.job import VARIABLES, Handle, Standing, refuse_several_nodes
 
 
 class LocalLauncher:
@@ -41,7 +41,7 @@ class LocalLauncher:
 
     def start(self, run: Path, stages: Sequence[str], log: Path) -> LocalProcess:
         """Start `btx work`."""
-        return start(["work", str(run), *stages], log, {"TOKENIZERS_PARALLELISM": "true"})
+        return start(["work", str(run), *stages], log)
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:
         """How processes stand; only of those that this launcher has started the exit code is known."""
@@ -126,11 +126,11 @@ def start_run(run: Path, log: Path, *, threads: int | None = None) -> LocalProce
     return start(["run-of-sweep", str(run)], log, {} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
 
-def start(arguments: Sequence[str], log: Path, variables: dict[str, str]) -> LocalProcess:
+def start(arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}) -> LocalProcess:
     """Start a command of btx in a process and session of its own; its output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "btx", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | variables
+    environment = {**os.environ, **VARIABLES, **variables}
     with open(log, "ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import uuid
 import weakref
@@ -25,23 +24,17 @@ import psutil
 
 from btx.errors import SystemFailed, UserError
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import Handle, Standing, refuse_several_nodes
+from btx.running.launchers.job import SAVED, VARIABLES, Handle, Standing, refuse_several_nodes
 from btx.running.launchers.own_ray import OwnRay
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 INSTALL = 'pip install "branchtrainmix[ray]"'
-VARIABLES = {
-    "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_PARALLELISM": "true",
-    # Seconds a job that is asked to end may take to save before it is killed; Ray's own 3 are too few for a checkpoint.
-    "RAY_JOB_STOP_WAIT_TIME_S": str(24 * 3600),
-}  # fmt: skip
-"""Environment of every job."""
+STOPPING = {"RAY_JOB_STOP_WAIT_TIME_S": str(24 * 3600)}
+"""Seconds a job that is asked to end may take to save before it is killed; Ray's own 3 are too few for a checkpoint."""
 PASSED = ("PYTHONPATH",)
 """Variables that a job gets from whoever submits it; all else is as on its node."""
-SAVED = 128 + signal.SIGTERM
-"""Exit code of a job that was asked to end; Ray keeps none."""
 WAITED_TOO_LONG = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
 """What Ray calls a job that found no free resources in 15 minutes."""
 
@@ -84,10 +77,11 @@ class RayLauncher:
         log.parent.mkdir(parents=True, exist_ok=True)
         work = shlex.join([sys.executable, "-m", "btx", "work", str(run), *stages])
         claims = _claims(self._launch, stages[0])
+        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
         job = {
             "entrypoint": f"exec >> {shlex.quote(str(log))} 2>&1; cd {shlex.quote(str(Path.cwd()))} && exec {work}",
             "submission_id": re.sub(r"[^\w.-]", "-", f"{run.name}-{stages[0]}-{uuid.uuid4().hex[:8]}"),
-            "runtime_env": {"env_vars": VARIABLES | {name: os.environ[name] for name in PASSED if name in os.environ}},
+            "runtime_env": {"env_vars": VARIABLES | STOPPING | passed},
             "metadata": {"run": str(run.resolve()), "claims": json.dumps(claims)},
         }
         with _answering(address):
@@ -118,7 +112,7 @@ class RayLauncher:
             return Standing("running", node=urlsplit(job.driver_agent_http_address or "").hostname)
         if job.status == "FAILED" and job.driver_exit_code is None:  # its node died, for example
             return Standing("ended", 1, why=f"Ray: {job.message}")
-        return Standing("ended", SAVED if job.status == "STOPPED" else job.driver_exit_code)
+        return Standing("ended", SAVED if job.status == "STOPPED" else job.driver_exit_code)  # Ray keeps none then
 
     def cancel(self, handle: Handle) -> None:
         """Ask a job to save and end; those of another process's own Ray do when that process ends."""

@@ -18,16 +18,15 @@ from pathlib import Path
 from btx.errors import UserError
 from btx.recipe.launch import Launch
 from btx.run_folder.graph import trains
+from btx.running.launchers.job import SAVED, VARIABLES
 
-SAVED = 143
-"""Exit code of a job that was told to end by SIGTERM and has saved."""
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
 
 SCRIPT = """\
 #!/bin/bash
 {options}
 set -e
-export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8 TOKENIZERS_PARALLELISM=true{pythonpath}
+export {variables}
 export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-1}}"  # srun does not take it from sbatch
 {setup}exit_code=0
 srun --nodes={nodes} --ntasks-per-node=1 --export=ALL {work} || exit_code=$?
@@ -38,13 +37,12 @@ exit "$exit_code"
 """
 
 
-def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *, name: str | None = None) -> str:
+def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch) -> str:
     """A batch script that does some stages of a run in one job.
 
     Args:
         stages: all with the same `launch.resources_of`.
         log: its output goes there, behind what is there; the folder has to exist when the job starts.
-        name: of the job; None: the first stage's.
 
     Raises:
         UserError: the path of the run cannot be written into a batch script.
@@ -57,7 +55,7 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *
             )
     job, nodes = launch.slurm_of(stages[0]), launch.nodes_of(stages[0])
     asked = {
-        "job-name": name or stages[0],
+        "job-name": stages[0],
         "output": str(log).replace("%", "%%"),
         "open-mode": "append",
         "requeue": None,
@@ -71,10 +69,10 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch, *
         asked["signal"] = f"TERM@{launch.slurm.grace_s}"
     asked |= {field: value for field in ("account", "partition", "gres", "time") if (value := getattr(job, field))}
     options = [f"--{option}" if value is None else f"--{option}={value}" for option, value in asked.items()]
-    pythonpath = os.environ.get("PYTHONPATH")
+    variables = VARIABLES | ({"PYTHONPATH": search} if (search := os.environ.get("PYTHONPATH")) else {})
     return SCRIPT.format(
         options="\n".join(f"#SBATCH {_quoted(option)}" for option in (*options, *(job.options or ()))),
-        pythonpath=f" PYTHONPATH={shlex.quote(pythonpath)}" if pythonpath else "",
+        variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
         setup="".join(f"{line}\n" for line in job.setup or ()),
         nodes=nodes,
         work=shlex.join([sys.executable, "-m", "btx", "work", str(run), *stages]),

@@ -1,4 +1,4 @@
-"""What a run gains, predicted: the law that plan goes by, model cards, the oracle gap before the finetuning."""
+"""What a run gains, predicted: the law that plan goes by, the oracle gap before the finetuning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from btx.files import write_json, write_sealed
-from btx.planning.gain import card_tokens, law_loss, law_tokens
+from btx.planning.gain import law_loss, law_tokens
 from btx.planning.plan import plan
 from btx.reporting import findings
 from btx.reporting.oracle import gap_of
@@ -40,16 +40,6 @@ def test_the_law_is_the_papers() -> None:
 def test_tokens_after_which_a_loss_is_reached_undo_the_law() -> None:
     assert law_tokens(3e6, law_loss(3e6, 5e7, 4), 4) == pytest.approx(5e7, rel=1e-9)
     assert law_tokens(3e6, 1.4, 4) == math.inf
-
-
-@pytest.mark.parametrize(("card", "tokens"), [
-    ("It was pretrained on 2 trillion tokens of text.", 2e12), ("trained on up to 9T tokens", 9e12),
-    ("**36 trillion** tokens", 3.6e13),
-    ("135M parameters, 600B tokens, then 1.5B more tokens", 6e11), ("a nice model", 0),
-    ("has 7B parameters and 32k tokens of context", 0), ("11 trillion high-quality tokens", 1.1e13),
-])  # fmt: skip
-def test_a_card_says_how_many_tokens_were_read(card: str, tokens: float) -> None:
-    assert card_tokens(card) == tokens
 
 
 def test_plan_predicts_from_the_tokens_a_parameter_and_warns_below_ten(tmp_path: Path) -> None:

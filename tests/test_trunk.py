@@ -78,12 +78,18 @@ def test_a_training_of_another_trunk_begins_anew(here: Path, settings: tuple[str
     assert not any("goes on" in line for line in lines)
 
 
-def test_a_checkpoint_of_the_decay_is_on_no_trunk(here: Path) -> None:
-    run, _ = seed_of(here, "decayed", *WSD, LONGER, share=here / "short")
-    (state,) = (run.path / "seed/state").glob("step-*/state.json")
-    assert "trunk" not in read_json(state)
+def test_a_training_that_has_decayed_leaves_the_end_of_its_trunk_to_others(here: Path) -> None:
+    decayed, _ = seed_of(here, "decayed", *WSD, LONGER, share=here / "short")
+    (state,) = (decayed.path / "seed/state").glob("step-*/state.json")
     (constant,) = (here / "short/seed/state").glob("step-*/state.json")
-    assert read_json(constant)["trunk"] == run.graph["seed"].trunk
+    assert read_json(state)["trunk"] == read_json(constant)["trunk"] == decayed.graph["seed"].trunk
+    assert read_json(state)["step"] == 3  # of 4, one of which is the decay
+    other = [CONSTANT, LONGER]
+    shared, lines = seed_of(here, "undecayed", *other, share=here / "decayed")
+    assert any(line.startswith("resumed after step 3 of 4") for line in lines)
+    alone, _ = seed_of(here, "constant-alone", *other)
+    assert weights(shared) == weights(alone)
+    assert [row["step"] for row in read_metrics(shared.path / "seed/metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_the_steps_on_a_trunk_are_those_before_the_decay(here: Path) -> None:

@@ -11,6 +11,8 @@ from btx.metrics_file import read_metrics
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.trunk import trunk_steps
 from btx.sweeps.sharing import take_over
+from btx.sweeps.sweep import sweep_state
+from btx.sweeps.variants import plan_sweep
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 TO_THE_SEED = ["data/tokenizer", "data/general", "seed"]
@@ -101,3 +103,17 @@ def test_the_steps_on_a_trunk_are_those_before_the_decay(here: Path) -> None:
     assert steps(*WSD) == whole - round(0.25 * whole)
     assert steps() == 0
     assert steps(CONSTANT, "seed_model.train.warmup_steps=1000") == 0
+
+
+def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_train(here: Path, tmp_path: Path) -> None:
+    def goes_on(*settings: str) -> list[tuple[str, dict[str, float]]]:
+        arguments = [f"data.root={here}", f"run={tmp_path / 'sweep'}", "seed_model.train.warmup_steps=2", *settings]
+        planned = plan_sweep(str(here / "pico.yaml"), arguments, rng_seeds=1)
+        return [(row["variant"].split("=")[-1], row["goes_on"]) for row in sweep_state(planned, [here / "short"])]
+
+    tokens = "seed_model.train.tokens=4096,256,2048"
+    trunk = [("256", {}), ("2048", {"seed": 0.25}), ("4096", {"seed": 0.5})]  # of 512 tokens there is one
+    assert goes_on(CONSTANT, tokens) == trunk
+    decays = [CONSTANT.replace("constant", "wsd"), "seed_model.train.decay_share=0.5"]
+    assert goes_on(*decays, tokens) == [("256", {}), ("2048", {"seed": 0.25}), ("4096", {"seed": 0.25})]
+    assert goes_on(tokens) == [("4096", {}), ("256", {}), ("2048", {})]  # a cosine has no trunk, and keeps the order

@@ -43,10 +43,18 @@ def trunk_steps(shown: Mapping[str, Any]) -> int:
     Args:
         shown: the stage's settings with all defaults filled in.
     """
+    return steps_before_decay(all_steps(shown), _training(shown))
+
+
+def all_steps(shown: Mapping[str, Any]) -> int:
+    """Steps of a stage; `shown` as for `trunk_steps`."""
+    return _training(shown).steps(shown["sequence_length"])
+
+
+def _training(shown: Mapping[str, Any]) -> Training:
     where = shown.get("seed_model", shown)
     section = next(where[name] for name in SECTIONS if isinstance(where.get(name), dict))
-    training = Training.model_validate({name: section[name] for name in Training.model_fields if name in section})
-    return steps_before_decay(training.steps(shown["sequence_length"]), training)
+    return Training.model_validate({name: section[name] for name in Training.model_fields if name in section})
 
 
 def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], log: Log) -> bool:
@@ -65,7 +73,7 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
     """
     if list((folder / STATE_FOLDER).glob("step-*")):
         return False
-    checkpoints = [(step, checkpoint) for donor in donors for step, checkpoint in _on_trunk(donor, trunk)
+    checkpoints = [(step, checkpoint) for donor in donors for step, checkpoint in checkpoints_on_trunk(donor, trunk)
                    if step <= at_most]  # fmt: skip
     if not checkpoints:
         return False
@@ -82,7 +90,7 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
     return True
 
 
-def _on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
+def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
     checkpoints = []
     for state in sorted((donor / STATE_FOLDER).glob("step-*/**/state.json")):

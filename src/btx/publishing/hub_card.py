@@ -146,10 +146,10 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     if not results.get("models"):
         return []
     table = results_table(results)
-    columns = ["model", *table.domains, "mean", *(["mixed"] if table.mixed else []), *table.tasks]
+    columns = ["model", *table.domains, *table.means, *table.tasks]
     lines = [f"| {' | '.join(map(literal, columns))} |", "|---" * len(columns) + "|"]
     for row in table.rows:
-        cells = [*row.domains, row.mean, *([row.mixed] if table.mixed else []), *row.tasks]
+        cells = [*row.domains, *row.means, *row.tasks]
         texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in cells]
         lines.append(f"| {' | '.join([literal(row.name), *texts])} |")
     told = (

@@ -56,11 +56,9 @@ def run_html(folder: Path) -> str:
 def results_of(results: Mapping[str, Any]) -> Table:
     """The report's table of results."""
     table = results_table(results)
-    mixed = ["mixed"] if table.mixed else []
-    rows = [(row.name, [*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks, *row.costs])
-            for row in table.rows]  # fmt: skip
+    rows = [(row.name, [*row.domains, *row.means, *row.tasks, *row.costs]) for row in table.rows]
     tasks = [f"{task} (task)" for task in table.tasks]
-    return Table([*table.domains, "mean", *mixed, *tasks, *COSTS], rows,
+    return Table([*table.domains, *table.means, *tasks, *COSTS], rows,
                  "Bits per byte, lower is better; tasks: share of right answers; tokens, FLOPs and time of training "
                  "after the seed model; active and total parameters")  # fmt: skip
 

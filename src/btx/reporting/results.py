@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXPERT = "expert/"
+MEANS = ("mean", "learning", "keeping", "mixed")
 
 _DESCRIPTIONS = {
     "seed": "seed model, untouched",
@@ -57,9 +58,7 @@ class Row:
     name: str
     description: str
     domains: list[Cell]
-    mean: Cell
-    mixed: Cell
-    """Documents that switch domain; empty where they were not measured."""
+    means: list[Cell]
     tasks: list[Cell]
     costs: list[Cell]
     gains: list[float | None]
@@ -70,10 +69,11 @@ class Results:
     """The results table: columns and rows in the order of the file."""
 
     domains: list[str]
+    means: list[str]
+    """mean; learning and keeping, where some domains have a branch and others have none; mixed, where documents that
+    switch domain were measured."""
     tasks: list[str]
     rows: list[Row]
-    mixed: bool
-    """Whether documents that switch domain were measured."""
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
@@ -94,17 +94,15 @@ def results_table(results: Mapping[str, Any]) -> Results:
     tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
     best_domain = {d: _best((_bits(m, d) for m in models.values()), min) for d in domains}
     best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
-    best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
-    mixed = [model["mixed"] for model in models.values() if "mixed" in model]
-    best_mixed = _best((measured.get("bits_per_byte") for measured in mixed), min)
+    means = [name for name in MEANS if name == "mean" or any(map(is_number, (_mean(m, name) for m in models.values())))]
+    best_mean = {name: _best((_mean(m, name) for m in models.values()), min) for name in means}
     seed = models.get("seed", {})
     rows = [
         Row(
             name=name,
             description=describe(name) if "other" not in model else f"not the run's: {model['other']['path']}",
             domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
-            mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
-            mixed=_cell(model.get("mixed", {}).get("bits_per_byte"), model.get("mixed", {}).get("stderr"), best_mixed),
+            means=[_mean_cell(model, name, best_mean[name]) for name in means],
             tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
             costs=_cost_cells(model),
             gains=[_gain(_bits(model, d), _bits(seed, d)) for d in domains]
@@ -112,7 +110,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
         )
         for name, model in models.items()
     ]
-    return Results(domains, tasks, rows, bool(mixed))
+    return Results(domains, means, tasks, rows)
 
 
 def report_table(results: Mapping[str, Any]) -> Table:
@@ -127,11 +125,10 @@ def report_table(results: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_style="bold")
     table.add_column("model", no_wrap=True)
     tasks = (f"{task} {SHORT.get(metrics[task], metrics[task])}" for task in view.tasks)
-    mixed = ["mixed"] if view.mixed else []
-    for column in (*view.domains, "mean", *mixed, *tasks):
+    for column in (*view.domains, *view.means, *tasks):
         table.add_column(column, justify="right", no_wrap=True)
     for row in view.rows:
-        cells = (*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks)
+        cells = (*row.domains, *row.means, *row.tasks)
         table.add_row(
             row.name,
             *(Text(cell.text, style="bold" if cell.best else "") for cell in cells),
@@ -180,6 +177,15 @@ def _cell(value: Any, error: Any, best: Any) -> Cell:
         is_number(value) and value == best,
         str(value),
     )
+
+
+def _mean(model: Mapping[str, Any], name: str) -> Any:
+    """Bits per byte of a column of means."""
+    return model.get("mixed", {}).get("bits_per_byte") if name == "mixed" else model.get(f"{name}_bits_per_byte")
+
+
+def _mean_cell(model: Mapping[str, Any], name: str, best: Any) -> Cell:
+    return _cell(_mean(model, name), model.get("mixed", {}).get("stderr") if name == "mixed" else None, best)
 
 
 def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:

@@ -52,13 +52,9 @@ def _chance(p: float | None, may_be: bool) -> str:
 def _tables(run: Run) -> list[str]:
     """Quality, and cost, of every model."""
     table = results_table(run.results)
-    mixed = ["mixed"] if table.mixed else []
-    quality = [
-        [literal(row.name), *map(_text, [*row.domains, row.mean, *([row.mixed] if mixed else []), *row.tasks])]
-        for row in table.rows
-    ]
+    quality = [[literal(row.name), *map(_text, [*row.domains, *row.means, *row.tasks])] for row in table.rows]
     costs = [[literal(row.name), *map(_text, row.costs)] for row in table.rows]
-    names = [literal(name) for name in (*table.domains, "mean", *mixed, *table.tasks)]
+    names = [literal(name) for name in (*table.domains, *table.means, *table.tasks)]
     return [
         "Bits per byte of held-out text ± one standard error (lower is better)"
         + ("; scores of tasks in percent (higher is better)" if table.tasks else "") + "; the best in bold.",

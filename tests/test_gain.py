@@ -85,8 +85,18 @@ def test_the_report_shows_the_prediction_beside_what_came_out(tmp_path: Path) ->
     both = findings.predicted(finished(tmp_path, {"btx": btx, "dense_cm": {"mean_bits_per_byte": 1.772}}))
     assert both.startswith("At 30.5 tokens a parameter")
     assert both.endswith("against dense_cm it is +0.043.")
+    run = finished(tmp_path, {
+        name: {"mean_bits_per_byte": (a + b) / 2, "predicted_gain": gain,
+               "domains": {"math": {"bits_per_byte": a}, "general": {"bits_per_byte": b}}}
+        for name, a, b in (("btx", 1.5, 2.0), ("dense_cm", 1.25, 2.5))
+    })  # fmt: skip
+    run.recipe["train"] = {"domains": ["math"]}
+    assert findings.predicted(run).endswith("against dense_cm it is +0.125 (learning -0.250, keeping +0.500).")
     assert findings.predicted(finished(tmp_path, {"btx": {"mean_bits_per_byte": 1.7}})) == ""
-    said = findings.oracle(read_run(tmp_path))
+    told = finished(tmp_path, {"btx": {"mean_bits_per_byte": 1.8}, "expert/math": {"mean_bits_per_byte": 2.0}})
+    assert findings.oracle(told).endswith("(arXiv 2603.22755); after it btx needs 10.0 % fewer bits than expert/math.")
+    said = findings.oracle(finished(tmp_path, {}))
+    assert said.endswith("over the best single expert (arXiv 2603.22755).")
     assert said.startswith(
         "Before the finetuning the mix was 0.200 bits per byte behind each domain's best model; experts needed 25.0 %"
     )

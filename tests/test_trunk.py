@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,21 @@ def test_the_steps_on_a_trunk_are_those_before_the_decay(here: Path) -> None:
     assert steps(*WSD) == whole - round(0.25 * whole)
     assert steps() == 0
     assert steps(CONSTANT, "seed_model.train.warmup_steps=1000") == 0
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_of_another_run_is_passed_over(here: Path, tmp_path: Path, file: str) -> None:
+    other = Path(shutil.copytree(here / "short", tmp_path / "other"))
+    (damaged,) = (other / "seed/state").glob(f"step-*/{file}")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    settings = ["seed_model.train.warmup_steps=2", CONSTANT, LONGER]
+    run, lines = RunFolder.create(pico_recipe(here, str(tmp_path / "run"), *settings)), list[str]()
+    take_over(run, [other], lines.append)
+    assert not (run.path / "seed/state").exists()
+    take_over(run, [other, here / "short"], lines.append)
+    assert [path.name for path in (run.path / "seed/state").iterdir()] == ["step-00000002"]
+    told = [line for line in lines if "does not go on from step 2" in line]
+    assert bool(told) == (file != "state.json")
 
 
 def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_train(here: Path, tmp_path: Path) -> None:

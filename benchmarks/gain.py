@@ -134,7 +134,7 @@ def _law(run: RunFolder, flops: float) -> tuple[Callable[[float], float], float,
     byte; the seed model's tokens and parameters."""
     recipe, config = run.recipe, dense_config(run)
     dense, mixture = config_cost(config), cost_in_use(recipe, config, "btx")
-    seed_tokens, _ = tokens_read(recipe, run_costs(run, config, measured_speed(run)))
+    seed_tokens, _ = tokens_read(run, dense.total_params, run_costs(run, config, measured_speed(run)))
     bytes_per_token = bytes_per_token_of(run)
     if not seed_tokens or bytes_per_token is None:
         raise SystemExit(f"{run.path}: neither its seed model's tokens nor its prepared data are there any more")

@@ -308,6 +308,15 @@ def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monke
     assert (jobs_at_once(wide), training_threads(wide)) == (3, 4)
 
 
+@pytest.mark.parametrize("settings", [
+    ("train.schedule=wsd", "baseline_training.dense_cm.decay_share=0.5"),
+    ("finetune.schedule=wsd", "baseline_training.btx_soft.decay_share=0.5"),
+    ("baseline_training.dense_cm={schedule: wsd, decay_shape: linear}",),
+])  # fmt: skip
+def test_a_baseline_that_decays_says_how(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    assert pico_recipe(tmp_path, "run", *settings).baseline_training
+
+
 @pytest.mark.parametrize(("override", "expected"), [
     ("baselines=[soup,dens_dm]", r"baselines.1: expected one of soup, .*got 'dens_dm'; did you mean 'dense_dm'\?"),
     ("baselines=[soup,dense_dm,soup]", "baselines: soup is named twice"),
@@ -316,6 +325,8 @@ def test_baselines_are_processes_that_share_the_processors(tmp_path: Path, monke
     ("baseline_training.soup.tokens=5", "soup is made without training; these are trained: dense_dm, "),
     ("baseline_training.dense_dm.load_balancing=1", "dense_dm is dense, it has no routers to balance"),
     ("baseline_training.btx_soft.domains_learning_rate=1", "btx_soft has one phase; set learning_rate"),
+    ("baseline_training.dense_cm.decay_share=0.5", "dense_cm.decay_share goes with schedule: wsd; here it is cosine"),
+    ("baseline_training.btx_soft={schedule: constant, decay_shape: linear}", "decay_shape goes with .* it is constant"),
     ("baseline_training.btx_no_balancing.load_balancing=1", "btx_no_balancing is the baseline without it"),
 ])  # fmt: skip
 def test_impossible_baselines_are_refused(tmp_path: Path, override: str, expected: str) -> None:

@@ -20,9 +20,11 @@ import pytest
 from btx.cli.terminal import show
 from btx.errors import RunFolderError
 from btx.number_texts import count_text, duration_text, evenly, flops_text, signed_percent
+from btx.publishing import hub_card
 from btx.reporting.charts import CostChart, CostPoint, bucket_means
 from btx.reporting.drawing import Chart, spread
 from btx.reporting.headline import headline
+from btx.reporting.notebook import run_html
 from btx.reporting.paired_bootstrap import compare_documents
 from btx.reporting.readers import script
 from btx.reporting.report import write_report
@@ -423,7 +425,7 @@ def test_the_numbers_in_the_table_are_those_of_the_results(html: str) -> None:
 
 def test_the_best_of_each_column_is_marked() -> None:
     view = results_table(results())
-    best = {row.name: [cell.best for cell in (*row.domains, row.mean, *row.tasks)] for row in view.rows}
+    best = {row.name: [cell.best for cell in (*row.domains, *row.means, *row.tasks)] for row in view.rows}
     assert all(best.pop("btx"))
     assert not any(any(marks) for marks in best.values())
 
@@ -637,18 +639,40 @@ def test_the_mixed_set_has_a_column_of_its_own_where_it_was_measured(run: Path, 
     from rich.console import Console
 
     measured = results()
-    assert not results_table(measured).mixed
+    assert results_table(measured).means == ["mean"]
     for number, model in enumerate(measured["models"].values()):
         model["mixed"] = {"bits_per_byte": 3.125 - number / 64, "stderr": 0.031, "tokens": 9, "bytes": 9}
     table = results_table(measured)
-    assert [row.mixed.best for row in table.rows] == [False] * (len(table.rows) - 1) + [True]
-    assert table.rows[0].mixed.text == "3.125"
+    assert [row.means[-1].best for row in table.rows] == [False] * (len(table.rows) - 1) + [True]
+    assert table.rows[0].means[-1].text == "3.125"
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "evaluate" / "results.json").write_text(json.dumps(measured), "utf-8")
     assert "3.125" in write_report(copy).read_text("utf-8")
     console = Console(file=io.StringIO(), width=200)
     console.print(report_table(measured))
     assert "mixed" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_learning_and_keeping_stand_beside_the_mean_wherever_results_are_shown(run: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    measured = results()
+    for number, model in enumerate(measured["models"].values()):
+        model |= {"learning_bits_per_byte": 1.5 + number / 8, "keeping_bits_per_byte": 2.5 - number / 8}
+    table = results_table(measured)
+    assert table.means == ["mean", "learning", "keeping"]
+    assert [cell.best for cell in table.rows[0].means] == [False, True, False]
+    assert [cell.best for cell in table.rows[-1].means] == [True, False, True]
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "evaluate" / "results.json").write_text(json.dumps(measured), "utf-8")
+    page = write_report(copy).read_text("utf-8")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report_table(measured))
+    told = [page, (copy / "report" / "report.md").read_text("utf-8"), run_html(copy),
+            "".join(hub_card._results(measured)), console.file.getvalue()]  # type: ignore[attr-defined]  # fmt: skip
+    for text in told:
+        assert re.search(r"mean\W.{0,12}\Wlearning\W.{0,12}\Wkeeping\W", text.replace("\n", "")), text[:2000]
+        assert "1.500" in text
 
 
 def test_the_terminal_table_holds_every_model_with_mean_and_exact_match() -> None:

@@ -139,6 +139,17 @@ def test_the_last_two_checkpoints_are_kept_and_one_in_the_end(tmp_path: Path) ->
     assert [path.name for path in folder.folder.iterdir()] == ["step-00000003"]
 
 
+def test_of_a_training_that_decays_the_last_checkpoint_before_it_is_kept(tmp_path: Path) -> None:
+    folder, parts = StateFolder(tmp_path / "state", MARKS, trunk=("trunk", 2)), trained(1)
+    kept = []
+    for step in (1, 2, 3, 4):
+        saved(folder, step, *parts)
+        kept.append(sorted(int(path.name[5:]) for path in folder.folder.iterdir()))
+    assert kept == [[1], [1, 2], [2, 3], [2, 4]]
+    folder.keep_only_last()
+    assert [path.name for path in folder.folder.iterdir()] == ["step-00000002"]
+
+
 def test_a_resume_on_another_device_says_that_it_is_no_longer_bit_exact(tmp_path: Path) -> None:
     lines: list[str] = []
     model = torch.nn.Linear(2, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from btx.metrics_file import read_metrics
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.trunk import trunk_steps
 from btx.sweeps.sharing import take_over
+from btx.sweeps.sweep import sweep_state
+from btx.sweeps.variants import plan_sweep
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 TO_THE_SEED = ["data/tokenizer", "data/general", "seed"]
@@ -78,12 +81,18 @@ def test_a_training_of_another_trunk_begins_anew(here: Path, settings: tuple[str
     assert not any("goes on" in line for line in lines)
 
 
-def test_a_checkpoint_of_the_decay_is_on_no_trunk(here: Path) -> None:
-    run, _ = seed_of(here, "decayed", *WSD, LONGER, share=here / "short")
-    (state,) = (run.path / "seed/state").glob("step-*/state.json")
-    assert "trunk" not in read_json(state)
+def test_a_training_that_has_decayed_leaves_the_end_of_its_trunk_to_others(here: Path) -> None:
+    decayed, _ = seed_of(here, "decayed", *WSD, LONGER, share=here / "short")
+    (state,) = (decayed.path / "seed/state").glob("step-*/state.json")
     (constant,) = (here / "short/seed/state").glob("step-*/state.json")
-    assert read_json(constant)["trunk"] == run.graph["seed"].trunk
+    assert read_json(state)["trunk"] == read_json(constant)["trunk"] == decayed.graph["seed"].trunk
+    assert read_json(state)["step"] == 3  # of 4, one of which is the decay
+    other = [CONSTANT, LONGER]
+    shared, lines = seed_of(here, "undecayed", *other, share=here / "decayed")
+    assert any(line.startswith("resumed after step 3 of 4") for line in lines)
+    alone, _ = seed_of(here, "constant-alone", *other)
+    assert weights(shared) == weights(alone)
+    assert [row["step"] for row in read_metrics(shared.path / "seed/metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_the_steps_on_a_trunk_are_those_before_the_decay(here: Path) -> None:
@@ -95,3 +104,32 @@ def test_the_steps_on_a_trunk_are_those_before_the_decay(here: Path) -> None:
     assert steps(*WSD) == whole - round(0.25 * whole)
     assert steps() == 0
     assert steps(CONSTANT, "seed_model.train.warmup_steps=1000") == 0
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_of_another_run_is_passed_over(here: Path, tmp_path: Path, file: str) -> None:
+    other = Path(shutil.copytree(here / "short", tmp_path / "other"))
+    (damaged,) = (other / "seed/state").glob(f"step-*/{file}")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    settings = ["seed_model.train.warmup_steps=2", CONSTANT, LONGER]
+    run, lines = RunFolder.create(pico_recipe(here, str(tmp_path / "run"), *settings)), list[str]()
+    take_over(run, [other], lines.append)
+    assert not (run.path / "seed/state").exists()
+    take_over(run, [other, here / "short"], lines.append)
+    assert [path.name for path in (run.path / "seed/state").iterdir()] == ["step-00000002"]
+    told = [line for line in lines if "does not go on from step 2" in line]
+    assert bool(told) == (file != "state.json")
+
+
+def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_train(here: Path, tmp_path: Path) -> None:
+    def goes_on(*settings: str) -> list[tuple[str, dict[str, float]]]:
+        arguments = [f"data.root={here}", f"run={tmp_path / 'sweep'}", "seed_model.train.warmup_steps=2", *settings]
+        planned = plan_sweep(str(here / "pico.yaml"), arguments, rng_seeds=1)
+        return [(row["variant"].split("=")[-1], row["goes_on"]) for row in sweep_state(planned, [here / "short"])]
+
+    tokens = "seed_model.train.tokens=4096,256,2048"
+    trunk = [("256", {}), ("2048", {"seed": 0.25}), ("4096", {"seed": 0.5})]  # of 512 tokens there is one
+    assert goes_on(CONSTANT, tokens) == trunk
+    decays = [CONSTANT.replace("constant", "wsd"), "seed_model.train.decay_share=0.5"]
+    assert goes_on(*decays, tokens) == [("256", {}), ("2048", {"seed": 0.25}), ("4096", {"seed": 0.25})]
+    assert goes_on(tokens) == [("4096", {}), ("256", {}), ("2048", {})]  # a cosine has no trunk, and keeps the order

@@ -98,7 +98,8 @@ def _overview(planned: Any, plans: dict[str, dict[str, Any]], share: list[Path])
     alone = left = 0.0
     for row in rows:
         flops = {stage["stage"]: stage["flops"] for stage in plans[row["variant"]]["stages"]}
-        row["flops"] = sum(flops[name] for name, state in row["stages"].items() if state not in ("done", "shared"))
+        row["flops"] = sum(flops[name] * (1 - row["goes_on"].get(name, 0.0))
+                           for name, state in row["stages"].items() if state not in ("done", "shared"))  # fmt: skip
         alone, left = alone + sum(flops.values()), left + row["flops"]
     return {"name": planned.name, "folder": str(planned.folder), "rng_seeds": planned.rng_seeds,
             "variants": {variant.label: variant.settings for variant in planned.variants}, "runs": rows,

@@ -173,7 +173,9 @@ def sweep_overview(overview: dict[str, Any]) -> list[Any]:
     for column in ("variant", "rng seed", "done", "shared", "to make", "FLOPs"):
         table.add_column(column, justify="right" if column in ("rng seed", "FLOPs") else "left")
     for row in overview["runs"]:
-        table.add_row(row["variant"], str(row["rng_seed"]), *_by_state(row["stages"]), f"{row['flops']:.2e}")
+        done, shared, left = _by_state(row["stages"])
+        left += "".join(f"; {name} goes on from {share:.0%}" for name, share in row["goes_on"].items())
+        table.add_row(row["variant"], str(row["rng_seed"]), done, shared, left, f"{row['flops']:.2e}")
     saved = f"{overview['flops']:.2e} training FLOPs to make; {overview['flops_without_sharing']:.2e} without sharing"
     return [table, saved]
 

@@ -15,8 +15,9 @@ from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER
 from btx.system_errors import blame, first_line
 
 TIMEOUT_S = 5.0
+CARD = "README.md"
 WANTED = (
-    *SETTINGS, *TOKENIZER, *LEGAL, "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "README.md",
+    *SETTINGS, *TOKENIZER, *LEGAL, "*.safetensors", "*.safetensors.index.json", "adapter_config.json", CARD,
 )  # fmt: skip
 """What is fetched of a model: nothing pickled, no code."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -73,6 +74,27 @@ def fetch(model: HubName, where: str) -> Path:
         blame(error)
         raise CheckpointError(f"{where}: could not be fetched from the hub: {first_line(error)}; what has come stays, "
                               f"the same command goes on") from error  # fmt: skip
+
+
+def model_card(model: str | Path, revision: str | None = None, *, may_fetch: bool = True) -> str:
+    """Text of README.md of a folder, or of a model of the hub; empty if there is none, or it cannot be had.
+
+    Args:
+        model: folder, or ORG/NAME where no such folder is.
+        revision: of a hub name.
+        may_fetch: ask the hub; else look into its cache alone.
+    """
+    import huggingface_hub
+
+    card: str | Path = Path(model).expanduser() / CARD
+    if not Path(model).expanduser().is_dir():
+        try:
+            card = huggingface_hub.hf_hub_download(
+                str(model), CARD, revision=revision, local_files_only=not may_fetch, etag_timeout=TIMEOUT_S
+            )
+        except Exception:  # the network's errors are of half a dozen libraries, and a model may have no card
+            return ""
+    return Path(card).read_text("utf-8", errors="replace") if Path(card).is_file() else ""
 
 
 def hub_origin(folder: Path) -> str | None:

@@ -9,14 +9,14 @@ dense minus mixture. Nothing of it is fitted to our runs; how far off it was in 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from btx.model_files.card_tokens import card_tokens
+from btx.model_files.hub import model_card
 from btx.models.cost import ModelCost, config_cost
+from btx.number_texts import count_text
 from btx.planning.costs import Costs
-from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 
 ENOUGH = 10
@@ -109,7 +109,7 @@ def predict_gain(run: RunFolder, dense_config: dict[str, Any], mixture: ModelCos
         costs: of the run's stages.
     """
     recipe, dense = run.recipe, config_cost(dense_config)
-    seed_tokens, source = tokens_read(recipe, costs)
+    seed_tokens, source = tokens_read(run, dense.total_params, costs)
     if not seed_tokens:
         return None
     bytes_per_token, length = bytes_per_token_of(run) or BYTES_PER_TOKEN, recipe.data.sequence_length
@@ -122,29 +122,25 @@ def predict_gain(run: RunFolder, dense_config: dict[str, Any], mixture: ModelCos
                       gain + UNCERTAINTY, bytes_per_token, flops / seed_flops, in_proportion)  # fmt: skip
 
 
-def tokens_read(recipe: Recipe, costs: Costs) -> tuple[float, str]:
-    """Tokens that the seed model has read, and where that is known from; 0 where nobody says."""
-    seed = recipe.seed_model
+def tokens_read(run: RunFolder, parameters: int, costs: Costs) -> tuple[float, str]:
+    """Tokens that the seed model has read, and where that is known from; 0 where nobody says.
+
+    Args:
+        parameters: of the seed model: a card may tell of several models.
+    """
+    seed = run.recipe.seed_model
     if seed.config is not None:
         return costs["seed"].tokens, "the recipe"
     if seed.pretrained_tokens is not None:
         return seed.pretrained_tokens, "seed_model.pretrained_tokens"
-    card = Path(seed.path or "") / "README.md"
-    if card.is_file() and (tokens := card_tokens(card.read_text("utf-8", errors="replace"))):
-        return tokens, str(card)
-    return 0, ""
-
-
-SCALES = {"trillion": 1e12, "t": 1e12, "billion": 1e9, "b": 1e9}
-TOKENS = re.compile(
-    r"(\d+(?:[.,]\d+)?)\s*\+?\s*(trillion|billion|T|B)\b\**(?:\s+(?!parameters|and)[a-z-]+){0,2}\s+tokens", re.I
-)
-
-
-def card_tokens(card: str) -> float:
-    """The most tokens that a model card names; 0 if it names none."""
-    counts = [float(count.replace(",", ".")) * SCALES[scale.lower()] for count, scale in TOKENS.findall(card)]
-    return max(counts, default=0.0)
+    assert seed.path is not None  # the schema guarantees it
+    there = run.model("seed") if run.model("seed").exists() else seed.path
+    card = model_card(there, seed.revision, may_fetch=seed.plan_config is None)
+    tokens, numbers = card_tokens(card, parameters)
+    if len(numbers) < 2:
+        return tokens, f"the card of {seed.path}"
+    return tokens, (f"the card of {seed.path}, the most of {', '.join(map(count_text, numbers))} there; "
+                    f"seed_model.pretrained_tokens says which")  # fmt: skip
 
 
 def bytes_per_token_of(run: RunFolder) -> float | None:

@@ -354,6 +354,11 @@ def _baselines_take_their_settings(recipe: Recipe) -> str | None:
             return f"{where}.load_balancing: {name} is dense, it has no routers to balance"
         if named.load_balancing is not None and "load_balancing" in kind.changes:
             return f"{where}.load_balancing: {name} is the baseline without it"
+        phases = [recipe.train.schedule] * kind.two_phases + [recipe.finetune.schedule]
+        schedules = [named.schedule] if named.schedule else phases
+        for field in ("decay_share", "decay_shape"):
+            if getattr(named, field) is not None and "wsd" not in schedules:
+                return f"{where}.{field} goes with schedule: wsd; here it is {' and '.join(dict.fromkeys(schedules))}"
     return None
 
 

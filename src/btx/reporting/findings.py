@@ -12,8 +12,8 @@ from typing import Any
 from btx.number_texts import count_text, flops_text, hours_text, is_number, percent_text, signed_percent
 from btx.reporting.headline import paired_differences
 from btx.reporting.oracle import mean_of
-from btx.reporting.paired_bootstrap import chance_text
-from btx.reporting.results import Results, learning_and_keeping_means
+from btx.reporting.paired_bootstrap import SIGNIFICANT, chance_text
+from btx.reporting.results import EXPERT, Results, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import mean_load
 
@@ -94,7 +94,10 @@ def predicted(run: Run) -> str:
     dense = next((name for name in ("dense_cm", "dense_dm") if name in models), None)
     if dense is None or not is_number(ours) or not is_number(models[dense].get("mean_bits_per_byte")):
         return f"{said}; no dense baseline was trained to compare with."
-    return f"{said}; against {dense} it is {models[dense]['mean_bits_per_byte'] - ours:+.3f}."
+    theirs, parts = (learning_and_keeping_means(models[name], run.branches) for name in (dense, "btx"))
+    apart = ", ".join(f"{part} {theirs[part] - bits:+.3f}" for part, bits in parts.items() if part in theirs)
+    gained = f"{models[dense]['mean_bits_per_byte'] - ours:+.3f}" + (f" ({apart})" if apart else "")
+    return f"{said}; against {dense} it is {gained}."
 
 
 def oracle(run: Run) -> str:
@@ -105,8 +108,19 @@ def oracle(run: Run) -> str:
     return (
         f"Before the finetuning the mix was {abs(gap):.3f} bits per byte {'behind' if gap > 0 else 'ahead of'} each "
         f"domain's best model; experts needed {mean:.1f} % fewer bits at home than the seed model, which lets expect "
-        f"{run.oracle['predicted_gain']:.1f} % over the best single expert (arXiv 2603.22755)."
+        f"{run.oracle['predicted_gain']:.1f} % over the best single expert (arXiv 2603.22755){_over_best_expert(run)}."
     )
+
+
+def _over_best_expert(run: Run) -> str:
+    """What btx has come to need against the expert model with the lowest mean."""
+    models = run.results.get("models", {})
+    means = {name: bits for name in models if is_number(bits := models[name].get("mean_bits_per_byte"))}
+    best = min(filter(lambda name: name.startswith(EXPERT), means), key=means.__getitem__, default=None)
+    if "btx" not in means or best is None:
+        return ""
+    saved = 100 * (1 - means["btx"] / means[best])
+    return f"; after it btx needs {abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} bits than {best}"
 
 
 def training(run: Run) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXPERT = "expert/"
+MEANS = ("mean", "learning", "keeping", "mixed")
 
 _DESCRIPTIONS = {
     "seed": "seed model, untouched",
@@ -56,9 +57,7 @@ class Row:
     name: str
     description: str
     domains: list[Cell]
-    mean: Cell
-    mixed: Cell | None
-    """Documents that switch domain; None where they were measured of no model."""
+    means: list[Cell]
     tasks: list[Cell]
     costs: list[Cell]
     gains: list[float | None]
@@ -66,7 +65,7 @@ class Row:
     @property
     def quality(self) -> list[Cell]:
         """All cells but the costs, as `Results.quality_titles`."""
-        return [*self.domains, self.mean, *([self.mixed] if self.mixed else []), *self.tasks]
+        return [*self.domains, *self.means, *self.tasks]
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,11 @@ class Results:
     """The results table: columns and rows in the order of the file."""
 
     domains: list[str]
+    means: list[str]
+    """mean; learning and keeping, where some domains have a branch and others have none; mixed, where documents that
+    switch domain were measured."""
     tasks: list[str]
     rows: list[Row]
-    mixed: bool
-    """Whether documents that switch domain were measured."""
 
     def quality_titles(self, tasks: Iterable[str]) -> list[str]:
         """Titles of the rows' `quality`.
@@ -85,7 +85,7 @@ class Results:
         Args:
             tasks: those of the tasks.
         """
-        return [*self.domains, "mean", *(["mixed"] if self.mixed else []), *tasks]
+        return [*self.domains, *self.means, *tasks]
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
@@ -106,17 +106,15 @@ def results_table(results: Mapping[str, Any]) -> Results:
     tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
     best_domain = {d: _best((bits_of(m, d) for m in models.values()), min) for d in domains}
     best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
-    best_mean = _best((m.get("mean_bits_per_byte") for m in models.values()), min)
-    mixed = [model["mixed"] for model in models.values() if "mixed" in model]
-    best_mixed = _best((measured.get("bits_per_byte") for measured in mixed), min)
+    means = [name for name in MEANS if name == "mean" or any(map(is_number, (_mean(m, name) for m in models.values())))]
+    best_mean = {name: _best((_mean(m, name) for m in models.values()), min) for name in means}
     seed = models.get("seed", {})
     rows = [
         Row(
             name=name,
             description=describe(name) if "other" not in model else f"not the run's: {model['other']['path']}",
-            domains=[_measured_cell(model.get("domains", {}).get(d, {}), best_domain[d]) for d in domains],
-            mean=_cell(model.get("mean_bits_per_byte"), None, best_mean),
-            mixed=_measured_cell(model.get("mixed", {}), best_mixed) if mixed else None,
+            domains=[_bits_cell(model, d, best_domain[d]) for d in domains],
+            means=[_mean_cell(model, name, best_mean[name]) for name in means],
             tasks=[_task_cell(model, t, best_task[t]) for t in tasks],
             costs=_cost_cells(model),
             gains=[_gain(bits_of(model, d), bits_of(seed, d)) for d in domains]
@@ -124,7 +122,7 @@ def results_table(results: Mapping[str, Any]) -> Results:
         )
         for name, model in models.items()
     ]
-    return Results(domains, tasks, rows, bool(mixed))
+    return Results(domains, means, tasks, rows)
 
 
 def report_table(results: Mapping[str, Any]) -> Table:
@@ -190,8 +188,17 @@ def _cell(value: Any, error: Any, best: Any) -> Cell:
     )
 
 
-def _measured_cell(measured: Mapping[str, Any], best: Any) -> Cell:
-    return _cell(measured.get("bits_per_byte"), measured.get("stderr"), best)
+def _mean(model: Mapping[str, Any], name: str) -> Any:
+    """Bits per byte of a column of means."""
+    return model.get("mixed", {}).get("bits_per_byte") if name == "mixed" else model.get(f"{name}_bits_per_byte")
+
+
+def _mean_cell(model: Mapping[str, Any], name: str, best: Any) -> Cell:
+    return _cell(_mean(model, name), model.get("mixed", {}).get("stderr") if name == "mixed" else None, best)
+
+
+def _bits_cell(model: Mapping[str, Any], domain: str, best: Any) -> Cell:
+    return _cell(bits_of(model, domain), model.get("domains", {}).get(domain, {}).get("stderr"), best)
 
 
 def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:

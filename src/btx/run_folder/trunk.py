@@ -8,12 +8,14 @@ gone on with wherever that hash is the same.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btx.files import atomic_folder, link_or_copy, read_json
+from btx.errors import RunFolderError
+from btx.files import atomic_folder, file_sha256, link_or_copy, read_json
 from btx.process import Log
 from btx.recipe.training import Training
 from btx.training.schedule import steps_before_decay
@@ -43,10 +45,18 @@ def trunk_steps(shown: Mapping[str, Any]) -> int:
     Args:
         shown: the stage's settings with all defaults filled in.
     """
+    return steps_before_decay(all_steps(shown), _training(shown))
+
+
+def all_steps(shown: Mapping[str, Any]) -> int:
+    """Steps of a stage; `shown` as for `trunk_steps`."""
+    return _training(shown).steps(shown["sequence_length"])
+
+
+def _training(shown: Mapping[str, Any]) -> Training:
     where = shown.get("seed_model", shown)
     section = next(where[name] for name in SECTIONS if isinstance(where.get(name), dict))
-    training = Training.model_validate({name: section[name] for name in Training.model_fields if name in section})
-    return steps_before_decay(training.steps(shown["sequence_length"]), training)
+    return Training.model_validate({name: section[name] for name in Training.model_fields if name in section})
 
 
 def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], log: Log) -> bool:
@@ -58,34 +68,53 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
         at_most: steps of the stage that are on it.
         folder: the stage's folder.
         donors: folders of the same stage, elsewhere; they stay as they are.
-        log: told which one it goes on from.
+        log: told which one it goes on from, and which are damaged and passed over.
 
     Returns:
         Whether there was one.
     """
     if list((folder / STATE_FOLDER).glob("step-*")):
         return False
-    checkpoints = [(step, checkpoint) for donor in donors for step, checkpoint in _on_trunk(donor, trunk)
-                   if step <= at_most]  # fmt: skip
-    if not checkpoints:
-        return False
-    step, checkpoint = max(checkpoints, key=lambda pair: pair[0])
+    checkpoints = {(step, checkpoint) for donor in donors for step, checkpoint in checkpoints_on_trunk(donor, trunk)
+                   if step <= at_most}  # fmt: skip
+    for step, checkpoint in sorted(checkpoints, reverse=True):
+        if problem := _damage(checkpoint):
+            log(f"{folder.name}: does not go on from step {step} of {checkpoint.parent.parent}: {problem}")
+            continue
+        _take(checkpoint, folder)
+        log(f"{folder.name}: goes on from step {step} of {checkpoint.parent.parent}, which is the same training until "
+            f"there")  # fmt: skip
+        return True
+    return False
+
+
+def _take(checkpoint: Path, folder: Path) -> None:
     donor = checkpoint.parent.parent
     folder.mkdir(parents=True, exist_ok=True)
     if (donor / METRICS).is_file():
         shutil.copy2(donor / METRICS, folder / METRICS)
     with atomic_folder(folder / STATE_FOLDER / checkpoint.name) as beside:
         link_or_copy(checkpoint, beside)
-    log(f"{folder.name}: goes on from step {step} of {donor}, which is the same training until there")
-    return True
 
 
-def _on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
+def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
     checkpoints = []
     for state in sorted((donor / STATE_FOLDER).glob("step-*/**/state.json")):
-        facts = read_json(state) or {}
+        facts: dict[str, Any] = {}
+        with contextlib.suppress(RunFolderError):  # a broken one is no checkpoint to go on from
+            facts = read_json(state) or {}
         if facts.get("trunk") == trunk:
             checkpoint = state.parent if state.parent.name.startswith("step-") else state.parent.parent
             checkpoints.append((int(facts["step"]), checkpoint))
     return checkpoints
+
+
+def _damage(checkpoint: Path) -> str:
+    """The first file of a checkpoint that is not as it was written; empty if all are."""
+    for state in sorted(checkpoint.glob("**/state.json")):
+        for name, sha256 in (read_json(state) or {})["sha256"].items():
+            file = state.parent / name
+            if not file.is_file() or file_sha256(file) != sha256:
+                return f"{file} is not as it was written"
+    return ""

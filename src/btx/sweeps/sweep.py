@@ -20,6 +20,7 @@ from btx.evaluation.aggregate import aggregate, read_results
 from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, trunk_steps
 from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
@@ -95,23 +96,33 @@ def runs_in(folder: Path) -> list[tuple[str, int, Path]]:
 
 
 def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]:
-    """Where each run stands: {"variant", "rng_seed", "folder", "stages": {NAME: state}}.
+    """Where each run stands: {"variant", "rng_seed", "folder", "stages": {NAME: state}, "goes_on": {NAME: share of its
+    steps that it need not make, as they are on another's trunk}}.
 
     States are those of a run's stages, and `shared` for a stage that is not there yet and will be taken over, or made
     by an earlier run of the sweep.
     """
-    rows, made_before = [], set[str]()
+    rows, made_before, trunks = [], set[str](), dict[str, set[int]]()
     everywhere = [*runs_below(plan.folder), *donors]
     for run in plan.runs:
-        stages: dict[str, str] = {}
+        stages, goes_on = dict[str, str](), dict[str, float]()
         for stage in run.stages:
             state: str = run.run_folder.state(stage)
             if state != "done" and (stage.inputs in made_before or any(donors_of(stage, everywhere))):
                 state = "shared"
             stages[stage.name] = state
             made_before.add(stage.inputs)
+            if stage.trains and stage.trunk is not None:
+                steps = trunk_steps(stage.shown)
+                made = trunks.setdefault(stage.trunk, set())
+                made |= {step for other in everywhere
+                         for step, _ in checkpoints_on_trunk(other / stage.name, stage.trunk)}  # fmt: skip
+                furthest = max((step for step in made if step <= steps), default=0)
+                if state not in ("done", "shared") and furthest:
+                    goes_on[stage.name] = furthest / all_steps(stage.shown)
+                made.add(steps)
         rows.append({"variant": run.variant.label, "rng_seed": run.rng_seed, "folder": str(run.folder),
-                     "stages": stages})  # fmt: skip
+                     "stages": stages, "goes_on": goes_on})  # fmt: skip
     return rows
 
 

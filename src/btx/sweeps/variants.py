@@ -25,6 +25,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.stages_of_recipe import build_graph
 from btx.run_folder.threads import jobs_at_once, processors
+from btx.training.schedule import steps_before_decay
 
 OWN_KEYS = {
     "rng_seed": "the rng seeds are given by --rng-seeds",
@@ -92,7 +93,8 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Everything a sweep will run, in order: rng seed by rng seed, so that the variants can be compared early."""
+    """Everything a sweep will run, in order: rng seed by rng seed, so that the variants can be compared early, and what
+    others go on from first."""
 
     name: str
     folder: Path
@@ -154,7 +156,16 @@ def plan_sweep(
                     problems.append((variant.label, str(error)))
     if problems:
         raise RecipeError("\n".join(f"variant {label}: {text}" for label, text in problems))
+    plan.runs.sort(key=lambda run: (run.rng_seed, _steps_that_are_shared(run.recipe)))
     return plan
+
+
+def _steps_that_are_shared(recipe: Recipe) -> list[int]:
+    """Steps before any decay, training by training: of two runs the one with fewer goes first, as the other one goes on
+    from there, and nothing is cut off."""
+    trainings = [recipe.seed_model.train, recipe.train, recipe.finetune]
+    length = recipe.data.sequence_length
+    return [steps_before_decay(training.steps(length), training) for training in trainings if training is not None]
 
 
 def model_names(recipe: Recipe) -> list[str]:

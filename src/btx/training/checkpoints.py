@@ -42,7 +42,7 @@ class Checkpoints(Protocol):
         """Name of the newest checkpoint that is whole, for messages; waits, and raises as `close`."""
 
     def keep_only_last(self) -> None:
-        """Remove all but the newest, once the stage's model is written."""
+        """Remove all but one, once the stage's model is written: the newest that others can go on from."""
 
 
 class NoCheckpoints:

@@ -21,7 +21,7 @@ from btx.training.compiled import compiled_layers
 from btx.training.job import TrainingJob
 from btx.training.metrics import Metrics, StepRecord
 from btx.training.optimizer import adamw, set_learning_rate, skips_on_device
-from btx.training.schedule import learning_rate
+from btx.training.schedule import learning_rate, steps_before_decay
 from btx.training.spikes import SpikeWatch
 from btx.training.step import Facts, launch_step, numbers_of_micro_batch, training_step
 from btx.training.working_weights import give_back_float32, hold_frozen_in_bfloat16
@@ -63,6 +63,7 @@ def run_training(
     tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
     samples_per_step = tokens_per_step // job.mixture.sequence_length
     total_steps = settings.steps(job.mixture.sequence_length)
+    to_keep = (steps_before_decay(total_steps, settings), total_steps)
     if read_later is None:
         read_later = job.device.type == "cuda" and settings.on_spike == "log" and skips_on_device(optimizer)
     metrics = Metrics(job.folder / "metrics.jsonl", done, job.peak_tokens_per_s)
@@ -90,7 +91,7 @@ def run_training(
             record.launched(finished, rate, take(step))
             job.checkpoints.check()
             ending = largest(interrupts.pending or 0)  # a signal may reach processes in different steps
-            if finished % settings.checkpoint_every == 0 or finished == total_steps or ending:
+            if finished % settings.checkpoint_every == 0 or finished in to_keep or ending:
                 record.read()
                 job.checkpoints.save(finished, model, optimizer)
                 record.go_on()

@@ -159,8 +159,9 @@ class StateFolder:
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state after `step` finished optimiser steps and let a thread write it as a checkpoint, then remove
-        all but the last two. Waits while the checkpoint before is still being written, and writes before it returns
-        where memory has no room for the copy; both are said once.
+        all but two: the last, and the one before it or the last on the trunk, from which others go on. Waits while the
+        checkpoint before is still being written, and writes before it returns where memory has no room for the copy;
+        both are said once.
 
         Raises:
             RunFolderError: the checkpoint before could not be written, or an input has changed; what is whole is
@@ -233,7 +234,8 @@ class StateFolder:
         return str(complete[-1]) if complete else "none yet"
 
     def keep_only_last(self) -> None:
-        """Remove all checkpoints but the newest, once this process's part is written; raises as `close`."""
+        """Remove all checkpoints but one, once this process's part is written: the last on the trunk, where that is of
+        use to others, or the newest; raises as `close`."""
         self.close()
         if process_number() == 0:
             self._remove_all_but(1)
@@ -254,10 +256,14 @@ class StateFolder:
         """Oldest first."""
         return sorted(self.folder.glob("step-*"))
 
-    def _remove_all_but(self, newest: int) -> None:
-        """Remove what is older than the `newest` complete checkpoints; others may still be writing younger ones."""
+    def _remove_all_but(self, count: int) -> None:
+        """Remove all but the `count` newest complete checkpoints, of which the oldest gives way to the last on the
+        trunk; others may still be writing younger ones."""
         complete = [checkpoint for checkpoint in self._all() if complete_in(checkpoint)]
-        for oldest in complete[-newest:][:1]:
-            for old in [checkpoint for checkpoint in self._all() if checkpoint < oldest]:
+        kept, steps = complete[-count:], self.trunk[1] if self.trunk is not None else 0
+        for last_on_trunk in [checkpoint for checkpoint in complete if checkpoint.name <= step_name(steps)][-1:]:
+            kept = kept if last_on_trunk in kept else [last_on_trunk, *kept[1:]]
+        for old in [checkpoint for checkpoint in self._all() if complete and checkpoint <= complete[-1]]:
+            if old not in kept:
                 shutil.rmtree(old)
         remove_left_overs(self.folder, r"step-\d+")

@@ -12,7 +12,7 @@ from typing import Any
 from btx.number_texts import count_text, flops_text, hours_text, is_number, percent_text, signed_percent
 from btx.reporting.headline import paired_differences
 from btx.reporting.oracle import mean_of
-from btx.reporting.paired_bootstrap import SIGNIFICANT, chance_text
+from btx.reporting.paired_bootstrap import chance_text
 from btx.reporting.results import EXPERT, Results, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import mean_load

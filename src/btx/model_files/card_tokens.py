@@ -101,10 +101,10 @@ def _counts_in_cell(cell: str, column: str, others: list[str]) -> Iterator[Count
 
 def _counts_in(sentence: str) -> Iterator[Count]:
     size = None
-    for found in QUANTITY.finditer(sentence):
-        value, scale = _value(found), (found[2] or "")[:1].lower()
-        before = sentence[max(0, found.start() - NEAR) : found.start()]
-        behind = sentence[found.end() : found.end() + NEAR]
+    for quantity in QUANTITY.finditer(sentence):
+        value, scale = _value(quantity), (quantity[2] or "")[:1].lower()
+        before = sentence[max(0, quantity.start() - NEAR) : quantity.start()]
+        behind = sentence[quantity.end() : quantity.end() + NEAR]
         then = THEN_TOKENS.match(behind)
         if then or AFTER_TOKENS.search(before):
             if value >= LEAST and not LATER.search(before):
@@ -114,23 +114,23 @@ def _counts_in(sentence: str) -> Iterator[Count]:
             size = value
 
 
-def _value(found: re.Match[str]) -> float:
-    in_thousands = re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", found[1])
-    number = float(found[1].replace(",", "" if in_thousands else "."))
-    return number * SCALES.get((found[2] or "")[:1].lower(), 1.0)
+def _value(quantity: re.Match[str]) -> float:
+    in_thousands = re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", quantity[1])
+    number = float(quantity[1].replace(",", "" if in_thousands else "."))
+    return number * SCALES.get((quantity[2] or "")[:1].lower(), 1.0)
 
 
 def _size(text: str) -> float | None:
     """The first number of parameters in a text."""
-    return next((size for found in QUANTITY.finditer(text) if (size := _size_of(found, text))), None)
+    return next((size for quantity in QUANTITY.finditer(text) if (size := _size_of(quantity, text))), None)
 
 
 def _size_at(text: str) -> float | None:
     """The number of parameters that a text begins with."""
-    found = QUANTITY.match(text)
-    return _size_of(found, text) if found else None
+    quantity = QUANTITY.match(text)
+    return _size_of(quantity, text) if quantity else None
 
 
-def _size_of(found: re.Match[str], text: str) -> float | None:
-    is_size = (found[2] or "")[:1].lower() in ("b", "m") and not THEN_TOKENS.match(text, found.end())
-    return _value(found) if is_size else None
+def _size_of(quantity: re.Match[str], text: str) -> float | None:
+    is_size = (quantity[2] or "")[:1].lower() in ("b", "m") and not THEN_TOKENS.match(text, quantity.end())
+    return _value(quantity) if is_size else None

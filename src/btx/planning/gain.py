@@ -22,7 +22,7 @@ from btx.run_folder.folder import RunFolder
 ENOUGH = 10
 """Tokens a parameter from which the law says that a mixture of small models wins (docs/results.md)."""
 BYTES_PER_TOKEN = 4.0
-"""Where the text is not prepared yet."""
+"""Where the text is not prepared yet. The law is in nats a token, the gain per byte: fewer bytes a token, more gain."""
 UNCERTAINTY = 0.02
 """Bits per byte: half as much again as the root mean square of outcome minus prediction in the runs of docs/results.md,
 whose training after the seed model was a third of the seed model's."""
@@ -162,7 +162,7 @@ def gain_notes(prediction: Prediction | None) -> list[str]:
     said = (
         f"the seed model has read {ratio:,.{0 if ratio >= 100 else 1}f} tokens a parameter (by {prediction.source}); "
         f"predicted gain over dense training at equal FLOPs: {prediction.gain:+.3f} ± {UNCERTAINTY:.2f} bits per byte "
-        f"(law of arXiv 2502.05172, docs/results.md)"
+        f"at {prediction.bytes_per_token:.1f} bytes a token (law of arXiv 2502.05172, docs/results.md)"
     )
     short = (
         f"the training after the seed model is {100 * prediction.phase_share:.2g} % of its tokens: were it a third, "

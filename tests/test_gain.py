@@ -101,6 +101,8 @@ def test_the_report_shows_the_prediction_beside_what_came_out(tmp_path: Path) ->
     both = findings.predicted(finished(tmp_path, {"btx": btx, "dense_cm": {"mean_bits_per_byte": 1.772}}))
     assert both.startswith("At 30.5 tokens a parameter")
     assert both.endswith("against dense_cm it is +0.043.")
+    other = findings.predicted(finished(tmp_path, {"btx": btx, "dense_dm": {"mean_bits_per_byte": 1.772}}))
+    assert other.endswith("against dense_dm, which had the same data and other FLOPs, it is +0.043.")
     run = finished(tmp_path, {
         name: {"mean_bits_per_byte": (a + b) / 2, "predicted_gain": gain,
                "domains": {"math": {"bits_per_byte": a}, "general": {"bits_per_byte": b}}}

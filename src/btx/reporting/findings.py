@@ -97,7 +97,8 @@ def predicted(run: Run) -> str:
     theirs, parts = (learning_and_keeping_means(models[name], run.branches) for name in (dense, "btx"))
     apart = ", ".join(f"{part} {theirs[part] - bits:+.3f}" for part, bits in parts.items() if part in theirs)
     gained = f"{models[dense]['mean_bits_per_byte'] - ours:+.3f}" + (f" ({apart})" if apart else "")
-    return f"{said}; against {dense} it is {gained}."
+    matched = "" if dense == "dense_cm" else ", which had the same data and other FLOPs,"
+    return f"{said}; against {dense}{matched} it is {gained}."
 
 
 def oracle(run: Run) -> str:

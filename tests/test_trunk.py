@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from btx.files import file_sha256, read_json
+from btx.files import file_sha256, read_json, write_bytes, write_sealed
 from btx.metrics_file import read_metrics
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.trunk import trunk_steps
+from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep_state
 from btx.sweeps.variants import plan_sweep
@@ -119,6 +119,25 @@ def test_a_damaged_checkpoint_of_another_run_is_passed_over(here: Path, tmp_path
     assert [path.name for path in (run.path / "seed/state").iterdir()] == ["step-00000002"]
     told = [line for line in lines if "does not go on from step 2" in line]
     assert bool(told) == (file != "state.json")
+
+
+@pytest.mark.parametrize("why", ["not every process has written its part", "not readable as JSON"])
+def test_a_checkpoint_of_several_processes_is_passed_over_without_all_their_parts(tmp_path: Path, why: str) -> None:
+    """Parts as `btx.training.checkpoint_parts` lays them out, of two processes; in step 4 one is missing or broken."""
+    state = tmp_path / "donor/seed/state"
+    for step, process in ((2, 0), (2, 1), (4, 0)):
+        part = state / f"step-{step:08d}/part-{process:05d}-of-00002"
+        hashes = {}
+        for name in ("weights.safetensors", "optimizer.safetensors"):
+            write_bytes(part / name, b"numbers")
+            hashes[name] = file_sha256(part / name)
+        write_sealed(part / "state.json", {"step": step, "marks": {}, "sha256": hashes, "trunk": "a"})
+    if "JSON" in why:
+        write_bytes(state / "step-00000004/part-00001-of-00002/state.json", b"{")
+    lines: list[str] = []
+    assert take_trunk("a", 4, tmp_path / "run/seed", [state.parent], lines.append)
+    assert [path.name for path in (tmp_path / "run/seed/state").iterdir()] == ["step-00000002"]
+    assert why in lines[0]
 
 
 def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_train(here: Path, tmp_path: Path) -> None:

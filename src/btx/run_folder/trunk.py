@@ -16,6 +16,7 @@ from typing import Any
 
 from btx.errors import RunFolderError
 from btx.files import atomic_folder, file_sha256, link_or_copy, read_json
+from btx.outputs import CheckpointState
 from btx.process import Log
 from btx.recipe.training import Training
 from btx.training.schedule import steps_before_decay
@@ -100,20 +101,33 @@ def _take(checkpoint: Path, folder: Path) -> None:
 def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
     checkpoints = []
-    for state in sorted((donor / STATE_FOLDER).glob("step-*/**/state.json")):
-        facts: dict[str, Any] = {}
-        with contextlib.suppress(RunFolderError):  # a broken one is no checkpoint to go on from
-            facts = read_json(state) or {}
-        if facts.get("trunk") == trunk:
-            checkpoint = state.parent if state.parent.name.startswith("step-") else state.parent.parent
-            checkpoints.append((int(facts["step"]), checkpoint))
+    for checkpoint in sorted((donor / STATE_FOLDER).glob("step-*")):
+        for state in _states(checkpoint):
+            facts: dict[str, Any] = {}
+            with contextlib.suppress(RunFolderError):  # a broken one is no checkpoint to go on from
+                facts = read_json(state) or {}
+            if facts.get("trunk") == trunk:
+                checkpoints.append((int(facts["step"]), checkpoint))
     return checkpoints
 
 
+def _states(checkpoint: Path) -> list[Path]:
+    """state.json of each part of a checkpoint that is written."""
+    return sorted([*checkpoint.glob("state.json"), *checkpoint.glob("part-*-of-*/state.json")])
+
+
 def _damage(checkpoint: Path) -> str:
-    """The first file of a checkpoint that is not as it was written; empty if all are."""
-    for state in sorted(checkpoint.glob("**/state.json")):
-        for name, sha256 in (read_json(state) or {})["sha256"].items():
+    """What of a checkpoint is missing, or not as it was written; empty if all is whole."""
+    states = _states(checkpoint)
+    for state in states:
+        _, _, processes = state.parent.name.partition("-of-")
+        if processes and sum(other.parent.name.endswith(f"-of-{processes}") for other in states) < int(processes):
+            return f"{checkpoint}: not every process has written its part"
+        try:
+            facts = read_json(state, CheckpointState)
+        except RunFolderError as error:
+            return str(error)
+        for name, sha256 in facts["sha256"].items():
             file = state.parent / name
             if not file.is_file() or file_sha256(file) != sha256:
                 return f"{file} is not as it was written"

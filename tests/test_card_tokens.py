@@ -58,6 +58,7 @@ LLAMA_2 = """||Training Data|Params|Content Length|GQA|Tokens|LR|
     (OLMO_2, 7.3e9, 4e12), (OLMO_2, 13.7e9, 5e12), ("4T tokens for the 1B model, 8T tokens for the 9B", 1.2e9, 4e12),
     ("Fine-tuned from a Llama on 1.5B tokens of chats.", 1e9, 0), ("continually pre-trained on 50B tokens", 9e9, 0),
     ("The instruct model, fine-tuned on 1B tokens. Pretrained on 4T tokens.", 1e9, 4e12), ("3B tokens per day", 1e9, 0),
+    ("trained on 2T tokens, not 1e400 tokens or 9e99 tokens", 1e9, 2e12),
 ])  # fmt: skip
 def test_a_card_says_how_many_tokens_were_read(card: str, parameters: float, tokens: float) -> None:
     assert card_tokens(card, parameters)[0] == tokens

@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-LEAST = 1e8
-"""Fewer tokens than that are a context or a batch."""
+LEAST, MOST = 1e8, 1e15
+"""Fewer tokens than that are a context or a batch, more a misprint."""
 SAME_SIZE = 1.5
 """Parameters of a model over those that it is called by, or the other way round: Gemma 2 2B has 2.6 billion."""
 
 SCALES = {"t": 1e12, "b": 1e9, "m": 1e6, "g": 1e9}
 """First letter of a scale → what it stands for."""
+TAG = re.compile(r"</?\w[^<>\n]*>")
+LINK = re.compile(r"\[([^\[\]\n]*)\]\([^)\[\n]*\)")
+"""Neither reads over the beginning of the next one, so that a card of beginnings alone takes no quadratic time."""
 QUANTITY = re.compile(
     r"(?<![\w.,])(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?(?:e\+?\d+)?)"
     r"(?:\s*\+?[\s-]*(trillion|billion|million|bn|[TBM]|tera|giga)(?=tokens?\b|(?<!tera)(?<!giga)(?!\w)))?",
@@ -76,7 +79,7 @@ def _alike(size: float, parameters: float) -> bool:
 
 
 def _counts(card: str) -> Iterator[Count]:
-    text = re.sub(r"\[([^\]\n]*)\]\([^)\n]*\)", r"\1", re.sub(r"</?\w[^>\n]*>", " ", card)).replace("*", "")
+    text = LINK.sub(r"\1", TAG.sub(" ", card)).replace("*", "")
     columns: list[str] = []
     for part in PARTS.split(text):
         row = part.strip()
@@ -107,7 +110,7 @@ def _counts_in(sentence: str) -> Iterator[Count]:
         behind = sentence[quantity.end() : quantity.end() + NEAR]
         then = THEN_TOKENS.match(behind)
         if then or AFTER_TOKENS.search(before):
-            if value >= LEAST and not LATER.search(before):
+            if LEAST <= value <= MOST and not LATER.search(before):
                 said = OF_SIZE.match(behind, then.end()) if then else None
                 yield Count(value, (_size_at(behind[said.end() :]) if said else None) or size)
         elif scale in ("b", "m"):

@@ -114,7 +114,7 @@ def _held_out(run: RunFolder, domain: str, stage: Stage) -> np.ndarray:
     with contextlib.suppress(OSError, ValueError, EOFError):
         return np.asarray(np.load(kept, allow_pickle=False))
     digests = held_out_digests(run.recipe, domain)
-    with contextlib.suppress(RunFolderError), io.BytesIO() as file:  # it only saves time
+    with contextlib.suppress(OSError, RunFolderError), io.BytesIO() as file:  # it only saves time
         np.save(file, digests)
         write_bytes(kept, file.getvalue())
     return digests

@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="starts an engine and takes minutes: make test-engines"))
         return
     for item in items:
-        cluster = next((cluster for cluster in CLUSTERS if item.get_closest_marker(cluster)), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(cluster))
+        group = next((cluster for cluster in CLUSTERS if item.get_closest_marker(cluster)), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish() -> None:

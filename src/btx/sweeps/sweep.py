@@ -20,6 +20,7 @@ from btx.evaluation.aggregate import aggregate, read_results
 from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.graph import Stage
 from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, trunk_steps
 from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
@@ -102,7 +103,7 @@ def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]
     States are those of a run's stages, and `shared` for a stage that is not there yet and will be taken over, or made
     by an earlier run of the sweep.
     """
-    rows, made_before, trunks = [], set[str](), dict[str, set[int]]()
+    rows, made_before, trunks = [], set[str](), dict[tuple[str, str], set[int]]()
     everywhere = [*runs_below(plan.folder), *donors]
     for run in plan.runs:
         stages, goes_on = dict[str, str](), dict[str, float]()
@@ -112,18 +113,30 @@ def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]
                 state = "shared"
             stages[stage.name] = state
             made_before.add(stage.inputs)
-            if stage.trains and stage.trunk is not None:
-                steps = trunk_steps(stage.shown)
-                made = trunks.setdefault(stage.trunk, set())
-                made |= {step for other in everywhere
-                         for step, _ in checkpoints_on_trunk(other / stage.name, stage.trunk)}  # fmt: skip
-                furthest = max((step for step in made if step <= steps), default=0)
-                if state not in ("done", "shared") and furthest:
-                    goes_on[stage.name] = furthest / all_steps(stage.shown)
-                made.add(steps)
+            share = _share_on_trunk(stage, trunks, everywhere)
+            if share and state not in ("done", "shared"):
+                goes_on[stage.name] = share
         rows.append({"variant": run.variant.label, "rng_seed": run.rng_seed, "folder": str(run.folder),
                      "stages": stages, "goes_on": goes_on})  # fmt: skip
     return rows
+
+
+def _share_on_trunk(stage: Stage, trunks: dict[tuple[str, str], set[int]], donors: Sequence[Path]) -> float:
+    """Share of a training's steps that are made on its trunk already; 0 for what has none.
+
+    Args:
+        trunks: stage and trunk → steps made until now; those of this training are added.
+        donors: run folders with checkpoints; each trunk is looked for once.
+    """
+    if not stage.trains or stage.trunk is None:
+        return 0.0
+    made = trunks.get((stage.name, stage.trunk))
+    if made is None:
+        made = {step for donor in donors for step, _ in checkpoints_on_trunk(donor / stage.name, stage.trunk)}
+    steps = trunk_steps(stage.shown)
+    furthest = max((step for step in made if step <= steps), default=0)
+    trunks[stage.name, stage.trunk] = made | {steps}
+    return furthest / all_steps(stage.shown)
 
 
 def write_sweep(plan: SweepPlan, failures: dict[str, str] | None = None, *, figures: bool = False) -> dict[str, Any]:

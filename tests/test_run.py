@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from btx.errors import CheckpointError, RunFolderError
 from btx.files import read_json
@@ -54,6 +55,12 @@ def test_one_command_goes_from_nothing_to_a_report(finished: tuple[Path, str]) -
     assert (run / "report" / "index.html").stat().st_size > 10_000
     assert "bits per byte" in printed
     assert str(Path("runs") / "pico" / "report" / "index.html") in printed
+
+
+def test_status_says_that_every_file_was_verified(finished: tuple[Path, str]) -> None:
+    code, printed, errors = btx_here("status", finished[0], "--verify", cwd=finished[0])
+    assert code == 0, printed + errors
+    assert "verified: every file of the 13 finished stages is as it was written" in errors
 
 
 def test_results_have_the_documented_fields(finished: tuple[Path, str]) -> None:
@@ -212,6 +219,15 @@ def test_bad_input_exits_with_2_and_leaves_no_folder(tmp_path: Path, override: s
     code, _, errors = btx_here("run", "pico.yaml", "data.root=.", override, cwd=tmp_path)
     assert code == 2, errors
     assert expected in errors
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_data_are_prepared(tmp_path: Path) -> None:
+    write_pico_recipe(tmp_path)
+    code, _, errors = btx_here("run", "pico.yaml", "data.root=.", "device=cuda", cwd=tmp_path)
+    assert code == 2, errors
+    assert "torch sees no GPU" in errors
     assert not (tmp_path / "runs").exists()
 
 

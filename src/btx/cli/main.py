@@ -125,6 +125,9 @@ def status(
             remark(f"warning: {problem}")
     if verify and (damaged := [row["why"] for row in rows if row["state"] == "damaged"]):
         raise UserError("\n".join(damaged))
+    if verify:
+        finished = sum(row["state"] == "done" for row in rows)
+        remark(f"verified: every file of the {finished} finished stages is as it was written")
 
 
 def _print_status(run: RunFolder, rows: list[dict[str, Any]]) -> None:

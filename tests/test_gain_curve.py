@@ -14,9 +14,13 @@ import pytest
 
 from btx.evaluation.aggregate import aggregate
 from btx.files import read_json, write_json
+from btx.models.cost import config_cost
+from btx.planning.costs import dense_config
 from btx.planning.plan import plan
+from btx.sweeps.variants import plan_sweep
 from tests.pico_run import pico_recipe, run_here
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DOMAINS = ("birds", "tools", "general")
 BITS = {"seed": (3.0, 3.0, 2.0), "expert/birds": (2.5, 3.2, 2.1), "expert/tools": (3.2, 2.5, 2.1),
         "dense_cm": (2.0, 2.2, 1.8), "upcycling_cm": (2.1, 2.2, 1.7), "btx": (2.3, 2.3, 1.5)}  # fmt: skip
@@ -26,7 +30,7 @@ BITS = {"seed": (3.0, 3.0, 2.0), "expert/birds": (2.5, 3.2, 2.1), "expert/tools"
 def gain() -> Iterator[ModuleType]:
     """benchmarks/gain.py, imported as its command line does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        patch.syspath_prepend(BENCHMARKS)
         yield importlib.import_module("gain")
 
 
@@ -145,3 +149,16 @@ def test_a_law_s_line_and_sizes_have_one_colour_in_all_panels(gain: ModuleType):
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [line.get_color() for line in dashed] == ["red", "blue"]
     assert axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("recipe", ["gain", str(BENCHMARKS / "gain_1m.yaml")])
+def test_every_point_of_the_experiment_has_the_tokens_a_parameter_of_its_name(recipe: str):
+    runs = plan_sweep(recipe, ["data.root=."], rng_seeds=1).runs
+    assert len(runs) >= 3
+    for run in runs:
+        read = run.recipe.seed_model.train.tokens
+        after = len(run.recipe.train.domains) * run.recipe.train.tokens + run.recipe.finetune.tokens
+        parameters = config_cost(dense_config(run.run_folder)).total_params
+        assert read / parameters == pytest.approx(int(run.variant.label.removeprefix("at_")), rel=2e-3)
+        assert after / read == pytest.approx(1 / 3, rel=2e-3)
+        assert run.recipe.finetune.tokens / after == pytest.approx(3 / 4, rel=2e-3)

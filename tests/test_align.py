@@ -185,9 +185,9 @@ def test_the_aligned_model_is_one_of_the_run(aligned: RunFolder, finetuned: Path
 
 
 def test_the_routing_shift_is_what_moved_and_how_far_the_loads_are_apart() -> None:
-    before, after = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 0]]), torch.tensor([[0, 2], [1, 0], [1, 2], [2, 1]])
-    # Loads of 8 choices: 4, 2, 2 before and 2, 3, 3 after.
-    assert shift([before], [after], 3) == {"moved": [0.25], "distance": [0.25]}
+    before, after = np.array([[0], [0], [1], [2]]), np.array([[0], [1], [1], [2]])
+    was_LE, load_LE = torch.tensor([[4, 2, 2]]) / 8, torch.tensor([[2, 3, 3]]) / 8
+    assert shift(was_LE, before, load_LE, after) == {"moved": [0.25], "distance": [0.25]}
 
 
 def test_what_decides_an_alignment_is_what_its_files_hold(aligned: RunFolder, finetuned: Path) -> None:

@@ -79,9 +79,9 @@ def test_padding_does_not_count(tmp_path):
     run, model_path = run_of(tmp_path)
     model, documents = load_model(model_path), held_out_documents(run, settings(), "math", 10**6)
     assert (pack(documents, 200).document_ids_BS < 0).any()
-    padded, tight = domain_routing(model, documents, 200), [domain_routing(model, [d], 200) for d in documents]
+    (padded, _), tight = domain_routing(model, documents, 200), [domain_routing(model, [d], 200) for d in documents]
     assert padded.tokens == sum(len(document.tokens) - 1 for document in documents)
-    assert torch.equal(padded.load_LE, sum(one.load_LE for one in tight))
+    assert torch.equal(padded.load_LE, sum(one.load_LE for one, _ in tight))
 
 
 def test_an_expert_no_token_uses_is_dead(tmp_path):
@@ -93,14 +93,14 @@ def test_an_expert_no_token_uses_is_dead(tmp_path):
         second.gate.weight[0], second.gate.weight[1], second.gate.weight[2] = 1.0, -1.0, 0.0
     first.rule = second.rule = LayerRule(RoutingRule(top_k=1))
     documents = held_out_documents(run, settings(), "math", 400)
-    assert dead_experts([domain_routing(model, documents, 24)]) == [[1, 2]]
+    assert dead_experts([domain_routing(model, documents, 24)[0]]) == [[1, 2]]
 
 
 def test_an_expert_of_one_domain_alone_is_not_dead(tmp_path):
     run, model_path = run_of(tmp_path)
     model = load_model(model_path)
-    totals = domain_routing(model, held_out_documents(run, settings(), "math", 400), 24)
-    other = domain_routing(model, held_out_documents(run, settings(), "general", 400), 24)
+    totals, _ = domain_routing(model, held_out_documents(run, settings(), "math", 400), 24)
+    other, _ = domain_routing(model, held_out_documents(run, settings(), "general", 400), 24)
     totals.load_LE[:, 2] = 0
     assert dead_experts([totals]) == [[0, 2], [1, 2]]
     assert dead_experts([totals, other]) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from btx.evaluation.analyze import RoutingTotals, analyze, least_used_first
 from btx.evaluation.bits_per_byte import bits_per_byte
 from btx.evaluation.kept_experts import POINTS, TOKENS, documents_for_curve, kept_curve
 from btx.evaluation.lag import AFTER, BEFORE, Change, changing_documents, lag
+from btx.evaluation.routing_statistics import RoutedTokens
 from btx.evaluation.token_classes import CLASSES, texts_of_vocabulary, token_class
-from btx.evaluation.used_for import TokenTotals
+from btx.evaluation.used_for import used_for
 from btx.models.loading import load_model
 from btx.moe.layer import moe_blocks
-from btx.moe.routers import Routing
 from tests.pico_models import mixtral, prepared_run, recipe, tokenizer, write_token_file
 
 OLD, NEW = 40, 41
@@ -74,20 +75,19 @@ def test_single_tokens_keep_the_space_in_front_and_special_ones_have_no_text():
 # --- what experts are used for --------------------------------------------------------------------------------------
 
 
-def routing(*experts: int) -> Routing:
-    ids_T1 = torch.tensor(experts)[:, None]
-    return Routing(torch.zeros(len(experts), 2), torch.ones(ids_T1.shape), ids_T1)
+def used(ids: list[int], *layers: list[int]) -> Any:
+    """What experts of a Top-1 model are used for: the tokens `ids`, and of each layer the experts they go to."""
+    known = tokenizer()
+    class_V = np.array([CLASSES.index(token_class(text)) for text in texts_of_vocabulary(known, range(len(known)))])
+    nowhere_T = np.zeros(len(ids), np.int64)
+    routed = RoutedTokens(nowhere_T, nowhere_T, np.array(ids), np.array(layers, np.int16).T[:, :, None])
+    return used_for(routed, known, ["math", "code"], class_V)
 
 
 def test_an_expert_is_used_for_the_tokens_it_gets_more_often_than_an_even_load_says():
-    known = tokenizer()
-    the, four = (known.encode(text, add_special_tokens=False)[0] for text in ("the", "4"))
-    totals = TokenTotals(len(known), 2)
-    ids = torch.tensor([the] * 10 + [four] * 10 + [known.eos_token_id])
-    mask = ids != known.eos_token_id
+    the, four = (tokenizer().encode(text, add_special_tokens=False)[0] for text in ("the", "4"))
     # Layer 1 sends every "the" to expert 0; layer 2 half of them. Every "4" goes to expert 1.
-    totals.add([routing(*[0] * 10, *[1] * 11), routing(*[0] * 5, *[1] * 5, *[1] * 11)], ids, mask)
-    found = totals.used_for(known, ["math", "code"])
+    found = used([the] * 10 + [four] * 10, [0] * 10 + [1] * 10, [0] * 5 + [1] * 15)
     the_text, share, occurrences = found["math"]["tokens"][0]
     assert ("the".startswith(the_text), share, occurrences) == (True, 0.75, 10)
     assert found["code"]["tokens"] == [["4", 1.0, 10]]
@@ -97,9 +97,7 @@ def test_an_expert_is_used_for_the_tokens_it_gets_more_often_than_an_even_load_s
 
 
 def test_a_token_that_occurs_seldom_says_nothing_of_an_expert():
-    totals = TokenTotals(320, 2)
-    totals.add([routing(*[0] * 9)], torch.tensor([OLD] * 9), torch.ones(9, dtype=torch.bool))
-    assert totals.used_for(tokenizer(), ["math", "code"])["math"]["tokens"] == []
+    assert used([OLD] * 9, [0] * 9)["math"]["tokens"] == []
 
 
 # --- lag ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from btx.cli.tables import status_table
 from btx.models import peak_flops as peaks
 from btx.models.cost import config_cost
 from btx.models.peak_flops import mfu_fact, peak_flops, peak_tokens_per_s
-from btx.reporting.costs import cost_rows, cost_titles
+from btx.reporting.costs import cost_table
 from btx.training.metrics import Metrics
 
 
@@ -78,7 +78,8 @@ def test_status_and_report_have_a_column_for_it_only_where_it_is_known() -> None
     titles = [[str(column.header) for column in status_table([row | {"mfu": mfu}]).columns] for mfu in (None, 0.25)]
     assert [title for title in titles[1] if title not in titles[0]] == ["MFU"]
     model = {"predicted": {"tokens": 1}, "tokens": 1}
-    unknown, known = {"models": {"seed": model}}, {"models": {"seed": model, "btx": model | {"mfu": 0.25}}}
-    assert [title for title in cost_titles(known) if title not in cost_titles(unknown)] == ["MFU of the last training"]
-    assert [cells[-1].text for _, cells in cost_rows(known)] == ["–", "25.0 %"]
-    assert all(len(cells) == len(cost_titles(unknown)) for _, cells in cost_rows(unknown))
+    unknown, rows = cost_table({"models": {"seed": model}})
+    assert [len(cells) for _, cells in rows] == [len(unknown)]
+    known, rows = cost_table({"models": {"seed": model, "btx": model | {"mfu": 0.25}}})
+    assert known == [*unknown, "MFU of the last training"]
+    assert [cells[-1].text for _, cells in rows] == ["–", "25.0 %"]

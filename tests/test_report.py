@@ -30,7 +30,7 @@ from btx.reporting.readers import script
 from btx.reporting.report import write_report
 from btx.reporting.results import report_table, results_table
 from btx.reporting.tokens import own_expert
-from tests.report_data import DRAW
+from tests.report_data import DRAW, write
 
 DOMAINS = ["math", "code", "knowledge", "general"]
 EXPERTS = ["math", "code", "knowledge", "generalist"]
@@ -201,11 +201,6 @@ def metrics(rng: random.Random, steps: int, start: float, end: float, moe: bool 
             row["load"] = [[x / sum(shares) for x in shares]] * LAYERS
         lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 def build_run(run: Path) -> Path:

@@ -25,5 +25,5 @@ GENERATORS: dict[str, Generator] = {
     "code": Generator("the Python standard library's sources", in_mixed_text=True),
     "knowledge": Generator("facts of a generated world, with closed-book questions", questions=True,
                            in_mixed_text=True),
-    "general": Generator("docstrings, help topics and licence texts of this machine", in_mixed_text=True),
+    "general": Generator("docstrings of the Python standard library and the language reference", in_mixed_text=True),
 }  # fmt: skip

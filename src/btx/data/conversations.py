@@ -54,11 +54,6 @@ class Preference:
     rejected: Conversation
 
     @property
-    def where(self) -> str:
-        """File and line."""
-        return self.chosen.where
-
-    @property
     def size(self) -> int:
         """UTF-8 bytes of its text, the prompt in both answers."""
         return self.chosen.size + self.rejected.size

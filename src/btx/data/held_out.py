@@ -95,7 +95,6 @@ def held_out_documents(
 
     Args:
         run_folder: holds the prepared data.
-        recipe: the run's recipe.
         domain: name of a domain.
         tokens: at most so many in all, but at least one document a source.
         documents: at most so many in all (rounded up for each source); None: as many as `tokens` allow.

@@ -4,7 +4,7 @@ when they were written is no part of it. Plain Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from glob import has_magic
 from pathlib import Path, PurePath
 from typing import Any
@@ -39,15 +39,13 @@ def domain_identity(
     Raises:
         DataError: a file is missing; names the domain.
     """
+    sources = {str(number): source for number, source in own_sources(data, domain)}
     if recorded is not None:
         _refuse_other_paths(data, domain, {part for name in names for part in PurePath(name).parts}, recorded)
-        return {
-            str(number): _settings(data, domain, source, rng_seed, recorded[str(number)])
-            for number, source in own_sources(data, domain)
-        }
-    return {
-        str(number): _source_identity(data, domain, source, rng_seed) for number, source in own_sources(data, domain)
-    }
+    else:
+        with naming(domain):
+            recorded = {number: _files_of(source, domain, data) for number, source in sources.items()}
+    return {number: _settings(data, domain, source, rng_seed, recorded[number]) for number, source in sources.items()}
 
 
 def held_out_identity(identity: dict[str, Any]) -> str:
@@ -66,16 +64,10 @@ def domain_files(data: Data, domain: str) -> dict[str, str]:
     return {str(file): content_sha256(file) for train, held_out in files for file in (*train, *held_out)}
 
 
-def files_identity(files: Sequence[Path]) -> list[list[str]]:
-    """[format, SHA-256] of each file."""
-    return [[_format(file), content_sha256(file)] for file in files]
-
-
-def _source_identity(data: Data, domain: str, source: Source, rng_seed: int) -> dict[str, Any]:
-    with naming(domain):
-        train, held_out = source_files(source, domain, data)
-    files = {"train": files_identity(train), "held_out": files_identity(held_out)}
-    return _settings(data, domain, source, rng_seed, files)
+def _files_of(source: Source, domain: str, data: Data) -> dict[str, list[list[str]]]:
+    """[format, SHA-256] of each file of a source's two sides."""
+    sides = zip(("train", "held_out"), source_files(source, domain, data), strict=True)
+    return {side: [[_format(file), content_sha256(file)] for file in files] for side, files in sides}
 
 
 def _settings(data: Data, domain: str, source: Source, rng_seed: int, files: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,10 +93,6 @@ class Mixture:
             {"components": components, "sequence_length": self.sequence_length, "rng_seed": self.rng_seed}
         )
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each component's sequences are seen in a job of so many samples."""
-        return dict(zip(self.names, (self.weights * samples / self.sequences).tolist(), strict=True))
-
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Component and sequence index of each sample: (N,) → (N,), (N,)."""
         if samples.size and samples.min() < 0:

@@ -6,7 +6,7 @@ Shape letters: B batch, S sequence, T text tokens, E experts, K top-k, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btx.data.held_out import HeldOutDocument, Packed, held_out_documents, pack
+from btx.data.held_out import HeldOutDocument, held_out_documents, pack
 from btx.errors import CheckpointError
 from btx.evaluation.kept_experts import documents_for_curve, kept_curve
 from btx.evaluation.lag import DOCUMENTS, changing_documents, lag
@@ -24,7 +24,7 @@ from btx.evaluation.mixed_set import texts_to_halve
 from btx.evaluation.routed_text import example_documents, name_of, routing_of, token_by_token
 from btx.evaluation.routing_statistics import RoutedTokens, routed_tokens, routing_statistics, together
 from btx.evaluation.token_classes import CLASSES, texts_of_vocabulary, token_class
-from btx.evaluation.used_for import TokenTotals
+from btx.evaluation.used_for import used_for
 from btx.files import write_json
 from btx.models.device import measuring_place
 from btx.models.loading import load_tokenizer
@@ -98,22 +98,19 @@ class RoutingTotals:
 
 
 def domain_routing(
-    model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: bool = False,
-    also: Callable[[Sequence[Routing], Packed], None] = lambda routings_L, rows: None,
-) -> RoutingTotals:  # fmt: skip
-    """Routing of the text tokens of `documents`; separators and padding do not count.
+    model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: bool = False
+) -> tuple[RoutingTotals, RoutedTokens]:  # fmt: skip
+    """Routing of the text tokens of `documents`, as sums and one by one; separators and padding do not count.
 
     Args:
-        model: any MoE model.
         apart: as `btx.data.held_out.pack` takes it.
-        also: called with what every layer decides for some rows, in turn.
     """
-    totals = RoutingTotals(len(moe_layers(model)), num_experts(model))
+    totals, parts = RoutingTotals(len(moe_layers(model)), num_experts(model)), []
     for rows in pack(documents, sequence_length, apart=apart).batches(MICRO_BATCH_TOKENS):
         routings_L = routing_of(model, rows)
         totals.add(routings_L, rows.text_BS.flatten())
-        also(routings_L, rows)
-    return totals
+        parts.append(routed_tokens(routings_L, rows))
+    return totals, together(parts)
 
 
 @dataclass(frozen=True)
@@ -167,32 +164,23 @@ class Analysis:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
     ) -> tuple[dict[str, Any], dict[str, Any], list[int]]:  # fmt: skip
         """routing.json without the curve, tokens.json, and the experts by their load, least first."""
-        vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
-        token_totals, totals, examples = TokenTotals(vocabulary, len(self.experts)), {}, []
-        routed: dict[str, RoutedTokens] = {}
+        totals, routed, examples = dict[str, RoutingTotals](), dict[str, RoutedTokens](), []
         for domain, text in domains.items():
-            parts: list[RoutedTokens] = []
-
-            def also(routings_L: Sequence[Routing], rows: Packed, parts: list[RoutedTokens] = parts) -> None:
-                mask_T = rows.text_BS.flatten()
-                token_totals.add(routings_L, rows.input_ids_BS.flatten(), mask_T)
-                parts.append(routed_tokens(routings_L, rows))
-
-            totals[domain] = domain_routing(model, text.documents, self.sequence_length, apart=self.apart, also=also)
-            routed[domain] = together(parts)
+            totals[domain], routed[domain] = domain_routing(
+                model, text.documents, self.sequence_length, apart=self.apart
+            )
             examples += [
                 {"domain": domain, "document": name_of(document)} | token_by_token(model, tokenizer, document.tokens)
                 for document in text.shown
             ]
         told = {domain: total.told_pairs() for domain, total in totals.items()}
+        class_V = classes_of_tokens(tokenizer, cast(Any, model).get_input_embeddings().weight.shape[0], routed)
         layers = {"layers": len(moe_layers(model)), "experts": self.experts}
         routing: dict[str, Any] = layers | {
             "domains": {domain: total.summary(self.experts) for domain, total in totals.items()},
             "dead": dead_experts(list(totals.values())),
-            "statistics": routing_statistics(
-                routed, self.experts, classes_of_tokens(tokenizer, vocabulary, routed), told
-            ),
-            "used_for": token_totals.used_for(tokenizer, self.experts),
+            "statistics": routing_statistics(routed, self.experts, class_V, told),
+            "used_for": used_for(together(list(routed.values())), tokenizer, self.experts, class_V),
             **self._lag(model, tokenizer, domains),
         }
         return routing, layers | {"examples": examples}, least_used_first(list(totals.values()))
@@ -223,7 +211,6 @@ def analyze(
         run_folder: holds the prepared data.
         recipe: the run's recipe; `analyze.tokens` a domain at most, `analyze.examples` documents shown of each.
         model_path: folder of the MoE model.
-        log: called with lines for the user.
         folder: results go here; default: `analyze` in the run folder.
 
     Returns:

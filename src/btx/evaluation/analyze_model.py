@@ -49,7 +49,6 @@ def analyze_model(
         tokens: of each domain, at most.
         examples: documents of each domain shown token by token.
         without: names of experts that tokens may not use.
-        log: called with lines for the user.
 
     Returns:
         routing.json, as written.

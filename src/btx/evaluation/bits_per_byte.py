@@ -49,7 +49,6 @@ def bits_per_byte(model: PreTrainedModel | SideBySide, packed: Packed) -> BitsPe
     """Σ nll / Σ bytes / ln 2 over all documents, with its standard error.
 
     Args:
-        model: causal language model, on any device.
         packed: held-out documents as `btx.data.held_out.pack` lays them out.
     """
     started = time.perf_counter()

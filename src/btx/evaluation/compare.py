@@ -27,7 +27,7 @@ def compare_models(
 
     Returns:
         {"model", "resamples", "rng_seed", "models": {OTHER: {"mean", "learning", "keeping", "domains": {D: ...},
-        "mixed" (if measured), "tasks": {T: ...}}}}, each a `Difference` as JSON, model minus other: bits per byte
+        "mixed" (if measured), "tasks": {T: ...}}}}, each a `Difference`, model minus other: bits per byte
         (negative: the model is better), for tasks shares of right answers (positive: the model is better). "mean" is
         that of the domains, "learning" of those with a branch, "keeping" of the others (where there are both).
 

@@ -158,9 +158,7 @@ def evaluate_models(
 
     Args:
         run_folder: holds the prepared data.
-        recipe: the run's recipe.
         models: name, as it stands in the results → model.
-        log: called with lines for the user.
         folder: results go here; default: `evaluate` in the run folder.
 
     Returns:

@@ -108,7 +108,6 @@ class Harness:
 
         Args:
             model: causal language model, loaded by `btx.baselines.btm_model.load_model_or_btm`, on any device.
-            tokenizer: its tokenizer.
 
         Raises:
             UserError: lm-eval cannot load a task's data from the hub, or cannot score it.

@@ -38,10 +38,6 @@ class HarnessModel(HFLM):
         note_progress()
         return super()._model_generate(*arguments, **named)
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """As lm-eval, without a progress bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

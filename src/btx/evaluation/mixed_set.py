@@ -39,7 +39,6 @@ def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedToken
 
     Args:
         run_folder: holds the prepared data.
-        recipe: the run's recipe.
         tokenizer: the one that made the data's token files.
 
     Raises:

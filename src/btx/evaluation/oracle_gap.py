@@ -31,7 +31,6 @@ def oracle_gap(run_folder: Path, recipe: Recipe, models: Mapping[str, Path], log
     Args:
         run_folder: holds the prepared data.
         models: `seed`, `expert/<domain>` ... and `mix` → model folder.
-        log: called with lines for the user.
 
     Returns:
         As `btx.reporting.oracle.gap_of`.

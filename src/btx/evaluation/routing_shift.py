@@ -1,24 +1,22 @@
 """What aligning a model has changed in where held-out text goes: the same tokens, routed before and after.
 
-Shape letters: N text tokens, E experts, K top-k.
+Shape letters: T text tokens, E experts, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from btx.data.held_out import held_out_documents, pack
-from btx.evaluation.routed_text import routing_of
+from btx.data.held_out import held_out_documents
+from btx.evaluation.analyze import domain_routing
 from btx.files import write_json
 from btx.models.device import measuring_place
-from btx.models.outputs import MICRO_BATCH_TOKENS
 from btx.models.placement import load_placed
-from btx.moe.layer import moe_blocks
 from btx.process import Log
 from btx.reporting.shapes import AlignedRouting, RoutingShift
 
@@ -43,11 +41,11 @@ def write_routing_shift(
     Raises:
         DataError: held-out data are missing.
     """
-    experts_before, E = _routed(run_folder, recipe, before, log)
+    routed = _routed(run_folder, recipe, before, log)
     models = {}
     for name, path in after.items():
-        experts, _ = _routed(run_folder, recipe, path, log)
-        models[name] = {domain: shift(experts_before[domain], experts[domain], E) for domain in experts}
+        now = _routed(run_folder, recipe, path, log)
+        models[name] = {domain: shift(*routed[domain], *now[domain]) for domain in now}
         moved = [sum(domain["moved"]) / len(domain["moved"]) for domain in models[name].values()]
         log(f"{name}: {sum(moved) / len(moved):.1%} of the tokens have another first expert than before")
     aligned = AlignedRouting(before="btx", models=models)
@@ -55,29 +53,25 @@ def write_routing_shift(
     return aligned
 
 
-def shift(before: Sequence[Tensor], after: Sequence[Tensor], E: int) -> RoutingShift:
+def shift(was_LE: Tensor, was_first_TL: np.ndarray, load_LE: Tensor, first_TL: np.ndarray) -> RoutingShift:
     """What has changed, layer by layer. The loads themselves are in evaluate/shown.json, as those of every model.
 
     Args:
-        before: experts of each token (N, K), largest gate first, a tensor a layer.
-        after: likewise, of the same tokens.
+        was_LE: share of each expert before.
+        was_first_TL: expert with the largest gate of each token before.
+        load_LE: share of each expert after.
+        first_TL: expert with the largest gate of each token after, the same tokens.
     """
-    load_LE, was_LE = (torch.stack([ids.flatten().bincount(minlength=E).double() / ids.numel() for ids in layers])
-                       for layers in (after, before))  # fmt: skip
-    moved = [(now[:, 0] != then[:, 0]).double().mean().item() for now, then in zip(after, before, strict=True)]
     distance_L = (load_LE - was_LE).abs().sum(dim=1) / 2
-    return RoutingShift(moved=moved, distance=distance_L.tolist())
+    return RoutingShift(moved=(first_TL != was_first_TL).mean(axis=0).tolist(), distance=distance_L.tolist())
 
 
-def _routed(run_folder: Path, recipe: Recipe, path: Path, log: Log) -> tuple[dict[str, list[Tensor]], int]:
-    """Domain → experts of its held-out text's tokens (N, K), a tensor a layer; and E."""
+def _routed(run_folder: Path, recipe: Recipe, path: Path, log: Log) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """Domain → load (L, E) and first experts (T, L) of its held-out text."""
     model = load_placed(path, measuring_place(recipe, log))
-    experts = {}
+    routed = {}
     for domain in recipe.data.domains:
         documents = held_out_documents(run_folder, recipe, domain, recipe.analyze.tokens)
-        parts = [
-            [routing.expert_ids_TK.cpu()[rows.text_BS.flatten()] for routing in routing_of(model, rows)]
-            for rows in pack(documents, recipe.data.sequence_length).batches(MICRO_BATCH_TOKENS)
-        ]
-        experts[domain] = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-    return experts, moe_blocks(model)[0].num_experts
+        totals, tokens = domain_routing(model, documents, recipe.data.sequence_length)
+        routed[domain] = totals.load(), tokens.ids_TLK[:, :, 0]
+    return routed

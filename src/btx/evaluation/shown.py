@@ -104,7 +104,7 @@ class ToShow:
         }
         if not isinstance(model, SideBySide) and self._has_experts_of_the_run(name, model):
             kept["loads"] = {
-                domain: _rounded(domain_routing(model, texts, length).load()) for domain, texts in self.texts.items()
+                domain: _rounded(domain_routing(model, texts, length)[0].load()) for domain, texts in self.texts.items()
             }
             if name == RUN_MODEL:
                 kept["tokens"] = {

@@ -75,8 +75,6 @@ def exact_match(
     """Answer every question greedily and compare with its gold answer.
 
     Args:
-        model: causal language model, on any device.
-        tokenizer: its tokenizer.
         questions: at least one.
         task: `answer_after` and `max_new_tokens` decide where an answer is and how long the model may take.
     """
@@ -121,10 +119,10 @@ def complete(
     Returns:
         One text a prompt, without special tokens.
     """
-    encoder = DocumentEncoder(tokenizer)
-    encoded = [encoder.beginning(prompt) for prompt in prompts]
     if chat and getattr(tokenizer, "chat_template", None):
         encoded = [question_ids(tokenizer, prompt) for prompt in prompts]
+    else:
+        encoded = list(map(DocumentEncoder(tokenizer).beginning, prompts))
     line_ends = _line_end_tokens(tokenizer)
 
     def ends(new_ids: list[int]) -> bool:
@@ -143,8 +141,7 @@ def go_on(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
 ) -> list[str]:
     """How a model goes on with each text: `new_tokens` greedy tokens, fewer where the end-of-text token comes."""
-    encoder = DocumentEncoder(tokenizer)
-    encoded = [encoder.beginning(prompt) for prompt in prompts]
+    encoded = list(map(DocumentEncoder(tokenizer).beginning, prompts))
     new_ids = _greedy(model, encoded, new_tokens, lambda ids: ids[-1] == tokenizer.eos_token_id) if prompts else []
     return [_decode(tokenizer, ids) for ids in new_ids]
 

@@ -8,7 +8,7 @@ from btx.number_texts import decimal_text, is_number, is_share, percent_text, si
 from btx.reporting import findings
 from btx.reporting.charts import Lines
 from btx.reporting.headline import paired_differences
-from btx.reporting.paired_bootstrap import SIGNIFICANT
+from btx.reporting.paired_bootstrap import may_be_chance
 from btx.reporting.results import bits_of, task_score
 from btx.reporting.routing_figures import shift_figures
 from btx.reporting.run_files import Run
@@ -86,5 +86,5 @@ def _changes(run: Run, before: str, after: str) -> list[Change]:
 
 
 def _change(measure: str, before: str, after: str, change: str, gain: float, p: float | None) -> Change:
-    chance = p is not None and p >= SIGNIFICANT
+    chance = may_be_chance(p)
     return Change(measure, before, after, change, None if chance or not gain else gain > 0, chance)

@@ -236,7 +236,6 @@ class HeatMap(Chart):
 
         shown = evenly(len(self.values), LONGEST_SIDE)
         figure, axes = empty(3.6, 1.2, colour=colour)
-        style(figure, axes, None, colour)
         axes.grid(visible=False)
         for x, column in enumerate(shown):
             for y, row in enumerate(shown):

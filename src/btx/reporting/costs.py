@@ -14,27 +14,20 @@ MFU = "MFU of the last training"
 """One more title, where a device's peak was known."""
 
 
-def cost_titles(results: Mapping[str, Any]) -> list[str]:
-    """Titles of the cells of `cost_rows`."""
-    return [*TITLES, *([MFU] if _knows_mfu(results) else [])]
-
-
-def cost_rows(results: Mapping[str, Any]) -> list[tuple[str, list[Cell]]]:
-    """(model, a cell for each of `cost_titles`) of every model of results.json that has a prediction.
+def cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """Titles of the columns, and (model, its cells) of every model of results.json that has a prediction.
 
     Planned memory is that of weights, gradients, optimiser state and activations; what is measured holds the
     interpreter and its libraries too. Planned machine time is the planned FLOPs at the speed that the run's first
     training stage had, so that one is right by definition.
     """
-    mfu = _knows_mfu(results)
-    return [
+    models = results.get("models", {})
+    mfu = any(model.get("mfu") is not None for model in models.values())
+    rows = [
         (name, [*_cells(model), *([Cell(percent_text(model.get("mfu")))] if mfu else [])])
-        for name, model in results.get("models", {}).items() if model.get("predicted")
+        for name, model in models.items() if model.get("predicted")
     ]  # fmt: skip
-
-
-def _knows_mfu(results: Mapping[str, Any]) -> bool:
-    return any(model.get("mfu") is not None for model in results.get("models", {}).values())
+    return [*TITLES, *([MFU] if mfu else [])], rows
 
 
 def _cells(model: Mapping[str, Any]) -> list[Cell]:

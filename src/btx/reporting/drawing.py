@@ -109,7 +109,7 @@ def empty(height: float = HEIGHT, right: float = 0.1, *, colour: Colour) -> tupl
     return figure, axes
 
 
-def style(figure: Figure, axes: Axes, grid: Literal["x", "y"] | None, colour: Colour) -> None:
+def style(figure: Figure, axes: Axes, grid: Literal["x", "y"], colour: Colour) -> None:
     """The page's look: no box, thin lines across the values' axis, its colours and text size."""
     ink, rule = colour("ink"), colour("grid")
     axes.patch.set_alpha(0.0)
@@ -119,8 +119,7 @@ def style(figure: Figure, axes: Axes, grid: Literal["x", "y"] | None, colour: Co
     axes.tick_params(colors=ink, length=0, labelsize=FONT_SIZE)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=ink, fontsize=FONT_SIZE)
-    if grid:
-        axes.grid(True, axis=grid, color=rule, linewidth=0.6)
+    axes.grid(True, axis=grid, color=rule, linewidth=0.6)
     axes.set_axisbelow(True)
 
 

@@ -8,9 +8,12 @@ from btx.number_texts import is_number
 from btx.reporting.charts import BarPanels, Bars, CostChart, CostPoint, Curve, TrainingCurves
 from btx.reporting.drawing import COLOURS
 from btx.reporting.headline import paired_differences
-from btx.reporting.results import EXPERT, learning_and_keeping_means
+from btx.reporting.results import EXPERT, bits_of, learning_and_keeping_means
 from btx.reporting.run_files import Run, Stage
 from btx.reporting.tokens import mean_load
+
+NAMED = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
+"""Model → palette name, of those that have one of their own."""
 
 
 def loss_charts(run: Run) -> dict[str, TrainingCurves]:
@@ -91,37 +94,34 @@ def cost_figure(run: Run) -> CostChart | None:
 
 def domains_figure(run: Run) -> BarPanels | None:
     """Bars of what each model saves against the seed model, per domain; None before two models are evaluated."""
-    models = run.results.get("models", {})
-    seed = models.get("seed", {}).get("domains", {})
-    bars = []
-    for name, model in models.items():
-        if name != "seed" and seed:
-            paired = paired_differences(run.documents, name, "seed").get("domains", {})
-            bits = {domain: found.get("bits_per_byte") for domain, found in model.get("domains", {}).items()}
-            saved = (_saved(bits.get(domain), seed[domain].get("bits_per_byte"), paired.get(domain)) for domain in seed)
-            bars.append(Bars(name, model_colour(run, name), *zip(*saved, strict=True)))
-    return BarPanels("domains", list(seed), bars) if bars else None
+    bits = {name: {domain: bits_of(model, domain) for domain in model.get("domains", {})}
+            for name, model in run.results.get("models", {}).items()}  # fmt: skip
+    return _saved_figure("domains", run, bits)
 
 
 def learning_figure(run: Run) -> BarPanels | None:
     """Bars of what each model saves against the seed model on the branches' domains and on all other text; None where
     every domain, or none, has a branch."""
-    models, branches = run.results.get("models", {}), run.branches
-    means = {name: learning_and_keeping_means(model, branches) for name, model in models.items()}
-    seed = means.get("seed", {})
-    bars = []
-    for name, found in means.items():
-        if name != "seed" and seed and found:
-            paired = paired_differences(run.documents, name, "seed", branches)
-            both = (_saved(found[part], seed[part], paired.get(part)) for part in seed)
-            bars.append(Bars(name, model_colour(run, name), *zip(*both, strict=True)))
-    return BarPanels("learning", list(seed), bars) if bars else None
+    means = {name: found for name, model in run.results.get("models", {}).items()
+             if (found := learning_and_keeping_means(model, run.branches))}  # fmt: skip
+    return _saved_figure("learning", run, means)
+
+
+def _saved_figure(name: str, run: Run, bits: Mapping[str, Mapping[str, float | None]]) -> BarPanels | None:
+    """Bars of what each model saves against the seed model; `bits`: model → part → bits per byte."""
+    seed, bars = bits.get("seed", {}), []
+    for model, found in bits.items():
+        if model != "seed" and seed:
+            paired = paired_differences(run.documents, model, "seed", run.branches)
+            paired = paired.get("domains", {}) if name == "domains" else paired
+            saved = (_saved(found.get(part), before, paired.get(part)) for part, before in seed.items())
+            bars.append(Bars(model, model_colour(run, model), *zip(*saved, strict=True)))
+    return BarPanels(name, list(seed), bars) if bars else None
 
 
 def model_colour(run: Run, name: str) -> str:
     """Palette name of a model: btx the accent, an expert model its expert's."""
-    named = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
-    return named.get(name) or run.colour(name.removeprefix(EXPERT))
+    return NAMED.get(name) or run.colour(name.removeprefix(EXPERT))
 
 
 def _saved(

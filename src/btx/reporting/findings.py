@@ -186,10 +186,8 @@ def lag(run: Run) -> str:
     for start, (position, _, _) in enumerate(after):
         window = after[start : start + SMOOTH]
         if math.fsum(new - old for _, old, new in window) > 0:
-            when = f"{position} token{'' if position == 1 else 's'} after the change" if position else "at once"
-            return f"The new domain's expert has the larger load from {when} on; {ends}.".replace(
-                "from at once on", "at once"
-            )
+            later = f"from {position} token{'' if position == 1 else 's'} after the change on"
+            return f"The new domain's expert has the larger load {later if position else 'at once'}; {ends}."
     return f"The new domain's expert does not overtake the old one's; {ends}."
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from btx.choices.baselines import BASELINES
 from btx.number_texts import LONG, is_number, is_share, metric_of
-from btx.reporting.paired_bootstrap import SIGNIFICANT, compare_documents
+from btx.reporting.paired_bootstrap import compare_documents, may_be_chance
 from btx.reporting.results import EXPERT, task_score
 
 
@@ -24,7 +24,7 @@ class _Told:
     @property
     def may_be_chance(self) -> bool:
         """Whether the difference is told as one that may be none."""
-        return self.p is not None and self.p >= SIGNIFICANT
+        return may_be_chance(self.p)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ is in `btx.evaluation.aggregate`. Plain Python and numpy.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -28,14 +27,18 @@ SIGNIFICANT = 0.05
 """A difference with a larger p is told as one that may be chance."""
 
 
+def may_be_chance(p: float | None) -> bool:
+    """Whether a difference is told as one that may be none."""
+    return p is not None and p >= SIGNIFICANT
+
+
 def chance_text(p: float | None) -> str:
     """What is said behind a difference that may be chance; nothing behind another one."""
-    return f" (may be chance: p = {p:.2f})" if p is not None and p >= SIGNIFICANT else ""
+    return f" (may be chance: p = {p:.2f})" if may_be_chance(p) else ""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two models on one set."""
+class Difference(TypedDict):
+    """A difference of two models on one set, as `btx compare --json` has it."""
 
     difference: float
     """First minus second model, on all documents."""
@@ -45,10 +48,6 @@ class Difference:
     """97.5th percentile."""
     p: float
     """Two-sided: twice the share of resamples on the other side of 0, never below 2 / (resamples + 1)."""
-
-    def as_json(self) -> dict[str, float]:
-        """As `btx compare --json` has it."""
-        return asdict(self)
 
 
 def read_documents(path: Path) -> dict[str, Any] | None:
@@ -102,20 +101,20 @@ def compare_documents(
         if name in second["domains"]
     }
     result: dict[str, Any] = {
-        "mean": _summary(np.mean(list(domains.values()), axis=0)).as_json(),
+        "mean": _summary(np.mean(list(domains.values()), axis=0)),
         **{
-            part: _summary(np.mean([domains[name] for name in names], axis=0)).as_json()
+            part: _summary(np.mean([domains[name] for name in names], axis=0))
             for part, names in learning_and_keeping(domains, branches).items()
         },
-        "domains": {name: _summary(values).as_json() for name, values in domains.items()},
+        "domains": {name: _summary(values) for name, values in domains.items()},
         "tasks": {
-            name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right))).as_json()
+            name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right)))
             for name, right in first["tasks"].items()
             if name in second["tasks"]
         },
     }
     if "mixed" in first and "mixed" in second:
-        result["mixed"] = _summary(drawn("mixed", first["mixed"], second["mixed"], document_bytes["mixed"])).as_json()
+        result["mixed"] = _summary(drawn("mixed", first["mixed"], second["mixed"], document_bytes["mixed"]))
     return result
 
 
@@ -138,4 +137,5 @@ def _summary(ratios: np.ndarray) -> Difference:
     difference, resampled = float(ratios[0]), ratios[1:]
     low, high = np.percentile(resampled, (2.5, 97.5))
     one_sided = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    return Difference(difference, float(low), float(high), min(1.0, 2 * float(one_sided + 1) / (len(resampled) + 1)))
+    p = min(1.0, 2 * float(one_sided + 1) / (len(resampled) + 1))
+    return {"difference": difference, "low": float(low), "high": float(high), "p": p}

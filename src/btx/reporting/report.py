@@ -28,7 +28,7 @@ from btx.number_texts import (
     signed_percent,
 )
 from btx.reporting.alignment import aligned_models
-from btx.reporting.costs import cost_rows, cost_titles
+from btx.reporting.costs import cost_table
 from btx.reporting.drawing import COLOURS, Chart, stacked_svg
 from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
@@ -120,27 +120,14 @@ def task_examples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return views
 
 
-def mix_diagnostics(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per group of shared weights: mean cosine between the task vectors, and the norm ratio."""
-    return [
-        {"name": name, "mean": group.get("mean_cosine"), "norm": group.get("mean_norm_ratio")}
-        for name, group in mix.get("diagnostics", {}).items()
-    ]
-
-
-def routing_text(mix: Mapping[str, Any]) -> str:
-    """The router of a recipe's `mix` section in a word or two; nothing if it is not there."""
-    kind = ROUTERS.get(mix.get("router", ""))
-    return kind.label.format(top_k=mix.get("top_k")) if kind else ""
-
-
 def facts(run: Run) -> dict[str, str]:
     """What the run is, in a few words each; what is not known yet is left out."""
     btx = run.results.get("models", {}).get("btx", {})
-    sums = stage_costs(run)["sums"]
+    sums, mix = stage_costs(run)["sums"], run.recipe.get("mix", {})
+    router = ROUTERS.get(mix.get("router", ""))
     known = {
         "experts": ", ".join(run.experts) if len(run.experts) <= MOST_NAMES else str(len(run.experts)),
-        "routing": routing_text(run.recipe.get("mix", {})),
+        "routing": router.label.format(top_k=mix.get("top_k")) if router else "",
         "MoE layers": str(run.routing.get("layers", "")),
         "parameters": f"{count_text(btx['active_params'])} active of {count_text(btx['total_params'])}" if btx else "",
         "training": f"{count_text(sums['tokens'])} tokens, {flops_text(sums['flops'])} FLOPs" if sums else "",
@@ -176,7 +163,6 @@ def render(
             script=script()[0],
             script_hash=script()[1],
             tasks=task_examples(run.results),
-            diagnostics=mix_diagnostics(run.mix),
             model_path=json.dumps((run.folder / "finetune" / "model").as_posix(), ensure_ascii=False),
             model_exists=(run.folder / "finetune" / "model").is_dir(),
             run_data=script_text(page_data(run, charts)),
@@ -189,13 +175,14 @@ def render(
 def _results(run: Run, losses: Mapping[str, Chart]) -> dict[str, Any]:
     """What the sections on training and quality show."""
     table = results_table(run.results)
+    cost_titles, predicted = cost_table(run.results)
     return {
         "headline": headline(run.results, run.documents),
         "table": table,
         "gain_scale": max((abs(gain) for row in table.rows for gain in row.gains if gain), default=0.0),
         "costs": stage_costs(run),
-        "predicted": cost_rows(run.results),
-        "cost_titles": cost_titles(run.results),
+        "cost_titles": cost_titles,
+        "predicted": predicted,
         "losses": {caption: chart.svg() for caption, chart in losses.items()},
         "aligned": aligned_models(run),
     }

@@ -7,7 +7,7 @@ share of 1, higher is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -214,13 +214,11 @@ def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
 
 
 def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:
+    def cell(text: Callable[[Any], str], key: str) -> Cell:
+        return Cell(text(model.get(key)), exact=str(model.get(key)))
+
     hours = model.get("machine_hours", model.get("hours"))
-    cells = [(count_text, "tokens"), (flops_text, "flops"), (count_text, "active_params"), (count_text, "total_params")]
-    tokens, flops, active, total = (Cell(text(model.get(key)), exact=str(model.get(key))) for text, key in cells)
     return [
-        tokens,
-        flops,
-        Cell(hours_text(hours), exact=f"{hours} hours"),
-        active,
-        total,
-    ]
+        cell(count_text, "tokens"), cell(flops_text, "flops"), Cell(hours_text(hours), exact=f"{hours} hours"),
+        cell(count_text, "active_params"), cell(count_text, "total_params"),
+    ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from btx.reporting.charts import BarPanels, Bars, CostChart, CostPoint
 from btx.reporting.drawing import COLOURS, stacked_svg
+from btx.reporting.figures import NAMED
 from btx.sweeps.table import ALL, SweepRow, paired, sweep_rows
 
 
@@ -53,4 +54,4 @@ def _label(row: SweepRow, rows: Sequence[SweepRow]) -> str:
 def _colour(row: SweepRow, variants: Mapping[str, str]) -> str:
     if row.variant != ALL and len(variants) > 1:
         return variants[row.variant]
-    return {"btx": "accent", "seed": "ink", "soup": "ink", "mix": "ink"}.get(row.model, "quiet")
+    return NAMED.get(row.model, "quiet")

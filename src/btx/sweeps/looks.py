@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from btx.run_folder.folder import RunFolder
@@ -65,9 +66,8 @@ def _summary(name: str, look: Look) -> Row:
     note = ", ".join([*(row.name for row in at_work), done])
     if first is None:
         return Row(name, state, note)
-    return Row(name, state, note, first.step, first.steps, first.loss, first.tokens_per_s, first.eta_s, first.losses,
-               first.load, first.dead, sum(row.spikes for row in at_work),
-               sum(row.skipped for row in at_work))  # fmt: skip
+    spikes, skipped = sum(row.spikes for row in at_work), sum(row.skipped for row in at_work)
+    return replace(first, name=name, state=state, note=note, spikes=spikes, skipped=skipped)
 
 
 def watched_in(path: Path) -> Watched | None:

@@ -44,7 +44,6 @@ def sweep(
         start: starts one run.
         share: run folders, or sweeps' folders, whose finished stages may be taken over too.
         jobs: runs at a time.
-        log: called with lines for the user.
 
     Returns:
         What sweep.json holds.
@@ -197,20 +196,18 @@ class _Running:
         return lines
 
 
+@dataclass
 class _Sweep:
     """One call of `sweep`."""
 
-    def __init__(
-        self, plan: SweepPlan, start: Start, donors: Sequence[Path], jobs: int, log: Log, interrupts: Interrupts
-    ) -> None:
-        self.plan = plan
-        self.start = start
-        self.donors = list(donors)
-        self.jobs = jobs
-        self.log = log
-        self.interrupts = interrupts
-        self.running: list[_Running] = []
-        self.failures: dict[str, str] = {}
+    plan: SweepPlan
+    start: Start
+    donors: Sequence[Path]
+    jobs: int
+    log: Log
+    interrupts: Interrupts
+    running: list[_Running] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> dict[str, str]:
         """Run all; returns failed runs → why."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from btx.evaluation.aggregate import NOT_COMPARED, over_runs
 from btx.markdown_text import literal
-from btx.number_texts import MISSING, count_text, duration_text, flops_text
+from btx.number_texts import MISSING, count_text, flops_text, hours_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,8 +90,8 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
     columns["− first variant"] = [(_text(row.to_first, sign="+"), False) for row in rows]
     columns |= {f"{task} %": _marked([row.tasks.get(task) for row in rows], _percent, max) for task in tasks}
     columns["FLOPs"] = [(flops_text(_mean(row.flops)), False) for row in rows]
-    columns["hours"] = [(_hours(row.hours), False) for row in rows]
-    columns["machine-hours"] = [(_hours(row.machine_hours), False) for row in rows]
+    columns["hours"] = [(hours_text(_mean(row.hours)), False) for row in rows]
+    columns["machine-hours"] = [(hours_text(_mean(row.machine_hours)), False) for row in rows]
     columns["active"] = [(count_text(_mean(row.active_params)), False) for row in rows]
     shown = {title: cells for title, cells in columns.items() if any(text != MISSING for text, _ in cells)}
     return list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)]
@@ -217,10 +217,6 @@ def _text(stat: Stat | None, *, digits: int = 3, factor: int = 1, sign: str = ""
 
 def _percent(stat: Stat | None) -> str:
     return _text(stat, digits=1, factor=100)
-
-
-def _hours(stat: Stat | None) -> str:
-    return MISSING if stat is None else duration_text(3600 * stat["mean"])
 
 
 def _marked(stats: list[Stat | None], text: Any, choose: Any) -> list[tuple[str, bool]]:

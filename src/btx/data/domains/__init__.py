@@ -2,7 +2,7 @@
 
 What generators there are is in `btx.choices.generators`; their functions are listed here.
 `documents` yields the train or held-out documents of a generator, `questions` its held-out questions. Both depend on
-their arguments only (code and general also on the installed Python and packages they read).
+their arguments only (code and general also on the Python whose standard library they read).
 """
 
 from __future__ import annotations

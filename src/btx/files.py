@@ -341,9 +341,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename durable; only POSIX can open a folder."""
-    if os.name != "posix":
-        return
+    """Make a rename durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

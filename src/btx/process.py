@@ -62,7 +62,7 @@ class Interrupted(BtxError):
 
 READER_GONE = 141
 """Exit code of a job whose output nobody reads any more, as the shell tells SIGPIPE; it ends without a word."""
-SAVE_AND_END = getattr(signal, "SIGUSR1", signal.SIGTERM)
+SAVE_AND_END = signal.SIGUSR1
 """What btx itself sends to the processes it has started. It is another signal than the one that a whole group may get
 from outside, so that both together are no second request."""
 SAME_EVENT_S = 1.0
@@ -87,8 +87,8 @@ class Interrupts:
         """Install the handlers; in another thread than the main one there are none, and no signal is asked for."""
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None), SAVE_AND_END):
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, SAVE_AND_END):
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before.setdefault(number, signal.signal(number, self._note))
         return self
 
@@ -132,8 +132,7 @@ class Interrupts:
         """Inside the block a signal raises `Interrupted` where the work stands, for work that loses nothing by it."""
         previous, self._at_once = self._at_once, message
         try:
-            if self.pending is not None:
-                self.raise_if_pending(message)
+            self.raise_if_pending(message)
             yield
         finally:
             self._at_once = previous

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -133,8 +134,4 @@ def _free(folder: Path) -> int:
 
 def _open_files() -> str:
     """How many this process may have open."""
-    if os.name != "posix":
-        return ""
-    import resource
-
     return f" (this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open)"

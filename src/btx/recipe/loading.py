@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
-from btx.files import write_text
+from btx.files import home_filled, write_text
 from btx.recipe.derived import SETTINGS, fill_in_training
 from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
@@ -205,7 +205,7 @@ def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
     """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
     folder = given.get("run") or f"runs/{given['name']}"
     try:
-        written = read_yaml((Path(str(folder)) / RUN_RECIPE).read_text("utf-8"), "").value
+        written = read_yaml((home_filled(str(folder)) / RUN_RECIPE).read_text("utf-8"), "").value
     except (OSError, ValueError, YamlSyntaxError):
         return None
     return written if isinstance(written, dict) else None

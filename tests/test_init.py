@@ -54,12 +54,14 @@ def test_without_general_text_all_domains_are_it(here: Path, make_llama: Callabl
     assert [source.domain for source in recipe.data.domains["general"].sources] == ["law", "code"]
 
 
-def test_a_file_given_for_a_model_is_told_at_once(
+def test_what_is_no_models_folder_is_told_at_once(
     here: Path, make_llama: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_llama("model")
     init(Path("mine.yaml"), model="model/config.json", domain=["law=law"])
     assert "seed_model.path: model/config.json: a model is a folder" in capsys.readouterr().err
+    init(Path("other.yaml"), model="~nobody-here/model", domain=["law=law"])
+    assert "seed_model.path: ~nobody-here/model: there is no such folder yet" in capsys.readouterr().err
 
 
 def test_a_template_names_folders_that_are_refused_until_they_are_there(

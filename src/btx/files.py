@@ -234,7 +234,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def home_filled(path: str) -> Path:
+def home_filled(path: str | Path) -> Path:
     """A path with `~` filled in; one of a user that does not exist stays as it is, and will not be found."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises)
 

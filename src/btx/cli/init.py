@@ -12,6 +12,7 @@ import typer
 from btx.cli.mix import named
 from btx.cli.terminal import remark
 from btx.errors import DataError, UserError
+from btx.files import home_filled
 from btx.number_texts import count_text
 
 TEXT_COLUMNS = ("text", "content", "body", "document", "raw_content", "abstract", "code")
@@ -107,11 +108,12 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
     named_texts = {**texts, **({} if general is None else {"general": general})}
     looks = {name: _look(path) for name, path in named_texts.items()}
     missing = [f"{name}: {looked['problem']}" for name, looked in looks.items() if "problem" in looked]
-    if "/" not in model and not Path(model).expanduser().is_dir():
+    if "/" not in model and not home_filled(model).is_dir():
         model = f"./{model}"
-    if Path(model).expanduser().is_file():
+    folder = home_filled(model)
+    if folder.is_file():
         missing.append(f"seed_model.path: {model}: a model is a folder, as save_pretrained writes it; this is a file")
-    elif not Path(model).expanduser().is_dir() and model.startswith((".", "/", "~")):
+    elif not folder.is_dir() and model.startswith((".", "/", "~")):
         missing.append(f"seed_model.path: {model}: there is no such folder yet")
     lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
     if "general" not in looks:
@@ -123,7 +125,7 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
         why = f"the largest domain has about {count_text(max(sizes) / BYTES_A_TOKEN)}"
     experts = [name for name in texts if name != "general"] or list(texts)
     text = TEMPLATE.format(
-        file=target, name=inline_yaml(target.stem), model=inline_yaml(model), length=_sequence_length(model),
+        file=target, name=inline_yaml(target.stem), model=inline_yaml(model), length=_sequence_length(folder),
         domains="\n".join(lines), experts=inline_yaml(experts), tokens=f"{tokens:_}", why_tokens=why,
     )  # fmt: skip
     return text, missing
@@ -144,10 +146,10 @@ def _look(path: str) -> dict[str, Any]:
     return {"source": source, "bytes": sum(map(text_bytes, files))}
 
 
-def _sequence_length(model: str) -> int:
+def _sequence_length(model: Path) -> int:
     """What the model can read, up to 2048 tokens."""
     try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
+        config = json.loads((model / "config.json").read_text("utf-8"))
         length = config.get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
         length = None

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from btx.errors import BtxError, CheckpointError, RunFolderError, UserError
+from btx.files import home_filled
 from btx.model_files.headers import Headers
 from btx.process import Log
 from btx.publishing.gguf_refusals import pre_tokenizer
@@ -54,9 +55,10 @@ def find_converter(path: Path | None = None) -> str:
     Raises:
         UserError: there is none, with the two ways to get one.
     """
-    named = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
-    if named is not None:
-        folder = named.expanduser().absolute() if named.is_dir() else named.expanduser().absolute().parent
+    named = path or os.environ.get(VARIABLE)
+    if named:
+        place = home_filled(named).absolute()
+        folder = place if place.is_dir() else place.parent
         if not (folder / f"{CONVERTER}.py").is_file():
             raise UserError(
                 f"{named}: no {CONVERTER}.py is there; name a checkout of llama.cpp (--converter, ${VARIABLE})"

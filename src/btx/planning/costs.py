@@ -82,7 +82,8 @@ class StageCost:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """All training behind a model from the seed model on; of the seed model, its own."""
+    """All training behind a model from the seed model on; of the seed model, its own. `btx plan --json` has all
+    fields."""
 
     tokens: int
     flops: float
@@ -92,10 +93,6 @@ class TrainingCost:
     """Of the longest way to the model; None where no speed is known."""
     machine_hours: float | None
     """Of all jobs; None where no speed is known."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As `btx plan --json` has it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -51,21 +51,26 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file by rename; raises as `write_json`. Folders are made where needed, but none that is written beside
     another: who has removed it does not want it back."""
-    beside = _beside(path)
     with writing(path):
         if not WRITTEN_BESIDE.fullmatch(path.parent.name):
             above = any(WRITTEN_BESIDE.fullmatch(part) for part in path.parent.parts)
             path.parent.mkdir(parents=not above, exist_ok=True)
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with atomic_file(path) as beside:
+            beside.write_bytes(content)
         remove_left_overs(path.parent, re.escape(path.name))
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Where to write a file; it takes the place of `target` when the block ends without an error."""
+    beside = _beside(target)
+    try:
+        yield beside
+        _sync_file(beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 SEAL = "seal"

@@ -19,7 +19,6 @@ TEXT_COLUMNS = ("text", "content", "body", "document", "raw_content", "abstract"
 """What the column with a document is called, the likeliest first."""
 LONGEST_SEQUENCE, MOST_TOKENS, LEAST_TOKENS = 2048, 100_000_000, 20_000
 DEFAULT_TOKENS = 10_000_000
-BYTES_A_TOKEN = 4
 
 TEMPLATE = """\
 # A run of Branch-Train-MiX on your own model and data.
@@ -118,11 +117,11 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
     lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
     if "general" not in looks:
         lines.append(f"    general: {inline_yaml([{'domain': name} for name in texts])}  # better: text of its own")
-    sizes = [looked["bytes"] for name, looked in looks.items() if name in texts and "bytes" in looked]
+    sizes = [looked["tokens"] for name, looked in looks.items() if name in texts and "tokens" in looked]
     tokens, why = DEFAULT_TOKENS, "more is better, up to a few times the text there is"
     if sizes:
-        tokens = min(MOST_TOKENS, max(LEAST_TOKENS, int(float(f"{max(sizes) / BYTES_A_TOKEN:.1g}"))))
-        why = f"the largest domain has about {count_text(max(sizes) / BYTES_A_TOKEN)}"
+        tokens = min(MOST_TOKENS, max(LEAST_TOKENS, int(float(f"{max(sizes):.1g}"))))
+        why = f"the largest domain has about {count_text(max(sizes))}"
     experts = [name for name in texts if name != "general"] or list(texts)
     text = TEMPLATE.format(
         file=target, name=inline_yaml(target.stem), model=inline_yaml(model), length=_sequence_length(folder),
@@ -132,9 +131,9 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
 
 
 def _look(path: str) -> dict[str, Any]:
-    """What is at a path: {"source": as the recipe names it, "bytes" of text, about, or the "problem"}."""
+    """What is at a path: {"source": as the recipe names it, "tokens", about, or the "problem"}."""
     from btx.data.document_files import find_files
-    from btx.planning.data_look import columns, text_bytes
+    from btx.planning.data_look import BYTES_A_TOKEN, columns, text_bytes
 
     try:
         files = find_files(path, None)
@@ -143,7 +142,7 @@ def _look(path: str) -> dict[str, Any]:
         return {"source": path, "problem": str(error)}
     column = next((name for name in TEXT_COLUMNS if name in named_columns), "text")
     source = path if column == "text" else {"path": path, "text": column}
-    return {"source": source, "bytes": sum(map(text_bytes, files))}
+    return {"source": source, "tokens": sum(map(text_bytes, files)) / BYTES_A_TOKEN}
 
 
 def _sequence_length(model: Path) -> int:

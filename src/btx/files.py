@@ -30,8 +30,9 @@ from btx.system_errors import OPEN_FILES, WRITING, error_number, temporary_is_fu
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-WRITTEN_BESIDE = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|making|adopting)")
-"""Names of folders that will take the place of others when they are complete."""
+WRITTEN_BESIDE = re.compile(r"\.(.+?)\.(making|adopting|replaced|(?:[0-9a-f]{8}|old)\.tmp)")
+"""Names of what is written beside a file or folder to take its place, and of what gives way: that one's name, and what
+kind it is."""
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -59,11 +59,6 @@ class Prediction:
     gain_in_proportion: float
     """Bits per byte, were that share `PROPORTION`."""
 
-    @property
-    def enough(self) -> bool:
-        """Whether the seed model has read as many tokens a parameter as a mixture wants."""
-        return self.tokens_per_parameter >= ENOUGH
-
 
 def law_loss(active_params: float, tokens: float, experts: float) -> float:
     """Nats a token of a model of `experts` experts (1: dense), as the law says."""
@@ -169,4 +164,4 @@ def gain_notes(prediction: Prediction | None) -> list[str]:
         f"warning: below {ENOUGH} tokens a parameter a mixture is expected to gain nothing over dense training, or to "
         f"lose: train the seed model longer, or branch one that was"
     )
-    return [said] + [few] * (not prediction.enough) + [short] * (prediction.phase_share < SMALL)
+    return [said] + [few] * (ratio < ENOUGH) + [short] * (prediction.phase_share < SMALL)

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from btx.cli import out
 from btx.errors import BtxError, CheckpointError, SystemFailed, UserError
+from btx.mixing.mix import mix
 from btx.publishing.hub_card import card, licence_of, origin_of_folder, origin_of_run
 from btx.publishing.push import push, redacted, upload_of
 from btx.run_folder.folder import RunFolder
@@ -237,6 +238,16 @@ def test_the_base_model_is_named_as_on_the_hub_and_a_card_keeps_its_text(made: P
     assert front(told)["license"] == "mit"
     assert "# My own words" in told
     assert licence_of(made) == "other"
+
+
+def test_no_path_of_a_mix_goes_up(tmp_path: Path) -> None:
+    mix(llama(tmp_path / "seed"), {"math": llama(tmp_path / "math", 1)}, tmp_path / "moe")
+    upload = upload_of(tmp_path / "moe", origin_of_folder(tmp_path / "moe"), "org/moe")
+    record = upload["mix.json"]
+    assert isinstance(record, bytes)
+    assert str(tmp_path) not in record.decode()
+    assert json.loads(record)["paths"] == {"math": "math"}
+    assert str(tmp_path) in (tmp_path / "moe" / "mix.json").read_text("utf-8")
 
 
 # The command

@@ -39,7 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = mixtral(tmp_path_factory.mktemp("push") / "moe")
     (folder / "mix.json").write_text(json.dumps({
         "experts": ["math", "generalist"],
-        "inputs": {"seed": {"path": "/home/me/seed", "hub": "hf:org/seed@abc"}, "math": {"path": "/home/me/math"}},
+        "inputs": {"seed_model": {"path": "/home/me/seed", "hub": "hf:org/seed@abc"},
+                   "math": {"path": "/home/me/math"}},
     }))  # fmt: skip
     for name in ("training_args.bin", "data.jsonl", "own.py", ".env"):
         (folder / name).write_text("mine")
@@ -238,6 +239,13 @@ def test_the_base_model_is_named_as_on_the_hub_and_a_card_keeps_its_text(made: P
     assert front(told)["license"] == "mit"
     assert "# My own words" in told
     assert licence_of(made) == "other"
+
+
+def test_the_licence_of_a_mixed_folder_without_one_is_its_seed_models(tmp_path: Path) -> None:
+    mix(llama(tmp_path / "seed"), {"math": llama(tmp_path / "math", 1)}, tmp_path / "moe")
+    assert origin_of_folder(tmp_path / "moe").licence is None
+    (tmp_path / "seed" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert origin_of_folder(tmp_path / "moe").licence == "apache-2.0"
 
 
 def test_no_path_of_a_mix_goes_up(tmp_path: Path) -> None:

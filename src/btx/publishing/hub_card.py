@@ -66,7 +66,7 @@ def origin_of_folder(folder: Path) -> Origin:
     record = read_json(folder / "mix.json") or {}
     inputs = record.get("inputs", {})
     names = [hub_name(model["hub"]).repository for model in inputs.values() if model.get("hub")]
-    seed = Path(inputs["seed"]["path"]) if "seed" in inputs else folder
+    seed = Path(inputs["seed_model"]["path"]) if "seed_model" in inputs else folder
     return Origin(
         base_models=tuple(dict.fromkeys(names)),
         licence=licence_of(folder) or licence_of(seed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from btx.errors import BtxError, CheckpointError, SystemFailed, UserError
 from btx.mixing.mix import mix
 from btx.publishing.hub_card import card, licence_of, origin_of_folder, origin_of_run
 from btx.publishing.push import push, redacted, upload_of
+from btx.recipe.training import SeedModel
 from btx.run_folder.folder import RunFolder
 from tests.hub_fake import Hub, hub_here
 from tests.pico_models import llama, mixtral
@@ -204,6 +206,14 @@ def test_the_card_of_a_run_has_results_data_licence_and_report(run: RunFolder) -
     assert {"report.md", "routing.png"} <= upload.keys()
     assert "index.html" not in upload
     assert str(run.path.parent) not in told
+
+
+def test_only_what_can_be_a_name_of_the_hub_is_a_base_model(run: RunFolder) -> None:
+    for path, base_models in (("org/seed", ("org/seed",)), ("/home/me/seed", ())):
+        seed = SeedModel(path=path)
+        assert origin_of_run(replace(run, recipe=run.recipe.model_copy(update={"seed_model": seed}))).base_models == (
+            base_models
+        )
 
 
 def test_results_that_the_recipe_no_longer_means_stay_here(

@@ -195,31 +195,26 @@ def at_standstill(
     further for `after_s` seconds, and `over` if it goes on after all. Only time in which the process runs counts, by a
     clock that nobody can set."""
     ended = threading.Event()
-    thread = threading.Thread(
-        target=_watch_progress, args=(after_s, act, over, ended), name="watches progress", daemon=True
-    )
-    thread.start()
+
+    def watch() -> None:
+        look_s = min(LOOK_S, after_s / 10)
+        seen, still_s, before, stands = _progress, 0.0, time.monotonic(), False
+        while not ended.wait(look_s):
+            now = time.monotonic()
+            # Of a long pause only a little counts: then this process, and not its work, was stopped.
+            seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
+            if stands and still_s < after_s:
+                stands = False
+                over()
+            elif not stands and still_s >= after_s:
+                stands = True
+                act(f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang")
+
+    threading.Thread(target=watch, name="watches progress", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-
-
-def _watch_progress(
-    after_s: float, act: Callable[[str], None], over: Callable[[], None], ended: threading.Event
-) -> None:  # fmt: skip
-    look_s = min(LOOK_S, after_s / 10)
-    seen, still_s, before, stands = _progress, 0.0, time.monotonic(), False
-    while not ended.wait(look_s):
-        now = time.monotonic()
-        # Of a long pause only a little counts: then this process, and not its work, was stopped.
-        seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
-        if stands and still_s < after_s:
-            stands = False
-            over()
-        elif not stands and still_s >= after_s:
-            stands = True
-            act(f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang")
 
 
 def rank() -> int:

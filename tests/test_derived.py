@@ -75,7 +75,9 @@ def test_another_versions_rules_change_no_run(recipe_file: Path, monkeypatch: py
     assert load_recipe(str(recipe_file.parent / "run")).derived == first.derived
 
 
-def test_a_run_from_before_the_rules_keeps_the_papers_values(recipe_file: Path) -> None:
+def test_a_run_from_before_the_rules_keeps_the_papers_values(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = recipe_file.parent / "run"
     run.mkdir()
     before = dump_recipe(load_recipe(str(recipe_file), ["paper=true", "train.trainable=feed_forward"]))
@@ -86,6 +88,8 @@ def test_a_run_from_before_the_rules_keeps_the_papers_values(recipe_file: Path) 
     assert again.derived is None
     (run / "recipe.yaml").write_text(dump_recipe(again), "utf-8")
     assert values(load_recipe(str(recipe_file)).train) == PAPERS
+    monkeypatch.setenv("HOME", str(recipe_file.parent))
+    assert values(load_recipe(str(recipe_file), ["run=~/run"]).train) == PAPERS
 
 
 def test_the_size_is_the_folders_or_what_a_hub_name_says(tmp_path: Path) -> None:

@@ -135,8 +135,10 @@ def test_without_a_converter_both_ways_to_one_are_told(tmp_path: Path, monkeypat
         find_converter(tmp_path)
     (tmp_path / "convert_hf_to_gguf.py").touch()
     assert find_converter(tmp_path) == find_converter(tmp_path / "convert_hf_to_gguf.py") == str(tmp_path)
-    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    assert find_converter() == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for written in (str(tmp_path), f"~/{tmp_path.name}"):
+        monkeypatch.setenv("LLAMA_CPP", written)
+        assert find_converter() == str(tmp_path)
 
 
 CONVERTER = """

@@ -39,7 +39,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("path", ["my-model", "./my-model", "/data/models/my", "~/my", "a/b/c", "../a", "org/", "/x"])
+@pytest.mark.parametrize(
+    "path", ["my-model", "./my-model", "/data/models/my", "~/my", "~nobody-here/my", "a/b/c", "../a", "org/", "/x"]
+)
 def test_what_cannot_be_a_hub_name_is_refused_without_asking(path: str, asked: list[str]) -> None:
     with pytest.raises(CheckpointError, match="there is no such folder here"):
         check_model(path)

@@ -54,12 +54,14 @@ def test_without_general_text_all_domains_are_it(here: Path, make_llama: Callabl
     assert [source.domain for source in recipe.data.domains["general"].sources] == ["law", "code"]
 
 
-def test_a_file_given_for_a_model_is_told_at_once(
+def test_what_is_no_models_folder_is_told_at_once(
     here: Path, make_llama: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_llama("model")
     init(Path("mine.yaml"), model="model/config.json", domain=["law=law"])
     assert "seed_model.path: model/config.json: a model is a folder" in capsys.readouterr().err
+    init(Path("other.yaml"), model="~nobody-here/model", domain=["law=law"])
+    assert "seed_model.path: ~nobody-here/model: there is no such folder yet" in capsys.readouterr().err
 
 
 def test_a_template_names_folders_that_are_refused_until_they_are_there(
@@ -97,4 +99,4 @@ def test_a_copied_recipe_takes_a_gpu_where_there_is_one(tmp_path: Path, name: st
     copy_recipe(name, tmp_path / "mine.yaml")
     recipe = load_recipe(str(tmp_path / "mine.yaml"))
     large = "cuda" if recipe.seed_model.plan_config else "auto"  # an existing model, too large for a CPU
-    assert recipe.device == {"results": "cpu"}.get(name, large)  # docs/results.md was measured on CPUs
+    assert recipe.device == {"results": "cpu", "gain": "cpu"}.get(name, large)  # docs/results.md was measured on CPUs

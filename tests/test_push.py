@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from huggingface_hub import constants
 
 from btx.cli import out
 from btx.errors import BtxError, CheckpointError, SystemFailed, UserError
+from btx.mixing.mix import mix
 from btx.publishing.hub_card import card, licence_of, origin_of_folder, origin_of_run
 from btx.publishing.push import push, redacted, upload_of
+from btx.recipe.training import SeedModel
 from btx.run_folder.folder import RunFolder
 from tests.hub_fake import Hub, hub_here
 from tests.pico_models import llama, mixtral
@@ -38,7 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = mixtral(tmp_path_factory.mktemp("push") / "moe")
     (folder / "mix.json").write_text(json.dumps({
         "experts": ["math", "generalist"],
-        "inputs": {"seed": {"path": "/home/me/seed", "hub": "hf:org/seed@abc"}, "math": {"path": "/home/me/math"}},
+        "inputs": {"seed_model": {"path": "/home/me/seed", "hub": "hf:org/seed@abc"},
+                   "math": {"path": "/home/me/math"}},
     }))  # fmt: skip
     for name in ("training_args.bin", "data.jsonl", "own.py", ".env"):
         (folder / name).write_text("mine")
@@ -204,6 +208,14 @@ def test_the_card_of_a_run_has_results_data_licence_and_report(run: RunFolder) -
     assert str(run.path.parent) not in told
 
 
+def test_only_what_can_be_a_name_of_the_hub_is_a_base_model(run: RunFolder) -> None:
+    for path, base_models in (("org/seed", ("org/seed",)), ("/home/me/seed", ())):
+        seed = SeedModel(path=path)
+        assert origin_of_run(replace(run, recipe=run.recipe.model_copy(update={"seed_model": seed}))).base_models == (
+            base_models
+        )
+
+
 def test_results_that_the_recipe_no_longer_means_stay_here(
     hub: Hub, run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +249,23 @@ def test_the_base_model_is_named_as_on_the_hub_and_a_card_keeps_its_text(made: P
     assert front(told)["license"] == "mit"
     assert "# My own words" in told
     assert licence_of(made) == "other"
+
+
+def test_the_licence_of_a_mixed_folder_without_one_is_its_seed_models(tmp_path: Path) -> None:
+    mix(llama(tmp_path / "seed"), {"math": llama(tmp_path / "math", 1)}, tmp_path / "moe")
+    assert origin_of_folder(tmp_path / "moe").licence is None
+    (tmp_path / "seed" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert origin_of_folder(tmp_path / "moe").licence == "apache-2.0"
+
+
+def test_no_path_of_a_mix_goes_up(tmp_path: Path) -> None:
+    mix(llama(tmp_path / "seed"), {"math": llama(tmp_path / "math", 1)}, tmp_path / "moe")
+    upload = upload_of(tmp_path / "moe", origin_of_folder(tmp_path / "moe"), "org/moe")
+    record = upload["mix.json"]
+    assert isinstance(record, bytes)
+    assert str(tmp_path) not in record.decode()
+    assert json.loads(record)["paths"] == {"math": "math"}
+    assert str(tmp_path) in (tmp_path / "moe" / "mix.json").read_text("utf-8")
 
 
 # The command

@@ -30,8 +30,9 @@ from btx.system_errors import OPEN_FILES, WRITING, error_number, temporary_is_fu
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-WRITTEN_BESIDE = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|making|adopting)")
-"""Names of folders that will take the place of others when they are complete."""
+WRITTEN_BESIDE = re.compile(r"\.(.+?)\.(making|adopting|replaced|(?:[0-9a-f]{8}|old)\.tmp)")
+"""Names of what is written beside a file or folder to take its place, and of what gives way: that one's name, and what
+kind it is."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -51,21 +52,26 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file by rename; raises as `write_json`. Folders are made where needed, but none that is written beside
     another: who has removed it does not want it back."""
-    beside = _beside(path)
     with writing(path):
         if not WRITTEN_BESIDE.fullmatch(path.parent.name):
             above = any(WRITTEN_BESIDE.fullmatch(part) for part in path.parent.parts)
             path.parent.mkdir(parents=not above, exist_ok=True)
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with atomic_file(path) as beside:
+            beside.write_bytes(content)
         remove_left_overs(path.parent, re.escape(path.name))
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Where to write a file; it takes the place of `target` when the block ends without an error."""
+    beside = _beside(target)
+    try:
+        yield beside
+        _sync_file(beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 SEAL = "seal"
@@ -234,7 +240,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def home_filled(path: str) -> Path:
+def home_filled(path: str | Path) -> Path:
     """A path with `~` filled in; one of a user that does not exist stays as it is, and will not be found."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises)
 
@@ -341,9 +347,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename durable; only POSIX can open a folder."""
-    if os.name != "posix":
-        return
+    """Make a rename durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

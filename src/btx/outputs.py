@@ -129,7 +129,7 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
     write_sealed(folder / DONE, facts | {"outputs": dict(_recorded(folder))})
 
 
-def check_outputs(folder: Path, depth: Depth = "used", *, suffixes: set[str] | None = None) -> None:
+def check_outputs(folder: Path, *, suffixes: set[str] | None = None) -> None:
     """Refuse a finished stage's folder in which a file is not as the stage has left it.
 
     Args:
@@ -138,7 +138,7 @@ def check_outputs(folder: Path, depth: Depth = "used", *, suffixes: set[str] | N
     Raises:
         RunFolderError: names the file.
     """
-    if (problem := damage(folder, depth, suffixes=suffixes)) is not None:
+    if (problem := damage(folder, "used", suffixes=suffixes)) is not None:
         raise RunFolderError(problem)
 
 

@@ -62,7 +62,7 @@ class Interrupted(BtxError):
 
 READER_GONE = 141
 """Exit code of a job whose output nobody reads any more, as the shell tells SIGPIPE; it ends without a word."""
-SAVE_AND_END = getattr(signal, "SIGUSR1", signal.SIGTERM)
+SAVE_AND_END = signal.SIGUSR1
 """What btx itself sends to the processes it has started. It is another signal than the one that a whole group may get
 from outside, so that both together are no second request."""
 SAME_EVENT_S = 1.0
@@ -87,8 +87,8 @@ class Interrupts:
         """Install the handlers; in another thread than the main one there are none, and no signal is asked for."""
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None), SAVE_AND_END):
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, SAVE_AND_END):
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before.setdefault(number, signal.signal(number, self._note))
         return self
 
@@ -132,8 +132,7 @@ class Interrupts:
         """Inside the block a signal raises `Interrupted` where the work stands, for work that loses nothing by it."""
         previous, self._at_once = self._at_once, message
         try:
-            if self.pending is not None:
-                self.raise_if_pending(message)
+            self.raise_if_pending(message)
             yield
         finally:
             self._at_once = previous
@@ -196,31 +195,26 @@ def at_standstill(
     further for `after_s` seconds, and `over` if it goes on after all. Only time in which the process runs counts, by a
     clock that nobody can set."""
     ended = threading.Event()
-    thread = threading.Thread(
-        target=_watch_progress, args=(after_s, act, over, ended), name="watches progress", daemon=True
-    )
-    thread.start()
+
+    def watch() -> None:
+        look_s = min(LOOK_S, after_s / 10)
+        seen, still_s, before, stands = _progress, 0.0, time.monotonic(), False
+        while not ended.wait(look_s):
+            now = time.monotonic()
+            # Of a long pause only a little counts: then this process, and not its work, was stopped.
+            seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
+            if stands and still_s < after_s:
+                stands = False
+                over()
+            elif not stands and still_s >= after_s:
+                stands = True
+                act(f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang")
+
+    threading.Thread(target=watch, name="watches progress", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-
-
-def _watch_progress(
-    after_s: float, act: Callable[[str], None], over: Callable[[], None], ended: threading.Event
-) -> None:  # fmt: skip
-    look_s = min(LOOK_S, after_s / 10)
-    seen, still_s, before, stands = _progress, 0.0, time.monotonic(), False
-    while not ended.wait(look_s):
-        now = time.monotonic()
-        # Of a long pause only a little counts: then this process, and not its work, was stopped.
-        seen, still_s, before = _progress, (still_s + min(now - before, 3 * look_s)) * (seen == _progress), now
-        if stands and still_s < after_s:
-            stands = False
-            over()
-        elif not stands and still_s >= after_s:
-            stands = True
-            act(f"no progress for {still_s:.0f} s, which launch.hung_after_s takes for a hang")
 
 
 def rank() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -98,7 +99,7 @@ def temporary_is_full(error: BaseException, target: Path | None = None) -> bool:
     """Whether it was the folder for temporary files that something could not be written to, rather than `target`."""
     if (file := _file(error)) is not None:
         return Path(file).absolute().is_relative_to(_temporary())
-    return _free(Path(_temporary())) < LITTLE and (target is None or _free(target) >= LITTLE)
+    return free_bytes(Path(_temporary())) < LITTLE and (target is None or free_bytes(target) >= LITTLE)
 
 
 def first_line(error: BaseException) -> str:
@@ -122,8 +123,8 @@ def _temporary() -> str:
         return os.environ.get("TMPDIR") or "/tmp"
 
 
-def _free(folder: Path) -> int:
-    """Bytes free where a folder is or will be."""
+def free_bytes(folder: Path) -> int:
+    """Free space where a folder is, or will be."""
     existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     try:
         return shutil.disk_usage(existing).free
@@ -133,8 +134,4 @@ def _free(folder: Path) -> int:
 
 def _open_files() -> str:
     """How many this process may have open."""
-    if os.name != "posix":
-        return ""
-    import resource
-
     return f" (this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open)"

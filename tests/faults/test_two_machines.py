@@ -81,15 +81,15 @@ def test_of_two_coordinators_on_two_machines_one_is_refused_and_takes_over_when_
     expected = f"run is in use by process {other.pid} on other"
     with pytest.raises(RunFolderError, match=expected), exclusive(run.path, "run"):
         pytest.fail("two at work")
-    assert at_work(run, "run") == "other"
+    assert at_work(run.path, "run") == "other"
     other.kill()  # the machine is gone: nothing of it is taken back
     other.join()
     assert (run.path / ".locks" / "run.pid").exists()
     began = time.monotonic()
     with exclusive(run.path, "run"):
         assert time.monotonic() - began > LEASE_S / 2, "waited for a sign of life"
-        assert at_work(run, "run") == platform.node()
-    assert at_work(run, "run") is None
+        assert at_work(run.path, "run") == platform.node()
+    assert at_work(run.path, "run") is None
 
 
 @pytest.mark.long
@@ -134,7 +134,7 @@ def test_a_lease_whose_owner_was_killed_while_it_made_it_is_taken_over(
     lease.lock_file(run.path, "run", "lease").parent.mkdir()
     lease.lock_file(run.path, "run", "lease").write_text(left)
     with exclusive(run.path, "run", patience_s=10):
-        assert at_work(run, "run") == platform.node()
+        assert at_work(run.path, "run") == platform.node()
 
 
 def listens(pid: int) -> bool:
@@ -168,13 +168,13 @@ def test_a_clock_that_was_set_makes_nobody_dead_or_alive(
     other = elsewhere(run, errno.ENOLCK, tmp_path / "log")
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + shift_s)
-    assert at_work(run, "run") == "other"
+    assert at_work(run.path, "run") == "other"
     with pytest.raises(RunFolderError, match="in use"), exclusive(run.path, "run"):
         pytest.fail("two at work")
     other.kill()
     other.join()
     then = real() + shift_s
     os.utime(run.path / ".locks" / "run.lease", (then, then))
-    assert at_work(run, "run") is None
+    assert at_work(run.path, "run") is None
     with exclusive(run.path, "run"):
         pass

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx.choices.merges import MERGE_METHODS
+from btx.choices.router_inits import ROUTER_INITS
 from btx.errors import BtxError
 
 if TYPE_CHECKING:
@@ -38,15 +40,11 @@ def kinds(incomplete: str) -> list[str]:
 
 def merges(incomplete: str) -> list[str]:
     """Merge methods."""
-    from btx.choices.merges import MERGE_METHODS
-
     return _starting(incomplete, MERGE_METHODS)
 
 
 def router_inits(incomplete: str) -> list[str]:
     """How routers start."""
-    from btx.choices.router_inits import ROUTER_INITS
-
     return _starting(incomplete, ROUTER_INITS)
 
 

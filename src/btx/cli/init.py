@@ -12,13 +12,13 @@ import typer
 from btx.cli.mix import named
 from btx.cli.terminal import remark
 from btx.errors import DataError, UserError
+from btx.files import home_filled
 from btx.number_texts import count_text
 
 TEXT_COLUMNS = ("text", "content", "body", "document", "raw_content", "abstract", "code")
 """What the column with a document is called, the likeliest first."""
 LONGEST_SEQUENCE, MOST_TOKENS, LEAST_TOKENS = 2048, 100_000_000, 20_000
 DEFAULT_TOKENS = 10_000_000
-BYTES_A_TOKEN = 4
 
 TEMPLATE = """\
 # A run of Branch-Train-MiX on your own model and data.
@@ -107,32 +107,33 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
     named_texts = {**texts, **({} if general is None else {"general": general})}
     looks = {name: _look(path) for name, path in named_texts.items()}
     missing = [f"{name}: {looked['problem']}" for name, looked in looks.items() if "problem" in looked]
-    if "/" not in model and not Path(model).expanduser().is_dir():
+    if "/" not in model and not home_filled(model).is_dir():
         model = f"./{model}"
-    if Path(model).expanduser().is_file():
+    folder = home_filled(model)
+    if folder.is_file():
         missing.append(f"seed_model.path: {model}: a model is a folder, as save_pretrained writes it; this is a file")
-    elif not Path(model).expanduser().is_dir() and model.startswith((".", "/", "~")):
+    elif not folder.is_dir() and model.startswith((".", "/", "~")):
         missing.append(f"seed_model.path: {model}: there is no such folder yet")
     lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
     if "general" not in looks:
         lines.append(f"    general: {inline_yaml([{'domain': name} for name in texts])}  # better: text of its own")
-    sizes = [looked["bytes"] for name, looked in looks.items() if name in texts and "bytes" in looked]
+    sizes = [looked["tokens"] for name, looked in looks.items() if name in texts and "tokens" in looked]
     tokens, why = DEFAULT_TOKENS, "more is better, up to a few times the text there is"
     if sizes:
-        tokens = min(MOST_TOKENS, max(LEAST_TOKENS, int(float(f"{max(sizes) / BYTES_A_TOKEN:.1g}"))))
-        why = f"the largest domain has about {count_text(max(sizes) / BYTES_A_TOKEN)}"
+        tokens = min(MOST_TOKENS, max(LEAST_TOKENS, int(float(f"{max(sizes):.1g}"))))
+        why = f"the largest domain has about {count_text(max(sizes))}"
     experts = [name for name in texts if name != "general"] or list(texts)
     text = TEMPLATE.format(
-        file=target, name=inline_yaml(target.stem), model=inline_yaml(model), length=_sequence_length(model),
+        file=target, name=inline_yaml(target.stem), model=inline_yaml(model), length=_sequence_length(folder),
         domains="\n".join(lines), experts=inline_yaml(experts), tokens=f"{tokens:_}", why_tokens=why,
     )  # fmt: skip
     return text, missing
 
 
 def _look(path: str) -> dict[str, Any]:
-    """What is at a path: {"source": as the recipe names it, "bytes" of text, about, or the "problem"}."""
+    """What is at a path: {"source": as the recipe names it, "tokens", about, or the "problem"}."""
     from btx.data.document_files import find_files
-    from btx.planning.data_look import columns, text_bytes
+    from btx.planning.data_look import BYTES_A_TOKEN, columns, text_bytes
 
     try:
         files = find_files(path, None)
@@ -141,13 +142,13 @@ def _look(path: str) -> dict[str, Any]:
         return {"source": path, "problem": str(error)}
     column = next((name for name in TEXT_COLUMNS if name in named_columns), "text")
     source = path if column == "text" else {"path": path, "text": column}
-    return {"source": source, "bytes": sum(map(text_bytes, files))}
+    return {"source": source, "tokens": sum(map(text_bytes, files)) / BYTES_A_TOKEN}
 
 
-def _sequence_length(model: str) -> int:
+def _sequence_length(model: Path) -> int:
     """What the model can read, up to 2048 tokens."""
     try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
+        config = json.loads((model / "config.json").read_text("utf-8"))
         length = config.get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
         length = None

@@ -166,8 +166,7 @@ def cp(recipe: Annotated[str, typer.Argument(autocompletion=completing_names.pac
     """Copy a packaged recipe to edit it: btx cp demo my.yaml."""
     from btx.recipe.loading import copy_recipe
 
-    copied = target / f"{recipe}.yaml" if target.is_dir() else target
-    copy_recipe(recipe, target)
+    copied = copy_recipe(recipe, target)
     typer.echo(f"copied {recipe}; edit it, then: btx plan {copied}")
 
 

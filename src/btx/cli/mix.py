@@ -33,14 +33,6 @@ RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
 RouterTokens = Annotated[int, typer.Option(help="hidden_mean, ridge: tokens of each text, at most.")]
-MergeMethod = Annotated[str, typer.Option(
-    help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)]  # fmt: skip
-MergeWeights = Annotated[str | None, typer.Option(help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")]
-SlerpT = Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")]
-MergeDensity = Annotated[float | None, typer.Option(
-    help="ties, dare: share of task vectors kept; default 0.2, 0.5.")]  # fmt: skip
-MergeScale = Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")]
-MaxShardSize = Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")]
 RngSeed = Annotated[int, typer.Option(help="Random number seed of routers and of merge methods that draw.")]
 
 
@@ -56,11 +48,13 @@ def mix(
     output: Output = None,
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     generalist: Annotated[bool, typer.Option(help="Add the seed model as one more expert.")] = True,
-    merge: MergeMethod = "mean",
-    merge_weights: MergeWeights = None,
-    slerp_t: SlerpT = None,
-    merge_density: MergeDensity = None,
-    merge_scale: MergeScale = None,
+    merge: Annotated[str, typer.Option(
+        help="How shared weights are merged; `btx ls merges`.", autocompletion=completing_names.merges)] = "mean",
+    merge_weights: Annotated[str | None, typer.Option(help="weighted: NAME=WEIGHT,..., generalist=WEIGHT.")] = None,
+    slerp_t: Annotated[float | None, typer.Option(help="slerp: 0 first, 1 second model; default 0.5.")] = None,
+    merge_density: Annotated[float | None, typer.Option(
+        help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
+    merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
     router_init: RouterInitName = "random",
     router_std: RouterStd = 0.02,
     router_scale: RouterScale = None,
@@ -74,7 +68,7 @@ def mix(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the seed's.")] = None,
     tokenizer_from: Annotated[str | None, typer.Option(
         help="Expert, `seed` or folder whose tokenizer to take; vocabularies may then differ.")] = None,
-    max_shard_size: MaxShardSize = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Size of an output file at most: 5GB, 500MB.")] = "5GB",
 ) -> None:  # fmt: skip
     """Mix expert models into one MoE model: of a run, or any folders."""
     named_options = _given(context)

@@ -12,16 +12,13 @@ from btx.cli.run_folders import ModelArgument, is_run, open_run
 from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
 
-Only = Annotated[list[str] | None, typer.Option("--only", help="Use this expert alone; repeat for several.")]
-Without = Annotated[list[str] | None, typer.Option("--without", help="Never use this expert; repeat for several.")]
-
 
 def chat(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="Answer this text and end; default: ask for lines.")] = None,
     show_experts: Annotated[bool, typer.Option(help="Colour each token by the pair of experts it used.")] = False,
-    only: Only = None,
-    without: Without = None,
+    only: Annotated[list[str] | None, typer.Option(help="Use this expert alone; repeat for several.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Never use this expert; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,

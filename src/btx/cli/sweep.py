@@ -13,13 +13,11 @@ from btx.cli.plan import AsJson, RecipeArgument
 from btx.cli.run_folders import is_run, open_run
 from btx.cli.terminal import show, show_json, silent
 
-Values = Annotated[list[str] | None, typer.Argument(
-    help="key=a,b,c varies a setting; key=value sets it for all variants.")]  # fmt: skip
-
 
 def sweep(
     recipe: RecipeArgument,
-    settings: Values = None,
+    settings: Annotated[list[str] | None, typer.Argument(
+        help="key=a,b,c varies a setting; key=value sets it for all variants.")] = None,
     rng_seeds: Annotated[int | None, typer.Option(
         help="Rng seeds of every variant; default: the recipe's sweep.rng_seeds, or 3.")] = None,
     models: Annotated[str | None, typer.Option(help="Models the table shows: btx,dense_cm; default: all.")] = None,

@@ -224,7 +224,10 @@ def families_table() -> Table:
 
 def comparison_table(found: Mapping[str, Any]) -> Table:
     """`btx compare`: a line a model, a column a set; differences whose 95 % interval leaves out 0 are bold."""
-    columns = list(dict.fromkeys(name for row in found["models"].values() for name in _differences(row)))
+    from btx.python.results import sets_of
+
+    rows = {name: sets_of(row, "{} (task)") for name, row in found["models"].items()}
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     table = Table(
         title=f"{found['model']} minus the other: difference [95 % interval] p",
         caption="bits per byte: negative is better; tasks: share of right answers, positive is better",
@@ -233,17 +236,9 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     table.add_column("against", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
-    for name, row in found["models"].items():
-        cells = _differences(row)
+    for name, cells in rows.items():
         table.add_row(name, *(_difference_text(cells[column]) if column in cells else "" for column in columns))
     return table
-
-
-def _differences(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of a comparison in order."""
-    cells = {name: row[name] for name in ("mean", "learning", "keeping") if name in row}
-    cells |= {**row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
-    return cells | {f"{task} (task)": value for task, value in row["tasks"].items()}
 
 
 def _difference_text(value: Mapping[str, Any]) -> Text:

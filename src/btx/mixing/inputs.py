@@ -63,8 +63,7 @@ def open_tensors(
         CheckpointError: as `TensorFolder`; the adapter changes what is not there.
     """
     tensors = TensorFolder(folder, who)
-    if config.get("tie_word_embeddings") and "lm_head.weight" in tensors:
-        tensors.drop("lm_head.weight")
+    tensors.leave_out_tied_head(config)
     if adapter is not None:
         merge_into(tensors, adapter)
     for layer in range(int(config["num_hidden_layers"])):

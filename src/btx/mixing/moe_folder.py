@@ -129,8 +129,7 @@ class MoeFolder:
                 f"alone; mix again"
             )
         tensors = TensorFolder(path)
-        if completed.get("tie_word_embeddings") and "lm_head.weight" in tensors:
-            tensors.drop("lm_head.weight")
+        tensors.leave_out_tied_head(completed)
         config = as_the_files_say(config, path)
         return cls(path, config, completed, family, tensors, names, routing, record)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +123,8 @@ def router_sums(
         return take
 
     # First of all hooks: what comes after may change what the router sees.
-    handles = [router.module.register_forward_pre_hook(hook(layer), prepend=True)
-               for layer, router in enumerate(routers)]  # fmt: skip
+    handles = [router.register_forward_pre_hook(hook(layer), prepend=True)
+               for layer, (_, router) in enumerate(routers)]  # fmt: skip
     try:
         for number, text in enumerate(texts):
             now.update(text=number, weight=1.0 / text.tokens)
@@ -140,26 +140,15 @@ def router_sums(
     return [total for total in sums if total is not None]
 
 
-@dataclass(frozen=True)
-class MoeRouter:
-    """A router of any MoE class: btx's blocks, and those that stay transformers' own."""
-
-    block: nn.Module
-    module: nn.Module
-    weight: nn.Parameter
-    """(E, D)"""
-
-
-def moe_routers(model: nn.Module) -> list[MoeRouter]:
-    """The routers of a MoE model in layer order: what is called `gate` or `router` beside `experts`."""
+def moe_routers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The blocks of any MoE class in layer order, btx's and transformers' own, each with its router: what is called
+    `gate` or `router` beside `experts`."""
     routers = []
     for block in model.modules():
         parts = dict(block.named_children())
-        module = parts.get("gate") or parts.get("router")
-        if "experts" not in parts or module is None:
-            continue
-        weight = next(parameter for parameter in module.parameters() if parameter.dim() == 2)
-        routers.append(MoeRouter(block, module, weight))
+        router = parts.get("gate") or parts.get("router")
+        if "experts" in parts and router is not None:
+            routers.append((block, router))
     return routers
 
 
@@ -167,14 +156,14 @@ def moe_routers(model: nn.Module) -> list[MoeRouter]:
 def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
     """All experts of every MoE layer with the same gate weight, 1/E."""
     with contextlib.ExitStack() as undo:
-        for router in moe_routers(model):
-            E = len(router.weight)
-            for part, name, value in ((router.block, "rule", LayerRule(RoutingRule(top_k=E))),
-                                      (router.block, "top_k", E), (router.module, "top_k", E)):  # fmt: skip
+        for block, router in moe_routers(model):
+            E = len(next(parameter for parameter in router.parameters() if parameter.dim() == 2))
+            for part, name, value in ((block, "rule", LayerRule(RoutingRule(top_k=E))), (block, "top_k", E),
+                                      (router, "top_k", E)):  # fmt: skip
                 if hasattr(part, name):  # a rule in btx's blocks, a number in those of transformers
                     undo.callback(setattr, part, name, getattr(part, name))
                     setattr(part, name, value)
-            undo.callback(router.module.register_forward_pre_hook(_nothing_in).remove)
+            undo.callback(router.register_forward_pre_hook(_nothing_in).remove)
         yield
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from btx.errors import CheckpointError
-from btx.model_files.headers import COMPUTED, FLOATS, Headers, check_unquantised
+from btx.model_files.headers import COMPUTED, FLOATS, HEAD, Headers, check_unquantised
 from btx.model_files.lazy_tensors import FileTensor, OpenFile
 from btx.system_errors import blame
 
@@ -91,9 +92,10 @@ class TensorFolder:
         """File a tensor lies in, for messages."""
         return self._tensors[name].file
 
-    def drop(self, name: str) -> None:
-        """Leave a tensor out."""
-        del self._tensors[name]
+    def leave_out_tied_head(self, config: Mapping[str, Any]) -> None:
+        """Leave out a copy of the embeddings as an LM head, where the config ties the two."""
+        if config.get("tie_word_embeddings"):
+            self._tensors.pop(HEAD, None)
 
     def replace(self, tensor: FileTensor) -> None:
         """Put another tensor in the place of the one of its name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import queue
@@ -106,8 +107,6 @@ def _through_the_cache(descriptor: int) -> bool:
     """Write through the page cache from here on; False if it was so already."""
     if not _DIRECT:
         return False
-    import fcntl
-
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
     return bool(flags & _DIRECT)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from btx.errors import CheckpointError
+from btx.files import home_filled
 from btx.hub_names import REPOSITORY, HubName, hub_name, is_hub_name
 from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER
 from btx.system_errors import blame, first_line
@@ -86,8 +87,8 @@ def model_card(model: str | Path, revision: str | None = None, *, may_fetch: boo
     """
     import huggingface_hub
 
-    card: str | Path = Path(model).expanduser() / CARD
-    if not Path(model).expanduser().is_dir():
+    card: str | Path = home_filled(model) / CARD
+    if not home_filled(model).is_dir():
         try:
             card = huggingface_hub.hf_hub_download(
                 str(model), CARD, revision=revision, local_files_only=not may_fetch, etag_timeout=TIMEOUT_S
@@ -156,7 +157,7 @@ def check_hub_name(path: str, *, revision: str | None = None, ask: bool = True) 
 
 def _nearby(path: str) -> str:
     """The models beside it, for one who has misspelt a folder's name."""
-    parent = Path(path).expanduser().parent
+    parent = home_filled(path).parent
     try:
         folders = sorted(str(file.parent) for file in parent.glob("*/config.json"))
     except OSError:

@@ -32,7 +32,7 @@ def seed_config(recipe: Recipe) -> dict[str, Any]:
     if seed.plan_config is not None:
         return _config_from_scratch(seed.plan_config, seed.tokenizer.vocab_size, "seed_model.plan_config")
     assert seed.path is not None  # the schema guarantees it
-    folder = Path(seed.path).expanduser()
+    folder = Path(seed.path)
     if not folder.is_dir():
         check_hub_name(seed.path, revision=seed.revision)
         return read_config(seed.path, revision=seed.revision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from btx.baselines.matching import finetuning_cost, matched_phases, moe_cost, router_flops
@@ -37,16 +37,6 @@ def dense_config(run: RunFolder) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """How a stage trains."""
-
-    steps: int
-    mixture: dict[str, float]
-    """Domain → its share of all tokens."""
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class StageCost:
     """What one stage trains, keeps in memory and writes."""
 
@@ -60,7 +50,8 @@ class StageCost:
     """Of one of them; the last one stays."""
     hours: float | None
     """None where no speed is known."""
-    trained: Trained | None
+    trained: Mapping[str, Any]
+    """How it trains: its steps, mixture (domain → its share of all tokens) and learning_rate; empty if it does not."""
     processes: int = 1
     """That train the model together; the memory is that of each."""
     machines: int = 1
@@ -75,14 +66,15 @@ class StageCost:
         """Its row of `btx plan --json`."""
         return {
             "stage": self.stage.name, "tokens": self.tokens, "flops": self.flops, "memory_bytes": self.memory_bytes,
-            "disk_bytes": self.disk_bytes, **(asdict(self.trained) if self.trained else {}), "hours": self.hours,
+            "disk_bytes": self.disk_bytes, **self.trained, "hours": self.hours,
             "processes": self.processes,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """All training behind a model from the seed model on; of the seed model, its own."""
+    """All training behind a model from the seed model on; of the seed model, its own. `btx plan --json` has all
+    fields."""
 
     tokens: int
     flops: float
@@ -92,10 +84,6 @@ class TrainingCost:
     """Of the longest way to the model; None where no speed is known."""
     machine_hours: float | None
     """Of all jobs; None where no speed is known."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As `btx plan --json` has it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -163,7 +151,7 @@ def run_costs(run: RunFolder, dense: dict[str, Any], speed: Speed | None) -> Cos
             disk_bytes=disk + (2 * training.memory.checkpoint_bytes if training else 0),
             checkpoint_bytes=training.memory.checkpoint_bytes if training else 0,
             hours=None if speed is None else _hours(graph, stage, flops, speed),
-            trained=training.trained if training else None,
+            trained=training.trained if training else {},
             processes=recipe.launch.processes_of(stage.name) if training else 1,
             machines=recipe.launch.nodes_of(stage.name) if training else 1,
         )
@@ -215,9 +203,10 @@ class StageTraining:
         return self.memory.memory.peak + copied
 
     @property
-    def trained(self) -> Trained:
-        settings = self.settings
-        return Trained(settings.steps(self.memory.sequence_length), _shares(self.mixtures), settings.learning_rate)
+    def trained(self) -> dict[str, Any]:
+        """As in `StageCost`."""
+        steps, rate = self.settings.steps(self.memory.sequence_length), self.settings.learning_rate
+        return {"steps": steps, "mixture": _shares(self.mixtures), "learning_rate": rate}
 
 
 def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None = None) -> dict[str, StageTraining]:

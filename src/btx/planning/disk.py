@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError
 from btx.planning.costs import Costs, run_costs
 from btx.run_folder.folder import RunFolder
-
-
-def free_bytes(path: Path) -> int:
-    """Free space where a folder is, or will be."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(there).free
+from btx.system_errors import free_bytes
 
 
 def bytes_to_write(run: RunFolder, costs: Costs) -> int:

@@ -9,7 +9,7 @@ dense minus mixture. Nothing of it is fitted to our runs; how far off it was in 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from btx.model_files.card_tokens import card_tokens
@@ -40,7 +40,8 @@ C, E_START, E_MAX = 1.3637, 2.0732, 290.4521
 
 @dataclass(frozen=True)
 class Prediction:
-    """Dense minus btx at equal training FLOPs, mean over domains: positive where btx is better."""
+    """Dense minus btx at equal training FLOPs, mean over domains: positive where btx is better. `btx plan --json` and
+    results.json have all fields."""
 
     seed_tokens: float
     """That the seed model has read."""
@@ -57,15 +58,6 @@ class Prediction:
     """Tokens of dense training for the FLOPs after the seed model, as a share of those it has read."""
     gain_in_proportion: float
     """Bits per byte, were that share `PROPORTION`."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As `btx plan --json` and results.json have it."""
-        return asdict(self)
-
-    @property
-    def enough(self) -> bool:
-        """Whether the seed model has read as many tokens a parameter as a mixture wants."""
-        return self.tokens_per_parameter >= ENOUGH
 
 
 def law_loss(active_params: float, tokens: float, experts: float) -> float:
@@ -172,4 +164,4 @@ def gain_notes(prediction: Prediction | None) -> list[str]:
         f"warning: below {ENOUGH} tokens a parameter a mixture is expected to gain nothing over dense training, or to "
         f"lose: train the seed model longer, or branch one that was"
     )
-    return [said] + [few] * (not prediction.enough) + [short] * (prediction.phase_share < SMALL)
+    return [said] + [few] * (ratio < ENOUGH) + [short] * (prediction.phase_share < SMALL)

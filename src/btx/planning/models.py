@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from btx.baselines.matching import moe_cost
@@ -26,7 +27,7 @@ def model_rows(recipe: Recipe, dense: dict[str, Any], costs: Costs) -> dict[str,
             "total_params": cost.total_params,
             "active_params": cost.active_params,
             "inference_flops_per_token": cost.inference_flops_per_token(recipe.data.sequence_length),
-            **costs.behind(stage).as_json(),
+            **asdict(costs.behind(stage)),
         }
     return rows
 

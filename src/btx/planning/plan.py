@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from btx.choices.families import family_of
 from btx.models.device import precision_notes
 from btx.planning.aligned import aligned_notes
 from btx.planning.costs import Costs, dense_config, run_costs
-from btx.planning.disk import bytes_to_write, free_bytes
+from btx.planning.disk import bytes_to_write
 from btx.planning.gain import gain_notes, predict_gain
 from btx.planning.gpu_memory import gpu_here, memory_rows
 from btx.planning.measuring import measuring_rows
@@ -23,6 +24,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.threads import jobs_at_once, jobs_side_by_side
+from btx.system_errors import free_bytes
 
 FLOPS_FORMULA = (
     "training FLOPs = tokens x (4·N + 2·M + 12·L·H·Q·S); N active multiplied parameters, M of them trained: 6·N where "
@@ -61,7 +63,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
     family_of(dense, "seed model")  # refuses a class that cannot be mixed, before anything is counted
     speed = speed or measured_speed(run)
     costs = run_costs(run, dense, speed)
-    states = [_state(run, cost.stage) for cost in costs]
+    stages = [cost.as_json() | _state(run, cost.stage) for cost in costs]
     gpu_memory = gpu_memory or gpu_here(recipe)
     prediction = predict_gain(run, dense, cost_in_use(recipe, dense, "btx"), costs)
     return {
@@ -75,16 +77,16 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
             *aligned_notes(recipe),
             *gain_notes(prediction),
         ],
-        "prediction": prediction and prediction.as_json(),
+        "prediction": prediction and asdict(prediction),
         "router": _router(recipe, dense),
         "speed": speed and {"flops_per_s": speed.flops_per_s, "source": speed.source},
         "models": model_rows(recipe, dense, costs),
-        "stages": [cost.as_json() | state for cost, state in zip(costs, states, strict=True)],
+        "stages": stages,
         "gpu": gpu_memory and _gpu(recipe, dense, gpu_memory),
-        "stays": [cost.stage.name for cost, state in zip(costs, states, strict=True) if state["state"] == "done"],
+        "stays": [row["stage"] for row in stages if row["state"] == "done"],
         "to_do": [stage.name for stage in costs.graph if run.state(stage) != "done" and run.is_needed(stage)],
         "baselines": {
-            name: costs.behind(f"baselines/{name}").as_json()
+            name: asdict(costs.behind(f"baselines/{name}"))
             | {"disk_bytes": _disk(costs, name), "matched": matching(recipe, costs, name)}
             for name in recipe.baselines
         },

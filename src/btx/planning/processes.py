@@ -57,6 +57,4 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[str, str, Training, RoutingRule
 def _seed_config(recipe: Recipe) -> Mapping[str, Any]:
     """What is known of the seed model's config before anything runs."""
     seed = recipe.seed_model
-    if seed.config or seed.plan_config:
-        return seed.config or seed.plan_config or {}
-    return read_json(Path(seed.path or "") / "config.json") or {}
+    return seed.config or seed.plan_config or read_json(Path(seed.path or "") / "config.json") or {}

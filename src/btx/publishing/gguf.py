@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
 from btx.errors import BtxError, CheckpointError, RunFolderError, UserError
+from btx.files import atomic_file, home_filled
 from btx.model_files.headers import Headers
 from btx.process import Log
 from btx.publishing.gguf_refusals import pre_tokenizer
@@ -54,9 +54,10 @@ def find_converter(path: Path | None = None) -> str:
     Raises:
         UserError: there is none, with the two ways to get one.
     """
-    named = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
-    if named is not None:
-        folder = named.expanduser().absolute() if named.is_dir() else named.expanduser().absolute().parent
+    named = path or os.environ.get(VARIABLE)
+    if named:
+        place = home_filled(named).absolute()
+        folder = place if place.is_dir() else place.parent
         if not (folder / f"{CONVERTER}.py").is_file():
             raise UserError(
                 f"{named}: no {CONVERTER}.py is there; name a checkout of llama.cpp (--converter, ${VARIABLE})"
@@ -97,19 +98,13 @@ def write_gguf(folder: Path, output: Path, kind: str, converter: str, log: Log =
     if needed > free:
         raise RunFolderError(f"{output}: about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; free space, "
                              f"or write it elsewhere (-o FILE)")  # fmt: skip
-    beside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    # The model's name is set because some switch on what is for one vendor's vocabulary.
-    arguments = [str(folder), "--outfile", str(beside), "--outtype", kind, "--model-name", "btx"]
-    command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
-    try:
+    with atomic_file(output) as beside:
+        # The model's name is set because some switch on what is for one vendor's vocabulary.
+        arguments = [str(folder), "--outfile", str(beside), "--outtype", kind, "--model-name", "btx"]
+        command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
         said = _run(command, beside, needed, log)
         if said or not beside.is_file():
             raise _failure(folder, said)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _run(command: list[str], growing: Path, needed: int, log: Log) -> str:

@@ -60,7 +60,7 @@ def check_gguf(folder: Path) -> list[str]:
         why = json.loads((folder / FILE).read_text("utf-8")).get("why", "its router is btx's own")
         raise CheckpointError(
             f"{folder}: only btx reads this folder: {why}. No GGUF can hold it; run it with btx serve, or mix and "
-            f"finetune with a router that the plain class has (mix.router: topk; btx ls routers)"
+            f"finetune with a router that the plain class has (mix.router: top_k; btx ls routers)"
         )
     if problem := _of_its_class(config):
         raise CheckpointError(f"{folder}/config.json: {problem}")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from btx.files import read_json
-from btx.hub_names import hub_name
+from btx.hub_names import REPOSITORY, hub_name
 from btx.markdown_text import literal
 from btx.model_files.btx_folder import FILE
 from btx.model_files.hub import hub_origin
@@ -43,8 +43,8 @@ def origin_of_run(run: RunFolder) -> Origin:
     """What a run says of its model; no results where those that are there are not of the recipe as it is now."""
     seed = run.model("seed")
     on_hub = hub_origin(seed)
-    path = run.recipe.seed_model.path
-    if on_hub is None and path is not None and not Path(path).exists():
+    path = run.recipe.seed_model.path or ""
+    if on_hub is None and REPOSITORY.fullmatch(path) and not Path(path).exists():  # else a folder that is elsewhere now
         on_hub = f"hf:{path}"
     sources = {name: list(domain.sources) for name, domain in run.recipe.data.domains.items()}
     datasets = {
@@ -66,7 +66,7 @@ def origin_of_folder(folder: Path) -> Origin:
     record = read_json(folder / "mix.json") or {}
     inputs = record.get("inputs", {})
     names = [hub_name(model["hub"]).repository for model in inputs.values() if model.get("hub")]
-    seed = Path(inputs["seed"]["path"]) if "seed" in inputs else folder
+    seed = Path(inputs["seed_model"]["path"]) if "seed_model" in inputs else folder
     return Origin(
         base_models=tuple(dict.fromkeys(names)),
         licence=licence_of(folder) or licence_of(seed),

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from btx.errors import CheckpointError
 from btx.model_files.beside_weights import CHAT_TEMPLATE
 from btx.model_files.token_ids import read_object
@@ -87,10 +91,6 @@ def chat_template(folder: Path, special: Mapping[str, str]) -> Render | None:
     Raises:
         CheckpointError: it is no template.
     """
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     text = _template_text(folder)
     if text is None:
         return None
@@ -119,8 +119,6 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
         render: as `chat_template` makes it.
         bos: begins every conversation; Ollama adds it by itself.
     """
-    from jinja2 import TemplateError
-
     system, user, answer = ({"role": role, "content": mark} for role, mark in MARKS.items())
 
     def text(*messages: Mapping[str, str], follows: bool = False) -> str:
@@ -150,8 +148,6 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
 
 def _or_none(render: Callable[[], str]) -> str | None:
     """A text, or None where the template refuses: many know no system messages."""
-    from jinja2 import TemplateError
-
     try:
         return render()
     except TemplateError:

@@ -20,6 +20,8 @@ from btx.system_errors import blame, first_line
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 REPORT = ("report.md", "*.png")
 TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}")
+PATHS = ("path", "source", "seed_model")
+"""Keys of mix.json, at any depth, whose texts are paths, as are all below `paths`."""
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -62,11 +64,12 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
 def _without_paths(record: Any) -> bytes:
     """mix.json with folders' names in place of their paths."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: Path(it).name if key in ("path", "source") and isinstance(it, str) else plain(it)
-                    for key, it in value.items()}  # fmt: skip
-        return [plain(each) for each in value] if isinstance(value, list) else value
+            return {name: plain(it, "path" if key == "paths" else name) for name, it in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return Path(value).name if key in PATHS and isinstance(value, str) else value
 
     return (json.dumps(plain(record), indent=1) + "\n").encode()
 

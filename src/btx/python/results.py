@@ -71,21 +71,22 @@ class Comparison:
         `task.NAME`), difference, low and high (95 % interval), p. Bits per byte: negative is better; tasks:
         positive is better."""
         rows = [{"other": other, "set": name, **value} for other, row in self.differences.items()
-                for name, value in _sets(row).items()]  # fmt: skip
+                for name, value in sets_of(row).items()]  # fmt: skip
         return _pandas().DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        titles = list(dict.fromkeys(name for row in self.differences.values() for name in _sets(row)))
-        rows = [(other, [_difference_cell(_sets(row).get(title)) for title in titles])
+        titles = list(dict.fromkeys(name for row in self.differences.values() for name in sets_of(row)))
+        rows = [(other, [_difference_cell(sets_of(row).get(title)) for title in titles])
                 for other, row in self.differences.items()]  # fmt: skip
         caption = "Difference [95 % interval] p; bits per byte: negative is better; tasks: positive is better"
         return table_html(Table(titles, rows, caption), title=f"{self.model} minus the other")
 
 
-def _sets(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {name: row[name] for name in ("mean", "learning", "keeping") if name in row}
+def sets_of(row: Mapping[str, Any], task_name: str = "task.{}") -> dict[str, Any]:
+    """What another model is compared on → the difference, in order."""
+    cells = {name: row[name] for name in MEANS if name in row}
     cells |= {**row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
-    return cells | {f"task.{task}": value for task, value in row["tasks"].items()}
+    return cells | {task_name.format(task): value for task, value in row["tasks"].items()}
 
 
 def _difference_cell(value: Mapping[str, Any] | None) -> Cell:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from btx.files import home_filled
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Training
 
@@ -76,7 +77,7 @@ def model_parameters(seed: Any) -> int | None:
     config = seed.get("config") or seed.get("plan_config")
     if config is None and isinstance(path, str):
         try:
-            config = json.loads((Path(path).expanduser() / "config.json").read_text("utf-8"))
+            config = json.loads((home_filled(path) / "config.json").read_text("utf-8"))
         except (OSError, ValueError):
             said = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", Path(path).name, re.IGNORECASE)
             return round(float(said[1]) * (1e9 if said[2] in "Bb" else 1e6)) or None if said else None

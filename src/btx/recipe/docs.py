@@ -68,7 +68,8 @@ def recipe_page() -> str:
         parts.append(f"## {title}\n\n{_sentence(section.__doc__)}\n")
         shared = [base for base in section.__mro__[1:] if _is_shared(base)]
         if shared:
-            parts.append(f"All [{_title(shared[0])}](#{_anchor(_title(shared[0]))}), and:\n")
+            base = _title(shared[0])
+            parts.append(f"All [{base}](#{base.lower().replace(' ', '-')}), and:\n")
         rows = [f"| `{name}` | {_kind(field)} | {_default(field, derived=section is Training and name in SETTINGS)} | "
                 f"{_meaning(field)} |" for name, field in fields.items()]  # fmt: skip
         parts.append("\n".join(["| field | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
@@ -114,10 +115,6 @@ def _is_shared(base: type) -> TypeGuard[type[Section]]:
 def _title(base: type) -> str:
     """`SlurmJob` as words: Slurm job settings."""
     return re.sub("(?<=[a-z])[A-Z]", lambda capital: f" {capital[0].lower()}", base.__name__) + " settings"
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
 
 
 def _inner(field: FieldInfo) -> list[type[BaseModel]]:

@@ -42,12 +42,6 @@ def _text_like(pattern: str, what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _is_one_line(text: str) -> str:
-    if "\n" in text or "\r" in text or "\0" in text:
-        raise ValueError("a line of bash has no line break; give each line an entry of its own")
-    return text
-
-
 SlurmWord = Annotated[str, _text_like(r"[A-Za-z0-9_.,:=@/*()\[\]-]*", "letters, digits and _.,:=@/*()[]- only")]
 SlurmTime = Annotated[str, _text_like(
     r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}", "minutes, hours:minutes:seconds or days-hours"
@@ -55,7 +49,9 @@ SlurmTime = Annotated[str, _text_like(
 RayAddress = Annotated[str, _text_like(
     r"https?://[^/\s]+/?", "the address of a Ray cluster's job server, as http://head:8265"
 )]  # fmt: skip
-ShellLine = Annotated[str, AfterValidator(_is_one_line)]
+ShellLine = Annotated[str, _text_like(
+    r"[^\n\r\0]*", "a line of bash has no line break; give each line an entry of its own"
+)]  # fmt: skip
 SlurmOption = Annotated[str, AfterValidator(_is_an_option)]
 
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from btx.errors import RecipeError, UserError
-from btx.files import write_text
+from btx.files import home_filled, write_text
 from btx.recipe.derived import SETTINGS, fill_in_training
 from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
@@ -40,7 +40,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     `RecipeError` with every problem found.
     """
     text, file, run = _read(name_or_path)
-    return _parse(text, file, overrides, run)
+    return parse_recipe(text, file, overrides, run=run)
 
 
 def _read(name_or_path: str) -> tuple[str, str, str | None]:
@@ -71,12 +71,33 @@ def _read(name_or_path: str) -> tuple[str, str, str | None]:
     return _decode(content, str(path)), str(path), run
 
 
-def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(text: str, file: str, overrides: Sequence[str] = (), *, run: str | None = None) -> Recipe:
     """Read a recipe from YAML text; `file` is its name in messages, and its stem the default of `name`.
 
-    Overrides are `dotted.key=value` with the value in YAML. Raises `RecipeError` with every problem found.
+    Overrides are `dotted.key=value` with the value in YAML. `run` takes the place of the text's run folder, not of an
+    override's. Raises `RecipeError` with every problem found.
     """
-    return _parse(text, file, overrides, None)
+    document = _document(text, file)
+    document.value.setdefault("name", Path(file).stem)
+    if run is not None:
+        document.value["run"] = run
+    bases = [override for override in overrides if override.partition("=")[0].strip() == "extends"]
+    for override in bases:
+        apply_override(document, override)
+    _fill_from_extended(document)
+    for override in (override for override in overrides if override not in bases):
+        apply_override(document, override)
+    if run is not None:
+        _refuse_idle_paper(document)
+    else:
+        fill_in_training(document.value, _in_run_folder(document.value))
+    recipe, problems = _validate(document)
+    if recipe is None or problems:
+        problems.sort(key=lambda problem: (problem.place.line == 0, problem.place.line, problem.place.column))
+        more = len(problems) - MAX_PROBLEMS_SHOWN
+        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
+        raise RecipeError("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]))
+    return recipe
 
 
 def packaged_recipes() -> dict[str, str]:
@@ -84,11 +105,11 @@ def packaged_recipes() -> dict[str, str]:
     return {name: read_yaml(text, name).value.get("description", "") for name, text in _packaged_files().items()}
 
 
-def copy_recipe(name: str, target: Path) -> None:
+def copy_recipe(name: str, target: Path) -> Path:
     """Copy a packaged recipe, comments included, to a new `.yaml` file or into a folder, for the user to edit.
 
-    The copy's `name:` becomes the file's stem, so that it gets its own run folder. Raises `UserError` if there is no
-    such recipe, the target exists, or its stem is no valid run name.
+    Returns the file; its stem becomes the copy's `name:`, so that it gets its own run folder. Raises `UserError` if
+    there is no such recipe, the target exists, or its stem is no valid run name.
     """
     packaged = _packaged_files()
     if name not in packaged:
@@ -106,6 +127,7 @@ def copy_recipe(name: str, target: Path) -> None:
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
     write_text(target, text)
+    return target
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -179,36 +201,11 @@ def _decode(content: bytes, file: str) -> str:
         raise RecipeError(f"{file}:{line}:{column}: byte 0x{byte:02x} is no UTF-8 text: save as UTF-8") from None
 
 
-def _parse(text: str, file: str, overrides: Sequence[str], run: str | None) -> Recipe:
-    """Read, override, validate; `run` replaces the file's run folder, not an override's."""
-    document = _document(text, file)
-    document.value.setdefault("name", Path(file).stem)
-    if run is not None:
-        document.value["run"] = run
-    bases = [override for override in overrides if override.partition("=")[0].strip() == "extends"]
-    for override in bases:
-        apply_override(document, override)
-    _fill_from_extended(document)
-    for override in (override for override in overrides if override not in bases):
-        apply_override(document, override)
-    if run is not None:
-        _refuse_idle_paper(document)
-    else:
-        fill_in_training(document.value, _in_run_folder(document.value))
-    recipe, problems = _validate(document)
-    if recipe is None or problems:
-        problems.sort(key=lambda problem: (problem.place.line == 0, problem.place.line, problem.place.column))
-        more = len(problems) - MAX_PROBLEMS_SHOWN
-        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
-        raise RecipeError("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]))
-    return recipe
-
-
 def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
     """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
     folder = given.get("run") or f"runs/{given['name']}"
     try:
-        written = read_yaml((Path(str(folder)) / "recipe.yaml").read_text("utf-8"), "").value
+        written = read_yaml((home_filled(str(folder)) / RUN_RECIPE).read_text("utf-8"), "").value
     except (OSError, ValueError, YamlSyntaxError):
         return None
     return written if isinstance(written, dict) else None

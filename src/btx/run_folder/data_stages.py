@@ -91,18 +91,23 @@ class DataStages:
                      for name, _, weight in resolve(self.recipe, seed_mixture(self.recipe))]  # fmt: skip
             return {"tokenizer": seed.tokenizer, "model_type": seed.config["model_type"], "texts": texts}
         assert seed.path is not None  # the schema guarantees one of the two
-        folder, known = Path(seed.path), self.recorded(TOKENIZER)
-        if folder.is_dir():
+        if (folder := Path(seed.path)).is_dir():
             files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
             return {"files": {file.name: content_sha256(file) for file in files}}
-        if known is not None and "files" in known["settings"] and self.seed_folder_was(seed.path):
+        return self.seed_on_hub(TOKENIZER)
+
+    def seed_on_hub(self, stage: str) -> Settings:
+        """An existing seed model, of which no folder is here, as a stage reads it: by its name on the hub.
+
+        Raises:
+            CheckpointError: the stage has read it from a folder, which had this name when the model was taken.
+        """
+        seed, known, taken = self.recipe.seed_model, self.recorded(stage), self.recorded("seed")
+        name = PurePath(seed.path or "").name
+        was_here = taken is not None and any(name in PurePath(file).parts for file in taken["files"])
+        if known is not None and "files" in known["settings"] and was_here:
             raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
         return {"path": seed.path, "revision": seed.revision}
-
-    def seed_folder_was(self, path: str) -> bool:
-        """Whether an existing seed model, whose folder is not here, was in a folder of that name when it was taken."""
-        known = self.recorded("seed")
-        return known is not None and any(PurePath(path).name in PurePath(file).parts for file in known["files"])
 
     def _tokenizer_text(self) -> dict[str, str]:
         if self.recipe.seed_model.config is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import os
 import platform
 import shutil
@@ -325,8 +326,6 @@ class RunFolder:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl (written by `btx run` alone)."""
-        import json
-
         path = self.path / "events.jsonl"
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), "event": kind, **facts}) + "\n")

@@ -39,13 +39,13 @@ def take_lease(file: Path, patience_s: float) -> filelock.SoftFileLease:
     lease = filelock.SoftFileLease(
         file, lease_duration=LEASE_S, heartbeat_interval=BEAT_S, on_compromise=_end, is_singleton=False
     )
-    at_first, started = _change(file), time.monotonic()
+    at_first, started = sign_of_life(file), time.monotonic()
     while True:
         try:
             lease.acquire(timeout=0)
             return lease
         except filelock.Timeout:
-            waited, now = time.monotonic() - started, _change(file)
+            waited, now = time.monotonic() - started, sign_of_life(file)
             if waited > LEASE_S and now == at_first is not None:
                 _fill_if_empty(file, at_first[0])
             if waited >= patience_s and (now != at_first or waited > LEASE_S + 2 * BEAT_S):
@@ -56,11 +56,6 @@ def take_lease(file: Path, patience_s: float) -> filelock.SoftFileLease:
 def lock_file(run: Path, work: str, kind: str) -> Path:
     """What a run folder says of some work: who is at it (`lock`, `lease`, `pid`), how it failed (`failed.json`)."""
     return run / ".locks" / f"{work.replace('/', '-')}.{kind}"
-
-
-def last_sign(run: Path, work: str) -> tuple[int, int] | None:
-    """What changes with each sign of life of the process that is at work; None if there is none."""
-    return _change(lock_file(run, work, "lease"))
 
 
 def is_alive(file: Path) -> bool:
@@ -76,10 +71,10 @@ def is_alive(file: Path) -> bool:
     return abs(now - beat) < LEASE_S  # what was touched in the future was touched before the clock was set back
 
 
-def _change(file: Path) -> tuple[int, int] | None:
-    """What changes when an owner touches its lease, or another takes it."""
+def sign_of_life(lease: Path) -> tuple[int, int] | None:
+    """What changes when an owner touches its lease, or another takes it; None if there is none."""
     with contextlib.suppress(FileNotFoundError):
-        status = file.stat()
+        status = lease.stat()
         return status.st_ino, status.st_mtime_ns
     return None
 

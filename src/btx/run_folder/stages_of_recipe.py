@@ -19,7 +19,7 @@ from btx.baselines.settings import matching_inputs, phases_of, routing_of
 from btx.choices.baselines import BASELINES, BTM, UPCYCLED
 from btx.data.conversations import data_files
 from btx.data.document_files import located
-from btx.errors import CheckpointError, DataError
+from btx.errors import DataError
 from btx.files import content_sha256
 from btx.recipe.evaluate import Analyze
 from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
@@ -55,6 +55,8 @@ class _Stages:
         self.recipe, self.recorded, self.begun = recipe, recorded, begun
         self.data = DataStages(recipe, recorded, read)
         self.rng = {"rng_seed": recipe.rng_seed}
+        self.texts = [{domain: 1.0} for domain in (*recipe.train.domains, recipe.data.general)]
+        """Of every expert and of the generalist, each by itself."""
 
     def graph(self) -> Graph:
         recipe, seed = self.recipe, self._seed()
@@ -109,12 +111,9 @@ class _Stages:
 
     def _seed_folder(self) -> Settings:
         """An existing seed model is its files, or what it is called on the hub."""
-        seed, known = self.recipe.seed_model, self.recorded("seed")
         if files := self._seed_files():
             return {"files": {Path(name).name: sha256 for name, sha256 in files.items()}}
-        if known is not None and "files" in known["settings"] and self.data.seed_folder_was(str(seed.path)):
-            raise CheckpointError(f"seed_model.path: {seed.path}: there is no such folder")
-        return {"path": seed.path, "revision": seed.revision}
+        return self.data.seed_on_hub("seed")
 
     def _seed_files(self) -> dict[str, str]:
         return model_files(self.recipe.seed_model.path)
@@ -134,8 +133,7 @@ class _Stages:
 
     def _mix(self, seed: Stage, branches: tuple[Stage, ...]) -> Stage:
         recipe = self.recipe
-        texts = [{domain: 1.0} for domain in (*recipe.train.domains, recipe.data.general)]
-        texts = texts if recipe.router_init.needs_text else []
+        texts = self.texts if recipe.router_init.needs_text else []
 
         def mixed() -> Settings:
             read = {"texts": [self._mixture(weights) for weights in texts]} if texts else {}
@@ -213,10 +211,9 @@ class _Stages:
                 settings: Settings = {"generalist": recipe.mix.generalist}
                 stages.append(self._stage("baselines/soup", partial(dict, settings), (seed, *branches)))
             elif name in BTM:
-                texts = [{domain: 1.0} for domain in (*recipe.train.domains, recipe.data.general)]
                 settings = {"experts": BTM[name], "generalist": recipe.mix.generalist, "tokens": recipe.train.tokens,
-                            "texts": [self._mixture(weights) for weights in texts]}  # fmt: skip
-                needs = (*self._read(texts), seed, *branches)
+                            "texts": [self._mixture(weights) for weights in self.texts]}  # fmt: skip
+                needs = (*self._read(self.texts), seed, *branches)
                 stages.append(self._stage(f"baselines/{name}", partial(dict, settings), needs))
             elif kind.start == "upcycled" and UPCYCLED not in known:
                 known[UPCYCLED] = self._stage(f"baselines/{UPCYCLED}", self._upcycled, (seed,))

@@ -54,7 +54,7 @@ def stage_status(run: RunFolder, stage: Stage) -> StageStatus:
         return StageStatus(stage.name, state, step=facts.get("steps"), steps=facts.get("steps"), loss=facts.get("loss"),
                            wall_s=facts.get("wall_s"), mfu=facts.get("mfu"), node=facts.get("node"),
                            processes=facts.get("processes", 1))  # fmt: skip
-    why, node, has_metrics = None, at_work(run, stage.name), state == "begun"
+    why, node, has_metrics = None, at_work(run.path, stage.name), state == "begun"
     if node is None and (failure := failure_of(run, stage.name)) is not None:
         state, why, node = "failed", failure["error"], failure["node"]
     elif state == "stale":
@@ -131,13 +131,9 @@ def _failure_file(run: RunFolder, stage: str) -> Path:
     return lock_file(run.path, stage, "failed.json")
 
 
-def at_work(run: RunFolder, work: str) -> str | None:
-    """The machine on which a process is at work on a stage ("run" asks for `btx run` itself); None if there is none."""
-    return holder_of(run.path, work)
-
-
-def holder_of(folder: Path, work: str) -> str | None:
-    """The machine whose process holds some work in a run folder, or a sweep's ("sweep"); None if there is none.
+def at_work(folder: Path, work: str) -> str | None:
+    """The machine on which a process is at work on a stage of a run folder, or on all of it ("run"), or on a sweep's
+    ("sweep"); None if there is none.
 
     A process shows signs of life (`btx.run_folder.lease`); one of this machine is also looked for.
     """

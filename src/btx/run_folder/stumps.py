@@ -7,17 +7,14 @@ its owner's as long as that one holds the stage's lock.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from pathlib import Path
 
 from btx.errors import RunFolderError
+from btx.files import WRITTEN_BESIDE
 from btx.outputs import DONE
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-
-BESIDE = re.compile(r"\.(.+?)\.(making|adopting|replaced|(?:[0-9a-f]{8}|old)\.tmp)")
-"""Names of what is written beside a file or folder: that one's name, and what kind it is."""
 
 
 def clear_stumps(run: RunFolder) -> None:
@@ -26,7 +23,7 @@ def clear_stumps(run: RunFolder) -> None:
     names = {stage.name: stage for stage in run.graph}
     for group in ("", "data/", "train/", "baselines/"):
         for path in (run.path / group).glob(".*"):
-            matched = BESIDE.fullmatch(path.name)
+            matched = WRITTEN_BESIDE.fullmatch(path.name)
             name = group + matched[1] if matched else ""
             if matched and (run.path / name).is_file():
                 _remove(path)  # a file of the run folder itself, which only this process writes
@@ -60,12 +57,12 @@ def clear_stumps_of(run: RunFolder, name: str, stage: Stage | None) -> None:
 
 
 def _beside(folder: Path) -> list[Path]:
-    matched = [(path, BESIDE.fullmatch(path.name)) for path in folder.parent.glob(f".{folder.name}.*")]
+    matched = [(path, WRITTEN_BESIDE.fullmatch(path.name)) for path in folder.parent.glob(f".{folder.name}.*")]
     return [path for path, match in matched if match and match[1] == folder.name]
 
 
 def _inside(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(".*.tmp") if BESIDE.fullmatch(path.name)]
+    return [path for path in folder.rglob(".*.tmp") if WRITTEN_BESIDE.fullmatch(path.name)]
 
 
 def _remove(path: Path) -> None:

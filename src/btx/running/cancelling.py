@@ -36,7 +36,7 @@ def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
     works = [stage.name for stage in run.graph if (not stages or stage.name in stages) and stage.name not in queued]
     asked, elsewhere = [], []
     for work in (*([] if stages else ["run"]), *works):  # `btx run` first, so that it starts nothing any more
-        node, name = at_work(run, work), "btx run" if work == "run" else work
+        node, name = at_work(run.path, work), "btx run" if work == "run" else work
         if node == platform.node() and _signal(run.path, work):
             asked.append(name)
         elif node not in (None, platform.node()) and not (work == "run" and on_cluster):

@@ -86,4 +86,4 @@ def _under_way(run: RunFolder, stage: str | None) -> bool:
     jobs, problems = standings_of(run)
     if problems or any(standing.state != "ended" and set(works) & set(job.stages) for job, standing in jobs):
         return True
-    return any(at_work(run, work) is not None for work in ("run", *works))
+    return any(at_work(run.path, work) is not None for work in ("run", *works))

@@ -100,7 +100,7 @@ class WatchedRun:
         is_done = all(
             row.state == "done" or not run.is_needed(stage) for stage, row in zip(run.graph, rows, strict=True)
         )
-        runner, killed = at_work(run, "run"), owner_of(self.path, "run")
+        runner, killed = at_work(run.path, "run"), owner_of(self.path, "run")
         ended = [row for row in rows if row.state == "failed" or (row.state == "begun" and row.note)]
         failed = [f"{row.name}: {row.note}" for row in ended]
         if runner is None and killed is not None:

@@ -255,7 +255,7 @@ class _Pipeline:
 
     def _start(self, stages: tuple[Stage, ...]) -> None:
         name, missing = stages[0].name, self._missing(stages)
-        if (node := at_work(self.run_folder, name)) is not None:
+        if (node := at_work(self.run_folder.path, name)) is not None:
             self.display.say(f"{name}: another process, on {node}, is at it; waiting for it to end")
         needed = [running for running in self.under_way.running
                   if running.makes(missing) or (_prepares(running.stages) and not _prepares(stages))]  # fmt: skip

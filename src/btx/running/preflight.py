@@ -187,7 +187,7 @@ def _check_tokenizer(folder: Path, rows: Any) -> None:
 
 def _check_chosen_tokenizer(recipe: Recipe) -> None:
     """`mix.tokenizer_from` is needed when all experts are trained; what it names is looked at before."""
-    chosen, seed = recipe.mix.tokenizer_from, Path(recipe.seed_model.path or "").expanduser()
+    chosen, seed = recipe.mix.tokenizer_from, Path(recipe.seed_model.path or "")
     if chosen is not None and chosen != "seed" and chosen not in recipe.train.domains:
         try:
             tokenizer_folder(chosen, seed, dict.fromkeys(recipe.train.domains, seed))

@@ -21,14 +21,14 @@ class Silence:
     """
 
     def __init__(self, run: Path, stages: Sequence[str]) -> None:
-        self._run, self._stages = run, stages
+        self._leases = [lease.lock_file(run, stage, "lease") for stage in stages]
         self._seen: list[object] = []
         self._silent_s, self._before = 0.0, time.monotonic()
 
     def exceeds(self, limit_s: float) -> bool:
         """Whether it has lasted for `limit_s` seconds, and so long that it is no chance. Counted while this is asked: a
         pause of this process itself is none of the job's."""
-        signs, now = [lease.last_sign(self._run, stage) for stage in self._stages], time.monotonic()
+        signs, now = [lease.sign_of_life(file) for file in self._leases], time.monotonic()
         silent = signs == self._seen and any(sign is not None for sign in signs)
         self._silent_s = (self._silent_s + min(now - self._before, lease.BEAT_S)) * silent
         self._seen, self._before = list(signs), now

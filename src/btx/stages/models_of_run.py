@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from btx.baselines.settings import matched_by
 from btx.evaluation.evaluate import ModelEntry
 from btx.planning.costs import TrainingCost, dense_config, longest_way, run_costs
@@ -25,7 +27,7 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
     predicted = {stage.name: costs.behind(stage.name) for stage in costs.graph}
     entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in model_stages(recipe).items()}
     prediction = predict_gain(run, dense, cost_in_use(recipe, dense, "btx"), costs)
-    entries["btx"].accounting["predicted_gain"] = prediction and prediction.as_json()
+    entries["btx"].accounting["predicted_gain"] = prediction and asdict(prediction)
     for name in recipe.baselines:
         entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(
             entries[name], entries["btx"]
@@ -46,7 +48,7 @@ def _entry(run: RunFolder, stage: Stage, predicted: TrainingCost) -> ModelEntry:
         accounting={
             "machine_hours": sum(facts.get("machines", 1) * facts.get("wall_s", 0.0) for facts in trained) / 3600,
             "peak_memory_bytes": max(peaks, default=None),
-            "predicted": predicted.as_json(),
+            "predicted": asdict(predicted),
             **({"mfu": done[-1]["mfu"]} if done and "mfu" in done[-1] else {}),
         },
     )

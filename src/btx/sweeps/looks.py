@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from btx.run_folder.folder import RunFolder
-from btx.run_folder.status import holder_of, lost_on, owner_of
+from btx.run_folder.status import at_work, lost_on, owner_of
 from btx.running.looks import Look, Row, Watched, WatchedRun
 from btx.sweeps.sweep import runs_in
 
@@ -22,7 +22,7 @@ class WatchedSweep:
     def look(self) -> Look:
         """One row a run; raises as `Watched.look`."""
         runs = runs_in(self.path)
-        runner = holder_of(self.path, "sweep")
+        runner = at_work(self.path, "sweep")
         rows, remarks, under_way, done = [], list[str](), runner is not None, True
         for variant, rng_seed, folder in runs:
             look, row = self._row(f"{variant} {rng_seed}", folder)

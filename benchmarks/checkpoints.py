@@ -34,7 +34,7 @@ from btx.files import atomic_folder, file_sha256
 from btx.models.device import choose_device
 from btx.planning.speed import RandomSamples
 from btx.recipe.training import Training
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.optimizer import adamw, kept_tensors
 from btx.training.state import StateFolder
@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = Training(tokens=10**9, learning_rate=1e-4, micro_batch_tokens=8192, precision="bfloat16")
     job = TrainingJob(
         model=model, mixture=RandomSamples(options.vocabulary, options.sequence), settings=settings, folder=folder,
-        checkpoints=NoCheckpoints(), flops_per_token=0.0, rng_seed=0, device=device,
+        checkpoints=Checkpoints(), flops_per_token=0.0, rng_seed=0, device=device,
     )  # fmt: skip
     optimizer = adamw(model, settings)
     checkpoints = StateFolder(folder / "state", {}, device=device.type, log=print)

@@ -142,14 +142,14 @@ def train_with_btx(model: Any, order: Order, samples: PackedDocuments) -> None:
     from btx.models.cost import model_cost
     from btx.moe.balancing import Balancing
     from btx.process import Interrupts
-    from btx.training.checkpoints import NoCheckpoints
+    from btx.training.checkpoints import Checkpoints
     from btx.training.job import TrainingJob
     from btx.training.loop import run_training
 
     settings, shape = training_settings(order), order.shape
     with tempfile.TemporaryDirectory() as folder:
         job = TrainingJob(
-            model=model, mixture=samples, settings=settings, folder=Path(folder), checkpoints=NoCheckpoints(),
+            model=model, mixture=samples, settings=settings, folder=Path(folder), checkpoints=Checkpoints(),
             flops_per_token=model_cost(model).training_flops_per_token(shape.sequence), rng_seed=0,
             device=torch.device(order.device), balancing=Balancing.of(settings) if shape.experts else Balancing(),
             experts=[str(number) for number in range(shape.experts)],

@@ -23,7 +23,7 @@ from btx.planning.speed import RandomSamples
 from btx.process import Interrupted, Interrupts
 from btx.recipe.training import Training
 from btx.training import background_saving, state
-from btx.training.background_saving import BackgroundWriter, HostCopy, TensorFile, tensor_bytes
+from btx.training.background_saving import BackgroundWriter, HostCopy, file_of, tensor_bytes
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.state import StateFolder
@@ -263,7 +263,7 @@ def test_a_file_holds_what_was_copied_whatever_its_type_and_place(
     places = [block.data_ptr() for block in copy.pieces()]
     assert len(places) > 3
     file = tmp_path / "a.safetensors"
-    assert TensorFile.of(tensors, copy).write(file) == file_sha256(file)
+    assert file_of(tensors, copy)(file) == file_sha256(file)
     assert [block.data_ptr() for block in copy.pieces()] == places  # the same memory again
     found = load_file(file)
     assert found.keys() == tensors.keys()

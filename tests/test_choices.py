@@ -21,7 +21,7 @@ from btx.errors import CheckpointError, RecipeError
 from btx.mixing.extend import ROW_FROM_TEXT
 from btx.mixing.merge_methods import bind
 from btx.mixing.router_init import FROM_TEXT, WITHOUT_TEXT
-from btx.moe.routers import ROUTE, LayerRule
+from btx.moe.routers import LayerRule
 from btx.recipe.data import Source
 from btx.recipe.evaluate import Task
 from btx.recipe.loading import load_recipe
@@ -79,7 +79,6 @@ def test_btx_ls_shows_what_is_listed(what: str, names: Any) -> None:
 
 
 def test_every_listed_name_has_what_it_names() -> None:
-    assert ROUTE.keys() == ROUTERS.keys()
     from_text = {name for name, method in ROUTER_INITS.items() if method.needs_text}
     assert FROM_TEXT.keys() == ROW_FROM_TEXT.keys() == from_text
     assert WITHOUT_TEXT.keys() == ROUTER_INITS.keys() - from_text

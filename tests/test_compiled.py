@@ -22,7 +22,7 @@ from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Finetune
 from btx.training import compiled
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
 from btx.training.working_weights import hold_in_bfloat16
@@ -54,7 +54,7 @@ def train(model: nn.Module, folder: Path, said: list[str], **settings: Any) -> T
     })  # fmt: skip
     folder.mkdir(exist_ok=True)
     job = TrainingJob(model=model, mixture=RandomSamples(320, LENGTH), settings=given, folder=folder,
-                      checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
+                      checkpoints=Checkpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
     return run_training(job, Interrupts(), lambda line: said.extend([line] if "compile" in line else []))
 
 
@@ -162,7 +162,7 @@ def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
     def small(parameters: float, micro_batch_tokens: int = 8192, device: str = "cuda", **settings: Any) -> bool:
         given = Finetune(tokens=1, micro_batch_tokens=micro_batch_tokens, **settings)
         job = TrainingJob(model=nn.Module(), mixture=RandomSamples(320, 1024), settings=given, folder=tmp_path,
-                          checkpoints=NoCheckpoints(), flops_per_token=6 * parameters, rng_seed=0,
+                          checkpoints=Checkpoints(), flops_per_token=6 * parameters, rng_seed=0,
                           device=torch.device(device))  # fmt: skip
         return compiled.small_enough_for_graphs(job, layers=8)
 

@@ -19,7 +19,7 @@ from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, swap_in_moe
 from btx.planning.speed import RandomSamples
 from btx.recipe.training import Finetune, Train
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, trained_as
 from btx.training.micro_batch import try_step
@@ -61,7 +61,7 @@ def needs_and_live(
     given = Finetune(tokens=1, batch_tokens=steps * micro, micro_batch_tokens=micro, **settings)
     model = a_model(config, given, trainable)
     job = TrainingJob(model=model, mixture=Documents(config["vocab_size"], LENGTH), settings=given, folder=Path(),
-                      checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0,
+                      checkpoints=Checkpoints(), flops_per_token=1.0, rng_seed=0,
                       balancing=Balancing.of(given))  # fmt: skip
     with LiveMemory(model) as live:
         try_step(job, adamw(model, given), micro)

@@ -18,7 +18,7 @@ from btx.moe.layer import use_selection_bias
 from btx.recipe.training import Finetune
 from btx.run_folder.folder import RunFolder
 from btx.training import micro_batch
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.memory import MemoryNeeds, halves
 from btx.training.micro_batch import AutoMicroBatch, first_that_fits, try_step
@@ -61,7 +61,7 @@ def a_job(folder: Path, config: dict[str, Any] = MIXTRAL, device: str = "cpu", *
     model = a_model(config, given, "all")
     return TrainingJob(
         model=model, mixture=Documents(config["vocab_size"], LENGTH), settings=given, folder=folder, rng_seed=0,
-        checkpoints=NoCheckpoints(), flops_per_token=1.0, balancing=Balancing.of(given), device=torch.device(device),
+        checkpoints=Checkpoints(), flops_per_token=1.0, balancing=Balancing.of(given), device=torch.device(device),
     )  # fmt: skip
 
 

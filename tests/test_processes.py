@@ -35,7 +35,7 @@ from btx.moe.balancing import Balancing
 from btx.moe.layer import moe_blocks, set_router, swap_in_moe, use_selection_bias
 from btx.process import Interrupted, Interrupts
 from btx.recipe.training import Finetune
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.optimizer import kept_tensors
@@ -97,7 +97,7 @@ FOUR = list(CASES)[:10]
 """Cases that four processes do too."""
 
 
-class Kept(NoCheckpoints):
+class Kept(Checkpoints):
     """Keeps what the last checkpoint would hold, and after which steps there was one."""
 
     def __init__(self) -> None:

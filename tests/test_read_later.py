@@ -20,7 +20,7 @@ from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Finetune
 from btx.training import step as step_module
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.optimizer import kept_tensors
@@ -30,7 +30,7 @@ from tests.pico_run import StopAfter
 LENGTH, SAMPLES, STEPS = 16, 4, 12
 
 
-class Kept(NoCheckpoints):
+class Kept(Checkpoints):
     """Keeps the state of every checkpoint, and what the optimiser is."""
 
     def __init__(self) -> None:

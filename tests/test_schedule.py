@@ -16,7 +16,7 @@ from btx.models.loading import load_model
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Training
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.schedule import learning_rate
@@ -78,7 +78,7 @@ def test_a_decay_without_wsd_is_refused() -> None:
         rates(4, decay_share=0.5)
 
 
-class Watching(NoCheckpoints):
+class Watching(Checkpoints):
     """Notes the optimiser's learning rate after every step."""
 
     def __init__(self) -> None:

@@ -131,13 +131,13 @@ def test_a_step_left_out_leaves_weights_and_moments_as_they_were(make_llama: Cal
     from btx.models.loading import load_model
     from btx.planning.speed import RandomSamples
     from btx.recipe.training import Training
-    from btx.training.checkpoints import NoCheckpoints
+    from btx.training.checkpoints import Checkpoints
     from btx.training.optimizer import adamw
 
     model = load_model(make_llama("seed"))
     settings = Training(tokens=1, batch_tokens=64, micro_batch_tokens=64, learning_rate=1e-2, on_spike="skip")
     job = TrainingJob(model=model, mixture=RandomSamples(320, 16), settings=settings, folder=Path(),
-                           checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
+                           checkpoints=Checkpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
     optimizer = adamw(model, settings)
     step_module.training_step(job, optimizer, 0, 4, SpikeWatch())
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from btx.models.loading import load_model
 from btx.planning.speed import RandomSamples
 from btx.recipe.training import Training
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.optimizer import adamw
 from btx.training.step import training_step
@@ -48,7 +48,7 @@ def step(model: nn.Module, **settings: float) -> tuple[torch.optim.Optimizer, di
         "beta1": BETA1, "beta2": BETA2, "weight_decay": DECAY, "clip": 1e9, **settings,
     })  # fmt: skip
     job = TrainingJob(model=model, mixture=RandomSamples(320, LENGTH), settings=given, folder=Path(),
-                      checkpoints=NoCheckpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
+                      checkpoints=Checkpoints(), flops_per_token=1.0, rng_seed=0)  # fmt: skip
     optimizer = adamw(model, given)
     return optimizer, training_step(job, optimizer, 0, SAMPLES)
 

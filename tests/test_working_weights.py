@@ -20,7 +20,7 @@ from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Finetune, Training
 from btx.training import optimizer as optimizer_module
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import run_training
 from btx.training.optimizer import adamw, kept_tensors, restore_tensors, set_learning_rate
@@ -47,7 +47,7 @@ def settings(**more: object) -> Finetune:
 
 def job_of(model: nn.Module, given: Training, folder: Path = Path()) -> TrainingJob:
     return TrainingJob(
-        model=model, mixture=RandomSamples(320, LENGTH), settings=given, folder=folder, checkpoints=NoCheckpoints(),
+        model=model, mixture=RandomSamples(320, LENGTH), settings=given, folder=folder, checkpoints=Checkpoints(),
         flops_per_token=1.0, rng_seed=0, balancing=Balancing.of(given) if isinstance(given, Finetune) else Balancing(),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from btx.moe.balancing import Balancing, RoutingLoss, load_balancing_loss, routed_rows
+from btx.moe.balancing import Balancing, RoutingLoss, load_balancing_loss
 from btx.moe.routers import Routing, top_k_gates
 
 
@@ -85,12 +85,11 @@ def test_the_loss_equals_a_slow_float64_reference_with_padding_masked(top_k: int
     assert float(found) == pytest.approx(slow_load_balancing_loss(logits, top_k, mask), rel=1e-5)
 
 
-def test_padding_changes_neither_loss_nor_load() -> None:
+def test_padding_does_not_change_the_loss() -> None:
     real = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
     padded = torch.cat([real, torch.full((20, 4), 9.0)])
     mask = torch.arange(60) < 40
     assert torch.allclose(load_balancing_loss(routing(padded, 2), mask), load_balancing_loss(routing(real, 2)))
-    assert torch.equal(routed_rows(routing(padded, 2), mask), routed_rows(routing(real, 2)))
 
 
 def test_the_loss_pulls_routing_towards_balance() -> None:

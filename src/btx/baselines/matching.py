@@ -69,13 +69,11 @@ def moe_cost(
     return config_cost(moe_config(recipe, dense), experts_per_token=run, trainable=trainable, lora_rank=lora_rank)
 
 
-def finetuning_cost(recipe: Recipe, dense: dict[str, Any]) -> ModelCost:
-    """Cost of the mixed model as it is finetuned: more is computed for a token with a dense router gradient."""
-    finetune = recipe.finetune
+def finetuning_cost(recipe: Recipe, dense: dict[str, Any], routing: RoutingRule, settings: Finetune) -> ModelCost:
+    """Cost of the mixed model as it is trained: more is computed for a token with a dense router gradient."""
     return moe_cost(
-        recipe, dense, recipe.routing, dense_router_gradient=finetune.dense_router_gradient,
-        trainable=finetune.trainable,
-    )  # fmt: skip
+        recipe, dense, routing, dense_router_gradient=settings.dense_router_gradient, trainable=settings.trainable
+    )
 
 
 def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
@@ -94,7 +92,7 @@ def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """Training FLOPs of the run after its seed model: all branches, the routers and the finetuning."""
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
     branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
-    finetuning = finetuning_cost(recipe, dense)
+    finetuning = finetuning_cost(recipe, dense, recipe.routing, finetune)
     branch = config_cost(dense, trainable=train.trainable, lora_rank=train.lora.rank)
     return (
         branches * branch.training_flops_per_token(length)
@@ -112,7 +110,9 @@ def matched_phases(recipe: Recipe, name: str, dense: dict[str, Any]) -> list[Mat
     phases, length = phases_of(recipe, name), recipe.data.sequence_length
     if not phases:
         return []
-    costs = [_cost(recipe, name, phase.settings, dense) for phase in phases]
+    has_routers, routing = BASELINES[name].has_routers, routing_of(recipe, name)
+    costs = [finetuning_cost(recipe, dense, routing, phase.settings) if has_routers else config_cost(dense)
+             for phase in phases]  # fmt: skip
     step_tokens = [phase.settings.step_tokens(length) for phase in phases]
     step_flops = [
         tokens * cost.training_flops_per_token(length) for tokens, cost in zip(step_tokens, costs, strict=True)
@@ -150,12 +150,3 @@ def scaled_steps(steps: Sequence[int], per_step: Sequence[float], budget: float)
     first = [max(1, round(factor * count)) for count in steps[:-1]]
     left = budget - sum(count * cost for count, cost in zip(first, per_step[:-1], strict=True))
     return [*first, max(1, round(left / per_step[-1]))]
-
-
-def _cost(recipe: Recipe, name: str, settings: Finetune, dense: dict[str, Any]) -> ModelCost:
-    if not BASELINES[name].has_routers:
-        return config_cost(dense)
-    return moe_cost(
-        recipe, dense, routing_of(recipe, name), dense_router_gradient=settings.dense_router_gradient,
-        trainable=settings.trainable,
-    )  # fmt: skip

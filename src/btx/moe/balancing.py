@@ -84,36 +84,32 @@ def load_balancing_loss(routing: Routing, mask_T: Tensor | None = None) -> Tenso
     return len(u_E) * (u_E * p_E).sum()
 
 
-def pooled_load_balancing_loss(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
+def pooled_load_balancing_loss(routings: Sequence[Routing]) -> Tensor:
     """transformers' loss (`load_balancing_loss_func`), to compare with: selections instead of gates, all layers pooled.
 
     Returns:
         A scalar: K when balanced. Gradients reach p alone.
     """
     selected = [replace(routing, gates_TK=torch.ones_like(routing.gates_TK)) for routing in routings]
-    counts_LE, p_LE = _means_of_layers(selected, mask_T)
+    counts_LE, p_LE = _means_of_layers(selected)
     return counts_LE.shape[1] * (counts_LE.mean(dim=0) * p_LE.mean(dim=0)).sum()
 
 
-def _means_of_layers(routings: Sequence[Routing], mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+def _means_of_layers(routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
     """`batch_means` of all layers: (L, E) each."""
-    means = [batch_means(routing, mask_T) for routing in routings]
+    means = [batch_means(routing) for routing in routings]
     return torch.stack([u_E for u_E, _ in means]), torch.stack([p_E for _, p_E in means])
 
 
-def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+def router_z_loss(routing: Routing) -> Tensor:
     """Mean over tokens of logsumexp(W x)²: keeps router logits small (arXiv 2202.08906, eq. 5)."""
-    z_T = routing.logits_TE.logsumexp(dim=-1).square()
-    return z_T.mean() if mask_T is None else (z_T * mask_T).sum() / mask_T.sum()
+    return routing.logits_TE.logsumexp(dim=-1).square().mean()
 
 
-def routed_rows(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+def routed_rows(routing: Routing) -> Tensor:
     """Rows that each expert takes, dropped ones left out: (E,), float32."""
-    ids_TK, counts_TK = routing.expert_ids_TK, routing.kept_TK
-    if mask_T is not None:
-        real_TK = mask_T.bool()[:, None].expand_as(ids_TK)
-        counts_TK = real_TK if counts_TK is None else counts_TK & real_TK
-    counts_TK = torch.ones_like(ids_TK) if counts_TK is None else counts_TK
+    ids_TK = routing.expert_ids_TK
+    counts_TK = torch.ones_like(ids_TK) if routing.kept_TK is None else routing.kept_TK
     # No bincount: on a GPU it waits for the largest id.
     zeros_E = routing.logits_TE.new_zeros(routing.logits_TE.shape[1], dtype=torch.float32)
     return zeros_E.index_add_(0, ids_TK.flatten(), counts_TK.flatten().float())
@@ -125,12 +121,9 @@ def move_selection_bias(biases_L: Sequence[Tensor], rows_LE: Tensor, step: float
 
     Args:
         biases_L: the layers' selection biases (E,), changed in place.
-        rows_LE: rows that each expert took in the step on this process; those of all processes are added.
+        rows_LE: rows that each expert took in the step, on all processes.
         step: how far; 0 leaves them as they are.
     """
-    if distributed.is_available() and distributed.is_initialized():
-        rows_LE = rows_LE.clone()
-        distributed.all_reduce(rows_LE)
     for bias_E, rows_E in zip(biases_L, rows_LE, strict=True):
         bias_E += step * (rows_E.mean() - rows_E).sign()
 
@@ -151,15 +144,14 @@ class RoutingLoss:
         self.p_LE: Tensor | None = None
         self.by_micro_batch: list[Tensor] = []
 
-    def add(self, routings: Sequence[Routing], share: float, mask_T: Tensor | None = None) -> Tensor:
+    def add(self, routings: Sequence[Routing], share: float) -> Tensor:
         """The loss to add to a micro-batch's, already weighted.
 
         Args:
             routings: the layers' decisions.
             share: the micro-batch's share of the step's samples on this process.
-            mask_T: True for real tokens; None: all are real.
         """
-        u_LE, p_LE = _means_of_layers(routings, mask_T)
+        u_LE, p_LE = _means_of_layers(routings)
         E = u_LE.shape[1]
         self._sum_up(u_LE.detach(), p_LE.detach(), share)
         per_layer_L = E * (u_LE * p_LE).sum(dim=1)
@@ -171,10 +163,10 @@ class RoutingLoss:
             per_layer_L = E * (u * p + gradient_LE).sum(dim=1)
         loss = self._over_layers(per_layer_L)
         if self.settings.kind == "pooled":
-            loss = pooled_load_balancing_loss(routings, mask_T)
+            loss = pooled_load_balancing_loss(routings)
         total = self.settings.load_balancing * loss
         if self.settings.router_z_loss:
-            z_L = torch.stack([router_z_loss(routing, mask_T) for routing in routings])
+            z_L = torch.stack([router_z_loss(routing) for routing in routings])
             total = total + self.settings.router_z_loss * self._over_layers(z_L)
         return total * share
 

@@ -57,21 +57,21 @@ class MoE(nn.Module):
     Args:
         router: gives the logits.
         experts: the E feed-forward networks.
-        rule: how logits become gates in this layer; an integer is K of the paper's Top-K.
+        rule: how logits become gates in this layer.
         router_name: name of the router in the plain class, under which its weight is saved; here it is `gate` always.
         shared_expert: an expert that every token uses, weighted by sigmoid(shared_expert_gate(x)), as in Qwen2-MoE.
     """
 
     def __init__(
-        self, router: Router, experts: Experts, rule: LayerRule | int, *, router_name: str = "gate",
-        shared_expert: tuple[nn.Module, nn.Module] | None = None,
+        self, router: Router, experts: Experts, rule: LayerRule, *, router_name: str,
+        shared_expert: tuple[nn.Module, nn.Module] | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.add_module(router_name, router)
         self.experts = experts
         if shared_expert is not None:
             self.shared_expert, self.shared_expert_gate = shared_expert
-        self.rule = LayerRule(RoutingRule(top_k=rule)) if isinstance(rule, int) else rule
+        self.rule = rule
         self.step = 0
         """Finished optimiser steps; Sample Top-1's temperature depends on it."""
         self.dense_router_gradient = False

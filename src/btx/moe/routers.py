@@ -5,7 +5,7 @@
     switch       one expert, g = its probability under SoftMax(W x); rows over the capacity are dropped
     sample_top1  one expert sampled by Gumbel-softmax; at inference the likeliest one, with gate 1
 
-Each is a function of tensors; `LayerRule` picks the one that the model's rule names. Random numbers come from torch's
+Each is a function of tensors; `LayerRule` takes the one that the model's rule names. Random numbers come from torch's
 global generator, which training sets from (rng_seed, step) before every step: sampling resumes exactly.
 
 Shape letters: T tokens, E experts, K experts a token, R = T·K routed rows.
@@ -14,7 +14,6 @@ Shape letters: T tokens, E experts, K experts a token, R = T·K routed rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,43 +126,6 @@ def sample_temperature(step: int, floor: float, rate: float) -> float:
     return max(floor, math.exp(-rate * step))
 
 
-def _route_top_k(
-    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
-) -> Routing:
-    if training and selection_bias_E is not None:
-        return Routing(logits_TE, *biased_top_k_gates(logits_TE, rule.top_k, selection_bias_E))
-    return Routing(logits_TE, *top_k_gates(logits_TE, rule.top_k))
-
-
-def _route_switch(
-    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
-) -> Routing:
-    capacity = switch_capacity(logits_TE.shape[0], logits_TE.shape[1], rule.capacity_factor) if training else None
-    return Routing(logits_TE, *switch_gates(logits_TE, capacity))
-
-
-def _route_sample_top1(
-    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
-) -> Routing:
-    temperature = sample_temperature(step, rule.temperature_floor, rule.temperature_rate) if training else None
-    return Routing(logits_TE, *sample_top1_gates(logits_TE, temperature))
-
-
-def _route_soft(
-    rule: RoutingRule, logits_TE: Tensor, training: bool, step: int, selection_bias_E: Tensor | None
-) -> Routing:
-    return Routing(logits_TE, *soft_gates(logits_TE))
-
-
-ROUTE: dict[str, Callable[[RoutingRule, Tensor, bool, int, Tensor | None], Routing]] = {
-    "top_k": _route_top_k,
-    "switch": _route_switch,
-    "sample_top1": _route_sample_top1,
-    "soft": _route_soft,
-}
-"""Router → what it does where a token does not use all experts; arguments as in `LayerRule`."""
-
-
 @dataclass(frozen=True)
 class LayerRule:
     """How one layer routes: the model's rule, in its place in the model."""
@@ -183,9 +145,20 @@ class LayerRule:
             step: finished optimiser steps, for the temperature.
             selection_bias_E: steers which experts top_k chooses in training.
         """
-        num_experts = logits_TE.shape[1]
-        route = _route_soft if self.experts_per_token(num_experts) == num_experts else ROUTE[self.rule.kind]
-        return route(self.rule, logits_TE, training, step, selection_bias_E)
+        rule, (T, E) = self.rule, logits_TE.shape
+        if self.experts_per_token(E) == E:
+            return Routing(logits_TE, *soft_gates(logits_TE))
+        if rule.kind == "switch":
+            capacity = switch_capacity(T, E, rule.capacity_factor) if training else None
+            return Routing(logits_TE, *switch_gates(logits_TE, capacity))
+        if rule.kind == "sample_top1":
+            temperature = sample_temperature(step, rule.temperature_floor, rule.temperature_rate) if training else None
+            return Routing(logits_TE, *sample_top1_gates(logits_TE, temperature))
+        if rule.kind != "top_k":
+            raise KeyError(rule.kind)
+        if training and selection_bias_E is not None:
+            return Routing(logits_TE, *biased_top_k_gates(logits_TE, rule.top_k, selection_bias_E))
+        return Routing(logits_TE, *top_k_gates(logits_TE, rule.top_k))
 
     def experts_per_token(self, num_experts: int) -> int:
         """K in this layer."""

@@ -46,12 +46,6 @@ class RoutingMeter:
         self.tokens += routings_L[0].logits_TE.shape[0]
         self.rows_L = [routing.expert_ids_TK.shape[1] for routing in routings_L]
 
-    @property
-    def rows_LE(self) -> Tensor:
-        """Rows that each expert took in each layer; only after `add`."""
-        assert self.sums is not None
-        return self.sums[:, :-2]
-
     def values(self) -> dict[str, Tensor]:
         """What `facts` takes, on the device; empty for a dense model."""
         return {} if self.sums is None else {"routing": self.sums}

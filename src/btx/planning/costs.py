@@ -222,7 +222,8 @@ def stage_trainings(recipe: Recipe, dense: dict[str, Any], *, device: str | None
     branch = config_cost(dense, trainable=recipe.train.trainable, lora_rank=recipe.train.lora.rank)
     for domain in recipe.train.domains:
         trainings[f"train/{domain}"] = recipe.branch_training(domain), branch, [domain_mixture(recipe, domain)]
-    trainings["finetune"] = recipe.finetune, finetuning_cost(recipe, dense), [finetune_mixture(recipe)]
+    finetuning = finetuning_cost(recipe, dense, recipe.routing, recipe.finetune)
+    trainings["finetune"] = recipe.finetune, finetuning, [finetune_mixture(recipe)]
     for stage, settings, cost in _aligned_costs(recipe, dense):
         trainings[stage] = settings, cost, []
     for name in recipe.baselines:

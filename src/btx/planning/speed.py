@@ -20,7 +20,7 @@ from btx.data.mixture import Batch
 from btx.models.cost import config_cost
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
-from btx.training.checkpoints import NoCheckpoints
+from btx.training.checkpoints import Checkpoints
 from btx.training.eight_bit import is_installed
 from btx.training.job import TrainingJob
 from btx.training.optimizer import adamw
@@ -153,7 +153,7 @@ def _step_seconds(recipe: Recipe, config: dict[str, Any], device: torch.device, 
         settings = settings.model_copy(update={"optimizer": "adamw", "weights": "float32"})
     job = TrainingJob(
         model=model, mixture=RandomSamples(int(config["vocab_size"]), length), settings=settings, folder=Path(),
-        checkpoints=NoCheckpoints(), flops_per_token=0.0, rng_seed=0, device=device,
+        checkpoints=Checkpoints(), flops_per_token=0.0, rng_seed=0, device=device,
     )  # fmt: skip
     optimizer, seconds = adamw(model, settings), list[float]()
     while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < SECONDS / 10):

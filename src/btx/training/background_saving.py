@@ -4,9 +4,8 @@ and a thread writes the copies into safetensors files, which are hashed as they 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -72,36 +71,30 @@ def fits_in_host_memory(size: int) -> bool:
     return size + max(comes_back, 0) < free_memory() / 2
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """What a file will hold; to be written once."""
+def file_of(tensors: Mapping[str, Tensor], copy: HostCopy | None) -> Callable[[Path], str]:
+    """What writes a file of these tensors as they are now, copied into `copy`; without one, as they are when it is
+    written. It returns the SHA-256 of the bytes, which costs no second reading; raises OSError; is called once.
 
-    header: bytes
-    pieces: Iterable[Tensor]
-    """uint8: the bytes of its tensors, one after another."""
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], copy: HostCopy | None) -> TensorFile:
-        """A file of these tensors as they are now, copied into `copy`; without one, as they are when it is written.
-
-        Wide types come first, so that every tensor's place is a multiple of its element's size.
-        """
-        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        if copy is None:
-            return cls(file_header(ordered), (tensor_bytes(tensor).cpu() for tensor in ordered.values()))
+    Wide types come first, so that every tensor's place is a multiple of its element's size.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header = file_header(ordered)
+    pieces: Iterator[Tensor] = (tensor_bytes(tensor).cpu() for tensor in ordered.values())
+    if copy is not None:
         copy.take(ordered.values())
-        return cls(file_header(ordered), copy.pieces())
+        pieces = copy.pieces()
 
-    def write(self, path: Path) -> str:
-        """Write it; returns the SHA-256 of its bytes, which costs no second reading. Raises OSError."""
-        sha256 = hashlib.sha256(self.header)
+    def write(path: Path) -> str:
+        sha256 = hashlib.sha256(header)
         with DirectFile(path) as file:
-            file.write(self.header)
-            for piece in self.pieces:
+            file.write(header)
+            for piece in pieces:
                 for part in piece.split(BUFFER_BYTES):  # while one is hashed the disk writes those before
                     sha256.update(part.numpy().data)
                     file.write(part.numpy().data)
         return sha256.hexdigest()
+
+    return write
 
 
 class BackgroundWriter:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
 
-class Checkpoints(Protocol):
-    """Checkpoints of one training job. Who keeps them knows where, in which files, and for which data they are good.
+class Checkpoints:
+    """Checkpoints of one training job; none here, for steps that are only timed or tried. A class that keeps some knows
+    where, in which files, and for which data they are good.
 
     A checkpoint is whole or absent: one whose writing was cut off, or is still under way in another thread, is none.
     """
@@ -23,6 +22,7 @@ class Checkpoints(Protocol):
         Raises:
             RunFolderError: the checkpoint was made for other data or settings.
         """
+        return 0
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the state after `step` finished optimiser steps; the loop goes on to change it when this returns, which
@@ -40,30 +40,7 @@ class Checkpoints(Protocol):
 
     def last(self) -> str:
         """Name of the newest checkpoint that is whole, for messages; waits, and raises as `close`."""
-
-    def keep_only_last(self) -> None:
-        """Remove all but one, once the stage's model is written: the newest that others can go on from."""
-
-
-class NoCheckpoints:
-    """Nothing is kept: for steps that are only timed or tried."""
-
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """There is none."""
-        return 0
-
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps nothing."""
-
-    def check(self) -> None:
-        """Nothing can fail."""
-
-    def close(self) -> None:
-        """Nothing is being written."""
-
-    def last(self) -> str:
-        """None, in words."""
         return "none"
 
     def keep_only_last(self) -> None:
-        """Nothing to remove."""
+        """Remove all but one, once the stage's model is written: the newest that others can go on from."""

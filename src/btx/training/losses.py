@@ -129,19 +129,19 @@ def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tens
         ])  # fmt: skip
 
 
-def last_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Hidden states (B, S, D) as the head takes them, of packed sequences (B, S) that lie on the host."""
+def head_inputs(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Last hidden states (T, D) as the head takes them, its weight (V, D), and labels (T,), all where the model is, of
+    packed sequences (B, S) that lie on the host."""
     hidden = packed_hidden(model, input_ids, position_ids)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return hidden
+    weight = cast(Any, model).get_output_embeddings().weight
+    return hidden.flatten(0, 1), weight, copied_to(hidden.device, labels.flatten())
 
 
 def next_token_loss(model: nn.Module, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token loss, in nats, of packed sequences (B, S) that lie on the host."""
-    hidden = last_hidden(model, input_ids, position_ids)
-    weight = cast(Any, model).get_output_embeddings().weight
     of_chunk = getattr(model, COMPILED_CHUNK_LOSS, chunk_loss)
-    return linear_cross_entropy(
-        hidden.flatten(0, 1), weight, copied_to(hidden.device, labels.flatten()), of_chunk
-    )  # fmt: skip
+    return linear_cross_entropy(*head_inputs(model, input_ids, position_ids, labels), of_chunk)

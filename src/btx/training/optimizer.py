@@ -123,7 +123,8 @@ def kept_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
 
 def kept_weights(model: nn.Module) -> dict[str, Tensor]:
     """The first of them."""
-    return _trainable(model) | _selection_biases(model)
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".selection_bias")}
+    return _trainable(model) | biases  # these move without a gradient
 
 
 def restore_tensors(
@@ -167,8 +168,3 @@ def _step(step: Tensor, optimizer: torch.optim.Optimizer, parameter: Tensor) -> 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimiser moves, under the model's names."""
     return {name: master_of(p) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _selection_biases(model: nn.Module) -> dict[str, Tensor]:
-    """They move without a gradient; empty but for balancing without a loss."""
-    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".selection_bias")}

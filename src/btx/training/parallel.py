@@ -53,10 +53,14 @@ def why_not_shared(
                 "the moments already, so use adamw")  # fmt: skip
     count, micro = settings.step_tokens(length) // length, settings.micro_batch(length) // length
     batches, step = math.ceil(count / micro), f"a step has {count:,} sequences of {length:,} tokens"
-    if (reason := _needs_whole_batch(settings, router)) is not None and batches > 1:
+    if (
+        router is not None and isinstance(settings, Finetune) and settings.load_balancing_over == "global_batch"
+        and batches > 1
+    ):  # fmt: skip
         return (
-            f"{reason}, {batches} of them, and several processes do not: that is another function; raise "
-            f"micro_batch_tokens to batch_tokens, {settings.batch_tokens:,}, or balance over micro_batch"
+            f"load_balancing_over: global_batch looks at the step's micro-batches one after the other, {batches} of "
+            f"them, and several processes do not: that is another function; raise micro_batch_tokens to batch_tokens, "
+            f"{settings.batch_tokens:,}, or balance over micro_batch"
         )
     if batches % processes == 0:
         return None
@@ -69,12 +73,6 @@ def why_not_shared(
     return (f"micro_batch_tokens {settings.micro_batch_tokens:,}: {step} in {batches} micro-batch{'es' * (batches > 1)}"
             f", which {processes} processes cannot share, and {by_micro_batch} goes by micro-batch; at most "
             f"{count // processes * length:,} fits")  # fmt: skip
-
-
-def _needs_whole_batch(settings: Training, router: RoutingRule | None) -> str | None:
-    if router is not None and isinstance(settings, Finetune) and settings.load_balancing_over == "global_batch":
-        return "load_balancing_over: global_batch looks at the step's micro-batches one after the other"
-    return None
 
 
 def _goes_by_micro_batch(settings: Training, router: RoutingRule | None, has_dropout: bool) -> str | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from btx.files import read_json, write_sealed
 from btx.models.packed import copied_to
 from btx.models.sharding import added_up, as_forward, process_count, process_number, same_everywhere
 from btx.process import note_progress
-from btx.training.losses import last_hidden, linear_cross_entropy, token_losses
+from btx.training.losses import head_inputs, linear_cross_entropy, token_losses
 
 FILE = "reference.json"
 
@@ -74,10 +73,7 @@ def preference_objective(beta: float) -> Callable[[nn.Module, Batch], tuple[Tens
 
 
 def _head_inputs(model: nn.Module, rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Last hidden states (T, D), the head's weight (V, D) and labels (T,), all where the model is."""
-    hidden = last_hidden(model, torch.from_numpy(rows.input_ids), torch.from_numpy(rows.position_ids)).flatten(0, 1)
-    labels = copied_to(hidden.device, torch.from_numpy(rows.labels).flatten())
-    return hidden, cast(Any, model).get_output_embeddings().weight, labels
+    return head_inputs(model, *map(torch.from_numpy, (rows.input_ids, rows.position_ids, rows.labels)))
 
 
 def _answers(rows: PairBatch, device: torch.device) -> tuple[Tensor, Tensor]:

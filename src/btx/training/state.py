@@ -27,7 +27,7 @@ from btx.errors import RunFolderError
 from btx.files import atomic_folder, remove_left_overs, write_sealed
 from btx.models.sharding import from_all, process_count, process_number, same_everywhere
 from btx.process import Log, processes_here
-from btx.training.background_saving import BackgroundWriter, HostCopy, TensorFile, fits_in_host_memory
+from btx.training.background_saving import BackgroundWriter, HostCopy, file_of, fits_in_host_memory
 from btx.training.checkpoint_parts import (
     MOMENTS,
     PART,
@@ -40,6 +40,7 @@ from btx.training.checkpoint_parts import (
     part_folder,
     step_name,
 )
+from btx.training.checkpoints import Checkpoints
 from btx.training.optimizer import kept_tensors, kept_weights, restore_tensors
 
 KEPT = 2  # the last checkpoint, and the one before it in case a file of the last was damaged
@@ -48,8 +49,8 @@ LONG_WAIT_S = 1.0
 """Seconds that training waits for the checkpoint before without a word."""
 
 
-class StateFolder:
-    """A stage's checkpoints in its folder state/; one of `btx.training.checkpoints.Checkpoints`.
+class StateFolder(Checkpoints):
+    """A stage's checkpoints in its folder state/.
 
     Each of several processes has one and writes its own part of a checkpoint, without waiting for the others'. They
     call `load` together, and `save` after the same steps. The first process alone removes checkpoints.
@@ -173,7 +174,7 @@ class StateFolder:
         files = {WEIGHTS: weights.tensors, MOMENTS: moments.tensors}
         if self._copies is None:
             self._copies = self._room_for(files)
-        contents = {file: TensorFile.of(tensors, self._copies.get(file)) for file, tensors in files.items()}
+        contents = {file: file_of(tensors, self._copies.get(file)) for file, tensors in files.items()}
         metrics = self.folder.parent / METRICS
         metrics_bytes = metrics.stat().st_size if metrics.exists() else 0
         number, count = process_number(), process_count()
@@ -213,13 +214,13 @@ class StateFolder:
         return {}
 
     def _write(
-        self, step: int, part: Path, contents: Mapping[str, TensorFile], metrics_bytes: int | None,
+        self, step: int, part: Path, contents: Mapping[str, Callable[[Path], str]], metrics_bytes: int | None,
         facts: Mapping[str, Any],
     ) -> None:  # fmt: skip
         """Write this process's part; its files are hashed as they are written. The first process, which alone has
         metrics, then removes all but the last two checkpoints."""
         with atomic_folder(part) as target:
-            sha256 = {file: content.write(target / file) for file, content in contents.items()}
+            sha256 = {file: write(target / file) for file, write in contents.items()}
             metrics = {"metrics": self._metrics(metrics_bytes)} if metrics_bytes is not None else {}
             write_sealed(target / STATE, {
                 "step": step, "marks": self.marks, "device": self.device, "sha256": sha256, **metrics, **facts

@@ -61,6 +61,11 @@ class Accumulated:
         """All values on their way to the host."""
         return Readings({"grad_norm": grad_norm} | self.values)
 
+    def move_selection_biases(self, model: nn.Module, step: float | Tensor) -> None:
+        """After the update, where balancing needs no loss."""
+        if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
+            move_selection_bias(biases, self.values["routing"][:, :-2].float(), step)
+
     def other_facts(self, values: dict[str, Tensor]) -> Facts:
         """What else the objective tells, and what the routers did."""
         told = {name: values[name].item() for name in self.means}
@@ -87,8 +92,7 @@ def training_step(
     facts = judged(job, step, values, spikes)
     if not facts.get("spike", {}).get("skipped"):
         optimizer.step()
-        if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
-            move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias)
+        done.move_selection_biases(job.model, job.balancing.bias)
     optimizer.zero_grad(set_to_none=True)
     return facts | done.other_facts(values) if "loss" in facts else facts
 
@@ -109,8 +113,7 @@ def launch_step(
     norm = clip_gradients(job.model, job.settings.clip, wait=False)
     stopped.logical_or_(~(done.values["loss"].isfinite() & norm.isfinite()))
     step_unless(optimizer, stopped)
-    if biases := [block.selection_bias for block in moe_blocks(job.model) if block.selection_bias is not None]:
-        move_selection_bias(biases, done.meter.rows_LE, job.balancing.bias * (1 - stopped))
+    done.move_selection_biases(job.model, job.balancing.bias * (1 - stopped))
     optimizer.zero_grad(set_to_none=True)
     readings = done.readings(norm)
 

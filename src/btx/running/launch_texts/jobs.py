@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -134,34 +134,24 @@ def jobs_of(recipe: Recipe) -> list[Job]:
 
 def groups_of(jobs: Sequence[Job]) -> list[Group]:
     """Jobs alike together, in an order that runs."""
-    place: dict[str, int] = {}
-    keys: list[tuple[str, int, int, frozenset[int]]] = []
-    members: list[list[Job]] = []
-    behind: list[set[int]] = []  # all groups that one waits for
+    group_of: dict[str, Hashable] = {}  # job → what is the same for all of its group
+    members: dict[Hashable, list[Job]] = {}
+    needs: dict[Hashable, frozenset[Hashable]] = {}
+    behind: dict[Hashable, set[Hashable]] = {}  # all groups that one waits for
     for job in jobs:
-        wanted = {place[needed] for needed in job.needs}
-        needs = frozenset(group for group in wanted if not any(group in behind[other] for other in wanted))
-        key = (job.kind, job.processes, job.nodes, needs)
-        if key not in keys:
-            keys.append(key)
-            members.append([])
-            behind.append(set(needs).union(*(behind[group] for group in needs)))
-        place[job.name] = keys.index(key)
-        members[place[job.name]].append(job)
-    names = _names(members)
+        wanted = {group_of[needed] for needed in job.needs}
+        direct = frozenset(group for group in wanted if not any(group in behind[other] for other in wanted))
+        group = group_of[job.name] = (job.kind, job.processes, job.nodes, direct)
+        members.setdefault(group, []).append(job)
+        needs[group], behind[group] = direct, set(direct).union(*(behind[other] for other in direct))
+    names: dict[Hashable, str] = {}
+    for each, alike in members.items():  # one is called like its job, several like their kind
+        name = dashed(alike[0].name) if len(alike) == 1 else alike[0].kind
+        names[each] = unlike(name, names.values())  # the second of a kind has a number
     return [
-        Group(name, tuple(alike), tuple(names[group] for group in sorted(key[3])))
-        for name, alike, key in zip(names, members, keys, strict=True)
+        Group(names[each], tuple(alike), tuple(names[other] for other in members if other in needs[each]))
+        for each, alike in members.items()
     ]
-
-
-def _names(groups: Sequence[Sequence[Job]]) -> list[str]:
-    """A group of one is called like its job, a larger one like its kind; the second of a kind has a number."""
-    names: list[str] = []
-    for jobs in groups:
-        name = dashed(jobs[0].name) if len(jobs) == 1 else jobs[0].kind
-        names.append(unlike(name, names))
-    return names
 
 
 def unlike(name: str, taken: Collection[str], length: int = 100) -> str:

@@ -229,6 +229,8 @@ def test_a_gpu_that_is_not_there_is_refused_before_data_are_prepared(tmp_path: P
     assert code == 2, errors
     assert "torch sees no GPU" in errors
     assert not (tmp_path / "runs").exists()
+    code, _, errors = btx_here("run", "pico.yaml", "data.root=.", "device=cuda", "--until", "data", cwd=tmp_path)
+    assert code == 0, errors  # what needs no GPU is made without one
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

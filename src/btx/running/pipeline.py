@@ -61,7 +61,7 @@ def run(
     left = [job for job in _wanted(before, until) if not _is_done(before, job)]  # refused before anything is written
     if left:
         START[recipe.launch.kind](recipe.launch).check(path, [[stage.name for stage in job] for job in left])
-        _check_gpu(recipe)
+        _check_gpu(recipe, left)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     interrupts = Interrupts().listen()
     try:
@@ -86,9 +86,10 @@ def run(
         interrupts.unlisten()
 
 
-def _check_gpu(recipe: Recipe) -> None:
-    """Refuse `device: cuda` without a GPU before data are prepared, where jobs run on this machine."""
-    if recipe.device == "cuda" and recipe.launch.kind == "local":
+def _check_gpu(recipe: Recipe, left: Sequence[tuple[Stage, ...]]) -> None:
+    """Refuse to train with `device: cuda` without a GPU before data are prepared, where jobs run on this machine."""
+    trains = any(stage.trains for job in left for stage in job)
+    if trains and recipe.device == "cuda" and recipe.launch.kind == "local":
         from btx.models.device import choose_device  # torch is imported for nobody else here
 
         choose_device(recipe.device)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.files import home_filled
-from btx.recipe.schema import Recipe
+from btx.recipe.schema import Recipe, is_basis
 from btx.recipe.training import Training
 
 SETTINGS = ("batch_tokens", "learning_rate", "warmup_steps", "checkpoint_every")
@@ -140,7 +140,7 @@ def _section(given: Mapping[str, Any], name: str) -> Values | None:
 def _noted(before: Mapping[str, Any], name: str) -> Values:
     """What a run folder's recipe has noted of a section."""
     noted = before.get("derived", {}).get(name)
-    whole = isinstance(noted, dict) and isinstance(noted.get("basis"), dict) and isinstance(noted.get("values"), dict)
+    whole = isinstance(noted, dict) and is_basis(noted.get("basis")) and isinstance(noted.get("values"), dict)
     return noted if whole else {}
 
 
@@ -177,11 +177,15 @@ def _values(basis: Mapping[str, Any], *, fresh: bool) -> Values:
 def _count(config: Mapping[str, Any]) -> int | None:
     """Parameters of the layers' matrices, for classes with a gated feed-forward sublayer."""
     keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-    sizes = [size for key in keys if isinstance(size := config.get(key), int) and size > 0]
-    if len(sizes) < len(keys):
+    sizes = [config.get(key) for key in keys]
+    if not all(map(_is_size, sizes)):
         return None
     width, layers, feed_forward, heads = sizes
     key_values, head = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
-    if not isinstance(key_values, int) or not isinstance(head, int):
+    if not _is_size(key_values) or not _is_size(head):
         return None
     return layers * (2 * width * head * (heads + key_values) + 3 * width * feed_forward)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < 1e12

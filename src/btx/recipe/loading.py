@@ -21,7 +21,15 @@ from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
 from btx.recipe.problems import did_you_mean, schema_problems
 from btx.recipe.schema import PAPER, Recipe
-from btx.recipe.yaml_positions import RESOLVERS, Document, Problem, YamlSyntaxError, compose, read_yaml
+from btx.recipe.yaml_positions import (
+    LARGEST_WHOLE,
+    RESOLVERS,
+    Document,
+    Problem,
+    YamlSyntaxError,
+    compose,
+    read_yaml,
+)
 from btx.system_errors import blame
 
 MAX_BYTES = 1_000_000
@@ -267,10 +275,11 @@ def _validated(document: Document) -> Recipe:
         return Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
         whole = [
-            (document.locate(detail["loc"]), int(detail["input"]))
+            (document.locate(detail["loc"]), int(number))
             for detail in error.errors()
-            if detail["type"] == "int_type" and isinstance(detail["input"], float) and detail["input"].is_integer()
-        ]
+            if detail["type"] == "int_type" and isinstance(number := detail["input"], float)
+            and number.is_integer() and abs(number) <= LARGEST_WHOLE
+        ]  # fmt: skip
         if not whole:
             raise
     for path, number in whole:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from btx.choices.baselines import BASELINES
 from btx.choices.generators import GENERATORS
@@ -61,6 +61,19 @@ class Derived(Section):
     """What it follows from: tokens, parameters outside the embeddings, ..."""
     values: dict[str, float | int]
     """Setting → its value."""
+
+    @field_validator("basis")
+    @classmethod
+    def _is_btxs(cls, basis: dict[str, Any]) -> dict[str, Any]:
+        if not is_basis(basis):
+            raise ValueError("not for you to write: leave `derived` out")
+        return basis
+
+
+def is_basis(value: Any) -> bool:
+    """Whether this says what a section's settings follow from: its tokens, and parameters where they are known."""
+    counts = (value.get("tokens"), value.get("parameters", 1) or 1) if isinstance(value, dict) else (None,)
+    return all(isinstance(count, int) and count > 0 for count in counts)
 
 
 class Recipe(Section):

@@ -81,10 +81,13 @@ def export(
 
 def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Log) -> list[str]:
     from btx.files import atomic_folder
+    from btx.model_files.beside_weights import LEGAL, check_links, files_of
     from btx.publishing.gguf import write_gguf
     from btx.publishing.ollama import modelfile
 
-    licence = next((file.read_text("utf-8", errors="replace") for file in sorted(folder.glob("LICEN[SC]E*"))), None)
+    check_links(folder, LEGAL)
+    licences = files_of(folder, ("LICENSE*", "LICENCE*"))
+    licence = next((file.read_text("utf-8", errors="replace") for file in licences), None)
     text, note = modelfile(folder, "model.gguf", licence)
     with atomic_folder(target) as beside:
         write_gguf(folder, beside / "model.gguf", weights, converter, say)

@@ -101,7 +101,8 @@ def write_gguf(folder: Path, output: Path, kind: str, converter: str, log: Log =
     with atomic_file(output) as beside:
         # The model's name is set because some switch on what is for one vendor's vocabulary.
         arguments = [str(folder), "--outfile", str(beside), "--outtype", kind, "--model-name", "btx"]
-        command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
+        # -P: the folder that btx was started in may be the model's, and its files are no modules.
+        command = [sys.executable, "-P", "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
         said = _run(command, beside, needed, log)
         if said or not beside.is_file():
             raise _failure(folder, said)

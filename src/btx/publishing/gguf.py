@@ -117,13 +117,13 @@ def _run(command: list[str], growing: Path, needed: int, log: Log) -> str:
             open(log_file, "wb") as out,
             subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
         ):
-            told = 0
+            tenths_told = 0
             try:
                 while (code := _waited(process)) is None:
                     tenths = 10 * (growing.stat().st_size if growing.is_file() else 0) // max(needed, 1)
-                    if tenths > told and tenths < 10:
-                        told = tenths
-                        log(f"{10 * told} % written")
+                    if tenths > tenths_told and tenths < 10:
+                        tenths_told = tenths
+                        log(f"{10 * tenths_told} % written")
             except BaseException:
                 process.kill()
                 raise

@@ -170,10 +170,10 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     for row in table.rows:
         texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in row.quality]
         lines.append(f"| {' | '.join([literal(row.name), *texts])} |")
-    told = (
+    caption = (
         "Held-out text in bits per byte (lower is better), tasks in per cent. `btx` is this model before any alignment."
     )
-    return ["## Results", told, "\n".join(lines)]
+    return ["## Results", caption, "\n".join(lines)]
 
 
 def _sources(origin: Origin) -> list[str]:

@@ -191,8 +191,8 @@ def _template_text(folder: Path) -> str | None:
 
 def _adds_bos(folder: Path) -> bool:
     """Whether llama.cpp begins every text with the token of a beginning by itself."""
-    if isinstance(told := _json(folder / "tokenizer_config.json").get("add_bos_token"), bool):
-        return told
+    if isinstance(adds := _json(folder / "tokenizer_config.json").get("add_bos_token"), bool):
+        return adds
     processor = _json(folder / "tokenizer.json").get("post_processor") or {}
     steps = processor.get("processors", [processor])
     begins = [step["single"][0] for step in steps if step.get("single")]

@@ -37,25 +37,25 @@ MOST_BATCH, MOST_RATE, MOST_WARMUP = 4_000_000, 6e-3, 100
 Values = dict[str, Any]
 
 
-def fill_in_training(given: Values, before: Mapping[str, Any] | None) -> None:
+def fill_in_training(recipe: Values, before: Mapping[str, Any] | None) -> None:
     """Fill in what the training sections of a recipe leave out, and note it under `derived`.
 
     What the run folder has noted stays as long as the same follows from the same, so that another version's rules
     change no finished run. A run that was begun before there were such rules keeps the paper's values.
 
     Args:
-        given: the recipe as it was read, not checked yet: sections that are broken are left alone.
+        recipe: as it was read, not checked yet: sections that are broken are left alone.
         before: the recipe in its run folder, if there is one.
     """
     if before is not None and not isinstance(before.get("derived"), dict):
         return
-    parameters = model_parameters(given.get("seed_model"))
+    parameters = model_parameters(recipe.get("seed_model"))
     derived = {}
-    for name in SECTIONS if given.get("paper") is not True else ():
-        section, noted = _section(given, name), _noted(before or {}, name)
+    for name in SECTIONS if recipe.get("paper") is not True else ():
+        section, noted = _section(recipe, name), _noted(before or {}, name)
         if section is None:
             continue
-        basis = _basis(given, name, section, parameters or noted.get("basis", {}).get("parameters"))
+        basis = _basis(recipe, name, section, parameters or noted.get("basis", {}).get("parameters"))
         if basis is None:
             continue
         values = _values(basis, fresh=name == "seed_model.train")
@@ -65,8 +65,8 @@ def fill_in_training(given: Values, before: Mapping[str, Any] | None) -> None:
         if missing:
             section |= missing
             derived[name] = {"basis": basis, "values": missing}
-    if derived or "derived" not in given:  # else a recipe out of a run folder, which says everything
-        given["derived"] = derived
+    if derived or "derived" not in recipe:  # else a recipe out of a run folder, which says everything
+        recipe["derived"] = derived
 
 
 def model_parameters(seed: Any) -> int | None:
@@ -130,8 +130,8 @@ def _too_short(training: Training, length: int) -> Iterator[str]:
         )
 
 
-def _section(given: Mapping[str, Any], name: str) -> Values | None:
-    section: Any = given
+def _section(recipe: Mapping[str, Any], name: str) -> Values | None:
+    section: Any = recipe
     for key in name.split("."):
         section = section.get(key) if isinstance(section, dict) else None
     return section if isinstance(section, dict) else None
@@ -144,9 +144,9 @@ def _noted(before: Mapping[str, Any], name: str) -> Values:
     return noted if whole else {}
 
 
-def _basis(given: Mapping[str, Any], name: str, section: Mapping[str, Any], parameters: int | None) -> Values | None:
+def _basis(recipe: Mapping[str, Any], name: str, section: Mapping[str, Any], parameters: int | None) -> Values | None:
     """All that the values follow from; None where it is missing or broken, which is told elsewhere."""
-    data = given.get("data")
+    data = recipe.get("data")
     length = data.get("sequence_length", 4096) if isinstance(data, dict) else None
     counts = {"tokens": section.get("tokens"), "sequence_length": length}
     if "batch_tokens" in section:

@@ -209,9 +209,9 @@ def _decode(content: bytes, file: str) -> str:
         raise RecipeError(f"{file}:{line}:{column}: byte 0x{byte:02x} is no UTF-8 text: save as UTF-8") from None
 
 
-def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
+def _in_run_folder(recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
-    folder = given.get("run") or f"runs/{given['name']}"
+    folder = recipe.get("run") or f"runs/{recipe['name']}"
     try:
         written = read_yaml((home_filled(str(folder)) / RUN_RECIPE).read_text("utf-8"), "").value
     except (OSError, ValueError, YamlSyntaxError):

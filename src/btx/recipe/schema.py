@@ -121,12 +121,12 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_in_the_paper(cls, given: Any) -> Any:
+    def _as_in_the_paper(cls, values: Any) -> Any:
         """With `paper`, what a section leaves out is the paper's; a section that is missing or broken stays so."""
-        if not isinstance(given, dict) or given.get("paper") is not True:
-            return given
-        sections = {name: given.get(name, {} if name == "mix" else None) for name in PAPER}
-        return given | {name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)}
+        if not isinstance(values, dict) or values.get("paper") is not True:
+            return values
+        sections = {name: values.get(name, {} if name == "mix" else None) for name in PAPER}
+        return values | {name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)}
 
     @model_validator(mode="after")
     def _keeps_the_rules(self) -> Recipe:

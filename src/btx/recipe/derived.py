@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from btx.files import home_filled
 from btx.recipe.schema import Recipe, is_basis
@@ -177,8 +177,8 @@ def _values(basis: Mapping[str, Any], *, fresh: bool) -> Values:
 def _count(config: Mapping[str, Any]) -> int | None:
     """Parameters of the layers' matrices, for classes with a gated feed-forward sublayer."""
     keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-    sizes = [config.get(key) for key in keys]
-    if not all(map(_is_size, sizes)):
+    sizes = [size for key in keys if _is_size(size := config.get(key))]
+    if len(sizes) < len(keys):
         return None
     width, layers, feed_forward, heads = sizes
     key_values, head = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
@@ -187,5 +187,5 @@ def _count(config: Mapping[str, Any]) -> int | None:
     return layers * (2 * width * head * (heads + key_values) + 3 * width * feed_forward)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and 0 < value < 1e12

@@ -101,6 +101,16 @@ def test_parameters_of_a_router_start_are_fields_of_its_settings(method: str) ->
     assert None not in told.values()
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), -1.0, 0.0])
+def test_numbers_that_no_merge_or_router_start_can_use_are_refused(number: float) -> None:
+    settings = [MergeSettings("ties", scale=number), MergeSettings("dare", density=number)]
+    settings.append(MergeSettings("weighted", weights={"a": number, "b": 1.0 if number else 0.0}))
+    assert all(each.problems(["a", "b"]) for each in settings)
+    starts = [RouterInit("random", std=number), RouterInit("ridge", ridge=number), RouterInit("ridge", scale=number)]
+    assert all(start.problems() for start in starts)
+    assert not any(RouterInit(method).problems() for method in ROUTER_INITS)
+
+
 def test_a_router_that_is_not_listed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="router 'other': no such router; there are: top_k, switch, sample_top1"):
         RoutingRule("other")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import re
@@ -26,11 +27,14 @@ import yaml
 from btx import __version__
 from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
+from btx.cli.terminal import prepare_streams
+from btx.errors import UserError
 from btx.models.seed_config import seed_config
 from btx.planning.speed import training_speed
 from btx.process import SAVE_AND_END
 from btx.recipe.loading import load_recipe, packaged_recipes
 from btx.run_folder.folder import RunFolder
+from btx.serving.sampling import check_prompt
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 pytestmark = pytest.mark.usefixtures("figures_drawn_once")
@@ -522,6 +526,8 @@ def test_mix_works_on_any_folders(btx: Btx, finished: Path, tmp_path: Path) -> N
     ["status", "nowhere"], ["train", "nowhere", "math"], ["finetune", "nowhere"], ["evaluate", "nowhere"],
     ["analyze", "nowhere", "--json"], ["report", "nowhere"], ["chat", "nowhere", "--prompt", "x"], ["mix", "nowhere"],
     ["mix"], ["mix", "--seed-model", "s", "--expert", "a", "-o", "x"], ["ls", "nothing"], ["cp", "dmo", "x.yaml"],
+    ["plan", "demo", "--flops-per-second", "nan"], ["watch", "x", "--every", "nan"], ["chat", "x", "--rng-seed", "-1"],
+    ["compare", "x", "--rng-seed", str(2**32)], ["mix", "--rng-seed", str(10**20)], ["extend", "x", "--rng-seed", "-1"],
     ["run", "dmo"], ["plan", "demo", "mix.top_k=9"], ["run", "demo", "--until", "dinner"], ["frobnicate"], ["run"],
 ])  # fmt: skip
 def test_the_users_mistakes_exit_with_2_and_one_message_and_write_nothing(
@@ -534,6 +540,14 @@ def test_the_users_mistakes_exit_with_2_and_one_message_and_write_nothing(
     assert done.err
     assert "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_standard_input_gives_any_bytes_which_a_prompt_then_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nmore\n"), "utf-8"))
+    prepare_streams()
+    with pytest.raises(UserError, match="its character 4 is"):
+        check_prompt(sys.stdin.readline())
+    assert sys.stdin.readline() == "more\n"
 
 
 def test_a_failure_exits_with_1(btx: Btx, run: Path, tmp_path: Path) -> None:

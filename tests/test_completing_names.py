@@ -71,6 +71,20 @@ def test_recipes_here_are_offered_too(
     (tmp_path / "demo-of-mine.yaml").touch()
     monkeypatch.chdir(tmp_path)
     assert offered("btx run demo", monkeypatch, capsys) == ["demo", "demo-of-mine.yaml"]
+    (tmp_path / "below" / "run").mkdir(parents=True)
+    (tmp_path / "below" / "run" / "recipe.yaml").touch()
+    assert offered("btx run ./de", monkeypatch, capsys) == ["./demo-of-mine.yaml"]
+    assert offered("btx run below/", monkeypatch, capsys) == ["below/run"]
+    assert offered(f"btx run {tmp_path}/d", monkeypatch, capsys) == [f"{tmp_path}/demo-of-mine.yaml"]
+
+
+def test_results_that_cannot_be_read_offer_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder.create(pico_recipe(tmp_path, "run"))
+    (run.path / "evaluate").mkdir()
+    (run.path / "evaluate" / "results.json").write_text('{"models": ')
+    assert offered(f"btx compare {run.path} ", monkeypatch, capsys) == []
 
 
 def test_tab_loads_no_torch_and_a_script_for_the_shell_is_printed(run: Path) -> None:

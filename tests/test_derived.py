@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from btx.errors import RecipeError
 from btx.recipe.derived import model_parameters, training_notes
 from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
@@ -92,6 +93,17 @@ def test_a_run_from_before_the_rules_keeps_the_papers_values(
     assert values(load_recipe(str(recipe_file), ["run=~/run"]).train) == PAPERS
 
 
+@pytest.mark.parametrize("basis", ["{}", "{tokens: many}", "{tokens: 100, parameters: few}"])
+def test_what_was_derived_is_btxs_to_write(recipe_file: Path, basis: str) -> None:
+    derived = f"derived={{train: {{basis: {basis}, values: {{learning_rate: 1.0}}}}}}"
+    with pytest.raises(RecipeError, match=r"derived\.train\.basis: not for you to write: leave `derived` out"):
+        load_recipe(str(recipe_file), ["paper=true", derived])
+    run = recipe_file.parent / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"derived: {{train: {{basis: {basis}, values: {{learning_rate: 1.0}}}}}}\n")
+    assert values(load_recipe(str(recipe_file)).train)[1] != 1.0  # another's is not taken over
+
+
 def test_the_size_is_the_folders_or_what_a_hub_name_says(tmp_path: Path) -> None:
     config = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
               "num_key_value_heads": 2}  # fmt: skip
@@ -99,7 +111,15 @@ def test_the_size_is_the_folders_or_what_a_hub_name_says(tmp_path: Path) -> None
     assert model_parameters({"path": str(tmp_path)}) == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     assert model_parameters({"path": "meta-llama/Llama-3.2-1B"}) == 1_000_000_000
     assert model_parameters({"path": "HuggingFaceTB/SmolLM2-135M-Instruct"}) == 135_000_000
-    for nothing in ({"path": "org/model"}, {"path": "org/v2Beta"}, {"path": 3}, None, {"config": {"hidden_size": "x"}}):
+    for nothing in (
+        {"path": "org/model"},
+        {"path": "org/v2Beta"},
+        {"path": 3},
+        None,
+        {"config": {"hidden_size": "x"}},
+        {"config": config | {"hidden_size": 10**400}},
+        {"config": config | {"head_dim": -64}},
+    ):
         assert model_parameters(nothing) is None
 
 

@@ -191,6 +191,16 @@ def test_the_file_appears_when_it_is_complete(
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["m.gguf"]
 
 
+def test_files_where_btx_was_started_are_no_modules_of_the_converter(
+    moe: Path, converter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("argparse.py").write_text("open('ran', 'w')")
+    write_gguf(moe, tmp_path / "m.gguf", "f16", converter)
+    assert not Path("ran").exists()
+
+
 def test_the_command_writes_a_folder_for_ollama(
     moe: Path, converter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +272,11 @@ def test_a_template_that_does_more_has_no_format_and_the_modelfile_says_so(moe: 
     assert "more than put texts around messages" in note
     (folder / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(CheckpointError, match="its chat template is none"):
+        modelfile(folder, "model.gguf")
+    (folder / "chat_template.jinja").write_text("{{ 1 / (messages | length - messages | length) }}")
+    assert modelfile(folder, "model.gguf") == (text, note)  # it may raise anything
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: not UTF-8"):
         modelfile(folder, "model.gguf")
 
 

@@ -54,6 +54,15 @@ def test_without_general_text_all_domains_are_it(here: Path, make_llama: Callabl
     assert [source.domain for source in recipe.data.domains["general"].sources] == ["law", "code"]
 
 
+@pytest.mark.parametrize("longest", [True, -1, "many", None])
+def test_names_that_look_like_numbers_and_configs_that_say_nothing_are_taken(here: Path, longest: object) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps({"max_position_embeddings": longest}))
+    init(Path("mine.yaml"), model="model", domain=["1984=law", "true=code"])
+    recipe = load_recipe("mine.yaml")
+    assert (recipe.train.domains, recipe.data.sequence_length) == (["1984", "true"], 2048)
+
+
 def test_what_is_no_models_folder_is_told_at_once(
     here: Path, make_llama: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

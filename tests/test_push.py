@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import constants
 
 from btx.cli import out
-from btx.errors import BtxError, CheckpointError, SystemFailed, UserError
+from btx.errors import BtxError, CheckpointError, RunFolderError, SystemFailed, UserError
 from btx.mixing.mix import mix
 from btx.publishing.hub_card import card, licence_of, origin_of_folder, origin_of_run
 from btx.publishing.push import push, redacted, upload_of
@@ -188,6 +189,20 @@ def test_links_that_lead_out_of_the_folder_are_refused(made: Path, tmp_path: Pat
         upload_of(folder, origin_of_folder(folder), "org/moe")
 
 
+@pytest.mark.parametrize("name", ["README.md", "report.md", "chart.png"])
+def test_a_card_or_report_that_is_a_link_to_somebodys_file_is_refused(made: Path, tmp_path: Path, name: str) -> None:
+    folder, report, secret = tmp_path / "m", tmp_path / "report", tmp_path / "secret"
+    shutil.copytree(made, folder)
+    report.mkdir()
+    (report / "report.md").write_text("# Report\n")
+    secret.write_text("mine")
+    file = (folder if name == "README.md" else report) / name
+    file.unlink(missing_ok=True)
+    file.symlink_to(secret)
+    with pytest.raises(CheckpointError, match=f"{name}: a link to .*secret, which lies outside"):
+        upload_of(folder, origin_of_folder(folder), "org/moe", report)
+
+
 # The card
 
 
@@ -266,6 +281,40 @@ def test_no_path_of_a_mix_goes_up(tmp_path: Path) -> None:
     assert str(tmp_path) not in record.decode()
     assert json.loads(record)["paths"] == {"math": "math"}
     assert str(tmp_path) in (tmp_path / "moe" / "mix.json").read_text("utf-8")
+
+
+def test_where_a_model_was_loaded_from_goes_up_as_a_name(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(made, folder)
+    for file, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        for said, sent in ((f"{tmp_path}/mine", "mine"), ("org/seed", "org/seed")):
+            value = json.loads((folder / file).read_text("utf-8")) | {key: said}
+            (folder / file).write_text(json.dumps(value), "utf-8")
+            it = upload_of(folder, origin_of_folder(folder), "org/moe")[file]
+            assert json.loads(it if isinstance(it, bytes) else it.read_text("utf-8")) == value | {key: sent}
+
+
+@pytest.mark.parametrize(("card_text", "licence"), [
+    ("\ufeff---\nlicense: mit\n---\n# Words\n", "mit"), ("---\r\nlicense: mit\r\n---\r\n# Words\r\n", "mit"),
+    ("---\nlicense: " + "[" * 20_000 + "\n---\n# Words\n", "other"),
+])  # fmt: skip
+def test_odd_cards_are_read_or_passed_over(made: Path, tmp_path: Path, card_text: str, licence: str) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(made, folder)
+    (folder / "README.md").write_bytes(card_text.encode())
+    told = card(folder, origin_of_folder(folder), "org/moe", has_report=False)
+    assert front(told)["license"] == licence
+    assert told.count("license") == 1
+    assert "# Words" in told
+
+
+@pytest.mark.parametrize("record", [[1], {"inputs": []}, {"inputs": {"seed_model": "x"}}, {"experts": 3}])
+def test_a_mix_json_of_another_shape_is_refused(made: Path, tmp_path: Path, record: Any) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(made, folder)
+    (folder / "mix.json").write_text(json.dumps(record))
+    with pytest.raises(RunFolderError, match=r"mix\.json: "):
+        origin_of_folder(folder)
 
 
 # The command

@@ -127,6 +127,11 @@ def test_other_models_stand_beside_the_runs(run: RunFolder, evaluation: Evaluati
         btx.evaluate(copied, forget="again")
 
 
+def test_one_text_is_no_list_of_values_whatever_the_key() -> None:
+    with pytest.raises(UserError, match=r"vary models: a list is wanted, here \['btx'\]"):
+        btx.sweep("demo", {"models": "btx"})
+
+
 def test_what_goes_with_a_model_is_refused_for_a_run(run: RunFolder) -> None:
     settings: list[dict[str, Any]] = [{"without": ["tools"]}, {"tokens": 7}, {"examples": 0}, {"output": "there"}]
     for given in settings:

@@ -162,6 +162,8 @@ def test_all_problems_of_a_file_come_in_one_message_in_the_order_of_the_file() -
         ("1e-4", ".nan", "my.yaml:10:18: train.learning_rate: not a number (.nan)"),
         ("1e-4", "1e999", "my.yaml:10:18: train.learning_rate: 1e999 is too large for a number"),
         ("1_000_000", "9" * 5000, "my.yaml:9:11: train.tokens: a whole number of 5000 digits is too long"),
+        ("1_000_000", "9223372036854775808", "my.yaml:9:11: train.tokens: a whole number of 19 digits is too long"),
+        ("1_000_000", "1e300", "my.yaml:9:11: train.tokens: expected a whole number, got 1e+300"),
         ("1_000_000", "!!int three", "my.yaml:9:11: train.tokens: 'three' does not fit its tag"),
         ("./seed", "12", "my.yaml:6:20: seed_model.path: expected text, got 12: put it in quotes"),
         ("./seed", "[a]", "my.yaml:6:20: seed_model.path: expected text, got a list"),

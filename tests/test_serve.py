@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.testclient import TestClient
 from btx.cli.serve import _served
 from btx.errors import CheckpointError, UserError
 from btx.serving import server
+from btx.serving.completing import ShownToken, _begun, until_stop
 from btx.serving.requests import CompletionRequest, Refused, read_request
 from btx.serving.sampling import Sampling
 from btx.serving.server import Speakers, begin, make_app, serve
@@ -141,6 +143,17 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(client: TestClient) -> No
     reply = client.post("/v1/chat/completions", json=ASKED | {"stop": stop}).json()["choices"][0]
     assert reply["message"]["content"] == text[: text.index(stop)]
     assert reply["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stops", [("aab",), ("ab", "ba"), ("a" * 1_000_000 + "b",), ("b" * 1_000_000, "aba")])
+def test_tokens_are_held_back_as_long_as_a_stop_string_may_come(stops: tuple[str, ...]) -> None:
+    text = "abaabaab"
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    tokens = [ShownToken(sign, (), from_prompt=False) for sign in text]
+    assert "".join(token.text for token in until_stop(iter(tokens), stops)) == text[: min(places, default=len(text))]
+    for stop, end in product(("a", "ab", "aab", "abab", "b" * 9), range(len(text) + 1)):
+        slow = [n for n in range(1, len(stop)) if text[:end].endswith(stop[:n])]
+        assert _begun(stop, text[:end]) == max(slow, default=0)
 
 
 @pytest.mark.parametrize(("change", "message"), [

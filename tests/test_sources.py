@@ -95,6 +95,9 @@ def test_text_files_are_cut_at_their_separator(tmp_path: Path) -> None:
     assert sorted(both("a.txt", tmp_path)) == ["one\n\nstill one", "two"]
     assert sorted(both({"path": "b.txt", "document_separator": "<end>"}, tmp_path)) == ["one\n\n\nmore", "two"]
     assert len(both({"path": "b.txt", "document_separator": ""}, tmp_path)) == 1
+    (tmp_path / "c.txt").write_bytes(b"one\r\n---\r\ntwo\r\n")
+    for separator in ("\r\n---\r\n", "\n---\n", "---"):  # line ends are alike in the file and here
+        assert sorted(both({"path": "c.txt", "document_separator": separator}, tmp_path)) == ["one", "two"]
 
 
 def test_folders_and_globs_are_read_with_their_subfolders_in_order(tmp_path: Path) -> None:
@@ -111,7 +114,12 @@ def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(tmp_path: Path) -> No
     (tmp_path / "data[1]" / "train.jsonl").write_bytes(json_lines(["a"]))
     (tmp_path / "data[1]" / "test.jsonl").write_bytes(json_lines(["b"]))
     assert read("data[1]", tmp_path) == (["a"], ["b"])
-    assert read("data[[]1]/*.jsonl", tmp_path) == (["a"], ["b"])
+    (tmp_path / "data1").mkdir()  # what the brackets would stand for, were there no folder called so
+    (tmp_path / "data1" / "train.jsonl").write_bytes(json_lines(["c"]))
+    for glob in ("data[[]1]/*.jsonl", "data[1]/*.jsonl", "data[1]/**/*.jsonl", str(tmp_path / "data[1]" / "t*")):
+        assert read(glob, tmp_path) == (["a"], ["b"])
+    assert both("data[1-3]/*.jsonl", tmp_path) == ["c"]
+    assert sorted(both("**/[a.t]*.jsonl", tmp_path)) == ["a", "b", "c"]
 
 
 def test_files_named_for_it_are_held_out_beside_train_files(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ seed model's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -82,6 +83,8 @@ class MergeSettings:
             problems.append(f"merge slerp: t is {self.t}; allowed: 0 to 1")
         if self.density is not None and not 0 < self.density <= 1:
             problems.append(f"merge {self.method}: density is {self.density}; allowed: above 0, at most 1")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            problems.append(f"merge {self.method}: scale is {self.scale}; allowed: above 0, and finite")
         return problems
 
     def as_json(self) -> dict[str, object]:
@@ -102,6 +105,6 @@ def _weight_problems(weights: Mapping[str, float], members: Sequence[str]) -> li
         problems.append(f"merge weighted needs a weight for every expert; none for {', '.join(missing)}")
     if unknown:
         problems.append(f"merge weighted: there is no expert {', '.join(unknown)}; there are: {', '.join(members)}")
-    if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
-        problems.append("merge weighted: weights must not be negative, and one has to be above 0")
+    if any(weight < 0 for weight in weights.values()) or not 0 < sum(weights.values()) < math.inf:
+        problems.append("merge weighted: weights are finite and not negative, and one has to be above 0")
     return problems

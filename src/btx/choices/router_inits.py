@@ -5,6 +5,7 @@ The mathematics is in `btx.mixing.router_init`; what is computed from text, in `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -60,7 +61,8 @@ class RouterInit:
     @property
     def factor(self) -> float:
         """`scale`, or the method's default; 1 where a method has none."""
-        return self.scale or ROUTER_INITS[self.method].scale or 1.0
+        default = ROUTER_INITS[self.method].scale
+        return next(factor for factor in (self.scale, default, 1.0) if factor is not None)
 
     def problems(self) -> list[str]:
         """Why these settings are impossible; empty if they are not."""
@@ -70,8 +72,9 @@ class RouterInit:
         if self.scale is not None and "scale" not in ROUTER_INITS[self.method].parameters:
             scaled = [name for name, method in ROUTER_INITS.items() if "scale" in method.parameters]
             problems.append(f"router_init {self.method} takes no scale; {' and '.join(scaled)} do")
-        if self.ridge <= 0:
-            problems.append(f"router_init ridge: λ is {self.ridge}; it has to be above 0")
+        for name, value in (("std", self.std), ("scale", self.factor), ("ridge's λ", self.ridge)):
+            if not 0 < value < math.inf:
+                problems.append(f"router_init {self.method}: {name} is {value}; it has to be above 0, and finite")
         if self.tokens < 2:
             problems.append(f"router_init {self.method}: {self.tokens} tokens of text; it takes at least 2")
         return problems

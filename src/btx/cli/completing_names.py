@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx.choices.merges import MERGE_METHODS
 from btx.choices.router_inits import ROUTER_INITS
 from btx.errors import BtxError
+from btx.files import home_filled
 
 if TYPE_CHECKING:
     from btx.run_folder.folder import RunFolder
 
 
 def recipes(incomplete: str) -> list[str]:
-    """Packaged recipes, and .yaml files and run folders here."""
+    """Packaged recipes, and the .yaml files and run folders of the folder that is typed."""
     from btx.recipe.loading import packaged_recipes
 
-    here = Path(incomplete).parent
-    files = [str(path) for path in here.glob("*.yaml")]
-    folders = [str(path.parent) for path in here.glob("*/recipe.yaml")]
+    typed = incomplete[: incomplete.rfind("/") + 1]
+    here = home_filled(typed or ".")
+    files = [typed + path.name for path in here.glob("*.yaml")]
+    folders = [typed + path.parent.name for path in here.glob("*/recipe.yaml")]
     return _starting(incomplete, [*packaged_recipes(), *files, *folders])
 
 
@@ -71,8 +74,9 @@ def models(ctx: Any, incomplete: str) -> list[str]:
     from btx.outputs import read_output
     from btx.reporting.shapes import Results
 
-    run = _run_of(ctx)
-    results = read_output(run.path / "evaluate" / "results.json", Results) if run else None
+    run, results = _run_of(ctx), None
+    with suppress(BtxError):  # Tab says no errors
+        results = read_output(run.path / "evaluate" / "results.json", Results) if run else None
     return _starting(incomplete, results["models"] if results else [])
 
 

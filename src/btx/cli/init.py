@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from btx.choices.families import context_length
 from btx.cli.mix import named
 from btx.cli.terminal import remark
-from btx.errors import DataError, UserError
+from btx.errors import CheckpointError, DataError, UserError
 from btx.files import home_filled
+from btx.model_files.token_ids import read_object
 from btx.number_texts import count_text
 
 TEXT_COLUMNS = ("text", "content", "body", "document", "raw_content", "abstract", "code")
@@ -114,7 +115,7 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
         missing.append(f"seed_model.path: {model}: a model is a folder, as save_pretrained writes it; this is a file")
     elif not folder.is_dir() and model.startswith((".", "/", "~")):
         missing.append(f"seed_model.path: {model}: there is no such folder yet")
-    lines = [f"    {name}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
+    lines = [f"    {inline_yaml(name)}: {inline_yaml(looked['source'])}" for name, looked in looks.items()]
     if "general" not in looks:
         lines.append(f"    general: {inline_yaml([{'domain': name} for name in texts])}  # better: text of its own")
     sizes = [looked["tokens"] for name, looked in looks.items() if name in texts and "tokens" in looked]
@@ -148,8 +149,7 @@ def _look(path: str) -> dict[str, Any]:
 def _sequence_length(model: Path) -> int:
     """What the model can read, up to 2048 tokens."""
     try:
-        config = json.loads((model / "config.json").read_text("utf-8"))
-        length = config.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
-        length = None
-    return min(LONGEST_SEQUENCE, length) if isinstance(length, int) and length > 0 else LONGEST_SEQUENCE
+        longest = context_length(read_object(model / "config.json"))
+    except CheckpointError:  # it is to come, or is no model: `btx plan` says so
+        longest = None
+    return min(LONGEST_SEQUENCE, longest[0]) if longest is not None else LONGEST_SEQUENCE

@@ -21,7 +21,7 @@ from btx.cli import plan as cli_plan
 from btx.cli import serve as cli_serve
 from btx.cli import sweep as cli_sweep
 from btx.cli import watch as cli_watch
-from btx.cli.hub_models import with_hub_models
+from btx.cli.arguments import with_arguments_read
 from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, train_here, work_on
 from btx.cli.terminal import end, prepare_streams, remark, show, show_json
@@ -262,6 +262,6 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 """The commands as `btx --help` groups and orders them."""
 for panel, commands in PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(with_hub_models(command))
+        app.command(rich_help_panel=panel)(with_arguments_read(command))
 for started_by_btx in (work, cli_sweep.run_of_sweep, cli_launch.begin):
-    app.command(hidden=True)(with_hub_models(started_by_btx))
+    app.command(hidden=True)(with_arguments_read(started_by_btx))

@@ -10,7 +10,7 @@ import typer
 from btx.cli import completing_names
 from btx.cli.mix import named
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import RunArgument, is_run, open_run, show_results, work_on
+from btx.cli.run_folders import LARGEST_SEED, RunArgument, is_run, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json, silent
 from btx.errors import UserError
 from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_analysis, check_run_alone, read_texts
@@ -159,7 +159,7 @@ def compare(
         ),
     ] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
-    rng_seed: Annotated[int, typer.Option(help="Random number seed of the resampling.")] = 0,
+    rng_seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random number seed of the resampling.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """How sure the differences between models are: paired bootstrap over documents and questions."""

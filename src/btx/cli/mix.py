@@ -10,7 +10,7 @@ import typer
 
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
 from btx.cli import completing_names
-from btx.cli.run_folders import open_run, work_on
+from btx.cli.run_folders import LARGEST_SEED, open_run, work_on
 from btx.errors import CheckpointError, UserError
 from btx.model_files.hub import local_model
 from btx.process import ending_at_once
@@ -33,7 +33,8 @@ RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
 RouterScale = Annotated[float | None, typer.Option(help="hidden_mean, ridge: factor on the weights; default 1, 10.")]
 RouterRidge = Annotated[float, typer.Option(help="ridge: λ as a multiple of XᵀX's mean diagonal.")]
 RouterTokens = Annotated[int, typer.Option(help="hidden_mean, ridge: tokens of each text, at most.")]
-RngSeed = Annotated[int, typer.Option(help="Random number seed of routers and of merge methods that draw.")]
+RngSeed = Annotated[int, typer.Option(
+    min=0, max=LARGEST_SEED, help="Random number seed of routers and of merge methods that draw.")]  # fmt: skip
 
 
 def mix(

@@ -57,34 +57,37 @@ def export(
         raise UserError(f"{target}: exists already; choose another name (-o) or remove it")
     notes = check_gguf(folder)
     file = target if to is Format.gguf else target / "model.gguf"
-    told: dict[str, Any] = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
+    facts: dict[str, Any] = {"model": str(folder), "to": str(to), "output": str(target), "type": str(weights),
             "bytes": gguf_bytes(folder, weights), "notes": notes}  # fmt: skip
     say = silent if as_json else typer.echo
     for note in notes:
         say(f"warning: {note}")
     if dry_run:
-        say(f"{file}: about {told['bytes'] / 1e6:,.1f} MB ({weights}); nothing was written")
+        say(f"{file}: about {facts['bytes'] / 1e6:,.1f} MB ({weights}); nothing was written")
     else:
         place = find_converter(converter)
         with ending_at_once(f"stopped; nothing was written to {target}"):
             if to is Format.gguf:
                 write_gguf(folder, target, weights, place, say)
             else:
-                told["notes"] = [*notes, *_write_ollama(folder, target, weights, place, say)]
-        told["bytes"] = file.stat().st_size
-        say(f"{file}: {told['bytes'] / 1e6:,.1f} MB ({weights})")
+                facts["notes"] = [*notes, *_write_ollama(folder, target, weights, place, say)]
+        facts["bytes"] = file.stat().st_size
+        say(f"{file}: {facts['bytes'] / 1e6:,.1f} MB ({weights})")
         say(f"next: cd {target} && ollama create {name} && ollama run {name}" if to is Format.ollama else
             f"next: llama-cli -m {file}")  # fmt: skip
     if as_json:
-        show_json(told)
+        show_json(facts)
 
 
 def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say: Log) -> list[str]:
     from btx.files import atomic_folder
+    from btx.model_files.beside_weights import LEGAL, check_links, files_of
     from btx.publishing.gguf import write_gguf
     from btx.publishing.ollama import modelfile
 
-    licence = next((file.read_text("utf-8", errors="replace") for file in sorted(folder.glob("LICEN[SC]E*"))), None)
+    check_links(folder, LEGAL)
+    licences = files_of(folder, ("LICENSE*", "LICENCE*"))
+    licence = next((file.read_text("utf-8", errors="replace") for file in licences), None)
     text, note = modelfile(folder, "model.gguf", licence)
     with atomic_folder(target) as beside:
         write_gguf(folder, beside / "model.gguf", weights, converter, say)
@@ -117,18 +120,18 @@ def push(
     upload = upload_of(folder, origin, name, model / "report" if origin.results else None)
     sizes = {file: len(it) if isinstance(it, bytes) else it.stat().st_size for file, it in upload.items()}
     say = silent if as_json else typer.echo
-    told: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
+    facts: dict[str, Any] = {"name": name, "public": public, "files": sizes, "licence": origin.licence, "commit": None}
     if dry_run:
         for file, size in sizes.items():
             say(f"{size:>15,} {file}")
         say(f"{sum(sizes.values()):>15,} bytes would go to {name} ({'public' if public else 'private'}); none were")
     else:
-        told["commit"] = push_files(upload, name, public=public, log=say)
-        say(f"{told['commit']}")
+        facts["commit"] = push_files(upload, name, public=public, log=say)
+        say(f"{facts['commit']}")
     if origin.licence is None:
         say("note: the seed model's licence is unknown; the card says so. A LICENSE file in its folder names one")
     if as_json:
-        show_json(told)
+        show_json(facts)
 
 
 def _chosen(model: Path) -> tuple[Path, str]:

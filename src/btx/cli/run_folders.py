@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from btx.run_folder.folder import RunFolder
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `btx run` makes it.")]
+LARGEST_SEED = 2**32 - 1
+"""Random number seed, as in a recipe's `rng_seed`."""
 ModelArgument = Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="Run folder or model folder; hf:ORG/NAME.")]
 
 

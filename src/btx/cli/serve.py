@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from btx.cli.plan import AsJson
-from btx.cli.run_folders import ModelArgument, is_run, open_run
+from btx.cli.run_folders import LARGEST_SEED, ModelArgument, is_run, open_run
 from btx.cli.terminal import remark, show_json
 from btx.errors import UserError
 
@@ -22,7 +22,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,
-    rng_seed: Annotated[int, typer.Option(help="Random number seed of the sampling.")] = 0,
+    rng_seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random number seed of the sampling.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Talk to a run's model, or any model folder."""

@@ -222,14 +222,14 @@ def families_table() -> Table:
     return table
 
 
-def comparison_table(found: Mapping[str, Any]) -> Table:
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """`btx compare`: a line a model, a column a set; differences whose 95 % interval leaves out 0 are bold."""
     from btx.python.results import sets_of
 
-    rows = {name: sets_of(row, "{} (task)") for name, row in found["models"].items()}
+    rows = {name: sets_of(row, "{} (task)") for name, row in comparison["models"].items()}
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     table = Table(
-        title=f"{found['model']} minus the other: difference [95 % interval] p",
+        title=f"{comparison['model']} minus the other: difference [95 % interval] p",
         caption="bits per byte: negative is better; tasks: share of right answers, positive is better",
         highlight=False,
     )

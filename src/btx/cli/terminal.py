@@ -23,7 +23,8 @@ PLAIN = str.maketrans({"·": "-", "→": "->", "×": "x", "±": "+-", "…": "..
 
 def prepare_streams() -> None:
     """Let standard output and error take any text, whatever their encoding, be there even where they are closed, and
-    show nothing of what libraries tell each other."""
+    show nothing of what libraries tell each other; let standard input give any bytes, to be refused where text is
+    wanted."""
     codecs.register_error("btx", _written_plainly)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -31,6 +32,8 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="btx")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, and both
         logging.getLogger(talker).setLevel(logging.ERROR)  # then tell of kernels that nobody has asked for
 

@@ -3,7 +3,8 @@
 .jsonl, .jsonl.gz, .jsonl.zst   one JSON object a line; lines end at "\\n" and nowhere else, blank ones are skipped
 .parquet                        one document a row; only the text column is read, batch by batch
 .txt                            documents are separated by `document_separator` (empty: a file is one document);
-                                "\\r\\n" counts as "\\n", and line ends around a document are left out
+                                "\\r\\n" and "\\r" count as "\\n", in the separator too, and line ends around a document
+                                are left out
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def fixed_part(path: str, root: str | None) -> Path:
     if full.is_dir():
         return full
     for parent in reversed(full.parents):
-        if has_magic(parent.name) and not parent.exists():
+        if has_magic(parent.name) and not _is_called(parent):
             return parent.parent
     return full.parent
 
@@ -155,7 +156,7 @@ def _absolute(path: str) -> Path:
 
 def _expanded(base: Path, pattern: str) -> Iterator[Path]:
     """What a glob names below `base`; `**` goes through links as a folder does, each real folder once."""
-    pattern = str(home_filled(pattern))
+    pattern = _names_kept(base, str(home_filled(pattern)))
     before, anywhere, after = pattern.partition("**")
     if not anywhere:
         yield from (base / match for match in glob(pattern, root_dir=base))  # noqa: PTH207 (may be absolute)
@@ -168,12 +169,25 @@ def _expanded(base: Path, pattern: str) -> Iterator[Path]:
                 yield file
 
 
+def _names_kept(base: Path, pattern: str) -> str:
+    """A glob in which the brackets of folders that are called like that stand for themselves: `runs [2]/*.txt`."""
+    parts = pattern.split("/")
+    folders = [base / "/".join(parts[: number + 1]) for number in range(len(parts) - 1)]
+    return "/".join([*(escape(part) if _is_called(folder) else part
+                       for part, folder in zip(parts, folders, strict=False)), parts[-1]])  # fmt: skip
+
+
+def _is_called(folder: Path) -> bool:
+    """Whether brackets in a name of a glob are the name's own: a folder is called so."""
+    return "[" in folder.name and not {"*", "?"} & set(folder.name) and folder.exists()
+
+
 def _part(pattern: str) -> str:
     """One part of a glob as a regular expression that matches no slash."""
     if pattern == "**":
         return "(?:.*/)?[^/]*"
     body = fnmatch.translate(pattern).removeprefix("(?s:")[: -len(r")\Z")]
-    return re.sub(r"(?<!\\)\.", "[^/]", body)
+    return re.sub(r"(\\.|\[[^\]]*\])|\.", lambda found: found[1] or "[^/]", body)  # not in brackets, nor behind a \
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -214,6 +228,7 @@ def _documents(file: Path, source: Source) -> Iterator[str]:
 def _plain_text(file: Path, separator: str) -> Iterator[str]:
     with open(file, encoding="utf-8-sig") as opened:
         blocks = iter(partial(opened.read, 16 * BLOCK), "")
+        separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as `open` gives line ends
         texts = pieces(blocks, separator) if separator else ["".join(blocks)]
         yield from (text.strip("\n") for text in texts)
 

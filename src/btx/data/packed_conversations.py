@@ -138,17 +138,17 @@ class PackedConversations:
 
     def of_rows(self, rows: Sequence[int]) -> Batch:
         """Rows by their own numbers."""
-        made = [self._row(row) for row in rows]
-        return Batch(*(np.stack([row[part] for row in made]) for part in range(3)))
+        arrays = [self._row(row) for row in rows]
+        return Batch(*(np.stack([row[part] for row in arrays]) for part in range(3)))
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Input ids, labels, position ids and answers of a row: (S,) each."""
-        there = [each for group in self.rows[number] for each in self.groups[group]]
-        input_ids = np.concatenate([each.ids_N[:-1] for each in there])
-        labels = np.concatenate([np.where(each.is_answer_N, each.ids_N, NO_LABEL)[1:] for each in there])
-        positions = np.concatenate([np.arange(len(each.ids_N) - 1) for each in there])
+        conversations = [each for group in self.rows[number] for each in self.groups[group]]
+        input_ids = np.concatenate([each.ids_N[:-1] for each in conversations])
+        labels = np.concatenate([np.where(each.is_answer_N, each.ids_N, NO_LABEL)[1:] for each in conversations])
+        positions = np.concatenate([np.arange(len(each.ids_N) - 1) for each in conversations])
         answers = np.concatenate([
-            np.where(each.is_answer_N[1:], place, NO_ANSWER) for place, each in enumerate(there)
+            np.where(each.is_answer_N[1:], place, NO_ANSWER) for place, each in enumerate(conversations)
         ])  # fmt: skip
         S, used = self.sequence_length, len(input_ids)
         return (
@@ -174,8 +174,8 @@ class PackedPairs(PackedConversations):
 
     def of_rows(self, rows: Sequence[int]) -> PairBatch:
         """Rows by their own numbers."""
-        made = [self._row(row) for row in rows]
-        input_ids, labels, positions, answers = (np.stack([row[part] for row in made]) for part in range(4))
+        arrays = [self._row(row) for row in rows]
+        input_ids, labels, positions, answers = (np.stack([row[part] for row in arrays]) for part in range(4))
         return PairBatch(input_ids, labels, positions, answers, self.reference[list(rows)])
 
 

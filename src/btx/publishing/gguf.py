@@ -101,7 +101,8 @@ def write_gguf(folder: Path, output: Path, kind: str, converter: str, log: Log =
     with atomic_file(output) as beside:
         # The model's name is set because some switch on what is for one vendor's vocabulary.
         arguments = [str(folder), "--outfile", str(beside), "--outtype", kind, "--model-name", "btx"]
-        command = [sys.executable, "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
+        # -P: the folder that btx was started in may be the model's, and its files are no modules.
+        command = [sys.executable, "-P", "-c", PROGRAM, converter, pre_tokenizer(folder) or "", *arguments]
         said = _run(command, beside, needed, log)
         if said or not beside.is_file():
             raise _failure(folder, said)
@@ -116,13 +117,13 @@ def _run(command: list[str], growing: Path, needed: int, log: Log) -> str:
             open(log_file, "wb") as out,
             subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
         ):
-            told = 0
+            tenths_told = 0
             try:
                 while (code := _waited(process)) is None:
                     tenths = 10 * (growing.stat().st_size if growing.is_file() else 0) // max(needed, 1)
-                    if tenths > told and tenths < 10:
-                        told = tenths
-                        log(f"{10 * told} % written")
+                    if tenths > tenths_told and tenths < 10:
+                        tenths_told = tenths
+                        log(f"{10 * tenths_told} % written")
             except BaseException:
                 process.kill()
                 raise

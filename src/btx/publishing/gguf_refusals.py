@@ -15,9 +15,11 @@ from btx.model_files.beside_weights import TOKENIZER, files_of
 from btx.model_files.btx_folder import FILE, is_btx_folder
 from btx.model_files.headers import Headers
 from btx.model_files.model_folder import check_model_folder
+from btx.model_files.token_ids import read_object
 
 Config = Mapping[str, Any]
 ELSEWHERE = "It runs in transformers, in btx serve and, where docs/compatibility.md says so, in vLLM"
+OWN_ROUTER = "its router is btx's own"
 UNKNOWN_CLASSES = {
     "flex_olmo": "llama.cpp's converter does not know FlexOlmo",
     "qwen3_5_moe": "llama.cpp's converter does not know the text model of Qwen3.5-MoE alone",
@@ -57,7 +59,7 @@ def check_gguf(folder: Path) -> list[str]:
     """
     config = check_model_folder(folder)
     if is_btx_folder(config):
-        why = json.loads((folder / FILE).read_text("utf-8")).get("why", "its router is btx's own")
+        why = read_object(folder / FILE).get("why", OWN_ROUTER)
         raise CheckpointError(
             f"{folder}: only btx reads this folder: {why}. No GGUF can hold it; run it with btx serve, or mix and "
             f"finetune with a router that the plain class has (mix.router: top_k; btx ls routers)"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import yaml
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.files import read_json
 from btx.hub_names import REPOSITORY, hub_name
@@ -15,6 +16,7 @@ from btx.markdown_text import literal
 from btx.model_files.btx_folder import FILE
 from btx.model_files.hub import hub_origin
 from btx.outputs import read_output
+from btx.publishing.gguf_refusals import OWN_ROUTER
 from btx.recipe.data import Source
 from btx.reporting.results import results_table
 from btx.reporting.shapes import Results
@@ -37,6 +39,18 @@ class Origin:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Domain → where its text comes from."""
     results: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Input(TypedDict):
+    path: NotRequired[str]
+    hub: NotRequired[str | None]
+
+
+class _Record(TypedDict):
+    """What is read of a mix.json."""
+
+    inputs: NotRequired[dict[str, _Input]]
+    experts: NotRequired[list[str | int]]
 
 
 def origin_of_run(run: RunFolder) -> Origin:
@@ -63,14 +77,14 @@ def origin_of_run(run: RunFolder) -> Origin:
 
 def origin_of_folder(folder: Path) -> Origin:
     """What a model folder says of itself: its mix.json and its card."""
-    record = read_json(folder / "mix.json") or {}
+    record = read_json(folder / "mix.json", _Record) or {}
     inputs = record.get("inputs", {})
     names = [hub_name(model["hub"]).repository for model in inputs.values() if model.get("hub")]
-    seed = Path(inputs["seed_model"]["path"]) if "seed_model" in inputs else folder
+    seed = Path(inputs.get("seed_model", {}).get("path", folder))
     return Origin(
         base_models=tuple(dict.fromkeys(names)),
         licence=licence_of(folder) or licence_of(seed),
-        experts=tuple(record.get("experts", ())),
+        experts=tuple(map(str, record.get("experts", ()))),
     )
 
 
@@ -84,12 +98,20 @@ def licence_of(folder: Path) -> str | None:
 
 def front_matter(file: Path) -> dict[str, Any]:
     """What stands between the first two `---` of a card; empty if nothing does."""
+    head, _, rest = _text_of(file).partition("---\n")
     try:
-        head, _, rest = file.read_text("utf-8").partition("---\n")
         values = yaml.safe_load(rest.partition("\n---")[0]) if not head.strip() else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _text_of(file: Path) -> str:
+    """What a card says, without a byte order mark; nothing where there is none, or none that can be read."""
+    try:
+        return file.read_text("utf-8-sig")
+    except (OSError, ValueError):
+        return ""
 
 
 def card(folder: Path, origin: Origin, name: str, *, has_report: bool) -> str:
@@ -123,10 +145,7 @@ def card(folder: Path, origin: Origin, name: str, *, has_report: bool) -> str:
 
 
 def _own_text(file: Path) -> str:
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, ValueError):
-        return ""
+    text = _text_of(file)
     return text.partition("---\n")[2].partition("\n---\n")[2] if text.startswith("---\n") else text
 
 
@@ -134,7 +153,7 @@ def _text(origin: Origin, name: str, private: Mapping[str, Any] | None, config: 
     experts = f" Its experts: {', '.join(map(literal, origin.experts))}." if origin.experts else ""
     reader = "The folder loads in transformers without btx."
     if private:
-        reader = f"Only btx reads this folder: {literal(private['why'])}."
+        reader = f"Only btx reads this folder: {literal(private.get('why', OWN_ROUTER))}."
     return (
         f"# {literal(name)}\n\nA mixture of experts, made with [btx](https://arxiv.org/abs/2403.07816) "
         f"(Branch-Train-MiX): {literal(config['model_type'])}.{experts} {reader}"
@@ -151,10 +170,10 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     for row in table.rows:
         texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in row.quality]
         lines.append(f"| {' | '.join([literal(row.name), *texts])} |")
-    told = (
+    caption = (
         "Held-out text in bits per byte (lower is better), tasks in per cent. `btx` is this model before any alignment."
     )
-    return ["## Results", told, "\n".join(lines)]
+    return ["## Results", caption, "\n".join(lines)]
 
 
 def _sources(origin: Origin) -> list[str]:

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from btx.errors import CheckpointError
 from btx.model_files.beside_weights import CHAT_TEMPLATE
 from btx.model_files.token_ids import read_object
+from btx.system_errors import blame, first_line
 
 Messages = Sequence[Mapping[str, str]]
 Render = Callable[[Messages, bool], str]
@@ -103,8 +104,9 @@ def chat_template(folder: Path, special: Mapping[str, str]) -> Render | None:
     environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
     try:  # `generation` is transformers' own: it marks answers and writes nothing
         template = environment.from_string(re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", text))
-    except TemplateError as error:
-        raise CheckpointError(f"{folder}: its chat template is none: {error}") from None
+    except Exception as error:  # the sandbox is for what a template does, not for what it is
+        blame(error)
+        raise CheckpointError(f"{folder}: its chat template is none: {first_line(error)}") from None
 
     def render(messages: Messages, answer_follows: bool) -> str:
         return template.render(messages=list(messages), add_generation_prompt=answer_follows, **special)
@@ -137,7 +139,8 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
         form = ChatFormat(start, roles, text(user, follows=True).removeprefix(one))
         talk = [*([system] if "system" in parts else []), user, answer, user, answer, user]
         whole = render(talk, True).removeprefix(bos)
-    except (TemplateError, ValueError, TypeError, AttributeError, KeyError):
+    except Exception as error:  # a template may raise anything
+        blame(error)
         return None
     composed = "".join(
         "".join((form.roles[each["role"]][0], each["content"], form.roles[each["role"]][1])) for each in talk
@@ -175,17 +178,21 @@ def _quoted(text: str) -> str:
 
 def _template_text(folder: Path) -> str | None:
     if (file := folder / CHAT_TEMPLATE).is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
     template = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+        named = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
 def _adds_bos(folder: Path) -> bool:
     """Whether llama.cpp begins every text with the token of a beginning by itself."""
-    if isinstance(told := _json(folder / "tokenizer_config.json").get("add_bos_token"), bool):
-        return told
+    if isinstance(adds := _json(folder / "tokenizer_config.json").get("add_bos_token"), bool):
+        return adds
     processor = _json(folder / "tokenizer.json").get("post_processor") or {}
     steps = processor.get("processors", [processor])
     begins = [step["single"][0] for step in steps if step.get("single")]

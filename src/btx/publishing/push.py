@@ -12,6 +12,7 @@ from btx.errors import BtxError, SystemFailed, UserError
 from btx.files import read_json
 from btx.hub_names import REPOSITORY
 from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER, check_links, files_of
+from btx.model_files.hub import CARD
 from btx.model_files.model_folder import check_model_folder
 from btx.process import Log
 from btx.publishing.hub_card import Origin, card
@@ -20,8 +21,10 @@ from btx.system_errors import blame, first_line
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 REPORT = ("report.md", "*.png")
 TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}")
-PATHS = ("path", "source", "seed_model")
+PATHS = ("path", "paths", "source", "seed_model")
 """Keys of mix.json, at any depth, whose texts are paths, as are all below `paths`."""
+LOADED_FROM = ("_name_or_path", "name_or_path")
+"""Keys of config.json and tokenizer_config.json that say where a model was loaded from: a name, or a path."""
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -48,16 +51,21 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
             f"{name!r}: a model of the hub is named ORGANISATION/NAME (your own user name is an organisation too)"
         )
     check_model_folder(folder)
-    check_links(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
+    check_links(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL, CARD))
     files: Upload = {
         file.relative_to(folder).as_posix(): file
         for file in files_of(folder, (*WEIGHTS, *SETTINGS, *TOKENIZER, *LEGAL))
     }
     if "mix.json" in files:
         files["mix.json"] = _without_paths(read_json(folder / "mix.json"))
-    written = files_of(report, REPORT) if report is not None and (report / "report.md").is_file() else ()
-    files |= {file.name: file for file in written}
-    files["README.md"] = card(folder, origin, name, has_report="report.md" in files).encode()
+    for name_of_file in {"config.json", "tokenizer_config.json"} & files.keys():
+        value = read_json(folder / name_of_file)
+        if local := {key: Path(value[key]).name for key in LOADED_FROM if str(value.get(key, "")).startswith("/")}:
+            files[name_of_file] = _as_json(value | local)
+    if report is not None and (report / "report.md").is_file():
+        check_links(report, REPORT)
+        files |= {file.name: file for file in files_of(report, REPORT)}
+    files[CARD] = card(folder, origin, name, has_report="report.md" in files).encode()
     return files
 
 
@@ -66,12 +74,16 @@ def _without_paths(record: Any) -> bytes:
 
     def plain(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: plain(it, "path" if key == "paths" else name) for name, it in value.items()}
+            return {name: plain(it, key if key == "paths" else name) for name, it in value.items()}
         if isinstance(value, list):
-            return [plain(each) for each in value]
+            return [plain(each, key) for each in value]
         return Path(value).name if key in PATHS and isinstance(value, str) else value
 
-    return (json.dumps(plain(record), indent=1) + "\n").encode()
+    return _as_json(plain(record))
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def push(upload: Upload, name: str, *, public: bool = False, log: Log = lambda line: None) -> str:

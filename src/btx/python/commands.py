@@ -189,7 +189,8 @@ def sweep(
     from btx.sweeps.sweep import sweep as run_sweep
     from btx.sweeps.variants import plan_sweep
 
-    _refuse_text(overrides=overrides, models=models, share=share, **(vary or {}))
+    _refuse_text(overrides=overrides, models=models, share=share)
+    _refuse_text(**{f"vary {key}": values for key, values in (vary or {}).items()})
     varied = [f"{key}={','.join(inline_yaml(value) for value in values)}" for key, values in (vary or {}).items()]
     planned = plan_sweep(str(recipe), [*overrides, *varied], rng_seeds=rng_seeds, models=models, jobs=jobs,
                          check=preflight)  # fmt: skip

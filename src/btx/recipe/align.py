@@ -75,10 +75,10 @@ class Alignment(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_path(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("data"), str):
-            return given | {"data": [given["data"]]}
-        return given
+    def _one_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("data"), str):
+            return values | {"data": [values["data"]]}
+        return values
 
     @field_validator("data")
     @classmethod

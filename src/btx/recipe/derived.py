@@ -22,10 +22,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from btx.files import home_filled
-from btx.recipe.schema import Recipe
+from btx.recipe.schema import Recipe, is_basis
 from btx.recipe.training import Training
 
 SETTINGS = ("batch_tokens", "learning_rate", "warmup_steps", "checkpoint_every")
@@ -37,25 +37,25 @@ MOST_BATCH, MOST_RATE, MOST_WARMUP = 4_000_000, 6e-3, 100
 Values = dict[str, Any]
 
 
-def fill_in_training(given: Values, before: Mapping[str, Any] | None) -> None:
+def fill_in_training(recipe: Values, before: Mapping[str, Any] | None) -> None:
     """Fill in what the training sections of a recipe leave out, and note it under `derived`.
 
     What the run folder has noted stays as long as the same follows from the same, so that another version's rules
     change no finished run. A run that was begun before there were such rules keeps the paper's values.
 
     Args:
-        given: the recipe as it was read, not checked yet: sections that are broken are left alone.
+        recipe: as it was read, not checked yet: sections that are broken are left alone.
         before: the recipe in its run folder, if there is one.
     """
     if before is not None and not isinstance(before.get("derived"), dict):
         return
-    parameters = model_parameters(given.get("seed_model"))
+    parameters = model_parameters(recipe.get("seed_model"))
     derived = {}
-    for name in SECTIONS if given.get("paper") is not True else ():
-        section, noted = _section(given, name), _noted(before or {}, name)
+    for name in SECTIONS if recipe.get("paper") is not True else ():
+        section, noted = _section(recipe, name), _noted(before or {}, name)
         if section is None:
             continue
-        basis = _basis(given, name, section, parameters or noted.get("basis", {}).get("parameters"))
+        basis = _basis(recipe, name, section, parameters or noted.get("basis", {}).get("parameters"))
         if basis is None:
             continue
         values = _values(basis, fresh=name == "seed_model.train")
@@ -65,8 +65,8 @@ def fill_in_training(given: Values, before: Mapping[str, Any] | None) -> None:
         if missing:
             section |= missing
             derived[name] = {"basis": basis, "values": missing}
-    if derived or "derived" not in given:  # else a recipe out of a run folder, which says everything
-        given["derived"] = derived
+    if derived or "derived" not in recipe:  # else a recipe out of a run folder, which says everything
+        recipe["derived"] = derived
 
 
 def model_parameters(seed: Any) -> int | None:
@@ -130,8 +130,8 @@ def _too_short(training: Training, length: int) -> Iterator[str]:
         )
 
 
-def _section(given: Mapping[str, Any], name: str) -> Values | None:
-    section: Any = given
+def _section(recipe: Mapping[str, Any], name: str) -> Values | None:
+    section: Any = recipe
     for key in name.split("."):
         section = section.get(key) if isinstance(section, dict) else None
     return section if isinstance(section, dict) else None
@@ -140,13 +140,13 @@ def _section(given: Mapping[str, Any], name: str) -> Values | None:
 def _noted(before: Mapping[str, Any], name: str) -> Values:
     """What a run folder's recipe has noted of a section."""
     noted = before.get("derived", {}).get(name)
-    whole = isinstance(noted, dict) and isinstance(noted.get("basis"), dict) and isinstance(noted.get("values"), dict)
+    whole = isinstance(noted, dict) and is_basis(noted.get("basis")) and isinstance(noted.get("values"), dict)
     return noted if whole else {}
 
 
-def _basis(given: Mapping[str, Any], name: str, section: Mapping[str, Any], parameters: int | None) -> Values | None:
+def _basis(recipe: Mapping[str, Any], name: str, section: Mapping[str, Any], parameters: int | None) -> Values | None:
     """All that the values follow from; None where it is missing or broken, which is told elsewhere."""
-    data = given.get("data")
+    data = recipe.get("data")
     length = data.get("sequence_length", 4096) if isinstance(data, dict) else None
     counts = {"tokens": section.get("tokens"), "sequence_length": length}
     if "batch_tokens" in section:
@@ -177,11 +177,15 @@ def _values(basis: Mapping[str, Any], *, fresh: bool) -> Values:
 def _count(config: Mapping[str, Any]) -> int | None:
     """Parameters of the layers' matrices, for classes with a gated feed-forward sublayer."""
     keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-    sizes = [size for key in keys if isinstance(size := config.get(key), int) and size > 0]
+    sizes = [size for key in keys if _is_size(size := config.get(key))]
     if len(sizes) < len(keys):
         return None
     width, layers, feed_forward, heads = sizes
     key_values, head = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
-    if not isinstance(key_values, int) or not isinstance(head, int):
+    if not _is_size(key_values) or not _is_size(head):
         return None
     return layers * (2 * width * head * (heads + key_values) + 3 * width * feed_forward)
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 < value < 1e12

@@ -33,9 +33,9 @@ def fill_in(document: Document, extended: Document) -> None:
         places.update({path: place for path, place in theirs.items() if _is_below(path, taken)})
 
 
-def _fill(mine: dict[str, Any], given: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
+def _fill(mine: dict[str, Any], theirs: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
     """Put what `mine` leaves out into it; yields the path of everything that is taken as a whole."""
-    for key, value in given.items():
+    for key, value in theirs.items():
         here = (*path, key)
         if key not in mine:
             mine[key] = value

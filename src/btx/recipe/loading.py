@@ -21,7 +21,15 @@ from btx.recipe.extends import fill_in
 from btx.recipe.overrides import apply_override
 from btx.recipe.problems import did_you_mean, schema_problems
 from btx.recipe.schema import PAPER, Recipe
-from btx.recipe.yaml_positions import RESOLVERS, Document, Problem, YamlSyntaxError, compose, read_yaml
+from btx.recipe.yaml_positions import (
+    LARGEST_WHOLE,
+    RESOLVERS,
+    Document,
+    Problem,
+    YamlSyntaxError,
+    compose,
+    read_yaml,
+)
 from btx.system_errors import blame
 
 MAX_BYTES = 1_000_000
@@ -201,9 +209,9 @@ def _decode(content: bytes, file: str) -> str:
         raise RecipeError(f"{file}:{line}:{column}: byte 0x{byte:02x} is no UTF-8 text: save as UTF-8") from None
 
 
-def _in_run_folder(given: dict[str, Any]) -> dict[str, Any] | None:
+def _in_run_folder(recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The recipe as the run folder of a recipe has it; None if there is none, or none that can be read."""
-    folder = given.get("run") or f"runs/{given['name']}"
+    folder = recipe.get("run") or f"runs/{recipe['name']}"
     try:
         written = read_yaml((home_filled(str(folder)) / RUN_RECIPE).read_text("utf-8"), "").value
     except (OSError, ValueError, YamlSyntaxError):
@@ -267,10 +275,11 @@ def _validated(document: Document) -> Recipe:
         return Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
         whole = [
-            (document.locate(detail["loc"]), int(detail["input"]))
+            (document.locate(detail["loc"]), int(number))
             for detail in error.errors()
-            if detail["type"] == "int_type" and isinstance(detail["input"], float) and detail["input"].is_integer()
-        ]
+            if detail["type"] == "int_type" and isinstance(number := detail["input"], float)
+            and number.is_integer() and abs(number) <= LARGEST_WHOLE
+        ]  # fmt: skip
         if not whole:
             raise
     for path, number in whole:

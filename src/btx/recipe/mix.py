@@ -72,6 +72,7 @@ class Mix(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _blended_experts_have_no_domains(cls, given: Any) -> Any:
+    def _blended_experts_have_no_domains(cls, values: Any) -> Any:
         """There is no text whose routers could be computed, so the default is random there."""
-        return {"router_init": "random"} | given if isinstance(given, dict) and given.get("blend") is True else given
+        is_blended = isinstance(values, dict) and values.get("blend") is True
+        return {"router_init": "random"} | values if is_blended else values

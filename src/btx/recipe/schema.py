@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from btx.choices.baselines import BASELINES
 from btx.choices.generators import GENERATORS
@@ -62,6 +62,19 @@ class Derived(Section):
     values: dict[str, float | int]
     """Setting → its value."""
 
+    @field_validator("basis")
+    @classmethod
+    def _is_btxs(cls, basis: dict[str, Any]) -> dict[str, Any]:
+        if not is_basis(basis):
+            raise ValueError("not for you to write: leave `derived` out")
+        return basis
+
+
+def is_basis(value: Any) -> bool:
+    """Whether this says what a section's settings follow from: its tokens, and parameters where they are known."""
+    counts = (value.get("tokens"), value.get("parameters", 1) or 1) if isinstance(value, dict) else (None,)
+    return all(isinstance(count, int) and count > 0 for count in counts)
+
 
 class Recipe(Section):
     """A whole Branch-Train-MiX run."""
@@ -108,12 +121,12 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_in_the_paper(cls, given: Any) -> Any:
+    def _as_in_the_paper(cls, values: Any) -> Any:
         """With `paper`, what a section leaves out is the paper's; a section that is missing or broken stays so."""
-        if not isinstance(given, dict) or given.get("paper") is not True:
-            return given
-        sections = {name: given.get(name, {} if name == "mix" else None) for name in PAPER}
-        return given | {name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)}
+        if not isinstance(values, dict) or values.get("paper") is not True:
+            return values
+        sections = {name: values.get(name, {} if name == "mix" else None) for name in PAPER}
+        return values | {name: PAPER[name] | section for name, section in sections.items() if isinstance(section, dict)}
 
     @model_validator(mode="after")
     def _keeps_the_rules(self) -> Recipe:

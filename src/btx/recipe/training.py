@@ -158,17 +158,17 @@ class SeedModel(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_the_hub(cls, given: Any) -> Any:
+    def _from_the_hub(cls, values: Any) -> Any:
         """`hf:ORG/NAME@REVISION` is a hub name and its revision."""
-        if not isinstance(given, dict) or not is_hub_name(given.get("path")):
-            return given
-        model = hub_name(given["path"])
+        if not isinstance(values, dict) or not is_hub_name(values.get("path")):
+            return values
+        model = hub_name(values["path"])
         if Path(model.repository).exists():
-            raise ValueError(f"{given['path']} is a model of the hub, but there is a folder {model.repository} here, "
+            raise ValueError(f"{values['path']} is a model of the hub, but there is a folder {model.repository} here, "
                              f"which would be taken for it; move it, or start btx elsewhere")  # fmt: skip
-        if model.revision and given.get("revision") not in (None, model.revision):
-            raise ValueError(f"{given['path']} and revision: {given['revision']} name two revisions")
-        return given | {"path": model.repository, "revision": model.revision or given.get("revision")}
+        if model.revision and values.get("revision") not in (None, model.revision):
+            raise ValueError(f"{values['path']} and revision: {values['revision']} name two revisions")
+        return values | {"path": model.repository, "revision": model.revision or values.get("revision")}
 
     @field_validator("path")
     @classmethod

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import yaml
 
 MAX_DEPTH = 64
+LARGEST_WHOLE = 2**63 - 1
+"""The largest whole number, and the smallest below zero: what is larger fits into nobody's integers."""
 MAX_VALUES = 10_000
 """Keys and values a text may have: PyYAML reads so many in a third of a second, the longest recipe of ours has 194."""
 
@@ -218,9 +220,10 @@ def _scalar(node: yaml.Node) -> Any:
     if node.tag == _BOOL:
         return value.lower() == "true"
     if node.tag == _INT:
-        if len(value) > 1000:
-            raise ValueError(f"a whole number of {len(value)} digits is too long; a text goes in quotes")
-        return int(value, 0)
+        if len(value) > 1000 or abs(whole := int(value, 0)) > LARGEST_WHOLE:
+            raise ValueError(f"a whole number of {len(value)} digits is too long, the largest is {LARGEST_WHOLE:,}; "
+                             f"a text goes in quotes")  # fmt: skip
+        return whole
     number = float(value.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if math.isnan(number):
         raise ValueError("not a number (.nan) is no value of a recipe")

@@ -135,12 +135,17 @@ def until_stop(tokens: Iterator[ShownToken], stops: Sequence[str]) -> Generator[
         if places:
             yield from _cut(held, min(places))
             return True
-        begun = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        begun = max((_begun(stop, text) for stop in stops), default=0)
         while held and len(text) - len(held[0].text) >= begun:
             text = text[len(held[0].text) :]
             yield held.pop(0)
     yield from held
     return False
+
+
+def _begun(stop: str, text: str) -> int:
+    """Characters at the end of a text with which a string begins that may follow whole."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _cut(tokens: Sequence[ShownToken], length: int) -> Iterator[ShownToken]:

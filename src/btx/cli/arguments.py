@@ -1,7 +1,9 @@
-"""Where a command takes a folder it takes a model of the hub, `hf:ORG/NAME[@REVISION]`, which is fetched first."""
+"""What holds for the arguments of every command: a number is one, and where a folder is taken so is a model of the hub,
+`hf:ORG/NAME[@REVISION]`, which is fetched first."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -15,15 +17,18 @@ WRITTEN = ("output", "target")
 """Names of parameters that say where something is written."""
 
 
-def with_hub_models(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command whose paths may each be a model of the hub; it is given the model's folder here.
+def with_arguments_read(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that is given finite numbers, and the folder here of each path that is a model of the hub.
 
-    It raises CheckpointError for a model that cannot be had, UserError for writing to the hub.
+    It raises CheckpointError for a model that cannot be had, UserError for writing to the hub and for `nan` and `inf`,
+    which every range of numbers lets through.
     """
 
     @wraps(command)
-    def with_folders(**values: Any) -> Any:
+    def with_read(**values: Any) -> Any:
         for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: a finite number is wanted")
             if isinstance(value, Path) and is_hub_name(value):
                 if name in WRITTEN:
                     raise UserError(
@@ -32,4 +37,4 @@ def with_hub_models(command: Callable[..., Any]) -> Callable[..., Any]:
                 values[name] = local_model(value)
         return command(**values)
 
-    return with_folders
+    return with_read

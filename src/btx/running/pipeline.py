@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from btx.errors import NOT_YET, RunFolderError, SystemFailed, UserError
+from btx.errors import NOT_YET, NotYet, RunFolderError, SystemFailed, UserError
 from btx.process import TOLD, Interrupts
 from btx.recipe.derived import training_notes
 from btx.recipe.schema import Recipe
@@ -71,10 +71,13 @@ def run(
             UnderWay(RunFolder(path, recipe)).find()  # refused before the run folder has another recipe
             made = RunFolder.create(recipe)
             with display or Display() as shown:
-                clear_stumps(made)
-                made.check_finished(shown.say, verify=verify)
+                with interrupts.at_once():  # every byte of a large run may be read
+                    clear_stumps(made)
+                    made.check_finished(shown.say, verify=verify)
                 _Pipeline(made, shown, interrupts).run(_wanted(made, until))
             return made
+    except NotYet:  # another process was faster, and what is there is its
+        raise
     except UserError:
         if path in new and not (path / "seed").exists():
             with contextlib.suppress(OSError):

@@ -36,8 +36,8 @@ from btx.training.checkpoint_parts import (
     JoinedFiles,
     check_parts,
     complete_in,
-    own_part,
     part_folder,
+    part_of_this_process,
     step_name,
 )
 from btx.training.checkpoints import Checkpoints
@@ -174,7 +174,7 @@ class StateFolder(Checkpoints):
         """
         self._wait_for_the_one_before()
         self._check_inputs()
-        weights, moments = map(own_part, kept_tensors(model, optimizer))
+        weights, moments = map(part_of_this_process, kept_tensors(model, optimizer))
         files = {WEIGHTS: weights.tensors, MOMENTS: moments.tensors}
         if self._copies is None:
             self._copies = self._room_for(files)

@@ -13,6 +13,7 @@ from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.status import note_failure, stage_status
 from btx.running import pipeline
+from btx.running.failures import Failures
 from btx.running.launchers import START, Handle, Standing
 from btx.running.progress import Display
 from tests.pico_run import pico_recipe
@@ -107,6 +108,19 @@ def test_a_run_names_every_failure_and_nothing_waits_for_what_needs_them(
     assert "baselines/dense_dm_domains failed (NODE_FAIL)" in str(error)
     assert run.state(run.graph["train/tools"]) == "done"
     assert "train/general: failed: it left no message" in said
+
+
+@pytest.mark.parametrize(("silent", "reason"), [(False, "killed from outside; "), (True, "stopped from outside, ")])
+def test_what_ended_a_job_stands_in_a_line_of_its_own_behind_what_the_job_said(
+    tmp_path: Path, silent: bool, reason: str
+) -> None:
+    run, said = RunFolder(tmp_path / "run", pico_recipe(tmp_path)), list[str]()
+    run.path.mkdir()
+    failures = Failures(run, said.append)
+    failures.note([run.graph["seed"]], KILLED, ["a warning of some library"], silent=silent)
+    assert said[0].startswith(f"seed: failed: {reason}")
+    with pytest.raises(StageFailed, match=f"\na warning of some library\n{reason}"):
+        failures.raise_first()
 
 
 def test_a_failure_says_on_which_machine_it_was_and_a_job_that_is_back_in_the_queue_where_it_ran(

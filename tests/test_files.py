@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -94,6 +95,27 @@ def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path)
     (tmp_path / "moe" / "old").touch()
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "moe") as beside:
         (beside / str(1 // 0)).touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def on_a_full_disk(path: Path, target: Path) -> Path:
+        if target.name == "moe" and (path / "new").exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path), None, str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", on_a_full_disk)
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "old").touch()
+    with (
+        pytest.raises(RunFolderError, match="what was there before is untouched"),
+        atomic_folder(tmp_path / "moe") as beside,
+    ):
+        (beside / "new").touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]
 
 

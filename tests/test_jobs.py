@@ -43,9 +43,18 @@ def test_only_processors_this_process_may_use_are_counted() -> None:
     assert threads_module.processors() == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.parametrize(("asked_for", "threads"), [("3", 3), ("3,2", 3), ("", 7), ("many", 7), ("0", 7)])
+def test_of_omp_num_threads_the_outermost_level_counts(
+    monkeypatch: pytest.MonkeyPatch, asked_for: str, threads: int
+) -> None:
+    monkeypatch.setattr(threads_module, "processors", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked_for)
+    assert threads_module.threads_alone() == threads
+
+
 def test_a_stage_that_runs_alone_takes_all_processors_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(work, "processors", lambda: before + 1)
+    monkeypatch.setattr(threads_module, "processors", lambda: before + 1)
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         work.use_all_processors()

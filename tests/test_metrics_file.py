@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_the_last_line_is_found_however_long_lines_are(path: Path) -> None:
     path.write_text(text + text[: LAST_BYTES + 1])
     assert len(text) > 6 * LAST_BYTES
     assert last_metrics(path) == long[-1]
+
+
+def test_a_resume_on_a_full_disk_loses_no_line(path: Path) -> None:
+    path.write_text(WHOLE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # bytes that a file may have
+    try:
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written"):
+            Metrics(path, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == WHOLE
 
 
 def test_a_resumed_stage_goes_on_after_the_lines_of_the_steps_it_keeps(path: Path) -> None:

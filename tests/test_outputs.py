@@ -17,11 +17,13 @@ from btx import outputs
 from btx.errors import RunFolderError, UserError
 from btx.files import SEAL, read_json, write_json, write_sealed
 from btx.outputs import Done, check_model_of_stage, check_outputs, damage, read_done, read_output
+from btx.process import Interrupted
 from btx.reporting.run_files import read_run
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.status import run_status
 from btx.run_folder.stumps import clear_stumps
 from btx.running import pipeline
+from btx.stages import evaluate
 from btx.sweeps.sharing import take_over
 from tests.pico_run import finished_here, pico_recipe
 
@@ -280,6 +282,30 @@ def test_stumps_of_killed_writers_go_where_nobody_is_at_work(run: RunFolder, stu
     gone = before - set(run.path.rglob("*"))
     assert {path for path in gone if path.name != "model"} == set(stumps)
     assert {row["state"] for row in run_status(run)} == {"done"}
+
+
+def test_a_stage_that_is_made_again_is_not_done_before_its_end(run: RunFolder) -> None:
+    making = run.path / ".evaluate.making"
+    shutil.copytree(run.folder("evaluate"), making)  # what a process leaves that is killed before its last rename
+    with pytest.raises(ZeroDivisionError), run.making(run.graph["evaluate"], print):
+        print(1 // 0)
+    assert (making / "started.json").exists()
+    assert not (making / "done.json").exists()
+
+
+def test_measurements_that_are_taken_over_are_there_whole_or_not_at_all(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(source: Path, target: Path, **more: Any) -> None:
+        target.mkdir(exist_ok=True)
+        (target / "seed.json").write_text((source / "seed.json").read_text()[:9])
+        raise Interrupted("", 9)
+
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(shutil, "copytree", cut_off)
+    with pytest.raises(Interrupted):
+        evaluate._measure(run, tmp_path / "new", ["models"], print)
+    assert not (tmp_path / "new" / "models").exists()
 
 
 def test_what_was_made_of_an_unfinished_stage_stays_and_a_last_rename_is_done(run: RunFolder) -> None:

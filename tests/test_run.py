@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from btx.errors import CheckpointError, RunFolderError
+from btx.errors import CheckpointError, NotYet, RunFolderError
 from btx.files import read_json
 from btx.planning.plan import plan
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.stages_of_recipe import build_graph
+from btx.running import pipeline
 from btx.stages.seed import check_planned
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 from tests.processes import btx_here
@@ -196,6 +197,21 @@ def test_a_second_run_in_the_same_folder_is_refused_and_names_the_pid(tmp_path: 
         assert second.returncode == 2
         assert f"in use by process {os.getpid()}" in second.stderr
     assert not (tmp_path / "runs" / "pico" / "recipe.yaml").exists()
+
+
+def test_a_folder_that_another_run_has_begun_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = pico_recipe(tmp_path)
+
+    def taken_by_another(path: Path, work: str) -> None:
+        RunFolder.create(recipe)
+        raise NotYet(f"{path}: {work} is in use by process 1")
+
+    monkeypatch.setattr(pipeline, "exclusive", taken_by_another)
+    with pytest.raises(NotYet):
+        pipeline.run(recipe)
+    assert (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_nothing_is_left_when_the_data_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from btx.errors import RecipeError
 from btx.planning.processes import check_processes
 from btx.recipe.launch import Launch
 from btx.recipe.training import Finetune
-from btx.training.parallel import has_dropout, own_samples, why_not_shared
+from btx.training.parallel import has_dropout, samples_of_process, why_not_shared
 from btx.training.random_state import leave_out, numbers_drawn, seed_step
 from tests.pico_run import pico_recipe
 
@@ -29,7 +29,7 @@ def test_every_sample_is_one_processs_and_all_have_as_many_micro_batches(
     settings = Finetune(tokens=count, batch_tokens=count, micro_batch_tokens=micro)
     if why_not_shared(settings, 1, processes, router=None, has_dropout=False) is not None:
         return
-    own = [own_samples(count, micro, processes, number) for number in range(processes)]
+    own = [samples_of_process(count, micro, processes, number) for number in range(processes)]
     assert [sample for part in own for sample in part] == list(range(count))
     assert len({-(-len(part) // micro) for part in own}) == 1
     if why_not_shared(settings, 1, processes, router=None, has_dropout=True) is None:

@@ -118,6 +118,32 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_and_without_a_whole_one_no
         folder.load(fresh, optimizer)
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_counts_for_none(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "state", MARKS)
+    for step in (1, 9):
+        saved(folder, step, *trained(step))
+    a_byte(folder.folder / "step-00000009" / "weights.safetensors")
+    resumed = StateFolder(tmp_path / "state", MARKS)
+    assert resumed.load(*trained(0)) == 1
+    assert resumed.last().endswith("step-00000001")
+    parts, kept = trained(1), []
+    for step in (2, 3, 9):
+        saved(resumed, step, *parts)
+        kept.append(sorted(int(path.name[5:]) for path in resumed.folder.iterdir()))
+    assert kept == [[1, 2, 9], [2, 3, 9], [3, 9]]
+    assert resumed.last().endswith("step-00000009")
+    assert StateFolder(tmp_path / "state", MARKS).load(*trained(0)) == 9
+
+
+def test_a_finished_training_whose_metrics_are_gone_says_so(tmp_path: Path) -> None:
+    recipe = pico_recipe(tmp_path)
+    run, _ = run_here(recipe, ["data", "seed"])
+    for file in ("done.json", "metrics.jsonl"):
+        (run.folder("seed") / file).unlink()
+    with pytest.raises(RunFolderError, match=r"seed/metrics.jsonl: .* none of the 10 steps .* remove .*seed to train"):
+        run_here(recipe, ["seed"])
+
+
 @pytest.mark.parametrize(("later", "told"), [('{"step": 2}\n', 0), ("", 0), ("changed", 1)])
 def test_metrics_that_changed_since_the_checkpoint_are_told(tmp_path: Path, later: str, told: int) -> None:
     lines: list[str] = []

@@ -28,7 +28,7 @@ from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.status import stage_status
 from btx.stages.processes import train_in_processes
 from btx.stages.work import run_stages
-from btx.training.meeting import first_host, meeting
+from btx.training.meeting import first_host, meeting, node_number
 from tests.pico_run import pico_recipe, run_here
 from tests.processes import btx, btx_with_quick_ranks, start
 
@@ -256,4 +256,7 @@ def test_machines_meet_where_slurm_or_the_environment_says(monkeypatch: pytest.M
     monkeypatch.setenv("BTX_NODE", "0")
     met = meeting("train/x", 3)
     assert (met.endpoint, met.options) == ("head.example:29400", {"is_host": True})
+    monkeypatch.setenv("BTX_NODE", "first")
+    with pytest.raises(UserError, match=r"BTX_NODE=first: the number of this machine .* 0 on the first"):
+        node_number()
     assert [first_host(names) for names in ("n1", "n[03-05,9],m1", "a,b", "gpu[7]x,b")] == ["n1", "n03", "a", "gpu7x"]

@@ -184,7 +184,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             old = _beside(target)
             if before is not None:
                 target.rename(old)
-            beside.rename(target)
+            try:
+                beside.rename(target)
+            except OSError:
+                if before is not None and not target.exists():
+                    old.rename(target)
+                raise
             _sync_folder(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         finally:
@@ -333,7 +338,7 @@ def _is_about(target: Path, error: Exception) -> bool:
     if isinstance(name, str):  # whoever keeps runs in the folder for temporary files means the run
         named, parent = Path(name).absolute(), target.parent.absolute()
         inside = named.relative_to(parent).parts[:1] if named.is_relative_to(parent) else ()
-        return parent.is_relative_to(named) or inside[:1] == (target.name,) or (
+        return parent.is_relative_to(named) or inside == (target.name,) or (
             bool(inside) and inside[0].startswith(f".{target.name}."))  # fmt: skip
     if number in WRITING:
         return not temporary_is_full(error, target)

@@ -20,7 +20,7 @@ from btx.errors import BtxError
 
 Log = Callable[[str], None]
 """Takes a line for the user."""
-TOLD = "· "
+FOR_THE_USER = "· "
 """How such a line begins in a job's output: what else stands there is libraries' and errors'."""
 
 
@@ -36,7 +36,7 @@ def note_progress() -> None:
 def tell(line: str) -> None:
     """Print a line for the user; `btx run` shows what its jobs tell."""
     note_progress()
-    print(f"{TOLD}{line}", flush=True)
+    print(f"{FOR_THE_USER}{line}", flush=True)
 
 
 @contextlib.contextmanager

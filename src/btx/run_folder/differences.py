@@ -38,8 +38,8 @@ def changed_settings(stage: str, old: Mapping[str, Any], new: Mapping[str, Any])
     following = [key for key in FOLLOWS if old.get(key) != new.get(key)] if not lines else []
     for key in following:
         before, after = (_shares(settings.get(key)) for settings in (old, new))
-        told = before and after and FOLLOWS[key] != FOLLOWS["apart_from"]  # hashes
-        lines.append(f"{FOLLOWS[key]}: {before} → {after}" if told else f"{FOLLOWS[key]} changed")
+        shows_shares = before and after and FOLLOWS[key] != FOLLOWS["apart_from"]  # hashes
+        lines.append(f"{FOLLOWS[key]}: {before} → {after}" if shows_shares else f"{FOLLOWS[key]} changed")
     return list(dict.fromkeys(lines))
 
 

@@ -26,7 +26,7 @@ import filelock
 
 from btx.errors import DataError, NotYet, RunFolderError, UserError
 from btx.files import write_sealed, write_text, writing
-from btx.outputs import FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
+from btx.outputs import DONE, FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
 from btx.recipe.schema import Recipe
@@ -276,6 +276,7 @@ class RunFolder:
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
             shutil.rmtree(working)  # left by a process that was killed and that made something else
         working.mkdir(parents=True, exist_ok=True)
+        (working / DONE).unlink(missing_ok=True)  # of a process that was killed before its last rename
         begun = started_json(stage)
         write_sealed(working / STARTED, begun)  # anew: files may be elsewhere than when it was begun
         facts = Making(working)

@@ -20,8 +20,6 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.decisive import as_it_was, decisive, shown
 from btx.run_folder.trunk import trunk_settings
 
-GROUPS = ("data", "train", "align", "baselines")
-"""First parts of the names of several stages."""
 Settings = dict[str, Any]
 Recorded = Callable[[str], Mapping[str, Any] | None]
 """Stage's name → its started.json where the stage is finished (or begun, where that is asked for), else None."""
@@ -140,7 +138,7 @@ class Graph:
         return next(stage for stage in self.stages if stage.name == name)
 
     def named(self, names: Sequence[str], *, where: str) -> list[Stage]:
-        """The stages with these names; a group's name (`GROUPS`) stands for all in it.
+        """The stages with these names; a group's name (`groups`) stands for all in it.
 
         Args:
             where: the run, for the message.
@@ -148,14 +146,17 @@ class Graph:
         Raises:
             UserError: no such stage.
         """
-        known = {stage.name: [stage] for stage in self}
-        for group in GROUPS:
-            known[group] = [stage for stage in self if stage.name.startswith(f"{group}/")]
-        known["tokenizer"] = known["data/tokenizer"]
+        known = {stage.name: [stage] for stage in self} | self.groups
         for name in names:
             if name not in known:
                 raise UserError(f"{where}: the recipe has no stage {name!r}; there are: {', '.join(known)}")
         return [stage for name in names for stage in known[name]]
+
+    @property
+    def groups(self) -> dict[str, list[Stage]]:
+        """Name that stands for several stages, or for the tokenizer's → these; a recipe may have none of some."""
+        return {"tokenizer": self.data[:1], "data": self.data, "train": self.branches, "align": self.aligned,
+                "baselines": self.baselines}  # fmt: skip
 
     @property
     def data(self) -> list[Stage]:

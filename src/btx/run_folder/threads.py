@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from btx.run_folder.graph import Graph, Stage
 
@@ -11,7 +12,14 @@ def threads_of(graph: Graph, stage: Stage) -> int:
     """CPU threads that a stage which trains will have."""
     if shares_processors(graph, stage):
         return training_threads(graph)
-    return int(os.environ.get("OMP_NUM_THREADS") or processors())
+    return threads_alone()
+
+
+def threads_alone() -> int:
+    """CPU threads of a stage beside which no other trains: all processors, unless OMP_NUM_THREADS says otherwise. Of
+    its several numbers (OpenMP has one for each level of nesting) the first counts, as for torch."""
+    asked_for = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(asked_for[1]) if asked_for and int(asked_for[1]) else processors()
 
 
 def shares_processors(graph: Graph, stage: Stage) -> bool:

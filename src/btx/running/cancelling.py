@@ -12,7 +12,7 @@ from btx.process import SAVE_AND_END, Log
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import jobs_of, note_cancelled
 from btx.run_folder.status import at_work, owner_of
-from btx.running.under_way import UnderWay, told
+from btx.running.under_way import UnderWay, job_text
 
 
 def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
@@ -47,7 +47,7 @@ def cancel(run: RunFolder, stages: Sequence[str], log: Log) -> None:
             asked.append(job.name)
     for job in reversed(on_cluster):  # so that nothing begins because what it waits for has ended
         under_way.launcher_of(job.launcher).cancel(job.handle)
-        asked.append(f"{job.name} ({told(job)})")
+        asked.append(f"{job.name} ({job_text(job)})")
     log(f"asked to save and end: {', '.join(asked)}" if asked else f"{run.path}: nothing is under way here")
     if elsewhere:
         raise UserError(f"{', '.join(elsewhere)}: can only be ended there, with the same command")

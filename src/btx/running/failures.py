@@ -44,9 +44,7 @@ class Failures:
         self._ends_run = True
         self._errors[job] = StageFailed(f"{job}: cancelled; `btx run {self._run.path}` goes on with it")
 
-    def note(
-        self, stages: Sequence[Stage], standing: Standing, lines: Sequence[str], *, silent: bool = False
-    ) -> bool:  # fmt: skip
+    def note(self, stages: Sequence[Stage], standing: Standing, lines: Sequence[str], *, silent: bool) -> bool:
         """A job has failed; True if it is to be tried again.
 
         Args:
@@ -54,36 +52,35 @@ class Failures:
             silent: it gave no sign of life, and was ended for it.
         """
         exit_code = standing.exit_code or 0
-        told = "\n".join(lines[-30:]).removeprefix("error: ")
-        if silent:
-            told += f"{SILENT} for {self._run.recipe.launch.hung_after_s} s, as launch.hung_after_s says"
-        else:
-            told += ENDED_BY.get(-exit_code, "")
+        launch = self._run.recipe.launch
+        ended_by = f"{SILENT} for {launch.hung_after_s} s, as launch.hung_after_s says" if silent else (
+            ENDED_BY.get(-exit_code))  # fmt: skip
+        message = "\n".join([*lines[-30:], *([ended_by] if ended_by else [])]).removeprefix("error: ")
         how = standing.why or (f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}" if exit_code
                                else "it has left the queue without a trace")  # fmt: skip
         how += f" on {standing.node}" if standing.node else ""
         # A process may do several stages: the one that failed is the first that is not done.
         name = next((stage.name for stage in stages if self._run.state(stage) != "done"), stages[0].name)
         if exit_code == UserError.exit_code:
-            self._errors[name] = UserError(told or last_line(told))
+            self._errors[name] = UserError(message or last_line(message))
         else:
             if silent or (noted := failure_of(self._run, name)) is None:  # a job that was killed could not
-                note_failure(self._run, name, told or how, node=standing.node)
-            elif noted["error"] not in told:  # it hung, and then saved, for example
-                told = f"{told}\n{noted['error']}".strip()
-            retry, retries = self._retries.get(name, 0) + 1, self._run.recipe.launch.retries
+                note_failure(self._run, name, message or how, node=standing.node)
+            elif noted["error"] not in message:  # it hung, and then saved, for example
+                message = f"{message}\n{noted['error']}".strip()
+            retry, retries = self._retries.get(name, 0) + 1, launch.retries
             if retry <= retries:
                 self._retries[name] = retry
-                self._say(f"{name}: failed ({how}): {last_line(told)}; tried again, {retry} of {retries}")
+                self._say(f"{name}: failed ({how}): {last_line(message)}; tried again, {retry} of {retries}")
                 return True
             times = f" {retries + 1} times" if retries else ""
             self._errors[name] = StageFailed(
                 f"{name} failed{times} ({how}); its log is {log_of(self._run.path, stages[0].name)}:\n"
-                f"{told or last_line(told)}\n"
+                f"{message or last_line(message)}\n"
                 f"`btx run {self._run.path}` continues from its last checkpoint"
             )
         self._lost += [name.removeprefix("train/")] if name.startswith("train/") else []
-        self._say(f"{name}: failed: {last_line(told)}")
+        self._say(f"{name}: failed: {last_line(message)}")
         self._ends_run |= name.startswith("data/")
         return False
 

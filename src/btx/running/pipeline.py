@@ -12,8 +12,8 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from btx.errors import NOT_YET, RunFolderError, SystemFailed, UserError
-from btx.process import TOLD, Interrupts
+from btx.errors import NOT_YET, NotYet, RunFolderError, SystemFailed, UserError
+from btx.process import FOR_THE_USER, Interrupts
 from btx.recipe.derived import training_notes
 from btx.recipe.schema import Recipe
 from btx.run_folder.carry_over import carry_over, is_of_earlier_version
@@ -26,7 +26,7 @@ from btx.running.failures import SILENT, Failures
 from btx.running.launchers import START, Standing
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
-from btx.running.under_way import Running, UnderWay, told
+from btx.running.under_way import Running, UnderWay, job_text
 
 POLL_S = 0.3
 SRUN = "srun: "
@@ -71,10 +71,13 @@ def run(
             UnderWay(RunFolder(path, recipe)).find()  # refused before the run folder has another recipe
             made = RunFolder.create(recipe)
             with display or Display() as shown:
-                clear_stumps(made)
-                made.check_finished(shown.say, verify=verify)
+                with interrupts.at_once():  # every byte of a large run may be read
+                    clear_stumps(made)
+                    made.check_finished(shown.say, verify=verify)
                 _Pipeline(made, shown, interrupts).run(_wanted(made, until))
             return made
+    except NotYet:  # another process was faster, and what is there is its
+        raise
     except UserError:
         if path in new and not (path / "seed").exists():
             with contextlib.suppress(OSError):
@@ -100,14 +103,7 @@ def _wanted(run: RunFolder, until: str | None) -> list[tuple[Stage, ...]]:
     jobs = run.graph.jobs()
     if until is None:
         return jobs
-    names = [stage.name for stage in run.graph]
-    groups = {
-        "tokenizer": run.graph.data[:1],
-        "data": run.graph.data,
-        "train": run.graph.branches,
-        "align": run.graph.aligned,
-        "baselines": run.graph.baselines,
-    }
+    names, groups = [stage.name for stage in run.graph], run.graph.groups
     if groups.get(until):
         until = groups[until][-1].name
     if until not in names:
@@ -164,7 +160,7 @@ class _Pipeline:
     def _not_under_way(self, jobs: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
         """The jobs without the stages that an earlier `btx run` has submitted: those are watched from here on."""
         for running in self.under_way.find():
-            self.display.say(f"{running.name}: submitted before ({told(running.job)}), watched from here on")
+            self.display.say(f"{running.name}: submitted before ({job_text(running.job)}), watched from here on")
         taken = {stage.name for running in self.under_way.running for stage in running.stages}
         left = [tuple(stage for stage in job if stage.name not in taken) for job in jobs]
         return [job for job in left if job]
@@ -266,7 +262,7 @@ class _Pipeline:
         running.finished |= {stage.name for stage in stages if self.run_folder.state(stage) == "done"}  # said already
         self.run_folder.event("start", job=name, **running.job.handle)
         if self.under_way.launcher.goes_on:
-            self.display.say(f"{name}: submitted ({told(running.job)})")
+            self.display.say(f"{name}: submitted ({job_text(running.job)})")
 
     def _collect(self) -> list[tuple[Stage, ...]]:
         """Show what running jobs report, and take note of those that ended; returns those that have to be done again
@@ -278,8 +274,8 @@ class _Pipeline:
                 running.has_begun = True
                 self.display.begin(running.first_left)
             for line in lines:
-                if line.startswith(TOLD):
-                    self.display.say(line.removeprefix(TOLD))
+                if line.startswith(FOR_THE_USER):
+                    self.display.say(line.removeprefix(FOR_THE_USER))
                 elif not line.startswith(SRUN):
                     running.lines.append(line)
             for stage in running.stages:

@@ -164,6 +164,6 @@ class UnderWay:
         return [job.name for job in files if job is not None and not job.cancelled]
 
 
-def told(job: Job) -> str:
+def job_text(job: Job) -> str:
     """A job as its engine knows it: `slurm, job 12`."""
     return ", ".join([job.launcher, *(f"{key} {value}" for key, value in job.handle.items())])

@@ -22,7 +22,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.stages_of_recipe import aligned_from
 from btx.stages.conversations import ends_of_turns, packed
-from btx.stages.training import Given, train_moe
+from btx.stages.training import AlignmentSamples, train_moe
 from btx.training.job import TrainingJob
 from btx.training.preferences import FILE, preference_objective, with_reference
 
@@ -37,15 +37,15 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     if section.trainable == "lora" and find_spec("peft") is None:
         raise UserError(without_peft(f"align.{name}"))
     tokenizer = load_tokenizer(start)
-    is_given = with_template(tokenizer)
+    gets_plain_template = with_template(tokenizer)
     samples = packed(run, name, section, tokenizer, log)
     settings = section.training(recipe.finetune, len(samples.rows), samples.sequence_length)
     ready = partial(_with_preferences, section, run.folder(stage.name)) if isinstance(section, Dpo) else None
-    template = str(tokenizer.chat_template) if is_given else None
+    template = str(tokenizer.chat_template) if gets_plain_template else None
     train_moe(
         run, stage, start, settings, [], interrupts, log, routing=recipe.routing, experts=recipe.expert_names,
         lora=section.lora if section.trainable == "lora" else None,
-        given=Given(samples, ready, template, ends_of_turns(samples, tokenizer)),
+        alignment=AlignmentSamples(samples, ready, template, ends_of_turns(samples, tokenizer)),
     )  # fmt: skip
 
 

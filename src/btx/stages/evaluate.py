@@ -10,7 +10,7 @@ from typing import Any
 
 from btx.errors import UserError
 from btx.evaluation.evaluate import ModelEntry, OtherEntry, evaluate_models
-from btx.files import write_text
+from btx.files import atomic_folder, write_text
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
 from btx.reporting.report import write_report
@@ -78,7 +78,8 @@ def _measure(run: RunFolder, folder: Path, kept: Sequence[str], log: Log) -> dic
     """results.json of the run, in a new folder; `kept` are folders that are taken over from before."""
     for name in kept:
         if (before := run.folder("evaluate") / name).is_dir() and not (folder / name).exists():
-            shutil.copytree(before, folder / name)
+            with atomic_folder(folder / name) as beside:
+                shutil.copytree(before, beside, dirs_exist_ok=True)
     ours = models_of_run(run)
     models: dict[str, ModelEntry | OtherEntry] = {**ours, **_others(run, set(ours), log)}
     return evaluate_models(run.path, run.recipe, models, log=log, folder=folder)

@@ -201,8 +201,8 @@ class _Failed(NamedTuple):
         Args:
             noted: what the first of all has noted: that they came no further, where it has not reported anything.
         """
-        found = {int(file.stem): json.loads(file.read_text("utf-8")) for file in reports.glob("[0-9]*.json")}
-        first = sorted((report["lost"], report["time"], number) for number, report in found.items())
+        reported = {int(file.stem): json.loads(file.read_text("utf-8")) for file in reports.glob("[0-9]*.json")}
+        first = sorted((report["lost"], report["time"], number) for number, report in reported.items())
         if not first or first[0][0]:
             number, failure = next(iter(failures.items()))
             codes = {number - failure.local_rank + place: started.returncode
@@ -211,10 +211,10 @@ class _Failed(NamedTuple):
                 who = _who_hung(reports, codes)
                 return cls(f"{who or 'all waited, for each other or for another machine'}; {noted}",
                            lost=not who and 0 not in codes)  # fmt: skip
-            silent = sorted((rank != number, rank) for rank, code in codes.items() if code and rank not in found)
+            silent = sorted((rank != number, rank) for rank, code in codes.items() if code and rank not in reported)
             if silent:
                 return cls(f"process {silent[0][1]} of them {_how(codes[silent[0][1]])}")
-        report = found[first[0][2]]
+        report = reported[first[0][2]]
         return cls(report["message"], report["kind"], report["lost"])
 
     def error(self, stage: str, count: int) -> BtxError:

@@ -72,7 +72,7 @@ def train_moe(
     routing: RoutingRule,
     experts: Sequence[str],
     lora: Lora | None = None,
-    given: Given | None = None,
+    alignment: AlignmentSamples | None = None,
 ) -> Totals:
     """Train a MoE folder with the losses on its routers: the finetuning, every baseline that has routers, SFT and DPO.
 
@@ -82,7 +82,7 @@ def train_moe(
         routing: how the model routes, in training and as it is saved; may be another router than the start's.
         experts: names of its experts, for warnings.
         lora: train adapters of this size instead of what the settings say.
-        given: as for `train_stage`.
+        alignment: as for `train_stage`.
     """
     model = start_model(start)
     if not moe_blocks(model):
@@ -98,12 +98,12 @@ def train_moe(
         set_trainable(model, settings.trainable)
     return train_stage(
         run, stage, model, settings, mixtures, interrupts, log, start=start, like=start,
-        balancing=Balancing.of(settings), routing=routing, experts=experts, given=given,
+        balancing=Balancing.of(settings), routing=routing, experts=experts, alignment=alignment,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Given:
+class AlignmentSamples:
     """Samples that are no mixture of the run's domains, and what is learnt of them."""
 
     samples: Samples
@@ -134,7 +134,7 @@ def train_stage(
     balancing: Balancing | None = None,
     routing: RoutingRule | None = None,
     experts: Sequence[str] = (),
-    given: Given | None = None,
+    alignment: AlignmentSamples | None = None,
 ) -> Totals:
     """Run the training loop for a stage, write its model folder, then done.json.
 
@@ -145,12 +145,12 @@ def train_stage(
         balancing: losses on the routers of a MoE model; None: none.
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
-        given: samples instead of those of the mixtures; None: those.
+        alignment: samples instead of those of the mixtures; None: those.
     """
     folder = run.folder(stage.name)
     refuse_what_is_not_shared(settings, run.recipe.data.sequence_length, model, routing)
     switching = settings.switching if isinstance(settings, Finetune) else 0.0
-    samples = given.samples if given is not None else open_mixtures(
+    samples = alignment.samples if alignment is not None else open_mixtures(
         run.path / "data", run.recipe, mixtures, known_as=run.graph.known_as, switching=switching
     )  # fmt: skip
     job, needs = _job_of(run, stage, model, settings, samples, log)
@@ -165,8 +165,8 @@ def train_stage(
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
-        if given is not None and given.ready is not None:
-            job = given.ready(job)
+        if alignment is not None and alignment.ready is not None:
+            job = alignment.ready(job)
         try:
             totals = run_training(job, interrupts, log)
         except (RuntimeError, MemoryError) as error:
@@ -177,7 +177,7 @@ def train_stage(
         if like is not None:
             give_back_frozen(model, like)
         merge_adapters(model)
-        _write_model(model, folder / "model", like, tokenizer, routing, given)
+        _write_model(model, folder / "model", like, tokenizer, routing, alignment)
         job.checkpoints.keep_only_last()
         facts |= _facts(model, job, totals) | {"unused_tokens": unused}
         facts |= {"started_from": weights_fingerprint(like)} if like is not None else {}
@@ -186,7 +186,7 @@ def train_stage(
 
 def _write_model(
     model: PreTrainedModel, target: Path, like: Path | None, tokenizer: PreTrainedTokenizerBase,
-    routing: RoutingRule | None, given: Given | None,
+    routing: RoutingRule | None, alignment: AlignmentSamples | None,
 ) -> None:  # fmt: skip
     """The trained model's folder, by the first of several processes. Arguments as `train_stage` has them."""
     leads = process_number() == 0
@@ -194,10 +194,10 @@ def _write_model(
         save_model(model, folder, like=like, tokenizer=tokenizer)
         if routing is not None and leads:
             change_router(folder, routing)
-        if given is not None and leads:
-            add_ends(folder, given.ends)
-            if given.chat_template is not None:
-                write_text(folder / CHAT_TEMPLATE, given.chat_template)
+        if alignment is not None and leads:
+            add_ends(folder, alignment.ends)
+            if alignment.chat_template is not None:
+                write_text(folder / CHAT_TEMPLATE, alignment.chat_template)
 
 
 def _facts(model: PreTrainedModel, job: TrainingJob, totals: Totals) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
 from btx.run_folder.status import note_failure, trying
 from btx.run_folder.stumps import clear_stumps_of
-from btx.run_folder.threads import processors, shares_processors, training_threads
+from btx.run_folder.threads import shares_processors, threads_alone, training_threads
 from btx.stages.processes import is_shared, train_in_processes, trains_here
 from btx.system_errors import told
 from btx.training.meeting import node_number
@@ -148,7 +148,7 @@ def _as_the_first_finds(look: Callable[[], Any]) -> Any:
 def use_all_processors() -> None:
     """A stage that runs alone takes every processor, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ or processes_here() > 1:
-        _use_threads(int(os.environ.get("OMP_NUM_THREADS") or processors()))
+        _use_threads(threads_alone())
 
 
 def _use_threads(count: int) -> None:

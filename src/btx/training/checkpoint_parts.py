@@ -92,18 +92,18 @@ def check_parts(checkpoint: Path, count: int) -> list[dict[str, Any]]:
     return states
 
 
-class OwnPart(NamedTuple):
+class PartOfProcess(NamedTuple):
     """What one process writes of some tensors; not copied."""
 
     tensors: dict[str, Tensor]
     rows: Rows
 
 
-def own_part(tensors: Mapping[str, Tensor]) -> OwnPart:
+def part_of_this_process(tensors: Mapping[str, Tensor]) -> PartOfProcess:
     """The rows of sharded tensors that this process holds; the first process also takes what is not sharded."""
     kept = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor) or process_number() == 0}
     rows = {name: [first_row(tensor), *tensor.shape] for name, tensor in kept.items() if isinstance(tensor, DTensor)}
-    return OwnPart({name: local_rows(tensor) for name, tensor in kept.items()}, rows)
+    return PartOfProcess({name: local_rows(tensor) for name, tensor in kept.items()}, rows)
 
 
 class JoinedFiles(Mapping[str, Tensor]):

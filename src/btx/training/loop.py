@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from btx.errors import LossSpike, NotFinite
+from btx.errors import BtxError, LossSpike, NotFinite, RunFolderError
 from btx.models.device import precision_text
 from btx.models.packed import dense_mask_because
 from btx.models.sharding import largest, process_count
@@ -98,16 +98,24 @@ def run_training(
             stopped_after = f"stopped after step {finished} of {total_steps}; run it again to continue"
             stop_if_asked(interrupts, ending, stopped_after)
     if math.isnan(metrics.last_loss):
-        raise NotFinite(
-            f"each of the {total_steps} steps was left out, as on_spike: skip says: no loss or gradient was a number, "
-            f"and nothing was trained. Lower learning_rate (now {settings.learning_rate}), or look at the model "
-            f"that it starts from"
-        )
+        raise _without_loss(job, total_steps, has_metrics=done < total_steps or bool(metrics.recent))
     give_back_float32(model)
     return Totals(
         total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
         metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length), compile_s,
     )  # fmt: skip
+
+
+def _without_loss(job: TrainingJob, steps: int, *, has_metrics: bool) -> BtxError:
+    """Why no step of a training that has come to its end has a loss."""
+    if not has_metrics:
+        return RunFolderError(f"{job.folder / 'metrics.jsonl'}: tells of none of the {steps} steps that are done. "
+                              f"Restore it from a copy, or remove {job.folder} to train anew")  # fmt: skip
+    return NotFinite(
+        f"each of the {steps} steps was left out, as on_spike: skip says: no loss or gradient was a number, and "
+        f"nothing was trained. Lower learning_rate (now {job.settings.learning_rate}), or look at the model that it "
+        f"starts from"
+    )
 
 
 def _begin(job: TrainingJob, log: Callable[[str], None]) -> tuple[TrainingJob, torch.optim.Optimizer, int]:

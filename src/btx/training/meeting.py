@@ -34,8 +34,18 @@ class Meeting:
 
 
 def node_number() -> int:
-    """Number of this machine among those of the job; 0 if it is alone."""
-    return int(os.environ.get("BTX_NODE") or os.environ.get("SLURM_NODEID") or 0) if _head() is not None else 0
+    """Number of this machine among those of the job; 0 if it is alone.
+
+    Raises:
+        UserError: BTX_NODE is no number.
+    """
+    if _head() is None:
+        return 0
+    number = os.environ.get("BTX_NODE") or os.environ.get("SLURM_NODEID") or "0"
+    if not number.isdecimal():
+        raise UserError(f"BTX_NODE={number}: the number of this machine among those of the job is a whole one: 0 on "
+                        f"the first, which BTX_HEAD names, then 1, 2, ...")  # fmt: skip
+    return int(number)
 
 
 def meeting(stage: str, nodes: int) -> Meeting:

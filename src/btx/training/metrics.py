@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from btx.files import writing
+from btx.files import write_text, writing
 from btx.metrics_file import read_metrics
 from btx.models.peak_flops import mfu_fact
 from btx.models.sharding import process_count, process_number, same_everywhere
@@ -34,6 +34,8 @@ class Metrics:
         writes = process_number() == 0
         lines = read_metrics(path, skip_broken=True) if writes else []
         kept = same_everywhere([line for line in lines if line["step"] <= done])
+        if writes:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path if writes else Path(os.devnull)
         self.peak_tokens_per_s = peak_tokens_per_s
         self.wall_s = 0.0
@@ -46,8 +48,6 @@ class Metrics:
         for line in kept:
             self.wall_s, self.last_loss = line.get("wall_s", self.wall_s), line.get("loss", self.last_loss)
             self.loads += [line["load"]] if "load" in line else []
-        with writing(self.path):
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
     def open(self) -> IO[str]:
         """The file, for appending."""

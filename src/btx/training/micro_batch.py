@@ -35,7 +35,7 @@ CPU_SHARE = 0.8
 """Of the free memory of a machine: other programs want some too."""
 
 
-class Found(TypedDict):
+class NotedMicroBatch(TypedDict):
     """micro_batch.json of a stage."""
 
     inputs: str
@@ -97,7 +97,7 @@ class AutoMicroBatch:
 
 def noted_micro_batch(folder: Path, inputs: str) -> int | None:
     """What a stage has taken for `auto` when it began; None if it has not."""
-    noted: Found | None = read_json(folder / FILE, Found)
+    noted: NotedMicroBatch | None = read_json(folder / FILE, NotedMicroBatch)
     return noted["micro_batch_tokens"] if noted is not None and noted["inputs"] == inputs else None
 
 

@@ -15,7 +15,7 @@ from btx.choices.routers import RoutingRule
 from btx.recipe.training import Finetune, Training
 
 
-def own_samples(count: int, micro: int, processes: int, number: int) -> range:
+def samples_of_process(count: int, micro: int, processes: int, number: int) -> range:
     """The samples of a step that one of several processes computes.
 
     Args:

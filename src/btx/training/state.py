@@ -36,8 +36,8 @@ from btx.training.checkpoint_parts import (
     JoinedFiles,
     check_parts,
     complete_in,
-    own_part,
     part_folder,
+    part_of_this_process,
     step_name,
 )
 from btx.training.checkpoints import Checkpoints
@@ -77,6 +77,8 @@ class StateFolder(Checkpoints):
         self._writer = BackgroundWriter()
         self._copies: dict[str, HostCopy] | None = None
         """File → memory for what will be in it; None until it is known to fit, empty if it does not."""
+        self._passed_over: set[str] = set()
+        """Names of checkpoints that were found damaged; the training writes them again when it gets there."""
         self._waited = False
         self._together = ""
         """A word that the processes of this start share, and no other start's."""
@@ -87,18 +89,20 @@ class StateFolder(Checkpoints):
         Raises:
             RunFolderError: it has other marks, or there are checkpoints and none is whole.
         """
-        passed_over: list[str] = []
-        told = (self._complete(), uuid.uuid4().hex) if process_number() == 0 else None
-        complete, self._together = same_everywhere(told)
+        problems: list[str] = []
+        from_the_first = (self._complete(), uuid.uuid4().hex) if process_number() == 0 else None
+        complete, self._together = same_everywhere(from_the_first)
         for name, count in complete:
             states, problem = self._checked(name, count)
             if problem is None:
+                self._passed_over.discard(name)  # of its parts others may be damaged (`complete_in`)
                 return self._restore(self.folder / name, states, model, optimizer)
-            passed_over.append(problem)
+            problems.append(problem)
+            self._passed_over.add(name)
             self.log(f"a damaged checkpoint is passed over: {problem}")
-        if passed_over:
+        if problems:
             raise RunFolderError(
-                f"{self.folder}: no checkpoint is whole: {'; '.join(passed_over)}. Restore one from a copy, or remove "
+                f"{self.folder}: no checkpoint is whole: {'; '.join(problems)}. Restore one from a copy, or remove "
                 f"{self.folder.parent} to train anew"
             )
         return 0
@@ -170,7 +174,7 @@ class StateFolder(Checkpoints):
         """
         self._wait_for_the_one_before()
         self._check_inputs()
-        weights, moments = map(own_part, kept_tensors(model, optimizer))
+        weights, moments = map(part_of_this_process, kept_tensors(model, optimizer))
         files = {WEIGHTS: weights.tensors, MOMENTS: moments.tensors}
         if self._copies is None:
             self._copies = self._room_for(files)
@@ -225,13 +229,14 @@ class StateFolder(Checkpoints):
             write_sealed(target / STATE, {
                 "step": step, "marks": self.marks, "device": self.device, "sha256": sha256, **metrics, **facts
             })  # fmt: skip
+        self._passed_over.discard(step_name(step))
         if metrics_bytes is not None:
             self._remove_all_but(KEPT)
 
     def last(self) -> str:
         """Path of the newest checkpoint that is complete, once this process's part is written; raises as `close`."""
         self._writer.wait()
-        complete = [checkpoint for checkpoint in self._all() if complete_in(checkpoint)]
+        complete = self._usable()
         return str(complete[-1]) if complete else "none yet"
 
     def keep_only_last(self) -> None:
@@ -257,10 +262,14 @@ class StateFolder(Checkpoints):
         """Oldest first."""
         return sorted(self.folder.glob("step-*"))
 
+    def _usable(self) -> list[Path]:
+        """Those of which all parts are there, and that were not found damaged; oldest first."""
+        return [path for path in self._all() if path.name not in self._passed_over and complete_in(path)]
+
     def _remove_all_but(self, count: int) -> None:
         """Remove all but the `count` newest complete checkpoints, of which the oldest gives way to the last on the
         trunk; others may still be writing younger ones."""
-        complete = [checkpoint for checkpoint in self._all() if complete_in(checkpoint)]
+        complete = self._usable()
         kept, steps = complete[-count:], self.trunk[1] if self.trunk is not None else 0
         for last_on_trunk in [checkpoint for checkpoint in complete if checkpoint.name <= step_name(steps)][-1:]:
             kept = kept if last_on_trunk in kept else [last_on_trunk, *kept[1:]]

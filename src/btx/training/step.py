@@ -23,7 +23,7 @@ from btx.moe.routing_metrics import RoutingMeter
 from btx.training.job import TrainingJob
 from btx.training.losses import next_token_loss
 from btx.training.optimizer import clip_gradients, step_unless
-from btx.training.parallel import own_samples
+from btx.training.parallel import samples_of_process
 from btx.training.random_state import leave_out, numbers_drawn, seed_step
 from btx.training.readings import Readings
 from btx.training.spikes import MOST_IN_A_ROW, SpikeWatch, spike_text
@@ -68,9 +68,9 @@ class Accumulated:
 
     def other_facts(self, values: dict[str, Tensor]) -> Facts:
         """What else the objective tells, and what the routers did."""
-        told = {name: values[name].item() for name in self.means}
+        objective = {name: values[name].item() for name in self.means}
         balance = {name: values[name].item() for name in ("load_balancing",) if name in values}
-        return told | balance | self.meter.facts(values)
+        return objective | balance | self.meter.facts(values)
 
 
 def training_step(
@@ -137,7 +137,7 @@ def step_gradients(job: TrainingJob, step: int, count: int) -> Accumulated:
         done = accumulate_gradients(job, step, range(first, first + count))
     else:
         micro = samples_at_once(job)
-        samples_here = own_samples(count, micro, process_count(), process_number())
+        samples_here = samples_of_process(count, micro, process_count(), process_number())
         samples = range(first + samples_here.start, first + samples_here.stop)
         done = accumulate_gradients(job, step, samples, of=count, before=samples_here.start // micro)
     done.meter.tokens = count * job.mixture.sequence_length

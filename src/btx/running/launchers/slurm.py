@@ -87,8 +87,8 @@ class SlurmLauncher:
             _slurm("scancel", "--state=PENDING", job)
             steps = _slurm("squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i").split()
             # Where no step of srun's runs that could save, the job waits, or is just at its setup.
-            told = any(step.rpartition(".")[2].isdigit() for step in steps)
-            _slurm("scancel", *(["--signal=TERM"] if told else []), job)
+            has_steps = any(step.rpartition(".")[2].isdigit() for step in steps)
+            _slurm("scancel", *(["--signal=TERM"] if has_steps else []), job)
         except SystemFailed:
             if not self._is_over(job):
                 raise
@@ -106,12 +106,12 @@ def _queue(jobs: Sequence[str]) -> dict[str, Standing]:
     """How those of the jobs stand that Slurm knows."""
     fields = "JobID:|,State:|,exit_code:|,NodeList:|,Reason:|"
     try:
-        told = _slurm("squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", f"--Format={fields}")
+        answer = _slurm("squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", f"--Format={fields}")
     except SystemFailed as error:
         if "Invalid job id" in str(error):  # what it says of a single job that it does not know
             return {}
         raise
-    lines = [line.split("|") for line in told.splitlines() if line.count("|") >= 5]
+    lines = [line.split("|") for line in answer.splitlines() if line.count("|") >= 5]
     return {job: _standing(state, int(status), nodes, why) for job, state, status, nodes, why, *_ in lines}
 
 

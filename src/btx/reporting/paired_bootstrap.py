@@ -59,12 +59,14 @@ def read_documents(path: Path) -> dict[str, Any] | None:
     documents = read_output(path, Documents)
     if documents is None:
         return None
-    sizes = {"mixed": documents["bytes"].get("mixed", []), **documents["bytes"]["domains"]}
+    sizes = documents["bytes"]
     for name, scores in documents["models"].items():
-        for key, bits in ({"mixed": scores.get("mixed", sizes["mixed"])} | scores["domains"]).items():
-            if len(bits) != len(sizes.get(key, ())):
+        parts = [(key, bits, sizes["domains"].get(key, ())) for key, bits in scores["domains"].items()]
+        parts += [("mixed", scores["mixed"], sizes.get("mixed", ()))] if "mixed" in scores else []
+        for key, bits, there in parts:
+            if len(bits) != len(there):
                 raise RunFolderError(f"{path}: models.{name}: {key} has {len(bits)} documents, bytes has "
-                                     f"{len(sizes.get(key, ()))}; {MEND}")  # fmt: skip
+                                     f"{len(there)}; {MEND}")  # fmt: skip
     return dict(documents)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from btx.evaluation.aggregate import NOT_COMPARED, over_runs
 from btx.markdown_text import literal
 from btx.number_texts import MISSING, count_text, flops_text, hours_text
+from btx.reporting.results import domain_title
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,7 +79,9 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
     variants = len({row.variant for row in rows}) > 1
     domains = list(dict.fromkeys(domain for row in rows for domain in row.domains))
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    low: dict[str, list[Stat | None]] = {domain: [row.domains.get(domain) for row in rows] for domain in domains}
+    low: dict[str, list[Stat | None]] = {
+        domain_title(domain): [row.domains.get(domain) for row in rows] for domain in domains
+    }
     low |= {"mixed": [row.mixed for row in rows], "mean": [row.mean for row in rows],
             "learning": [row.learning for row in rows], "keeping": [row.keeping for row in rows]}  # fmt: skip
     columns: dict[str, list[tuple[str, bool]]] = {}

@@ -66,6 +66,15 @@ def test_models_that_differ_by_chance_are_not_told_apart_and_equal_ones_have_p_1
     assert same["tasks"]["quiz"]["p"] == 1.0
 
 
+def test_a_single_document_tells_no_difference_apart() -> None:
+    first, second = ({"domains": {"a": [bits], "b": [bits] * 50}, "tasks": {"t": [0]}} for bits in (1.0, 2.0))
+    found = compare_documents(first, second, {"domains": {"a": [10.0], "b": [10.0] * 50}})
+    nothing = {"difference": pytest.approx(-0.1), "low": pytest.approx(-0.1), "high": 0.0, "p": 1.0}
+    assert found["mean"] == found["domains"]["a"] == nothing
+    assert found["domains"]["b"]["p"] < 0.01
+    assert found["tasks"]["t"]["p"] == 1.0
+
+
 def test_a_domain_that_is_called_like_a_mean_stands_beside_it(tmp_path: Path) -> None:
     names, bits = ("mixed", "learning", "math"), [3.0, 4.0, 5.0]
     model = {"domains": dict.fromkeys(names, bits), "mixed": bits[:2], "tasks": {}}

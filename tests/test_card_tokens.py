@@ -58,7 +58,16 @@ LLAMA_2 = """||Training Data|Params|Content Length|GQA|Tokens|LR|
     (OLMO_2, 7.3e9, 4e12), (OLMO_2, 13.7e9, 5e12), ("4T tokens for the 1B model, 8T tokens for the 9B", 1.2e9, 4e12),
     ("Fine-tuned from a Llama on 1.5B tokens of chats.", 1e9, 0), ("continually pre-trained on 50B tokens", 9e9, 0),
     ("The instruct model, fine-tuned on 1B tokens. Pretrained on 4T tokens.", 1e9, 4e12), ("3B tokens per day", 1e9, 0),
-    ("trained on 2T tokens, not 1e400 tokens or 9e99 tokens", 1e9, 2e12),
+    ("trained on 2T tokens, not 1e400 tokens or 9e99 tokens", 1e9, 2e12), ("15 trillions of tokens", 1e9, 1.5e13),
+    ("over two trillion tokens", 7e9, 2e12), ("half a trillion tokens", 7e9, 5e11), ("1.5 × 10^13 tokens", 1e9, 1.5e13),
+    ("5 x 10<sup>11</sup> tokens", 1e9, 5e11), ("10¹² tokens", 1e9, 1e12), ("300_000_000_000 tokens", 1e9, 3e11),
+    ("2 trillion (2T) tokens", 1e9, 2e12), ("15T + tokens", 1e9, 1.5e13), ("15tn tokens", 1e9, 1.5e13),
+    ("on 15 trillion high quality and diverse tokens", 8e9, 1.5e13), ("4.1T tokens", 1e9, 4_100_000_000_000),
+    ("- Tokens: 15T", 1e9, 1.5e13), ("Total tokens: 2T", 1e9, 2e12), ("Number of tokens: 3T", 1e9, 3e12),
+    ("Pretraining tokens: approximately 2T", 1e9, 2e12), ("Training Tokens 1T", 1e9, 1e12),
+    ("continued training on additional 2T tokens", 1e9, 0), ("15 TB of text, 5 trillion words", 1e9, 0),
+    ("1 trillion parameters and 15.5T tokens", 1e12, 1.55e13), ("a dollar per 1B tokens", 1e9, 0),
+    ("one million tokens of context, one of two billion-parameter models on 300B tokens", 2e9, 3e11),
 ])  # fmt: skip
 def test_a_card_says_how_many_tokens_were_read(card: str, parameters: float, tokens: float) -> None:
     assert card_tokens(card, parameters)[0] == tokens

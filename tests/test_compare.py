@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from btx.cli.main import app
 from btx.errors import RunFolderError, UserError
 from btx.evaluation.compare import compare_models
-from btx.reporting.paired_bootstrap import compare_documents, resampled_ratios
+from btx.files import write_json
+from btx.python.results import sets_of
+from btx.reporting.paired_bootstrap import compare_documents, read_documents, resampled_ratios
+from btx.reporting.results import results_table
 from btx.run_folder.folder import RunFolder
 from tests.pico_run import pico_recipe
 
@@ -61,6 +64,31 @@ def test_models_that_differ_by_chance_are_not_told_apart_and_equal_ones_have_p_1
     same = compare_documents(first, first, sizes)
     assert same["mean"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
     assert same["tasks"]["quiz"]["p"] == 1.0
+
+
+def test_a_single_document_tells_no_difference_apart() -> None:
+    first, second = ({"domains": {"a": [bits], "b": [bits] * 50}, "tasks": {"t": [0]}} for bits in (1.0, 2.0))
+    found = compare_documents(first, second, {"domains": {"a": [10.0], "b": [10.0] * 50}})
+    nothing = {"difference": pytest.approx(-0.1), "low": pytest.approx(-0.1), "high": 0.0, "p": 1.0}
+    assert found["mean"] == found["domains"]["a"] == nothing
+    assert found["domains"]["b"]["p"] < 0.01
+    assert found["tasks"]["t"]["p"] == 1.0
+
+
+def test_a_domain_that_is_called_like_a_mean_stands_beside_it(tmp_path: Path) -> None:
+    names, bits = ("mixed", "learning", "math"), [3.0, 4.0, 5.0]
+    model = {"domains": dict.fromkeys(names, bits), "mixed": bits[:2], "tasks": {}}
+    sizes = {"domains": dict.fromkeys(names, bits), "mixed": bits[:2]}
+    write_json(tmp_path / "documents.json", {"bytes": sizes, "models": {"btx": model, "seed": model}})
+    read = read_documents(tmp_path / "documents.json")
+    assert read is not None
+    row = compare_documents(read["models"]["btx"], read["models"]["seed"], read["bytes"], branches=["learning"])
+    assert list(sets_of(row)) == ["mean", "learning", "keeping", "mixed (domain)", "learning (domain)", "math", "mixed"]
+    measured = {name: {"bits_per_byte": 1.0} for name in names}
+    means = {f"{name}_bits_per_byte": 1.0 for name in ("mean", "learning", "keeping")}
+    table = results_table({"models": {"btx": {"domains": measured, "mixed": {"bits_per_byte": 1.0}, **means}}})
+    assert table.quality_titles([]) == [*list(sets_of(row))[3:6], "mean", "learning", "keeping", "mixed"]
+    assert table.meanings.startswith("; learning is the mean over the domains that have a branch, keeping over all")
 
 
 def test_the_interval_is_the_normal_one_where_that_is_known():

@@ -129,7 +129,10 @@ def test_the_size_is_the_folders_or_what_a_hub_name_says(tmp_path: Path) -> None
         ("seed_model.train.batch_tokens=2_000_000", "seed_model.train: 1,250,000 tokens are less than one optimiser"),
         ("train.batch_tokens=300_000", "train: 250,000 tokens are less than one optimiser step"),
         ("train.domain_tokens={law: 500}", "train.domain_tokens.law: 500 tokens are less than one optimiser step"),
-        ("finetune.warmup_steps=1000", "finetune: warmup_steps 1,000 of 440 optimiser steps"),
+        (
+            "finetune.warmup_steps=1000",
+            "finetune: warmup_steps 1,000 of 440 optimiser steps: the learning rate rises to the last one",
+        ),
         ("finetune.batch_tokens=100", "finetune: batch_tokens 100 are less than one sequence"),
         ("baseline_training={dense_dm: {tokens: 300}}", "baseline_training.dense_dm: 300 tokens are less than one"),
     ],

@@ -61,6 +61,11 @@ def test_values_keep_the_types_the_file_gives_them() -> None:
     assert [source.weight for source in recipe.data.domains["general"].sources] == [1.0, 0.5]
 
 
+def test_who_names_points_to_branch_at_is_told_how_they_are_written() -> None:
+    (line,) = problems(SMALL + "branch_at: [1e6, 2e6]\n")
+    assert "branch_at: unknown key 'branch_at'; points at which models branch from one training are a sweep" in line
+
+
 @pytest.mark.parametrize(
     ("written", "value"),
     [

@@ -21,7 +21,7 @@ from btx.run_folder.folder import RunFolder
 from btx.running.launchers.local import start_run
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep, sweep_state
-from btx.sweeps.table import paired, sweep_cells, sweep_rows
+from btx.sweeps.table import notes, paired, sweep_cells, sweep_rows
 from btx.sweeps.variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
@@ -418,6 +418,24 @@ def test_a_model_that_is_only_in_some_variants_has_rows_there_and_no_error_with_
         ["y", "dense_cm", "–", "2.000", "1.500", "–", "–", "–"],
     ]
     assert [best for _, best in rows[1]] == [False, False, False, False, True, False, False, False]
+
+
+def test_learning_is_not_compared_where_branches_vary() -> None:
+    def written(*branches: list[str]) -> dict[str, Any]:
+        variants = {}
+        for number, domains in enumerate(branches):
+            stat = {"mean": 1.0 + number, "stderr": None, "n": 1, "values": [1.0 + number]}
+            means = {f"{name}_bits_per_byte": stat for name in ("mean", "learning", "keeping")}
+            variants[f"v{number}"] = {"settings": {"train.domains": domains}, "runs": [], "aggregated": {
+                "runs": 1, "rng_seeds": [0], "models": {"btx": means}
+            }}  # fmt: skip
+        return {"name": "s", "rng_seeds": [0, 1], "models": None, "variants": variants}
+
+    for table, compared in ((written(["a"], ["a"]), True), (written(["a"], ["a", "b"]), False)):
+        titles, rows = sweep_cells(table)
+        best = {title for title, (_, is_best) in zip(titles, rows[0], strict=True) if is_best}
+        assert best == ({"mean", "learning", "keeping"} if compared else {"mean"})
+        assert any("train.domains varies" in line for line in notes(table)) != compared
 
 
 def test_differences_pair_rng_seeds_and_not_places() -> None:

@@ -14,7 +14,7 @@ from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep_state
 from btx.sweeps.variants import plan_sweep
-from tests.pico_run import pico_recipe, run_here, write_pico_recipe
+from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 TO_THE_SEED = ["data/tokenizer", "data/general", "seed"]
 CONSTANT, LONGER = "seed_model.train.schedule=constant", "seed_model.train.tokens=1024"
@@ -58,6 +58,28 @@ def test_a_longer_training_goes_on_from_a_shorter_one_of_its_trunk_and_ends_as_i
     losses = [[line["loss"] for line in read_metrics(run.path / "seed/metrics.jsonl")] for run in (shared, alone)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2 * steps
+
+
+def test_a_training_that_is_behind_its_trunk_or_stale_goes_on_from_it_too(here: Path) -> None:
+    """A sweep that was stopped, or whose recipe has changed: what its runs have left does not hide the trunk."""
+    settings = ["seed_model.train.tokens=512", "seed_model.train.warmup_steps=2", CONSTANT, LONGER]
+    every = "seed_model.train.checkpoint_every=1"
+    behind = RunFolder.create(pico_recipe(here, "behind", *settings, every))
+    run_here(behind.recipe, TO_THE_SEED[:2])
+    stopped_after(behind, "seed", 1)
+    seed_of(here, "stale", CONSTANT, LONGER, "seed_model.train.beta2=0.9")  # further, but of another trunk
+    alone, _ = seed_of(here, "constant-alone", CONSTANT, LONGER)
+    for name in ("behind", "stale"):
+        run, lines = seed_of(here, name, CONSTANT, LONGER, every, share=here / "short")
+        assert any(line.startswith("seed: goes on from step 2 of") for line in lines)
+        assert any(line.startswith("seed: stale (seed_model.train.beta2") for line in lines) == (name == "stale")
+        assert any(line.startswith("resumed after step 2 of 4") for line in lines)
+        assert weights(run) == weights(alone)
+    ahead = RunFolder.create(pico_recipe(here, "ahead", *settings, every))
+    run_here(ahead.recipe, TO_THE_SEED[:2])
+    stopped_after(ahead, "seed", 3)
+    take_over(ahead, [here / "short"], (lines := list[str]()).append)  # whose end is behind what is there
+    assert not any("goes on" in line for line in lines)
 
 
 def test_in_one_run_folder_more_tokens_are_more_steps_and_no_new_training(here: Path) -> None:
@@ -152,3 +174,9 @@ def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_trai
     decays = [CONSTANT.replace("constant", "wsd"), "seed_model.train.decay_share=0.5"]
     assert goes_on(*decays, tokens) == [("256", {}), ("2048", {"seed": 0.25}), ("4096", {"seed": 0.25})]
     assert goes_on(tokens) == [("4096", {}), ("256", {}), ("2048", {})]  # a cosine has no trunk, and keeps the order
+
+
+def test_a_sweep_begins_with_the_shortest_branch_where_branches_have_their_own_tokens(here: Path) -> None:
+    arguments = [f"data.root={here}", "train.schedule=constant", "train.domain_tokens={birds: 4096},{birds: 256}"]
+    runs = plan_sweep(str(here / "pico.yaml"), arguments, rng_seeds=1).runs
+    assert [run.recipe.branch_training("birds").tokens for run in runs] == [256, 4096]

@@ -8,6 +8,7 @@ trillion tokens"). They count contexts, batches and finetunings in tokens too.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,25 +24,43 @@ LINK = re.compile(r"\[([^\[\]\n]*)\]\([^)\[\n]*\)")
 """Neither reads over the beginning of the next one, so that a card of beginnings alone takes no quadratic time."""
 QUANTITY = re.compile(
     r"(?<![\w.,])(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?(?:e\+?\d+)?)"
-    r"(?:\s*\+?[\s-]*(trillion|billion|million|bn|[TBM]|tera|giga)(?=tokens?\b|(?<!tera)(?<!giga)(?!\w)))?",
+    r"(?:\s*\+?[\s-]*(trillions?|billions?|millions?|bn|trn|tn|[TBM]|tera|giga)(?=tokens?\b|(?<!tera)(?<!giga)(?!\w)))?",
     re.IGNORECASE,
 )
+WORD = r"(?!(?:parameters|params|models?|and|with)\b)[a-z][a-z-]*?"
 THEN_TOKENS = re.compile(
-    r"\+?(?:[\s-]+(?!parameters\b|params\b|models?\b|and\b|with\b)[a-z][a-z-]*?){0,2}[\s-]*\btokens?\b(?!\s*(?:per\b|/))"
-    r"|tokens?\b",
+    rf"\s*\+?(?:\s*\([^()]{{,30}}\))?(?:[\s-]+{WORD}){{0,2}}[\s-]*\(?\btokens?\b(?!\s*(?:per\b|/))|tokens?\b",
     re.IGNORECASE,
 )
+"""At most two words are between a number and its tokens, ..."""
+THEN_KINDS = re.compile(
+    rf"\s*\+?(?:[\s-]+{WORD},?){{1,4}}\s+and(?:[\s-]+{WORD}){{1,2}}\s+tokens?\b(?!\s*(?:per\b|/))", re.IGNORECASE
+)
+"""... or a list of kinds of text, where there are more than models have parameters."""
 AFTER_TOKENS = re.compile(
-    r"(?:\b(?:pre-?)?train(?:ing|ed)\s+tokens?|\btokens?\s+(?:seen|read|count|trained(?:\s+on)?)|^tokens?)"
-    r"\s*[:=|]\s*(?:up to|more than|over|about|around|nearly|[~≈>])?\s*$",
+    r"(?:(?:\b(?:pre-?)?train(?:ing|ed)\s+tokens?|\btokens?\s+(?:seen|read|count|trained(?:\s+on)?))(?:\s*[:=|]|\s)"
+    r"|(?:^(?:[-+#]\s*)?|#\s*|\b(?:number|amount)\s+of\s+|\btotal\s+)tokens?\s*[:=|])"
+    r"\s*(?:up to|more than|over|about|around|approximately|approx\.|roughly|nearly|at least|[~≈>])?\s*$",
     re.IGNORECASE,
 )
 NAMES_TOKENS = re.compile(r"\btokens?(?: count)?$", re.IGNORECASE)
 LATER = re.compile(
-    r"(?:fine-?tun\w*|post-?train\w*|\bsft\b|continu\w+[\s-]+pre-?train\w*)(?:(?!pre-?train).)*$", re.IGNORECASE
+    r"(?:fine-?tun\w*|post-?train\w*|\bsft\b|continu\w+[\s-]+(?:pre-?)?train\w*)(?:(?!pre-?train).)*$", re.IGNORECASE
 )
 """Before a count: it is of what came after the pretraining."""
+RATE = re.compile(r"(?:\bper|/|\$)\s*$", re.IGNORECASE)
+"""Before a count: it is what a price or a speed is told for."""
 OF_SIZE = re.compile(r"[\s(]*(?:for|in)\s+(?:the\s+)?", re.IGNORECASE)
+EXPONENT = re.compile(r"<sup>\s*(\d{1,2})\s*</sup>", re.IGNORECASE)
+POWER = re.compile(r"(?<![\w.,])(?:(\d+(?:\.\d+)?)\s*[×x·*]\s*)?10\s*(?:\^|\*\*)\s*\{?(\d{1,2})\}?(?!\w)")
+SUPERSCRIPT = re.compile(r"(?<=10)[⁰¹²³⁴-⁹]{1,2}")
+GROUPED = re.compile(r"(?<![\w.,])\d{1,3}(?:[_'. \u00a0\u202f]\d{3}){3,}(?![\w.,]?\d)")
+IN_WORDS = {name: number for number, name in enumerate(
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(), 1)} | {
+    "half a": 0.5, "a": 1, "eighteen": 18, "twenty": 20, "thirty": 30}  # fmt: skip
+WRITTEN = re.compile(
+    rf"\b({'|'.join(sorted(IN_WORDS, key=len, reverse=True))})[\s-]+(?=(?:tr|b)illions?\b)", re.IGNORECASE
+)
 NEAR = 200
 """Characters before and behind a number that are looked at."""
 PARTS = re.compile(r"(?<=[.;!?])\s+(?=[A-Z])|\n\s*\n|\n(?=\s*(?:[-*#|]|\d+\.))")
@@ -79,7 +98,7 @@ def _alike(size: float, parameters: float) -> bool:
 
 
 def _counts(card: str) -> Iterator[Count]:
-    text = LINK.sub(r"\1", TAG.sub(" ", card)).replace("*", "")
+    text = LINK.sub(r"\1", TAG.sub(" ", _in_digits(card))).replace("*", "")
     columns: list[str] = []
     for part in PARTS.split(text):
         row = part.strip()
@@ -92,6 +111,14 @@ def _counts(card: str) -> Iterator[Count]:
             column = columns[number] if number < len(columns) else ""
             yield from _counts_in_cell(cell, column, [other for other in cells if other is not cell])
         columns = columns or cells
+
+
+def _in_digits(card: str) -> str:
+    """Powers of ten, numbers in words and digits in groups as the numbers that they are."""
+    text = SUPERSCRIPT.sub(lambda found: f"^{unicodedata.normalize('NFKC', found[0])}", EXPONENT.sub(r"^\1", card))
+    text = POWER.sub(lambda found: f"{found[1] or 1}e{found[2]}", text)
+    text = WRITTEN.sub(lambda found: f"{IN_WORDS[' '.join(found[1].lower().split())]} ", text)
+    return GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
 
 
 def _counts_in_cell(cell: str, column: str, others: list[str]) -> Iterator[Count]:
@@ -108,9 +135,9 @@ def _counts_in(sentence: str) -> Iterator[Count]:
         value, scale = _value(quantity), (quantity[2] or "")[:1].lower()
         before = sentence[max(0, quantity.start() - NEAR) : quantity.start()]
         behind = sentence[quantity.end() : quantity.end() + NEAR]
-        then = THEN_TOKENS.match(behind)
+        then = THEN_TOKENS.match(behind) or (THEN_KINDS.match(behind) if value >= 1e12 else None)
         if then or AFTER_TOKENS.search(before):
-            if LEAST <= value <= MOST and not LATER.search(before):
+            if LEAST <= value <= MOST and not (LATER.search(before) or RATE.search(before)):
                 said = OF_SIZE.match(behind, then.end()) if then else None
                 yield Count(value, (_size_at(behind[said.end() :]) if said else None) or size)
         elif scale in ("b", "m"):
@@ -120,7 +147,8 @@ def _counts_in(sentence: str) -> Iterator[Count]:
 def _value(quantity: re.Match[str]) -> float:
     in_thousands = re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", quantity[1])
     number = float(quantity[1].replace(",", "" if in_thousands else "."))
-    return number * SCALES.get((quantity[2] or "")[:1].lower(), 1.0)
+    value = number * SCALES.get((quantity[2] or "")[:1].lower(), 1.0)
+    return float(round(value)) if value < MOST else value  # 4.1 trillion are no fraction of a token less
 
 
 def _size(text: str) -> float | None:

@@ -171,7 +171,8 @@ def _results(results: Mapping[str, Any]) -> list[str]:
         texts = [f"**{literal(cell.text)}**" if cell.best else literal(cell.text) for cell in row.quality]
         lines.append(f"| {' | '.join([literal(row.name), *texts])} |")
     caption = (
-        "Held-out text in bits per byte (lower is better), tasks in per cent. `btx` is this model before any alignment."
+        f"Held-out text in bits per byte (lower is better), tasks in per cent{table.meanings}. `btx` is this model "
+        f"before any alignment."
     )
     return ["## Results", caption, "\n".join(lines)]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from btx.errors import UserError
 from btx.number_texts import metric_of, percent_text
 from btx.reporting.notebook import Table, results_of, table_html
-from btx.reporting.results import Cell
+from btx.reporting.results import Cell, domain_title
 from btx.sweeps.table import score_of, sweep_cells
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Evaluation:
 def _columns(entry: Mapping[str, Any], score: Callable[[Mapping[str, Any]], Any]) -> Iterator[tuple[str, Any]]:
     """Column → what a model's entry, of one run or over several, has there; `score` finds that of a task."""
     for domain, measured in entry.get("domains", {}).items():
-        yield f"bits_per_byte.{domain}", measured.get("bits_per_byte")
-        yield f"stderr.{domain}", measured.get("stderr")
+        yield f"bits_per_byte.{domain_title(domain)}", measured.get("bits_per_byte")
+        yield f"stderr.{domain_title(domain)}", measured.get("stderr")
     yield from ((f"bits_per_byte.{mean}", entry[f"{mean}_bits_per_byte"]) for mean in MEANS
                 if f"{mean}_bits_per_byte" in entry)  # fmt: skip
     if "mixed" in entry:
@@ -85,7 +85,9 @@ class Comparison:
 def sets_of(row: Mapping[str, Any], task_name: str = "task.{}") -> dict[str, Any]:
     """What another model is compared on → the difference, in order."""
     cells = {name: row[name] for name in MEANS if name in row}
-    cells |= {**row["domains"], **({"mixed": row["mixed"]} if "mixed" in row else {})}
+    cells |= {domain_title(name): value for name, value in row["domains"].items()} | (
+        {"mixed": row["mixed"]} if "mixed" in row else {}
+    )
     return cells | {task_name.format(task): value for task, value in row["tasks"].items()}
 
 

@@ -126,7 +126,7 @@ def _too_short(training: Training, length: int) -> Iterator[str]:
     if training.warmup_steps >= steps:
         yield (
             f"warmup_steps {training.warmup_steps:,} of {steps:,} optimiser step{'s' * (steps > 1)}: the learning rate "
-            f"never reaches its peak; lower warmup_steps or batch_tokens, or raise tokens"
+            f"rises to the last one, where it is at its peak; lower warmup_steps or batch_tokens, or raise tokens"
         )
 
 

@@ -25,6 +25,12 @@ _EXPECTED = {
     "model_type": "a mapping (name: value)",
 }
 
+ELSEWHERE = {
+    "branch_at": "points at which models branch from one training are a sweep: seed_model.train.schedule is constant, "
+    "seed_model.train.tokens varies (docs/sweeps.md)",
+}
+"""A key that no section has → how its wish is written."""
+
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` if one of `allowed` is close to `word`, else nothing."""
@@ -102,7 +108,8 @@ def _unknown_key(path: KeyPath, here: KeyPath) -> str:
     allowed = list(section.model_fields) if section else []
     if len(path) - len(here) == 2:  # `sources` and 0 were not written: one source's keys stand in the domain itself
         allowed += Domain.model_fields
-    return f"unknown key {key!r}{did_you_mean(key, allowed) or ';'} allowed: {', '.join(allowed)}"
+    told = f"; {ELSEWHERE[key]};" if key in ELSEWHERE else did_you_mean(key, allowed) or ";"
+    return f"unknown key {key!r}{told} allowed: {', '.join(allowed)}"
 
 
 def _words(error: ErrorDetails, path: KeyPath, word: str | None = None) -> str:

@@ -51,13 +51,13 @@ class Training(Section):
     the peak, so that a training can be gone on with, or branched from, as if it had been longer from the start; wsd:
     stays there and falls at the end (warm-up, stable, decay: arXiv 2404.06395, section 4)."""
     decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """wsd: share of the steps in which it falls."""
+    """wsd: share of the steps in which it falls; never before the warm-up is over."""
     decay_shape: DecayShape = "sqrt"
     """wsd: how it falls. linear, cosine, or sqrt: 1 - √progress, fastest at its start (arXiv 2405.18392, section 4)."""
     final_learning_rate_share: Share = 0.1
-    """Learning rate at the end of a cosine or decay, as a share of the peak (paper: 10 %)."""
+    """Learning rate at the end of a cosine or decay, as a share of the peak (paper: 10 %); of no use to constant."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Optimiser steps of linear warm-up."""
+    """Optimiser steps of linear warm-up, at most all."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """AdamW's first decay (not stated in the paper)."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
@@ -147,8 +147,8 @@ class SeedModel(Section):
     """Config of the model at `path`, so that `btx plan` needs neither the hub nor the folder; a run checks that the
     model is what is said here."""
     pretrained_tokens: PositiveFloat | None = None
-    """Tokens that the model at `path` has read: with them `btx plan` predicts what a mixture gains. Default: what its
-    card says."""
+    """Tokens that the model at `path` has read, as a number (15e12): with them `btx plan` predicts what a mixture
+    gains. Default: what its card says."""
     config: dict[str, Any] | None = None
     """Config of a model to train from scratch: `model_type` and what its config class takes."""
     tokenizer: TokenizerTraining = TokenizerTraining()

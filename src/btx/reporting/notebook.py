@@ -56,7 +56,7 @@ def results_of(results: Mapping[str, Any]) -> Table:
     rows = [(row.name, [*row.quality, *row.costs]) for row in table.rows]
     return Table([*table.quality_titles(f"{task} (task)" for task in table.tasks), *COSTS], rows,
                  "Bits per byte, lower is better; tasks: share of right answers; tokens, FLOPs and time of training "
-                 "after the seed model; active and total parameters")  # fmt: skip
+                 "after the seed model; active and total parameters" + table.meanings)  # fmt: skip
 
 
 def _progress_table(run: Run) -> Table:

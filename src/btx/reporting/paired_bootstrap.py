@@ -47,7 +47,8 @@ class Difference(TypedDict):
     high: float
     """97.5th percentile."""
     p: float
-    """Two-sided: twice the share of resamples on the other side of 0, never below 2 / (resamples + 1)."""
+    """Two-sided: twice the share of resamples on the other side of 0, never below 2 / (resamples + 1). 1 where a set
+    has a single document: drawn anew it is always the same, which tells nothing; the interval then reaches to 0."""
 
 
 def read_documents(path: Path) -> dict[str, Any] | None:
@@ -59,12 +60,14 @@ def read_documents(path: Path) -> dict[str, Any] | None:
     documents = read_output(path, Documents)
     if documents is None:
         return None
-    sizes = {"mixed": documents["bytes"].get("mixed", []), **documents["bytes"]["domains"]}
+    sizes = documents["bytes"]
     for name, scores in documents["models"].items():
-        for key, bits in ({"mixed": scores.get("mixed", sizes["mixed"])} | scores["domains"]).items():
-            if len(bits) != len(sizes.get(key, ())):
+        parts = [(key, bits, sizes["domains"].get(key, ())) for key, bits in scores["domains"].items()]
+        parts += [("mixed", scores["mixed"], sizes.get("mixed", ()))] if "mixed" in scores else []
+        for key, bits, there in parts:
+            if len(bits) != len(there):
                 raise RunFolderError(f"{path}: models.{name}: {key} has {len(bits)} documents, bytes has "
-                                     f"{len(sizes.get(key, ()))}; {MEND}")  # fmt: skip
+                                     f"{len(there)}; {MEND}")  # fmt: skip
     return dict(documents)
 
 
@@ -100,21 +103,24 @@ def compare_documents(
         for name, bits in first["domains"].items()
         if name in second["domains"]
     }
+
+    def mean_of(names: Sequence[str]) -> Difference:
+        means = np.mean([domains[name] for name in names], axis=0)
+        return _summary(means, min(len(sizes[name]) for name in names))
+
     result: dict[str, Any] = {
-        "mean": _summary(np.mean(list(domains.values()), axis=0)),
-        **{
-            part: _summary(np.mean([domains[name] for name in names], axis=0))
-            for part, names in learning_and_keeping(domains, branches).items()
-        },
-        "domains": {name: _summary(values) for name, values in domains.items()},
+        "mean": mean_of(list(domains)),
+        **{part: mean_of(names) for part, names in learning_and_keeping(domains, branches).items()},
+        "domains": {name: mean_of([name]) for name in domains},
         "tasks": {
-            name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right)))
+            name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right)), len(right))
             for name, right in first["tasks"].items()
             if name in second["tasks"]
         },
     }
     if "mixed" in first and "mixed" in second:
-        result["mixed"] = _summary(drawn("mixed", first["mixed"], second["mixed"], document_bytes["mixed"]))
+        drawn_mixed = drawn("mixed", first["mixed"], second["mixed"], document_bytes["mixed"])
+        result["mixed"] = _summary(drawn_mixed, len(first["mixed"]))
     return result
 
 
@@ -132,9 +138,11 @@ def resampled_ratios(value_N: np.ndarray, size_N: np.ndarray, resamples: int, rn
     return np.concatenate(ratios)
 
 
-def _summary(ratios: np.ndarray) -> Difference:
-    """Of the difference and its resamples, as `resampled_ratios` returns them."""
+def _summary(ratios: np.ndarray, documents: int) -> Difference:
+    """Of the difference and its resamples, as `resampled_ratios` returns them; `documents`: of the smallest set."""
     difference, resampled = float(ratios[0]), ratios[1:]
+    if documents < 2:
+        return {"difference": difference, "low": min(difference, 0.0), "high": max(difference, 0.0), "p": 1.0}
     low, high = np.percentile(resampled, (2.5, 97.5))
     one_sided = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = min(1.0, 2 * float(one_sided + 1) / (len(resampled) + 1))

@@ -85,10 +85,22 @@ class Results:
         Args:
             tasks: those of the tasks.
         """
-        return [*self.domains, *self.means, *tasks]
+        return [*map(domain_title, self.domains), *self.means, *tasks]
+
+    @property
+    def meanings(self) -> str:
+        """What the columns of means are, in a sentence that stands behind others; "" where there is the mean alone."""
+        parts = {"learning": "learning is the mean over the domains that have a branch, keeping over all others",
+                 "mixed": "mixed are documents that switch domain, which the mean leaves out"}  # fmt: skip
+        return "".join(f"; {text}" for name, text in parts.items() if name in self.means)
 
 
 # --- table ----------------------------------------------------------------------------------------------------------
+
+
+def domain_title(name: str) -> str:
+    """Title of a domain's column, also of one that is called like a column of means."""
+    return f"{name} (domain)" if name in MEANS else name
 
 
 def describe(name: str) -> str:

@@ -54,7 +54,8 @@ def _tables(run: Run) -> list[str]:
     names = map(literal, table.quality_titles(table.tasks))
     return [
         "Bits per byte of held-out text ± one standard error (lower is better)"
-        + ("; scores of tasks in percent (higher is better)" if table.tasks else "") + "; the best in bold.",
+        + ("; scores of tasks in percent (higher is better)" if table.tasks else "")
+        + f"; the best in bold{table.meanings}.",
         _table(["model", *names], quality),
         "Training after the seed model (the seed model's own row: its own), and parameters.",
         _table(["model", "tokens", "FLOPs", "time", "active parameters", "total parameters"], costs),

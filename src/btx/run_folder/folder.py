@@ -36,7 +36,7 @@ from btx.run_folder.lease import lock_file, take_lease
 from btx.run_folder.manifest import manifest, now
 from btx.run_folder.stage_notes import done_json, files_of, is_known, started_json
 from btx.run_folder.stages_of_recipe import build_graph
-from btx.run_folder.trunk import take_trunk, trunk_steps
+from btx.run_folder.trunk import furthest_on_trunk, furthest_step, take_trunk, trunk_steps
 from btx.system_errors import WRITING, blame
 
 State = Literal["done", "begun", "stale", "absent"]
@@ -324,6 +324,15 @@ class RunFolder:
         """
         if stage.trunk is not None:
             take_trunk(stage.trunk, trunk_steps(stage.shown), self.folder(stage.name), donors, log)
+
+    def is_behind(self, stage: Stage, donors: Sequence[Path]) -> bool:
+        """Whether one of `donors` has made more of a training's trunk than is left of it here; as for `take_trunk`."""
+        if stage.trunk is None:
+            return False
+        here, steps = self.folder(stage.name), trunk_steps(stage.shown)
+        is_other = self.state(stage) == "stale"  # of which a part may be on this trunk all the same
+        own = furthest_on_trunk(stage.trunk, steps, [here]) if is_other else furthest_step(here)
+        return furthest_on_trunk(stage.trunk, steps, donors) > own
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl (written by `btx run` alone)."""

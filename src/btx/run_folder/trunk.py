@@ -61,7 +61,7 @@ def _training(shown: Mapping[str, Any]) -> Training:
 
 
 def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], log: Log) -> bool:
-    """Put the furthest checkpoint of a trunk into a stage's folder that has none yet, so that its training goes on
+    """Put the furthest checkpoint of a trunk into a stage's folder that has none as far, so that its training goes on
     from there.
 
     Args:
@@ -74,11 +74,7 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
     Returns:
         Whether there was one.
     """
-    if list((folder / STATE_FOLDER).glob("step-*")):
-        return False
-    checkpoints = {(step, checkpoint) for donor in donors for step, checkpoint in checkpoints_on_trunk(donor, trunk)
-                   if step <= at_most}  # fmt: skip
-    for step, checkpoint in sorted(checkpoints, reverse=True):
+    for step, checkpoint in _further(trunk, furthest_step(folder), at_most, donors):
         if problem := _damage(checkpoint):
             log(f"{folder.name}: does not go on from step {step} of {checkpoint.parent.parent}: {problem}")
             continue
@@ -87,6 +83,25 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
             f"there")  # fmt: skip
         return True
     return False
+
+
+def furthest_on_trunk(trunk: str, at_most: int, donors: Sequence[Path]) -> int:
+    """Step of the furthest checkpoint on a trunk in stages' folders; 0 if there is none. Arguments as for
+    `take_trunk`."""
+    return max((step for step, _ in _further(trunk, 0, at_most, donors)), default=0)
+
+
+def furthest_step(folder: Path) -> int:
+    """Step of a stage's furthest checkpoint, on a trunk or not; 0 if it has none."""
+    names = (checkpoint.name for checkpoint in (folder / STATE_FOLDER).glob("step-*"))
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def _further(trunk: str, than: int, at_most: int, donors: Sequence[Path]) -> list[tuple[int, Path]]:
+    """Checkpoints on a trunk behind step `than`, with their steps, the furthest first."""
+    checkpoints = {(step, checkpoint) for donor in donors for step, checkpoint in checkpoints_on_trunk(donor, trunk)
+                   if than < step <= at_most}  # fmt: skip
+    return sorted(checkpoints, reverse=True)
 
 
 def _take(checkpoint: Path, folder: Path) -> None:

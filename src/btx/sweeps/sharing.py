@@ -9,10 +9,11 @@ ones.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from btx.errors import RunFolderError
+from btx.errors import NotYet, RunFolderError
 from btx.files import atomic_folder, link_or_copy, write_bytes, write_sealed
 from btx.outputs import DONE, damage, read_done, read_started
 from btx.process import Log
@@ -82,8 +83,7 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
             if run.state(stage) == "done":
                 continue
             if (donor := _whole_donor(stage, others, log)) is None:
-                if stage.trains and run.state(stage) == "absent":
-                    run.take_trunk(stage, [donor / stage.name for donor in others], log)
+                _take_trunk(run, stage, others, log)
                 continue
             with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
                 if run.state(stage) == "stale":
@@ -95,6 +95,18 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
         if seed_is_done and run.state(run.graph["evaluate"]) in ("absent", "begun"):
             _take_measurements(run, others)
     return taken
+
+
+def _take_trunk(run: RunFolder, stage: Stage, others: Sequence[Path], log: Log) -> None:
+    """Let a training go on from another run's checkpoint of its trunk, where that is further than its own, unless it is
+    at work; what is stale gives way to it."""
+    donors = [donor / stage.name for donor in others]
+    if not stage.trains or not run.is_behind(stage, donors):
+        return
+    with contextlib.suppress(NotYet), exclusive(run.path, stage.name):
+        if run.state(stage) == "stale":
+            log(f"{stage.name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage.name)}")
+        run.take_trunk(stage, donors, log)
 
 
 def _copy_stage(source: Path, target: Path, donor: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from btx.evaluation.aggregate import NOT_COMPARED, over_runs
 from btx.markdown_text import literal
 from btx.number_texts import MISSING, count_text, flops_text, hours_text
+from btx.reporting.results import domain_title
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,7 +79,9 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
     variants = len({row.variant for row in rows}) > 1
     domains = list(dict.fromkeys(domain for row in rows for domain in row.domains))
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    low: dict[str, list[Stat | None]] = {domain: [row.domains.get(domain) for row in rows] for domain in domains}
+    low: dict[str, list[Stat | None]] = {
+        domain_title(domain): [row.domains.get(domain) for row in rows] for domain in domains
+    }
     low |= {"mixed": [row.mixed for row in rows], "mean": [row.mean for row in rows],
             "learning": [row.learning for row in rows], "keeping": [row.keeping for row in rows]}  # fmt: skip
     columns: dict[str, list[tuple[str, bool]]] = {}
@@ -86,6 +89,8 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
         columns["variant"] = [(row.variant, False) for row in rows]
     columns["model"] = [(row.model, False) for row in rows]
     columns |= {name: _marked(stats, _text, min) for name, stats in low.items()}
+    if _branches_vary(written):  # means over other domains: the lowest is not the best
+        columns |= {name: [(text, False) for text, _ in columns[name]] for name in ("learning", "keeping")}
     columns["− btx"] = [(_text(row.to_btx, sign="+"), False) for row in rows]
     columns["− first variant"] = [(_text(row.to_first, sign="+"), False) for row in rows]
     columns |= {f"{task} %": _marked([row.tasks.get(task) for row in rows], _percent, max) for task in tasks}
@@ -149,9 +154,17 @@ def notes(written: Mapping[str, Any]) -> list[str]:
              for name in variant["aggregated"]["models"]}  # fmt: skip
     if there and (absent := [name for name in written["models"] or () if name not in there]):
         lines.append(f"No run has these models: {', '.join(absent)}.")
+    if _branches_vary(written):
+        lines.append("Learning and keeping are means over other domains in each variant, as train.domains varies.")
     if len(written["rng_seeds"]) == 1:
         lines.append("One rng seed: there are no standard errors, and differences may be chance.")
     return lines
+
+
+def _branches_vary(written: Mapping[str, Any]) -> bool:
+    """Whether variants name branches of their own."""
+    named = [variant["settings"].get("train.domains") for variant in written["variants"].values()]
+    return any(branches != named[0] for branches in named)
 
 
 def _row(variant: str, name: str, found: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> SweepRow:

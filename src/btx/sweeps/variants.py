@@ -163,7 +163,8 @@ def plan_sweep(
 def _steps_that_are_shared(recipe: Recipe) -> list[int]:
     """Steps before any decay, training by training: of two runs the one with fewer goes first, as the other one goes on
     from there, and nothing is cut off."""
-    trainings = [recipe.seed_model.train, recipe.train, recipe.finetune]
+    branches = [recipe.branch_training(domain) for domain in recipe.train.domains]
+    trainings = [recipe.seed_model.train, *branches, recipe.finetune]
     length = recipe.data.sequence_length
     return [steps_before_decay(training.steps(length), training) for training in trainings if training is not None]
 

@@ -14,6 +14,7 @@ from btx.planning.speed import Speed
 from btx.recipe.training import Finetune
 from btx.run_folder import threads as threads_module
 from btx.run_folder.folder import RunFolder
+from btx.running.launchers.local import start
 from btx.stages import work
 from tests.pico_run import pico_recipe
 
@@ -85,3 +86,12 @@ def test_auto_is_bfloat16_on_gpus_that_have_units_for_it_and_float32_on_every_cp
         assert in_bfloat16("auto", torch.device("cuda")) == there
         assert not in_bfloat16("auto", torch.device("cpu"))
         assert not in_bfloat16("float32", torch.device("cuda"))
+
+
+def test_a_job_imports_nothing_from_where_btx_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("yaml", "datasets", "safetensors"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')\n")
+    monkeypatch.chdir(tmp_path)
+    job = start(["status", "no-such-run"], tmp_path / "job.log")
+    job.wait()
+    assert "no-such-run: this is no run folder" in (tmp_path / "job.log").read_text("utf-8")

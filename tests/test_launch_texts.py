@@ -27,8 +27,9 @@ from tests.pico_run import pico_recipe, write_pico_recipe
 from tests.processes import btx_here
 
 FAKE_BTX = """#!/usr/bin/env bash
-# In place of `python -m btx`: writes down what it is told and when; ends with the exit codes laid out for a stage.
+# In place of `python -P -m btx`: writes down what it is told and when; ends with the exit codes laid out for a stage.
 set -eu
+shift
 cd {folder}
 if [ "$3" = begin ]; then cat "$4" >begun.yaml; exit; fi
 file=codes-${{5//\\//-}} code=0

@@ -55,7 +55,7 @@ def test_a_job_finds_the_same_python_and_packages(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PYTHONPATH", "/it's here")
     script = sbatch_script(Path("/r o"), ["train/a"], Path("/x"), Launch(kind="slurm", slurm=SLURM))
     words = shlex.split(script, comments=True)
-    assert words[words.index("-m") - 1 :][:6] == [sys.executable, "-m", "btx", "work", "/r o", "train/a"]
+    assert words[words.index(sys.executable) :][:7] == [sys.executable, "-P", "-m", "btx", "work", "/r o", "train/a"]
     assert "PYTHONPATH=/it's here" in words
     assert script.index("module load cuda\n") < script.index("\nsrun ")
 

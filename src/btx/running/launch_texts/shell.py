@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from btx.errors import UserError
@@ -12,6 +11,7 @@ from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.threads import jobs_at_once
 from btx.running.launch_texts.jobs import Job, filled
+from btx.running.launchers.job import btx_command
 
 SCRIPT = r"""#!/usr/bin/env bash
 # Every job of a run on this machine; written by `btx launch --for shell`. Needs bash 4.4 or later.
@@ -151,7 +151,7 @@ def shell_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     ]
     script = filled(SCRIPT, {
         "RUN": shlex.quote(recipe.run_folder),
-        "BTX": f"{shlex.quote(sys.executable)} -m btx",
+        "BTX": shlex.join(btx_command()),
         "SLOTS": str(jobs_at_once(RunFolder(Path(recipe.run_folder), recipe).graph)),
         "RETRIES": str(recipe.launch.retries),
         "CWD": shlex.quote(str(Path.cwd())),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.jobs import log_of
 from btx.running.launch_texts.jobs import Job, dashed, filled
+from btx.running.launchers.job import btx_command
 from btx.running.launchers.slurm_script import sbatch_script
 
 SUBMIT = r"""#!/usr/bin/env bash
@@ -65,7 +65,7 @@ def slurm_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     submit = filled(SUBMIT, {
         "CWD": shlex.quote(str(Path.cwd())),
         "RUN": shlex.quote(recipe.run_folder),
-        "BTX": f"{shlex.quote(sys.executable)} -m btx",
+        "BTX": shlex.join(btx_command()),
         "RECIPE": dump_recipe(recipe).rstrip("\n"),
         "JOBS": "\n".join(lines),
     })  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ VARIABLES = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_P
 """Environment of every job."""
 SAVED = 128 + signal.SIGTERM
 """Exit code of a job that was asked to end, and has saved."""
+
+
+def btx_command() -> list[str]:
+    """What starts btx in a job. `-P`: a yaml.py or datasets.py that lies where btx is started is not imported."""
+    return [sys.executable, "-P", "-m", "btx"]
 
 
 @dataclass(frozen=True)

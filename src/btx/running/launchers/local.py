@@ -7,7 +7,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from btx.errors import UserError
 from btx.process import SAVE_AND_END
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import VARIABLES, Handle, Standing, refuse_several_nodes
+from btx.running.launchers.job import VARIABLES, Handle, Standing, btx_command, refuse_several_nodes
 
 
 class LocalLauncher:
@@ -129,7 +128,7 @@ def start_run(run: Path, log: Path, *, threads: int | None = None) -> LocalProce
 def start(arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}) -> LocalProcess:
     """Start a command of btx in a process and session of its own; its output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "btx", *arguments]
+    command = [*btx_command(), *arguments]
     environment = {**os.environ, **VARIABLES, **variables}
     with open(log, "ab") as output:
         process = subprocess.Popen(

@@ -42,7 +42,7 @@ class OwnRay:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as errors:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import keep; keep()"],
+                [sys.executable, "-P", "-c", f"from {__name__} import keep; keep()"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
             )  # fmt: skip
         assert self._keeper.stdout is not None

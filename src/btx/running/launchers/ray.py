@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shlex
-import sys
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ import psutil
 
 from btx.errors import SystemFailed, UserError
 from btx.recipe.launch import Launch
-from btx.running.launchers.job import SAVED, VARIABLES, Handle, Standing, refuse_several_nodes
+from btx.running.launchers.job import SAVED, VARIABLES, Handle, Standing, btx_command, refuse_several_nodes
 from btx.running.launchers.own_ray import OwnRay
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class RayLauncher:
         address = self._launch.ray.address or self._own_address(run)
         log = log.resolve()
         log.parent.mkdir(parents=True, exist_ok=True)
-        work = shlex.join([sys.executable, "-m", "btx", "work", str(run), *stages])
+        work = shlex.join([*btx_command(), "work", str(run), *stages])
         claims = _claims(self._launch, stages[0])
         passed = {name: os.environ[name] for name in PASSED if name in os.environ}
         job = {

@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from btx.errors import UserError
 from btx.recipe.launch import Launch
 from btx.run_folder.graph import trains
-from btx.running.launchers.job import SAVED, VARIABLES
+from btx.running.launchers.job import SAVED, VARIABLES, btx_command
 
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
 
@@ -75,7 +74,7 @@ def sbatch_script(run: Path, stages: Sequence[str], log: Path, launch: Launch) -
         variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
         setup="".join(f"{line}\n" for line in job.setup or ()),
         nodes=nodes,
-        work=shlex.join([sys.executable, "-m", "btx", "work", str(run), *stages]),
+        work=shlex.join([*btx_command(), "work", str(run), *stages]),
         saved=SAVED,
     )
 

@@ -177,7 +177,7 @@ def routing_table(run: RunFolder, lines: Sequence[Mapping[str, Any]]) -> str:
                                         for key in ("old", "new")))  # fmt: skip
             rows.append([name, str(loads["documents"]), *cells])
     titles = [f"tokens {low} to {high - 1}: old → new" for low, high in windows]
-    return _markdown(["change", "changes", *titles], rows)
+    return markdown_table(["change", "changes", *titles], rows)
 
 
 def added(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def bits_table(measured: Mapping[str, Any]) -> str:
     for name, size in _in_order(sizes):
         bits = [f"{sum(model['domains'][name]) / sum(size):.3f}" for model in models.values()]
         rows.append([name, f"{len(size)}", f"{sum(size):,.0f}", *bits])
-    return _markdown(["set", "documents", "bytes", *models], rows)
+    return markdown_table(["set", "documents", "bytes", *models], rows)
 
 
 def differences_table(pairs: Mapping[str, Sequence[Pair]]) -> str:
@@ -224,7 +224,7 @@ def differences_table(pairs: Mapping[str, Sequence[Pair]]) -> str:
             over_runs = "" if stderr is None else f" ± {stderr:.3f}"
             told = f"{mean:+.3f}{over_runs} ({both[name]['low']:+.3f} to {both[name]['high']:+.3f})"
             cells.setdefault(name, [name]).append(told.replace("-", "−"))
-    return _markdown(["set", *pairs], list(cells.values()))
+    return markdown_table(["set", *pairs], list(cells.values()))
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ def _in_order(sizes: Sets) -> list[tuple[str, list[float]]]:
     return [(name, sizes[name]) for name in [*main, *sorted(set(sizes) - set(main))] if sum(sizes.get(name, ()))]
 
 
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (titles, *rows)]
     return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]])
 

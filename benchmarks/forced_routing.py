@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from changing_subject_bits import markdown_table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -118,14 +119,13 @@ def measure(run: RunFolder, models: Sequence[str], documents: int) -> dict[str, 
 
 def table(runs: Sequence[dict[str, list[float | None]]]) -> str:
     """The measures of several runs, in Markdown."""
-    rows = [["model", *COLUMNS]]
+    rows = []
     for name in runs[0]:
         rows.append([name])
         for column in zip(*(run[name] for run in runs), strict=True):
             mean, stderr = (None, None) if None in column else mean_and_stderr(column)
             rows[-1].append("" if mean is None else f"{mean:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}"))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+    return markdown_table(["model", *COLUMNS], rows)
 
 
 def main() -> None:

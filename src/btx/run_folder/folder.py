@@ -311,10 +311,15 @@ class RunFolder:
             raise
 
     def _give_way(self, stage: Stage, why: str, log: Log) -> None:
-        aside = self.set_aside(stage.name)
-        log(f"{stage.name}: stale ({why}); moved to {aside}")
+        aside = self.set_stale_aside(stage, why, log)
         if stage.trains:
             self.take_trunk(stage, [aside], log)
+
+    def set_stale_aside(self, stage: Stage, why: str, log: Log) -> Path:
+        """Move the folder of a stage that is stale as `set_aside` does, and say why; returns where it is now."""
+        aside = self.set_aside(stage.name)
+        log(f"{stage.name}: stale ({why}); moved to {aside}")
+        return aside
 
     def take_trunk(self, stage: Stage, donors: Sequence[Path], log: Log) -> None:
         """Let a training go on from the furthest checkpoint that another of the same trunk has left.

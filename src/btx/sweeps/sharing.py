@@ -87,7 +87,7 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
                 continue
             with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
                 if run.state(stage) == "stale":
-                    log(f"{stage.name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage.name)}")
+                    run.set_stale_aside(stage, run.why_stale(stage), log)
                 _copy_stage(donor / stage.name, run.folder(stage.name), donor)
             log(f"{stage.name}: taken over from {donor}")
             taken.append(stage.name)
@@ -105,7 +105,7 @@ def _take_trunk(run: RunFolder, stage: Stage, others: Sequence[Path], log: Log) 
         return
     with contextlib.suppress(NotYet), exclusive(run.path, stage.name):
         if run.state(stage) == "stale":
-            log(f"{stage.name}: stale ({run.why_stale(stage)}); moved to {run.set_aside(stage.name)}")
+            run.set_stale_aside(stage, run.why_stale(stage), log)
         run.take_trunk(stage, donors, log)
 
 

@@ -151,10 +151,10 @@ def test_a_law_s_line_and_sizes_have_one_colour_in_all_panels(gain: ModuleType):
     assert axes.get_xscale() == "log"
 
 
-@pytest.mark.parametrize("recipe", ["gain", str(BENCHMARKS / "gain_1m.yaml")])
+@pytest.mark.parametrize("recipe", ["gain", str(BENCHMARKS / "gain_1m.yaml"), str(BENCHMARKS / "gain_2m.yaml")])
 def test_every_point_of_the_experiment_has_the_tokens_a_parameter_of_its_name(recipe: str):
     runs = plan_sweep(recipe, ["data.root=."], rng_seeds=1).runs
-    assert len(runs) >= 3
+    assert runs
     for run in runs:
         read = run.recipe.seed_model.train.tokens
         after = len(run.recipe.train.domains) * run.recipe.train.tokens + run.recipe.finetune.tokens

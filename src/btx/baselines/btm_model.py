@@ -235,12 +235,7 @@ def weights_of(rows: Packed, similarity: TextSimilarity, top_k: int, window: int
 
 
 def load_model_or_btm(path: str | Path, place: Place = ON_CPU) -> PreTrainedModel | SideBySide:
-    """What a model folder, a hub name or a Branch-Train-Merge folder holds, where it is measured.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        UserError: no device has room for it.
-    """
+    """What a model folder, a hub name or a Branch-Train-Merge folder holds, where it is measured."""
     if isinstance(path, Path) and (path / BTM_FILE).is_file():
         return BtmModel.load(path, place)
     return load_placed(path, place)

@@ -140,7 +140,6 @@ def scaled_steps(steps: Sequence[int], per_step: Sequence[float], budget: float)
     """Steps of each phase, all scaled by one factor, so that together they cost `budget`.
 
     Args:
-        steps: steps of each phase before.
         per_step: what a step of each phase costs, in the budget's unit.
 
     Returns:

@@ -56,7 +56,6 @@ class TextSimilarity:
 
         Args:
             pieces: name → token ids of its pieces, each (tokens,).
-            vocab_size: V.
             special: tokens that do not count.
 
         Raises:
@@ -108,11 +107,7 @@ class TextSimilarity:
 
     @classmethod
     def load(cls, file: Path, names: Sequence[str], temperature: float) -> TextSimilarity:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or broken, or of other kinds of text.
-        """
+        """Read what `save` wrote."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 idf_V, means_NV = arrays["idf"], arrays["means"]

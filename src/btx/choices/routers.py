@@ -74,11 +74,7 @@ ROUTERS: dict[str, RouterKind] = {
 @dataclass(frozen=True)
 class RoutingRule:
     """The rule by which tokens are routed: a router and everything that sets it. The other routers' options are
-    ignored.
-
-    Raises:
-        CheckpointError: there is no such router.
-    """
+    ignored."""
 
     kind: str = "top_k"
     """A name in `ROUTERS`."""
@@ -123,11 +119,7 @@ class RoutingRule:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RoutingRule:
-        """What `as_json` wrote.
-
-        Raises:
-            CheckpointError: an unknown router or option, or a value of another type.
-        """
+        """What `as_json` wrote."""
         defaults = asdict(cls())
         if not isinstance(value, dict) or not value.keys() <= defaults.keys():
             raise CheckpointError(f"{where}: router: expected some of {', '.join(defaults)}; found {value!r}")

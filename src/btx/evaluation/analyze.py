@@ -100,11 +100,7 @@ class RoutingTotals:
 def domain_routing(
     model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: bool = False
 ) -> tuple[RoutingTotals, RoutedTokens]:  # fmt: skip
-    """Routing of the text tokens of `documents`, as sums and one by one; separators and padding do not count.
-
-    Args:
-        apart: as `btx.data.held_out.pack` takes it.
-    """
+    """Routing of the text tokens of `documents`, as sums and one by one; separators and padding do not count."""
     totals, parts = RoutingTotals(len(moe_layers(model)), num_experts(model)), []
     for rows in pack(documents, sequence_length, apart=apart).batches(MICRO_BATCH_TOKENS):
         routings_L = routing_of(model, rows)
@@ -208,18 +204,12 @@ def analyze(
     """Route held-out text of every domain; write routing.json and tokens.json.
 
     Args:
-        run_folder: holds the prepared data.
         recipe: the run's recipe; `analyze.tokens` a domain at most, `analyze.examples` documents shown of each.
-        model_path: folder of the MoE model.
         folder: results go here; default: `analyze` in the run folder.
 
     Returns:
         routing.json, as written. A domain's entropy is that of the router's probabilities in nats, its confidence the
         mean probability of the first expert.
-
-    Raises:
-        CheckpointError: a dense model, or one with another number of experts than the recipe.
-        DataError: held-out data are missing.
     """
     folder = folder or run_folder / "analyze"
     model, tokenizer = load_placed(model_path, measuring_place(recipe, log)), load_tokenizer(model_path)
@@ -275,7 +265,6 @@ def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> 
     """Layers in which a domain's own expert has the largest load, for the domains that have one.
 
     Args:
-        routing: routing.json.
         general: name of the general domain, whose own expert is the generalist.
     """
     domains = routing["domains"]

@@ -43,7 +43,6 @@ def analyze_model(
     """Route text of several domains through a MoE model; write routing.json, tokens.json and the report's page.
 
     Args:
-        path: model folder or hub name.
         texts: domain → its documents.
         output: folder to write; it appears when it is complete.
         tokens: of each domain, at most.

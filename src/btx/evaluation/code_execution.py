@@ -67,9 +67,6 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     """Run a Python program; it passes if its last line is reached without an error.
 
     Leaving early, even with exit code 0, is not passing.
-
-    Raises:
-        UserError: the fence could not be put up on this machine.
     """
     return _run(program, limits)[0]
 

@@ -157,17 +157,11 @@ def evaluate_models(
     kill loses one model at most.
 
     Args:
-        run_folder: holds the prepared data.
         models: name, as it stands in the results → model.
         folder: results go here; default: `evaluate` in the run folder.
 
     Returns:
         The results, as written.
-
-    Raises:
-        DataError: held-out data or questions are missing or broken.
-        CheckpointError: a model cannot be loaded.
-        UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     measures = _what_to_measure(run_folder, recipe, models)
     if measures.harness.note:

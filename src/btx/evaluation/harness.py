@@ -70,12 +70,7 @@ class Harness:
     """Tasks of lm-evaluation-harness that models are measured on, read and checked once."""
 
     def __init__(self, requests: Sequence[TaskRequest], *, allow_code_execution: bool = False) -> None:
-        """Read the files; lm-eval is imported when the first model is measured.
-
-        Raises:
-            UserError: lm-eval is not installed, no such task, or code would be run without permission.
-            DataError: a file is missing or broken.
-        """
+        """Read the files; lm-eval is imported when the first model is measured."""
         self.requests = list(requests)
         self.documents = check_harness(requests, allow_code_execution=allow_code_execution)
         self._tasks: dict[str, dict[str, Any]] = {}

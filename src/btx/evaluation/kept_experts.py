@@ -44,8 +44,6 @@ def kept_curve(
     A dropped expert's router logit counts as -inf, in every layer; where fewer than K are left, a token uses those.
 
     Args:
-        packed: domain → held-out documents.
-        names: the experts' names, E.
         order: experts in the order in which they go, the least used first: all E of them.
     """
     curve: list[Kept] = []

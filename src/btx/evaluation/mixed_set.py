@@ -37,10 +37,6 @@ ROOM = 8
 def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[HeldOutDocument]:
     """`evaluate.mixed.documents` documents of the recipe's kind, always the same ones.
 
-    Args:
-        run_folder: holds the prepared data.
-        tokenizer: the one that made the data's token files.
-
     Raises:
         DataError: a domain has no held-out document of two words.
     """
@@ -68,7 +64,6 @@ def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
 
     Args:
         texts: domain → its documents, one at least.
-        count: texts wanted.
     """
     pairs, joined = list(combinations(texts, 2)), []
     halves = {domain: cycle(map(split_in_the_middle, of_it)) for domain, of_it in texts.items()}

@@ -80,7 +80,6 @@ def routing_statistics(
 
     Args:
         domains: name → its tokens, one at least.
-        experts: names, E.
         class_V: index in CLASSES of every token of the vocabulary.
         pairs: domain → pairs of experts, the smaller index first, whose shares are told.
     """

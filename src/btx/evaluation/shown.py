@@ -93,7 +93,6 @@ class ToShow:
         (those of each answer), of every other MoE model `routes` (document → experts and gates of its tokens).
 
         Args:
-            name: in the results.
             measured: what results.json says of it.
         """
         length = self.recipe.data.sequence_length
@@ -146,11 +145,7 @@ class ToShow:
         return said == experts if said is not None or self.only_named else True
 
     def together(self, kept: Mapping[str, Mapping[str, Any]]) -> Shown:
-        """shown.json; it has no answers where the run's model is not among the models.
-
-        Args:
-            kept: model → what `of` gave.
-        """
+        """shown.json; it has no answers where the run's model is not among the models."""
         answers = []
         for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
             asked = self.asked[int(number)]
@@ -179,16 +174,7 @@ class ToShow:
 def to_show(
     run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Sequence[Question]]
 ) -> ToShow:  # fmt: skip
-    """What the models of a run are shown on.
-
-    Args:
-        run_folder: holds the prepared data.
-        tokenizer: the one that made the data's token files.
-        questions: those of every task.
-
-    Raises:
-        DataError: held-out data are missing.
-    """
+    """What the models of a run are shown on."""
     examples: dict[str, HeldOutDocument] = {}
     asked: list[Asked] = []
     texts: dict[str, list[HeldOutDocument]] = {}

@@ -75,7 +75,6 @@ def exact_match(
     """Answer every question greedily and compare with its gold answer.
 
     Args:
-        questions: at least one.
         task: `answer_after` and `max_new_tokens` decide where an answer is and how long the model may take.
     """
     prompts = [question.prompt for question in questions]

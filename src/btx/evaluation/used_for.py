@@ -32,7 +32,6 @@ def used_for(
 
     Args:
         routed: text tokens of all domains, one at least.
-        experts: names, E.
         class_V: index in CLASSES of every token of the vocabulary.
     """
     there_N, place_T, count_N = np.unique(routed.token_T, return_inverse=True, return_counts=True)

@@ -149,11 +149,7 @@ class Opened:
         return problems
 
     def moe_config(self, num_experts: int, top_k: int) -> Config:
-        """The MoE config made of this model's, completed with its class's defaults.
-
-        Raises:
-            CheckpointError: the MoE class does not take its values.
-        """
+        """The MoE config made of this model's, completed with its class's defaults."""
         return completed(
             lambda: self.family.moe_config(self.config, num_experts, top_k), self.folder / "config.json",
             "the MoE class",

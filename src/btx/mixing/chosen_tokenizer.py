@@ -54,9 +54,6 @@ class ChosenTokenizer:
             seed_model: folder of the model whose special ids its own take the place of.
             rows: of that model's embedding.
             warn: told if packages are missing that would load it.
-
-        Raises:
-            CheckpointError: it cannot be loaded, or an id has no row.
         """
         for name in CONFIGS:  # refused before anything is written
             _said(folder / name)

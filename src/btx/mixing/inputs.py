@@ -58,9 +58,6 @@ def open_tensors(
     Args:
         who: whose tensors these are, for messages.
         adapter: is merged into them.
-
-    Raises:
-        CheckpointError: as `TensorFolder`; the adapter changes what is not there.
     """
     tensors = TensorFolder(folder, who)
     tensors.leave_out_tied_head(config)

@@ -154,9 +154,6 @@ def _plan(inputs: MixInputs, settings: MixSettings, forced: torch.dtype | None) 
 
     Args:
         forced: type of all weights; None: as they are.
-
-    Raises:
-        CheckpointError: a setting does not fit the models.
     """
     transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
     bound = bind(settings.merging, list(inputs.members))
@@ -273,7 +270,6 @@ def _record(
     Args:
         config: as it was written.
         texts: what routers were made from.
-        written: bytes.
     """
     names, top_k = [expert.name for expert in planned.experts], planned.top_k
     return {

@@ -40,11 +40,7 @@ Targets = Callable[[int, int, Tensor], Tensor]
 
 
 def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method: str) -> None:
-    """Refuse missing and surplus texts.
-
-    Raises:
-        CheckpointError: an expert without text, or text of no expert.
-    """
+    """Refuse missing and surplus texts."""
     named = list(texts or ())
     missing = [name for name in experts if name not in named]
     unknown = [name for name in named if name not in experts]
@@ -69,9 +65,7 @@ def fit_routers(
 
     Args:
         folder: a complete MoE folder that nobody else reads yet; the routers in it do not matter.
-        texts: one of each domain.
         owners: for every expert of a layer the number of the text that is its own.
-        init: a start that needs text.
         place: where the model runs, as far as there is room for it.
     """
     model = load_for_text(folder, place)

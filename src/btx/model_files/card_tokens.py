@@ -80,10 +80,6 @@ def card_tokens(card: str, parameters: float) -> tuple[float, list[float]]:
 
     What it says of models of another size does not count, unless it says nothing else.
 
-    Args:
-        card: text of README.md.
-        parameters: of the model.
-
     Returns:
         (0, []) if the card names none.
     """

@@ -46,11 +46,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary in a folder, from the file that a tokenizer is loaded from; None if it holds no tokenizer.
-
-    Raises:
-        CheckpointError: a file that is none of its kind.
-    """
+    """The vocabulary in a folder, from the file that a tokenizer is loaded from; None if it holds no tokenizer."""
     for pattern, read in READERS:
         for file in sorted(folder.glob(pattern)):
             with _naming(file):
@@ -73,11 +69,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is unreadable or holds something else.
-    """
+    """The JSON object in a file; raises CheckpointError if it holds something else."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -101,12 +101,8 @@ def check_ids(folder: Path, rows: int, ids: Mapping[str, int] | None = None) -> 
     """Refuse a tokenizer with ids that have no row in the embedding; a folder without a tokenizer is fine.
 
     Args:
-        folder: where the tokenizer is.
         rows: of the embedding.
         ids: token → id as loaded; default: as its files say.
-
-    Raises:
-        CheckpointError: names the file, the tokens and the number of rows.
     """
     vocabulary = read_vocabulary(folder)
     ids = ids if ids is not None else vocabulary.ids if vocabulary else {}
@@ -127,9 +123,6 @@ def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     """How the tokenizer of `folder` differs from that of `seed`: file and first difference; None if it does not.
 
     Sizes alone prove nothing: entries, their ids, merges and added tokens are compared, whatever files hold them.
-
-    Raises:
-        CheckpointError: a tokenizer file that cannot be read.
     """
     ours, theirs = read_vocabulary(folder), read_vocabulary(seed)
     if ours is None:

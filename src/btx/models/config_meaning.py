@@ -45,9 +45,6 @@ def meaning(config: Mapping[str, Any]) -> Config:
     """What the keys mean that have an effect on the result, each written in one way.
 
     Keys that are unknown to the class have none.
-
-    Args:
-        config: completed with its class's defaults.
     """
     defaults = config_defaults(str(config["model_type"]))
     meant = {

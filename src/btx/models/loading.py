@@ -140,7 +140,6 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
     the model all have to call it, and the first one writes what one process would write.
 
     Args:
-        folder: an existing folder.
         like: folder of the model this one was trained from; its config, tokenizer and generation settings are kept as
             they are, and every weight gets the type that it has there. None for a model from scratch.
         tokenizer: written when there is no `like`.

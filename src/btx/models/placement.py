@@ -65,10 +65,6 @@ def load_placed(path: str | Path, place: Place) -> PreTrainedModel:
     """A model where it is measured: on the first device that has room for all of it, else spread.
 
     Tokens are read on `model.device`, whatever lies elsewhere; logits come back there.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        UserError: not even its embedding fits.
     """
     cost, number = config_cost(read_config(path)), place.dtype.itemsize
     weights, forward = number * cost.total_params, forward_bytes(cost.shape, number, place.reading)

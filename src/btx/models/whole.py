@@ -39,11 +39,7 @@ class ClassTensors(NamedTuple):
 
 def class_tensors(config: Mapping[str, Any]) -> ClassTensors:
     """The tensors that a folder with this config has to hold; nothing is allocated. Not to be changed: it is kept for
-    the next folder of this config (experts are branches of one seed model).
-
-    Raises:
-        CheckpointError: transformers cannot build the model.
-    """
+    the next folder of this config (experts are branches of one seed model)."""
     return _class_tensors(config_text(config))
 
 
@@ -73,7 +69,6 @@ def check_whole(folder: Path, config: Mapping[str, Any], *, loading: bool = Fals
     """Refuse a folder that is not exactly its class.
 
     Args:
-        config: its config, completed with its class's defaults.
         loading: transformers will load it, which also reads the layout that it keeps in memory.
 
     Raises:
@@ -110,9 +105,6 @@ def check_planned(planned: Mapping[str, tuple[int, ...]], config: Mapping[str, A
 
     Args:
         planned: name → shape of every tensor to be written.
-
-    Raises:
-        CheckpointError: with a line for each kind of difference.
     """
     output, where = Path(str(config.get("model_type"))), dict.fromkeys(planned, "the model to be written")
     problems = shape_problems(planned, class_tensors(config).published, output, where, "the config's class has")

@@ -55,11 +55,7 @@ def _recorded(model: nn.Module) -> tuple[type[nn.Module], ...]:
 
 
 def num_experts(model: nn.Module) -> int:
-    """E, without shared experts; 0 of a dense model.
-
-    Raises:
-        CheckpointError: layers differ in it.
-    """
+    """E, without shared experts; 0 of a dense model. Layers that differ in it are refused."""
     counts = [_experts_of(layer) for layer in moe_layers(model)]
     if len(set(counts)) > 1:
         raise CheckpointError(f"{type(model).__name__}: its MoE layers have different numbers of experts: {counts}")

@@ -53,9 +53,6 @@ def check_gguf(folder: Path) -> list[str]:
 
     Returns:
         What has not been checked by anybody, for the user.
-
-    Raises:
-        CheckpointError: why not, and what to do instead.
     """
     config = check_model_folder(folder)
     if is_btx_folder(config):

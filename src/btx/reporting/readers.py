@@ -88,7 +88,6 @@ def token_readers(run: Run, other: Run | None = None) -> dict[str, Reader]:
     """The readers of a run: "tokens", its documents, and "answers"; those that it has anything for.
 
     Args:
-        run: whose tokens are shown.
         other: a run or analysed model whose model is shown beside, where it has routed the same text.
     """
     readers = {}

@@ -80,11 +80,7 @@ class Results:
     rows: list[Row]
 
     def quality_titles(self, tasks: Iterable[str]) -> list[str]:
-        """Titles of the rows' `quality`.
-
-        Args:
-            tasks: those of the tasks.
-        """
+        """Titles of the rows' `quality`."""
         return [*map(domain_title, self.domains), *self.means, *tasks]
 
     @property

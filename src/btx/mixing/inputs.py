@@ -35,7 +35,6 @@ class MixInputs:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the dense model."""
         return int(self.config["num_hidden_layers"])
 
     @property

@@ -140,7 +140,6 @@ class MoeFolder:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
         return int(self.completed["num_hidden_layers"])
 
     @property

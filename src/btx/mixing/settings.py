@@ -83,7 +83,7 @@ class MixSettings:
         return seeded(init, self.rng_seed, "router_init")
 
     @classmethod
-    def given(cls, settings: MixSettings | None, knobs: dict[str, Any]) -> MixSettings:
+    def of_arguments(cls, settings: MixSettings | None, knobs: dict[str, Any]) -> MixSettings:
         """Settings that were given as one object or as keywords; raises TypeError for both, or an unknown keyword."""
         allowed = [field.name for field in fields(cls)]
         if unknown := [name for name in knobs if name not in allowed]:

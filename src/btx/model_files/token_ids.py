@@ -154,7 +154,7 @@ READERS: tuple[tuple[str, Callable[[Path], Vocabulary]], ...] = (
 """File → how it is read, in the order in which they are looked for."""
 
 
-def _add_tokens(found: Vocabulary, folder: Path) -> None:
+def _add_tokens(vocabulary: Vocabulary, folder: Path) -> None:
     """Add the tokens that other files add; transformers gives them the next ids, whatever ids they are said to have."""
     config, older, mapped = (folder / name for name in (CONFIG, "added_tokens.json", "special_tokens_map.json"))
     said = {file: read_object(file) for file in (config, older, mapped) if file.is_file()}
@@ -172,11 +172,11 @@ def _add_tokens(found: Vocabulary, folder: Path) -> None:
         with _naming(file):
             more = [token for key in MORE_SPECIAL for token in _listed(value.get(key))]
             added += [(_content(token), file) for token in (*(value.get(key) for key in SPECIAL), *more) if token]
-    following = 1 + max(found.ids.values())
+    following = 1 + max(vocabulary.ids.values())
     for token, file in added:
-        if token not in found.ids and found.lists_special:
-            found.ids[token] = following
-            found.added_by[token] = file
+        if token not in vocabulary.ids and vocabulary.lists_special:
+            vocabulary.ids[token] = following
+            vocabulary.added_by[token] = file
             following += 1
 
 

@@ -132,32 +132,32 @@ def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     return _ids_difference(ours, theirs) or _rules_difference(ours, theirs)
 
 
-def _ids_difference(own: Vocabulary, seed: Vocabulary) -> str | None:
+def _ids_difference(ours: Vocabulary, seed: Vocabulary) -> str | None:
     """The first token, in the order of the alphabet, that has not the same id."""
-    listed = own.lists_special and seed.lists_special  # else what one file lacks may be in code
-    tokens = own.ids.keys() | seed.ids.keys() if listed else own.ids.keys() & seed.ids.keys()
-    differing = [token for token in tokens if own.ids.get(token) != seed.ids.get(token)]
+    listed = ours.lists_special and seed.lists_special  # else what one file lacks may be in code
+    tokens = ours.ids.keys() | seed.ids.keys() if listed else ours.ids.keys() & seed.ids.keys()
+    differing = [token for token in tokens if ours.ids.get(token) != seed.ids.get(token)]
     if not differing and (listed or tokens):
         return None
     if not differing:
-        return f"{own.file}: no token in common with {seed.file}"
+        return f"{ours.file}: no token in common with {seed.file}"
     token = min(differing)
-    said = [f"id {x.ids[token]}" if token in x.ids else "no entry" for x in (own, seed)]
-    file = own.added_by.get(token, own.file)
+    said = [f"id {x.ids[token]}" if token in x.ids else "no entry" for x in (ours, seed)]
+    file = ours.added_by.get(token, ours.file)
     return f"{file}: another vocabulary than the seed model's: {token!r} has {said[0]}, there {said[1]}"
 
 
-def _rules_difference(own: Vocabulary, seed: Vocabulary) -> str | None:
-    if own.merges is not None and seed.merges is not None and own.merges != seed.merges:
-        return f"{own.file}: other merges than the seed model's"
-    if own.kind != seed.kind:
+def _rules_difference(ours: Vocabulary, seed: Vocabulary) -> str | None:
+    if ours.merges is not None and seed.merges is not None and ours.merges != seed.merges:
+        return f"{ours.file}: other merges than the seed model's"
+    if ours.kind != seed.kind:
         return None  # they say the same in ways that cannot be compared
-    for key in sorted(own.rules.keys() | seed.rules.keys()):
-        value, seed_value = own.rules.get(key), seed.rules.get(key)
+    for key in sorted(ours.rules.keys() | seed.rules.keys()):
+        value, seed_value = ours.rules.get(key), seed.rules.get(key)
         if value != seed_value:
             if key in ("normalizer", "pre_tokenizer", "scores"):
-                return f"{own.file}: another {key} than the seed model's"
-            return f"{own.file}: {key} is {value!r}, the seed model's tokenizer has {seed_value!r}"
+                return f"{ours.file}: another {key} than the seed model's"
+            return f"{ours.file}: {key} is {value!r}, the seed model's tokenizer has {seed_value!r}"
     return None
 
 

@@ -102,7 +102,6 @@ class Tile:
 
     @property
     def size(self) -> int:
-        """Number of rows."""
         return self.rows.stop - self.rows.start
 
 

@@ -113,7 +113,6 @@ class MoE(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """E."""
         return self.gate.weight.shape[0]  # experts may be wrapped in an adapter
 
 

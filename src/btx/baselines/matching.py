@@ -29,7 +29,6 @@ class MatchedPhase:
     """One training stage of a baseline as it is trained."""
 
     stage: str
-    """Name of the stage."""
     settings: Finetune
     """Tokens are whole optimiser steps."""
     mixtures: list[dict[str, float]]
@@ -37,7 +36,6 @@ class MatchedPhase:
     cost: ModelCost
     """What is computed for a token in training."""
     flops: float
-    """Training FLOPs of the stage."""
 
 
 def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:

@@ -40,13 +40,11 @@ class TextSimilarity:
     """Means of several kinds of text in tf-idf space, ready to compare contexts with."""
 
     names: tuple[str, ...]
-    """The kinds of text."""
     idf_V: np.ndarray
     """Inverse document frequency of each token; 0 for special tokens, which say nothing."""
     means_NV: np.ndarray
     """Mean tf-idf vector of each kind, scaled to length 1."""
     temperature: float
-    """T."""
 
     @classmethod
     def fit(

@@ -157,7 +157,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
 
 def _save_weights(
     model: PreTrainedModel, folder: Path, types: Mapping[str, torch.dtype], layout: Collection[str] | None
-) -> None:  # fmt: skip
+) -> None:
     """Weights, each in its type in `types` or else as it is, and what `save_pretrained` writes beside them."""
     if process_count() > 1:
         stream_model(model, folder, types, layout)

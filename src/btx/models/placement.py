@@ -56,9 +56,8 @@ class Place:
 
     def shared_by(self, models: int) -> Place:
         """For one of several models that are there together."""
-        return self if self.weights_per_device is None else replace(
-            self, weights_per_device=self.weights_per_device // models
-        )  # fmt: skip
+        limit = self.weights_per_device
+        return self if limit is None else replace(self, weights_per_device=limit // models)
 
 
 def load_placed(path: str | Path, place: Place) -> PreTrainedModel:

@@ -25,7 +25,6 @@ class RouterKind:
     experts_per_token: Callable[[RoutingRule, int, int], int]
     """(rule, layer, number of experts) → experts a token uses in that layer."""
     why_not_plain: Callable[[RoutingRule, bool], str | None]
-    """As `RoutingRule.why_not_plain`."""
 
 
 def _plain(rule: RoutingRule, probability_gates: bool) -> None:

@@ -39,9 +39,9 @@ def check_analysis(model: str | Path, texts: Mapping[str, Path], output: Path) -
         raise UserError(f"{output}: exists already and is no analysis; choose another folder with -o")
 
 
-def check_run_alone(run: Path, *given: object) -> None:
+def check_run_alone(run: Path, *settings: object) -> None:
     """Refuse what goes with a model, for a run."""
-    if any(given):
+    if any(settings):
         raise UserError(f"{run} is a run, which is analysed on its own held-out text, as its recipe says (`analyze`): "
                         f"text and its key, output, tokens, examples and dropped experts go with a model, for example "
                         f"{run / 'finetune' / 'model'}")  # fmt: skip

@@ -30,7 +30,7 @@ POINTS = 12
 
 def documents_for_curve(
     run_folder: Path, recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase
-) -> list[HeldOutDocument]:  # fmt: skip
+) -> list[HeldOutDocument]:
     """Held-out documents of a domain for the curve: about TOKENS, longer ones cut."""
     documents = held_out_documents(run_folder, recipe, domain, TOKENS)
     return [shortened(document, TOKENS, tokenizer) for document in documents]

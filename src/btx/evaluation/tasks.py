@@ -71,7 +71,7 @@ def example_numbers(questions: int) -> range:
 
 def exact_match(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task
-) -> ExactMatch:  # fmt: skip
+) -> ExactMatch:
     """Answer every question greedily and compare with its gold answer.
 
     Args:

@@ -27,7 +27,7 @@ LEAST_SHARE = 1 / 2000
 
 def used_for(
     routed: RoutedTokens, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str], class_V: np.ndarray
-) -> dict[str, UsedFor]:  # fmt: skip
+) -> dict[str, UsedFor]:
     """What every expert is used for; its tokens with the largest share first.
 
     Args:

@@ -124,7 +124,7 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
         one, two, three = text(user), text(user, answer), text(user, answer, user)
         if not (two.startswith(one) and three.startswith(two)):
             return None
-        parts = {"user": three[len(two):], "assistant": two[len(one):]}  # fmt: skip
+        parts = {"user": three[len(two) :], "assistant": two[len(one) :]}
         start = one.removesuffix(parts["user"])
         with_system = _or_none(lambda: text(system, user))
         if with_system is not None and with_system.endswith(parts["user"]) and MARKS["system"] in with_system:

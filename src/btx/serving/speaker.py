@@ -160,4 +160,4 @@ def completion(
             {"text": token.text, "experts": [names[i] for i in token.pair], "from_prompt": token.from_prompt}
             for token in shown
         ],
-    }  # fmt: skip
+    }

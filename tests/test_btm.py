@@ -249,7 +249,7 @@ def test_called_like_a_model_of_transformers_it_says_and_generates_the_same(btm)
     made_BS = btm.generate(ids_BS, attention_mask=mask_BS, max_length=width + 12, pad_token_id=0)
     texts = tokenizer().batch_decode(made_BS[:, width:], skip_special_tokens=True)
     assert texts == complete(btm, tokenizer(), prompts, "never written", 12)
-    stopped = btm.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=12, stopping_criteria=lambda ids, _: True)
+    stopped = btm.generate(ids_BS, attention_mask=mask_BS, max_length=99, stopping_criteria=lambda ids, _: True)
     assert torch.equal(stopped, made_BS[:, : width + 1])
     with pytest.raises(UserError, match="greedily"):
         btm.generate(ids_BS, max_length=width + 1, do_sample=True)

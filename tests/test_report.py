@@ -25,7 +25,7 @@ from btx.reporting.charts import CostChart, CostPoint, bucket_means
 from btx.reporting.drawing import Chart, spread
 from btx.reporting.headline import headline
 from btx.reporting.notebook import run_html
-from btx.reporting.paired_bootstrap import compare_documents
+from btx.reporting.paired_bootstrap import compare_documents, may_be_chance
 from btx.reporting.readers import script
 from btx.reporting.report import write_report
 from btx.reporting.results import report_table, results_table
@@ -470,10 +470,10 @@ def test_differences_are_judged_in_pairs_as_btx_compare_does(run: Path, tmp_path
     documents = paired_documents()
     line = headline(results(), documents)
     assert line is not None
-    assert {c.name: c.may_be_chance for c in line.comparisons} == {
+    assert {c.name: may_be_chance(c.p) for c in line.comparisons} == {
         "seed": False, "soup": True, "mix": False, "expert/math": False
     }  # fmt: skip
-    assert {t.task: t.may_be_chance for t in line.tasks} == {"arithmetic": False, "facts": True}
+    assert {t.task: may_be_chance(t.p) for t in line.tasks} == {"arithmetic": False, "facts": True}
     for comparison in line.comparisons:
         told = compare_documents(documents["models"]["btx"], documents["models"][comparison.name], documents["bytes"])
         assert comparison.p == told["mean"]["p"]

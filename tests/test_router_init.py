@@ -188,8 +188,8 @@ def test_a_run_takes_its_domains_token_files_as_text(tmp_path: Path) -> None:
 
 
 def test_zero_routers_are_zero_and_random_ones_are_not() -> None:
-    assert not initial_router(RouterInit("zeros"), 4, 8)(0).any()
-    assert initial_router(RouterInit("random"), 4, 8)(0).std() > 0.01
+    assert not initial_router(RouterInit("zeros"), 4, 8, layer=0).any()
+    assert initial_router(RouterInit("random"), 4, 8, layer=0).std() > 0.01
 
 
 def test_text_is_read_up_to_the_tokens_asked_for_and_positions_restart_at_documents(

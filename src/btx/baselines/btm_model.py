@@ -103,12 +103,10 @@ class BtmModel:
         return -mixed_BS[scored_BS]
 
     def reader(self) -> BtmReader:
-        """A new reader."""
         return BtmReader(self)
 
     @property
     def config(self) -> Any:
-        """The config of the first member."""
         return next(iter(self.members.values())).config
 
     @torch.inference_mode()
@@ -132,16 +130,16 @@ class BtmModel:
 
     @torch.inference_mode()
     def generate(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, max_length: int | None = None,
-        max_new_tokens: int | None = None, stopping_criteria: Callable[..., Any] | None = None,
-        pad_token_id: int | None = None, do_sample: bool | None = False, **_: Any,
+        self, input_ids: Tensor, *, max_length: int, attention_mask: Tensor | None = None,
+        stopping_criteria: Callable[..., Any] | None = None, pad_token_id: int | None = None,
+        do_sample: bool | None = False, **_: Any,
     ) -> Tensor:  # fmt: skip
         """The prompts with their greedy continuations: (B, S + new tokens), as transformers' `generate`.
 
         Args:
             input_ids: (B, S), padded at the left.
             attention_mask: 0 in padding; None: there is none.
-            max_length: tokens in all, at most; or `max_new_tokens`, or both.
+            max_length: tokens in all, at most.
             stopping_criteria: called with all tokens and the scores; all rows have to be stopped.
             pad_token_id: what follows a row's end-of-text token; default: that token.
 
@@ -152,11 +150,10 @@ class BtmModel:
             raise UserError("Branch-Train-Merge generates greedily here; set do_sample to false")
         ids_BS = input_ids
         mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
-        limits = [limit for limit in (max_length, max_new_tokens and ids_BS.shape[1] + max_new_tokens) if limit]
         ends = ends_of(next(iter(self.members.values())))
         running_B = torch.ones(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
         reader = self.reader()
-        while running_B.any() and ids_BS.shape[1] < min(limits):
+        while running_B.any() and ids_BS.shape[1] < max_length:
             scores_BV = reader.scores(ids_BS, mask_BS)
             next_B = scores_BV.argmax(dim=-1)
             if ends:
@@ -203,7 +200,6 @@ class BtmReader:
         return torch.stack(terms).logsumexp(dim=0)
 
     def keep(self, rows_B: Tensor) -> None:
-        """Go on with these rows only."""
         for reader in self._readers:
             reader.keep(rows_B)
         if self._weights_BN is not None:
@@ -235,12 +231,7 @@ def weights_of(rows: Packed, similarity: TextSimilarity, top_k: int, window: int
 
 
 def load_model_or_btm(path: str | Path, place: Place = ON_CPU) -> PreTrainedModel | SideBySide:
-    """What a model folder, a hub name or a Branch-Train-Merge folder holds, where it is measured.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        UserError: no device has room for it.
-    """
+    """What a model folder, a hub name or a Branch-Train-Merge folder holds, where it is measured."""
     if isinstance(path, Path) and (path / BTM_FILE).is_file():
         return BtmModel.load(path, place)
     return load_placed(path, place)

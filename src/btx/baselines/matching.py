@@ -29,7 +29,6 @@ class MatchedPhase:
     """One training stage of a baseline as it is trained."""
 
     stage: str
-    """Name of the stage."""
     settings: Finetune
     """Tokens are whole optimiser steps."""
     mixtures: list[dict[str, float]]
@@ -37,7 +36,6 @@ class MatchedPhase:
     cost: ModelCost
     """What is computed for a token in training."""
     flops: float
-    """Training FLOPs of the stage."""
 
 
 def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +138,6 @@ def scaled_steps(steps: Sequence[int], per_step: Sequence[float], budget: float)
     """Steps of each phase, all scaled by one factor, so that together they cost `budget`.
 
     Args:
-        steps: steps of each phase before.
         per_step: what a step of each phase costs, in the budget's unit.
 
     Returns:

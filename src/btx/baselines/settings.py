@@ -29,7 +29,6 @@ class Phase:
     """One training stage of a baseline."""
 
     stage: str
-    """Name of the stage."""
     data: Literal["domains", "mixture"]
     """`domains`: the branches' sequences, read in turn; `mixture`: the finetuning's."""
     settings: Finetune

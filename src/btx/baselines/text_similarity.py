@@ -40,13 +40,11 @@ class TextSimilarity:
     """Means of several kinds of text in tf-idf space, ready to compare contexts with."""
 
     names: tuple[str, ...]
-    """The kinds of text."""
     idf_V: np.ndarray
     """Inverse document frequency of each token; 0 for special tokens, which say nothing."""
     means_NV: np.ndarray
     """Mean tf-idf vector of each kind, scaled to length 1."""
     temperature: float
-    """T."""
 
     @classmethod
     def fit(
@@ -56,7 +54,6 @@ class TextSimilarity:
 
         Args:
             pieces: name → token ids of its pieces, each (tokens,).
-            vocab_size: V.
             special: tokens that do not count.
 
         Raises:
@@ -108,11 +105,7 @@ class TextSimilarity:
 
     @classmethod
     def load(cls, file: Path, names: Sequence[str], temperature: float) -> TextSimilarity:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or broken, or of other kinds of text.
-        """
+        """Read what `save` wrote."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 idf_V, means_NV = arrays["idf"], arrays["means"]

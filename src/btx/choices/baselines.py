@@ -126,4 +126,4 @@ def stage_names(name: str) -> list[str]:
 def is_trained(stage: str) -> bool:
     """Whether a stage below baselines/ runs the training loop."""
     name = stage.removeprefix("baselines/").removesuffix(DOMAINS)
-    return any(kind.trains and name == known for known, kind in BASELINES.items())
+    return name in BASELINES and BASELINES[name].trains

@@ -19,7 +19,6 @@ class RouterInitMethod:
     needs_text: bool = False
     """Text of every expert's domain decides the routers."""
     scale: float | None = None
-    """Default `scale`."""
 
 
 ROUTER_INITS: dict[str, RouterInitMethod] = {
@@ -51,7 +50,6 @@ class RouterInit:
     tokens: int = 50_000
     """hidden_mean, ridge: tokens read of each text, at most."""
     rng_seed: int = 0
-    """random: random number seed."""
 
     @property
     def needs_text(self) -> bool:

@@ -25,7 +25,6 @@ class RouterKind:
     experts_per_token: Callable[[RoutingRule, int, int], int]
     """(rule, layer, number of experts) → experts a token uses in that layer."""
     why_not_plain: Callable[[RoutingRule, bool], str | None]
-    """As `RoutingRule.why_not_plain`."""
 
 
 def _plain(rule: RoutingRule, probability_gates: bool) -> None:
@@ -74,11 +73,7 @@ ROUTERS: dict[str, RouterKind] = {
 @dataclass(frozen=True)
 class RoutingRule:
     """The rule by which tokens are routed: a router and everything that sets it. The other routers' options are
-    ignored.
-
-    Raises:
-        CheckpointError: there is no such router.
-    """
+    ignored."""
 
     kind: str = "top_k"
     """A name in `ROUTERS`."""
@@ -123,11 +118,7 @@ class RoutingRule:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RoutingRule:
-        """What `as_json` wrote.
-
-        Raises:
-            CheckpointError: an unknown router or option, or a value of another type.
-        """
+        """What `as_json` wrote."""
         defaults = asdict(cls())
         if not isinstance(value, dict) or not value.keys() <= defaults.keys():
             raise CheckpointError(f"{where}: router: expected some of {', '.join(defaults)}; found {value!r}")

@@ -24,11 +24,7 @@ NOT_COMPARED = {"stderr", "tokens", "bytes", "questions", "shots", "limit", "n",
 
 
 def read_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """evaluate/results.json of each run folder, in order.
-
-    Raises:
-        RunFolderError: a run is not evaluated yet, or its results are broken.
-    """
+    """evaluate/results.json of each run folder, in order."""
     results = []
     for run in runs:
         path = run / "evaluate" / "results.json"
@@ -51,9 +47,6 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         have the number (None for a single one), values are in the order of `results`. What is no number (examples,
         texts) is left out. "difference_to_btx" holds the same for model minus btx, run by run: bits per byte (domains,
         mixed, mean) and the tasks' scores; btx itself has none.
-
-    Raises:
-        ValueError: no results.
     """
     if not results:
         raise ValueError("aggregate needs the results of one run at least")

@@ -24,12 +24,7 @@ MARK = "routing.json"
 
 
 def check_analysis(model: str | Path, texts: Mapping[str, Path], output: Path) -> None:
-    """Refuse a model that is none or dense, no text, and an output that is something else.
-
-    Raises:
-        CheckpointError: of the model.
-        UserError: of the rest.
-    """
+    """Refuse a model that is none or dense, no text, and an output that is something else."""
     if not texts:
         raise UserError(f"btx analyze {model}: a model is analysed on text; give it by domain: --text NAME=FILE, for "
                         f"example --text math=math.jsonl --text code=code.jsonl")  # fmt: skip
@@ -44,13 +39,9 @@ def check_analysis(model: str | Path, texts: Mapping[str, Path], output: Path) -
         raise UserError(f"{output}: exists already and is no analysis; choose another folder with -o")
 
 
-def check_run_alone(run: Path, *given: object) -> None:
-    """Refuse what goes with a model, for a run.
-
-    Raises:
-        UserError: one of `given` says something.
-    """
-    if any(given):
+def check_run_alone(run: Path, *settings: object) -> None:
+    """Refuse what goes with a model, for a run."""
+    if any(settings):
         raise UserError(f"{run} is a run, which is analysed on its own held-out text, as its recipe says (`analyze`): "
                         f"text and its key, output, tokens, examples and dropped experts go with a model, for example "
                         f"{run / 'finetune' / 'model'}")  # fmt: skip

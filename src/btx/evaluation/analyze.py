@@ -99,12 +99,8 @@ class RoutingTotals:
 
 def domain_routing(
     model: PreTrainedModel, documents: Sequence[HeldOutDocument], sequence_length: int, *, apart: bool = False
-) -> tuple[RoutingTotals, RoutedTokens]:  # fmt: skip
-    """Routing of the text tokens of `documents`, as sums and one by one; separators and padding do not count.
-
-    Args:
-        apart: as `btx.data.held_out.pack` takes it.
-    """
+) -> tuple[RoutingTotals, RoutedTokens]:
+    """Routing of the text tokens of `documents`, as sums and one by one; separators and padding do not count."""
     totals, parts = RoutingTotals(len(moe_layers(model)), num_experts(model)), []
     for rows in pack(documents, sequence_length, apart=apart).batches(MICRO_BATCH_TOKENS):
         routings_L = routing_of(model, rows)
@@ -122,9 +118,7 @@ class DomainText:
     curve: list[HeldOutDocument]
     """What models with fewer experts are measured on."""
     shown: list[HeldOutDocument]
-    """Shown token by token."""
     halves: list[str]
-    """Texts that are halved for the lag."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,6 @@ class Analysis:
     """How a model is looked at."""
 
     experts: list[str]
-    """Names of its experts."""
     owners: dict[str, int]
     """Domain → index of the expert of its own, of those that have one."""
     sequence_length: int
@@ -140,11 +133,10 @@ class Analysis:
     dropped: list[int] | None = None
     """Experts that are forbidden; the curve drops these one by one. None: none is, the curve drops the least used."""
     apart: bool = False
-    """As `btx.data.held_out.pack` takes it."""
 
     def of(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """routing.json and tokens.json of a MoE model."""
         allowed_E = None
         if self.dropped is not None:
@@ -162,7 +154,7 @@ class Analysis:
 
     def _routing(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
-    ) -> tuple[dict[str, Any], dict[str, Any], list[int]]:  # fmt: skip
+    ) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
         """routing.json without the curve, tokens.json, and the experts by their load, least first."""
         totals, routed, examples = dict[str, RoutingTotals](), dict[str, RoutedTokens](), []
         for domain, text in domains.items():
@@ -187,7 +179,7 @@ class Analysis:
 
     def _lag(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainText]
-    ) -> dict[str, Lag]:  # fmt: skip
+    ) -> dict[str, Lag]:
         """`lag`, where two domains at least have an expert of their own and text to halve."""
         by_expert = {expert: domains[name].halves for name, expert in self.owners.items() if domains[name].halves}
         return {"lag": lag(model, changing_documents(by_expert, tokenizer, DOCUMENTS))} if len(by_expert) > 1 else {}
@@ -208,18 +200,12 @@ def analyze(
     """Route held-out text of every domain; write routing.json and tokens.json.
 
     Args:
-        run_folder: holds the prepared data.
         recipe: the run's recipe; `analyze.tokens` a domain at most, `analyze.examples` documents shown of each.
-        model_path: folder of the MoE model.
         folder: results go here; default: `analyze` in the run folder.
 
     Returns:
         routing.json, as written. A domain's entropy is that of the router's probabilities in nats, its confidence the
         mean probability of the first expert.
-
-    Raises:
-        CheckpointError: a dense model, or one with another number of experts than the recipe.
-        DataError: held-out data are missing.
     """
     folder = folder or run_folder / "analyze"
     model, tokenizer = load_placed(model_path, measuring_place(recipe, log)), load_tokenizer(model_path)
@@ -275,7 +261,6 @@ def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> 
     """Layers in which a domain's own expert has the largest load, for the domains that have one.
 
     Args:
-        routing: routing.json.
         general: name of the general domain, whose own expert is the generalist.
     """
     domains = routing["domains"]

@@ -43,7 +43,6 @@ def analyze_model(
     """Route text of several domains through a MoE model; write routing.json, tokens.json and the report's page.
 
     Args:
-        path: model folder or hub name.
         texts: domain → its documents.
         output: folder to write; it appears when it is complete.
         tokens: of each domain, at most.
@@ -84,7 +83,7 @@ def analyze_model(
 
 def _text_of(
     domain: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, examples: int
-) -> DomainText:  # fmt: skip
+) -> DomainText:
     """What the routing of a domain is looked at on: its first documents."""
     encoder = DocumentEncoder(tokenizer)
     encoded = [HeldOutDocument(np.array(ids, np.int64), len(text.encode()))
@@ -101,7 +100,7 @@ def _text_of(
 
 def _up_to(
     documents: Sequence[HeldOutDocument], tokens: int, tokenizer: PreTrainedTokenizerBase
-) -> list[HeldOutDocument]:  # fmt: skip
+) -> list[HeldOutDocument]:
     """The first documents up to so many text tokens, the last one cut."""
     chosen: list[HeldOutDocument] = []
     for document in documents:

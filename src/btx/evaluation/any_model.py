@@ -26,15 +26,8 @@ APART = 0.01
 """Relative difference of hidden states below which a text was read the same beside another one."""
 
 
-def load_any(
-    path: str | Path, log: Log, reading: Reading = ANSWERING
-) -> PreTrainedModel | SideBySide:  # fmt: skip
-    """A model on GPUs in its own type, where there are any; else on the CPU in float32.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        UserError: no device has room for it.
-    """
+def load_any(path: str | Path, log: Log, reading: Reading = ANSWERING) -> PreTrainedModel | SideBySide:
+    """A model on GPUs in its own type, where there are any; else on the CPU in float32."""
     place = Place(choose_device("auto").type, reading=reading, log=log)
     if place.device == "cpu" or (isinstance(path, Path) and (path / BTM_FILE).is_file()):
         return load_model_or_btm(path, place)

@@ -44,13 +44,11 @@ class Limits:
     seconds: float = 10.0
     """Wall seconds; a program that sleeps uses no CPU seconds."""
     cpu_s: int = 8
-    """CPU seconds."""
     memory_bytes: int = 1 << 30
     """Address space."""
     file_bytes: int = 1 << 20
     """Size of any file it writes."""
     open_files: int = 64
-    """Open files."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,6 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     """Run a Python program; it passes if its last line is reached without an error.
 
     Leaving early, even with exit code 0, is not passing.
-
-    Raises:
-        UserError: the fence could not be put up on this machine.
     """
     return _run(program, limits)[0]
 

@@ -18,11 +18,9 @@ def compare_models(
     """Differences of a run's model to the run's others, or to another run's, from evaluate/documents.json.
 
     Args:
-        run_folder: an evaluated run.
         model: name of the first model in the results.
         other: name of the second; None: every other.
         other_run: an evaluated run that the others are taken from, a sweep's variant for example; None: the same run.
-        resamples: draws of documents.
         rng_seed: random number seed of the draws, which are the same for every pair of models.
 
     Returns:
@@ -63,11 +61,7 @@ def _documents(run_folder: Path) -> dict[str, Any]:
 
 
 def _measured_alike(run_folder: Path, ours: dict[str, Any], other_run: Path) -> dict[str, Any]:
-    """The other run's scores, without the tasks in which it was asked other questions.
-
-    Raises:
-        UserError: its held-out documents are other ones.
-    """
+    """The other run's scores, without the tasks in which it was asked other questions."""
     theirs = _documents(other_run)
     if theirs["bytes"] != ours["bytes"]:
         raise UserError(

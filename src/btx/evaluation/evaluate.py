@@ -50,7 +50,6 @@ class ModelEntry:
     """A model to evaluate, with what it cost to make."""
 
     path: Path
-    """Model folder."""
     tokens: int
     """Training tokens behind it, over all stages after the seed model."""
     flops: float
@@ -86,7 +85,6 @@ class _Measures:
     length: int
     """Tokens that are read at once, at most."""
     apart: bool
-    """As `btx.data.held_out.pack` takes it."""
     questions: dict[str, list[Question]]
     harness: Harness
     shown: ToShow
@@ -127,10 +125,6 @@ class _Measures:
             **({"harness": self.harness.fingerprint} if self.harness else {}),
         })  # fmt: skip
 
-    def shown_key(self, entry: ModelEntry | OtherEntry, recipe: Recipe) -> str:
-        """Hash of everything that decides what is shown of a model besides."""
-        return self.shown.key(self.key(entry, recipe))
-
     def document_bytes(self) -> dict[str, Any]:
         """UTF-8 bytes of every document, laid out as the models' bits in documents.json."""
         sizes: dict[str, Any] = {"domains": {name: packed.bytes_N.tolist() for name, packed in self.packed.items()}}
@@ -157,17 +151,11 @@ def evaluate_models(
     kill loses one model at most.
 
     Args:
-        run_folder: holds the prepared data.
         models: name, as it stands in the results → model.
         folder: results go here; default: `evaluate` in the run folder.
 
     Returns:
         The results, as written.
-
-    Raises:
-        DataError: held-out data or questions are missing or broken.
-        CheckpointError: a model cannot be loaded.
-        UserError: a task of lm-evaluation-harness cannot be measured here.
     """
     measures = _what_to_measure(run_folder, recipe, models)
     if measures.harness.note:
@@ -222,9 +210,7 @@ def kept_file(name: str) -> str:
     return f"{name.replace('/', '__')}.json"
 
 
-def _what_to_measure(
-    run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry | OtherEntry]
-) -> _Measures:  # fmt: skip
+def _what_to_measure(run_folder: Path, recipe: Recipe, models: Mapping[str, ModelEntry | OtherEntry]) -> _Measures:
     settings = recipe.evaluate
     documents = {
         domain: held_out_documents(run_folder, recipe, domain, settings.tokens) for domain in recipe.data.domains
@@ -243,10 +229,11 @@ def _what_to_measure(
 
 def _record(
     name: str, entry: ModelEntry | OtherEntry, recipe: Recipe, measures: _Measures, file: Path, log: Log
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What is kept of a model in `file`: what is missing there, or was made of something else, is measured."""
     before: dict[str, Any] | None = read_json(file, Kept)
-    key, shown_key = measures.key(entry, recipe), measures.shown_key(entry, recipe)
+    key = measures.key(entry, recipe)
+    shown_key = measures.shown.key(key)
     record = before if before is not None and before["key"] == key else None
     if record is not None:
         log(f"{name}: measured before, kept")
@@ -267,7 +254,7 @@ def _record(
 
 def _measure(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, measures: _Measures
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`measured`: everything results.json says of a model except what it cost to train; `documents`: its part of
     documents.json."""
     cost = cost_of(model)

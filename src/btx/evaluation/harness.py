@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx.errors import UserError
 from btx.evaluation.aggregate import mean_and_stderr
 from btx.evaluation.code_execution import check_code_execution, fences_text, run_programs
-from btx.evaluation.harness_checks import check_harness, config_file, shots_of, task_manager
+from btx.evaluation.harness_checks import check_harness, installed_tasks, shots_of, task_manager
 from btx.evaluation.harness_files import LocalTask, TaskDocuments, TaskRequest
 from btx.files import value_hash
 from btx.system_errors import blame
@@ -70,12 +71,7 @@ class Harness:
     """Tasks of lm-evaluation-harness that models are measured on, read and checked once."""
 
     def __init__(self, requests: Sequence[TaskRequest], *, allow_code_execution: bool = False) -> None:
-        """Read the files; lm-eval is imported when the first model is measured.
-
-        Raises:
-            UserError: lm-eval is not installed, no such task, or code would be run without permission.
-            DataError: a file is missing or broken.
-        """
+        """Read the files; lm-eval is imported when the first model is measured."""
         self.requests = list(requests)
         self.documents = check_harness(requests, allow_code_execution=allow_code_execution)
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -101,9 +97,7 @@ class Harness:
             return fences_text(check_code_execution())
         return None
 
-    def measure(
-        self, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, TaskScore]:  # fmt: skip
+    def measure(self, model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase) -> dict[str, TaskScore]:
         """Measure a model on every task; label → score.
 
         Args:
@@ -148,7 +142,7 @@ def _build(request: TaskRequest, documents: TaskDocuments | None) -> dict[str, A
         if request.task is not None:
             config = _local_config(request.task, documents, shots)
         else:
-            config = _installed_config(load_yaml(config_file(request.name)), documents, shots)
+            config = _installed_config(load_yaml(Path(installed_tasks()[request.name].yaml_path)), documents, shots)
         return {request.label: ConfigurableTask(config=config | {"task": request.label})}
     try:
         tasks: dict[str, Any] = task_manager().load([request.name])["tasks"]
@@ -264,9 +258,7 @@ def _score(request: TaskRequest, tasks: dict[str, Any], adapter: Any) -> TaskSco
     value, stderr = mean_and_stderr(correct)
     others = {other: dict(zip(("value", "stderr"), mean_and_stderr(values), strict=True))
               for other, values in metrics.items() if other != name and values is not None}  # fmt: skip
-    return TaskScore(
-        name, value, stderr, shots, request.limit, n, adapter.truncated - cut_before, correct, others
-    )  # fmt: skip
+    return TaskScore(name, value, stderr, shots, request.limit, n, adapter.truncated - cut_before, correct, others)
 
 
 def _metrics(tasks: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[float] | None]:
@@ -286,8 +278,8 @@ def _metrics(tasks: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) ->
                     values[name] = None
                 elif so_far is not None:
                     so_far.append(float(sample[metric]))
-    documents = sum(len({sample["doc_id"] for sample in found}) for found in samples.values())
-    return {name: found if found is None or len(found) == documents else None for name, found in values.items()}
+    documents = sum(len({sample["doc_id"] for sample in of_one}) for of_one in samples.values())
+    return {name: of_one if of_one is None or len(of_one) == documents else None for name, of_one in values.items()}
 
 
 def _is_scalar(value: Any) -> bool:

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from btx.errors import UserError
@@ -109,8 +108,3 @@ def _leaves(name: str) -> Iterator[str]:
             yield from _leaves(member)
     else:
         yield name
-
-
-def config_file(name: str) -> Path:
-    """The YAML file of an installed task."""
-    return Path(installed_tasks()[name].yaml_path)

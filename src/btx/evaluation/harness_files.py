@@ -139,7 +139,6 @@ def read_documents(request: TaskRequest, shots: int) -> TaskDocuments:
     """The documents of a task's file that are scored and those that are shown.
 
     Args:
-        request: with a file.
         shots: solved examples in front of each question.
 
     Raises:

@@ -30,7 +30,7 @@ POINTS = 12
 
 def documents_for_curve(
     run_folder: Path, recipe: Recipe, domain: str, tokenizer: PreTrainedTokenizerBase
-) -> list[HeldOutDocument]:  # fmt: skip
+) -> list[HeldOutDocument]:
     """Held-out documents of a domain for the curve: about TOKENS, longer ones cut."""
     documents = held_out_documents(run_folder, recipe, domain, TOKENS)
     return [shortened(document, TOKENS, tokenizer) for document in documents]
@@ -44,8 +44,6 @@ def kept_curve(
     A dropped expert's router logit counts as -inf, in every layer; where fewer than K are left, a token uses those.
 
     Args:
-        packed: domain → held-out documents.
-        names: the experts' names, E.
         order: experts in the order in which they go, the least used first: all E of them.
     """
     curve: list[Kept] = []

@@ -50,7 +50,6 @@ def changing_documents(
 
     Args:
         texts: index of a domain's own expert → documents of the domain; two experts at least.
-        count: documents wanted.
     """
     encoder = DocumentEncoder(tokenizer)
     halves = {expert: cycle(map(split_in_the_middle, of_it)) for expert, of_it in texts.items()}
@@ -64,11 +63,7 @@ def changing_documents(
 
 def lag(model: PreTrainedModel, changes: Sequence[Change]) -> Lag:
     """Share of the load that the old and the new domain's expert take at each token around a change, mean over layers
-    and documents. A position is left out if fewer than half of the documents have it.
-
-    Args:
-        changes: at least one.
-    """
+    and documents. A position is left out if fewer than half of the documents have it."""
     sums_P2 = torch.zeros(BEFORE + AFTER, 2, dtype=torch.float64)
     count_P = torch.zeros(BEFORE + AFTER, dtype=torch.float64)
     for change in changes:

@@ -37,10 +37,6 @@ ROOM = 8
 def mixed_documents(run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[HeldOutDocument]:
     """`evaluate.mixed.documents` documents of the recipe's kind, always the same ones.
 
-    Args:
-        run_folder: holds the prepared data.
-        tokenizer: the one that made the data's token files.
-
     Raises:
         DataError: a domain has no held-out document of two words.
     """
@@ -68,7 +64,6 @@ def joined_halves(texts: dict[str, list[str]], count: int) -> list[str]:
 
     Args:
         texts: domain → its documents, one at least.
-        count: texts wanted.
     """
     pairs, joined = list(combinations(texts, 2)), []
     halves = {domain: cycle(map(split_in_the_middle, of_it)) for domain, of_it in texts.items()}
@@ -86,17 +81,17 @@ def split_in_the_middle(text: str) -> tuple[str, str]:
     """
     text = text.strip()
     for pattern, margin in ((r"\s*\n", LEAST_HALF), (r"\s+", 0.0)):
-        cuts = [found for found in re.finditer(pattern, text)
-                if margin * len(text) <= found.start() and found.end() <= (1 - margin) * len(text)]  # fmt: skip
+        cuts = [gap for gap in re.finditer(pattern, text)
+                if margin * len(text) <= gap.start() and gap.end() <= (1 - margin) * len(text)]  # fmt: skip
         if cuts:
-            nearest = min(cuts, key=lambda found: abs(found.start() + found.end() - len(text)))
+            nearest = min(cuts, key=lambda gap: abs(gap.start() + gap.end() - len(text)))
             return text[: nearest.start()], text[nearest.end() :]
     return text, text
 
 
 def texts_to_halve(
     run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Iterable[str], halves: int
-) -> dict[str, list[str]]:  # fmt: skip
+) -> dict[str, list[str]]:
     """Held-out documents of some domains as text, those of two words at least: `halves` of each if there are so many;
     of longer ones the middle, so that two halves fit one training sequence."""
     # Halves may have two thirds of their texts, and two of them should fit.

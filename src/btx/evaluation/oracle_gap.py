@@ -29,14 +29,10 @@ def oracle_gap(run_folder: Path, recipe: Recipe, models: Mapping[str, Path], log
     """Measure seed model, experts and mix on a little held-out text of every domain, and say what it tells.
 
     Args:
-        run_folder: holds the prepared data.
         models: `seed`, `expert/<domain>` ... and `mix` → model folder.
 
     Returns:
         As `btx.reporting.oracle.gap_of`.
-
-    Raises:
-        DataError: held-out data are missing or broken.
     """
     tokens = min(TOKENS, recipe.evaluate.tokens)
     texts = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def in_tokens_of(
     theirs: PreTrainedTokenizerBase, documents: Sequence[HeldOutDocument], ours: PreTrainedTokenizerBase
-) -> list[HeldOutDocument]:  # fmt: skip
+) -> list[HeldOutDocument]:
     """The same documents in the tokens of another tokenizer.
 
     Where that gives the text the same tokens, they are left as they are, their separators too: finetuning on

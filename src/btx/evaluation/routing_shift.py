@@ -32,14 +32,9 @@ def write_routing_shift(
     """Route held-out text of every domain through a model before and after it was aligned; writes align.json.
 
     Args:
-        folder: the file goes here.
-        run_folder: holds the prepared data.
         recipe: the run's; `analyze.tokens` a domain at most.
         before: folder of the MoE model that was aligned.
         after: name → folder of what became of it.
-
-    Raises:
-        DataError: held-out data are missing.
     """
     routed = _routed(run_folder, recipe, before, log)
     models = {}

@@ -80,7 +80,6 @@ def routing_statistics(
 
     Args:
         domains: name → its tokens, one at least.
-        experts: names, E.
         class_V: index in CLASSES of every token of the vocabulary.
         pairs: domain → pairs of experts, the smaller index first, whose shares are told.
     """
@@ -108,13 +107,13 @@ def routing_statistics(
     weight_T = np.concatenate([np.full(len(tokens.token_T), 1 / len(tokens.token_T)) for tokens in domains.values()])
     similarity = layer_similarity(everything.ids_TLK[:, :, 0], weight_T, group_T % LEFT_OUT, E)
     bounds: Bounds = {
-        "similarity": [[_bounds(interval) for interval in row] for row in similarity],
-        "positions": {name: _all_bounds(layers) for name, layers in positions.items()},
-        "classes": {name: _all_bounds(layers) for name, layers in by_class.items()},
+        "similarity": _bounds(similarity),
+        "positions": {name: _bounds(layers) for name, layers in positions.items()},
+        "classes": {name: _bounds(layers) for name, layers in by_class.items()},
     }
     return {
         "load": load, "pairs": pair_load, "specialisation": specialisation(firsts, draws),
-        "similarity": [[interval["value"] for interval in row] for row in similarity],
+        "similarity": _values(similarity),
         "positions": {name: _values(layers) for name, layers in positions.items()},
         "classes": {name: _values(layers) for name, layers in by_class.items()}, "bounds": bounds,
     }  # fmt: skip
@@ -149,7 +148,7 @@ def _counts(cell_T: np.ndarray, ids_TLK: np.ndarray, cells: int, num_experts: in
 
 def _pair_counts(
     group_T: np.ndarray, ids_TLK: np.ndarray, groups: int, num_experts: int, pairs: Sequence[tuple[int, int]]
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Tokens by group, layer and the two experts with the largest gates: (G, L, P + 1), all other pairs last."""
     place_of = np.full(num_experts * num_experts, len(pairs))
     for place, (a, b) in enumerate(pairs):
@@ -221,7 +220,7 @@ def specialisation(counts_DGLE: Sequence[np.ndarray], draws_DRG: Sequence[np.nda
 
 def layer_similarity(
     first_TL: np.ndarray, weight_T: np.ndarray, left_out_T: np.ndarray, num_experts: int
-) -> list[list[Interval]]:  # fmt: skip
+) -> list[list[Interval]]:
     """Of every two layers: mutual information of their first experts over the mean of their entropies, (L, L); 1 where
     one layer's expert says the other's, 0 where it says nothing. Bounds by the jackknife.
 
@@ -275,12 +274,8 @@ def _intervals(value: np.ndarray, drawn_R: np.ndarray) -> Any:
     return nested(value, low, high)
 
 
-def _bounds(found: Interval) -> list[float]:
-    return [found["low"], found["high"]]
-
-
-def _all_bounds(layers: Sequence[Sequence[Interval]]) -> list[list[list[float]]]:
-    return [[_bounds(interval) for interval in layer] for layer in layers]
+def _bounds(layers: Sequence[Sequence[Interval]]) -> list[list[list[float]]]:
+    return [[[interval["low"], interval["high"]] for interval in layer] for layer in layers]
 
 
 def _values(layers: Sequence[Sequence[Interval]]) -> list[list[float]]:

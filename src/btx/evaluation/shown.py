@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from btx.choices.baselines import BASELINES
 from btx.data.domains import Question
@@ -93,7 +92,6 @@ class ToShow:
         (those of each answer), of every other MoE model `routes` (document → experts and gates of its tokens).
 
         Args:
-            name: in the results.
             measured: what results.json says of it.
         """
         length = self.recipe.data.sequence_length
@@ -103,9 +101,8 @@ class ToShow:
             "answers": answers,
         }
         if not isinstance(model, SideBySide) and self._has_experts_of_the_run(name, model):
-            kept["loads"] = {
-                domain: _rounded(domain_routing(model, texts, length)[0].load()) for domain, texts in self.texts.items()
-            }
+            loads = {domain: domain_routing(model, texts, length)[0].load() for domain, texts in self.texts.items()}
+            kept["loads"] = {domain: load_LE.round(decimals=4).tolist() for domain, load_LE in loads.items()}
             if name == RUN_MODEL:
                 kept["tokens"] = {
                     number: routed_answer(model, tokenizer, self.asked[int(number)].prompt, answer["output"])
@@ -146,11 +143,7 @@ class ToShow:
         return said == experts if said is not None or self.only_named else True
 
     def together(self, kept: Mapping[str, Mapping[str, Any]]) -> Shown:
-        """shown.json; it has no answers where the run's model is not among the models.
-
-        Args:
-            kept: model → what `of` gave.
-        """
+        """shown.json; it has no answers where the run's model is not among the models."""
         answers = []
         for number, tokens in kept.get(RUN_MODEL, {}).get("tokens", {}).items():
             asked = self.asked[int(number)]
@@ -162,33 +155,22 @@ class ToShow:
                    if asked.task is not None else {}),
                 **tokens,
             })  # fmt: skip
+
+        def by_document(part: str) -> dict[str, dict[str, Any]]:
+            return {key: {name: of_model[part][key] for name, of_model in kept.items() if key in of_model.get(part, ())}
+                    for key in self.examples}  # fmt: skip
+
         return {
-            "losses": {
-                key: {name: of_model["losses"][key] for name, of_model in kept.items() if key in of_model["losses"]}
-                for key in self.examples
-            },
-            "answers": cast(list[ShownAnswer], answers),
-            "routes": {
-                key: {name: of_model["routes"][key] for name, of_model in kept.items() if "routes" in of_model}
-                for key in self.examples
-            },
+            "losses": by_document("losses"), "answers": cast(list[ShownAnswer], answers),
+            "routes": by_document("routes"),
             "loads": {name: of_model["loads"] for name, of_model in kept.items() if "loads" in of_model},
-        }
+        }  # fmt: skip
 
 
 def to_show(
     run_folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Sequence[Question]]
-) -> ToShow:  # fmt: skip
-    """What the models of a run are shown on.
-
-    Args:
-        run_folder: holds the prepared data.
-        tokenizer: the one that made the data's token files.
-        questions: those of every task.
-
-    Raises:
-        DataError: held-out data are missing.
-    """
+) -> ToShow:
+    """What the models of a run are shown on."""
     examples: dict[str, HeldOutDocument] = {}
     asked: list[Asked] = []
     texts: dict[str, list[HeldOutDocument]] = {}
@@ -220,14 +202,10 @@ def task_of(recipe: Recipe, domain: str) -> str | None:
 
 def routed_answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The tokens of an answer as `token_by_token` gives them, read after its prompt."""
     asked, said = map(DocumentEncoder(tokenizer).beginning, (prompt, answer))
     return token_by_token(model, tokenizer, np.array([*asked, *said[1:]], np.int64), shown_from=len(asked))
-
-
-def _rounded(load_LE: Tensor) -> list[list[float]]:
-    return [[round(share, 4) for share in load_E] for load_E in load_LE.tolist()]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, domain: str, document: HeldOutDocument) -> Asked | None:

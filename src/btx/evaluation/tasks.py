@@ -71,11 +71,10 @@ def example_numbers(questions: int) -> range:
 
 def exact_match(
     model: PreTrainedModel | SideBySide, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task
-) -> ExactMatch:  # fmt: skip
+) -> ExactMatch:
     """Answer every question greedily and compare with its gold answer.
 
     Args:
-        questions: at least one.
         task: `answer_after` and `max_new_tokens` decide where an answer is and how long the model may take.
     """
     prompts = [question.prompt for question in questions]

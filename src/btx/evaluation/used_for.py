@@ -27,12 +27,11 @@ LEAST_SHARE = 1 / 2000
 
 def used_for(
     routed: RoutedTokens, tokenizer: PreTrainedTokenizerBase, experts: Sequence[str], class_V: np.ndarray
-) -> dict[str, UsedFor]:  # fmt: skip
+) -> dict[str, UsedFor]:
     """What every expert is used for; its tokens with the largest share first.
 
     Args:
         routed: text tokens of all domains, one at least.
-        experts: names, E.
         class_V: index in CLASSES of every token of the vocabulary.
     """
     there_N, place_T, count_N = np.unique(routed.token_T, return_inverse=True, return_counts=True)

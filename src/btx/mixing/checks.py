@@ -149,11 +149,7 @@ class Opened:
         return problems
 
     def moe_config(self, num_experts: int, top_k: int) -> Config:
-        """The MoE config made of this model's, completed with its class's defaults.
-
-        Raises:
-            CheckpointError: the MoE class does not take its values.
-        """
+        """The MoE config made of this model's, completed with its class's defaults."""
         return completed(
             lambda: self.family.moe_config(self.config, num_experts, top_k), self.folder / "config.json",
             "the MoE class",
@@ -165,14 +161,14 @@ class Opened:
         if self.config["model_type"] != seed.config["model_type"]:
             types = f"model_type is {self.config['model_type']!r}, the seed model has {seed.config['model_type']!r}"
             return [f"{self.who}: {file}: {types}"]
-        found = [
-            f"{self.who}: {file}: {key} is {own!r}, the seed model has {other!r}{what_to_do(key, seed.folder)}"
-            for key, (own, other) in differences(self.config, seed.config).items()
+        problems = [
+            f"{self.who}: {file}: {key} is {value!r}, the seed model has {other!r}{what_to_do(key, seed.folder)}"
+            for key, (value, other) in differences(self.config, seed.config).items()
         ]
         if not self.whole:  # its tensors have been named already
-            return found
+            return problems
         where = {name: self.tensors.where(name) for name in self.tensors.names}
-        return found + [f"{self.who}: {problem}" for problem in shape_problems(
+        return problems + [f"{self.who}: {problem}" for problem in shape_problems(
             self.tensors.shapes(), seed.tensors.shapes(), self.tensors.file, where, "the seed model has")]  # fmt: skip
 
 

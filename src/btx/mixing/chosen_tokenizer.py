@@ -42,7 +42,7 @@ class ChosenTokenizer:
     """A tokenizer, and what a model with it has to know."""
 
     folder: Path
-    own: Mapping[str, int | None]
+    special_ids: Mapping[str, int | None]
     """Its `bos_token_id`, `eos_token_id` and `pad_token_id`; empty if it cannot be loaded here."""
     seed_model: Path
 
@@ -54,9 +54,6 @@ class ChosenTokenizer:
             seed_model: folder of the model whose special ids its own take the place of.
             rows: of that model's embedding.
             warn: told if packages are missing that would load it.
-
-        Raises:
-            CheckpointError: it cannot be loaded, or an id has no row.
         """
         for name in CONFIGS:  # refused before anything is written
             _said(folder / name)
@@ -80,7 +77,7 @@ class ChosenTokenizer:
                 declared = config_here.get(key), (generation_here or {}).get(key, config_here.get(key))
             else:
                 declared = _kept(config.get(key), same), _kept(generation.get(key), same)
-            token, others = self.own[key], [self.own[other] for other in SPECIAL_IDS if other != key]
+            token, others = self.special_ids[key], [self.special_ids[other] for other in SPECIAL_IDS if other != key]
             changed[key] = (
                 declared[0] if key == "pad_token_id" and token in others else _with(token, declared[0], False)
             )

@@ -27,11 +27,7 @@ def write_dense(inputs: MixInputs, tensors: Sequence[OutputTensor], folder: Path
 
 
 def write_expert(inputs: MixInputs, name: str, folder: Path) -> None:
-    """Write one expert as a model of its own, an adapter merged into the seed model.
-
-    Raises:
-        RunFolderError: it does not fit on the disk.
-    """
+    """Write one expert as a model of its own, an adapter merged into the seed model."""
     tensors = inputs.expert_tensors[name]
     planned = [OutputTensor(n, tensors[n].shape, tensors[n].dtype, [tensors[n]]) for n in tensors.names]
     require_space(folder, planned)

@@ -65,7 +65,7 @@ def chunks(expert: Expert, count: int, *, rescale: bool) -> list[Expert]:
             origin={**expert.origin, "from": "split", "chunk": number, "of_chunks": count, "factor": factor},
         )
         for number in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def blended(experts: Sequence[Expert]) -> list[Expert]:

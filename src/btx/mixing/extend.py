@@ -27,8 +27,8 @@ from btx.mixing.checks import Opened
 from btx.mixing.extend_checks import open_expert
 from btx.mixing.moe_folder import MoeFolder
 from btx.mixing.report import FINETUNE_NEXT
-from btx.mixing.router_fit import load_for_text, router_sums
-from btx.mixing.router_init import hidden_mean, initial_router, ridge
+from btx.mixing.router_fit import Targets, load_for_text, router_sums
+from btx.mixing.router_init import RouterSums, hidden_mean, initial_router, ridge
 from btx.mixing.settings import seeded
 from btx.model_files.checkpoints import allow_open_files
 from btx.model_files.hub import local_model
@@ -103,9 +103,7 @@ def extend(
     return record
 
 
-def _problems(
-    model: MoeFolder, name: str, shared: str, init: RouterInit, texts: Mapping[str, Path]
-) -> list[str]:  # fmt: skip
+def _problems(model: MoeFolder, name: str, shared: str, init: RouterInit, texts: Mapping[str, Path]) -> list[str]:
     """What is wrong with what was asked for."""
     problems = init.problems()
     if shared not in SHARED:
@@ -132,32 +130,30 @@ def _new_rows(model: MoeFolder, name: str, init: RouterInit, texts: Mapping[str,
     """The new row (D,) of every layer's router."""
     hidden_size, n = int(model.config["hidden_size"]), len(model.names)
     if not init.needs_text:  # the last row of a router for n+1, so that it is no copy of an old one
-        router = initial_router(init, n + 1, hidden_size)
-        return [router(layer)[-1] for layer in range(model.num_layers)]
+        return [initial_router(init, n + 1, hidden_size, layer)[-1] for layer in range(model.num_layers)]
     length = min(SEQUENCE_LENGTH, int(model.config.get("max_position_embeddings", SEQUENCE_LENGTH)))
     ordered = {text: texts[text] for text in sorted(texts, key=lambda text: text == name)}  # the new one last
     rows = text_from_files(ordered, load_tokenizer(model.path), tokens=init.tokens, sequence_length=length)
     return ROW_FROM_TEXT[init.method](model, list(rows.values()), init)
 
 
-def hidden_mean_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> list[Tensor]:
-    """The new row (D,) of every layer's router as in a new router, from text, the new expert's last.
+def _sums(model: MoeFolder, texts: Sequence[TextRows], num_targets: int, targets: Targets) -> list[RouterSums]:
+    """`router_sums` with the hidden states of the model as it is, routed by its own routers."""
+    loaded = load_for_text(model.path, Place(choose_device("auto").type))
+    return router_sums(loaded, texts, num_targets, targets)
 
-    Hidden states are those of the model as it is, routed by its own routers.
-    """
+
+def hidden_mean_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> list[Tensor]:
+    """The new row (D,) of every layer's router as in a new router, from text, the new expert's last."""
 
     def labels(layer: int, text: int, x_TD: Tensor) -> Tensor:
         return torch.eye(len(texts), device=x_TD.device)[text].expand(len(x_TD), -1)
 
-    sums = router_sums(load_for_text(model.path, _place()), texts, len(texts), labels)
-    return [hidden_mean(layer, scale=init.factor)[-1].cpu() for layer in sums]
+    return [hidden_mean(sums, scale=init.factor)[-1].cpu() for sums in _sums(model, texts, len(texts), labels)]
 
 
 def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> list[Tensor]:
-    """The new row (D,) of every layer's router beside the old ones, from text, the new expert's last.
-
-    Hidden states as in `hidden_mean_row`.
-    """
+    """The new row (D,) of every layer's router beside the old ones, from text, the new expert's last."""
     new = len(texts) - 1
     old_weights = [model.tensors[model.family.router.format(layer=layer)].load().float()
                    for layer in range(model.num_layers)]  # fmt: skip
@@ -168,12 +164,8 @@ def ridge_row(model: MoeFolder, texts: Sequence[TextRows], init: RouterInit) -> 
         wanted_T = largest_T + (largest_T - smallest_T) / 2 if text == new else smallest_T
         return wanted_T[:, None]
 
-    sums = router_sums(load_for_text(model.path, _place()), texts, 1, beside_the_old_rows)
-    return [ridge(layer, ridge=init.ridge, scale=1.0)[0].cpu() for layer in sums]
-
-
-def _place() -> Place:
-    return Place(choose_device("auto").type)
+    sums_L = _sums(model, texts, 1, beside_the_old_rows)
+    return [ridge(sums, ridge=init.ridge, scale=1.0)[0].cpu() for sums in sums_L]
 
 
 ROW_FROM_TEXT: dict[str, Callable[[MoeFolder, Sequence[TextRows], RouterInit], list[Tensor]]] = {
@@ -206,8 +198,7 @@ def _planned(model: MoeFolder, dense: Opened, rows_LD: Sequence[Tensor], fold: f
         tensor = model.tensors[tensor_name]
         shape, dtype = (tensor.shape[0] + 1, *tensor.shape[1:]), tensor.dtype
         if tensor_name in routers:
-            row = rows_LD[routers[tensor_name]][None]
-            parts = [tensor, _constant(row, dtype)]
+            parts = [tensor, _constant(rows_LD[routers[tensor_name]][None], dtype)]
             yield OutputTensor(tensor_name, shape, dtype, parts, {"from": "router"})
         elif tensor_name in added:
             layer, roles = added[tensor_name]

@@ -30,9 +30,6 @@ def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], N
 
     Args:
         warn: called with what is odd but allowed.
-
-    Raises:
-        CheckpointError: it does not; all problems in one message.
     """
     problems: list[str] = []
     family_here = partial(_family, model)
@@ -58,11 +55,7 @@ def open_expert(model: MoeFolder, name: str, path: Path, warn: Callable[[str], N
 
 
 def _seed_model(model: MoeFolder, adapter: Path) -> Path:
-    """The folder of the seed model that the MoE model was mixed from: what an adapter is merged into.
-
-    Raises:
-        CheckpointError: nothing says where it is, or it is another model now.
-    """
+    """The folder of the seed model that the MoE model was mixed from: what an adapter is merged into."""
     record, file = model.record, model.path / RECORD
     advice = f"merge {adapter} into its base model with peft (merge_and_unload) and give the merged model"
     seed = record.get("seed_model")

@@ -35,7 +35,6 @@ class MixInputs:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the dense model."""
         return int(self.config["num_hidden_layers"])
 
     @property
@@ -58,9 +57,6 @@ def open_tensors(
     Args:
         who: whose tensors these are, for messages.
         adapter: is merged into them.
-
-    Raises:
-        CheckpointError: as `TensorFolder`; the adapter changes what is not there.
     """
     tensors = TensorFolder(folder, who)
     tensors.leave_out_tied_head(config)

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from btx.mixing.moe_layout import (
     expert_tensors,
     experts_of_layer,
     inert_tensors,
-    router_tensor,
     shared_tensor,
 )
 from btx.mixing.report import FINETUNE_NEXT, inputs_provenance, parameters, screen_lines, warnings
@@ -46,6 +46,7 @@ from btx.mixing.settings import MixSettings
 from btx.model_files.beside_weights import copy_beside_weights, write_generation_config
 from btx.model_files.btx_folder import write_router
 from btx.model_files.hub import local_model
+from btx.model_files.lazy_tensors import Computed
 from btx.model_files.model_card import write_model_card
 from btx.model_files.output_types import dtype_of, in_one_type
 from btx.model_files.shard_writer import OutputTensor, Progress, no_progress, require_space, write_shards
@@ -95,7 +96,7 @@ def mix(
         RunFolderError: the output does not fit on the disk.
         TypeError: a keyword that is no setting, or keywords beside `settings`.
     """
-    settings = MixSettings.given(settings, knobs)
+    settings = MixSettings.of_arguments(settings, knobs)
     seed_model, output = local_model(Path(seed_model)), Path(output)
     folders = {name: local_model(Path(path)) for name, path in experts.items()}
     shard_bytes, forced = bytes_of(settings.max_shard_size), dtype_of(settings.dtype)
@@ -105,7 +106,7 @@ def mix(
         raise CheckpointError("; ".join(problems))
     inputs = open_checked(
         seed_model, folders, settings.generalist, any_tokenizer=tokenizer is not None, warn=warning_to(log)
-    )  # fmt: skip
+    )
     rows = int(inputs.config["vocab_size"])
     chosen = ChosenTokenizer.open(tokenizer, seed_model, rows, warning_to(log)) if tokenizer is not None else None
     planned = _plan(inputs, settings, forced)
@@ -154,9 +155,6 @@ def _plan(inputs: MixInputs, settings: MixSettings, forced: torch.dtype | None) 
 
     Args:
         forced: type of all weights; None: as they are.
-
-    Raises:
-        CheckpointError: a setting does not fit the models.
     """
     transform = experts_transform(split=settings.split, rescale=settings.split_rescale, blend=settings.blend)
     bound = bind(settings.merging, list(inputs.members))
@@ -167,9 +165,7 @@ def _plan(inputs: MixInputs, settings: MixSettings, forced: torch.dtype | None) 
     width = experts[0].gate.shape[0]
     config = inputs.family.moe_config(inputs.config | {"intermediate_size": width}, len(experts), top_k)
     config = with_names(config, [expert.name for expert in experts])
-    tensors, config = in_one_type(
-        list(_tensors(inputs, config, transform, bound, settings.start)), config, forced
-    )  # fmt: skip
+    tensors, config = in_one_type(list(_tensors(inputs, config, transform, bound, settings.start)), config, forced)
     check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
     return _Planned(experts, top_k, tensors, config)
 
@@ -189,7 +185,7 @@ def route_by(folder: Path, rule: RoutingRule, log: Callable[[str], None]) -> Con
 
 def soup(
     seed_model: str | Path, experts: Mapping[str, str | Path], output: str | Path, *, generalist: bool = True
-) -> None:  # fmt: skip
+) -> None:
     """The baseline without routing: one dense model, every weight the mean over the experts.
 
     Args and Raises: as `mix`.
@@ -240,23 +236,19 @@ def _measure(inputs: MixInputs) -> Drifts:
 
 
 def _tensors(
-    inputs: MixInputs,
-    config: Config,
-    transform: ExpertsTransform,
-    merge: Merge,
-    init: RouterInit,
+    inputs: MixInputs, config: Config, transform: ExpertsTransform, merge: Merge, init: RouterInit
 ) -> Iterator[OutputTensor]:
     """All tensors of the MoE model, in the order they are written."""
     family = inputs.family
-    hidden_size = int(inputs.config["hidden_size"])
     origin: dict[str, Any]
     for layer in range(inputs.num_layers):
         dtype = inputs.seed_tensors[family.feed_forward["gate"].format(layer=layer)].dtype
         experts = transform(experts_of_layer(inputs, layer))
         yield from expert_tensors(family, layer, experts, dtype)
-        router = initial_router(init, len(experts), hidden_size)
+        shape = (len(experts), int(inputs.config["hidden_size"]))
+        router = Computed(shape, dtype, partial(initial_router, init, *shape, layer))
         origin = {"from": "router_init", "method": init.method}
-        yield router_tensor(family, layer, (len(experts), hidden_size), router, dtype, origin)
+        yield OutputTensor(family.router.format(layer=layer), shape, dtype, [router], origin)
         yield from inert_tensors(family, layer, config, dtype)
     for name in inputs.shared_names:
         start = inputs.seed_tensors[name]
@@ -273,7 +265,6 @@ def _record(
     Args:
         config: as it was written.
         texts: what routers were made from.
-        written: bytes.
     """
     names, top_k = [expert.name for expert in planned.experts], planned.top_k
     return {

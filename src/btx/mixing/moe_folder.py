@@ -140,7 +140,6 @@ class MoeFolder:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
         return int(self.completed["num_hidden_layers"])
 
     @property
@@ -160,19 +159,12 @@ class MoeFolder:
         """Write a folder like this one with other experts; it appears when it is complete.
 
         Args:
-            names: its experts.
-            tensors: all that it will hold.
-            output: the new folder.
             changes: what else is new in mix.json, where what was known of single tensors holds no longer.
             event: what the history in mix.json tells of it.
             max_shard_size: bytes that an output file has at most.
 
         Returns:
             mix.json, as written.
-
-        Raises:
-            CheckpointError: these are not the tensors of the class.
-            RunFolderError: the disk has no room.
         """
         config = with_names(self._config_for(len(names)), names)
         check_planned({tensor.name: tensor.shape for tensor in tensors}, config)
@@ -230,11 +222,7 @@ class MoeFolder:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """mix.json with what it lacks.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
+    """mix.json with what it lacks."""
     try:
         record = read_json(path / RECORD)
         completed = UNKNOWN | ({} if record is None else {**record})

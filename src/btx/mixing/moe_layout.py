@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from btx.choices.families import Config, Family
 from btx.mixing.inputs import MixInputs
@@ -38,9 +37,6 @@ class Expert:
 ExpertsTransform = Callable[[list[Expert]], list[Expert]]
 """The experts of a layer → the experts of its MoE layer: splitting, blending, copies. Same number in every layer."""
 
-RouterInit = Callable[[int], Tensor]
-"""Layer → router weight (E, D), float32."""
-
 
 def experts_of_layer(inputs: MixInputs, layer: int) -> list[Expert]:
     """The FF sublayers of all members, as they are."""
@@ -67,14 +63,6 @@ def expert_tensors(family: Family, layer: int, experts: Sequence[Expert], dtype:
             origin = {"from": "stack", "experts": [dict(expert.origin) for expert in experts], **made_from}
             stacked = [part for parts_of_expert in parts for part in parts_of_expert]
             yield OutputTensor(pattern.format(layer=layer), (len(experts), rows, columns), dtype, stacked, origin)
-
-
-def router_tensor(
-    family: Family, layer: int, shape: tuple[int, int], init: RouterInit, dtype: torch.dtype, origin: dict[str, Any]
-) -> OutputTensor:
-    """A layer's router."""
-    weight = Computed(shape, dtype, lambda: init(layer))
-    return OutputTensor(family.router.format(layer=layer), shape, dtype, [weight], origin)
 
 
 def inert_tensors(family: Family, layer: int, config: Config, dtype: torch.dtype) -> Iterator[OutputTensor]:

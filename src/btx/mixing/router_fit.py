@@ -30,6 +30,7 @@ from btx.models.free_memory import free_memory
 from btx.models.measuring_memory import FITTING, SCORING
 from btx.models.packed import packed_hidden
 from btx.models.placement import Place, load_placed
+from btx.moe.any_moe import blocks_with_routers
 from btx.moe.routers import LayerRule
 
 if TYPE_CHECKING:
@@ -40,11 +41,7 @@ Targets = Callable[[int, int, Tensor], Tensor]
 
 
 def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method: str) -> None:
-    """Refuse missing and surplus texts.
-
-    Raises:
-        CheckpointError: an expert without text, or text of no expert.
-    """
+    """Refuse missing and surplus texts."""
     named = list(texts or ())
     missing = [name for name in experts if name not in named]
     unknown = [name for name in named if name not in experts]
@@ -58,20 +55,13 @@ def check_texts(texts: Mapping[str, Any] | None, experts: Sequence[str], method:
 
 
 def fit_routers(
-    folder: Path,
-    family: Family,
-    texts: Sequence[TextRows],
-    owners: Sequence[int],
-    init: RouterInit,
-    place: Place,
+    folder: Path, family: Family, texts: Sequence[TextRows], owners: Sequence[int], init: RouterInit, place: Place
 ) -> None:
     """Compute the routers of the MoE model in `folder` from text and write them into its files.
 
     Args:
         folder: a complete MoE folder that nobody else reads yet; the routers in it do not matter.
-        texts: one of each domain.
         owners: for every expert of a layer the number of the text that is its own.
-        init: a start that needs text.
         place: where the model runs, as far as there is room for it.
     """
     model = load_for_text(folder, place)
@@ -106,7 +96,7 @@ def router_sums(
     Tokens at position 0 are left out: document separators, which are alike in every domain. On a GPU products of the
     model are in bfloat16, those of the sums in float32.
     """
-    device, routers = model.device, moe_routers(model)
+    device, routers = model.device, blocks_with_routers(model)
     in_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     sums: list[RouterSums | None] = [None] * len(routers)  # each where its layer is, which the first batch says
     now: dict[str, Any] = {}
@@ -123,8 +113,7 @@ def router_sums(
         return take
 
     # First of all hooks: what comes after may change what the router sees.
-    handles = [router.register_forward_pre_hook(hook(layer), prepend=True)
-               for layer, (_, router) in enumerate(routers)]  # fmt: skip
+    handles = [router.register_forward_pre_hook(hook(layer), prepend=True) for layer, (_, router) in enumerate(routers)]
     try:
         for number, text in enumerate(texts):
             now.update(text=number, weight=1.0 / text.tokens)
@@ -140,23 +129,11 @@ def router_sums(
     return [total for total in sums if total is not None]
 
 
-def moe_routers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The blocks of any MoE class in layer order, btx's and transformers' own, each with its router: what is called
-    `gate` or `router` beside `experts`."""
-    routers = []
-    for block in model.modules():
-        parts = dict(block.named_children())
-        router = parts.get("gate") or parts.get("router")
-        if "experts" in parts and router is not None:
-            routers.append((block, router))
-    return routers
-
-
 @contextlib.contextmanager
 def experts_in_equal_parts(model: PreTrainedModel) -> Iterator[None]:
     """All experts of every MoE layer with the same gate weight, 1/E."""
     with contextlib.ExitStack() as undo:
-        for block, router in moe_routers(model):
+        for block, router in blocks_with_routers(model):
             E = len(next(parameter for parameter in router.parameters() if parameter.dim() == 2))
             for part, name, value in ((block, "rule", LayerRule(RoutingRule(top_k=E))), (block, "top_k", E),
                                       (router, "top_k", E)):  # fmt: skip

@@ -36,10 +36,9 @@ WITHOUT_TEXT: dict[str, Callable[[RouterInit, int, int, int], Tensor]] = {
 """Start that needs no text → (settings, E, D, layer) → router weight (E, D), float32."""
 
 
-def initial_router(init: RouterInit, num_experts: int, hidden_size: int) -> Callable[[int], Tensor]:
-    """Layer → router weight (E, D), float32; zeros where text will decide."""
-    start = WITHOUT_TEXT["zeros" if init.needs_text else init.method]
-    return lambda layer: start(init, num_experts, hidden_size, layer)
+def initial_router(init: RouterInit, num_experts: int, hidden_size: int, layer: int) -> Tensor:
+    """A layer's router weight (E, D), float32; zeros where text will decide."""
+    return WITHOUT_TEXT["zeros" if init.needs_text else init.method](init, num_experts, hidden_size, layer)
 
 
 @dataclass

@@ -15,11 +15,7 @@ Part = TypeVar("Part", MergeSettings, RouterInit)
 
 
 def seeded(part: Part, rng_seed: int, name: str) -> Part:
-    """Settings of a part of a mix with the mix's random number seed.
-
-    Raises:
-        CheckpointError: they have another one already.
-    """
+    """Settings of a part of a mix with the mix's random number seed; refused if they have another one already."""
     if part.rng_seed not in (0, rng_seed):
         raise CheckpointError(f"rng_seed is {rng_seed}, and {part.rng_seed} in {name}: one holds for all, say it once")
     return replace(part, rng_seed=rng_seed)
@@ -87,12 +83,8 @@ class MixSettings:
         return seeded(init, self.rng_seed, "router_init")
 
     @classmethod
-    def given(cls, settings: MixSettings | None, knobs: dict[str, Any]) -> MixSettings:
-        """Settings that were given as one object or as keywords, not both.
-
-        Raises:
-            TypeError: both, or a keyword that is no attribute of these settings.
-        """
+    def of_arguments(cls, settings: MixSettings | None, knobs: dict[str, Any]) -> MixSettings:
+        """Settings that were given as one object or as keywords; raises TypeError for both, or an unknown keyword."""
         allowed = [field.name for field in fields(cls)]
         if unknown := [name for name in knobs if name not in allowed]:
             raise TypeError(f"mix() takes no {', '.join(unknown)}; its settings are: {', '.join(allowed)}")

@@ -23,11 +23,7 @@ LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def copy_beside_weights(
-    source: Path,
-    target: Path,
-    *,
-    tokenizer_from: Path | None = None,
-    warn: Callable[[str], None] = lambda line: None,
+    source: Path, target: Path, *, tokenizer_from: Path | None = None, warn: Callable[[str], None] = lambda line: None
 ) -> None:
     """Copy config, tokenizer, generation settings and licence of a model folder, overwriting those at the target.
 

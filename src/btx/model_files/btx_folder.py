@@ -59,11 +59,7 @@ def write_router(folder: Path, rule: RoutingRule) -> bool:
 
 
 def change_router(folder: Path, rule: RoutingRule) -> None:
-    """Let a MoE folder route by `rule`, whatever it says now. Not for a folder that somebody may be reading.
-
-    Raises:
-        CheckpointError: its btx.json is missing or broken.
-    """
+    """Let a MoE folder route by `rule`, whatever it says now. Not for a folder that somebody may be reading."""
     config: Config = json.loads((folder / "config.json").read_text("utf-8"))
     plain, now = open_btx_folder(folder, config) if is_btx_folder(config) else (config, None)
     if "num_experts_per_tok" not in plain or now == rule:
@@ -78,9 +74,6 @@ def change_router(folder: Path, rule: RoutingRule) -> None:
 
 def open_btx_folder(folder: Path, config: Config) -> tuple[Config, RoutingRule]:
     """The plain class's config and the router of a folder that only btx reads.
-
-    Args:
-        config: its config.json.
 
     Raises:
         CheckpointError: btx.json is missing, broken or of a later format.

@@ -80,21 +80,14 @@ def card_tokens(card: str, parameters: float) -> tuple[float, list[float]]:
 
     What it says of models of another size does not count, unless it says nothing else.
 
-    Args:
-        card: text of README.md.
-        parameters: of the model.
-
     Returns:
         (0, []) if the card names none.
     """
     counts = list(_counts(card))
-    own = [each.tokens for each in counts if each.parameters is None or _alike(each.parameters, parameters)]
-    tokens = sorted(set(own or [each.tokens for each in counts]))
+    of_its_size = [each.tokens for each in counts
+                   if each.parameters is None or 1 / SAME_SIZE < each.parameters / parameters < SAME_SIZE]  # fmt: skip
+    tokens = sorted(set(of_its_size or [each.tokens for each in counts]))
     return (tokens[-1], tokens) if tokens else (0.0, [])
-
-
-def _alike(size: float, parameters: float) -> bool:
-    return 1 / SAME_SIZE < size / parameters < SAME_SIZE
 
 
 def _counts(card: str) -> Iterator[Count]:
@@ -115,10 +108,10 @@ def _counts(card: str) -> Iterator[Count]:
 
 def _in_digits(card: str) -> str:
     """Powers of ten, numbers in words and digits in groups as the numbers that they are."""
-    text = SUPERSCRIPT.sub(lambda found: f"^{unicodedata.normalize('NFKC', found[0])}", EXPONENT.sub(r"^\1", card))
-    text = POWER.sub(lambda found: f"{found[1] or 1}e{found[2]}", text)
-    text = WRITTEN.sub(lambda found: f"{IN_WORDS[' '.join(found[1].lower().split())]} ", text)
-    return GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    text = SUPERSCRIPT.sub(lambda match: f"^{unicodedata.normalize('NFKC', match[0])}", EXPONENT.sub(r"^\1", card))
+    text = POWER.sub(lambda match: f"{match[1] or 1}e{match[2]}", text)
+    text = WRITTEN.sub(lambda match: f"{IN_WORDS[' '.join(match[1].lower().split())]} ", text)
+    return GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
 
 
 def _counts_in_cell(cell: str, column: str, others: list[str]) -> Iterator[Count]:

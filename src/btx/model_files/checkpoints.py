@@ -14,7 +14,6 @@ import torch
 from btx.errors import CheckpointError
 from btx.model_files.headers import COMPUTED, FLOATS, HEAD, Headers, check_unquantised
 from btx.model_files.lazy_tensors import FileTensor, OpenFile
-from btx.system_errors import blame
 
 DTYPES = {name: getattr(torch, known_as) for name, known_as in FLOATS.items()}
 
@@ -62,16 +61,13 @@ class TensorFolder:
         check_unquantised(folder, {}, headers)
         self.file = headers.file
         """The file that says which tensors there are, for messages."""
-        self._tensors: dict[str, FileTensor] = {}
-        opened: dict[Path, OpenFile] = {}
-        for name, entry in headers.tensors.items():
-            if name.endswith(COMPUTED):
-                continue
-            if entry.file not in opened:
-                opened[entry.file] = self._open(entry.file)
-            self._tensors[name] = FileTensor(
+        opened = {file: OpenFile.shared(file) for file in {entry.file for entry in headers.tensors.values()}}
+        self._tensors = {
+            name: FileTensor(
                 who, name, str(entry.file), entry.shape, DTYPES[entry.dtype], opened[entry.file], entry.start
             )
+            for name, entry in headers.tensors.items() if not name.endswith(COMPUTED)
+        }  # fmt: skip
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +81,6 @@ class TensorFolder:
         return self._tensors[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def where(self, name: str) -> str:
@@ -112,10 +107,3 @@ class TensorFolder:
         for part, rows in parts.items():
             self._tensors[part] = fused.rows(start, start + rows)
             start += rows
-
-    def _open(self, path: Path) -> OpenFile:
-        try:
-            return OpenFile.shared(path)
-        except OSError as error:
-            blame(error)
-            raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error

@@ -41,7 +41,6 @@ class Entry(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -94,11 +93,7 @@ class Headers:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """The tensors of one safetensors file; raises CheckpointError if it cannot be read."""
     try:
         with path.open("rb") as file:  # first: the library says of any file it cannot open that it is missing
             with safe_open(path, framework="np"):  # its checks
@@ -124,11 +119,7 @@ def main_type(headers: Headers) -> str:
 
 
 def check_unquantised(folder: Path, config: Mapping[str, Any], headers: Headers | None = None) -> None:
-    """Refuse weights that are integers, 8-bit floats or codes: read as weights they are another model.
-
-    Raises:
-        CheckpointError: names the key, or the file and the tensor.
-    """
+    """Refuse weights that are integers, 8-bit floats or codes: read as weights they are another model."""
     for key in QUANTIZATION_KEYS:
         if config.get(key):
             known = config[key].get("quant_method") if isinstance(config[key], dict) else None

@@ -47,11 +47,7 @@ def local_model(path: AnyPath) -> AnyPath | Path:
 
 
 def folder_or_name(model: str | Path) -> str | Path:
-    """What names a model: a folder here, a model of the hub that `hf:` fetches, or ORG/NAME as it is written.
-
-    Raises:
-        CheckpointError: as `local_model`.
-    """
+    """What names a model: a folder here, a model of the hub that `hf:` fetches, or ORG/NAME as it is written."""
     folder = local_model(model)
     return Path(folder) if Path(folder).exists() else str(folder)
 
@@ -61,9 +57,6 @@ def fetch(model: HubName, where: str) -> Path:
 
     Args:
         where: what asks for it, for messages.
-
-    Raises:
-        CheckpointError: as `local_model`.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -82,7 +75,6 @@ def model_card(model: str | Path, revision: str | None = None, *, may_fetch: boo
 
     Args:
         model: folder, or ORG/NAME where no such folder is.
-        revision: of a hub name.
         may_fetch: ask the hub; else look into its cache alone.
     """
     import huggingface_hub
@@ -141,11 +133,7 @@ def check_hub_name(path: str, *, revision: str | None = None, ask: bool = True) 
 
     Args:
         path: what the user has written; nothing of that name is here.
-        revision: git revision of a hub name.
         ask: look whether the hub has it; otherwise only whether it can have.
-
-    Raises:
-        CheckpointError: with what to do.
     """
     if not REPOSITORY.fullmatch(path):
         raise CheckpointError(f"{path}: there is no such folder here (in {Path.cwd()}){_nearby(path)}; a model of the "

@@ -58,7 +58,6 @@ class LazyTensor(ABC):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     @abstractmethod

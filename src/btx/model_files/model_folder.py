@@ -28,11 +28,7 @@ class BtmMembers(TypedDict):
 
 
 def check_model(path: str | Path) -> dict[str, Any] | None:
-    """The config of a model folder, as `check_model_folder`; None for what can only be a hub name.
-
-    Raises:
-        CheckpointError: as there, and for a name that is neither a folder here nor a model of the hub.
-    """
+    """The config of a model folder, as `check_model_folder`; None for what can only be a hub name."""
     if Path(path).exists():
         return check_model_folder(Path(path))
     if isinstance(path, Path):

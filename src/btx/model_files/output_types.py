@@ -17,11 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The type with this name; None for None.
-
-    Raises:
-        UserError: another name.
-    """
+    """The type with this name, None for None; raises UserError for another name."""
     if name is None:
         return None
     if name not in DTYPES:

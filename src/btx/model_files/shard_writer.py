@@ -64,11 +64,7 @@ def no_progress(written: int, total: int) -> None:
 
 
 def require_space(output: Path, tensors: Sequence[OutputTensor]) -> None:
-    """Refuse an output that its disk cannot hold.
-
-    Raises:
-        RunFolderError: with the bytes needed and free.
-    """
+    """Refuse an output that its disk cannot hold."""
     needed = sum(tensor.nbytes for tensor in tensors)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
@@ -89,9 +85,7 @@ def write_shards(
     """Write model.safetensors, or shards with an index, into an existing folder.
 
     Args:
-        tensors: what to write, in this order.
         max_shard_size: bytes an output file has at most, its header included (a larger tensor gets its own file).
-        progress: called after every block.
 
     Returns:
         Bytes of tensor data written.

@@ -46,11 +46,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary in a folder, from the file that a tokenizer is loaded from; None if it holds no tokenizer.
-
-    Raises:
-        CheckpointError: a file that is none of its kind.
-    """
+    """The vocabulary in a folder, from the file that a tokenizer is loaded from; None if it holds no tokenizer."""
     for pattern, read in READERS:
         for file in sorted(folder.glob(pattern)):
             with _naming(file):
@@ -73,11 +69,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is unreadable or holds something else.
-    """
+    """The JSON object in a file; raises CheckpointError if it holds something else."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -162,7 +154,7 @@ READERS: tuple[tuple[str, Callable[[Path], Vocabulary]], ...] = (
 """File → how it is read, in the order in which they are looked for."""
 
 
-def _add_tokens(found: Vocabulary, folder: Path) -> None:
+def _add_tokens(vocabulary: Vocabulary, folder: Path) -> None:
     """Add the tokens that other files add; transformers gives them the next ids, whatever ids they are said to have."""
     config, older, mapped = (folder / name for name in (CONFIG, "added_tokens.json", "special_tokens_map.json"))
     said = {file: read_object(file) for file in (config, older, mapped) if file.is_file()}
@@ -180,11 +172,11 @@ def _add_tokens(found: Vocabulary, folder: Path) -> None:
         with _naming(file):
             more = [token for key in MORE_SPECIAL for token in _listed(value.get(key))]
             added += [(_content(token), file) for token in (*(value.get(key) for key in SPECIAL), *more) if token]
-    following = 1 + max(found.ids.values())
+    following = 1 + max(vocabulary.ids.values())
     for token, file in added:
-        if token not in found.ids and found.lists_special:
-            found.ids[token] = following
-            found.added_by[token] = file
+        if token not in vocabulary.ids and vocabulary.lists_special:
+            vocabulary.ids[token] = following
+            vocabulary.added_by[token] = file
             following += 1
 
 

@@ -101,12 +101,8 @@ def check_ids(folder: Path, rows: int, ids: Mapping[str, int] | None = None) -> 
     """Refuse a tokenizer with ids that have no row in the embedding; a folder without a tokenizer is fine.
 
     Args:
-        folder: where the tokenizer is.
         rows: of the embedding.
         ids: token → id as loaded; default: as its files say.
-
-    Raises:
-        CheckpointError: names the file, the tokens and the number of rows.
     """
     vocabulary = read_vocabulary(folder)
     ids = ids if ids is not None else vocabulary.ids if vocabulary else {}
@@ -127,9 +123,6 @@ def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     """How the tokenizer of `folder` differs from that of `seed`: file and first difference; None if it does not.
 
     Sizes alone prove nothing: entries, their ids, merges and added tokens are compared, whatever files hold them.
-
-    Raises:
-        CheckpointError: a tokenizer file that cannot be read.
     """
     ours, theirs = read_vocabulary(folder), read_vocabulary(seed)
     if ours is None:
@@ -139,32 +132,32 @@ def vocabulary_difference(folder: Path, seed: Path) -> str | None:
     return _ids_difference(ours, theirs) or _rules_difference(ours, theirs)
 
 
-def _ids_difference(own: Vocabulary, seed: Vocabulary) -> str | None:
+def _ids_difference(ours: Vocabulary, seed: Vocabulary) -> str | None:
     """The first token, in the order of the alphabet, that has not the same id."""
-    listed = own.lists_special and seed.lists_special  # else what one file lacks may be in code
-    tokens = own.ids.keys() | seed.ids.keys() if listed else own.ids.keys() & seed.ids.keys()
-    differing = [token for token in tokens if own.ids.get(token) != seed.ids.get(token)]
+    listed = ours.lists_special and seed.lists_special  # else what one file lacks may be in code
+    tokens = ours.ids.keys() | seed.ids.keys() if listed else ours.ids.keys() & seed.ids.keys()
+    differing = [token for token in tokens if ours.ids.get(token) != seed.ids.get(token)]
     if not differing and (listed or tokens):
         return None
     if not differing:
-        return f"{own.file}: no token in common with {seed.file}"
+        return f"{ours.file}: no token in common with {seed.file}"
     token = min(differing)
-    said = [f"id {x.ids[token]}" if token in x.ids else "no entry" for x in (own, seed)]
-    file = own.added_by.get(token, own.file)
+    said = [f"id {x.ids[token]}" if token in x.ids else "no entry" for x in (ours, seed)]
+    file = ours.added_by.get(token, ours.file)
     return f"{file}: another vocabulary than the seed model's: {token!r} has {said[0]}, there {said[1]}"
 
 
-def _rules_difference(own: Vocabulary, seed: Vocabulary) -> str | None:
-    if own.merges is not None and seed.merges is not None and own.merges != seed.merges:
-        return f"{own.file}: other merges than the seed model's"
-    if own.kind != seed.kind:
+def _rules_difference(ours: Vocabulary, seed: Vocabulary) -> str | None:
+    if ours.merges is not None and seed.merges is not None and ours.merges != seed.merges:
+        return f"{ours.file}: other merges than the seed model's"
+    if ours.kind != seed.kind:
         return None  # they say the same in ways that cannot be compared
-    for key in sorted(own.rules.keys() | seed.rules.keys()):
-        value, seed_value = own.rules.get(key), seed.rules.get(key)
+    for key in sorted(ours.rules.keys() | seed.rules.keys()):
+        value, seed_value = ours.rules.get(key), seed.rules.get(key)
         if value != seed_value:
             if key in ("normalizer", "pre_tokenizer", "scores"):
-                return f"{own.file}: another {key} than the seed model's"
-            return f"{own.file}: {key} is {value!r}, the seed model's tokenizer has {seed_value!r}"
+                return f"{ours.file}: another {key} than the seed model's"
+            return f"{ours.file}: {key} is {value!r}, the seed model's tokenizer has {seed_value!r}"
     return None
 
 

@@ -35,9 +35,6 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, *, rng_seed: i
 
     Args:
         rng_seed: decides A.
-
-    Raises:
-        ModuleNotFoundError: peft is not installed.
     """
     _add(model, adapted_modules(model), [], rank, alpha, rng_seed)
 
@@ -47,11 +44,7 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 def moe_targets(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], list[str]]:
     """What `add_moe_adapters` puts adapters on: name → linear layer of the attention, and names of the experts'
-    weights.
-
-    Raises:
-        CheckpointError: the model's MoE blocks are not btx's.
-    """
+    weights."""
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not blocks:
         raise CheckpointError(f"trainable: lora: {type(model).__name__} has no experts that adapters can be put on")
@@ -65,8 +58,8 @@ def moe_targets(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], list[str]
 
 
 def add_moe_adapters(model: PreTrainedModel, rank: int, alpha: float, *, rng_seed: int) -> None:
-    """Put adapters on the experts and on the attention of a MoE model, in place; arguments and errors as
-    `add_adapters`, and CheckpointError as `moe_targets`."""
+    """Put adapters on the experts and on the attention of a MoE model, in place; arguments as
+    `add_adapters`."""
     layers, experts = moe_targets(model)
     _add(model, layers, experts, rank, alpha, rng_seed)
 

@@ -30,24 +30,21 @@ ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rot
 OF_PLAIN_ROPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 
-def differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key → its meanings in two configs of one class, where they differ.
 
     Args:
-        own, other: completed with the class's defaults, as `read_config` gives them.
+        one, other: completed with the class's defaults, as `read_config` gives them.
     """
-    one, two = meaning(own), meaning(other)
-    return {key: (one.get(key), two.get(key)) for key in sorted(one.keys() | two.keys())
-            if not _same(one.get(key), two.get(key))}  # fmt: skip
+    first, second = meaning(one), meaning(other)
+    return {key: (first.get(key), second.get(key)) for key in sorted(first.keys() | second.keys())
+            if not _same(first.get(key), second.get(key))}  # fmt: skip
 
 
 def meaning(config: Mapping[str, Any]) -> Config:
     """What the keys mean that have an effect on the result, each written in one way.
 
     Keys that are unknown to the class have none.
-
-    Args:
-        config: completed with its class's defaults.
     """
     defaults = config_defaults(str(config["model_type"]))
     meant = {
@@ -82,19 +79,19 @@ def _rope(rope: Mapping[str, Any]) -> Config:
     return known | {"rope_type": kind}
 
 
-def _windows(found: Mapping[str, Any], config: Mapping[str, Any], switched: bool) -> Config:
+def _windows(meant: Mapping[str, Any], config: Mapping[str, Any], switched: bool) -> Config:
     """The window, None where no layer has one, and which layers have it, None where it is all or none of them."""
-    if "sliding_window" not in found:
+    if "sliding_window" not in meant:
         return {}
-    window, layers = found["sliding_window"] or None, config.get("layer_types")
+    window, layers = meant["sliding_window"] or None, config.get("layer_types")
     if (switched and not config.get("use_sliding_window")) or (layers and "sliding_attention" not in layers):
         window = None
     if layers and window is None:
         layers = ["full_attention" if layer == "sliding_attention" else layer for layer in layers]
     changed: Config = {"sliding_window": window}
-    if "layer_types" in found:
+    if "layer_types" in meant:
         changed["layer_types"] = None if layers and set(layers) == {"full_attention"} else layers
-    if "max_window_layers" in found and (layers or window is None):
+    if "max_window_layers" in meant and (layers or window is None):
         changed["max_window_layers"] = None
     return changed
 

@@ -33,9 +33,6 @@ def read_config(path: str | Path, *, revision: str | None = None) -> dict[str, A
     """config.json of a folder or hub name as plain values, completed with the class's defaults.
 
     Embeddings are tied only if the files do not say otherwise, as in transformers 5: `has_own_head`.
-
-    Raises:
-        CheckpointError: no model, or values that its class does not take.
     """
     from transformers import AutoConfig
 
@@ -80,12 +77,8 @@ def completed(make: Callable[[], Mapping[str, Any]], where: str | Path, whose: s
     """A config completed with its class's defaults.
 
     Args:
-        make: gives the config.
         where: where its values are from.
         whose: the class that has to take them, for messages: `the MoE class`.
-
-    Raises:
-        CheckpointError: with what the class says.
     """
     from transformers import AutoConfig
 

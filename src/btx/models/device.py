@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one.
-
-    Raises:
-        UserError: cuda was asked for and there is none.
-    """
+    """`auto` takes a GPU if there is one; cuda without one is refused."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -29,11 +25,7 @@ def choose_device(name: str) -> torch.device:
 
 def device_and_type(recipe: Recipe) -> tuple[str, torch.dtype]:
     """Where and in which arithmetic models are measured: as `evaluate.precision` says, and if that is auto float32,
-    except on a GPU in a run that finetunes in bfloat16.
-
-    Raises:
-        UserError: the recipe wants a GPU and there is none.
-    """
+    except on a GPU in a run that finetunes in bfloat16."""
     device, precision = choose_device(recipe.device), recipe.evaluate.precision
     if precision == "auto":
         precision = recipe.finetune.precision if device.type == "cuda" else "float32"
@@ -46,9 +38,6 @@ def measuring_place(recipe: Recipe, log: Callable[[str], None], *, answers: bool
     Args:
         log: called with a line where a model does not fit one device.
         answers: whether they answer questions, whose keys and values then need room too.
-
-    Raises:
-        UserError: the recipe wants a GPU and there is none.
     """
     device, dtype = device_and_type(recipe)
     return Place(device, dtype, ANSWERING if answers else SCORING, recipe.launch.weights_per_device, log)

@@ -39,12 +39,7 @@ def expert_names(config: Mapping[str, Any], count: int, folder: Path | None) -> 
     its run, else their numbers.
 
     Args:
-        config: its config.json.
-        count: the number of its experts.
         folder: where it lies; None: on the hub.
-
-    Raises:
-        RunFolderError: the record is broken.
     """
     if (names := names_in(config, count)) is not None:
         return names
@@ -59,7 +54,7 @@ def expert_names(config: Mapping[str, Any], count: int, folder: Path | None) -> 
 
 
 def names_of_experts(model: PreTrainedModel, path: Path) -> list[str]:
-    """The names of the experts of a model in memory; empty for a dense one. Raises as `expert_names`."""
+    """The names of the experts of a model in memory; empty for a dense one."""
     from btx.moe.any_moe import num_experts  # here, so that a folder can be looked at without torch
 
     count = num_experts(cast("nn.Module", model))

@@ -9,11 +9,7 @@ import psutil
 
 
 def free_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that the system, and the limits of a container or batch job (Linux's cgroups), leave.
-
-    Args:
-        process, groups: where Linux tells them.
-    """
+    """Bytes of memory that the system, and the limits of a container or batch job (Linux's cgroups), leave."""
     free = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError):
         for line in (process / "cgroup").read_text("utf-8").splitlines():

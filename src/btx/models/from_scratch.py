@@ -39,9 +39,6 @@ def new_model(config: dict[str, Any], *, rng_seed: int, **overrides: Any) -> Pre
     Args:
         config: `model_type` and what its transformers config class takes.
         overrides: config values that the tokenizer decides (vocab_size, bos_token_id, ...).
-
-    Raises:
-        CheckpointError: transformers cannot build it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

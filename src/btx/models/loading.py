@@ -140,7 +140,6 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
     the model all have to call it, and the first one writes what one process would write.
 
     Args:
-        folder: an existing folder.
         like: folder of the model this one was trained from; its config, tokenizer and generation settings are kept as
             they are, and every weight gets the type that it has there. None for a model from scratch.
         tokenizer: written when there is no `like`.
@@ -158,7 +157,7 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: Path | None, token
 
 def _save_weights(
     model: PreTrainedModel, folder: Path, types: Mapping[str, torch.dtype], layout: Collection[str] | None
-) -> None:  # fmt: skip
+) -> None:
     """Weights, each in its type in `types` or else as it is, and what `save_pretrained` writes beside them."""
     if process_count() > 1:
         stream_model(model, folder, types, layout)

@@ -167,7 +167,6 @@ class TrainingMemory:
 
     @property
     def peak(self) -> int:
-        """All together."""
         return sum(asdict(self).values())
 
     @property
@@ -185,7 +184,6 @@ class MicroBatch:
     sequence_length: int
     """S."""
     checkpointed: bool = False
-    """With gradient checkpointing."""
     alone: bool = False
     """One micro-batch a step: no gradients are there yet while it runs."""
     dense_mask: bool = True
@@ -209,41 +207,41 @@ def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) 
     Each of P processes has 1/P of the float32 weights, gradients and moments, and besides, from the forward pass to the
     end of the backward pass, every layer's weights put together in the arithmetic's type: a whole copy.
     """
-    if batch.processes > 1:
-        return _memory_of_each(shape, scheme, batch)
-    trained, matrices = sum(shape.trained.values()), _held(shape.trained)
+    P, trained = batch.processes, sum(shape.trained.values())
+    held = _weights_of_each(shape, scheme, P) if P > 1 else [(_weights(shape, scheme), 0.0)] * 4
+    moments = [
+        TrainingMemory(*map(round, (
+            weights, there * FLOAT32 * trained / P, scheme.moments * trained / P, activations, logits,
+            workspace + buffer,
+        )))
+        for (there, activations, logits, workspace), (weights, buffer) in
+        zip(_moments(shape, scheme, batch), held, strict=True)
+    ]  # fmt: skip
+    return max(moments, key=lambda moment: moment.peak)
+
+
+def _weights(shape: ModelShape, scheme: MemoryScheme) -> float:
+    """All weights, in the types that the scheme says."""
+    matrices = _held(shape.trained)
     frozen = _held(shape.total) - matrices
     others = sum(shape.total.values()) - matrices - frozen
     head = shape.vocabulary * shape.width * shape.tied * scheme.holds_copies
     weights = (scheme.weight + scheme.working) * matrices + scheme.frozen * frozen + FLOAT32 * others
-    weights += scheme.arithmetic * head
-    optimizer = scheme.moments * trained
-    moments = [
-        TrainingMemory(*map(round, (weights, there * FLOAT32 * trained, optimizer, activations, logits, workspace)))
-        for there, activations, logits, workspace in _moments(shape, scheme, batch)
-    ]
-    return max(moments, key=lambda moment: moment.peak)
+    return weights + scheme.arithmetic * head
 
 
-def _memory_of_each(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> TrainingMemory:
-    """`training_memory` of one of several processes."""
-    c, P, trained = scheme.arithmetic, batch.processes, sum(shape.trained.values())
+def _weights_of_each(shape: ModelShape, scheme: MemoryScheme, processes: int) -> list[tuple[float, float]]:
+    """(weights, buffers of the reduction) of one of several processes, in the order of `_moments`."""
+    c, P, trained = scheme.arithmetic, processes, sum(shape.trained.values())
     root, root_trained = (sum(parts.get(part, 0) for part in ("embedding", "head")) for parts in
                           (shape.total, shape.trained))  # fmt: skip
     shares, layers = FLOAT32 * sum(shape.total.values()) / P, c * (sum(shape.total.values()) - root)
     together = FLOAT32 * root + c * shape.vocabulary * shape.width * (c < FLOAT32)  # the head in both types
     # A layer's gradients, whole, and in float32 those that are being added up over the processes.
     reduced = (c + FLOAT32) * (trained - root_trained) / shape.layers
-    buffers = (0, 0, reduced - _gradient_copy(shape, scheme), FLOAT32 * root_trained)
-    weights = (shares + layers + together,) * 3 + (shares + FLOAT32 * root,)  # at the end the layers' are gone
-    moments = [
-        TrainingMemory(*map(round, (
-            held, there * FLOAT32 * trained / P, scheme.moments * trained / P, activations, logits, workspace + buffer
-        )))
-        for (there, activations, logits, workspace), held, buffer in
-        zip(_moments(shape, scheme, batch), weights, buffers, strict=True)
-    ]  # fmt: skip
-    return max(moments, key=lambda moment: moment.peak)
+    whole = shares + layers + together
+    at_end = shares + FLOAT32 * root, FLOAT32 * root_trained  # the layers' are gone
+    return [(whole, 0.0), (whole, 0.0), (whole, reduced - _gradient_copy(shape, scheme)), at_end]
 
 
 def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list[tuple[int, float, float, float]]:

@@ -23,7 +23,6 @@ def packed_hidden(model: nn.Module, input_ids_BS: Tensor, position_ids_BS: Tenso
     """Last hidden states (B, S, D), on the last layer's device, of rows that hold several documents each.
 
     Args:
-        model: a causal language model of transformers.
         input_ids_BS: token ids, on the host or on the model's device.
         position_ids_BS: tokens since the document's start, or since the row's; on the host, for borders are counted
             there. On a GPU counting would make the host wait for it.

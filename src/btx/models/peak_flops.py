@@ -32,11 +32,7 @@ OTHER_CHIPS = re.compile(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b", re.IGNORECASE)
 
 
 def peak_flops(name: str, *, bfloat16: bool) -> float | None:
-    """Dense FLOP/s of a device by its name; None: not known.
-
-    Args:
-        bfloat16: in bfloat16, else in float32.
-    """
+    """Dense FLOP/s of a device by its name; None: not known."""
     if OTHER_CHIPS.search(name):
         return None
     for gpu, (in_bfloat16, in_float32) in PEAK_TFLOPS.items():

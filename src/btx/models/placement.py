@@ -56,19 +56,14 @@ class Place:
 
     def shared_by(self, models: int) -> Place:
         """For one of several models that are there together."""
-        return self if self.weights_per_device is None else replace(
-            self, weights_per_device=self.weights_per_device // models
-        )  # fmt: skip
+        limit = self.weights_per_device
+        return self if limit is None else replace(self, weights_per_device=limit // models)
 
 
 def load_placed(path: str | Path, place: Place) -> PreTrainedModel:
     """A model where it is measured: on the first device that has room for all of it, else spread.
 
     Tokens are read on `model.device`, whatever lies elsewhere; logits come back there.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        UserError: not even its embedding fits.
     """
     cost, number = config_cost(read_config(path)), place.dtype.itemsize
     weights, forward = number * cost.total_params, forward_bytes(cost.shape, number, place.reading)

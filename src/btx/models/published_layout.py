@@ -53,7 +53,7 @@ def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = N
     in_memory = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in sorted(weights_in_memory(model).items(), key=lambda item: _natural(item[0]))
-    }  # fmt: skip
+    }
     if folder is not None and in_memory.keys() <= set(folder):
         return [Published(name, name, tuple(tensor.shape)) for name, tensor in in_memory.items()]
     reverted: Mapping[str, Tensor] = revert_weight_conversion(model, dict(in_memory))
@@ -65,7 +65,7 @@ def published_tensors(model: PreTrainedModel, folder: Collection[str] | None = N
     return [
         Published(name, renamed[name], tuple(tensor.shape)) if name in renamed else rows[name]
         for name, tensor in reverted.items()
-    ]  # fmt: skip
+    ]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -33,11 +33,7 @@ if TYPE_CHECKING:
 
 @quick_imports()
 def load_skeleton(folder: Path) -> PreTrainedModel:
-    """`btx.models.loading.load_model` without the numbers: weights are on the meta device, buffers are what they are.
-
-    Raises:
-        CheckpointError: as `load_model`.
-    """
+    """`btx.models.loading.load_model` without the numbers: weights are on the meta device, buffers are as they are."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()

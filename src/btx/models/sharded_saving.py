@@ -55,7 +55,7 @@ def stream_model(
     planned = {
         name: torch.empty(piece.shape, dtype=types.get(piece.of, weights[piece.of].dtype), device="meta")
         for name, piece in pieces.items()
-    }  # fmt: skip
+    }
     largest: int | str = inspect.signature(model.save_pretrained).parameters["max_shard_size"].default
     experts = {name: 1 if piece.expert is None else len(weights[piece.of]) for name, piece in pieces.items()}
     split = split_state_dict_into_shards_factory(

@@ -32,7 +32,6 @@ def shard(model: nn.Module, *, device: str = "cpu", in_bfloat16: bool = False) -
     root's. Gradients are added up over the processes after every backward pass, each keeping the sum of its rows.
 
     Args:
-        device: kind of device that the shares lie on.
         in_bfloat16: layers put their weights together in bfloat16, from float32 shares, and gradients are added up in
             float32: what autocast makes of one process's weights. The root's stay in float32.
     """

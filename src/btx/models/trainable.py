@@ -19,9 +19,6 @@ def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
     Args:
         model: with btx's MoE blocks in place; one on the meta device will do.
         which: a name in `btx.choices.trainable`, of the model's kind.
-
-    Raises:
-        CheckpointError: the model has no such weights.
     """
     if which == "feed_forward":
         config = model.config.to_dict()
@@ -35,10 +32,7 @@ def trainable_names(model: PreTrainedModel, which: str) -> set[str]:
 
 
 def set_trainable(model: PreTrainedModel, which: str) -> None:
-    """Choose what trains; everything else gets no gradient and no optimiser state.
-
-    Args and Raises: as `trainable_names`.
-    """
+    """Choose what trains, as `trainable_names`; everything else gets no gradient and no optimiser state."""
     chosen = trainable_names(model, which)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)

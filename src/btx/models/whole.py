@@ -39,11 +39,7 @@ class ClassTensors(NamedTuple):
 
 def class_tensors(config: Mapping[str, Any]) -> ClassTensors:
     """The tensors that a folder with this config has to hold; nothing is allocated. Not to be changed: it is kept for
-    the next folder of this config (experts are branches of one seed model).
-
-    Raises:
-        CheckpointError: transformers cannot build the model.
-    """
+    the next folder of this config (experts are branches of one seed model)."""
     return _class_tensors(config_text(config))
 
 
@@ -73,7 +69,6 @@ def check_whole(folder: Path, config: Mapping[str, Any], *, loading: bool = Fals
     """Refuse a folder that is not exactly its class.
 
     Args:
-        config: its config, completed with its class's defaults.
         loading: transformers will load it, which also reads the layout that it keeps in memory.
 
     Raises:
@@ -110,9 +105,6 @@ def check_planned(planned: Mapping[str, tuple[int, ...]], config: Mapping[str, A
 
     Args:
         planned: name → shape of every tensor to be written.
-
-    Raises:
-        CheckpointError: with a line for each kind of difference.
     """
     output, where = Path(str(config.get("model_type"))), dict.fromkeys(planned, "the model to be written")
     problems = shape_problems(planned, class_tensors(config).published, output, where, "the config's class has")
@@ -123,7 +115,7 @@ def check_planned(planned: Mapping[str, tuple[int, ...]], config: Mapping[str, A
 
 
 def shape_problems(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], file: Path, where: Mapping[str, str],
+    there: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], file: Path, where: Mapping[str, str],
     whose: str,
 ) -> list[str]:  # fmt: skip
     """Missing tensors, extra tensors and other shapes, a line each.
@@ -134,14 +126,14 @@ def shape_problems(
         whose: who has what is wanted: `the seed model has`.
     """
     lines = []
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
     if missing:
         lines.append(f"{file}: lacks {listed(missing)}, which {whose}")
     if extra:
         lines.append(f"{where[extra[0]]}: has {listed(extra)}, unlike what {whose}")
     lines += [
-        f"{where[name]}: {name} is {found[name]}, {whose} {wanted[name]}"
-        for name in sorted(found.keys() & wanted.keys()) if found[name] != wanted[name]
+        f"{where[name]}: {name} is {there[name]}, {whose} {wanted[name]}"
+        for name in sorted(there.keys() & wanted.keys()) if there[name] != wanted[name]
     ]  # fmt: skip
     shown = lines[: MOST_SHOWN + 2]
     return shown + [f"{file}: and {len(lines) - len(shown)} more like it"] * (len(lines) > len(shown))
@@ -153,8 +145,8 @@ def listed(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:MOST_SHOWN])}{more}"
 
 
-def _other_layout(folder: Path, where: Mapping[str, str], found: Shapes, wanted: ClassTensors) -> str:
-    other = min(found.keys() & wanted.in_memory.keys() - wanted.published.keys())
+def _other_layout(folder: Path, where: Mapping[str, str], there: Shapes, wanted: ClassTensors) -> str:
+    other = min(there.keys() & wanted.in_memory.keys() - wanted.published.keys())
     expected = min(wanted.published.keys() - wanted.in_memory.keys())
     return (
         f"{where[other]}: has {other}, where the published layout has {expected}: this is how transformers 5 holds the "

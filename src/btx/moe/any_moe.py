@@ -31,18 +31,18 @@ def moe_layers(model: nn.Module) -> list[nn.Module]:
     A router is known by the experts beside it, else by what the class names for `output_router_logits`
     (`_can_record_outputs`), but for routers of attention.
     """
+    if blocks := blocks_with_routers(model):
+        return [block if isinstance(block, MoE) else router for block, router in blocks]
     recorded = _recorded(model)
-    layers: list[nn.Module] = []
-    others: list[nn.Module] = []
-    for name, module in model.named_modules():
-        children: dict[str, nn.Module] = dict(module.named_children())
-        if isinstance(module, MoE):
-            layers.append(module)
-        elif "experts" in children and (routers := [children[each] for each in ROUTERS if each in children]):
-            layers.append(routers[0])
-        elif isinstance(module, recorded) and "attention" not in name and "attn" not in name:
-            others.append(module)
-    return layers or others
+    return [module for name, module in model.named_modules()
+            if isinstance(module, recorded) and "attention" not in name and "attn" not in name]  # fmt: skip
+
+
+def blocks_with_routers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The blocks of any MoE class that have their router beside `experts`, in layer order, each with its router."""
+    children = [(block, dict(block.named_children())) for block in model.modules()]
+    return [(block, next(parts[name] for name in ROUTERS if name in parts))
+            for block, parts in children if "experts" in parts and not parts.keys().isdisjoint(ROUTERS)]  # fmt: skip
 
 
 def _recorded(model: nn.Module) -> tuple[type[nn.Module], ...]:
@@ -55,11 +55,7 @@ def _recorded(model: nn.Module) -> tuple[type[nn.Module], ...]:
 
 
 def num_experts(model: nn.Module) -> int:
-    """E, without shared experts; 0 of a dense model.
-
-    Raises:
-        CheckpointError: layers differ in it.
-    """
+    """E, without shared experts; 0 of a dense model. Layers that differ in it are refused."""
     counts = [_experts_of(layer) for layer in moe_layers(model)]
     if len(set(counts)) > 1:
         raise CheckpointError(f"{type(model).__name__}: its MoE layers have different numbers of experts: {counts}")

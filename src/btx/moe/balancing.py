@@ -148,7 +148,6 @@ class RoutingLoss:
         """The loss to add to a micro-batch's, already weighted.
 
         Args:
-            routings: the layers' decisions.
             share: the micro-batch's share of the step's samples on this process.
         """
         u_LE, p_LE = _means_of_layers(routings)

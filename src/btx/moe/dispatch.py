@@ -57,10 +57,8 @@ def feed_forward(
     An expert without tokens costs nothing and gets a gradient of exactly zero.
 
     Args:
-        x_TD: tokens.
         gates_TK: gate weights, at least float32; those of dropped rows are 0.
         gate_up_E2FD: gate and up projection of each expert, gate first.
-        down_EDF: down projections.
         act: activation function of the gate projection, elementwise.
         kept_TK: False for rows that were dropped; None: all are kept.
     """
@@ -104,7 +102,6 @@ class Tile:
 
     @property
     def size(self) -> int:
-        """Number of rows."""
         return self.rows.stop - self.rows.start
 
 

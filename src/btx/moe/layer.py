@@ -113,7 +113,6 @@ class MoE(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """E."""
         return self.gate.weight.shape[0]  # experts may be wrapped in an adapter
 
 
@@ -194,11 +193,7 @@ def moe_blocks(model: nn.Module) -> list[MoE]:
 
 
 def set_router(model: nn.Module, rule: RoutingRule) -> None:
-    """Let every MoE layer of `model` route by `rule`.
-
-    Raises:
-        CheckpointError: the model's class has MoE blocks of its own kind, which route by Top-K alone.
-    """
+    """Let every MoE layer of `model` route by `rule`; blocks that are not btx's route by Top-K alone."""
     if not moe_blocks(model) and rule.kind != "top_k":
         raise CheckpointError(f"router {rule.kind}: the MoE blocks of {type(model).__name__} route by top_k alone")
     for layer, block in enumerate(moe_blocks(model)):

@@ -76,7 +76,6 @@ def switch_gates(logits_TE: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
     """One expert a token, its gate is the probability SoftMax(W x)_e (Switch Transformer, arXiv 2101.03961, eq. 1-3).
 
     Args:
-        logits_TE: router logits (T, E).
         capacity: rows an expert takes; later tokens that choose it too are dropped (their FF output is 0). None: all.
 
     Returns:
@@ -106,7 +105,6 @@ def sample_top1_gates(logits_TE: Tensor, temperature: float | None) -> tuple[Ten
     """Sample Top-1 (paper, section 3.2): y = SoftMax((W x + G) / τ), G Gumbel noise, all but its largest value zeroed.
 
     Args:
-        logits_TE: router logits (T, E).
         temperature: τ; None at inference: the expert of the largest logit, gate 1.
 
     Returns:

@@ -68,7 +68,6 @@ class DeadExpertWatch:
 
     Args:
         experts: their names; without, numbers are shown.
-        log: called with a line for the user.
     """
 
     def __init__(self, experts: Sequence[str], log: Callable[[str], None]) -> None:

@@ -83,10 +83,6 @@ def write_gguf(folder: Path, output: Path, kind: str, converter: str, log: Log =
 
     Args:
         folder: model folder that `check_gguf` takes.
-        output: file to write.
-        kind: one of `TYPES`.
-        converter: as `find_converter` finds it.
-        log: called with lines for the user.
 
     Raises:
         RunFolderError: it does not fit on the disk.

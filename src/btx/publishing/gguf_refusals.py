@@ -26,7 +26,7 @@ UNKNOWN_CLASSES = {
     "qwen3_5_moe_text": "llama.cpp's converter does not know the text model of Qwen3.5-MoE alone",
     "granitemoe_swa": "llama.cpp computes GraniteMoE-SWA with other frequencies than its layers have",
     "mellum": "llama.cpp's converter does not know Mellum with windows of its own in every layer",
-}  # fmt: skip
+}
 NEVER_NORMALISED = {"qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE"}
 UNCHECKED = {
     "ernie4_5_moe": "the converter wants Ernie's own tokenizer files",
@@ -35,16 +35,11 @@ UNCHECKED = {
     "deepseek_v3": "a pico model's logits differ by 2.6; compare answers before you give it to anybody",
     **dict.fromkeys(("llama4", "llama4_text", "gemma4", "gemma4_text"), "pico models did not come through"),
 }
-CHECKED = {
-    "mixtral", "granitemoe", "granitemoeshared", "lfm2_moe", "qwen2_moe", "qwen3_moe", "olmoe", "cohere2_moe"
-}  # fmt: skip
+CHECKED = {"mixtral", "granitemoe", "granitemoeshared", "lfm2_moe", "qwen2_moe", "qwen3_moe", "olmoe", "cohere2_moe"}
 """MoE classes whose logits or greedy tokens were compared, and are equal where nothing above refuses them."""
 PUBLISHED_FUSED = {"gpt_oss", "llama4", "llama4_text", "gemma4", "gemma4_text"}
 """Classes whose published layout has fused experts, as transformers has them in memory."""
-PRE_TOKENIZERS = {
-    ("Digits", "ByteLevel"): "smollm",
-    ("ByteLevel",): "gpt-2",
-}
+PRE_TOKENIZERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
 """Pre-tokenizers of tokenizer.json, one after the other → llama.cpp's name of the same splitting."""
 
 
@@ -53,9 +48,6 @@ def check_gguf(folder: Path) -> list[str]:
 
     Returns:
         What has not been checked by anybody, for the user.
-
-    Raises:
-        CheckpointError: why not, and what to do instead.
     """
     config = check_model_folder(folder)
     if is_btx_folder(config):

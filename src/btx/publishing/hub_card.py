@@ -118,9 +118,6 @@ def card(folder: Path, origin: Origin, name: str, *, has_report: bool) -> str:
     """README.md of a model on the hub; a card that lies in the folder keeps its text.
 
     Args:
-        folder: model folder.
-        origin: what it was made from.
-        name: ORG/NAME.
         has_report: report.md goes up with it.
     """
     from huggingface_hub import ModelCardData

@@ -58,8 +58,6 @@ def modelfile(folder: Path, gguf: str, licence: str | None = None) -> tuple[str,
 
     Args:
         folder: model folder, for its chat template and config.
-        gguf: name of the GGUF file beside the Modelfile.
-        licence: text of the model's licence.
 
     Returns:
         The text, and what the user should know of it, if anything.
@@ -88,9 +86,6 @@ def chat_template(folder: Path, special: Mapping[str, str]) -> Render | None:
     """A folder's chat template as a function of messages and whether an answer shall follow; None without one.
 
     It runs in jinja2's sandbox, as transformers runs it.
-
-    Raises:
-        CheckpointError: it is no template.
     """
     text = _template_text(folder)
     if text is None:
@@ -118,7 +113,6 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
     """What a template puts around messages; None if it does anything else.
 
     Args:
-        render: as `chat_template` makes it.
         bos: begins every conversation; Ollama adds it by itself.
     """
     system, user, answer = ({"role": role, "content": mark} for role, mark in MARKS.items())
@@ -130,7 +124,7 @@ def chat_format(render: Render, bos: str = "") -> ChatFormat | None:
         one, two, three = text(user), text(user, answer), text(user, answer, user)
         if not (two.startswith(one) and three.startswith(two)):
             return None
-        parts = {"user": three[len(two):], "assistant": two[len(one):]}  # fmt: skip
+        parts = {"user": three[len(two) :], "assistant": two[len(one) :]}
         start = one.removesuffix(parts["user"])
         with_system = _or_none(lambda: text(system, user))
         if with_system is not None and with_system.endswith(parts["user"]) and MARKS["system"] in with_system:

@@ -37,14 +37,7 @@ def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = Non
     lies in the folder, and no path of this machine.
 
     Args:
-        folder: model folder.
-        origin: what it was made from.
-        name: ORG/NAME.
         report: folder of a run's report.
-
-    Raises:
-        UserError: the name is none.
-        CheckpointError: the folder holds no model, or a link that leads out of it.
     """
     if not REPOSITORY.fullmatch(name):
         raise UserError(
@@ -90,9 +83,7 @@ def push(upload: Upload, name: str, *, public: bool = False, log: Log = lambda l
     """Put files on the hub in one commit; what is there already is not sent again. The commit's address.
 
     Args:
-        upload: what goes up.
         name: ORG/NAME; made if it is not there, private unless `public`. One that is there stays as visible as it is.
-        log: called with lines for the user.
 
     Raises:
         UserError: no token, or one that may not; what the hub does not take.

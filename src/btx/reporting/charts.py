@@ -56,7 +56,6 @@ class TrainingCurves(Chart):
     y_label: str
 
     def draw(self, colour: Colour) -> Figure:
-        """The figure, in these colours."""
         figure, axes = _axes_for(self.curves, colour)
         trends = []
         for curve in self.curves:
@@ -90,7 +89,6 @@ class Lines(Chart):
     from_zero: bool = False
 
     def draw(self, colour: Colour) -> Figure:
-        """The figure, in these colours."""
         figure, axes = _axes_for(self.curves, colour)
         for curve in self.curves:
             shade = colour(curve.colour)
@@ -134,7 +132,6 @@ class CostChart(Chart):
     name: str = "cost"
 
     def draw(self, colour: Colour) -> Figure:
-        """The figure, in these colours."""
         labels = [point.label for point in self.points]
         figure, axes = empty(max(3.6, column_height(len(labels))), column_width(labels), colour=colour)
         largest = max(point.active_params for point in self.points) or 1.0
@@ -231,7 +228,6 @@ class HeatMap(Chart):
     label: str
 
     def draw(self, colour: Colour) -> Figure:
-        """The figure, in these colours."""
         from matplotlib.patches import Rectangle
 
         shown = evenly(len(self.values), LONGEST_SIDE)

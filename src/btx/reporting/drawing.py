@@ -97,7 +97,6 @@ def empty(height: float = HEIGHT, right: float = 0.1, *, colour: Colour) -> tupl
     """A figure with one empty chart, without pyplot: nothing global is touched.
 
     Args:
-        height: inches.
         right: inches that are kept free beside the axes.
     """
     from matplotlib.figure import Figure

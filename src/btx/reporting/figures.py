@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from btx.number_texts import is_number
 from btx.reporting.charts import BarPanels, Bars, CostChart, CostPoint, Curve, TrainingCurves
@@ -20,48 +21,25 @@ def loss_charts(run: Run) -> dict[str, TrainingCurves]:
     """Caption → training curves: losses, the load-balancing loss, the experts' load during finetuning."""
     branches = [stage for stage in run.stages if stage.name.startswith("train/")]
     seed, finetune = run.stage("seed"), run.stage("finetune")
-    loads = [_load_curve(finetune, i, name) for i, name in enumerate(run.experts)]
-    loss, balance = "loss (nats per token)", "load-balancing loss"
-    captions: list[tuple[str, str, list[Curve], str]] = [
-        ("seed", "Seed model: training loss.", [_curve(seed, "loss", "seed model", "ink")], loss),
-        (
-            "experts",
-            "Expert models: training loss, each on its own domain, so levels differ between domains.",
-            [_curve(stage, "loss", stage.name[6:], run.colour(stage.name[6:])) for stage in branches],
-            loss,
-        ),
-        (
-            "finetune",
-            "Finetuning of the mixed model: training loss on the mixture.",
-            [_curve(finetune, "loss", "btx", "accent")],
-            loss,
-        ),
-        (
-            "balancing",
-            "Finetuning: load-balancing loss, mean over layers; 1 is an even load.",
-            [_curve(finetune, "load_balancing", "btx", "accent")],
-            balance,
-        ),
-        ("load", "Finetuning: expert load, mean over layers.", loads, "share of routed tokens"),
-        (
-            "sft",
-            "Alignment on chats: loss on the answers.",
-            [_curve(run.stage("align/sft"), "loss", "sft", "accent")],
-            loss,
-        ),
-        (
-            "dpo",
-            "Alignment on preferences: DPO's loss; the logarithm of 2 is no preference.",
-            [_curve(run.stage("align/dpo"), "loss", "dpo", "accent")],
-            "loss (nats per pair)",
-        ),
-    ]
-    charts = {}
-    for name, caption, curves, y_label in captions:
-        filled = [curve for curve in curves if len(curve.x) > 1]
-        if filled:
-            charts[caption] = TrainingCurves(name, filled, y_label)
-    return charts
+    loss = "loss (nats per token)"
+    charts = {
+        "Seed model: training loss.": TrainingCurves("seed", [_curve(seed, "loss", "seed model", "ink")], loss),
+        "Expert models: training loss, each on its own domain, so levels differ between domains.": TrainingCurves(
+            "experts", [_curve(stage, "loss", name, run.colour(name)) for stage in branches
+                        for name in [stage.name.removeprefix("train/")]], loss),
+        "Finetuning of the mixed model: training loss on the mixture.": TrainingCurves(
+            "finetune", [_curve(finetune, "loss", "btx", "accent")], loss),
+        "Finetuning: load-balancing loss, mean over layers; 1 is an even load.": TrainingCurves(
+            "balancing", [_curve(finetune, "load_balancing", "btx", "accent")], "load-balancing loss"),
+        "Finetuning: expert load, mean over layers.": TrainingCurves(
+            "load", [_load_curve(finetune, i, name) for i, name in enumerate(run.experts)], "share of routed tokens"),
+        "Alignment on chats: loss on the answers.": TrainingCurves(
+            "sft", [_curve(run.stage("align/sft"), "loss", "sft", "accent")], loss),
+        "Alignment on preferences: DPO's loss; the logarithm of 2 is no preference.": TrainingCurves(
+            "dpo", [_curve(run.stage("align/dpo"), "loss", "dpo", "accent")], "loss (nats per pair)"),
+    }  # fmt: skip
+    return {caption: replace(chart, curves=filled) for caption, chart in charts.items()
+            if (filled := [curve for curve in chart.curves if len(curve.x) > 1])}  # fmt: skip
 
 
 def _curve(stage: Stage, key: str, label: str, colour: str) -> Curve:
@@ -102,19 +80,19 @@ def domains_figure(run: Run) -> BarPanels | None:
 def learning_figure(run: Run) -> BarPanels | None:
     """Bars of what each model saves against the seed model on the branches' domains and on all other text; None where
     every domain, or none, has a branch."""
-    means = {name: found for name, model in run.results.get("models", {}).items()
-             if (found := learning_and_keeping_means(model, run.branches))}  # fmt: skip
+    means = {name: of_model for name, model in run.results.get("models", {}).items()
+             if (of_model := learning_and_keeping_means(model, run.branches))}  # fmt: skip
     return _saved_figure("learning", run, means)
 
 
 def _saved_figure(name: str, run: Run, bits: Mapping[str, Mapping[str, float | None]]) -> BarPanels | None:
     """Bars of what each model saves against the seed model; `bits`: model → part → bits per byte."""
     seed, bars = bits.get("seed", {}), []
-    for model, found in bits.items():
+    for model, of_model in bits.items():
         if model != "seed" and seed:
             paired = paired_differences(run.documents, model, "seed", run.branches)
             paired = paired.get("domains", {}) if name == "domains" else paired
-            saved = (_saved(found.get(part), before, paired.get(part)) for part, before in seed.items())
+            saved = (_saved(of_model.get(part), before, paired.get(part)) for part, before in seed.items())
             bars.append(Bars(model, model_colour(run, model), *zip(*saved, strict=True)))
     return BarPanels(name, list(seed), bars) if bars else None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from btx.number_texts import count_text, flops_text, hours_text, is_number, percent_text, signed_percent
@@ -199,16 +200,12 @@ def kept(run: Run) -> str:
         return ""
     whole = points[0]
     change = [(len(point["experts"]), point["mean"] / whole["mean"] - 1) for point in points]
-    fewest = 0
-    for number, (_, more) in enumerate(change):
-        if more > AS_GOOD:
-            break
-        fewest = number
-    enough, best = change[fewest][0], change[0][0]
+    count = change[0][0]
+    enough = [fewer for fewer, _ in takewhile(lambda point: point[1] <= AS_GOOD, change)][-1]
     first = (
-        f"{enough} of {best} experts are within {percent_text(AS_GOOD, 0)} of all of them"
-        if enough < best
-        else f"Every one of the {best} experts counts: without the least used one bits per byte change by "
+        f"{enough} of {count} experts are within {percent_text(AS_GOOD, 0)} of all of them"
+        if enough < count
+        else f"Every one of the {count} experts counts: without the least used one bits per byte change by "
         f"{signed_percent(change[1][1])}"
     )
     alone, more = change[-1]
@@ -262,11 +259,8 @@ def similarity(run: Run) -> str:
 def shift(run: Run, model: str) -> str:
     """How many tokens of an aligned model go to another first expert than before."""
     domains = run.aligned.get("models", {}).get(model, {})
-    moved = {
-        name: math.fsum(of_domain["moved"]) / len(of_domain["moved"])
-        for name, of_domain in domains.items()
-        if of_domain["moved"]
-    }
+    moved = {name: math.fsum(of_domain["moved"]) / len(of_domain["moved"])
+             for name, of_domain in domains.items() if of_domain["moved"]}  # fmt: skip
     if not moved:
         return ""
     most = max(moved, key=lambda name: moved[name])

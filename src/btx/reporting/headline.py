@@ -12,23 +12,12 @@ from typing import Any
 
 from btx.choices.baselines import BASELINES
 from btx.number_texts import LONG, is_number, is_share, metric_of
-from btx.reporting.paired_bootstrap import compare_documents, may_be_chance
+from btx.reporting.paired_bootstrap import compare_documents
 from btx.reporting.results import EXPERT, task_score
 
 
-class _Told:
-    """A difference that the headline tells."""
-
-    p: float | None
-
-    @property
-    def may_be_chance(self) -> bool:
-        """Whether the difference is told as one that may be none."""
-        return may_be_chance(self.p)
-
-
 @dataclass(frozen=True)
-class Comparison(_Told):
+class Comparison:
     """btx beside another model: relative change of the mean bits per byte (negative is better)."""
 
     name: str
@@ -40,7 +29,7 @@ class Comparison(_Told):
 
 
 @dataclass(frozen=True)
-class TaskGain(_Told):
+class TaskGain:
     """Score of btx on a task beside the seed model's."""
 
     task: str
@@ -99,7 +88,7 @@ def headline(results: Mapping[str, Any], documents: Mapping[str, Any] | None = N
 
 def paired_differences(
     documents: Mapping[str, Any] | None, model: str, other: str, branches: Collection[str] = ()
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Differences of two models set by set, model minus other (`compare_documents`); empty where documents.json lacks
     one of them."""
     scores = (documents or {}).get("models", {})

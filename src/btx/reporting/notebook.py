@@ -37,11 +37,7 @@ def table_html(table: Table, *, title: str = "", figure: str = "") -> str:
 
 
 def run_html(folder: Path) -> str:
-    """A run: its table of results and the circles of costs; before it is evaluated, how far it is.
-
-    Raises:
-        RunFolderError: the folder is gone, or one of its files is broken.
-    """
+    """A run: its table of results and the circles of costs; before it is evaluated, how far it is."""
     run = read_run(folder)
     name = str(run.recipe.get("name") or folder.name)
     if not run.results.get("models"):

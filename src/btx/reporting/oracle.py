@@ -55,11 +55,7 @@ def mean_of(values: Mapping[str, float]) -> float:
 
 def read_oracle(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """The oracle gap of a run: of its results, else as the mix measured it unless its text has changed since; empty if
-    there is neither.
-
-    Args:
-        results: results.json, or nothing.
-    """
+    there is neither."""
     bits = {
         name: {domain: measured.get("bits_per_byte") for domain, measured in model.get("domains", {}).items()}
         for name, model in results.get("models", {}).items()

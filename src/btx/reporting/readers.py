@@ -88,7 +88,6 @@ def token_readers(run: Run, other: Run | None = None) -> dict[str, Reader]:
     """The readers of a run: "tokens", its documents, and "answers"; those that it has anything for.
 
     Args:
-        run: whose tokens are shown.
         other: a run or analysed model whose model is shown beside, where it has routed the same text.
     """
     readers = {}
@@ -149,7 +148,7 @@ def _model(run: Run) -> str:
 
 def _reader(
     run: Run, documents: Sequence[Mapping[str, Any]], beside: Mapping[str, Mapping[int, RoutedText]], other: Run | None
-) -> Reader:  # fmt: skip
+) -> Reader:
     experts, layers, own_model = list(run.tokens["experts"]), int(run.tokens["layers"]), _model(run)
     texts = [routed_text(own_model, document) for document in documents]
     width = sum(len(layer) for layer in texts[0].experts[0]) * (1 + len(beside))
@@ -179,7 +178,8 @@ def _reader(
             })  # fmt: skip
     measured = list(dict.fromkeys(model for text in texts for model in text.bits))
     names = {own_model: experts} | {model: _experts_of(model, routed, run, other) for model, routed in beside.items()}
-    baselines = [model for model in _best_first(run) if model in measured and not _always_shown(model)]
+    baselines = [model for model in _best_first(run) if model in measured and model not in ("seed", MODEL)
+                 and not model.startswith("expert/")]  # fmt: skip
     return Reader(
         own_model, experts, layers, shown, _legend(experts, texts), measured, baselines, list(beside),
         list(beside)[-1] if beside and other is not None else "", left_out,
@@ -208,10 +208,6 @@ def _experts_of(model: str, routed: Mapping[int, RoutedText], run: Run, other: R
         return list(other.tokens["experts"])
     largest = max(e for text in routed.values() for token in text.experts for layer in token for e in layer)
     return [f"expert {number}" for number in range(largest + 1)]
-
-
-def _always_shown(model: str) -> bool:
-    return model in ("seed", MODEL) or model.startswith("expert/")
 
 
 def _best_first(run: Run) -> list[str]:

@@ -33,6 +33,7 @@ from btx.reporting.drawing import COLOURS, Chart, stacked_svg
 from btx.reporting.figures import loss_charts
 from btx.reporting.headline import headline
 from btx.reporting.page_data import page_data, script_text
+from btx.reporting.paired_bootstrap import may_be_chance
 from btx.reporting.readers import read_beside, script, token_readers
 from btx.reporting.results import results_table
 from btx.reporting.routing_figures import shift_figures
@@ -89,11 +90,8 @@ def _write(path: Path, text: str) -> None:
 def stage_costs(run: Run) -> dict[str, Any]:
     """Finished stages with tokens, FLOPs and wall seconds, and their sums."""
     costs = ("tokens", "flops", "wall_s")
-    rows = [
-        {"name": stage.name, **{key: stage.done.get(key) for key in costs}}
-        for stage in run.stages
-        if stage.done is not None
-    ]
+    finished = {stage.name: stage.done for stage in run.stages if stage.done is not None}
+    rows = [{"name": name, **{key: done.get(key) for key in costs}} for name, done in finished.items()]
     sums = {key: math.fsum(value for row in rows if is_number(value := row[key])) for key in costs} if rows else {}
     return {"rows": rows, "sums": sums, "running": [stage.name for stage in run.stages if stage.done is None]}
 
@@ -109,14 +107,10 @@ def task_examples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         right = [example for example in examples if example["correct"]][:EXAMPLES_SHOWN]
         wrong = [example for example in examples if not example["correct"]][:EXAMPLES_SHOWN]
         if examples:
-            views.append(
-                {
-                    "task": task,
-                    "examples": [{**e, "seed": before.get(e["prompt"])} for e in right + wrong],
-                    "exact_match": result.get("exact_match"),
-                    "questions": result.get("questions"),
-                }
-            )
+            views.append({
+                "task": task, "examples": [{**e, "seed": before.get(e["prompt"])} for e in right + wrong],
+                "exact_match": result.get("exact_match"), "questions": result.get("questions"),
+            })  # fmt: skip
     return views
 
 
@@ -138,9 +132,7 @@ def facts(run: Run) -> dict[str, str]:
 # --- page -----------------------------------------------------------------------------------------------------------
 
 
-def render(
-    run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str]], other: Run | None = None
-) -> str:  # fmt: skip
+def render(run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str]], other: Run | None = None) -> str:
     """The page's HTML. Pure: the same run folder gives the same page.
 
     Args:
@@ -148,28 +140,14 @@ def render(
     """
     losses = loss_charts(run)
     charts = losses | {view.question: view.chart for view in views.values() if view.chart} | shift_figures(run)
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            name=run.name,
-            description=run.recipe.get("description"),
-            facts=facts(run),
-            views=views,
-            drawn=drawn,
-            colours=COLOURS,
-            readers=token_readers(run, other),
-            script=script()[0],
-            script_hash=script()[1],
-            tasks=task_examples(run.results),
-            model_path=json.dumps((run.folder / "finetune" / "model").as_posix(), ensure_ascii=False),
-            model_exists=(run.folder / "finetune" / "model").is_dir(),
-            run_data=script_text(page_data(run, charts)),
-            **_results(run, losses),
-            **_routing(run),
-        )
-    )
+    (text, text_hash), model = script(), run.folder / "finetune" / "model"
+    return environment().get_template("report.html.j2").render(
+        run=run, name=run.name, description=run.recipe.get("description"), facts=facts(run), views=views, drawn=drawn,
+        colours=COLOURS, readers=token_readers(run, other), script=text, script_hash=text_hash,
+        tasks=task_examples(run.results), model_path=json.dumps(model.as_posix(), ensure_ascii=False),
+        model_exists=model.is_dir(), run_data=script_text(page_data(run, charts)), **_results(run, losses),
+        **_routing(run),
+    )  # fmt: skip
 
 
 def _results(run: Run, losses: Mapping[str, Chart]) -> dict[str, Any]:
@@ -214,15 +192,11 @@ def environment() -> Environment:
     environment = Environment(loader=PackageLoader("btx.reporting", "templates"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     filters: dict[str, Callable[..., str]] = {
-        "count": count_text,
-        "flops": flops_text,
-        "duration": duration_text,
-        "percent": percent_text,
-        "signed_percent": signed_percent,
-        "pretty": _pretty,
-        "decimal": decimal_text,
-    }
+        "count": count_text, "flops": flops_text, "duration": duration_text, "percent": percent_text,
+        "signed_percent": signed_percent, "pretty": _pretty, "decimal": decimal_text,
+    }  # fmt: skip
     environment.filters.update(filters)
+    environment.tests["may_be_chance"] = may_be_chance
     return environment
 
 

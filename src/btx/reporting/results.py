@@ -80,11 +80,7 @@ class Results:
     rows: list[Row]
 
     def quality_titles(self, tasks: Iterable[str]) -> list[str]:
-        """Titles of the rows' `quality`.
-
-        Args:
-            tasks: those of the tasks.
-        """
+        """Titles of the rows' `quality`."""
         return [*map(domain_title, self.domains), *self.means, *tasks]
 
     @property
@@ -114,8 +110,8 @@ def describe(name: str) -> str:
 def results_table(results: Mapping[str, Any]) -> Results:
     """Every model's row, best of each quality column marked."""
     models: dict[str, Any] = results.get("models", {})
-    domains = _in_order(name for model in models.values() for name in model.get("domains", {}))
-    tasks = _in_order(name for model in models.values() for name in model.get("tasks", {}))
+    domains, tasks = (list(dict.fromkeys(name for model in models.values() for name in model.get(part, {})))
+                      for part in ("domains", "tasks"))  # fmt: skip
     best_domain = {d: _best((bits_of(m, d) for m in models.values()), min) for d in domains}
     best_task = {t: _best((task_score(m, t) for m in models.values()), max) for t in tasks}
     means = [name for name in MEANS if name == "mean" or any(map(is_number, (_mean(m, name) for m in models.values())))]
@@ -167,10 +163,6 @@ def learning_and_keeping_means(model: Mapping[str, Any], branches: Collection[st
             for part, names in learning_and_keeping(bits, branches).items()}  # fmt: skip
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
-
-
 def bits_of(model: Mapping[str, Any], domain: str) -> Any:
     """A model's bits per byte in a domain; None if they are not measured."""
     return model.get("domains", {}).get(domain, {}).get("bits_per_byte")
@@ -192,12 +184,8 @@ def _gain(value: Any, seed: Any) -> float | None:
 
 
 def _cell(value: Any, error: Any, best: Any) -> Cell:
-    return Cell(
-        decimal_text(value),
-        f"± {error:.3f}" if is_number(error) else "",
-        is_number(value) and value == best,
-        str(value),
-    )
+    is_best = is_number(value) and value == best
+    return Cell(decimal_text(value), f"± {error:.3f}" if is_number(error) else "", is_best, str(value))
 
 
 def _mean(model: Mapping[str, Any], name: str) -> Any:
@@ -217,12 +205,8 @@ def _task_cell(model: Mapping[str, Any], task: str, best: Any) -> Cell:
     value, error = task_score(model, task), model.get("tasks", {}).get(task, {}).get("stderr")
     if is_number(value) and not is_share(value):  # a perplexity, say: nothing is known of what is better
         return Cell(decimal_text(value), exact=str(value))
-    return Cell(
-        percent_text(value),
-        f"± {100 * error:.1f}" if is_number(error) else "",
-        is_number(value) and value == best and value > 0,
-        str(value),
-    )
+    is_best = is_number(value) and value == best and value > 0
+    return Cell(percent_text(value), f"± {100 * error:.1f}" if is_number(error) else "", is_best, str(value))
 
 
 def _cost_cells(model: Mapping[str, Any]) -> list[Cell]:

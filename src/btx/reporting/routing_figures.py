@@ -70,11 +70,8 @@ def shift_figures(run: Run) -> dict[str, Lines]:
     """Aligned model → share of each domain's tokens that go to another first expert than before, layer by layer."""
     charts = {}
     for model, domains in run.aligned.get("models", {}).items():
-        curves = [
-            Curve(domain, run.colour(domain), range(len(shift["moved"])), shift["moved"])
-            for domain, shift in domains.items()
-            if len(shift["moved"]) > 1
-        ]
+        curves = [Curve(domain, run.colour(domain), range(len(shift["moved"])), shift["moved"])
+                  for domain, shift in domains.items() if len(shift["moved"]) > 1]  # fmt: skip
         if curves:
             charts[model] = Lines(f"shift-{model}", curves, "layer", "tokens with another first expert", from_zero=True)
     return charts

@@ -25,7 +25,7 @@ from btx.reporting.shapes import (
     Routing,
     Shown,
     Tokens,
-)  # fmt: skip
+)
 from btx.reporting.tokens import own_expert, own_experts
 
 ROUTING, TOKENS = "routing.json", "tokens.json"
@@ -118,9 +118,7 @@ def read_run(folder: Path) -> Run:
     routing = read_output(analysis / ROUTING, Routing) or {}
     tokens = read_output(analysis / TOKENS, Tokens) or {}
     return Run(
-        folder,
-        recipe_text,
-        recipe,
+        folder, recipe_text, recipe,
         manifest=read_output(folder / "manifest.json", Manifest) or {},
         results=results,
         documents=read_documents(folder / "evaluate" / "documents.json") or {},
@@ -130,7 +128,7 @@ def read_run(folder: Path) -> Run:
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
         oracle=read_oracle(folder, results),
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
-    )
+    )  # fmt: skip
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
@@ -148,14 +146,10 @@ def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
 def _with_shown(tokens: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
     """tokens.json with what the evaluation has of the same documents, known by their names, and with the answers."""
     examples = [
-        example
-        | {
-            key: shown[key][example["document"]]
-            for key in ("losses", "routes")
-            if example.get("document") in shown.get(key, {})
-        }
+        example | {key: shown[key][example["document"]] for key in ("losses", "routes")
+                   if example.get("document") in shown.get(key, {})}
         for example in tokens.get("examples", [])
-    ]
+    ]  # fmt: skip
     return tokens and tokens | {"examples": examples, "answers": shown["answers"]}
 
 

@@ -59,7 +59,7 @@ def _tables(run: Run) -> list[str]:
         _table(["model", *names], quality),
         "Training after the seed model (the seed model's own row: its own), and parameters.",
         _table(["model", "tokens", "FLOPs", "time", "active parameters", "total parameters"], costs),
-    ]  # fmt: skip
+    ]
 
 
 def _text(cell: Cell) -> str:

@@ -57,7 +57,7 @@ class RoutedText:
         # A Top-1 router's only expert takes both halves.
         first, second = (chosen[0], chosen[min(1, len(chosen) - 1)]) if chosen else (0, 0)
         place = " first" if own == first else " second" if own == second else ""
-        return Token(visible(self.tokens[number]), f"a{first % COLOURS} b{second % COLOURS}{place}")
+        return Token(self.tokens[number].replace("\n", "↵\n"), f"a{first % COLOURS} b{second % COLOURS}{place}")
 
     def data(self) -> dict[str, Any]:
         """What the page's script reads: of each layer the number of experts a token, the experts of all tokens one
@@ -105,11 +105,6 @@ def parts(texts: Sequence[RoutedText]) -> list[list[RoutedText]]:
         others = [text.part(ts[0], ts[-1] + 1) for text, ts in zip(texts[1:], among, strict=True) if ts]
         cut.append([texts[0].part(first, first + PART), *others])
     return cut
-
-
-def visible(text: str) -> str:
-    """A token's text with its line ends to be seen."""
-    return text.replace("\n", "↵\n")
 
 
 def mean_load(layers: Sequence[Sequence[float]], expert: int) -> float:

@@ -146,11 +146,7 @@ class CompletionRequest(Asked):
 
 
 def read_request(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> ChatRequest | CompletionRequest:
-    """A request from its JSON.
-
-    Raises:
-        Refused: it is none; the message names the field, and what it may be.
-    """
+    """A request from its JSON."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

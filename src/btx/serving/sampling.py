@@ -59,11 +59,7 @@ class ExpertChoice:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse half characters, which is what a byte that is not UTF-8 is read as.
-
-    Raises:
-        UserError: names the first.
-    """
+    """Refuse half characters, which is what a byte that is not UTF-8 is read as."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -68,12 +68,7 @@ class Speakers:
         return name
 
     def get(self, name: str | None) -> tuple[str, Speaker]:
-        """A model by its name, the first where none is named, and the name.
-
-        Raises:
-            Refused: there is none of this name.
-            CheckpointError: it cannot be loaded.
-        """
+        """A model by its name, the first where none is named, and the name."""
         name = self.named(name or next(iter(self.paths)))
         with self._loading:
             if name not in self._loaded:
@@ -85,11 +80,7 @@ class Speakers:
 
 
 def make_app(speakers: Speakers, hosts: list[str]) -> Starlette:
-    """The application, for uvicorn or a test.
-
-    Args:
-        hosts: host names that it answers to.
-    """
+    """The application, for uvicorn or a test."""
     answers = _Answers(speakers)
     return Starlette(
         routes=[
@@ -203,12 +194,7 @@ async def _body(request: Request) -> bytes:
 
 
 def begin(speakers: Speakers, asked: ChatRequest | CompletionRequest) -> Reply:
-    """The reply to a request, not yet computed.
-
-    Raises:
-        UserError: the request cannot be answered.
-        CheckpointError: the model cannot be loaded.
-    """
+    """The reply to a request, not yet computed."""
     from btx.serving.speaker import prompt_ids, text_ids
 
     name, speaker = speakers.get(asked.model)
@@ -253,12 +239,7 @@ def serve(paths: Mapping[str, Path], *, host: str, port: int, log: Log) -> None:
 
     Args:
         paths: name → model folder; the first answers where none is named.
-        host: address to listen on.
         port: 0 takes a free one.
-
-    Raises:
-        UserError: the address cannot be listened on.
-        CheckpointError: the first model cannot be loaded.
     """
     speakers = Speakers(paths, log)
     try:

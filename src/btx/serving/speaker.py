@@ -57,9 +57,6 @@ class Speaker:
     Args:
         path: model folder, or a Branch-Train-Merge folder.
         log: called with a line where it does not fit one device.
-
-    Raises:
-        CheckpointError: no such model.
     """
 
     def __init__(self, path: Path, log: Log = lambda line: None) -> None:
@@ -150,7 +147,7 @@ def completion(
     """A completion as a JSON value: {"prompt", "completion", "experts": names or null, "tokens"}.
 
     Each of `tokens` is {"text", "experts": [names of the two with the most gate weight], "from_prompt"}, prompt's and
-    completion's in order. Raises as `Speaker`, `prompt_ids` and `answer`.
+    completion's in order.
     """
     speaker = Speaker(model_path)
     names = speaker.expert_names
@@ -163,4 +160,4 @@ def completion(
             {"text": token.text, "experts": [names[i] for i in token.pair], "from_prompt": token.from_prompt}
             for token in shown
         ],
-    }  # fmt: skip
+    }

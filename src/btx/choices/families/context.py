@@ -43,10 +43,6 @@ def refuse_longer_sequences(config: Config, sequence_length: int, where: str) ->
 
     Args:
         config: the seed model's, from `where`.
-        sequence_length: `data.sequence_length`.
-
-    Raises:
-        RecipeError: names both lengths and what to set.
     """
     longest = context_length(config)
     if longest is None or sequence_length <= longest[0]:

@@ -29,11 +29,7 @@ def family_of(config: Config, where: str) -> Family:
 
 
 def moe_family_of(config: Config, where: str) -> Family:
-    """The family whose MoE class a MoE config read from `where` is of: it knows the published names.
-
-    Raises:
-        CheckpointError: no family mixes into this class.
-    """
+    """The family whose MoE class a MoE config read from `where` is of: it knows the published names."""
     model_type = str(config.get("model_type"))
     for family in FAMILIES:
         if family.moe == model_type:

@@ -13,9 +13,7 @@ MIXTRAL = (ROLES_OF_PROJECTIONS, {
     f"{LAYER}block_sparse_moe.experts.{{expert}}.{name}.weight": (role,)
     for name, role in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
 }, f"{LAYER}block_sparse_moe.gate.weight")  # fmt: skip
-QWEN_EXPERTS = {
-    f"{LAYER}mlp.experts.{{expert}}.{role}_proj.weight": (role,) for role in ("gate", "up", "down")
-}  # fmt: skip
+QWEN_EXPERTS = {f"{LAYER}mlp.experts.{{expert}}.{role}_proj.weight": (role,) for role in ("gate", "up", "down")}
 QWEN = (ROLES_OF_PROJECTIONS, QWEN_EXPERTS, f"{LAYER}mlp.gate.weight")
 GRANITE = (ROLES_OF_PROJECTIONS, {
     f"{LAYER}block_sparse_moe.input_linear.weight": ("gate", "up"),
@@ -90,7 +88,7 @@ def _phi3_fused(dense: Config) -> dict[str, dict[str, int]]:
         f"{LAYER}mlp.gate_up_proj.weight": {
             ROLES_OF_PROJECTIONS[role]: dense["intermediate_size"] for role in ("gate", "up")
         },
-    }  # fmt: skip
+    }
 
 
 def _zero_mlp(name: str, width: int, hidden_size: int) -> dict[str, Filled]:

@@ -22,11 +22,7 @@ def bind(settings: MergeSettings, members: Sequence[str]) -> Merge:
     """The merge method as `mix` takes it.
 
     Args:
-        settings: the method and its parameters.
         members: names of the experts in order, the generalist among them if it is in.
-
-    Raises:
-        CheckpointError: the settings do not fit the members.
     """
     if problems := settings.problems(members):
         raise CheckpointError("; ".join(problems))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**21
@@ -14,8 +13,3 @@ def flat_blocks(tensor: Tensor) -> Iterator[slice]:
     """Slices that cover the flattened `tensor`."""
     for start in range(0, tensor.numel(), BLOCK_ELEMENTS):
         yield slice(start, min(start + BLOCK_ELEMENTS, tensor.numel()))
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """A flat float32 tensor for a result of the size of `tensor`."""
-    return torch.empty(tensor.numel(), dtype=torch.float32)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from btx.mixing.merge_methods.blocks import empty_like, flat_blocks
+from btx.mixing.merge_methods.blocks import flat_blocks
 
 
 def dare(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: float, key: str) -> Tensor:
@@ -21,7 +21,7 @@ def dare(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: floa
 
     Source: arXiv 2311.03099, equations 2 and 3, and average merging of section 3.3.
     """
-    start, result = seed.flatten(), empty_like(seed)
+    start, result = seed.flatten(), torch.empty(seed.numel())
     flat = [tensor.flatten() for tensor in tensors]
     generators = [_generator(f"{key}/{number}") for number in range(len(tensors))]
     for block in flat_blocks(seed):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-from btx.mixing.merge_methods.blocks import empty_like, flat_blocks
+from btx.mixing.merge_methods.blocks import flat_blocks
 
 PARALLEL = 1e-4
 """Below this angle in radians (and as close to opposite) the formula divides by almost zero: a straight line then,
@@ -20,7 +21,7 @@ def slerp(first: Tensor, second: Tensor, *, t: float) -> Tensor:
     both are parallel or opposite, there is no great circle to follow: the straight line is taken.
     """
     share_a, share_b = _shares(angle(first, second), t)
-    a, b, result = first.flatten(), second.flatten(), empty_like(first)
+    a, b, result = first.flatten(), second.flatten(), torch.empty(first.numel())
     for block in flat_blocks(first):
         result[block] = share_a * a[block].float() + share_b * b[block].float()
     return result.view_as(first)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from btx.mixing.merge_methods.blocks import empty_like, flat_blocks
+from btx.mixing.merge_methods.blocks import flat_blocks
 
 
 def ties(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: float) -> Tensor:
@@ -20,7 +20,7 @@ def ties(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: floa
     Source: arXiv 2306.01708, section 3.2 and algorithm 1. The paper trims over all of a model's entries at once; here
     each tensor is trimmed on its own, since tensors are streamed.
     """
-    start, result = seed.flatten(), empty_like(seed)
+    start, result = seed.flatten(), torch.empty(seed.numel())
     flat = [tensor.flatten() for tensor in tensors]
     thresholds = [_threshold(tensor, start, density) for tensor in flat]
     for block in flat_blocks(seed):
@@ -38,7 +38,7 @@ def ties(seed: Tensor, tensors: Sequence[Tensor], *, density: float, scale: floa
 
 def _threshold(tensor: Tensor, start: Tensor, density: float) -> Tensor:
     """Magnitude of the smallest entry that trimming keeps; at least one entry is kept."""
-    magnitudes = empty_like(start)
+    magnitudes = torch.empty(start.numel())
     for block in flat_blocks(start):
         magnitudes[block] = (tensor[block].float() - start[block].float()).abs()
     kept = max(1, int(density * magnitudes.numel()))

@@ -109,7 +109,7 @@ def status(
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
     from btx.cli.tables import sweep_status_table
     from btx.run_folder.status import run_status
-    from btx.running.standing import add_standings
+    from btx.running.under_way import add_standings
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)

@@ -132,7 +132,7 @@ def _document(file: TokenFile, number: int) -> HeldOutDocument:
     return HeldOutDocument(file.tokens[start:end].astype(np.int64), int(file.document_bytes[number]))
 
 
-def _selected(file: TokenFile, tokens: int, documents: int | None = None) -> list[int]:
+def _selected(file: TokenFile, tokens: int, documents: int | None) -> list[int]:
     """Documents of `file`, at most `documents`, with at most `tokens` tokens but at least one document, ascending.
 
     They are taken with a stride of the golden ratio, so that any number of them is evenly spread over the file.

@@ -89,7 +89,6 @@ class WatchedRun:
         self._problems: list[str] = []
 
     def look(self) -> Look:
-        """One row a stage, in the order they run; raises as `Watched.look`."""
         run = self._opened()
         statuses = [asdict(stage_status(run, stage)) for stage in run.graph]
         if time.monotonic() - self._asked >= ASK_EVERY_S:

@@ -23,12 +23,7 @@ from btx.reporting.report import write_report
 from btx.run_folder.finished_models import model_stages
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
-from btx.run_folder.other_models import (
-    add_other_models,
-    check_other_models,
-    forget_other_models,
-    read_other_models,
-)
+from btx.run_folder.other_models import add_other_models, check_other_models, forget_other_models, read_other_models
 from btx.stages.work import run_stages
 from btx.training.trackers.follow import FOLDER, followed
 from btx.training.trackers.tracker import Tracked

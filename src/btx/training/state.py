@@ -191,12 +191,10 @@ class StateFolder(Checkpoints):
             self._writer.wait()
 
     def check(self) -> None:
-        """Raise what the writing of the last checkpoint has failed with by now."""
         self._writer.check()
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written, and give the copy's memory back; raises RunFolderError if it could
-        not be written."""
+        """As `Checkpoints.close`; gives the copy's memory back."""
         self._copies = None
         self._writer.wait()
 

@@ -64,9 +64,7 @@ def text_from_files(
 
     Args:
         paths: expert name → file, folder or glob in the formats that recipes read (`btx.data.document_files`).
-        tokenizer: the models'.
         tokens: tokens of each expert, at most; reading stops there.
-        sequence_length: tokens a row.
 
     Raises:
         DataError: no such file, broken, or too short for two tokens.
@@ -85,14 +83,7 @@ def text_from_run(
     run_folder: Path, recipe: Recipe, *, tokens: int, known_as: Mapping[str, str] | None = None
 ) -> dict[str, TextRows]:
     """Rows of each expert's own domain, without replay text, from the run's token files; the generalist's domain is
-    the general one.
-
-    Args:
-        known_as: domain → the name it had when the run's models read it, which decides the order of the rows.
-
-    Raises:
-        DataError: token files are missing or broken.
-    """
+    the general one. `known_as` and what is raised: as `open_mixture`."""
     rows = {}
     for name, domain in zip(recipe.member_names, [*recipe.train.domains, recipe.data.general], strict=False):
         mixture = open_mixture(run_folder / "data", recipe, {domain: 1.0}, known_as)

@@ -94,8 +94,6 @@ def held_out_documents(
     Whole documents, evenly spread over each source's held-out file; always the same ones for the same files.
 
     Args:
-        run_folder: holds the prepared data.
-        domain: name of a domain.
         tokens: at most so many in all, but at least one document a source.
         documents: at most so many in all (rounded up for each source); None: as many as `tokens` allow.
 

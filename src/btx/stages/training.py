@@ -62,13 +62,10 @@ def train_moe(
 ) -> None:  # fmt: skip
     """Train a MoE folder with the losses on its routers: the finetuning, every baseline that has routers, SFT and DPO.
 
-    Args:
+    Args: as for `train_stage`, and
         start: the MoE folder.
-        mixtures: as for `train_stage`.
         routing: how the model routes, in training and as it is saved; may be another router than the start's.
-        experts: names of its experts, for warnings.
         lora: train adapters of this size instead of what the settings say.
-        alignment: as for `train_stage`.
     """
     model = start_model(start)
     if not moe_blocks(model):

@@ -32,7 +32,7 @@ from btx.models.sharding import largest, process_count, process_number, same_eve
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
-from btx.process import Interrupts, Log, processes_here
+from btx.process import Interrupts, Log, processes_here, rank
 from btx.recipe.training import Finetune, Lora, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import Making, RunFolder
@@ -194,7 +194,7 @@ def _making(run: RunFolder, stage: Stage, log: Log) -> Iterator[Making]:
 
 def refuse_in_all_processes(problem: str) -> NoReturn:
     """Raise UserError for what every process finds by itself: the first says it, and the others end without a word."""
-    raise UserError(problem) if process_number() == 0 else SystemExit(UserError.exit_code)
+    raise UserError(problem) if rank() == 0 else SystemExit(UserError.exit_code)
 
 
 def _job_of(

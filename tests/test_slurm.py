@@ -21,7 +21,7 @@ import pytest
 
 from btx.cli.run_folders import open_run
 from btx.run_folder.folder import RunFolder
-from btx.stages.models_of_run import models_of_run
+from btx.stages.evaluate import models_of_run
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 from tests.slurm_cluster import Cluster
 

@@ -19,7 +19,7 @@ from btx.run_folder.stage_notes import started_json
 from btx.run_folder.status import run_status, stage_status, trying
 from btx.running.launchers import Standing
 from btx.running.progress import Display
-from btx.running.standing import add_known
+from btx.running.under_way import add_known
 from tests.pico_run import pico_recipe
 
 

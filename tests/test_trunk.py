@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_of_another_run_is_passed_over(here: Path, tmp_path
 
 @pytest.mark.parametrize("why", ["not every process has written its part", "not readable as JSON"])
 def test_a_checkpoint_of_several_processes_is_passed_over_without_all_their_parts(tmp_path: Path, why: str) -> None:
-    """Parts as `btx.training.checkpoint_parts` lays them out, of two processes; in step 4 one is missing or broken."""
+    """Parts as `btx.training.checkpoint_files` lays them out, of two processes; in step 4 one is missing or broken."""
     state = tmp_path / "donor/seed/state"
     for step, process in ((2, 0), (2, 1), (4, 0)):
         part = state / f"step-{step:08d}/part-{process:05d}-of-00002"

@@ -164,7 +164,7 @@ def ending_if_hung(after_s: float | None, note: Callable[[str], None]) -> Iterat
 
     After `after_s` seconds without progress it prints where each of its threads stands and is asked to save and end;
     `GRACE_S` later it ends all the same, with exit code 1. A thread watches, so it needs the interpreter to run: a
-    process that is stopped as a whole is for whoever started it to notice (`btx.running.silence`).
+    process that is stopped as a whole is for whoever started it to notice (`btx.running.under_way`).
 
     Args:
         after_s: None watches nothing.

@@ -21,7 +21,7 @@ from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.status import run_status
 from btx.running.launchers import START
 from btx.running.pipeline import run as run_pipeline
-from btx.running.silence import Silence
+from btx.running.under_way import Silence
 from tests.pico_run import pico_recipe, run_here
 from tests.processes import ForkedLauncher, btx, start
 

@@ -17,9 +17,9 @@ def cancel(
 ) -> None:
     """Let jobs that are under way save and end, on any launcher; the next `btx run` goes on with them."""
     from btx.running.cancelling import cancel as cancel_jobs
+    from btx.running.cancelling import cancel_sweep
 
     if (run_folder / "sweep.json").is_file():
-        from btx.running.cancelling import cancel_sweep
         from btx.sweeps.sweep import runs_in
 
         cancel_sweep(run_folder, [folder for _, _, folder in runs_in(run_folder)], typer.echo)

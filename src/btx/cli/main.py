@@ -75,10 +75,9 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
-    ] = False,
-) -> None:
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None:  # fmt: skip
     """Options of btx itself."""
 
 
@@ -109,7 +108,7 @@ def status(
     """One line per stage: state, step, loss, tokens/s, ETA; of a sweep's folder one line per run."""
     from btx.cli.tables import sweep_status_table
     from btx.run_folder.status import run_status
-    from btx.running.standing import add_standings
+    from btx.running.under_way import add_standings
 
     if (run_folder / "sweep.json").is_file():
         runs = cli_sweep.sweep_status(run_folder)
@@ -140,15 +139,11 @@ def _print_status(run: RunFolder, rows: list[dict[str, Any]]) -> None:
 
 
 def ls(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="recipes, domains, routers, merges, baselines, families, launchers or trackers.",
-            autocompletion=completing_names.kinds,
-        ),
-    ] = "recipes",
+    what: Annotated[str, typer.Argument(
+        help="recipes, domains, routers, merges, baselines, families, launchers or trackers.",
+        autocompletion=completing_names.kinds)] = "recipes",
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """What there is to choose from."""
     from btx.cli.catalogue import CATALOGUE
 
@@ -177,13 +172,9 @@ def prepare(run_folder: RunArgument) -> None:
 
 def train(
     run_folder: RunArgument,
-    domain: Annotated[
-        str,
-        typer.Argument(
-            help="A domain of the recipe, or `seed` for the seed model.", autocompletion=completing_names.domains
-        ),
-    ],
-) -> None:
+    domain: Annotated[str, typer.Argument(
+        help="A domain of the recipe, or `seed` for the seed model.", autocompletion=completing_names.domains)],
+) -> None:  # fmt: skip
     """Train one expert alone, on any machine that sees the run folder or a copy of what the expert needs of it.
 
     What it needs and is not there, data and seed model, is made first.
@@ -199,18 +190,13 @@ def train(
 def adopt(
     run_folder: RunArgument,
     domain: Annotated[str, typer.Argument(help="A branch of the recipe.", autocompletion=completing_names.domains)],
-    model: Annotated[
-        Path, typer.Argument(help="Folder of its expert model, or of a LoRA adapter, trained by whatever you like.")
-    ],
-) -> None:
+    model: Annotated[Path, typer.Argument(
+        help="Folder of its expert model, or of a LoRA adapter, trained by whatever you like.")],
+) -> None:  # fmt: skip
     """Take an expert model that was trained elsewhere for a branch's; it is checked, copied and never trained here."""
-    from btx.model_files.model_folder import check_expert_folder
+    from btx.python.commands import adopt as adopt_model
 
-    run = open_run(run_folder)
-    check_expert_folder(model)
-    from btx.stages.adopt import adopt as adopt_model
-
-    adopt_model(run, domain, model, typer.echo)
+    adopt_model(run_folder, domain, model, log=typer.echo)
 
 
 def finetune(run_folder: RunArgument) -> None:
@@ -227,13 +213,9 @@ def align(run_folder: RunArgument) -> None:
 
 def baselines(
     run_folder: RunArgument,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Baselines of the recipe; default: all of them.", autocompletion=completing_names.run_baselines
-        ),
-    ] = None,
-) -> None:
+    names: Annotated[list[str] | None, typer.Argument(
+        help="Baselines of the recipe; default: all of them.", autocompletion=completing_names.run_baselines)] = None,
+) -> None:  # fmt: skip
     """Make the baselines of a run, or some of them."""
     stages = [stage.name for stage in open_run(run_folder).graph.baseline_stages(names)]
     train_here(run_folder, stages)

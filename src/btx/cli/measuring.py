@@ -13,7 +13,7 @@ from btx.cli.plan import AsJson
 from btx.cli.run_folders import LARGEST_SEED, RunArgument, is_run, open_run, show_results, work_on
 from btx.cli.terminal import show, show_json, silent
 from btx.errors import UserError
-from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_analysis, check_run_alone, read_texts
+from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_run_alone
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 
@@ -108,14 +108,12 @@ def analyze(
         if as_json:
             show_json(read_output(Path(place) / "analyze" / "routing.json"))
         return
-    model, output = folder_or_name(place), output or default_output(place)
-    check_analysis(model, texts, output)
-    documents = read_texts(texts, tokens, text_key)
-    from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before is refused at once
+    from btx.python.commands import analyze as analyze_model
 
-    routing = analyze_model(model, documents, output, tokens=tokens, examples=examples, without=without or (),
-                            log=silent if as_json else typer.echo)  # fmt: skip
-    show_json(routing) if as_json else typer.echo(f"report: {output / 'index.html'}")
+    output = output or default_output(place)
+    analysis = analyze_model(place, texts, output, text_key=text_key, tokens=tokens, examples=examples,
+                             without=without or (), log=silent if as_json else typer.echo)  # fmt: skip
+    show_json(analysis.routing) if as_json else typer.echo(f"report: {output / 'index.html'}")
 
 
 def default_output(model: str) -> Path:
@@ -144,24 +142,16 @@ def _place_and_pairs(
 
 def compare(
     run_folder: RunArgument,
-    model_a: Annotated[
-        str, typer.Argument(help="Name of a model in the results.", autocompletion=completing_names.models)
-    ] = "btx",
-    model_b: Annotated[
-        str | None,
-        typer.Argument(help="What it is compared with; default: every other.", autocompletion=completing_names.models),
-    ] = None,
-    other_run: Annotated[
-        Path | None,
-        typer.Option(
-            "--with",
-            help="Run folder whose models it is compared with, another variant of a sweep for example.",
-        ),
-    ] = None,
+    model_a: Annotated[str, typer.Argument(
+        help="Name of a model in the results.", autocompletion=completing_names.models)] = "btx",
+    model_b: Annotated[str | None, typer.Argument(
+        help="What it is compared with; default: every other.", autocompletion=completing_names.models)] = None,
+    other_run: Annotated[Path | None, typer.Option(
+        "--with", help="Run folder whose models it is compared with, another variant of a sweep for example.")] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
     rng_seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random number seed of the resampling.")] = 0,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """How sure the differences between models are: paired bootstrap over documents and questions."""
     from btx.evaluation.compare import compare_models
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from btx.choices.merges import MergeSettings
 from btx.choices.router_inits import ROUTER_INITS, RouterInit
 from btx.cli import completing_names
 from btx.cli.run_folders import LARGEST_SEED, open_run, work_on
@@ -16,17 +17,12 @@ from btx.model_files.hub import local_model
 from btx.process import ending_at_once
 
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")]
-Experts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--expert",
-        help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; or NAME=hf:ORG/NAME; repeat.",
-    ),
-]
-Text = Annotated[
-    list[str] | None,
-    typer.Option("--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat."),
-]
+Experts = Annotated[list[str] | None, typer.Option(
+    "--expert",
+    help="NAME=FOLDER of an expert model, or of a LoRA adapter of the seed model; or NAME=hf:ORG/NAME; repeat.",
+)]  # fmt: skip
+Text = Annotated[list[str] | None, typer.Option(
+    "--text", help="NAME=FILE of text of an expert's domain (.jsonl, .txt, .parquet, folder); repeat.")]  # fmt: skip
 RouterInitName = Annotated[str, typer.Option(
     help=f"How routers start: {', '.join(ROUTER_INITS)}.", autocompletion=completing_names.router_inits)]  # fmt: skip
 RouterStd = Annotated[float, typer.Option(help="random: standard deviation.")]
@@ -56,12 +52,8 @@ def mix(
     merge_density: Annotated[float | None, typer.Option(
         help="ties, dare: share of task vectors kept; default 0.2, 0.5.")] = None,
     merge_scale: Annotated[float | None, typer.Option(help="ties, dare: factor λ; default 1.")] = None,
-    router_init: RouterInitName = "random",
-    router_std: RouterStd = 0.02,
-    router_scale: RouterScale = None,
-    router_ridge: RouterRidge = 1e-3,
-    router_tokens: RouterTokens = 50_000,
-    text: Text = None,
+    router_init: RouterInitName = "random", router_std: RouterStd = 0.02, router_scale: RouterScale = None,
+    router_ridge: RouterRidge = 1e-3, router_tokens: RouterTokens = 50_000, text: Text = None,
     split: Annotated[int, typer.Option(help="Cut every FF into so many chunks, each an expert.")] = 1,
     split_rescale: Annotated[bool, typer.Option(help="With --split: keep the size of the layer's output.")] = True,
     blend: Annotated[bool, typer.Option("--blend", help="Expert n gets the n-th chunk of every FF.")] = False,
@@ -74,11 +66,7 @@ def mix(
     """Mix expert models into one MoE model: of a run, or any folders."""
     named_options = _given(context)
     if run_folder is not None:
-        if options := named_options - {"run_folder"}:
-            written = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
-            raise UserError(f"{written}: a run is mixed as its recipe says, under `mix:`; set it there")
-        soup = ["baselines/soup"] if "soup" in open_run(run_folder).recipe.baselines else []
-        work_on(run_folder, ["mix", *soup])
+        _mix_run(run_folder, named_options - {"run_folder"})
         return
     if seed_model is None or output is None or bool(expert) == (copies is not None):
         raise UserError("btx mix needs a run folder, or --seed-model FOLDER, -o FOLDER and either --expert NAME=FOLDER "
@@ -88,24 +76,30 @@ def mix(
     _refuse_existing(output)
     folders = named(expert or (), "--expert", "FOLDER")
     _refuse_missing(seed_model, experts=folders.values())
-    from btx.choices.merges import MergeSettings
     from btx.mixing.mix import mix as mix_models
     from btx.mixing.settings import MixSettings
 
     if copies is not None:
         generalist, folders = False, {f"copy{number}": seed_model for number in range(copies)}
-    weights = _weights(merge_weights)
-    merging = MergeSettings(merge, weights=weights, t=slerp_t, density=merge_density, scale=merge_scale)
+    merging = MergeSettings(merge, weights=_weights(merge_weights), t=slerp_t, density=merge_density, scale=merge_scale)
     start = RouterInit(router_init, std=router_std, scale=router_scale, ridge=router_ridge, tokens=router_tokens)
     settings = MixSettings(
         generalist=generalist, top_k=top_k, merge=merging, router_init=start, split=split, split_rescale=split_rescale,
         blend=blend, rng_seed=rng_seed, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_size=max_shard_size,
     )  # fmt: skip
+    texts = named(text or (), "--text", "FILE")
     with ending_at_once(f"stopped; nothing was written to {output}"):
-        record = mix_models(
-            seed_model, folders, output, settings, texts=named(text or (), "--text", "FILE"), log=typer.echo
-        )  # fmt: skip
+        record = mix_models(seed_model, folders, output, settings, texts=texts, log=typer.echo)
     typer.echo(f"{output}: {len(record['experts'])} experts, top-{top_k}, {record['bytes'] / 1e6:.1f} MB")
+
+
+def _mix_run(run_folder: Path, options: set[str]) -> None:
+    """Mix a run's experts, and its soup where it has one; refuses options, which its recipe has already."""
+    if options:
+        written = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
+        raise UserError(f"{written}: a run is mixed as its recipe says, under `mix:`; set it there")
+    soup = ["baselines/soup"] if "soup" in open_run(run_folder).recipe.baselines else []
+    work_on(run_folder, ["mix", *soup])
 
 
 def extend(
@@ -114,12 +108,8 @@ def extend(
     output: Output = None,
     shared: Annotated[str, typer.Option(
         help="Shared weights: left, or fold the expert's in with weight 1/(n+1).")] = "left",
-    router_init: RouterInitName = "random",
-    router_std: RouterStd = 0.02,
-    router_scale: RouterScale = None,
-    router_ridge: RouterRidge = 1e-3,
-    router_tokens: RouterTokens = 50_000,
-    text: Text = None,
+    router_init: RouterInitName = "random", router_std: RouterStd = 0.02, router_scale: RouterScale = None,
+    router_ridge: RouterRidge = 1e-3, router_tokens: RouterTokens = 50_000, text: Text = None,
     rng_seed: RngSeed = 0,
 ) -> None:  # fmt: skip
     """Append an expert and its router row to a finished MoE model."""

@@ -100,12 +100,11 @@ def _write_ollama(folder: Path, target: Path, weights: str, converter: str, say:
 def push(
     model: ModelArgument,
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="What it is called on the hub.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Everybody sees it; without this a new one is private.")
-    ] = False,
+    public: Annotated[bool, typer.Option(
+        "--public", help="Everybody sees it; without this a new one is private.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Put a run's model, or any model folder, on the Hugging Face hub, with a card of results, data and licence."""
     from btx.publishing.hub_card import origin_of_folder, origin_of_run
     from btx.publishing.push import push as push_files

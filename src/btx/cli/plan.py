@@ -15,12 +15,9 @@ if TYPE_CHECKING:
     from btx.planning.speed import Speed
     from btx.recipe.schema import Recipe
 
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Name of a packaged recipe, a .yaml file, or a run folder.", autocompletion=completing_names.recipes
-    ),
-]
+RecipeArgument = Annotated[str, typer.Argument(
+    help="Name of a packaged recipe, a .yaml file, or a run folder.", autocompletion=completing_names.recipes
+)]  # fmt: skip
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example train.tokens=1e6.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -28,25 +25,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    flops_per_second: Annotated[
-        float | None,
-        typer.Option(
-            min=1.0,
-            help="Training FLOP/s of one device where it will run, for the hours: of a GPU, or of the processors that "
-            "a job has on a machine. Default: what the run's first training stage reached, or else a few training "
-            "steps timed here.",
-        ),
-    ] = None,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory of a GPU, as 24GB: does every training fit, and if not, with which settings? Default: this "
-            "machine's GPU, if it has one.",
-        ),
-    ] = None,
+    flops_per_second: Annotated[float | None, typer.Option(
+        min=1.0,
+        help="Training FLOP/s of one device where it will run, for the hours: of a GPU, or of the processors that a "
+        "job has on a machine. Default: what the run's first training stage reached, or else a few training steps "
+        "timed here.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(
+        help="Memory of a GPU, as 24GB: does every training fit, and if not, with which settings? Default: this "
+        "machine's GPU, if it has one.")] = None,
     show_recipe: Annotated[bool, typer.Option("--recipe", help="Print the resolved recipe, and nothing else.")] = False,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """What a run reads and will cost: data, tokens, FLOPs, hours, parameters, memory, disk, stages. Writes nothing."""
     from btx.running.preflight import preflight
 

@@ -72,7 +72,7 @@ def run_of_sweep(run_folder: Path) -> None:
 def sweep_status(folder: Path) -> list[dict[str, Any]]:
     """State of every run of a sweep's folder, as its stages' files say now."""
     from btx.run_folder.status import stage_status
-    from btx.running.standing import add_standings
+    from btx.running.under_way import add_standings
     from btx.sweeps.sweep import runs_in
 
     rows = []

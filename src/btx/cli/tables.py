@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -17,13 +17,22 @@ UNDER_WAY = ("queued", "begun", "running", "stale")
 """States of stages that a sweep's run is at."""
 
 
+def _table(columns: Sequence[str], left: Container[str] = (), **looks: Any) -> Table:
+    """A table whose first column is never wrapped; it and those `left` begin at the left, numbers end at the right."""
+    table = Table(**looks)
+    for column in columns:
+        is_first = column == columns[0]
+        table.add_column(column, justify="left" if is_first or column in left else "right", no_wrap=is_first)
+    return table
+
+
 def plan_tables(planned: dict[str, Any]) -> list[Any]:
     """`btx plan`: data, models, stages, totals."""
-    stages = Table(title=f"stages, in {planned['run']}",
-                   caption=f"memory of each process; all: of a machine at once\n{planned['formula']}")  # fmt: skip
-    for column in ("stage", "needs", "tokens", "FLOPs", "time", "memory", "disk", "state"):
-        stages.add_column(column, justify="left" if column in ("stage", "needs", "state") else "right",
-                          no_wrap=column == "stage")  # fmt: skip
+    stages = _table(
+        ("stage", "needs", "tokens", "FLOPs", "time", "memory", "disk", "state"), ("needs", "state"),
+        title=f"stages, in {planned['run']}",
+        caption=f"memory of each process; all: of a machine at once\n{planned['formula']}",
+    )  # fmt: skip
     for row in planned["stages"]:
         why = f" ({row['why_stale']})" if row.get("why_stale") else ""
         stages.add_row(
@@ -47,12 +56,11 @@ def plan_tables(planned: dict[str, Any]) -> list[Any]:
 
 def _data_tables(rows: list[dict[str, Any]]) -> list[Table]:
     """What was found in the text that is not prepared yet."""
-    table = Table(title="data, as far as a look into it tells",
-                  caption="~ about; a token is taken for 4 bytes; epochs: in the stage that reads it most")  # fmt: skip
-    left = ("domain", "from", "columns", "held out")
-    for column in ("domain", "from", "files", "size", "columns", "documents", "characters", "tokens", "epochs",
-                   "held out"):  # fmt: skip
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=column == "domain")
+    table = _table(
+        ("domain", "from", "files", "size", "columns", "documents", "characters", "tokens", "epochs", "held out"),
+        ("from", "columns", "held out"), title="data, as far as a look into it tells",
+        caption="~ about; a token is taken for 4 bytes; epochs: in the stage that reads it most",
+    )  # fmt: skip
     for row in rows:
         if "files" not in row:
             table.add_row(row["domain"], row["from"])
@@ -81,10 +89,10 @@ def work_text(to_do: list[str], stays: list[str]) -> str:
 
 def _models_table(planned: dict[str, Any]) -> Table:
     """What every model will be, and what it costs from the seed model on."""
-    table = Table(title=f"models of {planned['name']}", caption="training from the seed model on")
-    for column in ("model", "total parameters", "active parameters", "inference FLOPs a token", "training FLOPs",
-                   "hours", "machine-hours"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+    table = _table(
+        ("model", "total parameters", "active parameters", "inference FLOPs a token", "training FLOPs", "hours",
+         "machine-hours"), title=f"models of {planned['name']}", caption="training from the seed model on",
+    )  # fmt: skip
     for name, row in planned["models"].items():
         table.add_row(name, f"{row['total_params']:,}", f"{row['active_params']:,}",
                       f"{row['inference_flops_per_token']:.2e}", f"{row['flops']:.2e}" if row["flops"] else "",
@@ -94,12 +102,12 @@ def _models_table(planned: dict[str, Any]) -> Table:
 
 def _gpu_table(gpu: Mapping[str, Any]) -> Table:
     """Which trainings fit into a GPU's memory, and what makes the others fit."""
-    table = Table(title=f"in a GPU of {_size(gpu['memory_bytes'])}, one training at a time, a GPU a process",
-                  caption="peak of a step to about 10 %; 3 % of the memory and 0.6 GB are left for CUDA")  # fmt: skip
-    left = ("stage", "fits", "with these settings it does")
-    for column in ("stage", "processes", "memory", "micro-batch", "fits", "with these settings it does", "then",
-                   "or with processes"):  # fmt: skip
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=column == "stage")
+    changed = "with these settings it does"
+    table = _table(
+        ("stage", "processes", "memory", "micro-batch", "fits", changed, "then", "or with processes"),
+        ("fits", changed), title=f"in a GPU of {_size(gpu['memory_bytes'])}, one training at a time, a GPU a process",
+        caption="peak of a step to about 10 %; 3 % of the memory and 0.6 GB are left for CUDA",
+    )  # fmt: skip
     for row in gpu["stages"]:
         change = row["change"]
         settings = [f"{row['section']}.{name}: {str(value).lower() if isinstance(value, bool) else value}"
@@ -116,12 +124,11 @@ def _gpu_table(gpu: Mapping[str, Any]) -> Table:
 
 def _measuring_table(gpu: Mapping[str, Any]) -> Table:
     """Which models fit into a GPU's memory where they are measured."""
-    table = Table(
+    table = _table(
+        ("model", "weights", "memory", "fits", "GPUs"), ("fits",),
         title=f"measuring in a GPU of {_size(gpu['memory_bytes'])}",
         caption="GPUs: the fewest that hold a model by layers; with fewer, host memory or disk has the rest",
-    )
-    for column in ("model", "weights", "memory", "fits", "GPUs"):
-        table.add_column(column, justify="left" if column in ("model", "fits") else "right", no_wrap=column == "model")
+    )  # fmt: skip
     for row in gpu["measuring"]:
         table.add_row(row["model"], _size(row["weights_bytes"]), _size(row["memory_bytes"]),
                       "yes" if row["fits"] else "no", str(row["gpus"] or "none"))  # fmt: skip
@@ -136,10 +143,8 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
 
 def _baselines_table(baselines: dict[str, Any]) -> Table:
     """What each baseline costs from the seed model on, and how that compares with the run."""
-    table = Table(title="baselines: all training from the seed model on")
-    for column in ("baseline", "tokens", "FLOPs", "memory", "disk", "matched by", "FLOPs of the run's"):
-        table.add_column(column, justify="left" if column in ("baseline", "matched by") else "right",
-                         no_wrap=column == "baseline")  # fmt: skip
+    columns = ("baseline", "tokens", "FLOPs", "memory", "disk", "matched by", "FLOPs of the run's")
+    table = _table(columns, ("matched by",), title="baselines: all training from the seed model on")
     for name, row in baselines.items():
         ratio = row["matched"]["flops_ratio"]
         shown = f"{100 * ratio:.1f} %" + (f" ({100 * (ratio - 1):+.3f} %)" if row["matched"]["by"] == "flops" else "")
@@ -150,9 +155,8 @@ def _baselines_table(baselines: dict[str, Any]) -> Table:
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
     """`btx status`: one line a stage."""
-    table, mfu = Table(), any(row["mfu"] is not None for row in rows)
-    for column in ("stage", "state", "step", "loss", "tokens/s", *(["MFU"] if mfu else []), "ETA"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=column == "stage")
+    mfu = any(row["mfu"] is not None for row in rows)
+    table = _table(("stage", "state", "step", "loss", "tokens/s", *(["MFU"] if mfu else []), "ETA"), ("state",))
     for row in rows:
         step = f"{row['step']}/{row['steps']}" if row["step"] is not None else ""
         where = f" on {row['node']}" if row["state"] == "running" else ""
@@ -228,14 +232,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
 
     rows = {name: sets_of(row, "{} (task)") for name, row in comparison["models"].items()}
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    table = Table(
-        title=f"{comparison['model']} minus the other: difference [95 % interval] p",
-        caption="bits per byte: negative is better; tasks: share of right answers, positive is better",
-        highlight=False,
-    )
-    table.add_column("against", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = _table(
+        ("against", *columns), title=f"{comparison['model']} minus the other: difference [95 % interval] p",
+        caption="bits per byte: negative is better; tasks: share of right answers, positive is better", highlight=False,
+    )  # fmt: skip
     for name, cells in rows.items():
         table.add_row(name, *(_difference_text(cells[column]) if column in cells else "" for column in columns))
     return table

@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from btx.data.document_files import find_files, read
-from btx.data.mixture import Mixture
-from btx.data.token_files import DocumentEncoder, TokenFile
+from btx.data.samples import open_mixture
+from btx.data.token_files import DocumentEncoder
 from btx.errors import DataError
 from btx.process import note_progress
 from btx.recipe.data import Source
-from btx.recipe.mixtures import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from btx.recipe.schema import Recipe
 
-TOKENS = 50_000
-"""Tokens read of each expert's text, unless said otherwise."""
 SEQUENCE_LENGTH = 512
 """Tokens a row of text from files."""
 ROWS_AT_ONCE = 8
@@ -60,16 +57,14 @@ def text_from_files(
     paths: Mapping[str, Path],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tokens: int = TOKENS,
+    tokens: int,
     sequence_length: int = SEQUENCE_LENGTH,
 ) -> dict[str, TextRows]:
     """Rows of the first documents of each expert's files.
 
     Args:
         paths: expert name → file, folder or glob in the formats that recipes read (`btx.data.document_files`).
-        tokenizer: the models'.
         tokens: tokens of each expert, at most; reading stops there.
-        sequence_length: tokens a row.
 
     Raises:
         DataError: no such file, broken, or too short for two tokens.
@@ -88,22 +83,11 @@ def text_from_run(
     run_folder: Path, recipe: Recipe, *, tokens: int, known_as: Mapping[str, str] | None = None
 ) -> dict[str, TextRows]:
     """Rows of each expert's own domain, without replay text, from the run's token files; the generalist's domain is
-    the general one.
-
-    Args:
-        known_as: domain → the name it had when the run's models read it, which decides the order of the rows.
-
-    Raises:
-        DataError: token files are missing or broken.
-    """
+    the general one. `known_as` and what is raised: as `open_mixture`."""
     rows = {}
     for name, domain in zip(recipe.member_names, [*recipe.train.domains, recipe.data.general], strict=False):
-        components = [
-            (component, TokenFile.open(run_folder / "data" / path / "train"), weight)
-            for component, path, weight in resolve(recipe, {domain: 1.0}, known_as=known_as)
-        ]
-        length = recipe.data.sequence_length
-        batch = Mixture(components, length, recipe.rng_seed).batch(0, max(1, tokens // length))
+        mixture = open_mixture(run_folder / "data", recipe, {domain: 1.0}, known_as)
+        batch = mixture.batch(0, max(1, tokens // mixture.sequence_length))
         rows[name] = TextRows(f"domain {domain}", batch.input_ids, batch.position_ids)
     return rows
 
@@ -125,8 +109,6 @@ def _packed(source: str, documents: Iterable[list[int]], tokens: int, sequence_l
         if len(ids) >= tokens:
             break
     width = max(1, min(sequence_length, len(ids), tokens))
-    rows = min(len(ids), tokens) // width
-    shape = (rows, width)
-    ids_BS = np.array(ids[: rows * width], np.int64).reshape(shape)
-    positions_BS = np.array(positions[: rows * width], np.int64).reshape(shape)
+    end = min(len(ids), tokens) // width * width
+    ids_BS, positions_BS = (np.array(values[:end], np.int64).reshape(-1, width) for values in (ids, positions))
     return TextRows(source, ids_BS, np.minimum(positions_BS, np.arange(width)))

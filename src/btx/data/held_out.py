@@ -94,8 +94,6 @@ def held_out_documents(
     Whole documents, evenly spread over each source's held-out file; always the same ones for the same files.
 
     Args:
-        run_folder: holds the prepared data.
-        domain: name of a domain.
         tokens: at most so many in all, but at least one document a source.
         documents: at most so many in all (rounded up for each source); None: as many as `tokens` allow.
 
@@ -132,7 +130,7 @@ def _document(file: TokenFile, number: int) -> HeldOutDocument:
     return HeldOutDocument(file.tokens[start:end].astype(np.int64), int(file.document_bytes[number]))
 
 
-def _selected(file: TokenFile, tokens: int, documents: int | None = None) -> list[int]:
+def _selected(file: TokenFile, tokens: int, documents: int | None) -> list[int]:
     """Documents of `file`, at most `documents`, with at most `tokens` tokens but at least one document, ascending.
 
     They are taken with a stride of the golden ratio, so that any number of them is evenly spread over the file.

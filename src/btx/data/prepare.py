@@ -96,25 +96,18 @@ def prepare_domain(
     folders = [folder / str(number) for number, _ in numbered]
     _keep_apart(domain, folders, elsewhere, log)
     train, val = ([TokenFile.open(folder / split) for folder in folders] for split in ("train", "val"))
+
+    def noted(files: list[TokenFile], key: str) -> dict[str, Any]:
+        return {f"{domain}/{file.folder.parent.name}": file.index[key] for file in files if key in file.index}
+
     return {
         "train_tokens": sum(len(file) for file in train),
         "val_tokens": sum(len(file) for file in val),
         "documents": sum(file.documents for file in [*train, *val]),
         "bytes": sum(file.bytes for file in [*train, *val]),
-        "skipped": {
-            f"{domain}/{number}": file.index["skipped"]
-            for (number, _), file in zip(numbered, train, strict=True)
-            if "skipped" in file.index
-        },
+        "skipped": noted(train, "skipped"),
         "not_read": not_read,
-        "taken_out": {
-            kind: {
-                f"{domain}/{folder.name}": counts
-                for folder in folders
-                if (counts := TokenFile.open(folder / split).index.get("taken_out"))
-            }
-            for kind, split in (("training", "train"), ("held_out", "val"))
-        },
+        "taken_out": {"training": noted(train, "taken_out"), "held_out": noted(val, "taken_out")},
     }
 
 

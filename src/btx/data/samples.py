@@ -26,35 +26,34 @@ class Samples(Protocol):
         """Samples start, ..., start + count - 1 as the rows of a batch."""
 
 
-def open_mixtures(
-    data: Path,
-    recipe: Recipe,
-    mixtures: Sequence[Mapping[str, float]],
-    *,
-    known_as: Mapping[str, str] | None = None,
-    switching: float = 0.0,
-) -> Samples:
-    """Training samples of one mixture of domains, or of several in turn.
+def open_mixture(
+    data: Path, recipe: Recipe, weights: Mapping[str, float], known_as: Mapping[str, str] | None = None
+) -> Mixture:  # fmt: skip
+    """Training samples of a mixture of domains.
 
     Args:
         data: the run's data folder.
-        mixtures: domain → sampling weight.
+        weights: domain → sampling weight.
         known_as: domain → the name it had when the run's models read it, which decides the order of the samples.
-        switching: share of the sequences that switch domain in the middle; for a single mixture.
+
+    Raises:
+        DataError: token files are missing or broken.
     """
-    opened = [
-        Mixture(
-            [(name, TokenFile.open(data / path / "train"), weight)
-             for name, path, weight in resolve(recipe, weights, known_as=known_as)],
-            recipe.data.sequence_length, recipe.rng_seed,
-        )
-        for weights in mixtures
-    ]  # fmt: skip
-    return in_turn(opened, switching)
+    components = [(name, TokenFile.open(data / path / "train"), weight)
+                  for name, path, weight in resolve(recipe, weights, known_as=known_as)]  # fmt: skip
+    return Mixture(components, recipe.data.sequence_length, recipe.rng_seed)
+
+
+def open_mixtures(
+    data: Path, recipe: Recipe, mixtures: Sequence[Mapping[str, float]], *, known_as: Mapping[str, str] | None = None,
+    switching: float = 0.0,
+) -> Samples:  # fmt: skip
+    """Training samples of one mixture, or of several in turn; arguments as `open_mixture` and `in_turn` have them."""
+    return in_turn([open_mixture(data, recipe, weights, known_as) for weights in mixtures], switching)
 
 
 def in_turn(mixtures: Sequence[Mixture], switching: float) -> Samples:
-    """Several mixtures in turn; or a single one, in which a share of the sequences switch domain."""
+    """Several mixtures in turn; or a single one, in which a share `switching` of the sequences switch domain."""
     if len(mixtures) > 1:
         return Interleaved(mixtures)
     return Switching(mixtures[0], switching) if switching else mixtures[0]

@@ -18,15 +18,11 @@ OTHERS = 1 << 40
 
 
 class Switching:
-    """A mixture in which a share of the sequences go on, from their middle, with the second half of another one.
+    """A mixture in which a `share` of the sequences go on, from their middle, with the second half of another one.
 
     The other sequence is drawn from the same mixture, so a domain's share of the tokens stays what it was. Attention
     goes on across the switch; the first token after it is nobody's label, as nothing announces it. Which sequences
     switch depends on the sample's number alone.
-
-    Args:
-        mixture: the sequences.
-        share: of the sequences that switch, 0 to 1.
     """
 
     def __init__(self, mixture: Mixture, share: float) -> None:

@@ -158,22 +158,11 @@ class TokenFileWriter:
         """Write the offsets, then the index."""
         self._encode()
         self._file.flush()
-        np.save(self._folder / "documents.npy", np.array(self._starts, dtype="<i8"))
-        np.save(self._folder / "bytes.npy", np.array(self._bytes, dtype="<i8"))
-        np.save(self._folder / "digests.npy", np.array(self._digests, dtype="<u8"))
-        index = {
-            "tokens": self._starts[-1],
-            "bytes": sum(self._bytes),
-            "documents": len(self._bytes),
-            "dtype": self._encoder.dtype.name,
-            "trailing_eos": self._encoder.trailing_eos,
-            "sha256": self._sha256.hexdigest(),
-            "tokenizer_sha256": self._encoder.sha256,
-            "rng_seed": rng_seed,
-            "source": source,
-            **({"skipped": skipped} if skipped else {}),
-        }
-        _write_index(self._folder, index)
+        _complete(self._folder, np.array(self._starts), np.array(self._bytes), np.array(self._digests), {
+            "dtype": self._encoder.dtype.name, "trailing_eos": self._encoder.trailing_eos,
+            "sha256": self._sha256.hexdigest(), "tokenizer_sha256": self._encoder.sha256, "rng_seed": rng_seed,
+            "source": source, **({"skipped": skipped} if skipped else {}),
+        })  # fmt: skip
 
     def _encode(self) -> None:
         if not self._waiting:
@@ -196,13 +185,9 @@ class TokenFileWriter:
 
 @contextmanager
 def token_file_writer(
-    folder: Path,
-    encoder: DocumentEncoder,
-    *,
-    rng_seed: int,
-    source: dict[str, Any],
+    folder: Path, encoder: DocumentEncoder, *, rng_seed: int, source: dict[str, Any],
     skipped: Mapping[str, int] | None = None,
-) -> Iterator[TokenFileWriter]:
+) -> Iterator[TokenFileWriter]:  # fmt: skip
     """A writer whose token file appears at `folder`, in place of what was there, when the block ends without an error.
 
     Args:
@@ -325,19 +310,20 @@ def take_out(folder: Path, digests: np.ndarray, *, because: str) -> int:
                 block = file.tokens[start:end].tobytes()
                 tokens.write(block)
                 sha256.update(block)
-        np.save(beside / "documents.npy", np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
-        np.save(beside / "bytes.npy", file.document_bytes[stays])
-        np.save(beside / "digests.npy", file.digests[stays])
-        _write_index(beside, file.index | {
-            "tokens": int(lengths.sum()), "bytes": int(file.document_bytes[stays].sum()), "documents": len(stays),
-            "sha256": sha256.hexdigest(),
-            "taken_out": file.index.get("taken_out", {}) | {because: int(goes_N.sum())},
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        _complete(beside, starts, file.document_bytes[stays], file.digests[stays], file.index | {
+            "sha256": sha256.hexdigest(), "taken_out": file.index.get("taken_out", {}) | {because: int(goes_N.sum())},
         })  # fmt: skip
     return int(goes_N.sum())
 
 
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+def _complete(folder: Path, starts: np.ndarray, sizes: np.ndarray, digests: np.ndarray, facts: dict[str, Any]) -> None:
+    """Write all of a token file but its tokens: what each document is, then the index, with `facts` in it."""
+    np.save(folder / "documents.npy", starts.astype("<i8"))
+    np.save(folder / "bytes.npy", sizes.astype("<i8"))
+    np.save(folder / "digests.npy", digests.astype("<u8"))
+    counts = {"tokens": int(starts[-1]), "bytes": int(sizes.sum()), "documents": len(sizes)}
+    (folder / INDEX).write_text(json.dumps({**counts, **facts, **counts}, indent=1) + "\n", "utf-8")
 
 
 _BROKEN = "this token file is broken: {}; remove its folder and prepare the data again"

@@ -34,7 +34,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     is begin and end of text and padding. Few texts can give fewer than `vocab_size` entries.
 
     Args:
-        texts: the documents to learn merges from.
         vocab_size: entries wanted, special token and the 256 bytes included.
 
     Raises:

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError, UserError
-from btx.evaluation.analysis_request import (
-    EXAMPLES,
-    TEXT_KEY,
-    TOKENS,
-    check_analysis,
-    check_run_alone,
-    read_texts,
-)
+from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_analysis, check_run_alone, read_texts
 from btx.model_files.hub import folder_or_name
 from btx.outputs import read_output
 from btx.process import Interrupts, Log
@@ -95,7 +88,7 @@ def analyze(
         place, paths = folder_or_name(model), {name: Path(path) for name, path in texts.items()}
         check_analysis(place, paths, Path(output))
         documents = read_texts(paths, tokens, text_key)
-        from btx.evaluation.analyze_model import analyze_model
+        from btx.evaluation.analyze_model import analyze_model  # here, so that what is refused before comes at once
 
         routing = analyze_model(place, documents, Path(output), tokens=tokens, examples=examples, without=without,
                                 log=log)  # fmt: skip
@@ -141,10 +134,11 @@ def adopt(run: Run, domain: str, model: str | Path, *, log: Log = _print) -> Run
         UserError: no such branch, or the model does not fit the seed model.
     """
     from btx.model_files.model_folder import check_expert_folder
-    from btx.stages.adopt import adopt as adopt_model
 
     opened = _opened(run)
     check_expert_folder(Path(model))
+    from btx.stages.adopt import adopt as adopt_model  # here, so that what is refused before is refused at once
+
     adopt_model(opened, domain, Path(model), log)
     return RunFolder.open(opened.path)
 

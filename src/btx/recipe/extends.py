@@ -11,14 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from btx.recipe.problems import section_at
+from btx.recipe.schema import Sweep
 from btx.recipe.yaml_positions import Document, KeyPath
 
 OWN = ("name", "description", "run")
 """Keys a recipe never takes from another one."""
-
-
-WHOLE = (("sweep",),)
-"""Sections that are not merged key by key."""
 
 
 def fill_in(document: Document, extended: Document) -> None:
@@ -40,9 +37,7 @@ def _fill(mine: dict[str, Any], theirs: dict[str, Any], path: KeyPath) -> Iterat
         if key not in mine:
             mine[key] = value
             yield here
-        elif here in WHOLE:
-            continue
-        elif isinstance(mine[key], dict) and isinstance(value, dict) and section_at(here) is not None:
+        elif isinstance(mine[key], dict) and isinstance(value, dict) and section_at(here) not in (None, Sweep):
             yield from _fill(mine[key], value, here)
 
 

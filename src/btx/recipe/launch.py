@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -141,7 +141,7 @@ class Launch(Section):
 
     @model_validator(mode="after")
     def _machines_have_as_many_processes_each(self) -> Launch:
-        for kind in SharedKind.__args__:  # type: ignore[attr-defined]
+        for kind in get_args(SharedKind):
             count, nodes = self.processes_of(kind), self.nodes_of(kind)
             if count % nodes:
                 raise ValueError(
@@ -180,19 +180,19 @@ def _kind(stage: str) -> str:
     return stage.split("/")[0]
 
 
-def _otherwise(general: Job, stages: Mapping[StageKind, Job], stage: str, job: type[Job]) -> Job:
+def _otherwise(general: Job, stages: Mapping[Any, Job], stage: str, job: type[Job]) -> Job:
     """What a stage's kind says, and where it says nothing, what is said for all."""
-    special = {str(kind): settings for kind, settings in stages.items()}.get(_kind(stage), job())
+    special = stages.get(_kind(stage), job())
     return job.model_construct(**{
         field: getattr(special, field) if getattr(special, field) is not None else getattr(general, field)
         for field in job.model_fields
     })  # fmt: skip
 
 
-def _of_kind(setting: int | dict[SharedKind, int], stage: str) -> int:
+def _of_kind(setting: int | Mapping[Any, int], stage: str) -> int:
     kind = _kind(stage)
-    if kind not in SharedKind.__args__:  # type: ignore[attr-defined]
+    if kind not in get_args(SharedKind):
         return 1
     if stage.startswith("baselines/") and not is_trained(stage):  # a soup is made by one process
         return 1
-    return setting if isinstance(setting, int) else {str(name): count for name, count in setting.items()}.get(kind, 1)
+    return setting if isinstance(setting, int) else setting.get(kind, 1)

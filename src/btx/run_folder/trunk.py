@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RunFolderError
-from btx.files import atomic_folder, file_sha256, link_or_copy, read_json
-from btx.outputs import CheckpointState
+from btx.files import atomic_folder, link_or_copy, read_json
 from btx.process import Log
 from btx.recipe.training import Training
+from btx.training.checkpoint_files import STATE, check_parts, complete_in
 from btx.training.schedule import steps_before_decay
 
 SECTIONS = ("train", "finetune")
@@ -117,7 +117,7 @@ def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
     checkpoints = []
     for checkpoint in sorted((donor / STATE_FOLDER).glob("step-*")):
-        for state in _states(checkpoint):
+        for state in (*checkpoint.glob(STATE), *checkpoint.glob(f"part-*-of-*/{STATE}")):
             facts: dict[str, Any] = {}
             with contextlib.suppress(RunFolderError):  # a broken one is no checkpoint to go on from
                 facts = read_json(state) or {}
@@ -126,24 +126,12 @@ def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     return checkpoints
 
 
-def _states(checkpoint: Path) -> list[Path]:
-    """state.json of each part of a checkpoint that is written."""
-    return sorted([*checkpoint.glob("state.json"), *checkpoint.glob("part-*-of-*/state.json")])
-
-
 def _damage(checkpoint: Path) -> str:
     """What of a checkpoint is missing, or not as it was written; empty if all is whole."""
-    states = _states(checkpoint)
-    for state in states:
-        _, _, processes = state.parent.name.partition("-of-")
-        if processes and sum(other.parent.name.endswith(f"-of-{processes}") for other in states) < int(processes):
-            return f"{checkpoint}: not every process has written its part"
-        try:
-            facts = read_json(state, CheckpointState)
-        except RunFolderError as error:
-            return str(error)
-        for name, sha256 in facts["sha256"].items():
-            file = state.parent / name
-            if not file.is_file() or file_sha256(file) != sha256:
-                return f"{file} is not as it was written"
-    return ""
+    counts = complete_in(checkpoint)
+    try:
+        for count in counts:
+            check_parts(checkpoint, count)
+    except RunFolderError as error:
+        return str(error)
+    return "" if counts else f"{checkpoint}: not every process has written its part"

@@ -11,7 +11,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.jobs import jobs_of, log_of
 from btx.run_folder.status import at_work
 from btx.running.log_tail import LogTail, last_lines
-from btx.running.standing import standings_of
+from btx.running.under_way import standings_of
 
 LOOK_S = 0.5
 ASK_EVERY_S = 5.0

@@ -16,7 +16,7 @@ from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import Job
 from btx.run_folder.status import at_work, lost_on, owner_of, stage_status
 from btx.running.launchers import Standing
-from btx.running.standing import add_known, standings_of
+from btx.running.under_way import add_known, standings_of
 
 ASK_EVERY_S = 5.0
 """Seconds between two questions to a cluster, however often is looked."""
@@ -89,7 +89,6 @@ class WatchedRun:
         self._problems: list[str] = []
 
     def look(self) -> Look:
-        """One row a stage, in the order they run; raises as `Watched.look`."""
         run = self._opened()
         statuses = [asdict(stage_status(run, stage)) for stage in run.graph]
         if time.monotonic() - self._asked >= ASK_EVERY_S:

@@ -63,9 +63,8 @@ def run(
         START[recipe.launch.kind](recipe.launch).check(path, [[stage.name for stage in job] for job in left])
         _check_gpu(recipe, left)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    interrupts = Interrupts().listen()
     try:
-        with contextlib.ExitStack() as held:
+        with Interrupts() as interrupts, contextlib.ExitStack() as held:
             with interrupts.at_once():
                 held.enter_context(exclusive(path, "run"))
             UnderWay(RunFolder(path, recipe)).find()  # refused before the run folder has another recipe
@@ -85,8 +84,6 @@ def run(
                 for parent in new[1:]:
                     parent.rmdir()
         raise
-    finally:
-        interrupts.unlisten()
 
 
 def _check_gpu(recipe: Recipe, left: Sequence[tuple[Stage, ...]]) -> None:

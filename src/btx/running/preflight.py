@@ -24,7 +24,9 @@ from btx.model_files.model_folder import check_model_folder
 from btx.model_files.token_ids import read_vocabulary
 from btx.model_files.vocabularies import check_ids, missing_packages
 from btx.planning.processes import check_processes
+from btx.recipe.align import Alignment
 from btx.recipe.schema import Recipe
+from btx.recipe.training import Train
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.stages_of_recipe import task_files
 from btx.training.eight_bit import check_installed
@@ -64,22 +66,20 @@ def check_packages(recipe: Recipe) -> None:
     Raises:
         UserError: with what to install.
     """
-    trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
-    adapted = {f"align.{name}": [f"align/{name}"] for name, section in recipe.alignments.items()
-               if section.trainable == "lora"}  # fmt: skip
-    if recipe.train.trainable == "lora":
-        adapted["train"] = [f"train/{domain}" for domain in recipe.train.domains]
-    optimizers = {where: training.optimizer for where, training in trainings.items() if training is not None}
-    if not adapted and "adamw_8bit" not in optimizers.values() and not recipe.track:
-        return  # most runs: nothing has to be known of their stages
     run = RunFolder(Path(recipe.run_folder), recipe)
-    if any(stage.is_tracked and run.state(stage) != "done" for stage in run.graph):
+    left = [stage for stage in run.graph if run.state(stage) != "done"]
+    if any(stage.is_tracked for stage in left):
         check_trackers(recipe.track)
-    if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
-        for where, optimizer in optimizers.items():
-            check_installed(optimizer, f"{where}.")
-    for where, stages in adapted.items():
-        if find_spec("peft") is None and any(run.state(run.graph[stage]) != "done" for stage in stages):
+    if any(stage.trains for stage in left):
+        trainings = {"seed_model.train": recipe.seed_model.train, "train": recipe.train, "finetune": recipe.finetune}
+        for where, training in trainings.items():
+            if training is not None:
+                check_installed(training.optimizer, f"{where}.")
+    with_adapters: dict[str, tuple[str, Train | Alignment]] = {"train": ("train/", recipe.train)}
+    with_adapters |= {f"align.{name}": (f"align/{name}", section) for name, section in recipe.alignments.items()}
+    for where, (stages, section) in with_adapters.items():
+        trains = section.trainable == "lora" and any(stage.name.startswith(stages) for stage in left)
+        if trains and find_spec("peft") is None:
             raise UserError(without_peft(where))
 
 

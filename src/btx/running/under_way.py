@@ -1,5 +1,5 @@
 """The jobs of a run that are under way, on whatever launcher: submitted, found again by a new `btx run`, asked how they
-stand, and let go. Plain Python.
+stand, and let go; and what `btx status` says of them. Plain Python.
 """
 
 from __future__ import annotations
@@ -7,20 +7,46 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from btx.errors import RunFolderError, UserError
+from btx.errors import RunFolderError, SystemFailed, UserError
 from btx.files import value_hash
+from btx.run_folder import lease
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.jobs import JOBS, Job, forget, job_of, jobs_of, log_of, note
 from btx.run_folder.manifest import now
 from btx.running.launchers import START, Launcher, Standing
 from btx.running.log_tail import LogTail
-from btx.running.silence import Silence
 
 DECIDES_NOTHING = {"name", "description", "run", "launch", "sweep"}
 """Sections of a recipe that may change while jobs are under way."""
 ENDING_S = 0.1
+
+
+class Silence:
+    """How long the process of a job has given no sign of life, by this process's own clock: stopped as a whole, or on a
+    machine that is gone. A job whose work hangs while it runs ends itself (`btx.process.ending_if_hung`).
+
+    Args:
+        run: the run folder.
+        stages: those of the job. One that waits, or is between two stages, is not silent.
+    """
+
+    def __init__(self, run: Path, stages: Sequence[str]) -> None:
+        self._leases = [lease.lock_file(run, stage, "lease") for stage in stages]
+        self._seen: list[object] = []
+        self._silent_s, self._before = 0.0, time.monotonic()
+
+    def exceeds(self, limit_s: float) -> bool:
+        """Whether it has lasted for `limit_s` seconds, and so long that it is no chance. Counted while this is asked: a
+        pause of this process itself is none of the job's."""
+        signs, moment = [lease.sign_of_life(file) for file in self._leases], time.monotonic()
+        silent = signs == self._seen and any(sign is not None for sign in signs)
+        self._silent_s = (self._silent_s + min(moment - self._before, lease.BEAT_S)) * silent
+        self._seen, self._before = list(signs), moment
+        return self._silent_s > max(limit_s, lease.LEASE_S)
 
 
 @dataclass
@@ -167,3 +193,48 @@ class UnderWay:
 def job_text(job: Job) -> str:
     """A job as its engine knows it: `slurm, job 12`."""
     return ", ".join([job.launcher, *(f"{key} {value}" for key, value in job.handle.items())])
+
+
+def add_standings(run: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
+    """Add to the status of a run's stages how their jobs stand, with the state `queued` too; returns what could not be
+    found out.
+
+    Programs of a cluster are asked only if jobs of this run are there.
+
+    Args:
+        rows: `StageStatus` as dictionaries, changed in place.
+    """
+    standings, problems = standings_of(run)
+    add_known(rows, standings)
+    return problems
+
+
+def add_known(rows: list[dict[str, Any]], standings: Sequence[tuple[Job, Standing]]) -> None:
+    """Add what `standings_of` has found out: of a job's stages that they wait, or of the first that is not done where
+    it runs."""
+    for job, standing in standings:
+        left = [row for row in rows if row["stage"] in job.stages and row["state"] not in ("done", "damaged")]
+        for place, row in enumerate(left if standing.state != "ended" else ()):
+            runs = standing.state == "running" and place == 0
+            lost = row["why"] if row["state"] == "begun" else None  # what ran before it was put back into the queue
+            row["state"] = "running" if runs else "queued"
+            row["node"] = standing.node or row["node"] if runs else None
+            row["why"] = None if runs else "; ".join(filter(None, (standing.why, lost))) or None
+            row["eta_s"] = row["eta_s"] if runs else None
+
+
+def standings_of(run: RunFolder) -> tuple[list[tuple[Job, Standing]], list[str]]:
+    """How the jobs stand that go on without `btx run`, each launcher asked once, and which do not answer. What runs on
+    this machine, or has a `btx run` elsewhere, says itself that it is at work."""
+    standings: list[tuple[Job, Standing]] = []
+    problems = []
+    jobs, under_way = jobs_of(run), UnderWay(run)
+    for kind in {job.launcher: None for job in jobs}:
+        alike = [job for job in jobs if job.launcher == kind]
+        try:
+            if under_way.launcher_of(kind).goes_on:
+                standings += zip(alike, under_way.poll(alike), strict=True)
+        except (SystemFailed, UserError) as error:
+            names = ", ".join(job.name for job in alike)
+            problems.append(f"{names}: what {kind} knows of these jobs cannot be asked here: {error}")
+    return standings, problems

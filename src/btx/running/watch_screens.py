@@ -48,7 +48,6 @@ class TerminalScreen:
             self._live.update(Text(self._said[-1]), refresh=True)
 
     def show(self, look: Look, remarks: list[str]) -> None:
-        """Draw a look."""
         if self._last is None:
             self._said.clear()  # what was said while nothing was there
         self._last = View(look, tuple(remarks))
@@ -84,12 +83,10 @@ class LineScreen:
         pass
 
     def say(self, line: str) -> None:
-        """Print a line."""
         if not self._as_json:
             print(f"{datetime.now():%H:%M:%S} {printable(line)}", flush=True)
 
     def show(self, look: Look, remarks: list[str]) -> None:
-        """Print what has changed."""
         if not self._rows:
             self.say(look.title)
         for remark in (*look.remarks, *remarks):
@@ -103,7 +100,6 @@ class LineScreen:
             self._rows[row.name] = now
 
     def wait(self, at_most_s: float | None) -> None:
-        """Wait."""
         time.sleep(min(self.every_s, at_most_s or self.every_s))
 
 

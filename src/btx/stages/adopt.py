@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from btx.errors import UserError
@@ -21,7 +20,7 @@ from btx.run_folder.stage_notes import done_json, started_json
 from btx.run_folder.stages_of_recipe import model_files
 
 
-def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
+def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> None:
     """Copy an expert model into `train/<domain>/` as finished: the run never trains this branch, whatever it says.
 
     It has to fit the run's seed model as `btx mix` wants it. A branch that was trained or begun before is moved to
@@ -30,9 +29,6 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
     Args:
         domain: one of the recipe's branches.
         model: folder of a dense model, or of a LoRA adapter of the seed model: what is taken in is the merged model.
-
-    Returns:
-        The branch's folder.
 
     Raises:
         UserError: the recipe has no such branch, the seed model is not there, or the model does not fit it.
@@ -56,9 +52,16 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> Path:
         check_ids(model, int(inputs.config["vocab_size"]))
     stage = Stage(f"train/{domain}", lambda: {"adopted": {Path(file).name: sha for file, sha in files.items()}})
     with exclusive(run.path, stage.name):
+        folder = run.folder(stage.name)
+        beside = folder.with_name(f".{folder.name}.adopting")
+        if beside.exists():
+            shutil.rmtree(beside)
+        (beside / "model").mkdir(parents=True)
         if is_adapter(model):
-            return _take_in(run, stage, model, log, lambda target: write_expert(inputs, domain, target))
-        return _take_in(run, stage, model, log, lambda target: _copy(model, list(map(Path, files)), target, log))
+            write_expert(inputs, domain, beside / "model")
+        else:
+            _copy(model, list(map(Path, files)), beside / "model", log)
+        _take_in(run, stage, model, beside, log)
 
 
 def _copy(model: Path, files: list[Path], target: Path, log: Log) -> None:
@@ -68,17 +71,12 @@ def _copy(model: Path, files: list[Path], target: Path, log: Log) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _take_in(run: RunFolder, stage: Stage, model: Path, log: Log, write: Callable[[Path], None]) -> Path:
+def _take_in(run: RunFolder, stage: Stage, model: Path, beside: Path, log: Log) -> None:
+    """Let `beside`, whose model is complete, be the branch's folder."""
     folder = run.folder(stage.name)
-    beside = folder.with_name(f".{folder.name}.adopting")
-    if beside.exists():
-        shutil.rmtree(beside)
-    (beside / "model").mkdir(parents=True)
-    write(beside / "model")
     write_sealed(beside / STARTED, started_json(stage))
     finish(beside, done_json(stage, {"adopted": {"from": str(model.absolute())}}))
     if folder.exists():
         log(f"{stage.name}: what was there before is in {run.set_aside(stage.name)}")
     beside.rename(folder)
     log(f"{stage.name}: adopted from {model}; it is never trained here")
-    return folder

@@ -16,13 +16,13 @@ from btx.data.chat_text import with_template
 from btx.data.packed_conversations import PackedPairs
 from btx.errors import UserError
 from btx.models.loading import load_tokenizer
-from btx.process import Interrupts, Log, rank, world_size
+from btx.process import Interrupts, Log, world_size
 from btx.recipe.align import Dpo
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.run_folder.stages_of_recipe import aligned_from
 from btx.stages.conversations import ends_of_turns, packed
-from btx.stages.training import AlignmentSamples, train_moe
+from btx.stages.training import AlignmentSamples, refuse_in_all_processes, train_moe
 from btx.training.job import TrainingJob
 from btx.training.preferences import FILE, preference_objective, with_reference
 
@@ -32,8 +32,9 @@ def align(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
     recipe, name = run.recipe, stage.name.removeprefix("align/")
     section, start = recipe.alignments[name], run.model(aligned_from(recipe, name))
     if section.trainable == "lora" and world_size() > 1:  # under a torchrun of the user's: a recipe cannot say so
-        problem = f"align.{name}.trainable: {ONE_PROCESS}, and here are {world_size()}; start it without torchrun"
-        raise UserError(problem) if rank() == 0 else SystemExit(UserError.exit_code)
+        refuse_in_all_processes(
+            f"align.{name}.trainable: {ONE_PROCESS}, and here are {world_size()}; start it without torchrun"
+        )
     if section.trainable == "lora" and find_spec("peft") is None:
         raise UserError(without_peft(f"align.{name}"))
     tokenizer = load_tokenizer(start)

@@ -28,9 +28,7 @@ def evaluate_task(
 
     Args:
         where: run folder, model folder or hub name.
-        request: the task.
         allow_code_execution: whether programs that the models write may run.
-        log: called with a line for every model.
 
     Returns:
         {"models": {NAME: {"tasks": {TASK: entry}}}}, as in results.json.

@@ -56,7 +56,7 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
     train_stage(run, stage, model, seed.train, [seed_mixture(run.recipe)], interrupts, log, start=None, like=None)
 
 
-def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: bool = False) -> Path:
+def link_seed_model(path: str, revision: str | None, target: Path, *, was_here: bool) -> Path:
     """Make `target` a link to a model folder, or to the downloaded files of a hub name; returns that folder.
 
     Args:

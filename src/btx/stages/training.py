@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -25,19 +25,14 @@ from btx.model_files.provenance import weights_fingerprint
 from btx.models.adapters import add_moe_adapters, merge_adapters
 from btx.models.cost import model_cost
 from btx.models.device import choose_device, in_bfloat16
-from btx.models.loading import (
-    checkpoint_activations,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
+from btx.models.loading import checkpoint_activations, load_model, load_tokenizer, save_model
 from btx.models.peak_flops import mfu_fact, peak_tokens_per_s
 from btx.models.sharded_loading import load_skeleton, share_out
 from btx.models.sharding import largest, process_count, process_number, same_everywhere
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
-from btx.process import Interrupts, Log, processes_here
+from btx.process import Interrupts, Log, processes_here, rank
 from btx.recipe.training import Finetune, Lora, Training
 from btx.run_folder.data_stages import TOKENIZER
 from btx.run_folder.folder import Making, RunFolder
@@ -61,28 +56,16 @@ if TYPE_CHECKING:
 
 
 def train_moe(
-    run: RunFolder,
-    stage: Stage,
-    start: Path,
-    settings: Finetune,
-    mixtures: Sequence[Mapping[str, float]],
-    interrupts: Interrupts,
-    log: Log,
-    *,
-    routing: RoutingRule,
-    experts: Sequence[str],
-    lora: Lora | None = None,
+    run: RunFolder, stage: Stage, start: Path, settings: Finetune, mixtures: Sequence[Mapping[str, float]],
+    interrupts: Interrupts, log: Log, *, routing: RoutingRule, experts: Sequence[str], lora: Lora | None = None,
     alignment: AlignmentSamples | None = None,
-) -> Totals:
+) -> None:  # fmt: skip
     """Train a MoE folder with the losses on its routers: the finetuning, every baseline that has routers, SFT and DPO.
 
-    Args:
+    Args: as for `train_stage`, and
         start: the MoE folder.
-        mixtures: as for `train_stage`.
         routing: how the model routes, in training and as it is saved; may be another router than the start's.
-        experts: names of its experts, for warnings.
         lora: train adapters of this size instead of what the settings say.
-        alignment: as for `train_stage`.
     """
     model = start_model(start)
     if not moe_blocks(model):
@@ -96,7 +79,7 @@ def train_moe(
         add_moe_adapters(model, lora.rank, lora.alpha, rng_seed=run.recipe.rng_seed)
     else:
         set_trainable(model, settings.trainable)
-    return train_stage(
+    train_stage(
         run, stage, model, settings, mixtures, interrupts, log, start=start, like=start,
         balancing=Balancing.of(settings), routing=routing, experts=experts, alignment=alignment,
     )  # fmt: skip
@@ -121,47 +104,32 @@ def start_model(folder: Path) -> PreTrainedModel:
 
 
 def train_stage(
-    run: RunFolder,
-    stage: Stage,
-    model: PreTrainedModel,
-    settings: Training,
-    mixtures: Sequence[Mapping[str, float]],
-    interrupts: Interrupts,
-    log: Log,
-    *,
-    start: Path | None,
-    like: Path | None,
-    balancing: Balancing | None = None,
-    routing: RoutingRule | None = None,
-    experts: Sequence[str] = (),
-    alignment: AlignmentSamples | None = None,
-) -> Totals:
+    run: RunFolder, stage: Stage, model: PreTrainedModel, settings: Training, mixtures: Sequence[Mapping[str, float]],
+    interrupts: Interrupts, log: Log, *, start: Path | None, like: Path | None, balancing: Balancing = Balancing(),
+    routing: RoutingRule | None = None, experts: Sequence[str] = (), alignment: AlignmentSamples | None = None,
+) -> None:  # fmt: skip
     """Run the training loop for a stage, write its model folder, then done.json.
 
     Args:
         mixtures: domain → sampling weight; of several mixtures samples are taken in turn.
         start: model folder that `start_model` gave the model of; None for a model from scratch.
         like: model folder whose config and tokenizer the result keeps; None for a model from scratch.
-        balancing: losses on the routers of a MoE model; None: none.
+        balancing: losses on the routers of a MoE model.
         routing: the router of a MoE model, written beside its weights; None: as in `like`.
         experts: names of a MoE model's experts, for warnings.
         alignment: samples instead of those of the mixtures; None: those.
     """
-    folder = run.folder(stage.name)
-    refuse_what_is_not_shared(settings, run.recipe.data.sequence_length, model, routing)
+    folder, dropout = run.folder(stage.name), has_dropout(model.config.to_dict())
+    if problem := why_not_shared(settings, run.recipe.data.sequence_length, process_count(), router=routing,
+                                 has_dropout=dropout):  # fmt: skip
+        refuse_in_all_processes(problem)
     switching = settings.switching if isinstance(settings, Finetune) else 0.0
     samples = alignment.samples if alignment is not None else open_mixtures(
         run.path / "data", run.recipe, mixtures, known_as=run.graph.known_as, switching=switching
     )  # fmt: skip
-    job, needs = _job_of(run, stage, model, settings, samples, log)
+    job, needs = _job_of(run, stage, model, settings, samples, balancing, experts, log)
     if process_count() > 1:
         share_out(model, start, job.device, in_bfloat16=job.in_bfloat16)
-    job = replace(job, balancing=balancing or Balancing(), experts=experts)
-    if run.recipe.track and process_number() == 0:
-        tracked = Tracked(run.recipe.name, run.path, stage.name, folder / FOLDER, stage.shown)
-        job = replace(
-            job, followed=partial(followed, run.recipe.track, tracked, folder / "metrics.jsonl", experts, log)
-        )  # fmt: skip
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
@@ -181,7 +149,6 @@ def train_stage(
         job.checkpoints.keep_only_last()
         facts |= _facts(model, job, totals) | {"unused_tokens": unused}
         facts |= {"started_from": weights_fingerprint(like)} if like is not None else {}
-    return totals
 
 
 def _write_model(
@@ -225,17 +192,14 @@ def _making(run: RunFolder, stage: Stage, log: Log) -> Iterator[Making]:
         yield facts
 
 
-def refuse_what_is_not_shared(
-    settings: Training, length: int, model: PreTrainedModel, routing: RoutingRule | None
-) -> None:
-    """Raise UserError if the processes that are here would not train what one would."""
-    dropout = has_dropout(model.config.to_dict())
-    if problem := why_not_shared(settings, length, process_count(), router=routing, has_dropout=dropout):
-        raise UserError(problem) if process_number() == 0 else SystemExit(UserError.exit_code)  # all find the same
+def refuse_in_all_processes(problem: str) -> NoReturn:
+    """Raise UserError for what every process finds by itself: the first says it, and the others end without a word."""
+    raise UserError(problem) if rank() == 0 else SystemExit(UserError.exit_code)
 
 
 def _job_of(
-    run: RunFolder, stage: Stage, model: PreTrainedModel, settings: Training, samples: Samples, log: Log,
+    run: RunFolder, stage: Stage, model: PreTrainedModel, settings: Training, samples: Samples, balancing: Balancing,
+    experts: Sequence[str], log: Log,
 ) -> tuple[TrainingJob, MemoryNeeds]:  # fmt: skip
     """What the stage trains, on which samples and device, and the memory that takes."""
     folder, recipe = run.folder(stage.name), run.recipe
@@ -247,28 +211,23 @@ def _job_of(
     needs = MemoryNeeds(settings, cost.shape, length, device.type, may_freeze=may_freeze(stage.name))
     together = jobs_at_once(run.graph) if shares_processors(run.graph, stage) else 1
     automatic = AutoMicroBatch(needs, stage.inputs, together)
-    marks = {"inputs": stage.inputs, "data": samples.fingerprint}
+    checkpoints = StateFolder(
+        folder / "state", {"inputs": stage.inputs, "data": samples.fingerprint}, device=device.type, log=log,
+        trunk=(stage.trunk, steps_before_decay(settings.steps(length), settings)) if stage.trunk else None,
+        check_inputs=partial(run.check_needs, stage),
+    )  # fmt: skip
     job = TrainingJob(
-        model=model,
-        mixture=samples,
-        settings=settings,
-        folder=folder,
-        checkpoints=StateFolder(
-            folder / "state",
-            marks,
-            device=device.type,
-            log=log,
-            check_inputs=partial(run.check_needs, stage),
-            trunk=(stage.trunk, steps_before_decay(settings.steps(length), settings)) if stage.trunk else None,
-        ),
-        flops_per_token=cost.training_flops_per_token(length),
-        rng_seed=recipe.rng_seed,
-        device=device,
+        model=model, mixture=samples, settings=settings, folder=folder, checkpoints=checkpoints,
+        flops_per_token=cost.training_flops_per_token(length), rng_seed=recipe.rng_seed, device=device,
+        balancing=balancing, experts=experts,
         peak_tokens_per_s=peak_tokens_per_s(
             cost, length, device, bfloat16=in_bfloat16(settings.precision, device), processes=process_count()
         ),
         settled=automatic.settled if settings.micro_batch_tokens == "auto" else None,
-    )
+    )  # fmt: skip
+    if recipe.track and process_number() == 0:
+        tracked = Tracked(recipe.name, run.path, stage.name, folder / FOLDER, stage.shown)
+        job = replace(job, followed=partial(followed, recipe.track, tracked, folder / "metrics.jsonl", experts, log))
     return job, needs
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from btx.outputs import check_outputs
 from btx.process import Interrupted, Interrupts, Log, ending_if_hung, processes_here, quick_imports, rank, world_size
@@ -113,7 +113,8 @@ def _work(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> Non
             _use_threads(training_threads(run.graph))
         elif not stage.name.startswith("data/") and stage.name != "report":
             use_all_processors()
-        work = _work_of(stage)
+        module, _, function = WORK[stage.name.split("/")[0]].partition(":")
+        work = getattr(import_module(module), function)
     work(run, stage, interrupts, log)
 
 
@@ -170,9 +171,4 @@ WORK = {
     "analyze": "btx.stages.analyze:analyze_run",
     "report": "btx.stages.report:report_run",
 }
-"""First part of a stage's name → what does it; imported when its turn comes."""
-
-
-def _work_of(stage: Stage) -> Callable[[RunFolder, Stage, Interrupts, Log], None]:
-    module, _, function = WORK[stage.name.split("/")[0]].partition(":")
-    return cast(Callable[[RunFolder, Stage, Interrupts, Log], None], getattr(import_module(module), function))
+"""First part of a stage's name → what does it with run, stage, interrupts and log; imported when its turn comes."""

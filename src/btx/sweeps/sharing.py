@@ -119,7 +119,7 @@ def _copy_stage(source: Path, target: Path, donor: Path) -> None:
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:
     """Copy what was measured on models that are the same here; evaluation checks their keys before it uses them."""
     from btx.evaluation.evaluate import kept_file
-    from btx.stages.models_of_run import models_of_run
+    from btx.stages.evaluate import models_of_run
 
     kept = run.folder("evaluate") / "models"
     for name, entry in models_of_run(run).items():

@@ -59,10 +59,9 @@ def run_training(
         Interrupted: a signal came; a checkpoint was written.
     """
     job, optimizer, done = _begin(job, log)
-    settings, model = job.settings, job.model
-    tokens_per_step = settings.step_tokens(job.mixture.sequence_length)
-    samples_per_step = tokens_per_step // job.mixture.sequence_length
-    total_steps = settings.steps(job.mixture.sequence_length)
+    settings, model, length = job.settings, job.model, job.mixture.sequence_length
+    tokens_per_step, total_steps = settings.step_tokens(length), settings.steps(length)
+    samples_per_step = tokens_per_step // length
     to_keep = (steps_before_decay(total_steps, settings), total_steps)
     if read_later is None:
         read_later = job.device.type == "cuda" and settings.on_spike == "log" and skips_on_device(optimizer)
@@ -100,10 +99,9 @@ def run_training(
     if math.isnan(metrics.last_loss):
         raise _without_loss(job, total_steps, has_metrics=done < total_steps or bool(metrics.recent))
     give_back_float32(model)
-    return Totals(
-        total_steps, total_steps * tokens_per_step, total_steps * tokens_per_step * job.flops_per_token,
-        metrics.wall_s, metrics.last_loss, job.settings.micro_batch(job.mixture.sequence_length), compile_s,
-    )  # fmt: skip
+    tokens = total_steps * tokens_per_step
+    return Totals(total_steps, tokens, tokens * job.flops_per_token, metrics.wall_s, metrics.last_loss,
+                  settings.micro_batch(length), compile_s)  # fmt: skip
 
 
 def _without_loss(job: TrainingJob, steps: int, *, has_metrics: bool) -> BtxError:

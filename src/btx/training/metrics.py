@@ -65,14 +65,8 @@ class Metrics:
 
 
 class StepRecord:
-    """Takes steps in their order, when they were launched; of each writes a line as soon as the next one was, or at
-    once.
-
-    Args:
-        file: metrics.jsonl, open.
-        steps: of the whole training.
-        log: called with a line for the user.
-    """
+    """Takes steps in their order, when they were launched; of each writes a line into `file`, metrics.jsonl, as soon as
+    the next one was, or at once. `steps` are those of the whole training."""
 
     def __init__(
         self, job: TrainingJob, metrics: Metrics, file: IO[str], steps: int, tokens_per_step: int,

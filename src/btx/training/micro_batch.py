@@ -55,11 +55,7 @@ class AutoMicroBatch:
     """Trainings that share the machine's memory."""
 
     def settled(self, job: TrainingJob, optimizer: torch.optim.Optimizer, log: Log) -> TrainingJob:
-        """The job with a number; weights, moments and random state stay as they are.
-
-        Args:
-            job: its model is on the device.
-            optimizer: what will train it.
+        """The job, whose model is on the device, with a number; weights, moments and random state stay as they are.
 
         Raises:
             torch.OutOfMemoryError: not even one sequence fits.

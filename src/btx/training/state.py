@@ -1,5 +1,5 @@
 """Resumable checkpoints of a training run: state/step-N/, safetensors and JSON only, each checked by SHA-256. How they
-are laid out, and shared among several processes, is in `btx.training.checkpoint_parts`.
+are laid out is in `btx.training.checkpoint_files`, how several processes share one in `btx.training.checkpoint_parts`.
 
 A checkpoint holds the trainable weights (and selection biases of routers), AdamW's moments and the step. The step
 decides everything else: the data position is step · samples per step (`btx.data.mixture`), the learning rate is a
@@ -28,18 +28,17 @@ from btx.files import atomic_folder, remove_left_overs, write_sealed
 from btx.models.sharding import from_all, process_count, process_number, same_everywhere
 from btx.process import Log, processes_here
 from btx.training.background_saving import BackgroundWriter, HostCopy, file_of, fits_in_host_memory
-from btx.training.checkpoint_parts import (
+from btx.training.checkpoint_files import (
     MOMENTS,
     PART,
     STATE,
     WEIGHTS,
-    JoinedFiles,
     check_parts,
     complete_in,
     part_folder,
-    part_of_this_process,
     step_name,
 )
+from btx.training.checkpoint_parts import JoinedFiles, part_of_this_process
 from btx.training.checkpoints import Checkpoints
 from btx.training.optimizer import kept_tensors, kept_weights, restore_tensors
 
@@ -123,7 +122,7 @@ class StateFolder(Checkpoints):
         """state.json of a checkpoint's parts, and what is wrong with one, on whichever process that was found."""
         states, problem = [], None
         try:
-            states = check_parts(self.folder / name, count)
+            states = check_parts(self.folder / name, count, slice(process_number(), None, process_count()))
         except RunFolderError as error:
             problem = str(error)
         return states, next((problem for problem in from_all(problem) if problem is not None), None)
@@ -191,12 +190,10 @@ class StateFolder(Checkpoints):
             self._writer.wait()
 
     def check(self) -> None:
-        """Raise what the writing of the last checkpoint has failed with by now."""
         self._writer.check()
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written, and give the copy's memory back; raises RunFolderError if it could
-        not be written."""
+        """As `Checkpoints.close`; gives the copy's memory back."""
         self._copies = None
         self._writer.wait()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from btx.errors import NOT_YET
+from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
-from btx.running.launchers.job import SAVED
+from btx.running.launchers.job import SAVED, btx_command
 
 MOUNT, VOLUME = "/btx", "btx-runs"
 """Where the file system with the run folder is on an engine's machines, if its path is relative; and its name there."""
@@ -81,8 +82,13 @@ def dashed(stage: str) -> str:
     return stage.replace("/", "-")
 
 
-def filled(template: str, values: Mapping[str, str]) -> str:
-    """A script's text with `@NAME@` replaced by values; what these hold is left as it is."""
+def script(template: str, recipe: Recipe, **more: str) -> str:
+    """A script to be run here: `@NAME@` replaced by the working directory, the run, btx, the recipe and `more`; what
+    these hold is left as it is."""
+    values = {
+        "CWD": shlex.quote(str(Path.cwd())), "RUN": shlex.quote(recipe.run_folder), "BTX": shlex.join(btx_command()),
+        "RECIPE": dump_recipe(recipe).rstrip("\n"), **more,
+    }  # fmt: skip
     return re.sub("@([A-Z]+)@", lambda place: values[place[1]], template)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from btx.errors import UserError
-from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.threads import jobs_at_once
-from btx.running.launch_texts.jobs import Job, filled
-from btx.running.launchers.job import btx_command
+from btx.running.launch_texts.jobs import Job, script
 
 SCRIPT = r"""#!/usr/bin/env bash
 # Every job of a run on this machine; written by `btx launch --for shell`. Needs bash 4.4 or later.
@@ -149,16 +146,10 @@ def shell_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
         f"job {job.name:{names}}  {_quoted(' '.join(job.needs)):{needs}}  {_quoted(' '.join(job.stages))}"
         for job in jobs
     ]
-    script = filled(SCRIPT, {
-        "RUN": shlex.quote(recipe.run_folder),
-        "BTX": shlex.join(btx_command()),
-        "SLOTS": str(jobs_at_once(RunFolder(Path(recipe.run_folder), recipe).graph)),
-        "RETRIES": str(recipe.launch.retries),
-        "CWD": shlex.quote(str(Path.cwd())),
-        "RECIPE": dump_recipe(recipe).rstrip("\n"),
-        "JOBS": "\n".join(table),
-    })  # fmt: skip
-    return {"run.sh": script}
+    slots = jobs_at_once(RunFolder(Path(recipe.run_folder), recipe).graph)
+    return {"run.sh": script(
+        SCRIPT, recipe, SLOTS=str(slots), RETRIES=str(recipe.launch.retries), JOBS="\n".join(table)
+    )}  # fmt: skip
 
 
 def _quoted(words: str) -> str:

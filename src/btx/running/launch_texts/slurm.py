@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
-from btx.recipe.loading import dump_recipe
 from btx.recipe.schema import Recipe
 from btx.run_folder.jobs import log_of
-from btx.running.launch_texts.jobs import Job, dashed, filled
-from btx.running.launchers.job import btx_command
+from btx.running.launch_texts.jobs import Job, dashed, script
 from btx.running.launchers.slurm_script import sbatch_script
 
 SUBMIT = r"""#!/usr/bin/env bash
@@ -62,11 +59,4 @@ def slurm_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     for job in jobs:
         after = "".join(f' "${{id[{need}]}}"' for need in job.needs)
         lines.append(f"id[{job.name}]=$(submit {dashed(job.name)}.sbatch{after})")
-    submit = filled(SUBMIT, {
-        "CWD": shlex.quote(str(Path.cwd())),
-        "RUN": shlex.quote(recipe.run_folder),
-        "BTX": shlex.join(btx_command()),
-        "RECIPE": dump_recipe(recipe).rstrip("\n"),
-        "JOBS": "\n".join(lines),
-    })  # fmt: skip
-    return {"submit.sh": submit, **scripts}
+    return {"submit.sh": script(SUBMIT, recipe, JOBS="\n".join(lines)), **scripts}

@@ -33,13 +33,11 @@ class LocalLauncher:
         refuse_several_nodes(self._launch, jobs, "launch.kind: local has this machine alone")
 
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
-        """Start the job."""
         started = self.start(run, stages, log)
         self._started[started.pid] = started
         return {"pid": started.pid, "born": _born(started.pid), "node": platform.node()}
 
     def start(self, run: Path, stages: Sequence[str], log: Path) -> LocalProcess:
-        """Start `btx work`."""
         return start(["work", str(run), *stages], log)
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:
@@ -53,7 +51,6 @@ class LocalLauncher:
         return Standing("running" if exit_code is None else "ended", exit_code)
 
     def cancel(self, handle: Handle) -> None:
-        """Ask a process to save and end."""
         if handle["pid"] in self._started:
             self._started[handle["pid"]].terminate()
         elif handle["node"] != platform.node():
@@ -93,7 +90,6 @@ class LocalProcess:
 
     @property
     def pid(self) -> int:
-        """Its number."""
         return self.process.pid
 
     def exit_code(self) -> int | None:
@@ -111,7 +107,6 @@ class LocalProcess:
             os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        """Wait until it has ended."""
         self.process.wait()
 
 

@@ -95,7 +95,6 @@ class RayLauncher:
         return self._own.address
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:
-        """How jobs stand."""
         return [self._poll(handle) for handle in handles]
 
     def _poll(self, handle: Handle) -> Standing:

@@ -42,7 +42,6 @@ class SlurmLauncher:
         self._asked = float("-inf")
 
     def check(self, run: Path, jobs: Sequence[Sequence[str]]) -> None:
-        """Refuse what sbatch would refuse."""
         checked = []
         for stages in jobs:
             if (resources := self._launch.resources_of(stages[0])) not in checked:
@@ -50,7 +49,6 @@ class SlurmLauncher:
                 self._sbatch(run, stages, run / "logs" / "x.log", "--test-only")
 
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
-        """Submit the job."""
         log.parent.mkdir(parents=True, exist_ok=True)
         options = []
         if after:  # a job whose need has failed is cancelled: else it would wait for ever

@@ -72,7 +72,6 @@ class Run(Tracker):
             self._client.log_batch(self._id, metrics=waiting[first : first + MOST])
 
     def close(self, ending: Ending) -> None:
-        """Say how it ended."""
         self._client.set_terminated(self._id, STATUS[ending])
 
 

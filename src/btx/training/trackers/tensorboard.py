@@ -25,12 +25,10 @@ class Run(Tracker):
         self._writer.add_text("settings", f"```json\n{json.dumps(tracked.config, indent=1)}\n```", 0)
 
     def add(self, points: Sequence[Point]) -> None:
-        """Write and flush."""
         for point in points:
             for name, value in point.values.items():
                 self._writer.add_scalar(name, value, point.step, walltime=point.time)
         self._writer.flush()
 
     def close(self, ending: Ending) -> None:
-        """Close the file."""
         self._writer.close()

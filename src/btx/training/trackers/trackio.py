@@ -35,5 +35,4 @@ class Run(Tracker):
             self._run.log(dict(point.values), step=point.step)
 
     def close(self, ending: Ending) -> None:
-        """Wait until all is written."""
         self._run.finish()

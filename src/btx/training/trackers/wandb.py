@@ -50,7 +50,6 @@ class Run(Tracker):
             self._run.log(point.values, step=point.step)
 
     def close(self, ending: Ending) -> None:
-        """Finish the run, which can be resumed."""
         self._run.finish(exit_code=EXIT_CODES[ending])
 
 

@@ -20,7 +20,7 @@ from btx.recipe.loading import load_recipe
 from btx.run_folder.folder import RunFolder
 from btx.running.launchers.local import start_run
 from btx.sweeps.sharing import take_over
-from btx.sweeps.sweep import sweep, sweep_state
+from btx.sweeps.sweep import not_of_this_sweep, set_earlier_aside, sweep, sweep_state
 from btx.sweeps.table import notes, paired, sweep_cells, sweep_rows
 from btx.sweeps.variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
@@ -239,6 +239,7 @@ def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) ->
     """Run the plan with runs that pretend; returns which were under way whenever one was started."""
     monkeypatch.setattr("btx.sweeps.sweep.POLL_S", 0.0)
     monkeypatch.setattr("btx.planning.budgets.check_budgets", lambda recipe, folders: None)
+    log = options.pop("log", lambda line: None)
     jobs: list[Pretending] = []
     under_way: list[tuple[str, ...]] = []
 
@@ -248,7 +249,7 @@ def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) ->
         under_way.append(tuple(job.run.name for job in jobs if job.exit is None))
         return jobs[-1]
 
-    run_sweep(plan, start, **options)
+    sweep(plan, start, log=log, **options)
     return under_way
 
 
@@ -282,6 +283,39 @@ def test_a_signal_ends_the_runs_under_way(tmp_path: Path) -> None:
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert job is not None
     assert job.exit == -15
+
+
+def test_what_another_sweep_in_the_same_folder_has_written_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*arguments: str, rng_seeds: int = 1) -> tuple[list[str], list[dict[str, Any]]]:
+        """What another sweep will say, has said, and what lies aside then."""
+        plan = plan_here(tmp_path, *arguments, rng_seeds=rng_seeds)
+        will, lines = not_of_this_sweep(plan), list[str]()
+        pretend(plan, monkeypatch, log=lines.append)
+        said = [line for line in lines if "finished runs that this sweep has not" in line]
+        assert [line.startswith(will) for line in said] == [True] * bool(will)
+        assert list(read_json(sweep_json)["variants"]) == [variant.label for variant in plan.variants]
+        return said, [read_json(file) for file in sorted((tmp_path / "sweep/stale").glob("*/sweep.json"))]
+
+    sweep_json = tmp_path / "sweep/sweep.json"
+    assert again("finetune.tokens=256,512") == ([], [])
+    first = read_json(sweep_json)
+    assert again("finetune.tokens=256,512,768") == ([], [])  # one more: all that was said is said again
+    more = read_json(sweep_json)
+    assert more["variants"].items() > first["variants"].items()
+    (said,), aside = again("finetune.tokens=512,1024")
+    assert aside == [more]
+    assert "finetune.tokens=256, rng seed 3; finetune.tokens=768, rng seed 3" in said
+    assert all((tmp_path / f"sweep/finetune.tokens={tokens}/rng-3").is_dir() for tokens in (256, 768))
+    _, aside = again("finetune.tokens=512,1024", "finetune.learning_rate=5e-4")  # the same names, and other runs
+    assert len(aside) == 2
+    assert again("finetune.tokens=512,1024", "finetune.learning_rate=5e-4", rng_seeds=2)[0] == []
+    sweep_json.write_text("{")
+    plan = plan_here(tmp_path, "finetune.tokens=512,1024", "finetune.learning_rate=5e-4")
+    assert "not readable as JSON" in not_of_this_sweep(plan)
+    set_earlier_aside(plan, print)
+    assert not sweep_json.exists()
 
 
 # Sharing

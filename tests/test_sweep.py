@@ -17,8 +17,10 @@ from btx.errors import StageFailed, UserError
 from btx.files import read_json
 from btx.process import Interrupted
 from btx.recipe.loading import load_recipe
+from btx.reporting.charts import BarPanels
 from btx.run_folder.folder import RunFolder
 from btx.running.launchers.local import start_run
+from btx.sweeps.figure import sweep_figure
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import not_of_this_sweep, set_earlier_aside, sweep, sweep_state
 from btx.sweeps.table import notes, paired, sweep_cells, sweep_rows
@@ -30,6 +32,7 @@ FAST = ["seed_model.train.tokens=512", "train.tokens=512", "evaluate.tasks={}",
         "evaluate.tokens=200", "analyze={tokens: 100, examples: 0}"]  # fmt: skip
 VARIED = "finetune.learning_rate=1e-3,2e-3"
 DATA = ["data/tokenizer", "data/birds", "data/tools", "data/general"]
+MEANS = [f"{name}_bits_per_byte" for name in ("mean", "learning", "keeping")]
 SHARED = [*DATA, "seed", "train/birds", "train/tools", "mix", "baselines/soup"]
 
 
@@ -470,6 +473,51 @@ def test_learning_is_not_compared_where_branches_vary() -> None:
         best = {title for title, (_, is_best) in zip(titles, rows[0], strict=True) if is_best}
         assert best == ({"mean", "learning", "keeping"} if compared else {"mean"})
         assert any("train.domains varies" in line for line in notes(table)) != compared
+
+
+@dataclass
+class Variants:
+    """Two variants of two models, as sweep.json has them: bits per byte of domains a and b, mean, learning, keeping."""
+
+    drawn: list[BarPanels] = field(default_factory=list)
+
+    def bars(self, seeds: Sequence[Sequence[float]], branches: Sequence[list[str]]) -> dict[str, list[float | None]]:
+        """Variant → bars of btx, whose bits are 1 less than (2, 4, 3, 4, 2)."""
+        variants = {}
+        for label, seed, domains in zip("xy", seeds, branches, strict=True):
+            models = {}
+            for name, values in (("seed", seed), ("btx", (1.0, 3.0, 2.0, 3.0, 1.0))):
+                a, b, *means = ({"mean": value, "stderr": None, "n": 1, "values": [value]} for value in values)
+                models[name] = {"domains": {"a": {"bits_per_byte": a}, "b": {"bits_per_byte": b}}, "flops": a,
+                                "active_params": {**a, "mean": ord(label)}}  # fmt: skip
+                models[name] |= dict(zip(MEANS, means, strict=True))
+            variants[label] = {"settings": {"train.domains": domains}, "runs": [],
+                               "aggregated": {"runs": 1, "rng_seeds": [0], "models": models}}  # fmt: skip
+        sweep_figure({"name": "s", "rng_seeds": [0], "models": None, "variants": variants})
+        return {bar.label: bar.values for bar in self.drawn[-1].bars}
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
+    made = Variants()
+    monkeypatch.setattr(BarPanels, "svg", lambda bars: made.drawn.append(bars) or '<svg viewBox="0 0 1 1"></svg>')
+    return made
+
+
+SEED = (2.0, 4.0, 3.0, 4.0, 2.0)
+
+
+def test_the_figure_has_learning_and_keeping_where_they_are_of_the_same_domains(variants: Variants) -> None:
+    for branches, titles in (("bb", ["a", "b", "mean", "learning", "keeping"]), ("ba", ["a", "b", "mean"])):
+        bars = variants.bars([SEED, SEED], [[branch] for branch in branches])
+        assert list(variants.drawn[-1].columns) == titles
+        assert bars == dict.fromkeys(["btx, x", "btx, y"], pytest.approx([50, 25, 100 / 3, 25, 50][: len(titles)]))
+
+
+def test_the_figure_compares_each_variant_with_its_own_seed_model(variants: Variants) -> None:
+    bars = variants.bars([SEED, [2 * bits for bits in SEED]], [["b"], ["b"]])
+    assert bars == {"btx, x": pytest.approx([50, 25, 100 / 3, 25, 50]),
+                    "btx, y": pytest.approx([75, 62.5, 200 / 3, 62.5, 75])}  # fmt: skip
 
 
 def test_differences_pair_rng_seeds_and_not_places() -> None:

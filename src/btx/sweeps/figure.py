@@ -13,7 +13,8 @@ from btx.sweeps.table import ALL, Stat, SweepRow, branches_vary, paired, sweep_r
 
 
 def sweep_figure(written: Mapping[str, Any]) -> str:
-    """Mean bits per byte against training FLOPs, and every model's gain per domain and in the means, in one SVG file's text."""
+    """Mean bits per byte against training FLOPs, and every model's gain per domain and in the means, as the text of
+    one SVG file."""
     rows = sweep_rows(written)
     colours = {variant: f"c{number % COLOURS}" for number, variant in enumerate(written["variants"])}
     labels = [_label(row, rows) for row in rows]

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown_table
+
 DOMAINS = ("math", "code", "wiki", "general", "general_large")
 LEAST_BYTES = 200
 """Of a passage."""
@@ -160,9 +162,8 @@ def table(rows: Sequence[tuple[str, dict[str, Any], list[Passage]]]) -> str:
             for part in parts:
                 count[part.kind] += part.bytes
     ordered = sorted(counts.items(), key=lambda item: (item[0] == "all", -item[1]["documents"]))
-    lines = [f"| source | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{count[column]:,}' for column in columns)} |" for name, count in ordered]
-    return "\n".join(lines)
+    rows = [[name, *(f"{count[column]:,}" for column in columns)] for name, count in ordered]
+    return markdown_table(["source", *columns], rows)
 
 
 def shown(document: dict[str, Any], parts: Sequence[Passage], longest: int = 200) -> str:

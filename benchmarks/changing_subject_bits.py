@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from markdown_table import markdown_table
 
 from btx.baselines.btm_model import load_model_or_btm
 from btx.data.held_out import HeldOutDocument
@@ -247,12 +248,6 @@ def _in_order(sizes: Sets) -> list[tuple[str, list[float]]]:
     """The four main sets, then their parts by name."""
     main = [WHOLE, SOON, LATER, REST]
     return [(name, sizes[name]) for name in [*main, *sorted(set(sizes) - set(main))] if sum(sizes.get(name, ()))]
-
-
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (titles, *rows)]
-    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]])
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from changing_subject_bits import markdown_table
+from markdown_table import markdown_table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markdown_table import markdown_table
+
 from btx.evaluation.aggregate import mean_and_stderr
 from btx.files import read_json, write_json, write_text
 from btx.models.cost import config_cost
@@ -182,13 +184,13 @@ def table(rows: Sequence[Row]) -> str:
     """All rows in Markdown."""
     titles = ["sweep", "parameters", "tokens a parameter", "rng seeds", "predicted"]
     titles += [f"{label}, {part}" for part in PARTS for label in MODELS.values()] + ["sign of btx's gain"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for row in rows:
         cells = [row["name"], count_text(row["parameters"]), f"{row['tokens_per_parameter']:.1f}",
                  str(row["rng_seeds"]), _signed([row["predicted"], None])]  # fmt: skip
         cells += [_signed(row["gains"][label].get(part)) for part in PARTS for label in MODELS.values()]
-        lines.append(f"| {' | '.join([*cells, verdict(row)])} |")
-    return "\n".join(lines)
+        lines.append([*cells, verdict(row)])
+    return markdown_table(titles, lines)
 
 
 def _signed(value: Sequence[float | None] | None) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markdown_table import markdown_table
 from torch import nn
 
 from btx.models.loading import quiet_transformers
@@ -214,17 +215,17 @@ def line_up(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: tokens per second, and each candidate as a multiple of dense."""
-    lines = [f"| {' | '.join(KEYS)} | dense tokens/s | btx / dense | best transformers / dense | btx / best |",
-             "|" + "---|" * (len(KEYS) + 4)]  # fmt: skip
+    lines = []
     for key in dict.fromkeys(map(line_up, rows)):
         speed = {row["name"]: row["tokens_per_s"] for row in rows if line_up(row) == key}
         others = {name.removeprefix("transformers-"): value for name, value in speed.items() if "transformers" in name}
         best = max(others, key=lambda name: others[name]) if others else None
-        lines.append(
-            f"| {' | '.join(map(str, key))} | {speed['dense']:.0f} | {speed['btx'] / speed['dense']:.2f} | "
-            + (f"{others[best] / speed['dense']:.2f} ({best}) | {speed['btx'] / others[best]:.2f} |" if best else "| |")
-        )
-    return "\n".join(lines)
+        lines.append([
+            *map(str, key), f"{speed['dense']:.0f}", f"{speed['btx'] / speed['dense']:.2f}",
+            *([f"{others[best] / speed['dense']:.2f} ({best})", f"{speed['btx'] / others[best]:.2f}"] if best else
+              ["", ""]),
+        ])  # fmt: skip
+    return markdown_table([*KEYS, "dense tokens/s", "btx / dense", "best transformers / dense", "btx / best"], lines)
 
 
 def main() -> None:

@@ -191,6 +191,21 @@ def test_models_of_two_runs_are_compared_on_the_same_documents_only(evaluated, t
         compare_models(evaluated, "btx", "bxt", other_run=variant)
 
 
+def test_of_two_runs_a_domain_that_only_one_has_a_branch_of_is_neither_learned_nor_kept(tmp_path: Path) -> None:
+    folders = [RunFolder.create(pico_recipe(tmp_path, name, f"train.domains={branches}")).path
+               for name, branches in (("one", "[birds]"), ("two", "[birds,tools]"))]  # fmt: skip
+    for number, folder in enumerate(folders):
+        bits = {"birds": [1.0 + number, 2.0], "tools": [5.0 + 3 * number, 4.0], "general": [3.0, 4.0 + 5 * number]}
+        sizes = {"domains": {name: [8.0, 8.0] for name in bits}}
+        (folder / "evaluate").mkdir()
+        write_json(folder / "evaluate/documents.json",
+                   {"bytes": sizes, "models": {"btx": {"domains": bits, "tasks": {}}}})  # fmt: skip
+    for here, there, sign in ((*folders, -1), (*folders[::-1], 1)):
+        found = compare_models(here, "btx", other_run=there)["models"]["btx"]
+        differences = {part: value["difference"] for part, value in found.items() if "difference" in value}
+        assert differences == {part: sign * gap / 16 for part, gap in (("mean", 3), ("learning", 1), ("keeping", 5))}
+
+
 def test_the_command_prints_a_table_or_json(evaluated):
     shown = CliRunner().invoke(app, ["compare", str(evaluated), "btx", "seed"])
     assert shown.exit_code == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 from pathlib import Path
 
@@ -98,9 +100,59 @@ def test_an_error_inside_leaves_nothing_and_the_old_folder_whole(tmp_path: Path)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/old"]
 
 
+def test_whoever_is_killed_while_one_folder_takes_anothers_place_leaves_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def killed_after(path: Path, target: Path) -> Path:
+        rename(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed_after)
+    (tmp_path / "moe").mkdir()
+    with contextlib.suppress(KeyboardInterrupt), atomic_folder(tmp_path / "moe") as beside:
+        (beside / "new").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/new"]
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EIO, True), (errno.EINVAL, False)])
+def test_a_folder_that_cannot_be_synced_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
+) -> None:
+    def on_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", on_folders)
+
+    def write_both() -> None:
+        write_json(tmp_path / "a.json", 1)
+        with atomic_folder(tmp_path / "moe"):
+            pass
+
+    with pytest.raises(RunFolderError, match="may not outlast") if fails else contextlib.nullcontext():
+        write_both()
+    assert read_json(tmp_path / "a.json") == 1
+    assert (tmp_path / "moe").exists() != fails
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_replaces_another_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:
+        monkeypatch.setattr("btx.files._exchange", lambda beside, target: False)
+    for name in ("old", "new"):
+        with atomic_folder(tmp_path / "moe") as beside:
+            (beside / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["moe", "moe/new"]
+
+
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("btx.files._exchange", lambda beside, target: False)
     rename = Path.rename
 
     def on_a_full_disk(path: Path, target: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from btx.files import write_json, write_sealed
-from btx.planning.gain import law_loss, law_tokens
+from btx.planning.gain import Prediction, gain_notes, law_loss, law_tokens
 from btx.planning.plan import plan
 from btx.reporting import findings
 from btx.reporting.oracle import gap_of
@@ -53,6 +53,14 @@ def test_plan_predicts_from_the_tokens_a_parameter_and_warns_below_ten(tmp_path:
         assert prediction["low"] < prediction["gain"] < prediction["high"]
         assert any(note.startswith("warning: below 10 tokens a parameter") for note in planned["notes"]) != enough
     assert short["prediction"]["gain"] < 0 < long["prediction"]["gain"]
+
+
+@pytest.mark.parametrize(("ratio", "said"), [
+    (5.6e-14, "5.6e-14"), (0.14, "0.1"), (24.04, "24.0"), (4196.5, "4,196"), (2.8e295, "2.8e+295"),
+])  # fmt: skip
+def test_tokens_a_parameter_that_nobody_can_mean_are_told_by_their_size(ratio: float, said: str) -> None:
+    prediction = Prediction(1.0, ratio, "the recipe", 0.0, 0.0, 0.0, 4.0, 1.0, 0.0)
+    assert gain_notes(prediction)[0].startswith(f"the seed model has read {said} tokens a parameter (by")
 
 
 def test_plan_says_what_a_phase_in_proportion_would_gain(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from btx.python.results import Analysis, Comparison, Evaluation, SweepResults
 from btx.reporting.notebook import Table, run_html, table_html
 from btx.reporting.results import Cell
 from btx.run_folder.folder import RunFolder
+from btx.run_folder.stumps import clear_stumps
 from tests.pico_run import pico_recipe, run_here
 from tests.test_sweep import FAST, Here
 
@@ -148,6 +149,29 @@ def test_folders_are_given_as_paths_or_as_text(run: RunFolder, tmp_path: Path) -
     btx.soup(seed, {"birds": birds}, f"{there}/soup")
     assert RunFolder.open(str(run.path)).path == run.path
     assert btx.write_report(str(run.path), f"{there}/report") == tmp_path / "report" / "index.html"
+
+
+def test_an_adoption_that_was_killed_when_the_branch_had_given_way_is_ended_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = run_here(pico_recipe(tmp_path), ["data", "seed"])
+    stage, rename = run.graph["train/birds"], Path.rename
+    btx.adopt(run, "birds", run.model("seed"), log=nothing)
+
+    def until_it_takes_the_place(path: Path, target: Path) -> Path:
+        if path.name == ".birds.adopting":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", until_it_takes_the_place)
+        with pytest.raises(KeyboardInterrupt):
+            btx.adopt(run, "birds", shutil.copytree(run.model("seed"), tmp_path / "other"), log=nothing)
+    assert run.state(stage) == "absent"
+    clear_stumps(run := RunFolder.open(run.path))
+    assert run.state(run.graph["train/birds"]) == "done"
+    assert (run.done("train/birds") or {})["adopted"]["from"] == str(tmp_path / "other")
+    assert list(run.folder("train").glob(".*")) == []
 
 
 @pytest.mark.long

@@ -17,10 +17,12 @@ from btx.errors import StageFailed, UserError
 from btx.files import read_json
 from btx.process import Interrupted
 from btx.recipe.loading import load_recipe
+from btx.reporting.charts import BarPanels
 from btx.run_folder.folder import RunFolder
 from btx.running.launchers.local import start_run
+from btx.sweeps.figure import sweep_figure
 from btx.sweeps.sharing import take_over
-from btx.sweeps.sweep import sweep, sweep_state
+from btx.sweeps.sweep import not_of_this_sweep, set_earlier_aside, sweep, sweep_state
 from btx.sweeps.table import notes, paired, sweep_cells, sweep_rows
 from btx.sweeps.variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
@@ -30,6 +32,7 @@ FAST = ["seed_model.train.tokens=512", "train.tokens=512", "evaluate.tasks={}",
         "evaluate.tokens=200", "analyze={tokens: 100, examples: 0}"]  # fmt: skip
 VARIED = "finetune.learning_rate=1e-3,2e-3"
 DATA = ["data/tokenizer", "data/birds", "data/tools", "data/general"]
+MEANS = [f"{name}_bits_per_byte" for name in ("mean", "learning", "keeping")]
 SHARED = [*DATA, "seed", "train/birds", "train/tools", "mix", "baselines/soup"]
 
 
@@ -239,6 +242,7 @@ def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) ->
     """Run the plan with runs that pretend; returns which were under way whenever one was started."""
     monkeypatch.setattr("btx.sweeps.sweep.POLL_S", 0.0)
     monkeypatch.setattr("btx.planning.budgets.check_budgets", lambda recipe, folders: None)
+    log = options.pop("log", lambda line: None)
     jobs: list[Pretending] = []
     under_way: list[tuple[str, ...]] = []
 
@@ -248,7 +252,7 @@ def pretend(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, **options: Any) ->
         under_way.append(tuple(job.run.name for job in jobs if job.exit is None))
         return jobs[-1]
 
-    run_sweep(plan, start, **options)
+    sweep(plan, start, log=log, **options)
     return under_way
 
 
@@ -282,6 +286,39 @@ def test_a_signal_ends_the_runs_under_way(tmp_path: Path) -> None:
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert job is not None
     assert job.exit == -15
+
+
+def test_what_another_sweep_in_the_same_folder_has_written_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*arguments: str, rng_seeds: int = 1) -> tuple[list[str], list[dict[str, Any]]]:
+        """What another sweep will say, has said, and what lies aside then."""
+        plan = plan_here(tmp_path, *arguments, rng_seeds=rng_seeds)
+        will, lines = not_of_this_sweep(plan), list[str]()
+        pretend(plan, monkeypatch, log=lines.append)
+        said = [line for line in lines if "finished runs that this sweep has not" in line]
+        assert [line.startswith(will) for line in said] == [True] * bool(will)
+        assert list(read_json(sweep_json)["variants"]) == [variant.label for variant in plan.variants]
+        return said, [read_json(file) for file in sorted((tmp_path / "sweep/stale").glob("*/sweep.json"))]
+
+    sweep_json = tmp_path / "sweep/sweep.json"
+    assert again("finetune.tokens=256,512") == ([], [])
+    first = read_json(sweep_json)
+    assert again("finetune.tokens=256,512,768") == ([], [])  # one more: all that was said is said again
+    more = read_json(sweep_json)
+    assert more["variants"].items() > first["variants"].items()
+    (said,), aside = again("finetune.tokens=512,1024")
+    assert aside == [more]
+    assert "finetune.tokens=256, rng seed 3; finetune.tokens=768, rng seed 3" in said
+    assert all((tmp_path / f"sweep/finetune.tokens={tokens}/rng-3").is_dir() for tokens in (256, 768))
+    _, aside = again("finetune.tokens=512,1024", "finetune.learning_rate=5e-4")  # the same names, and other runs
+    assert len(aside) == 2
+    assert again("finetune.tokens=512,1024", "finetune.learning_rate=5e-4", rng_seeds=2)[0] == []
+    sweep_json.write_text("{")
+    plan = plan_here(tmp_path, "finetune.tokens=512,1024", "finetune.learning_rate=5e-4")
+    assert "not readable as JSON" in not_of_this_sweep(plan)
+    set_earlier_aside(plan, print)
+    assert not sweep_json.exists()
 
 
 # Sharing
@@ -436,6 +473,51 @@ def test_learning_is_not_compared_where_branches_vary() -> None:
         best = {title for title, (_, is_best) in zip(titles, rows[0], strict=True) if is_best}
         assert best == ({"mean", "learning", "keeping"} if compared else {"mean"})
         assert any("train.domains varies" in line for line in notes(table)) != compared
+
+
+@dataclass
+class Variants:
+    """Two variants of two models, as sweep.json has them: bits per byte of domains a and b, mean, learning, keeping."""
+
+    drawn: list[BarPanels] = field(default_factory=list)
+
+    def bars(self, seeds: Sequence[Sequence[float]], branches: Sequence[list[str]]) -> dict[str, list[float | None]]:
+        """Variant → bars of btx, whose bits are 1 less than (2, 4, 3, 4, 2)."""
+        variants = {}
+        for label, seed, domains in zip("xy", seeds, branches, strict=True):
+            models = {}
+            for name, values in (("seed", seed), ("btx", (1.0, 3.0, 2.0, 3.0, 1.0))):
+                a, b, *means = ({"mean": value, "stderr": None, "n": 1, "values": [value]} for value in values)
+                models[name] = {"domains": {"a": {"bits_per_byte": a}, "b": {"bits_per_byte": b}}, "flops": a,
+                                "active_params": {**a, "mean": ord(label)}}  # fmt: skip
+                models[name] |= dict(zip(MEANS, means, strict=True))
+            variants[label] = {"settings": {"train.domains": domains}, "runs": [],
+                               "aggregated": {"runs": 1, "rng_seeds": [0], "models": models}}  # fmt: skip
+        sweep_figure({"name": "s", "rng_seeds": [0], "models": None, "variants": variants})
+        return {bar.label: bar.values for bar in self.drawn[-1].bars}
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
+    made = Variants()
+    monkeypatch.setattr(BarPanels, "svg", lambda bars: made.drawn.append(bars) or '<svg viewBox="0 0 1 1"></svg>')
+    return made
+
+
+SEED = (2.0, 4.0, 3.0, 4.0, 2.0)
+
+
+def test_the_figure_has_learning_and_keeping_where_they_are_of_the_same_domains(variants: Variants) -> None:
+    for branches, titles in (("bb", ["a", "b", "mean", "learning", "keeping"]), ("ba", ["a", "b", "mean"])):
+        bars = variants.bars([SEED, SEED], [[branch] for branch in branches])
+        assert list(variants.drawn[-1].columns) == titles
+        assert bars == dict.fromkeys(["btx, x", "btx, y"], pytest.approx([50, 25, 100 / 3, 25, 50][: len(titles)]))
+
+
+def test_the_figure_compares_each_variant_with_its_own_seed_model(variants: Variants) -> None:
+    bars = variants.bars([SEED, [2 * bits for bits in SEED]], [["b"], ["b"]])
+    assert bars == {"btx, x": pytest.approx([50, 25, 100 / 3, 25, 50]),
+                    "btx, y": pytest.approx([75, 62.5, 200 / 3, 62.5, 75])}  # fmt: skip
 
 
 def test_differences_pair_rng_seeds_and_not_places() -> None:

@@ -9,6 +9,7 @@ lives, so the next writer of the same name tells a left-over from work that is u
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,8 +59,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             path.parent.mkdir(parents=not above, exist_ok=True)
         with atomic_file(path) as beside:
             beside.write_bytes(content)
+        _sync_folder(path.parent)
         remove_left_overs(path.parent, re.escape(path.name))
-    _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -181,17 +182,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                                      f"one's is discarded")  # fmt: skip
             for file in beside.rglob("*"):
                 _sync_file(file)
-            old = _beside(target)
-            if before is not None:
-                target.rename(old)
-            try:
+            if before is None:
                 beside.rename(target)
-            except OSError:
-                if before is not None and not target.exists():
-                    old.rename(target)
-                raise
+            elif not _exchange(beside, target):
+                _replace_in_two_steps(beside, target)
             _sync_folder(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
             os.close(handle)
@@ -235,6 +230,29 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
         if _inode(beside) == os.fstat(handle).st_ino:
             return beside, handle
         os.close(handle)  # taken for a left-over before it was locked
+
+
+def _exchange(beside: Path, target: Path) -> bool:
+    """Let two paths change places at once, so that whoever is killed has one or the other there; False where the system
+    or the file system cannot (it is Linux's, and not NFS's)."""
+    import ctypes  # no part of `btx --help`
+
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange is not None and exchange(here, os.fsencode(beside), here, os.fsencode(target), both) == 0
+
+
+def _replace_in_two_steps(beside: Path, target: Path) -> None:
+    """Let `beside` take the place of the folder `target`, which is back there if that fails."""
+    old = _beside(target)
+    target.rename(old)
+    try:
+        beside.rename(target)
+    except OSError:
+        if not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _inode(path: Path) -> int | None:
@@ -352,9 +370,19 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename durable."""
+    """Make a rename durable, where the file system has a way to.
+
+    Raises:
+        RunFolderError: the disk failed; what was renamed is there, for now.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise RunFolderError(
+                f"{path}: what was just written there may not outlast a power failure ({error.strerror or error}). "
+                f"Mend the disk, then run the same command again"
+            ) from error
     finally:
         os.close(handle)

@@ -48,6 +48,8 @@ def sweep(
             from btx.cli.tables import sweep_overview
 
             show(*sweep_overview(overview))
+            if overview["set_aside"]:
+                typer.echo(f"note: {overview['set_aside']}; what it says of them will be set aside")
         return
 
     written = run_sweep(planned, starter(jobs), share=share or (), jobs=jobs,
@@ -90,7 +92,7 @@ def sweep_status(folder: Path) -> list[dict[str, Any]]:
 def _overview(planned: Any, plans: dict[str, dict[str, Any]], share: list[Path]) -> dict[str, Any]:
     """Runs with the state of their stages, and the training FLOPs: of all runs alone, and of what is left to make."""
     from btx.sweeps.sharing import find_donors
-    from btx.sweeps.sweep import sweep_state
+    from btx.sweeps.sweep import not_of_this_sweep, sweep_state
 
     rows = sweep_state(planned, find_donors(share))
     alone = left = 0.0
@@ -101,4 +103,4 @@ def _overview(planned: Any, plans: dict[str, dict[str, Any]], share: list[Path])
         alone, left = alone + sum(flops.values()), left + row["flops"]
     return {"name": planned.name, "folder": str(planned.folder), "rng_seeds": planned.rng_seeds,
             "variants": {variant.label: variant.settings for variant in planned.variants}, "runs": rows,
-            "flops_without_sharing": alone, "flops": left}  # fmt: skip
+            "flops_without_sharing": alone, "flops": left, "set_aside": not_of_this_sweep(planned)}  # fmt: skip

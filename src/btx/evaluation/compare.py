@@ -27,7 +27,8 @@ def compare_models(
         {"model", "resamples", "rng_seed", "models": {OTHER: {"mean", "learning", "keeping", "domains": {D: ...},
         "mixed" (if measured), "tasks": {T: ...}}}}, each a `Difference`, model minus other: bits per byte
         (negative: the model is better), for tasks shares of right answers (positive: the model is better). "mean" is
-        that of the domains, "learning" of those with a branch, "keeping" of the others (where there are both).
+        that of the domains, "learning" of those with a branch, "keeping" of the others (where there are both). Of two
+        runs with other branches, a domain that only one of them has a branch of is in neither.
 
     Raises:
         RunFolderError: a run is not evaluated, or by an older version.
@@ -40,12 +41,14 @@ def compare_models(
             raise UserError(f"{folder} has no results of a model {name!r}; there are: {', '.join(documents['models'])}")
     if resamples < 100:
         raise UserError(f"resamples is {resamples}; intervals of 95 % need at least 100")
-    branches = RunFolder.open(run_folder).recipe.train.domains
+    branches, others_branches = (set(RunFolder.open(folder).recipe.train.domains)
+                                 for folder in (run_folder, other_run or run_folder))  # fmt: skip
     others = [name for name in theirs["models"] if other_run is not None or name != model] if other is None else [other]
     return {
         "model": model, "resamples": resamples, "rng_seed": rng_seed,
         "models": {name: compare_documents(ours["models"][model], theirs["models"][name], ours["bytes"],
-                                           branches=branches, resamples=resamples, rng_seed=rng_seed)
+                                           branches=branches & others_branches, neither=branches ^ others_branches,
+                                           resamples=resamples, rng_seed=rng_seed)
                    for name in others},
     }  # fmt: skip
 

@@ -58,7 +58,7 @@ def look_into_data(run: RunFolder) -> list[dict[str, Any]]:
 def data_notes(rows: list[dict[str, Any]]) -> list[str]:
     """What is probably too little text: it is counted, and refused, once it is prepared."""
     return [
-        f"domain {row['domain']!r}: about {row['tokens']:,} tokens, read {row['epochs']:.0f} times over in one stage; "
+        f"domain {row['domain']!r}: about {row['tokens']:,} tokens, read {row['epochs']:,.0f} times over in one stage; "
         f"more than {MOST_EPOCHS} times is refused: add text or lower the tokens"
         for row in rows if row.get("epochs", 0) > MOST_EPOCHS
     ]  # fmt: skip

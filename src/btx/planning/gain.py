@@ -152,7 +152,7 @@ def gain_notes(prediction: Prediction | None) -> list[str]:
                 "seed_model.pretrained_tokens does"]  # fmt: skip
     ratio = prediction.tokens_per_parameter
     said = (
-        f"the seed model has read {ratio:,.{0 if ratio >= 100 else 1}f} tokens a parameter (by {prediction.source}); "
+        f"the seed model has read {_ratio_text(ratio)} tokens a parameter (by {prediction.source}); "
         f"predicted gain over dense training at equal FLOPs: {prediction.gain:+.3f} ± {UNCERTAINTY:.2f} bits per byte "
         f"at {prediction.bytes_per_token:.1f} bytes a token (law of arXiv 2502.05172, docs/results.md)"
     )
@@ -165,3 +165,10 @@ def gain_notes(prediction: Prediction | None) -> list[str]:
         f"lose: train the seed model longer, or branch one that was"
     )
     return [said] + [few] * (ratio < ENOUGH) + [short] * (prediction.phase_share < SMALL)
+
+
+def _ratio_text(ratio: float) -> str:
+    """Tokens a parameter; of a number that nobody can mean, as of 15 for 15 trillion, how large it is."""
+    if 0.1 <= ratio < 1e6:
+        return f"{ratio:,.{0 if ratio >= 100 else 1}f}"
+    return f"{ratio:.2g}"

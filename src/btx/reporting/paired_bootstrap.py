@@ -82,12 +82,13 @@ def learning_and_keeping(domains: Iterable[str], branches: Collection[str]) -> d
 
 def compare_documents(
     first: Mapping[str, Any], second: Mapping[str, Any], document_bytes: Mapping[str, Any], *,
-    branches: Collection[str] = (), resamples: int = RESAMPLES, rng_seed: int = 0,
+    branches: Collection[str] = (), neither: Collection[str] = (), resamples: int = RESAMPLES, rng_seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Differences of two models' entries in documents.json, set by set; sets that one of them lacks are left out.
 
     Args:
         branches: domains that have a branch, for the means of learning and keeping.
+        neither: domains that belong to none of these means.
 
     Returns:
         As an entry of `compare_models`' "models".
@@ -108,9 +109,10 @@ def compare_documents(
         means = np.mean([domains[name] for name in names], axis=0)
         return _summary(means, min(len(sizes[name]) for name in names))
 
+    parts = learning_and_keeping([name for name in domains if name not in neither], branches)
     result: dict[str, Any] = {
         "mean": mean_of(list(domains)),
-        **{part: mean_of(names) for part, names in learning_and_keeping(domains, branches).items()},
+        **{part: mean_of(names) for part, names in parts.items()},
         "domains": {name: mean_of([name]) for name in domains},
         "tasks": {
             name: _summary(drawn(name, right, second["tasks"][name], [1.0] * len(right)), len(right))

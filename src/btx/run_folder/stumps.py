@@ -19,7 +19,12 @@ from btx.run_folder.graph import Stage
 
 def clear_stumps(run: RunFolder) -> None:
     """Clear those of all stages nobody is at, of stages that the recipe has no more, and of the run folder's own files;
-    for the process that holds the run."""
+    for the process that holds the run, before it asks for the graph. An adoption that was killed between its last two
+    renames is ended."""
+    for adopting in run.folder("train").glob(".*.adopting"):  # before the graph asks which branches are adopted
+        name = f"train/{adopting.name[1:].removesuffix('.adopting')}"
+        with contextlib.suppress(RunFolderError), exclusive(run.path, name):
+            _end_renaming(adopting, run.folder(name))
     names = {stage.name: stage for stage in run.graph}
     for group in ("", "data/", "train/", "baselines/"):
         for path in (run.path / group).glob(".*"):
@@ -48,12 +53,17 @@ def clear_stumps_of(run: RunFolder, name: str, stage: Stage | None) -> None:
     """
     folder = run.folder(name)
     making = folder.with_name(f".{folder.name}.making")
-    if (making / DONE).is_file() and not folder.exists():
-        making.rename(folder)
+    _end_renaming(making, folder)
     unfinished = stage is not None and run.state(stage) != "done"
     for path in (*_beside(folder), *_inside(folder), *_inside(making)):
         if not (unfinished and path == making):
             _remove(path)
+
+
+def _end_renaming(complete: Path, folder: Path) -> None:
+    """Give a folder its place, if it is complete and who has made it was killed when the one before had given way."""
+    if (complete / DONE).is_file() and not folder.exists():
+        complete.rename(folder)
 
 
 def _beside(folder: Path) -> list[Path]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
@@ -26,10 +27,11 @@ from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
-from btx.sweeps.variants import SweepPlan, SweepRun
+from btx.sweeps.variants import OWN_FILES, SweepPlan, SweepRun, run_name
 
 POLL_S = 0.3
 LINES_SHOWN = 15  # of a failed run's log
+SHOWN = 4  # names of runs in a line
 Start = Callable[[SweepRun, Path], LocalProcess]
 """Starts the run whose folder is made; its output goes to the given file."""
 
@@ -37,7 +39,8 @@ Start = Callable[[SweepRun, Path], LocalProcess]
 def sweep(
     plan: SweepPlan, start: Start, *, share: Sequence[Path] = (), jobs: int = 1, log: Log
 ) -> dict[str, Any]:  # fmt: skip
-    """Run everything that is not finished; write sweep.json, sweep.md and sweep.svg.
+    """Run everything that is not finished; write sweep.json, sweep.md and sweep.svg. Those of another sweep in the same
+    folder are set aside before (`not_of_this_sweep`).
 
     Args:
         plan: what to run, checked.
@@ -55,6 +58,7 @@ def sweep(
     """
     donors = find_donors(share)
     with Interrupts() as interrupts, exclusive(plan.folder, "sweep"):
+        set_earlier_aside(plan, log)
         failures = _Sweep(plan, start, donors, jobs, log, interrupts).run()
         written = write_sweep(plan, failures, figures=True)
     if failures:
@@ -68,6 +72,7 @@ class RunOfSweep(TypedDict):
 
     rng_seed: int
     folder: str
+    state: NotRequired[str]
 
 
 class VariantOfSweep(TypedDict):
@@ -93,6 +98,35 @@ def runs_in(folder: Path) -> list[tuple[str, int, Path]]:
         raise RunFolderError(f"{folder}: sweep.json is gone")
     return [(label, run["rng_seed"], Path(run["folder"])) for label, variant in written["variants"].items()
             for run in variant["runs"]]  # fmt: skip
+
+
+def not_of_this_sweep(plan: SweepPlan) -> str:
+    """What sweep.json of the plan's folder tells and would no more, once this sweep writes its own: finished runs that
+    are not among the plan's, or are to be made anew; empty if there is none."""
+    path = plan.folder / "sweep.json"
+    try:
+        written = read_json(path, SweepFile)
+    except RunFolderError as error:
+        return str(error)
+    done = {run.name for run in plan.runs if not run.unfinished()}
+    gone = [name for label, variant in (written["variants"] if written else {}).items() for run in variant["runs"]
+            if run.get("state") == "done" and (name := run_name(label, run["rng_seed"])) not in done]  # fmt: skip
+    if not gone:
+        return ""
+    more = f"; and {len(gone) - SHOWN} more" if len(gone) > SHOWN else ""
+    return f"{path} tells of finished runs that this sweep has not, or makes anew: {'; '.join(gone[:SHOWN])}{more}"
+
+
+def set_earlier_aside(plan: SweepPlan, log: Log) -> None:
+    """Move another sweep's sweep.json, sweep.md and sweep.svg to stale/<time>/; its runs stay where they are."""
+    if not (why := not_of_this_sweep(plan)):
+        return
+    aside = plan.folder / "stale" / datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    aside.mkdir(parents=True)
+    for file in reversed(OWN_FILES):  # sweep.json last: whoever is killed before finds the same reason again
+        if (plan.folder / file).exists():
+            (plan.folder / file).rename(aside / file)
+    log(f"{why}. What it says of them is in {aside} now; the runs themselves stay, and are shared")
 
 
 def sweep_state(plan: SweepPlan, donors: Sequence[Path]) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def sweep_cells(written: Mapping[str, Any]) -> tuple[list[str], list[list[tuple[
         columns["variant"] = [(row.variant, False) for row in rows]
     columns["model"] = [(row.model, False) for row in rows]
     columns |= {name: _marked(stats, _text, min) for name, stats in low.items()}
-    if _branches_vary(written):  # means over other domains: the lowest is not the best
+    if branches_vary(written):  # means over other domains: the lowest is not the best
         columns |= {name: [(text, False) for text, _ in columns[name]] for name in ("learning", "keeping")}
     columns["− btx"] = [(_text(row.to_btx, sign="+"), False) for row in rows]
     columns["− first variant"] = [(_text(row.to_first, sign="+"), False) for row in rows]
@@ -154,14 +154,14 @@ def notes(written: Mapping[str, Any]) -> list[str]:
              for name in variant["aggregated"]["models"]}  # fmt: skip
     if there and (absent := [name for name in written["models"] or () if name not in there]):
         lines.append(f"No run has these models: {', '.join(absent)}.")
-    if _branches_vary(written):
+    if branches_vary(written):
         lines.append("Learning and keeping are means over other domains in each variant, as train.domains varies.")
     if len(written["rng_seeds"]) == 1:
         lines.append("One rng seed: there are no standard errors, and differences may be chance.")
     return lines
 
 
-def _branches_vary(written: Mapping[str, Any]) -> bool:
+def branches_vary(written: Mapping[str, Any]) -> bool:
     """Whether variants name branches of their own."""
     named = [variant["settings"].get("train.domains") for variant in written["variants"].values()]
     return any(branches != named[0] for branches in named)

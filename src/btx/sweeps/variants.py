@@ -58,6 +58,11 @@ class Variant:
         return [f"{key}={inline_yaml(value)}" for key, value in self.settings.items()]
 
 
+def run_name(variant: str, rng_seed: int) -> str:
+    """What messages call a run."""
+    return f"{variant}, rng seed {rng_seed}"
+
+
 @dataclass(frozen=True)
 class SweepRun:
     """One variant with one rng seed: a recipe of its own."""
@@ -74,7 +79,7 @@ class SweepRun:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"{self.variant.label}, rng seed {self.rng_seed}"
+        return run_name(self.variant.label, self.rng_seed)
 
     @cached_property
     def run_folder(self) -> RunFolder:

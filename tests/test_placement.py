@@ -118,7 +118,9 @@ def test_models_side_by_side_share_the_room(tmp_path: Path) -> None:
     models = {"a": llama(tmp_path / "a"), "b": llama(tmp_path / "b", 1)}
     for number, name in enumerate(models):
         (tmp_path / f"{name}.txt").write_text("\n".join(texts(8, rng_seed=number)), "utf-8")
-    read = text_from_files({name: tmp_path / f"{name}.txt" for name in models}, tokenizer(), sequence_length=24)
+    read = text_from_files(
+        {name: tmp_path / f"{name}.txt" for name in models}, tokenizer(), tokens=50_000, sequence_length=24
+    )
     place = Place(weights_per_device=2 * ROOM)
     write_btm_folder(tmp_path / "btm", models, read, top_k=2, place=place)
     whole, spread = load_model_or_btm(tmp_path / "btm"), load_model_or_btm(tmp_path / "btm", place)

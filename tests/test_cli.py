@@ -611,3 +611,19 @@ def test_every_command_prints_in_any_encoding_and_ends_quietly_without_a_reader(
             assert told.count("error: ") == 1 or "Usage" in told
             assert codes[encoding] == 2
     assert codes["ascii"] == codes["cp1252"] == codes["utf-8"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_of_a_command_wait_briefly_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], spins: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["btx", "--version"])
+    monkeypatch.setattr("btx.cli.main.end", lambda *_, **__: None)
+    cli.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -26,7 +26,7 @@ from btx.cli.plan import AsJson, Overrides, RecipeArgument, resolved_recipe
 from btx.cli.run_folders import RunArgument, open_run, show_results, train_here, work_on
 from btx.cli.terminal import end, prepare_streams, remark, show, show_json
 from btx.errors import NOT_YET, NotYet, UserError
-from btx.process import READER_GONE, Interrupted, rank
+from btx.process import READER_GONE, Interrupted, rank, wait_for_threads_briefly
 from btx.system_errors import told
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors become one message and exit code 1, or 2 for the user's mistake."""
     prepare_streams()
+    wait_for_threads_briefly()
     try:
         _commands()(prog_name="btx")  # also when it was started with python -m btx
     except KeyboardInterrupt:

@@ -206,11 +206,7 @@ class RunFolder:
 
     def set_aside(self, stage: str) -> Path:
         """Move a stage's folder to stale/<time>/<stage>."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        numbers = itertools.count()  # a clock that was set back says the same time twice
-        target = self.path / "stale" / stamp / stage
-        while target.exists():
-            target = self.path / "stale" / f"{stamp}-{next(numbers)}" / stage
+        target = place_aside(self.path, stage)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.folder(stage).rename(target)
         return target
@@ -344,6 +340,16 @@ class RunFolder:
         path = self.path / "events.jsonl"
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), "event": kind, **facts}) + "\n")
+
+
+def place_aside(folder: Path, name: str) -> Path:
+    """A path that is not there yet for what is stale of a run's or a sweep's folder: stale/<time>/<name>."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    numbers = itertools.count()  # a clock that was set back says the same time twice
+    target = folder / "stale" / stamp / name
+    while target.exists():
+        target = folder / "stale" / f"{stamp}-{next(numbers)}" / name
+    return target
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -20,7 +19,7 @@ from btx.errors import RunFolderError, StageFailed, UserError
 from btx.evaluation.aggregate import aggregate, read_results
 from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
-from btx.run_folder.folder import RunFolder, exclusive
+from btx.run_folder.folder import RunFolder, exclusive, place_aside
 from btx.run_folder.graph import Stage
 from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, trunk_steps
 from btx.running.launchers.local import LocalProcess
@@ -121,8 +120,8 @@ def set_earlier_aside(plan: SweepPlan, log: Log) -> None:
     """Move another sweep's sweep.json, sweep.md and sweep.svg to stale/<time>/; its runs stay where they are."""
     if not (why := not_of_this_sweep(plan)):
         return
-    aside = plan.folder / "stale" / datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-    aside.mkdir(parents=True)
+    aside = place_aside(plan.folder, OWN_FILES[0]).parent
+    aside.mkdir(parents=True, exist_ok=True)
     for file in reversed(OWN_FILES):  # sweep.json last: whoever is killed before finds the same reason again
         if (plan.folder / file).exists():
             (plan.folder / file).rename(aside / file)

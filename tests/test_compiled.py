@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from btx.models.device import has_bfloat16_units
 from btx.models.from_scratch import new_model
 from btx.models.loading import checkpoint_activations
 from btx.moe import dispatch
-from btx.moe.layer import set_router, swap_in_moe
+from btx.moe.layer import MoE, set_router, swap_in_moe
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Finetune
@@ -71,9 +72,9 @@ def graphs_by_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     at_step = compiled.accumulate_gradients.__globals__["at_step"]
 
-    def note(model: nn.Module, step: int) -> None:
+    def note(blocks: Sequence[MoE], step: int) -> None:
         seen.append(counters["stats"]["unique_graphs"])
-        at_step(model, step)
+        at_step(blocks, step)
 
     monkeypatch.setitem(compiled.accumulate_gradients.__globals__, "at_step", note)
     return seen
@@ -179,10 +180,34 @@ def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
 def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> None:
     model = model_of("mixtral")
     hold_in_bfloat16(model, masters=False, gradients=torch.float32)
-    compiled._before_graphs(model, ())
-    held = [parameter for parameter in cast(Any, model).base_model.parameters() if parameter.dtype == torch.bfloat16]
+    base_model = cast(Any, model).base_model
+    before = compiled._BeforeGraphs(base_model)
+    before(base_model, ())
+    held = [parameter for parameter in base_model.parameters() if parameter.dtype == torch.bfloat16]
     assert held
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in held)
+    for parameter in held:
+        parameter.grad.fill_(1)
+    before(base_model, ())
+    assert all(parameter.grad.min() == 1 for parameter in held), "a second micro-batch adds up"
+    for parameter in held:
+        parameter.grad = None
+    before(base_model, ())
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in held)
+
+
+def test_short_trainings_are_not_compiled_unless_asked(tmp_path: Path) -> None:
+    def worth(steps: int, layers: int = 10, **settings: Any) -> bool:
+        given = Finetune(tokens=1, batch_tokens=4096, micro_batch_tokens=2048, **settings)
+        job = TrainingJob(model=nn.Module(), mixture=RandomSamples(320, 1024), settings=given, folder=tmp_path,
+                          checkpoints=Checkpoints(), flops_per_token=1.0, rng_seed=0,
+                          device=torch.device("cuda"))  # fmt: skip
+        return compiled.is_worth_it(job, layers, steps)
+
+    assert worth(500)
+    assert not worth(499)
+    assert not worth(500, layers=9)
+    assert worth(1, compile=True)
 
 
 def test_cuda_graphs_that_run_out_of_memory_are_left_out_and_layers_compiled_without(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from btx.errors import NotFinite
 from btx.models.from_scratch import new_model
 from btx.moe.balancing import Balancing
-from btx.moe.layer import moe_blocks, swap_in_moe, use_selection_bias
+from btx.moe.layer import MoE, moe_blocks, swap_in_moe, use_selection_bias
 from btx.planning.speed import RandomSamples
 from btx.process import Interrupts
 from btx.recipe.training import Finetune
@@ -61,10 +61,10 @@ def factors(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     by_step: dict[int, float] = {}
     now, at_step, next_token_loss = [0], step_module.at_step, step_module.next_token_loss
 
-    def note(model: nn.Module, step: int) -> None:
+    def note(blocks: Sequence[MoE], step: int) -> None:
         now[0] = step
         by_step.setdefault(step, 1.0)
-        at_step(model, step)
+        at_step(blocks, step)
 
     def loss(*arguments: Any) -> Tensor:
         return next_token_loss(*arguments) * by_step[now[0]]

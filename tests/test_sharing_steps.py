@@ -101,7 +101,7 @@ def test_dropout_is_seen_in_a_config() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 623, 624, 625, 1248, 5000])
 def test_the_generator_tells_how_much_it_has_given_and_leaves_as_much_out(count: int) -> None:
-    seed_step(3, 5)
+    seed_step(3, 5, CPU)
     torch.empty(count, dtype=torch.int32).random_(0, 2)
     assert numbers_drawn(CPU) == (count, 0)
     torch.nn.functional.dropout(torch.ones(100))
@@ -112,6 +112,6 @@ def test_the_generator_tells_how_much_it_has_given_and_leaves_as_much_out(count:
         torch.nn.functional.dropout(torch.ones(100))
         torch.empty(3, 50).exponential_()
     expected = torch.rand(5)
-    seed_step(3, 5)
+    seed_step(3, 5, CPU)
     leave_out(3, drawn)
     assert torch.equal(torch.rand(5), expected)

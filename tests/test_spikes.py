@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from btx.errors import LossSpike, NotFinite
+from btx.moe.layer import MoE
 from btx.process import Interrupts
 from btx.recipe.training import Train
 from btx.run_folder.decisive import decisive
@@ -79,9 +79,9 @@ def factors(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     now, next_token_loss, at_step = [0], step_module.next_token_loss, step_module.at_step
     factors: dict[int, float] = {}
 
-    def note(model: nn.Module, step: int) -> None:
+    def note(blocks: Sequence[MoE], step: int) -> None:
         now[0] = step
-        at_step(model, step)
+        at_step(blocks, step)
 
     def loss(*arguments: Any) -> torch.Tensor:
         return next_token_loss(*arguments) * factors.get(now[0], 1.0)

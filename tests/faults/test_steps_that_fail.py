@@ -4,15 +4,16 @@ kept, and run again the training goes on bit for bit."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from btx.errors import BtxError, NotFinite, OutOfMemory
 from btx.files import file_sha256
+from btx.moe.layer import MoE
 from btx.process import Interrupts
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.status import stage_status
@@ -60,9 +61,9 @@ def test_a_step_that_fails_is_told_and_costs_the_steps_since_the_checkpoint(
 ) -> None:  # fmt: skip
     now, next_token_loss, at_step = [0], step_module.next_token_loss, step_module.at_step
 
-    def note(model: nn.Module, number: int) -> None:
+    def note(blocks: Sequence[MoE], number: int) -> None:
         now[0] = number + 1
-        at_step(model, number)
+        at_step(blocks, number)
 
     def loss(*arguments: Tensor) -> Tensor:
         right = next_token_loss(*arguments)

@@ -11,7 +11,7 @@ they get to their experts and back in `btx.moe.dispatch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -233,10 +233,9 @@ def use_selection_bias(model: nn.Module) -> None:
 
 
 @contextmanager
-def routing_unchanged(model: nn.Module) -> Iterator[None]:
+def routing_unchanged(blocks: Sequence[MoE]) -> Iterator[None]:
     """Within, forward passes leave `MoE.routing` alone: around a backward pass that recomputes activations. There each
     layer's routing would hold what its layer has recomputed, attention and all, until the next forward pass."""
-    blocks = moe_blocks(model)
     for block in blocks:
         block.keeps_routing = False
     try:
@@ -246,7 +245,7 @@ def routing_unchanged(model: nn.Module) -> Iterator[None]:
             block.keeps_routing = True
 
 
-def at_step(model: nn.Module, step: int) -> None:
+def at_step(blocks: Sequence[MoE], step: int) -> None:
     """Tell every MoE layer how many optimiser steps are finished."""
-    for block in moe_blocks(model):
+    for block in blocks:
         block.step = step

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import time
@@ -32,11 +33,15 @@ from btx.system_errors import first_line, is_out_of_memory
 from btx.training.job import TrainingJob
 from btx.training.losses import COMPILED_CHUNK_LOSS, chunk_loss
 from btx.training.step import accumulate_gradients, samples_at_once
+from btx.training.working_weights import master_of
 
 BACKEND = "inductor"
 GRAPHS_FLOPS = 2e11
 """FLOPs of a layer on a micro-batch below which a GPU waits for Python, which launches a kernel in some 10 µs and a
 layer's hundred in a millisecond."""
+LEAST_PASSES = 10_000
+"""Layers times micro-batches to come, for which `auto` compiles. On one H100 it took 9 to 17 s, whatever the model, and
+saved 1.3 to 2.5 ms a layer and micro-batch, of 1.2B and of 7M parameters (LOG.md)."""
 PASSES_TO_REPLAY = 3
 """torch runs what is to be a CUDA graph once, then records it, then replays it."""
 
@@ -58,6 +63,10 @@ def compiled_layers(
         yield 0.0
         return
     started, layers = time.perf_counter(), decoder_layers(job.model)
+    if not is_worth_it(job, len(layers), len(steps)):
+        log(f"layers are not compiled: that takes longer than it saves in {len(steps)} steps (compile: true does it)")
+        yield 0.0
+        return
     for graphs in [True, False] if small_enough_for_graphs(job, len(layers)) else [False]:
         with contextlib.ExitStack() as undo:
             undo.callback(torch.compiler.reset)
@@ -79,6 +88,13 @@ def is_wanted(job: TrainingJob) -> bool:
     """Whether the settings want compiled layers: `auto` does on GPUs."""
     wanted = job.settings.compile
     return job.device.type == "cuda" if wanted == "auto" else wanted
+
+
+def is_worth_it(job: TrainingJob, layers: int, steps: int) -> bool:
+    """Whether compiling saves more than it takes; what the settings ask for by name is."""
+    micro_batches = math.ceil(job.settings.step_tokens(job.mixture.sequence_length) / job.mixture.sequence_length
+                              / samples_at_once(job))  # fmt: skip
+    return job.settings.compile != "auto" or steps * micro_batches * layers >= LEAST_PASSES
 
 
 def small_enough_for_graphs(job: TrainingJob, layers: int) -> bool:
@@ -125,7 +141,8 @@ def _compile(job: TrainingJob, layers: list[nn.Module], graphs: bool, undo: cont
     setattr(model, COMPILED_CHUNK_LOSS, torch.compile(chunk_loss, backend=BACKEND, dynamic=False))
     undo.callback(delattr, model, COMPILED_CHUNK_LOSS)
     if graphs:
-        undo.callback(cast(Any, model).base_model.register_forward_pre_hook(_before_graphs).remove)
+        base_model = cast(Any, model).base_model
+        undo.callback(base_model.register_forward_pre_hook(_BeforeGraphs(base_model)).remove)
 
 
 def _compiled_forward(layer: nn.Module, **options: Any) -> Callable[..., Any]:
@@ -175,13 +192,20 @@ def _experts_are_traced(job: TrainingJob, block: MoE) -> bool:
     return job.in_bfloat16 and can_group(x_TD, down_EDF)
 
 
-def _before_graphs(base_model: nn.Module, arguments: object) -> None:
-    """What CUDA graphs gave in the micro-batch before may be overwritten from here on; so gradients get memory of their
-    own, for autograd would keep a graph's and add to it."""
-    torch.compiler.cudagraph_mark_step_begin()
-    for parameter in base_model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, dtype=cast(Any, parameter).grad_dtype)
+class _BeforeGraphs:
+    """Hook before a micro-batch: what CUDA graphs gave in the one before may be overwritten from here on. So gradients
+    have memory of their own, for autograd would keep a graph's and add to it; but where a master takes them over."""
+
+    def __init__(self, base_model: nn.Module) -> None:
+        trained = [p for p in base_model.parameters() if p.requires_grad and master_of(p) is p]
+        self._gradients = [(p, torch.empty_like(p, dtype=cast(Any, p).grad_dtype)) for p in trained]
+
+    def __call__(self, base_model: nn.Module, arguments: object) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        if first := [(parameter, memory) for parameter, memory in self._gradients if parameter.grad is None]:
+            torch._foreach_zero_([memory for _, memory in first])
+            for parameter, memory in first:
+                parameter.grad = memory
 
 
 def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: int) -> str | None:

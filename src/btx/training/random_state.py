@@ -18,9 +18,13 @@ ROOM = 1 << 20
 """Numbers that are drawn into memory at a time."""
 
 
-def seed_step(rng_seed: int, step: int) -> None:
-    """Seed the generators of all devices for a step: resuming needs no saved generator."""
-    torch.manual_seed((rng_seed << 32) + step)
+def seed_step(rng_seed: int, step: int, device: torch.device) -> None:
+    """Seed the generators that computing on `device` draws from, for a step: resuming needs no saved generator."""
+    seed = (rng_seed << 32) + step
+    if device.type == "cpu":  # torch.manual_seed also notes a stack trace for each kind of GPU that is not in use
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def numbers_drawn(device: torch.device) -> tuple[int, int]:

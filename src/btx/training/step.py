@@ -6,7 +6,7 @@ Shape letters: B batch, S sequence, T = B·S tokens, E experts, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from btx.data.mixture import Batch
 from btx.errors import LossSpike, NotFinite
 from btx.models.sharding import added_up, as_forward, process_count, process_number
 from btx.moe.balancing import RoutingLoss, move_selection_bias
-from btx.moe.layer import at_step, moe_blocks, routing_unchanged
+from btx.moe.layer import MoE, at_step, moe_blocks, routing_unchanged
 from btx.moe.routing_metrics import RoutingMeter
 from btx.training.job import TrainingJob
 from btx.training.losses import next_token_loss
@@ -66,6 +66,8 @@ class Accumulated:
     """Their part of the mean next-token loss, nats."""
     routing_loss: RoutingLoss
     meter: RoutingMeter
+    blocks: Sequence[MoE]
+    """The model's MoE layers."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """Their part of what else the objective tells, by name."""
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -87,9 +89,9 @@ class Accumulated:
         """All values on their way to the host."""
         return Readings({"grad_norm": grad_norm} | self.values)
 
-    def move_selection_biases(self, model: nn.Module, step: float | Tensor) -> None:
+    def move_selection_biases(self, step: float | Tensor) -> None:
         """After the update, where balancing needs no loss."""
-        if biases := [block.selection_bias for block in moe_blocks(model) if block.selection_bias is not None]:
+        if biases := [block.selection_bias for block in self.blocks if block.selection_bias is not None]:
             move_selection_bias(biases, self.values["routing"][:, :-2].float(), step)
 
     def other_facts(self, values: dict[str, Tensor]) -> Facts:
@@ -118,7 +120,7 @@ def training_step(
     facts = judged(job, step, values, spikes)
     if not facts.get("spike", {}).get("skipped"):
         optimizer.step()
-        done.move_selection_biases(job.model, job.balancing.bias)
+        done.move_selection_biases(job.balancing.bias)
     optimizer.zero_grad(set_to_none=True)
     return facts | done.other_facts(values) if "loss" in facts else facts
 
@@ -139,7 +141,7 @@ def launch_step(
     norm = clip_gradients(job.model, job.settings.clip, wait=False)
     stopped.logical_or_(~(done.values["loss"].isfinite() & norm.isfinite()))
     step_unless(optimizer, stopped)
-    done.move_selection_biases(job.model, job.balancing.bias * (1 - stopped))
+    done.move_selection_biases(job.balancing.bias * (1 - stopped))
     optimizer.zero_grad(set_to_none=True)
     readings = done.readings(norm)
 
@@ -188,15 +190,16 @@ def accumulate_gradients(
         before: micro-batches of the step before these, on other processes: their random numbers are left out.
     """
     model, micro, count = job.model, samples_at_once(job), of or len(samples)
-    seed_step(job.rng_seed, step)
+    seed_step(job.rng_seed, step, job.device)
     if before:
         leave_out(before, job.drawn_at_once)
-    at_step(model, step)
+    blocks = moe_blocks(model)
+    at_step(blocks, step)
     batch = job.mixture.batch(samples.start, len(samples))
     scored: int | Tensor = batch.scored
     if process_count() > 1:
         scored = added_up(torch.tensor(scored, device=job.device))
-    done = Accumulated(torch.zeros((), device=job.device), RoutingLoss(job.balancing), RoutingMeter())
+    done = Accumulated(torch.zeros((), device=job.device), RoutingLoss(job.balancing), RoutingMeter(), blocks)
     for start in range(0, len(samples), micro):
         rows = batch.rows(slice(start, start + micro))
         share = len(rows.input_ids) * process_count() / count  # of what this process computes
@@ -206,13 +209,13 @@ def accumulate_gradients(
             done.loss += micro_loss.detach()
         for name, value in sums.items():
             done.means[name] = done.means.get(name, 0.0) + value / scored
-        routings = [block.routing for block in moe_blocks(model) if block.routing is not None]
+        routings = [block.routing for block in blocks if block.routing is not None]
         if routings:
             # Packed sequences hold no padding to mask.
             balance = done.routing_loss.add(routings, share)
             micro_loss = micro_loss + (balance if process_count() == 1 else balance / process_count())
             done.meter.add(routings)
-        with routing_unchanged(model):
+        with routing_unchanged(blocks):
             micro_loss.backward()
     return done
 

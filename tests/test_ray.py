@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -169,7 +170,7 @@ def test_a_job_of_ray_or_of_this_machine_has_one_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("btx.running.launchers.ray.find_spec", lambda name: True)
-    for kind, launcher in {"ray": RayLauncher, "local": LocalLauncher}.items():
+    for kind, launcher in {"ray": RayLauncher, "local": partial(LocalLauncher, device="cpu")}.items():
         started = launcher(Launch.model_validate({"kind": kind, "nodes": {"finetune": 2}, "processes": 2}))
         started.check(Path("run"), [["train/birds"]])
         with pytest.raises(UserError, match=r"launch\.nodes: 2 for finetune: .*launch\.kind=slurm"):

@@ -188,7 +188,7 @@ def test_a_sweep_takes_over_stages_of_runs_it_is_pointed_at(
 
 def test_a_run_is_started_as_a_process_of_its_own(finished: tuple[SweepPlan, Here, dict[str, Any]]) -> None:
     folder = finished[0].runs[0].folder
-    job = start_run(folder, folder / "logs" / "test.log", threads=1)
+    job = start_run(folder, folder / "logs" / "test.log", {"OMP_NUM_THREADS": "1"})
     job.wait()
     assert job.exit_code() == 0, job.log.read_text()
     assert "finetune: already done, skipped" in job.log.read_text()

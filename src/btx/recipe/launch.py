@@ -114,7 +114,8 @@ class Launch(Section):
     """Launcher; `btx ls launchers` explains them."""
     jobs: PositiveInt | None = None
     """Jobs (branches, finetuning, baselines) trained at the same time on one machine; default: as many as there are
-    branches. How many run at once on a cluster is its queue's affair."""
+    branches, on a machine with GPUs one a GPU (with `processes`, as many as its GPUs hold). More than that share GPUs.
+    How many run at once on a cluster is its queue's affair."""
     threads: PositiveInt | None = None
     """CPU threads a job; default: the processors shared among the jobs, at least one each; on a cluster those that the
     job was given."""
@@ -154,6 +155,10 @@ class Launch(Section):
         """Processes that train the model of a stage together, over all nodes."""
         return _of_kind(self.processes, stage)
 
+    def trains(self, stage: str) -> bool:
+        """Whether a stage trains a model, which takes a GPU where there are some."""
+        return _trains(stage)
+
     def nodes_of(self, stage: str) -> int:
         """Machines they are spread over; a number is for the stages that `processes`, where it names some, names."""
         if isinstance(self.nodes, int) and isinstance(self.processes, dict) and self.processes_of(stage) == 1:
@@ -190,9 +195,12 @@ def _otherwise(general: Job, stages: Mapping[Any, Job], stage: str, job: type[Jo
 
 
 def _of_kind(setting: int | Mapping[Any, int], stage: str) -> int:
-    kind = _kind(stage)
-    if kind not in get_args(SharedKind):
+    if not _trains(stage):
         return 1
-    if stage.startswith("baselines/") and not is_trained(stage):  # a soup is made by one process
-        return 1
-    return setting if isinstance(setting, int) else setting.get(kind, 1)
+    return setting if isinstance(setting, int) else setting.get(_kind(stage), 1)
+
+
+def _trains(stage: str) -> bool:
+    if stage.startswith("baselines/"):  # a soup is made by one process
+        return is_trained(stage)
+    return _kind(stage) in get_args(SharedKind)

@@ -79,8 +79,8 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more work."""
     compile: Literal["auto"] | bool = "auto"
     """Whether torch compiles the decoder layers before training: the same results but for rounding. auto: on GPUs
-    alone, and with CUDA graphs where a layer is so small that launching its kernels takes longer than running them.
-    Where nothing can be compiled, training says so and goes on without."""
+    alone, in trainings long enough for it to pay, and with CUDA graphs where a layer is so small that launching its
+    kernels takes longer than running them. Where nothing can be compiled, training says so and goes on without."""
     checkpoint_every: PositiveInt = 100
     """Optimiser steps between two resumable checkpoints."""
     on_spike: OnSpike = "log"

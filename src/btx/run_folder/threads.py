@@ -42,18 +42,23 @@ def training_threads(graph: Graph) -> int:
     return launch.threads or max(1, processors() // (1 if launch.kind == "slurm" else jobs_at_once(graph)))
 
 
-def jobs_at_once(graph: Graph) -> int:
+def jobs_at_once(graph: Graph, gpus: int = 0) -> int:
     """Jobs under way at the same time, at most: `launch.jobs`, or as many as there are branches, which is what the
-    method itself can use, but one on a machine whose processors or GPUs a job's several processes take; never more than
-    can be side by side at all.
+    method itself can use, but one on a machine whose processors a job's several processes take, and as many as its GPUs
+    hold on one that has some; never more than can be side by side at all.
+
+    Args:
+        gpus: of the machine that the jobs share.
 
     The one answer for all who ask: the pipeline starts no more, their processors are shared among so many, `btx plan`
     adds up the memory of so many. So a job that can never run takes no processors from those that do, and a job that
     is started has its share of processors and memory, a baseline like a branch.
     """
     most, launch = max(len(jobs) for jobs in jobs_side_by_side(graph)), graph.recipe.launch
-    takes_all = launch.kind == "local" and any(launch.processes_of(stage.name) > 1 for stage in graph)
-    return min(launch.jobs or (1 if takes_all else len(graph.branches)), most)
+    widest = max(launch.processes_of(stage.name) for stage in graph)
+    takes_all = launch.kind == "local" and widest > 1
+    by_itself = max(1, gpus // widest) if gpus else 1 if takes_all else len(graph.branches)
+    return min(launch.jobs or by_itself, most)
 
 
 def jobs_side_by_side(graph: Graph) -> tuple[list[tuple[Stage, ...]], list[tuple[Stage, ...]]]:

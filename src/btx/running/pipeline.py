@@ -23,6 +23,7 @@ from btx.run_folder.status import at_work, forget_failure, stage_status
 from btx.run_folder.stumps import clear_stumps
 from btx.run_folder.threads import jobs_at_once, processors
 from btx.running.failures import SILENT, Failures
+from btx.running.gpus import gpus_of
 from btx.running.launchers import START, Standing
 from btx.running.preflight import check_packages, preflight
 from btx.running.progress import Display
@@ -60,7 +61,7 @@ def run(
     before = RunFolder(path, recipe)
     left = [job for job in _wanted(before, until) if not _is_done(before, job)]  # refused before anything is written
     if left:
-        START[recipe.launch.kind](recipe.launch).check(path, [[stage.name for stage in job] for job in left])
+        START[recipe.launch.kind](recipe).check(path, [[stage.name for stage in job] for job in left])
         _check_gpu(recipe, left)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -118,7 +119,8 @@ class _Pipeline:
         self.under_way = UnderWay(run)
         self.display = display
         self.interrupts = interrupts
-        self.at_once = jobs_at_once(self.run_folder.graph)
+        gpus = gpus_of(run.recipe.device) if run.recipe.launch.kind == "local" else ()
+        self.at_once = jobs_at_once(run.graph, len(gpus))
         self.failures = Failures(run, display.say)
         self.unheard = False
         """Whether the engine did not answer when it was last asked."""

@@ -7,17 +7,27 @@ from typing import Any
 
 from btx.errors import UserError
 from btx.run_folder.threads import processors
+from btx.running.gpus import Gpus, gpus_of
 from btx.running.launchers.local import LocalProcess, start_run
 from btx.sweeps.sweep import Start
 from btx.sweeps.variants import SweepPlan, SweepRun, model_names
 
 
 def starter(jobs: int) -> Start:
-    """Starts runs in processes of their own; with several at a time, they share the processors."""
-    threads = max(1, processors() // jobs) if jobs > 1 else None
+    """Starts runs in processes of their own; with several at a time, they share the processors and the GPUs."""
+    threads = {"OMP_NUM_THREADS": str(max(1, processors() // jobs))} if jobs > 1 else {}
+    gpus, started = Gpus([]), list[LocalProcess]()
 
     def start(run: SweepRun, output: Path) -> LocalProcess:
-        return start_run(run.folder, output, threads=threads)
+        if jobs > 1 and not gpus.names:
+            gpus.names = gpus_of(run.recipe.device)
+        for process in [process for process in started if process.exit_code() is not None]:
+            gpus.give_back(process.pid)
+            started.remove(process)
+        own = gpus.variables(max(1, len(gpus.names) // jobs))
+        started.append(process := start_run(run.folder, output, threads | own))
+        gpus.take(process.pid, own)
+        return process
 
     return start
 

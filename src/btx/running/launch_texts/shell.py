@@ -19,6 +19,8 @@ set -euo pipefail
 run=@RUN@
 btx=(@BTX@)
 slots=@SLOTS@    # jobs at the same time (launch.jobs)
+places=@PLACES@   # jobs that train at the same time on GPUs (launch.jobs); 0: as many as these hold
+width=@WIDTH@    # GPUs that a job has at most
 retries=@RETRIES@  # times a job that failed is started again (launch.retries)
 again_s=60   # seconds until a job whose needs somebody else is just making (exit code 75) is started again
 
@@ -31,13 +33,41 @@ RECIPE
 mkdir -p -- "$run/logs"
 
 names=() exit_code=0 stopped=0
-declare -A needs stages state pid failures begin_at
-job() {  # NAME NEEDS STAGES
+declare -A needs stages gpus_of state pid failures begin_at place_of
+job() {  # NAME NEEDS STAGES GPUS
   names+=("$1")
-  needs[$1]=$2 stages[$1]=$3 state[$1]=waiting failures[$1]=0 begin_at[$1]=0
+  needs[$1]=$2 stages[$1]=$3 gpus_of[$1]=$4 state[$1]=waiting failures[$1]=0 begin_at[$1]=0
 }
 
 @JOBS@
+
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null |
+  paste -sd, || true)}"
+if ((${#gpus[@]} && !places)); then
+  places=$((${#gpus[@]} < width ? 1 : ${#gpus[@]} / width))
+  slots=$((places > slots ? places : slots))
+fi
+
+# NAME: sets `visible` to the GPUs of a job that trains, empty if it sees all; fails while other jobs have them.
+find_gpus() {
+  local name place number taken=" "
+  visible=
+  if ((!${#gpus[@]} || !gpus_of[$1])); then return 0; fi
+  for name in "${names[@]}"; do
+    if [[ ${state[$name]} == running ]]; then taken+="${place_of[$name]-} "; fi
+  done
+  for ((place = 0; place < places; place++)); do
+    if [[ $taken == *" $place "* ]]; then continue; fi
+    place_of[$1]=$place
+    if ((${#gpus[@]} > gpus_of[$1])); then
+      for ((number = 0; number < gpus_of[$1]; number++)); do
+        visible+=${visible:+,}${gpus[(place * width + number) % ${#gpus[@]}]}
+      done
+    fi
+    return 0
+  done
+  return 1
+}
 
 log_of() { printf '%s' "$run/logs/${1//\//-}.log"; }
 
@@ -45,7 +75,8 @@ start() {
   local words
   read -ra words <<<"${stages[$1]}"
   echo "$1: started; its log is $(log_of "$1")"
-  "${btx[@]}" work "$run" "${words[@]}" >>"$(log_of "$1")" 2>&1 </dev/null &
+  env ${visible:+"CUDA_VISIBLE_DEVICES=$visible"} "${btx[@]}" work "$run" "${words[@]}" \
+    >>"$(log_of "$1")" 2>&1 </dev/null &
   pid[$1]=$! state[$1]=running
 }
 
@@ -105,7 +136,7 @@ while true; do
   done
   for name in "${names[@]}"; do
     if ((stopped)) || [[ ${state[$name]} != waiting ]] || ! needs_are_done "$name"; then continue; fi
-    if ((under_way < slots && SECONDS >= begin_at[$name])); then
+    if ((under_way < slots && SECONDS >= begin_at[$name])) && find_gpus "$name"; then
       start "$name"
       under_way=$((under_way + 1))
     else
@@ -143,13 +174,21 @@ def shell_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     names = max(len(job.name) for job in jobs)
     needs = max(len(" ".join(job.needs)) for job in jobs) + 2
     table = [
-        f"job {job.name:{names}}  {_quoted(' '.join(job.needs)):{needs}}  {_quoted(' '.join(job.stages))}"
+        f"job {job.name:{names}}  {_quoted(' '.join(job.needs)):{needs}}  {_quoted(' '.join(job.stages))} "
+        f"{_gpus(recipe, job)}"
         for job in jobs
     ]
     slots = jobs_at_once(RunFolder(Path(recipe.run_folder), recipe).graph)
     return {"run.sh": script(
-        SCRIPT, recipe, SLOTS=str(slots), RETRIES=str(recipe.launch.retries), JOBS="\n".join(table)
+        SCRIPT, recipe, SLOTS=str(slots), PLACES=str(recipe.launch.jobs or 0),
+        WIDTH=str(max(1, *(_gpus(recipe, job) for job in jobs))), RETRIES=str(recipe.launch.retries),
+        JOBS="\n".join(table),
     )}  # fmt: skip
+
+
+def _gpus(recipe: Recipe, job: Job) -> int:
+    """GPUs that a job has to itself where there are some: a job that trains nothing sees all."""
+    return job.processes if recipe.device != "cpu" and any(map(recipe.launch.trains, job.stages)) else 0
 
 
 def _quoted(words: str) -> str:

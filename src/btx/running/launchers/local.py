@@ -9,23 +9,29 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from btx.errors import UserError
 from btx.process import SAVE_AND_END
 from btx.recipe.launch import Launch
+from btx.running.gpus import VISIBLE, Gpus, gpus_of
 from btx.running.launchers.job import VARIABLES, Handle, Standing, btx_command, refuse_several_nodes
 
 
 class LocalLauncher:
     """Starts each job at once, in a process of its own session: so Ctrl-C reaches `btx run` alone, which then ends its
-    jobs in order."""
+    jobs in order. Each that trains sees GPUs of its own, as many as it has processes; the others see all.
+
+    Args:
+        device: the recipe's.
+    """
 
     takes_waiting = False
     goes_on = False
 
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
+    def __init__(self, launch: Launch, device: str) -> None:
+        self._launch, self._device = launch, device
         self._started: dict[int, LocalProcess] = {}
 
     def check(self, run: Path, jobs: Sequence[Sequence[str]]) -> None:
@@ -33,12 +39,17 @@ class LocalLauncher:
         refuse_several_nodes(self._launch, jobs, "launch.kind: local has this machine alone")
 
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
-        started = self.start(run, stages, log)
+        trained = [stage for stage in stages if self._launch.trains(stage)]
+        variables = self._gpus.variables(max(map(self._launch.processes_of, trained))) if trained else {}
+        started = start(["work", str(run), *stages], log, variables)
         self._started[started.pid] = started
-        return {"pid": started.pid, "born": _born(started.pid), "node": platform.node()}
+        self._gpus.take(started.pid, variables)
+        handle = {"pid": started.pid, "born": _born(started.pid), "node": platform.node()}
+        return handle | ({"gpus": variables[VISIBLE]} if variables else {})
 
-    def start(self, run: Path, stages: Sequence[str], log: Path) -> LocalProcess:
-        return start(["work", str(run), *stages], log)
+    @cached_property
+    def _gpus(self) -> Gpus:
+        return Gpus(gpus_of(self._device))
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:
         """How processes stand; only of those that this launcher has started the exit code is known."""
@@ -48,6 +59,8 @@ class LocalLauncher:
         if (started := self._started.get(handle["pid"])) is None:
             return Standing("running" if _lives(handle) else "ended")
         exit_code = started.exit_code()
+        if exit_code is not None:
+            self._gpus.give_back(started.pid)
         return Standing("running" if exit_code is None else "ended", exit_code)
 
     def cancel(self, handle: Handle) -> None:
@@ -110,14 +123,10 @@ class LocalProcess:
         self.process.wait()
 
 
-def start_run(run: Path, log: Path, *, threads: int | None = None) -> LocalProcess:
-    """Start everything that is left of a run folder in a process of its own, as `btx run` does it.
-
-    Args:
-        log: its output goes there.
-        threads: CPU threads of stages that run alone; None: all processors.
-    """
-    return start(["run-of-sweep", str(run)], log, {} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+def start_run(run: Path, log: Path, variables: Mapping[str, str]) -> LocalProcess:
+    """Start everything that is left of a run folder in a process of its own, as `btx run` does it; its output goes to
+    `log`."""
+    return start(["run-of-sweep", str(run)], log, variables)
 
 
 def start(arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}) -> LocalProcess:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from btx.evaluation.analyze import analyze
 from btx.evaluation.evaluate import ModelEntry, evaluate_models
 from btx.mixing.mix import mix
 from btx.model_files.btx_folder import write_router
+from btx.models import placement
 from btx.models.cost import config_cost
 from btx.models.measuring_memory import Reading, cache_bytes, forward_bytes
 from btx.models.outputs import open_reader, token_nll
@@ -56,8 +58,11 @@ def where(model: Any) -> set[str]:
     return {str(place) for place in model.hf_device_map.values()}
 
 
-@pytest.mark.parametrize(("make", "room"), [(llama, ROOM), (tied, 80_000), (mixtral, MOE_ROOM),
-                                            (for_btx_alone, MOE_ROOM)])  # fmt: skip
+TOO_SMALL = [(llama, ROOM), (tied, 80_000), (mixtral, MOE_ROOM), (for_btx_alone, MOE_ROOM)]
+"""Makers of models, and a room that does not hold all of each."""
+
+
+@pytest.mark.parametrize(("make", "room"), TOO_SMALL)
 def test_a_spread_model_says_what_the_undivided_one_says(make: Any, room: int, tmp_path: Path) -> None:
     folder, rows, lines = make(tmp_path / "model"), rows_of(prepared_run(tmp_path)), list[str]()
     whole = load_placed(folder, Place())
@@ -144,6 +149,25 @@ def test_where_not_even_the_embedding_fits_the_bytes_are_told(tmp_path: Path) ->
         load_placed(llama(tmp_path / "model"), Place(weights_per_device=50_000))
 
 
+@pytest.mark.parametrize(("device", "name"), [("cuda:0", "cuda:0"), ("cpu", "host memory")])
+def test_a_model_that_fits_one_device_after_all_is_said_to_lie_there(
+    device: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole:
+        """transformers notes no places of a model that it puts on one device."""
+
+        def __init__(self) -> None:
+            self.device = torch.device(device)
+
+        def get_input_embeddings(self) -> Any:
+            return SimpleNamespace(weight=SimpleNamespace(is_meta=False))
+
+    lines: list[str] = []
+    monkeypatch.setattr(placement, "load_model", lambda *_, **__: Whole())
+    load_placed(llama(tmp_path / "model"), Place(weights_per_device=ROOM, log=lines.append))
+    assert lines[0].endswith(f"room for 0.1 MB on host memory: all on {name}")
+
+
 def test_the_line_for_the_user_says_which_layers_are_where() -> None:
     places: dict[str, Any] = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1,
                               "model.rotary_emb": 1, "model.norm": 1, "lm_head": 1}  # fmt: skip
@@ -190,16 +214,16 @@ def test_keys_and_values_of_the_paper_s_size_in_bfloat16() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("make", [llama, tied, mixtral, for_btx_alone])
-def test_gpus_and_host_memory_together_say_what_one_gpu_says(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "room"), TOO_SMALL)
+def test_gpus_and_host_memory_together_say_what_one_gpu_says(make: Any, room: int, tmp_path: Path) -> None:
     """With two GPUs or more the second one has the last layers, with one host memory has them."""
     folder, rows = make(tmp_path / "model"), rows_of(prepared_run(tmp_path))
-    rooms = [load_placed(folder, Place("cuda", weights_per_device=room)) for room in (None, MOE_ROOM)]
-    assert "0" in where(rooms[1])
-    assert where(rooms[1]) & {"1", "cpu"}
-    nlls = [token_nll(model, rows).cpu() for model in rooms]
+    models = [load_placed(folder, Place("cuda", weights_per_device=most)) for most in (None, room)]
+    assert "0" in where(models[1])
+    assert where(models[1]) & {"1", "cpu"}
+    nlls = [token_nll(model, rows).cpu() for model in models]
     torch.testing.assert_close(*nlls, rtol=1e-5, atol=1e-5)
-    assert len({completion_of(model) for model in rooms}) == 1
+    assert len({completion_of(model) for model in models}) == 1
 
 
 def completion_of(model: Any) -> tuple[int, ...]:

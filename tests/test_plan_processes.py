@@ -30,7 +30,7 @@ ALL, EMBEDDING = 3_651_864_576, 128_256 * 2048
 def test_each_process_has_its_share_of_the_state_and_a_copy_of_the_weights(processes: int, state_gb: float) -> None:
     """Four experts of 1B: shares of 16 bytes a parameter, as SCALE's table has them, and put together beside them every
     layer in bfloat16, the embedding, which is the head too, in float32 and bfloat16."""
-    batch = MicroBatch(8192, 4096, checkpointed=True, grouped=True, dense_mask=False, processes=processes)
+    batch = MicroBatch(8192, 4096, checkpointed=True, on_gpu=True, dense_mask=False, processes=processes)
     memory = training_memory(config_cost(FOUR_1B).shape, BFLOAT16, batch)
     share, copy = 4 * ALL / processes, 2 * (ALL - EMBEDDING) + 6 * EMBEDDING
     assert memory.gradients == round(share)

@@ -1,13 +1,14 @@
 """How much memory a training step holds at its peak, counted from the model's shape before anything is trained.
 
 Counted is what `btx.training.step` does, tensor by tensor: weights, gradients and the optimiser's moments; what the
-layers keep for the backward pass; a chunk of logits with its gradient (`btx.training.losses`); and the largest buffers
-that come and go. The peak is the largest of four moments: the loss at the end of the forward pass, its backward pass,
-the backward pass of the last layer, and the end of all. tests/test_memory.py compares with the tensors that are alive
-in real steps on a CPU, and with peaks measured on an H100.
+layers keep for the backward pass (`btx.models.layer_memory`); a chunk of logits with its gradient
+(`btx.training.losses`); and the largest buffers that come and go. The peak is the largest of four moments: the loss at
+the end of the forward pass, its backward pass, the backward pass of the last layer, and the end of all.
+tests/test_memory.py compares with the tensors that are alive in real steps on a CPU, and with peaks measured on an
+H100.
 
-Not counted: what torch's allocator loses between its blocks, the CUDA context (about 0.5 GB), kernels' own buffers.
-Compiled layers keep less than is counted here. Attention other than softmax attention is counted as if it were.
+Not counted: what torch's allocator loses between its blocks, the CUDA context (about 0.5 GB), most kernels' own
+buffers. Attention other than softmax attention is counted as if it were.
 
 Shape letters: T tokens of a micro-batch, S sequence, D model, F feed-forward, V vocabulary, E experts, K experts a
 token.
@@ -19,7 +20,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from btx.moe.dispatch import tile_rows
+from btx.models.layer_memory import (
+    FLOAT32,
+    backward_bytes,
+    expert_rows,
+    kept_bytes,
+    routing_bytes,
+    unused_in_first_layer,
+)
 from btx.moe.layer import weight_parts
 
 if TYPE_CHECKING:
@@ -27,11 +35,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-FLOAT32 = 4
 CPU_ROWS = 512  # of logits alive at a time: at 512 x 2048 float32 they stay in a processor's cache
 GPU_LOGITS = 2**28
 """Logits alive at a time on a GPU, 1 GiB in float32: every chunk reads and writes the (V, D) gradient of the head once,
 which for Llama 3's vocabulary takes as long as its product does for 500 rows."""
+GPU_WORKSPACES = 2 * 2**25
+"""Bytes that cuBLAS holds on a Hopper GPU from its first product on, for each of the threads that compute: 32 MiB for
+the forward and 32 MiB for the backward pass. On older GPUs it is 8 MiB each."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +198,13 @@ class MicroBatch:
     """One micro-batch a step: no gradients are there yet while it runs."""
     dense_mask: bool = True
     """Attention takes a mask of S x S and has keys and values once a query head; otherwise borders alone."""
-    grouped: bool = False
-    """Routed rows go through torch's grouped product (GPUs), not through the loop over experts (CPUs)."""
+    on_gpu: bool = False
+    """Routed rows go through torch's grouped product, not through the loop over experts; the head's gradient is added
+    up by the product itself."""
+    compiled: bool = False
+    """Layers are compiled, and the loss between its products: less is kept, more is computed again."""
+    workspaces: int = 0
+    """Bytes that libraries hold all the time."""
     logit_rows: int = CPU_ROWS
     """Rows of logits that the loss holds at a time."""
     processes: int = 1
@@ -208,7 +223,7 @@ def training_memory(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) 
     end of the backward pass, every layer's weights put together in the arithmetic's type: a whole copy.
     """
     P, trained = batch.processes, sum(shape.trained.values())
-    held = _weights_of_each(shape, scheme, P) if P > 1 else [(_weights(shape, scheme), 0.0)] * 4
+    held = _weights_of_each(shape, scheme, batch) if P > 1 else [(_weights(shape, scheme), 0.0)] * 4
     moments = [
         TrainingMemory(*map(round, (
             weights, there * FLOAT32 * trained / P, scheme.moments * trained / P, activations, logits,
@@ -230,118 +245,64 @@ def _weights(shape: ModelShape, scheme: MemoryScheme) -> float:
     return weights + scheme.arithmetic * head
 
 
-def _weights_of_each(shape: ModelShape, scheme: MemoryScheme, processes: int) -> list[tuple[float, float]]:
+def _weights_of_each(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list[tuple[float, float]]:
     """(weights, buffers of the reduction) of one of several processes, in the order of `_moments`."""
-    c, P, trained = scheme.arithmetic, processes, sum(shape.trained.values())
+    c, P, trained = scheme.arithmetic, batch.processes, sum(shape.trained.values())
     root, root_trained = (sum(parts.get(part, 0) for part in ("embedding", "head")) for parts in
                           (shape.total, shape.trained))  # fmt: skip
     shares, layers = FLOAT32 * sum(shape.total.values()) / P, c * (sum(shape.total.values()) - root)
     together = FLOAT32 * root + c * shape.vocabulary * shape.width * (c < FLOAT32)  # the head in both types
     # A layer's gradients, whole, and in float32 those that are being added up over the processes.
-    reduced = (c + FLOAT32) * (trained - root_trained) / shape.layers
+    reduced = (c + FLOAT32) * (trained - root_trained) / shape.layers - _gradient_copy(shape, scheme, batch)
     whole = shares + layers + together
     at_end = shares + FLOAT32 * root, FLOAT32 * root_trained  # the layers' are gone
-    return [(whole, 0.0), (whole, 0.0), (whole, reduced - _gradient_copy(shape, scheme)), at_end]
+    return [(whole, 0.0), (whole, 0.0), (whole, reduced), at_end]
 
 
 def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list[tuple[int, float, float, float]]:
     """(gradients are there, activations, logits, workspace) of the moments in which a step may be at its peak."""
     T, D, c, before = batch.tokens, shape.width, scheme.arithmetic, 0 if batch.alone else 1
-    mask = T * batch.sequence_length if batch.dense_mask else 0  # bool, one for all layers
-    top = T * D * (2 * FLOAT32 + c * scheme.casts)  # the last norm's input, its output, and a copy of that
-    layer, copies = T * layer_bytes(shape, scheme, batch), _weight_copies(shape, scheme)
+    top = T * D * (FLOAT32 * (1 + shape.trains("norms")) + c)  # the last norm's input, normalised, and what it gives
+    layer, copies = T * kept_bytes(shape, scheme, batch), _weight_copies(shape, scheme)
     if batch.checkpointed:
-        kept: float = mask + shape.layers * T * D * FLOAT32
+        kept = _kept_once(shape, batch) + shape.layers * T * (D * FLOAT32 + routing_bytes(shape))
         by_autocast = _matrices(shape.trained) - shape.trained.get("experts", 0)  # which keeps the copies it has made
         at_end = kept + c * by_autocast * scheme.casts_trained
         in_backward, in_layer = kept, kept + layer + copies / shape.layers
     else:
-        kept = mask + shape.layers * layer - T * _unused_in_first_layer(shape, scheme, batch) + copies
+        kept = _kept_once(shape, batch) + copies + shape.layers * layer
+        kept -= T * unused_in_first_layer(shape, scheme, batch)
         at_end = in_backward = in_layer = kept
     head = shape.vocabulary * D if shape.head_trains else 0
     waiting = FLOAT32 * head * shape.tied  # the head's gradient, until the embedding's is there to be added to it
     at_loss = FLOAT32 * head + c * shape.vocabulary * D * scheme.casts_trained + T * D * c
     behind_loss = head * (2 * FLOAT32 + c * (c < FLOAT32)) + 2 * T * D * c
-    gradients = T * _backward_bytes(shape, scheme) + _expert_rows(shape, scheme, batch)
+    gradients = T * backward_bytes(shape, scheme) + expert_rows(shape, scheme, batch)
     return [
-        (before, at_end + top, at_loss + _logits_bytes(shape, scheme, batch), 0.0),
-        (before, in_backward + top, behind_loss, 0.0),
-        (before, in_layer, waiting, gradients + _gradient_copy(shape, scheme)),
-        (1, 0.0, waiting, FLOAT32 * shape.vocabulary * D * shape.trains("embedding")),
+        (before, at_end + top, at_loss + _logits_bytes(shape, scheme, batch), batch.workspaces),
+        (before, in_backward + top, behind_loss, batch.workspaces),
+        (before, in_layer, waiting, gradients + _gradient_copy(shape, scheme, batch) + batch.workspaces),
+        (1, 0.0, waiting, FLOAT32 * shape.vocabulary * D * shape.trains("embedding") + batch.workspaces),
     ]
 
 
+def _kept_once(shape: ModelShape, batch: MicroBatch) -> float:
+    """What all layers share: the mask, bool, and the rotary embedding's sines and cosines."""
+    mask = batch.tokens * batch.sequence_length * batch.dense_mask
+    return mask + batch.tokens * 2 * FLOAT32 * shape.queries / shape.heads
+
+
 def _logits_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """A chunk of logits: twice in float32 for their logsumexp, or with its gradient in the arithmetic's type and the
-    chunk's part in the gradient of the LM head."""
-    rows, c = min(batch.logit_rows, batch.tokens) * shape.vocabulary, scheme.arithmetic
-    gradient = c * rows * (c < FLOAT32) + c * shape.vocabulary * shape.width * shape.head_trains
-    return FLOAT32 * rows + max(FLOAT32 * rows, gradient)
+    """The more of two: a chunk of logits with what its loss takes, or its gradient with its part in that of the head.
 
-
-def layer_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """Bytes a token that a layer keeps for its backward pass."""
-    norm = FLOAT32 * (1 + shape.trains("norms")) * shape.width  # the input and the normalised input
-    feed_forward = moe_bytes(shape, scheme, batch) if shape.experts else _dense_bytes(shape, scheme)
-    return 2 * norm + _attention_bytes(shape, scheme, batch) + feed_forward
-
-
-def _inputs(scheme: MemoryScheme, width: float, products: int) -> float:
-    """The input of several products: autocast makes each a copy of its own."""
-    return scheme.arithmetic * width * (products if scheme.casts else 1)
-
-
-def _attention_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """Queries, keys, values, output, the softmax's normalisers, and the mask as numbers to be added."""
-    c, keys = scheme.arithmetic, shape.queries if batch.dense_mask else shape.keys
-    count: float = c * (2 * shape.queries + 2 * keys) + FLOAT32 * shape.heads
-    count += c * batch.sequence_length if batch.dense_mask else 0
-    if shape.trains("attention"):
-        count += _inputs(scheme, shape.width, 3)
-    if shape.head_norms:
-        count += (FLOAT32 + c * shape.trains("norms")) * (shape.queries + shape.keys)
-    return count
-
-
-def _dense_bytes(shape: ModelShape, scheme: MemoryScheme, width: int | None = None) -> float:
-    """Gate, up, the activated gate, and their product, which only the down projection's gradient needs."""
-    F, trains = shape.feed_forward if width is None else width, shape.trains("feed_forward")
-    return scheme.arithmetic * F * (3 + trains) + _inputs(scheme, shape.width, 2) * trains
-
-
-def moe_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """Router and routed rows: K of them a token."""
-    c, D, F, K = scheme.arithmetic, shape.width, shape.feed_forward, shape.experts_per_token
-    router = shape.trains("routers") * c * D + 16 * shape.experts + 32 * K  # float32 logits, probabilities, gates, ids
-    shared = _dense_bytes(shape, scheme, shape.shared_expert) if shape.shared_expert else 0.0
-    if not batch.grouped:  # the input, and gate and up
-        return router + shared + c * D * scheme.casts + 2 * c * F * K
-    trains = shape.trains("experts")
-    return router + shared + c * K * (F * (3 + trains) + D * (1 + trains))
-
-
-def _unused_in_first_layer(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """What the first layer does not keep where nothing below its feed-forward sublayer trains."""
-    if any(shape.trains(part) for part in ("embedding", "attention", "norms")):
-        return 0.0
-    return 2 * FLOAT32 * shape.width + _attention_bytes(shape, scheme, batch)
-
-
-def _backward_bytes(shape: ModelShape, scheme: MemoryScheme) -> float:
-    """Bytes a token of gradients that are alive together in the backward pass of a layer: two of the stream, and what
-    those of a dense sublayer are more than the activations that are gone by then."""
-    dense = scheme.arithmetic * shape.feed_forward * (3 - shape.trains("feed_forward"))
-    return 2 * FLOAT32 * shape.width + dense * (not shape.experts)
-
-
-def _expert_rows(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """Gradients of routed rows: those of all for the grouped product, a tile's with the loop over experts."""
-    if not shape.experts:
-        return 0.0
-    rows, c, D, F = batch.tokens * shape.experts_per_token, scheme.arithmetic, shape.width, shape.feed_forward
-    if batch.grouped:
-        return c * rows * 4 * F
-    return c * (rows * D + min(rows, tile_rows(F)) * (2 * D + 5 * F))
+    The loss: logits in the arithmetic's type and in float32, and a second time in float32 inside their logsumexp.
+    Compiled, the logsumexp takes nothing, and instead of it there is the gradient in the arithmetic's type.
+    """
+    c, logits = scheme.arithmetic, min(batch.logit_rows, batch.tokens) * shape.vocabulary
+    in_loss = FLOAT32 + c * scheme.casts + (c if batch.compiled else FLOAT32)
+    in_place = batch.on_gpu and scheme.casts
+    of_head = c * shape.vocabulary * shape.width * shape.head_trains * (not in_place)
+    return max(in_loss * logits, c * logits + of_head)
 
 
 def _held(parameters: Mapping[str, int]) -> int:
@@ -361,8 +322,11 @@ def _weight_copies(shape: ModelShape, scheme: MemoryScheme) -> float:
     return scheme.arithmetic * (trained * scheme.casts_trained + frozen)
 
 
-def _gradient_copy(shape: ModelShape, scheme: MemoryScheme) -> float:
-    """The gradient of a layer's largest weights before it is added to the others, in both types under autocast."""
-    part, tensors = ("experts", 1) if shape.experts else ("feed_forward", 3)
+def _gradient_copy(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
+    """The gradient of a layer's largest weights before it is added to the others. It is there in float32 too where
+    autocast cast the weights, or where there are no others yet. Compiled layers still have their activations when that
+    of the down projections alone is there."""
+    part, tensors = ("experts", 3 if batch.compiled else 1) if shape.experts else ("feed_forward", 3)
     largest = shape.trained.get(part, 0) / shape.layers / tensors
-    return largest * (FLOAT32 + scheme.arithmetic * (scheme.arithmetic < FLOAT32))
+    in_float32_too = scheme.casts_trained or (scheme.casts and batch.alone)
+    return largest * (scheme.arithmetic + FLOAT32 * in_float32_too)

@@ -98,7 +98,8 @@ def _spread(path: str | Path, place: Place, weights: int, room: Mapping[int | st
         shutil.rmtree(folder, ignore_errors=True)
         raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    where = getattr(model, "hf_device_map", {"all": HOST})
+    # Where there was more room by now than when it was measured, all of it lies on one device, without a map.
+    where = getattr(model, "hf_device_map", None) or {"all": model.device}
     free = ", ".join(f"{bytes_text(room[name])} on {_name(name)}" for name in room if _computes(name, place))
     if cast(Any, model).get_input_embeddings().weight.is_meta:
         said = (f"{path}: of {bytes_text(weights)} of weights not even the embedding and the largest layer fit into "

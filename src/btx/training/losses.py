@@ -63,6 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_logits, product_VD, out=grad_hidden)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_logits.T, hidden)
+            del grad_logits  # not held while the next chunk's is computed
         ctx.gradients = grad_hidden_TD, grad_weight_VD
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -10,7 +10,15 @@ import torch
 
 from btx.choices.trainable import MOE_TRAINABLE
 from btx.models.device import in_bfloat16
-from btx.models.memory import MemoryScheme, MicroBatch, ModelShape, TrainingMemory, logit_rows, training_memory
+from btx.models.memory import (
+    GPU_WORKSPACES,
+    MemoryScheme,
+    MicroBatch,
+    ModelShape,
+    TrainingMemory,
+    logit_rows,
+    training_memory,
+)
 from btx.number_texts import bytes_text
 from btx.recipe.training import Train, Training
 from btx.system_errors import first_line
@@ -65,9 +73,11 @@ class MemoryNeeds:
         scheme, on_gpu, share = memory_scheme(settings, self.device), self.device == "cuda", self._share(settings)
         tokens = min(settings.micro_batch(length), share)
         batch = MicroBatch(
-            tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= share, grouped=on_gpu,
+            tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= share, on_gpu=on_gpu,
             dense_mask=not (on_gpu and scheme.arithmetic == 2),
             logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu), processes=self.processes,
+            compiled=on_gpu if settings.compile == "auto" else settings.compile,
+            workspaces=GPU_WORKSPACES * on_gpu,
         )  # fmt: skip
         return Variant(changed, tokens, training_memory(shape, scheme, batch))
 

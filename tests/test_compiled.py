@@ -196,18 +196,18 @@ def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> N
     assert all(parameter.grad.count_nonzero() == 0 for parameter in held)
 
 
-def test_short_trainings_are_not_compiled_unless_asked(tmp_path: Path) -> None:
-    def worth(steps: int, layers: int = 10, **settings: Any) -> bool:
-        given = Finetune(tokens=1, batch_tokens=4096, micro_batch_tokens=2048, **settings)
-        job = TrainingJob(model=nn.Module(), mixture=RandomSamples(320, 1024), settings=given, folder=tmp_path,
-                          checkpoints=Checkpoints(), flops_per_token=1.0, rng_seed=0,
-                          device=torch.device("cuda"))  # fmt: skip
-        return compiled.is_worth_it(job, layers, steps)
+def test_short_trainings_are_not_compiled_unless_asked() -> None:
+    def compiles(steps: int, layers: int = 10, **settings: Any) -> bool:
+        training = Finetune(tokens=4096 * steps, batch_tokens=4096, micro_batch_tokens=2048, **settings)
+        return training.compiles(1024, layers, on_gpu=True)
 
-    assert worth(500)
-    assert not worth(499)
-    assert not worth(500, layers=9)
-    assert worth(1, compile=True)
+    assert compiles(500)
+    assert not compiles(499)
+    assert not compiles(500, layers=9)
+    assert compiles(1, compile=True)
+    assert not compiles(500, compile=False)
+    assert not Finetune(tokens=10**9).compiles(1024, 10, on_gpu=False)
+    assert Finetune(tokens=1, compile=True).compiles(1024, 10, on_gpu=False)
 
 
 def test_cuda_graphs_that_run_out_of_memory_are_left_out_and_layers_compiled_without(

@@ -156,7 +156,7 @@ def test_peaks_of_compiled_steps_on_an_h100_are_predicted_within_a_hundredth(
     """`benchmarks/train.py`, commit 09ba6e1. The loss then held the bfloat16 gradient of a chunk's logits until that of
     the next one was there: 2048 rows, where a micro-batch has several chunks. It does no longer."""
     values = {"trainable": "all", "batch_tokens": 32_768} | settings
-    given = Train(domains=["a"], tokens=1, micro_batch_tokens=8192, **values)
+    given = Train(domains=["a"], tokens=10**9, micro_batch_tokens=8192, **values)
     shape = config_cost(config, trainable=given.trainable).shape
     predicted = MemoryNeeds(given, shape, 1024 if config is SMALL else 4096, "cuda").memory.peak
     held = 2048 * 128_256 * 2 * (config is not SMALL)
@@ -196,7 +196,7 @@ def test_what_else_could_train_is_counted_without_building_the_model_again(
 
 
 def four_1b(**settings: Any) -> MemoryNeeds:
-    given = Finetune(tokens=1, batch_tokens=262_144, precision="bfloat16", **settings)
+    given = Finetune(tokens=10**9, batch_tokens=262_144, precision="bfloat16", **settings)
     return MemoryNeeds(given, config_cost(FOUR_1B).shape, 4096, "cuda", may_freeze=True)
 
 

@@ -30,6 +30,9 @@ OnSpike = Literal["log", "skip", "stop"]
 Schedule = Literal["cosine", "wsd", "constant"]
 DecayShape = Literal["linear", "cosine", "sqrt"]
 MicroBatchTokens = PositiveInt | Literal["auto"]
+WORTH_COMPILING = 10_000
+"""Layers times micro-batches of a training. On one H100 compiling took 9 to 20 s, whatever the model, and saved 1.3 to
+2.5 ms a layer and micro-batch, of 1.2B and of 7M parameters (LOG.md)."""
 UNTRIED_MICRO_BATCH = 16_384
 """What `micro_batch_tokens: auto` counts as where nothing was tried: in plans."""
 
@@ -117,6 +120,13 @@ class Training(Section):
     def steps(self, sequence_length: int) -> int:
         """Optimiser steps that use up `tokens`, the last one whole."""
         return math.ceil(self.tokens / self.step_tokens(sequence_length))
+
+    def compiles(self, sequence_length: int, layers: int, *, on_gpu: bool) -> bool:
+        """Whether a model of so many decoder layers is to be compiled; when a training goes on, too."""
+        micro_batches = math.ceil(self.step_tokens(sequence_length) / self.micro_batch(sequence_length))
+        if self.compile == "auto":
+            return on_gpu and self.steps(sequence_length) * micro_batches * layers >= WORTH_COMPILING
+        return self.compile
 
 
 class SeedTraining(Training):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import os
 import shutil
 import time
@@ -39,9 +38,6 @@ BACKEND = "inductor"
 GRAPHS_FLOPS = 2e11
 """FLOPs of a layer on a micro-batch below which a GPU waits for Python, which launches a kernel in some 10 µs and a
 layer's hundred in a millisecond."""
-LEAST_PASSES = 10_000
-"""Layers times micro-batches to come, for which `auto` compiles. On one H100 it took 9 to 17 s, whatever the model, and
-saved 1.3 to 2.5 ms a layer and micro-batch, of 1.2B and of 7M parameters (LOG.md)."""
 PASSES_TO_REPLAY = 3
 """torch runs what is to be a CUDA graph once, then records it, then replays it."""
 
@@ -59,12 +55,13 @@ def compiled_layers(
     Yields:
         Seconds that compiling took.
     """
-    if not steps or not is_wanted(job):
-        yield 0.0
-        return
     started, layers = time.perf_counter(), decoder_layers(job.model)
-    if not is_worth_it(job, len(layers), len(steps)):
-        log(f"layers are not compiled: that takes longer than it saves in {len(steps)} steps (compile: true does it)")
+    on_gpu, settings, length = job.device.type == "cuda", job.settings, job.mixture.sequence_length
+    wanted = settings.compiles(length, len(layers), on_gpu=on_gpu)
+    if not steps or not wanted:
+        if steps and on_gpu and settings.compile == "auto":
+            log(f"layers are not compiled, which would take longer than it saves in {settings.steps(length)} steps; "
+                f"compile: true does it")  # fmt: skip
         yield 0.0
         return
     for graphs in [True, False] if small_enough_for_graphs(job, len(layers)) else [False]:
@@ -82,19 +79,6 @@ def compiled_layers(
                 return
         log(f"layers are not compiled{' with CUDA graphs' * graphs}: {why_not}; training goes on without")
     yield time.perf_counter() - started
-
-
-def is_wanted(job: TrainingJob) -> bool:
-    """Whether the settings want compiled layers: `auto` does on GPUs."""
-    wanted = job.settings.compile
-    return job.device.type == "cuda" if wanted == "auto" else wanted
-
-
-def is_worth_it(job: TrainingJob, layers: int, steps: int) -> bool:
-    """Whether compiling saves more than it takes; what the settings ask for by name is."""
-    micro_batches = math.ceil(job.settings.step_tokens(job.mixture.sequence_length) / job.mixture.sequence_length
-                              / samples_at_once(job))  # fmt: skip
-    return job.settings.compile != "auto" or steps * micro_batches * layers >= LEAST_PASSES
 
 
 def small_enough_for_graphs(job: TrainingJob, layers: int) -> bool:

@@ -76,7 +76,7 @@ class MemoryNeeds:
             tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= share, on_gpu=on_gpu,
             dense_mask=not (on_gpu and scheme.arithmetic == 2),
             logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu), processes=self.processes,
-            compiled=on_gpu if settings.compile == "auto" else settings.compile,
+            compiled=settings.compiles(length, shape.layers, on_gpu=on_gpu),
             workspaces=GPU_WORKSPACES * on_gpu,
         )  # fmt: skip
         return Variant(changed, tokens, training_memory(shape, scheme, batch))

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -118,6 +119,15 @@ def test_metrics_checkpoints_and_warnings_are_the_same(start: Any, factors: dict
     assert min(norms) < later.settings.clip < max(norms), "gradients are clipped in some steps and not in others"
     assert said_later == said_at_once
     assert len([line for line in said_later if line.startswith("warning")]) == 1, "the spike"
+
+
+def test_the_step_before_a_checkpoint_is_not_told_to_have_taken_no_time(start: Any) -> None:
+    """It is read right after the one before: on an H100 with 1,086 % of its peak."""
+    job, kept, _, _ = start("later")
+    run_training(job, Interrupts(), print, read_later=True)
+    text = (job.folder / "metrics.jsonl").read_text("utf-8")
+    speeds = [json.loads(line)["tokens_per_s"] for line in text.splitlines()]
+    assert max(speeds[step - 1] for step in kept.states) < 5 * median(speeds)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -53,9 +53,17 @@ class Metrics:
         """The file, for appending."""
         return open(self.path, "a", encoding="utf-8")
 
-    def write(self, file: IO[str], facts: dict[str, Any], tokens: int, seconds: float) -> None:
-        """Append one step's line; `wall_s` adds up over interruptions."""
+    def write(
+        self, file: IO[str], facts: dict[str, Any], tokens: int, seconds: float, *, at_least_s: float = 0.0
+    ) -> None:
+        """Append one step's line; `wall_s` adds up over interruptions.
+
+        Args:
+            seconds: since the step before was read.
+            at_least_s: what the step has taken at the least, part of it perhaps in the seconds of the one before.
+        """
         self.wall_s += seconds
+        seconds = max(seconds, at_least_s)
         self.last_loss = facts.get("loss", self.last_loss)  # a step that was left out may have none
         line = {**facts, "tokens_per_s": round(tokens / seconds, 1), "wall_s": round(self.wall_s, 3)}
         line |= mfu_fact(tokens, seconds, self.peak_tokens_per_s)
@@ -76,12 +84,12 @@ class StepRecord:
         self._steps, self._tokens_per_step = steps, tokens_per_step
         self._dead = DeadExpertWatch(job.experts, log)
         self._dead.recent.extend(metrics.loads)
-        self._waiting: tuple[int, float, Callable[[], Facts]] | None = None
+        self._waiting: tuple[int, float, Callable[[], Facts], float] | None = None
         self.go_on()
 
     def go_on(self) -> None:
         """From now on time counts as the next step's."""
-        self._since = time.perf_counter()
+        self._since = self._launching_since = time.perf_counter()
 
     def launched(self, step: int, learning_rate: float, facts: Facts | Callable[[], Facts]) -> None:
         """Step number `step`, counted from 1, was launched, and so the one before can be read.
@@ -90,20 +98,22 @@ class StepRecord:
             facts: what it gave; or what reads that, and may raise NotFinite.
         """
         note_progress()
+        launch_s = time.perf_counter() - self._launching_since
         self.read()
         if callable(facts):
-            self._waiting = step, learning_rate, facts
+            self._waiting = step, learning_rate, facts, launch_s
         else:
-            self._write(step, learning_rate, facts)
+            self._write(step, learning_rate, facts, launch_s)
+        self._launching_since = time.perf_counter()
 
     def read(self) -> None:
         """Read the step that was launched last, if it was not yet; raises NotFinite."""
         if self._waiting is not None:
-            step, learning_rate, read = self._waiting
+            step, learning_rate, read, launch_s = self._waiting
             self._waiting = None
-            self._write(step, learning_rate, read())
+            self._write(step, learning_rate, read(), launch_s)
 
-    def _write(self, step: int, learning_rate: float, facts: Facts) -> None:
+    def _write(self, step: int, learning_rate: float, facts: Facts, launch_s: float) -> None:
         if (spike := facts.get("spike")) is not None:
             left_out = "; this step is left out, as on_spike: skip says" * spike["skipped"]
             self._log(f"warning: step {step}: {spike_text(facts, spike)}{left_out}")
@@ -114,5 +124,5 @@ class StepRecord:
             "step": step, "steps": self._steps, "tokens": tokens, **facts, "learning_rate": learning_rate,
             "flops": tokens * self._job.flops_per_token,
             **({"processes": process_count()} if process_count() > 1 else {}),
-        }, self._tokens_per_step, now - self._since)  # fmt: skip
+        }, self._tokens_per_step, now - self._since, at_least_s=launch_s)  # fmt: skip
         self._since = now

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -98,7 +98,9 @@ class ForkedJob:
 class ForkedLauncher(LocalLauncher):
     """Starts stages as the local launcher does, sooner: in processes forked from one that has imported all."""
 
-    def start(self, run: Path, stages: Sequence[str], log: Path) -> ForkedJob:  # type: ignore[override]
+    def start(  # type: ignore[override]
+        self, run: Path, stages: Sequence[str], log: Path, variables: Mapping[str, str]
+    ) -> ForkedJob:
         log.parent.mkdir(parents=True, exist_ok=True)
         return ForkedJob(self.forked(run, stages, log))
 

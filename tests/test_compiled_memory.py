@@ -16,7 +16,7 @@ from torch._inductor.decomposition import select_decomp_table
 from btx.models import device as device_module
 from btx.models import packed
 from btx.models.layer_memory import kept_bytes
-from btx.models.memory import MicroBatch, model_shape
+from btx.models.step_counts import MicroBatch, model_shape
 from btx.moe import dispatch
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training

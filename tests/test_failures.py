@@ -70,7 +70,7 @@ def run_with(
     )
     run = RunFolder(tmp_path / "run", recipe)
     launcher = FailingLauncher(run, fail)
-    monkeypatch.setitem(START, "local", lambda launch: launcher)
+    monkeypatch.setitem(START, "local", lambda launch, device: launcher)
     monkeypatch.setattr(pipeline, "POLL_S", 0.0)
     run.path.mkdir()
     error = None

@@ -85,7 +85,7 @@ class PretendingLauncher:
 def under_way(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Run the real pipeline with jobs that only pretend; returns which jobs were under way, start by start."""
     graph, launcher = run.graph, PretendingLauncher(run)
-    monkeypatch.setitem(START, "local", lambda launch: launcher)
+    monkeypatch.setitem(START, "local", lambda launch, device: launcher)
     monkeypatch.setattr(pipeline, "POLL_S", 0.0)
     run.path.mkdir()
     with Display() as display:

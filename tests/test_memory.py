@@ -13,7 +13,8 @@ from btx.data.mixture import Batch
 from btx.models import device as device_module
 from btx.models.cost import config_cost
 from btx.models.loading import checkpoint_activations
-from btx.models.memory import MemoryScheme, MicroBatch, model_shape, training_memory
+from btx.models.memory import training_memory
+from btx.models.step_counts import MemoryScheme, MicroBatch, model_shape
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, swap_in_moe

@@ -161,7 +161,7 @@ class Told(pipeline.Display):
 class NothingIsMade:
     """A launcher that must not be asked."""
 
-    def __init__(self, launch: Any) -> None:
+    def __init__(self, launch: Any, device: str) -> None:
         pass
 
     def check(self, run: Path, jobs: Any) -> None:

@@ -11,7 +11,8 @@ import pytest
 from btx.cli.tables import plan_tables
 from btx.models.cost import config_cost
 from btx.models.measuring_memory import ANSWERING, cache_bytes, forward_bytes
-from btx.models.memory import MemoryScheme, MicroBatch, training_memory
+from btx.models.memory import training_memory
+from btx.models.step_counts import MemoryScheme, MicroBatch
 from btx.planning.gpu_memory import memory_rows
 from btx.planning.measuring import measuring_rows
 from btx.planning.plan import plan

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from btx.models.adapters import plan_adapters
 from btx.models.configs import config_text
-from btx.models.memory import ModelShape, model_shape
+from btx.models.step_counts import ModelShape, model_shape
 from btx.models.trainable import set_trainable
 from btx.moe.layer import mean_experts_per_token, swap_in_moe
 

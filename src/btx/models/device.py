@@ -23,6 +23,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def gpu_count() -> int:
+    """GPUs that torch sees, none of which is touched."""
+    return torch.cuda.device_count()
+
+
 def device_and_type(recipe: Recipe) -> tuple[str, torch.dtype]:
     """Where and in which arithmetic models are measured: as `evaluate.precision` says, and if that is auto float32,
     except on a GPU in a run that finetunes in bfloat16."""

@@ -10,14 +10,8 @@ Shape letters: T tokens of a micro-batch, S sequence, D model, F feed-forward, E
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from btx.models.step_counts import FLOAT32, MemoryScheme, MicroBatch, ModelShape
 from btx.moe.dispatch import tile_rows
-
-if TYPE_CHECKING:
-    from btx.models.memory import MemoryScheme, MicroBatch, ModelShape
-
-FLOAT32 = 4
 
 
 def kept_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:

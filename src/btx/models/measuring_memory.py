@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from btx.models.memory import FLOAT32, ModelShape
+from btx.models.step_counts import FLOAT32, ModelShape
 
 LOGITS_AT_ONCE = 2**25
 """Logits held in float32 at once: 128 MiB, whatever the vocabulary."""

@@ -22,8 +22,8 @@ def gpus_here() -> tuple[str, ...]:
     if not any(map(os.path.exists, SIGNS)):
         return ()
     with quick_imports():
-        import torch
-    count = torch.cuda.device_count()
+        from btx.models.device import gpu_count
+    count = gpu_count()
     named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     return tuple(named[:count] or map(str, range(count)))
 

@@ -61,7 +61,9 @@ def run(
     before = RunFolder(path, recipe)
     left = [job for job in _wanted(before, until) if not _is_done(before, job)]  # refused before anything is written
     if left:
-        START[recipe.launch.kind](recipe).check(path, [[stage.name for stage in job] for job in left])
+        START[recipe.launch.kind](recipe.launch, recipe.device).check(
+            path, [[stage.name for stage in job] for job in left]
+        )
         _check_gpu(recipe, left)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

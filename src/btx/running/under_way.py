@@ -106,7 +106,7 @@ class UnderWay:
         if kind not in START:
             raise RunFolderError(f"{self.run.path / JOBS}: submitted by {kind!r}, which this version does not know")
         if kind not in self._launchers:
-            self._launchers[kind] = START[kind](self.run.recipe)
+            self._launchers[kind] = START[kind](self.run.recipe.launch, self.run.recipe.device)
         return self._launchers[kind]
 
     def find(self) -> list[Running]:

@@ -12,13 +12,11 @@ from btx.choices.trainable import MOE_TRAINABLE
 from btx.models.device import in_bfloat16
 from btx.models.memory import (
     GPU_WORKSPACES,
-    MemoryScheme,
-    MicroBatch,
-    ModelShape,
     TrainingMemory,
     logit_rows,
     training_memory,
 )
+from btx.models.step_counts import MemoryScheme, MicroBatch, ModelShape
 from btx.number_texts import bytes_text
 from btx.recipe.training import Train, Training
 from btx.system_errors import first_line

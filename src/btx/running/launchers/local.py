@@ -41,7 +41,7 @@ class LocalLauncher:
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
         trained = [stage for stage in stages if self._launch.trains(stage)]
         variables = self._gpus.variables(max(map(self._launch.processes_of, trained))) if trained else {}
-        started = start(["work", str(run), *stages], log, variables)
+        started = self.start(run, stages, log, variables)
         self._started[started.pid] = started
         self._gpus.take(started.pid, variables)
         handle = {"pid": started.pid, "born": _born(started.pid), "node": platform.node()}
@@ -50,6 +50,9 @@ class LocalLauncher:
     @cached_property
     def _gpus(self) -> Gpus:
         return Gpus(gpus_of(self._device))
+
+    def start(self, run: Path, stages: Sequence[str], log: Path, variables: Mapping[str, str]) -> LocalProcess:
+        return start(["work", str(run), *stages], log, variables)
 
     def poll(self, handles: Sequence[Handle]) -> list[Standing]:
         """How processes stand; only of those that this launcher has started the exit code is known."""

@@ -165,7 +165,7 @@ class Queue(SlurmLauncher):
 def test_a_job_in_a_queue_is_seen_and_the_cluster_is_not_asked_at_every_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(START, "slurm", Queue)
+    monkeypatch.setitem(START, "slurm", lambda launch, device: Queue(launch))
     run = RunFolder.create(pico_recipe(tmp_path, "run", "launch.kind=slurm"))
     note(run.path, Job(("train/birds",), "slurm", {"job_id": "12"}, "", "", 1))
     watched, Queue.asked = WatchedRun(run.path), 0

@@ -109,6 +109,26 @@ def test_each_job_that_trains_has_gpus_of_its_own_and_the_others_see_all(
     assert "gpus" not in local.LocalLauncher(recipe.launch, "cpu").submit(tmp_path, ["seed"], tmp_path / "log")
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_a_job_that_an_earlier_run_has_left_keeps_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started:
+        pid = 7
+
+        def exit_code(self) -> None:
+            """It still runs."""
+
+    monkeypatch.setattr(local, "start", lambda arguments, log, variables: Started())
+    lives = True
+    monkeypatch.setattr(local, "_lives", lambda handle: lives)
+    launch = pico_recipe(tmp_path, "run", "device=auto").launch
+    left = {"pid": 1, "born": 1.0, "node": "here", "gpus": "0"}
+    for lives, gpu in ((True, "1"), (False, "0")):
+        launcher = local.LocalLauncher(launch, "auto")
+        for _ in range(3):
+            launcher.poll([left])
+        assert launcher.submit(tmp_path, ["train/birds"], tmp_path / "log")["gpus"] == gpu
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("two_gpus")
 def test_branches_side_by_side_have_a_gpu_each(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ class Gpus:
         return {VISIBLE: ",".join(sorted(least[:count], key=self.names.index))}
 
     def take(self, process: int, variables: dict[str, str]) -> None:
-        """A process was started with these variables."""
+        """A process was started with these variables; said once or more."""
+        self.give_back(process)
         self._taken[process] = variables.get(VISIBLE, "").split(",") if variables else []
         self._jobs.update(self._taken[process])
 

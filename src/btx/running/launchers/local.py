@@ -60,11 +60,20 @@ class LocalLauncher:
 
     def _poll(self, handle: Handle) -> Standing:
         if (started := self._started.get(handle["pid"])) is None:
-            return Standing("running" if _lives(handle) else "ended")
+            return Standing("running" if self._lives(handle) else "ended")
         exit_code = started.exit_code()
         if exit_code is not None:
             self._gpus.give_back(started.pid)
         return Standing("running" if exit_code is None else "ended", exit_code)
+
+    def _lives(self, handle: Handle) -> bool:
+        """Whether a process that an earlier `btx run` has left is still there; its GPUs are not free until it ends."""
+        lives = _lives(handle)
+        if lives and "gpus" in handle:
+            self._gpus.take(handle["pid"], {VISIBLE: handle["gpus"]})
+        elif not lives and "gpus" in handle:
+            self._gpus.give_back(handle["pid"])
+        return lives
 
     def cancel(self, handle: Handle) -> None:
         if handle["pid"] in self._started:

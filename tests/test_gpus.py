@@ -76,7 +76,8 @@ def test_a_machine_without_a_driver_has_none(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("overrides", "gpus_here", "at_once"), [
     ([], 0, 2), ([], 1, 1), ([], 2, 2), ([], 8, 4), (["launch.jobs=3"], 1, 3), (["launch.processes=2"], 0, 1),
-    (["launch.processes=2"], 1, 1), (["launch.processes=2"], 5, 2), (["launch.processes={finetune: 4}"], 4, 1),
+    (["launch.processes=2"], 1, 1), (["launch.processes=2"], 5, 2), (["launch.processes={finetune: 4}"], 4, 4),
+    (["launch.processes={train: 2}"], 1, 1),
 ])  # fmt: skip
 def test_as_many_jobs_at_once_as_gpus_hold(overrides: list[str], gpus_here: int, at_once: int, tmp_path: Path) -> None:
     baselines = "baselines=[dense_dm,btx_soft,upcycling_dm]"
@@ -103,6 +104,7 @@ def test_each_job_that_trains_has_gpus_of_its_own_and_the_others_see_all(
     jobs = [["data/birds"], ["train/birds"], ["train/tools"], ["mix", "finetune"], ["evaluate"], ["align/sft"]]
     handles = [launcher.submit(tmp_path, stages, tmp_path / "log") for stages in jobs]
     assert [handle.get("gpus") for handle in handles] == [None, "0", "1", "0", None, None]
+    assert (recipe.launch.gpus_of(["mix"]), recipe.launch.gpus_of(["evaluate"])) == (1, 0)
     ended |= {2: 0, 4: 1}
     launcher.poll(handles)
     assert launcher.submit(tmp_path, ["baselines/dense_dm"], tmp_path / "log")["gpus"] == "0"
@@ -118,11 +120,10 @@ def test_a_job_that_an_earlier_run_has_left_keeps_its_gpu(tmp_path: Path, monkey
             """It still runs."""
 
     monkeypatch.setattr(local, "start", lambda arguments, log, variables: Started())
-    lives = True
-    monkeypatch.setattr(local, "_lives", lambda handle: lives)
     launch = pico_recipe(tmp_path, "run", "device=auto").launch
     left = {"pid": 1, "born": 1.0, "node": "here", "gpus": "0"}
     for lives, gpu in ((True, "1"), (False, "0")):
+        monkeypatch.setattr(local, "_lives", lambda handle, lives=lives: lives)
         launcher = local.LocalLauncher(launch, "auto")
         for _ in range(3):
             launcher.poll([left])
@@ -160,19 +161,23 @@ def test_runs_of_a_sweep_share_the_gpus(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def seen_by_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs the shell script of a recipe with the stub on a machine with so many GPUs; returns what it said."""
+    """Runs the shell script of a recipe with the stub on a machine with so many GPUs, or with such an nvidia-smi;
+    returns what it said."""
 
-    def run(gpu_count: int, *overrides: str) -> list[str]:
+    def run(gpus_here: int | str, *overrides: str, visible: str | None = None) -> list[str]:
+        program = gpus_here if isinstance(gpus_here, str) else f"seq 0 {gpus_here - 1}"
         recipe = pico_recipe(tmp_path, "run", "device=auto", "baselines=[dense_dm]", *overrides)
         stub, log, tools = tmp_path / "stub", tmp_path / "log", tmp_path / "bin"
         tools.mkdir(exist_ok=True)
-        for file, text in ((stub, STUB), (tools / "nvidia-smi", f"#!/bin/sh\nseq 0 {gpu_count - 1}\n")):
+        for file, text in ((stub, STUB), (tools / "nvidia-smi", f"#!/bin/sh\n{program}\n")):
             file.write_text(text, "utf-8")
             file.chmod(0o755)
         text = re.sub(r"(?m)^btx=\(.*\)$", f"btx=({stub})", launch_text(recipe, "shell")["run.sh"])
         monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
         monkeypatch.setenv("LOG", str(log))
         monkeypatch.delenv(VISIBLE, raising=False)
+        if visible is not None:
+            monkeypatch.setenv(VISIBLE, visible)
         log.unlink(missing_ok=True)
         subprocess.run(["bash", "-c", text], check=True, capture_output=True, cwd=tmp_path, timeout=60)
         return log.read_text("utf-8").splitlines()
@@ -202,3 +207,34 @@ def test_a_shell_script_gives_each_job_a_gpu(seen_by_script: Callable[..., list[
     assert {visible["data/birds"], visible["evaluate"]} == {"all"}
     assert together(seen_by_script(1, "launch.jobs=2")) == 2
     assert together(seen_by_script(3, "launch.processes=2")) == 1
+
+
+@pytest.mark.parametrize("given", ["launch.jobs=null", "launch.jobs=2"])
+def test_in_a_shell_script_branches_have_gpus_of_their_own_beside_a_wide_finetuning(
+    seen_by_script: Callable[..., list[str]], given: str
+) -> None:
+    lines = seen_by_script(2, given, "launch.processes={finetune: 2}")
+    visible = dict(re.fullmatch(r"(.*) starts (.*)", line).groups() for line in lines if " starts " in line)
+    assert {visible["train/birds"], visible["train/tools"]} == {"0", "1"}
+    assert visible["mix"] == "all"
+    assert together(lines) == 2
+
+
+@pytest.mark.parametrize(("program", "visible"), [
+    ("echo NVIDIA-SMI has failed because it could not communicate with the driver; exit 9", None), ("exit 127", None),
+    ("echo No devices were found", None), ("seq 0 7", "-1"), ("seq 0 7", ""), ("seq 0 7", " "),
+])  # fmt: skip
+def test_a_shell_script_takes_no_message_for_a_gpu(
+    seen_by_script: Callable[..., list[str]], program: str, visible: str | None
+) -> None:
+    lines = seen_by_script(program, "launch.jobs=null", visible=visible)
+    assert {line.partition(" starts ")[2] for line in lines if " starts " in line} == {
+        "all" if visible is None else visible
+    }
+    assert together(lines) == 2, "as on a machine without"
+
+
+def test_a_shell_script_keeps_to_the_gpus_it_is_let_see(seen_by_script: Callable[..., list[str]]) -> None:
+    lines = seen_by_script("seq 0 7", "launch.jobs=null", visible="GPU-5, GPU-1")
+    seen = {line.partition(" starts ")[2] for line in lines if line.startswith("train/") and " starts " in line}
+    assert seen == {"GPU-5", "GPU-1"}

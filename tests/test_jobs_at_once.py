@@ -125,6 +125,25 @@ def test_jobs_side_by_side_are_those_that_wait_for_none_of_each_other(
     assert all(working <= first or working <= later or len(working) == 1 for working in seen)
 
 
+@pytest.mark.parametrize("given", [
+    "launch.processes={finetune: 4}", "launch.processes={finetune: 4, baselines: 3}", "launch.processes=2",
+    "launch.processes={train: 9}",
+])  # fmt: skip
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_jobs_at_once_are_those_that_the_gpus_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, gpus: int
+) -> None:
+    monkeypatch.setattr(pipeline, "gpus_of", lambda device: tuple(map(str, range(gpus))))
+    recipe = pico_recipe(tmp_path, "run", BASELINES, "device=auto", given, "launch.jobs=null")
+    seen = under_way(RunFolder(tmp_path / "run", recipe), monkeypatch)
+    for working in seen:
+        jobs = [job for job in build_graph(recipe).jobs() if job[0].name in working]
+        taken = [recipe.launch.gpus_of(stage.name for stage in job) for job in jobs]
+        assert sum(taken) <= gpus or sum(map(bool, taken)) == 1, working
+    if gpus == 4 and "finetune" in given:
+        assert {"train/birds", "train/tools"} <= set.union(*(working for working in seen if "train/tools" in working))
+
+
 @pytest.mark.parametrize(("overrides", "together"), [
     (["baselines=[]", "launch.jobs=2"], ["train/birds", "train/tools"]),
     (["baselines=[]", "launch.jobs=1"], ["finetune"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -155,9 +155,11 @@ class Launch(Section):
         """Processes that train the model of a stage together, over all nodes."""
         return _of_kind(self.processes, stage)
 
-    def trains(self, stage: str) -> bool:
-        """Whether a stage trains a model, which takes a GPU where there are some."""
-        return _trains(stage)
+    def gpus_of(self, stages: Iterable[str]) -> int:
+        """GPUs that a job has to itself where there are some: one a process of its stages that train, and for the mix,
+        which may fit routers beside baselines that train, as many as for the finetuning; 0: it sees all."""
+        named = ["finetune" if stage == "mix" else stage for stage in stages]
+        return max((self.processes_of(stage) for stage in named if _trains(stage)), default=0)
 
     def nodes_of(self, stage: str) -> int:
         """Machines they are spread over; a number is for the stages that `processes`, where it names some, names."""

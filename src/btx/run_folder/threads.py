@@ -45,7 +45,7 @@ def training_threads(graph: Graph) -> int:
 def jobs_at_once(graph: Graph, gpus: int = 0) -> int:
     """Jobs under way at the same time, at most: `launch.jobs`, or as many as there are branches, which is what the
     method itself can use, but one on a machine whose processors a job's several processes take, and as many as its GPUs
-    hold on one that has some; never more than can be side by side at all.
+    hold of those with the fewest processes on one that has some; never more than can be side by side at all.
 
     Args:
         gpus: of the machine that the jobs share.
@@ -55,9 +55,9 @@ def jobs_at_once(graph: Graph, gpus: int = 0) -> int:
     is started has its share of processors and memory, a baseline like a branch.
     """
     most, launch = max(len(jobs) for jobs in jobs_side_by_side(graph)), graph.recipe.launch
-    widest = max(launch.processes_of(stage.name) for stage in graph)
-    takes_all = launch.kind == "local" and widest > 1
-    by_itself = max(1, gpus // widest) if gpus else 1 if takes_all else len(graph.branches)
+    processes = [launch.processes_of(stage.name) for stage in graph if stage.trains]
+    takes_all = launch.kind == "local" and max(processes) > 1
+    by_itself = max(1, gpus // min(processes)) if gpus else 1 if takes_all else len(graph.branches)
     return min(launch.jobs or by_itself, most)
 
 

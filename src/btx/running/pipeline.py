@@ -121,8 +121,8 @@ class _Pipeline:
         self.under_way = UnderWay(run)
         self.display = display
         self.interrupts = interrupts
-        gpus = gpus_of(run.recipe.device) if run.recipe.launch.kind == "local" else ()
-        self.at_once = jobs_at_once(run.graph, len(gpus))
+        self.gpus = len(gpus_of(run.recipe.device)) if run.recipe.launch.kind == "local" else 0
+        self.at_once = jobs_at_once(run.graph, self.gpus)
         self.failures = Failures(run, display.say)
         self.unheard = False
         """Whether the engine did not answer when it was last asked."""
@@ -204,7 +204,26 @@ class _Pipeline:
         ready = [job for job in waiting if (not preparing or job in preparing) and self._has_what_it_needs(job)]
         if self.under_way.launcher.goes_on:  # a cluster has as many at once as it has room for
             return ready
-        return ready[: max(0, (processors() if preparing else self.at_once) - len(self.under_way.running))]
+        room = (processors() if preparing else self.at_once) - len(self.under_way.running)
+        return self._with_free_gpus(ready)[: max(0, room)]
+
+    def _with_free_gpus(self, jobs: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
+        """Those for which there are GPUs that no job has, in their order: none overtakes one that waits for several.
+        All where the recipe says how many jobs there are at once, and without GPUs."""
+        if not self.gpus or self.run_folder.recipe.launch.jobs:
+            return list(jobs)
+        free, fitting = self.gpus - sum(self._gpus_of(running.stages) for running in self.under_way.running), []
+        for job in jobs:
+            if self._gpus_of(job) <= free:
+                fitting.append(job)
+                free -= self._gpus_of(job)
+            else:
+                free = 0
+        return fitting
+
+    def _gpus_of(self, job: Sequence[Stage]) -> int:
+        """GPUs that a job takes here; what is missing is said by the job."""
+        return min(self.gpus, self.run_folder.recipe.launch.gpus_of(stage.name for stage in job))
 
     def _can_be_handed_over(self, jobs: Sequence[tuple[Stage, ...]]) -> list[tuple[Stage, ...]]:
         """Jobs all of whose needs are done or with the same launcher, so that it can let them wait."""

@@ -19,8 +19,7 @@ set -euo pipefail
 run=@RUN@
 btx=(@BTX@)
 slots=@SLOTS@    # jobs at the same time (launch.jobs)
-places=@PLACES@   # jobs that train at the same time on GPUs (launch.jobs); 0: as many as these hold
-width=@WIDTH@    # GPUs that a job has at most
+shared=@SHARED@   # 1: jobs share GPUs if there are fewer (launch.jobs); 0: a job that trains waits for free ones
 retries=@RETRIES@  # times a job that failed is started again (launch.retries)
 again_s=60   # seconds until a job whose needs somebody else is just making (exit code 75) is started again
 
@@ -33,7 +32,7 @@ RECIPE
 mkdir -p -- "$run/logs"
 
 names=() exit_code=0 stopped=0
-declare -A needs stages gpus_of state pid failures begin_at place_of
+declare -A needs stages gpus_of state pid failures begin_at taken
 job() {  # NAME NEEDS STAGES GPUS
   names+=("$1")
   needs[$1]=$2 stages[$1]=$3 gpus_of[$1]=$4 state[$1]=waiting failures[$1]=0 begin_at[$1]=0
@@ -42,31 +41,34 @@ job() {  # NAME NEEDS STAGES GPUS
 @JOBS@
 
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null |
-  paste -sd, || true)}"
-if ((${#gpus[@]} && !places)); then
-  places=$((${#gpus[@]} < width ? 1 : ${#gpus[@]} / width))
-  slots=$((places > slots ? places : slots))
-fi
+  grep -xE '[0-9]+' | paste -sd, || true)}"
+gpus=("${gpus[@]// /}")
+if [[ ${gpus[*]} =~ ^(-1)?$ ]]; then gpus=(); fi
+if ((!shared && ${#gpus[@]} > slots)); then slots=${#gpus[@]}; fi
 
-# NAME: sets `visible` to the GPUs of a job that trains, empty if it sees all; fails while other jobs have them.
+# NAME: takes the GPUs of a job that trains, those first that the fewest jobs have, and sets `visible` to them, empty if
+# it sees all; fails while too few are free, and then for all that train until `waits` is 0 again: none overtakes.
 find_gpus() {
-  local name place number taken=" "
+  local name number load wanted=${gpus_of[$1]} loads=() own=()
   visible=
-  if ((!${#gpus[@]} || !gpus_of[$1])); then return 0; fi
+  if ((!${#gpus[@]} || !wanted)); then return 0; fi
+  for number in "${!gpus[@]}"; do loads[number]=0; done
   for name in "${names[@]}"; do
-    if [[ ${state[$name]} == running ]]; then taken+="${place_of[$name]-} "; fi
+    if [[ ${state[$name]} != running ]]; then continue; fi
+    for number in ${taken[$name]-}; do loads[number]=$((loads[number] + 1)); done
   done
-  for ((place = 0; place < places; place++)); do
-    if [[ $taken == *" $place "* ]]; then continue; fi
-    place_of[$1]=$place
-    if ((${#gpus[@]} > gpus_of[$1])); then
-      for ((number = 0; number < gpus_of[$1]; number++)); do
-        visible+=${visible:+,}${gpus[(place * width + number) % ${#gpus[@]}]}
-      done
-    fi
-    return 0
+  for ((load = 0; load <= shared * ${#names[@]}; load++)); do
+    for number in "${!gpus[@]}"; do
+      if ((loads[number] == load && ${#own[@]} < wanted)); then own+=("$number"); fi
+    done
   done
-  return 1
+  if ((waits || ${#own[@]} < wanted && ${#own[@]} < ${#gpus[@]})); then
+    waits=1
+    return 1
+  fi
+  taken[$1]=${own[*]}
+  if ((${#own[@]} == ${#gpus[@]})); then return 0; fi
+  for number in "${own[@]}"; do visible+=${visible:+,}${gpus[number]}; done
 }
 
 log_of() { printf '%s' "$run/logs/${1//\//-}.log"; }
@@ -122,7 +124,7 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 
 while true; do
-  alive=$(jobs -pr) under_way=0 later=0
+  alive=$(jobs -pr) under_way=0 later=0 waits=0
   alive=" ${alive//$'\n'/ } "
   for name in "${names[@]}"; do
     [[ ${state[$name]} == running ]] || continue
@@ -175,20 +177,14 @@ def shell_text(recipe: Recipe, jobs: list[Job]) -> dict[str, str]:
     needs = max(len(" ".join(job.needs)) for job in jobs) + 2
     table = [
         f"job {job.name:{names}}  {_quoted(' '.join(job.needs)):{needs}}  {_quoted(' '.join(job.stages))} "
-        f"{_gpus(recipe, job)}"
+        f"{recipe.launch.gpus_of(job.stages) if recipe.device != 'cpu' else 0}"
         for job in jobs
     ]
     slots = jobs_at_once(RunFolder(Path(recipe.run_folder), recipe).graph)
     return {"run.sh": script(
-        SCRIPT, recipe, SLOTS=str(slots), PLACES=str(recipe.launch.jobs or 0),
-        WIDTH=str(max(1, *(_gpus(recipe, job) for job in jobs))), RETRIES=str(recipe.launch.retries),
-        JOBS="\n".join(table),
+        SCRIPT, recipe, SLOTS=str(slots), SHARED="1" if recipe.launch.jobs else "0",
+        RETRIES=str(recipe.launch.retries), JOBS="\n".join(table),
     )}  # fmt: skip
-
-
-def _gpus(recipe: Recipe, job: Job) -> int:
-    """GPUs that a job has to itself where there are some: a job that trains nothing sees all."""
-    return job.processes if recipe.device != "cpu" and any(map(recipe.launch.trains, job.stages)) else 0
 
 
 def _quoted(words: str) -> str:

@@ -39,8 +39,8 @@ class LocalLauncher:
         refuse_several_nodes(self._launch, jobs, "launch.kind: local has this machine alone")
 
     def submit(self, run: Path, stages: Sequence[str], log: Path, *, after: Sequence[Handle] = ()) -> Handle:
-        trained = [stage for stage in stages if self._launch.trains(stage)]
-        variables = self._gpus.variables(max(map(self._launch.processes_of, trained))) if trained else {}
+        own = self._launch.gpus_of(stages)
+        variables = self._gpus.variables(own) if own else {}
         started = self.start(run, stages, log, variables)
         self._started[started.pid] = started
         self._gpus.take(started.pid, variables)

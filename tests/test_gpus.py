@@ -159,6 +159,26 @@ def test_runs_of_a_sweep_share_the_gpus(tmp_path: Path, monkeypatch: pytest.Monk
         assert [variables.get(VISIBLE) for variables in started[-2:]] == expected
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_runs_of_a_sweep_that_train_elsewhere_or_on_the_cpu_are_given_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+
+    class Running:
+        pid = property(lambda self: len(started))
+
+        def exit_code(self) -> None:
+            """It still runs."""
+
+    monkeypatch.setattr(starting, "start_run", lambda run, log, variables: started.append(variables) or Running())
+    start = starting.starter(2)
+    for given in (["launch.kind=slurm"], ["device=cpu"], [], ["device=cpu"], []):
+        planned = plan_sweep(str(write_pico_recipe(tmp_path)), [f"data.root={tmp_path}", "device=auto", *given], jobs=2)
+        start(planned.runs[0], tmp_path / "log")
+    assert [variables.get(VISIBLE) for variables in started] == [None, None, "0", None, "1"]
+
+
 @pytest.fixture
 def seen_by_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Runs the shell script of a recipe with the stub on a machine with so many GPUs, or with such an nvidia-smi;

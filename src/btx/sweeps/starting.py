@@ -19,8 +19,8 @@ def starter(jobs: int) -> Start:
     gpus, started = Gpus([]), list[LocalProcess]()
 
     def start(run: SweepRun, output: Path) -> LocalProcess:
-        if jobs > 1 and not gpus.names:
-            gpus.names = gpus_of(run.recipe.device)
+        here = jobs > 1 and run.recipe.launch.kind == "local"  # an engine's jobs are elsewhere, with GPUs of their own
+        gpus.names = gpus_of(run.recipe.device) if here else ()
         for process in [process for process in started if process.exit_code() is not None]:
             gpus.give_back(process.pid)
             started.remove(process)

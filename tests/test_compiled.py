@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from btx.choices.routers import RoutingRule
@@ -26,7 +26,7 @@ from btx.training import compiled
 from btx.training.checkpoints import Checkpoints
 from btx.training.job import TrainingJob
 from btx.training.loop import Totals, run_training
-from btx.training.working_weights import hold_in_bfloat16
+from btx.training.working_weights import hold_in_bfloat16, master_of
 from tests.conftest import PICO_LLAMA
 
 LENGTH, SAMPLES, STEPS = 16, 5, 4
@@ -194,6 +194,39 @@ def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> N
         parameter.grad = None
     before(base_model, ())
     assert all(parameter.grad.count_nonzero() == 0 for parameter in held)
+
+
+class Replayed(torch.autograd.Function):
+    """Gives a gradient in memory that is not autograd's, as a CUDA graph does."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, memory: Tensor) -> Tensor:
+        ctx.memory = memory
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.memory.detach(), None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.long
+def test_a_master_that_keeps_gradients_as_they_come_keeps_none_of_a_cuda_graph() -> None:
+    """As `adamw_8bit` has them with one micro-batch a step."""
+    model = model_of("mixtral")
+    hold_in_bfloat16(model, masters=True, gradients=torch.bfloat16)
+    base_model = cast(Any, model).base_model
+    before = compiled._BeforeGraphs(base_model)
+    held = [parameter for parameter in base_model.parameters() if master_of(parameter) is not parameter]
+    assert held
+    for passes in (1, 2):
+        before(base_model, ())
+        of_graph = [torch.ones_like(parameter) for parameter in held]
+        for parameter, gradient in zip(held, of_graph, strict=True):
+            Replayed.apply(parameter, gradient).backward()
+        for gradient in of_graph:
+            gradient.fill_(9)  # by the next replay
+        assert all((master_of(parameter).grad == passes).all() for parameter in held)
 
 
 def test_short_trainings_are_not_compiled_unless_asked() -> None:

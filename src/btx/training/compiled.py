@@ -178,11 +178,12 @@ def _experts_are_traced(job: TrainingJob, block: MoE) -> bool:
 
 class _BeforeGraphs:
     """Hook before a micro-batch: what CUDA graphs gave in the one before may be overwritten from here on. So gradients
-    have memory of their own, for autograd would keep a graph's and add to it; but where a master takes them over."""
+    have memory of their own, for autograd would keep a graph's and add to it; but where a master copies them."""
 
     def __init__(self, base_model: nn.Module) -> None:
         trained = [p for p in base_model.parameters() if p.requires_grad and master_of(p) is p]
         self._gradients = [(p, torch.empty_like(p, dtype=cast(Any, p).grad_dtype)) for p in trained]
+        self._taken = [p for p in base_model.parameters() if master_of(p) is not p and _takes_as_it_is(p)]
 
     def __call__(self, base_model: nn.Module, arguments: object) -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -190,6 +191,13 @@ class _BeforeGraphs:
             torch._foreach_zero_([memory for _, memory in first])
             for parameter, memory in first:
                 parameter.grad = memory
+        for parameter in self._taken:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _takes_as_it_is(parameter: nn.Parameter) -> bool:
+    """Whether a weight's master keeps the gradient that it is given, and no copy in another type."""
+    return cast(Any, master_of(parameter)).grad_dtype == parameter.dtype
 
 
 def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: int) -> str | None:

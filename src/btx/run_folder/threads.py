@@ -50,9 +50,10 @@ def jobs_at_once(graph: Graph, gpus: int = 0) -> int:
     Args:
         gpus: of the machine that the jobs share.
 
-    The one answer for all who ask: the pipeline starts no more, their processors are shared among so many, `btx plan`
-    adds up the memory of so many. So a job that can never run takes no processors from those that do, and a job that
-    is started has its share of processors and memory, a baseline like a branch.
+    The one answer for all who ask, but that only the pipeline knows the machine's GPUs: it starts no more, their
+    processors are shared among so many, `btx plan` adds up the memory of so many. So a job that can never run takes no
+    processors from those that do, and a job that is started has its share of processors and memory, a baseline like a
+    branch.
     """
     most, launch = max(len(jobs) for jobs in jobs_side_by_side(graph)), graph.recipe.launch
     processes = [launch.processes_of(stage.name) for stage in graph if stage.trains]

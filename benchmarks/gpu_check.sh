@@ -16,7 +16,7 @@ OUT=${OUT:-gpu-results} DEVICE=${DEVICE:-cuda} MINUTES=${MINUTES:-6} PYTHON=${PY
 SETTINGS=${SETTINGS:-} BASELINE=${BASELINE:-} SHAPE=${SHAPE:-} LAYERS=${LAYERS:-}
 # btx against the compiled loop first: whether the goal is met; transformers' MoE last: 10 seconds a step.
 ROWS=${ROWS:-btx,transformers-compile,btx-ff,btx-moe,floor,small,transformers,transformers-moe}
-RUN_S=60 # what the small run is left
+RUN_S=110 # what the small run is left: ten processes that import for 10 s each
 END=$(awk "BEGIN {printf \"%d\", 60 * $MINUTES}") # bash counts SECONDS from the script's start
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
@@ -54,7 +54,7 @@ print("btx", btx.__version__, btx.__file__)'
 # The suite's pytest settings name plugins that may be missing here, so they are left out; -rs says why tests skip.
 mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py tests/*/*.py)
 if "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null; then
-  part tests 75 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o markers=gpu -q -rs -m gpu \
+  part tests 75 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o markers=$'gpu\nlong' -q -rs -m gpu \
     "${files[@]}"
 else
   echo '{"part": "tests", "left_out": "pytest and hypothesis are needed"}' | tee -a "$OUT/summary.jsonl"

@@ -19,13 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from btx.models.layer_memory import (
-    backward_bytes,
-    expert_rows,
-    kept_bytes,
-    routing_bytes,
-    unused_in_first_layer,
-)
+from btx.models.layer_memory import backward_bytes, expert_rows, kept_bytes, routing_bytes, unused_in_first_layer
 from btx.models.step_counts import CPU_ROWS, FLOAT32, MemoryScheme, MicroBatch, ModelShape
 
 if TYPE_CHECKING:
@@ -130,11 +124,12 @@ def _moments(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> list
     at_loss = FLOAT32 * head + c * shape.vocabulary * D * scheme.casts_trained + T * D * c
     behind_loss = head * (2 * FLOAT32 + c * (c < FLOAT32)) + 2 * T * D * c
     gradients = T * backward_bytes(shape, scheme) + expert_rows(shape, scheme, batch)
+    libraries = GPU_WORKSPACES * batch.on_gpu
     return [
-        (before, at_end + top, at_loss + _logits_bytes(shape, scheme, batch), batch.workspaces),
-        (before, in_backward + top, behind_loss, batch.workspaces),
-        (before, in_layer, waiting, gradients + _gradient_copy(shape, scheme, batch) + batch.workspaces),
-        (1, 0.0, waiting, FLOAT32 * shape.vocabulary * D * shape.trains("embedding") + batch.workspaces),
+        (before, at_end + top, at_loss + _logits_bytes(shape, scheme, batch), libraries),
+        (before, in_backward + top, behind_loss, libraries),
+        (before, in_layer, waiting, gradients + _gradient_copy(shape, scheme, batch) + libraries),
+        (1, 0.0, waiting, FLOAT32 * shape.vocabulary * D * shape.trains("embedding") + libraries),
     ]
 
 

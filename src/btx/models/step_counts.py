@@ -152,11 +152,9 @@ class MicroBatch:
     """Attention takes a mask of S x S and has keys and values once a query head; otherwise borders alone."""
     on_gpu: bool = False
     """Routed rows go through torch's grouped product, not through the loop over experts; the head's gradient is added
-    up by the product itself."""
+    up by the product itself; libraries hold GPU_WORKSPACES bytes all the time."""
     compiled: bool = False
     """Layers are compiled, and the loss between its products: less is kept, more is computed again."""
-    workspaces: int = 0
-    """Bytes that libraries hold all the time."""
     logit_rows: int = CPU_ROWS
     """Rows of logits that the loss holds at a time."""
     processes: int = 1

@@ -159,7 +159,7 @@ class Launch(Section):
         """GPUs that a job has to itself where there are some: one a process of its stages that train, and for the mix,
         which may fit routers beside baselines that train, as many as for the finetuning; 0: it sees all."""
         named = ["finetune" if stage == "mix" else stage for stage in stages]
-        return max((self.processes_of(stage) for stage in named if _trains(stage)), default=0)
+        return max((self.processes_of(stage) for stage in named if trains(stage)), default=0)
 
     def nodes_of(self, stage: str) -> int:
         """Machines they are spread over; a number is for the stages that `processes`, where it names some, names."""
@@ -197,12 +197,13 @@ def _otherwise(general: Job, stages: Mapping[Any, Job], stage: str, job: type[Jo
 
 
 def _of_kind(setting: int | Mapping[Any, int], stage: str) -> int:
-    if not _trains(stage):
+    if not trains(stage):
         return 1
     return setting if isinstance(setting, int) else setting.get(_kind(stage), 1)
 
 
-def _trains(stage: str) -> bool:
+def trains(stage: str) -> bool:
+    """Whether the stage of this name, or of this kind, runs the training loop, and so saves as it goes."""
     if stage.startswith("baselines/"):  # a soup is made by one process
         return is_trained(stage)
     return _kind(stage) in get_args(SharedKind)

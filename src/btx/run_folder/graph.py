@@ -13,9 +13,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from btx.choices.baselines import BASELINES, BTM, UPCYCLED, is_trained, stage_names
+from btx.choices.baselines import BASELINES, BTM, UPCYCLED, stage_names
 from btx.errors import UserError
 from btx.files import value_hash
+from btx.recipe.launch import trains
 from btx.recipe.schema import Recipe
 from btx.run_folder.decisive import as_it_was, decisive, shown
 from btx.run_folder.trunk import trunk_settings
@@ -23,11 +24,6 @@ from btx.run_folder.trunk import trunk_settings
 Settings = dict[str, Any]
 Recorded = Callable[[str], Mapping[str, Any] | None]
 """Stage's name → its started.json where the stage is finished (or begun, where that is asked for), else None."""
-
-
-def trains(stage: str) -> bool:
-    """Whether the stage of this name runs the training loop, and so saves as it goes."""
-    return stage in ("seed", "finetune") or stage.startswith(("train/", "align/")) or is_trained(stage)
 
 
 def nothing_recorded(stage: str) -> None:

@@ -10,12 +10,7 @@ import torch
 
 from btx.choices.trainable import MOE_TRAINABLE
 from btx.models.device import in_bfloat16
-from btx.models.memory import (
-    GPU_WORKSPACES,
-    TrainingMemory,
-    logit_rows,
-    training_memory,
-)
+from btx.models.memory import TrainingMemory, logit_rows, training_memory
 from btx.models.step_counts import MemoryScheme, MicroBatch, ModelShape
 from btx.number_texts import bytes_text
 from btx.recipe.training import Train, Training
@@ -75,7 +70,6 @@ class MemoryNeeds:
             dense_mask=not (on_gpu and scheme.arithmetic == 2),
             logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu), processes=self.processes,
             compiled=settings.compiles(length, shape.layers, on_gpu=on_gpu),
-            workspaces=GPU_WORKSPACES * on_gpu,
         )  # fmt: skip
         return Variant(changed, tokens, training_memory(shape, scheme, batch))
 

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from btx.errors import UserError
-from btx.recipe.launch import Launch
-from btx.run_folder.graph import trains
+from btx.recipe.launch import Launch, trains
 from btx.running.launchers.job import SAVED, VARIABLES, btx_command
 
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from btx.models import device as device_module
-from btx.models import packed
+from btx.models import document_attention
 from btx.models.layer_memory import kept_bytes
 from btx.models.step_counts import MicroBatch, model_shape
 from btx.moe import dispatch
@@ -67,7 +67,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Attention document by document and the grouped product, in bfloat16, on this CPU."""
     varlen_on_cpu.register()
     monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: True)
-    monkeypatch.setattr(packed, "without_kernel", lambda device, dtype: None)
+    monkeypatch.setattr(document_attention, "has_varlen", lambda device: True)
     for module in (dispatch, compiled):
         monkeypatch.setattr(module, "can_group", lambda x_TD, down_EDF: True)
     torch._dynamo.reset()

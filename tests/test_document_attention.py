@@ -1,9 +1,9 @@
-"""Attention document by document against the dense mask. On a CPU torch's kernel is replaced by a twin, everything
-around it is the same."""
+"""Attention document by document against the dense mask: in blocks, as on a CPU, and through torch's kernel for GPUs,
+which a twin replaces here; everything around it is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btx.data.held_out import HeldOutDocument, pack
-from btx.models import packed
+from btx.models import attention_in_blocks, document_attention, packed
+from btx.models.attention_in_blocks import blocks_of
 from btx.models.loading import checkpoint_activations, quiet_transformers
 from btx.models.outputs import token_nll
 from btx.models.packed import dense_mask_because, document_borders, packed_hidden
@@ -42,15 +43,25 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """on_cpu(True): models read document by document here too; on_cpu(False): as they do without this fixture."""
+def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """reading(way): from now on models read packed rows with a "dense" mask, in "blocks", or through the GPU's
+    "kernel"."""
     varlen_on_cpu.register()
-    usual = packed.without_kernel
+    monkeypatch.setattr(attention_in_blocks, "MOST_SHARED", 16)  # of rows as short as these
+    blocks_of.cache_clear()
 
-    def force(on: bool) -> None:
-        monkeypatch.setattr(packed, "without_kernel", (lambda device, dtype: None) if on else usual)
+    def force(way: str) -> None:
+        monkeypatch.setattr(
+            packed, "without_kernel", lambda device, dtype: "for comparison" if way == "dense" else None
+        )
+        if way != "dense":
+            monkeypatch.setattr(document_attention, "has_varlen", lambda device: way == "kernel")
 
-    return force
+    yield force
+    blocks_of.cache_clear()
+
+
+WAYS = pytest.mark.parametrize("way", ["blocks", "kernel"])
 
 
 def model_of(kind: str, config: dict[str, Any]) -> PreTrainedModel:
@@ -102,13 +113,15 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+@WAYS
 @pytest.mark.parametrize(("kind", "config"), ALLOWED, ids=[kind for kind, _ in ALLOWED])
 def test_document_by_document_is_what_the_dense_mask_gives(
-    on_cpu: Callable[[bool], None], kind: str, config: dict[str, Any]
+    reading: Callable[[str], None], kind: str, config: dict[str, Any], way: str
 ) -> None:
     model = model_of(kind, config).train()
+    reading("dense")
     wanted = hidden_and_gradients(model, ROWS)
-    on_cpu(True)
+    reading(way)
     assert dense_mask_because(model) is None
     found = hidden_and_gradients(model, ROWS)
     assert not torch.equal(found[0], wanted[0]), "the dense mask again"
@@ -116,56 +129,80 @@ def test_document_by_document_is_what_the_dense_mask_gives(
     assert distance(found[1], wanted[1]) < 1e-6
 
 
-def test_layers_that_run_again_in_the_backward_pass_see_their_borders(on_cpu: Callable[[bool], None]) -> None:
+@WAYS
+def test_layers_that_run_again_in_the_backward_pass_see_their_borders(reading: Callable[[str], None], way: str) -> None:
     model = model_of("mistral", WINDOW).train()
-    on_cpu(True)
+    reading(way)
     _, wanted = hidden_and_gradients(model, ROWS)
     checkpoint_activations(model)
     model.zero_grad()
     hidden = packed_hidden(model, ids_like(ROWS), ROWS)
-    on_cpu(False)
+    reading("dense")
     loss_of(hidden).backward()
     assert torch.equal(gradients(model), wanted)
 
 
 @pytest.mark.parametrize(("kind", "config", "reason"), REFUSED, ids=[f"{row[0]}-{row[2][-9:]}" for row in REFUSED])
 def test_what_the_kernel_cannot_do_keeps_the_dense_mask(
-    on_cpu: Callable[[bool], None], kind: str, config: dict[str, Any], reason: str
+    reading: Callable[[str], None], kind: str, config: dict[str, Any], reason: str
 ) -> None:
-    on_cpu(True)
+    reading("kernel")
     model = model_of(kind, config)
     assert reason in (dense_mask_because(model) or "")
     assert model.config._attn_implementation != "btx_documents"
 
 
-def test_on_a_cpu_and_in_float32_the_mask_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("llama", {})
-    assert dense_mask_because(model) == "its kernel is for NVIDIA GPUs"
+def test_a_cpu_reads_in_blocks_whatever_the_type_and_the_width_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", {"head_dim": 12}).to(torch.bfloat16)
+    assert dense_mask_because(model) is None
+    monkeypatch.setattr(document_attention, "varlen_attn", None)
     wanted = model.base_model(input_ids=ids_like(ROWS), position_ids=ROWS, use_cache=False).last_hidden_state
-    assert torch.equal(packed_hidden(model, ids_like(ROWS), ROWS), wanted)
+    found = packed_hidden(model, ids_like(ROWS), ROWS)
+    assert distance(found.detach(), wanted.detach()) < 1e-2
+
+
+def test_a_gpu_reads_document_by_document_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = torch.device("cuda")
     assert "this model computes in float32" in (packed.without_kernel(gpu, torch.float32) or "")
     assert packed.without_kernel(gpu, torch.bfloat16) is None
+    assert packed.without_kernel(torch.device("mps"), torch.bfloat16) == "its kernels are for CPUs and NVIDIA GPUs"
 
 
-def test_held_out_rows_with_padding_are_scored_alike(on_cpu: Callable[[bool], None]) -> None:
+def test_short_neighbours_share_a_block_within_their_row() -> None:
+    borders = (0, 20, 60, 70, 128, 130, 140, 256, 256, 256)
+    blocks = blocks_of(borders, 128, None, torch.float32)
+    assert [block.tokens for block in blocks] == [60, 10, 58, 12, 116]
+
+
+def test_what_is_measured_can_be_trained_on(reading: Callable[[str], None]) -> None:
+    model = model_of("llama", {})
+    reading("blocks")
+    with torch.inference_mode():
+        packed_hidden(model, ids_like(ROWS), ROWS)
+    hidden_and_gradients(model, ROWS)
+
+
+@WAYS
+def test_held_out_rows_with_padding_are_scored_alike(reading: Callable[[str], None], way: str) -> None:
     lengths = [30, 11, 9, 48, 5]
     rows = pack([HeldOutDocument(np.arange(2, 2 + length), length) for length in lengths], S)
     assert (rows.document_ids_BS < 0).any()
     model = model_of("mixtral", MOE).eval()
+    reading("dense")
     wanted = token_nll(model, rows)
-    on_cpu(True)
+    reading(way)
     found = token_nll(model, rows)
     assert len(found) == sum(lengths) - len(lengths)
     assert not torch.equal(found, wanted), "the dense mask again"
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_generation_does_not_notice(on_cpu: Callable[[bool], None]) -> None:
+@WAYS
+def test_generation_does_not_notice(reading: Callable[[str], None], way: str) -> None:
     plain, other = model_of("mistral", WINDOW), model_of("mistral", WINDOW)
-    on_cpu(True)
+    reading(way)
     packed_hidden(other, ids_like(ROWS), ROWS)
     assert other.config._attn_implementation == "btx_documents"
     prompts = ids_like(ROWS)[:2, :20]
@@ -180,8 +217,8 @@ def test_generation_does_not_notice(on_cpu: Callable[[bool], None]) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it
 @pytest.mark.long
-def test_compiled_layers_are_compiled_once_however_many_documents_there_are(on_cpu: Callable[[bool], None]) -> None:
-    on_cpu(True)
+def test_compiled_layers_are_compiled_once_however_many_documents_there_are(reading: Callable[[str], None]) -> None:
+    reading("kernel")
     model, eager = model_of("mistral", WINDOW).train(), model_of("mistral", WINDOW).train()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

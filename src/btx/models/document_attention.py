@@ -1,12 +1,11 @@
-"""Attention of packed rows, document by document, through torch's `varlen_attn` (Flash Attention), for transformers.
+"""Attention of packed rows, document by document, for transformers: on a GPU through torch's `varlen_attn` (Flash
+Attention), on a CPU in blocks (`btx.models.attention_in_blocks`).
 
-The kernel takes the tokens of all rows as one sequence, and the places where documents begin. These borders reach it as
+Both take the tokens of all rows as one sequence, and the places where documents begin. These borders reach them as
 the model's attention mask: transformers hands a mask of four dimensions on to every layer as it is. So nothing has to
 be remembered beside the arguments: a layer that gradient checkpointing runs again sees the same borders, and a compiled
 layer has no state to guard. With any other mask the registered function is transformers' own SDPA, so that generation
 does not notice.
-
-Importing this module loads torch's compiler (some seconds): only `btx.models.packed` does, and where it is needed.
 
 Shape letters: B batch, S sequence, T = B·S tokens, H heads, D head width.
 """
@@ -29,17 +28,19 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from btx.models.attention_in_blocks import attend_in_blocks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "btx_documents"
 KEYWORDS = frozenset({"dropout", "scaling", "sliding_window", "position_ids"})
-"""What an attention module may hand over by name: anything else (a soft cap, sinks, a bias) the kernel cannot do."""
+"""What an attention module may hand over by name: anything else (a soft cap, sinks, a bias) the kernels cannot do."""
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 takes fewer key than query heads as they are; later versions want to be told."""
 
-_reasons: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_reasons: WeakKeyDictionary[nn.Module, dict[bool, str | None]] = WeakKeyDictionary()
 
 
 def let_read_documents(model: PreTrainedModel) -> str | None:
@@ -47,11 +48,12 @@ def let_read_documents(model: PreTrainedModel) -> str | None:
 
     The model keeps this attention: gradient checkpointing runs layers again when the forward pass is long over.
     """
-    if model not in _reasons:
-        _reasons[model] = reason = why_not(model)
-        if reason is None:
+    reasons, kernel = _reasons.setdefault(model, {}), has_varlen(model.device)
+    if kernel not in reasons:
+        reasons[kernel] = why_not(model)
+        if reasons[kernel] is None:
             model.set_attn_implementation(NAME)
-    return _reasons[model]
+    return reasons[kernel]
 
 
 def mask_of_borders(borders_N: Tensor) -> Tensor:
@@ -87,16 +89,24 @@ def attend(
                 sliding_window=sliding_window, **kwargs,
             ),
         )  # fmt: skip
-    B, H, S, D = query_BHSD.shape
+    B, H, S, _ = query_BHSD.shape
     # Under autocast a rotary embedding leaves queries and keys in float32; values come from a product, in its type.
     query, key, value = (
         heads.transpose(1, 2).flatten(0, 1).to(value_BHSD.dtype) for heads in (query_BHSD, key_BHSD, value_BHSD)
     )
     borders = attention_mask.flatten()
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    # The row's length for the longest document: a bound that no batch changes.
-    out = varlen_attn(query, key, value, borders, borders, S, S, scale=scaling, window_size=window, **GROUPED)
-    return cast(Tensor, out).view(B, S, H, D), None
+    if has_varlen(query.device):
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        # The row's length for the longest document: a bound that no batch changes.
+        out = varlen_attn(query, key, value, borders, borders, S, S, scale=scaling, window_size=window, **GROUPED)
+    else:
+        out = attend_in_blocks(query, key, value, borders, S, scale=scaling, window=sliding_window)
+    return cast(Tensor, out).view(B, S, H, -1), None  # values may be narrower than queries
+
+
+def has_varlen(device: torch.device) -> bool:
+    """Whether torch's kernel for documents is there for this device."""
+    return device.type == "cuda"
 
 
 AttentionInterface.register(NAME, attend)
@@ -104,7 +114,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def why_not(model: PreTrainedModel) -> str | None:
-    """What of the model's class or config the kernel cannot do; None if it can do all.
+    """What of the model's class or config the kernels cannot do; None if they can do all.
 
     What is not known to be right is refused: attention functions get what they need by name, so the names in the
     source of the attention modules tell what an attention is made of.
@@ -126,6 +136,8 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"{name} has a sliding window in its masks or in its attention only"
     if any(getattr(module, "attention_dropout", None) != 0 for module in attentions):
         return f"the attention of {name} has dropout"
+    if not has_varlen(base.device):
+        return None
     if widths := {width for module in attentions if not _fits(width := getattr(module, "head_dim", None))}:
         return f"the heads of {name} are {', '.join(map(str, widths))} wide; the kernel's a multiple of 8, at most 256"
     return None

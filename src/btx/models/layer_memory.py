@@ -34,9 +34,11 @@ def _inputs(scheme: MemoryScheme, batch: MicroBatch, width: float, products: int
 
 
 def _attention_bytes(shape: ModelShape, scheme: MemoryScheme, batch: MicroBatch) -> float:
-    """Queries, keys, values, output, the softmax's normalisers, and the mask as numbers to be added."""
-    c, keys = scheme.arithmetic, shape.queries if batch.dense_mask else shape.keys
-    count: float = c * (2 * shape.queries + 2 * keys) + FLOAT32 * shape.heads
+    """Queries, keys, values, output, the softmax's normalisers, and the mask as numbers to be added. Keys and values
+    are there once a query head but in the GPU's kernel for documents; the CPU's blocks keep their outputs as well."""
+    c, in_blocks = scheme.arithmetic, not (batch.on_gpu or batch.dense_mask)
+    keys = shape.queries if batch.dense_mask or in_blocks else shape.keys
+    count: float = c * ((2 + in_blocks) * shape.queries + 2 * keys) + FLOAT32 * shape.heads
     count += c * batch.sequence_length if batch.dense_mask else 0
     if shape.trains("attention"):
         count += _inputs(scheme, batch, shape.width, 3)

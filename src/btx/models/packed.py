@@ -1,8 +1,8 @@
 """Packed rows through a model: the one place where training, evaluation, router fitting and analysis run it.
 
-Attention stops where `position_ids` restart. On an NVIDIA GPU, in half precision, it is computed document by document
-(`btx.models.document_attention`) and costs what the documents cost; elsewhere transformers makes a block-diagonal mask
-of S x S a row from the positions.
+Attention stops where `position_ids` restart. On a CPU, and on an NVIDIA GPU in half precision, it is computed document
+by document (`btx.models.document_attention`) and costs what the documents cost; elsewhere, and where a model's class
+does what that cannot, transformers makes a block-diagonal mask of S x S a row from the positions.
 
 Shape letters: B batch, S sequence, D model, N borders.
 """
@@ -62,15 +62,17 @@ def dense_mask_because(model: nn.Module) -> str | None:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
     if (reason := without_kernel(base.device, dtype)) is not None:
         return reason
-    from btx.models.document_attention import let_read_documents  # loads transformers and torch's compiler
+    from btx.models.document_attention import let_read_documents  # loads transformers
 
     return let_read_documents(cast(Any, model))
 
 
 def without_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch has no attention of documents for this device and type; None if it has."""
+    """Why there is no attention of documents for this device and type; None if there is."""
+    if device.type == "cpu":
+        return None
     if device.type != "cuda" or torch.version.cuda is None:
-        return "its kernel is for NVIDIA GPUs"
+        return "its kernels are for CPUs and NVIDIA GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"its kernel is for Ampere and later, and this GPU is a {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -149,7 +149,7 @@ class MicroBatch:
     alone: bool = False
     """One micro-batch a step: no gradients are there yet while it runs."""
     dense_mask: bool = True
-    """Attention takes a mask of S x S and has keys and values once a query head; otherwise borders alone."""
+    """Attention takes a mask of S x S; otherwise borders alone."""
     on_gpu: bool = False
     """Routed rows go through torch's grouped product, not through the loop over experts; the head's gradient is added
     up by the product itself; libraries hold GPU_WORKSPACES bytes all the time."""

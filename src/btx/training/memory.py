@@ -67,7 +67,7 @@ class MemoryNeeds:
         tokens = min(settings.micro_batch(length), share)
         batch = MicroBatch(
             tokens, length, checkpointed=settings.gradient_checkpointing, alone=tokens >= share, on_gpu=on_gpu,
-            dense_mask=not (on_gpu and scheme.arithmetic == 2),
+            dense_mask=on_gpu and scheme.arithmetic != 2,
             logit_rows=logit_rows(shape.vocabulary, on_gpu=on_gpu), processes=self.processes,
             compiled=settings.compiles(length, shape.layers, on_gpu=on_gpu),
         )  # fmt: skip

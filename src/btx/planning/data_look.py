@@ -43,7 +43,7 @@ def look_into_data(run: RunFolder) -> list[dict[str, Any]]:
     needed = _tokens_needed(recipe)
     for domain in recipe.data.domains:
         stage = run.graph[f"data/{domain}"]
-        if run.state(stage) == "done" or not run.is_needed(stage):
+        if not run.is_to_make(stage):
             continue
         for number, source in own_sources(recipe.data, domain):
             where = source.path or source.hub or f"generated: {source.generate}"

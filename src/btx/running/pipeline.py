@@ -389,7 +389,7 @@ def _needs(job: Sequence[Stage]) -> dict[str, Stage]:
 
 
 def _is_done(run: RunFolder, job: tuple[Stage, ...]) -> bool:
-    return all(run.state(stage) == "done" or not run.is_needed(stage) for stage in job)
+    return not any(run.is_to_make(stage) for stage in job)
 
 
 def _prepares(job: tuple[Stage, ...]) -> bool:

@@ -35,7 +35,6 @@ class MatchedPhase:
     """Mixtures that samples are taken from in turn: domain → sampling weight."""
     cost: ModelCost
     """What is computed for a token in training."""
-    flops: float
 
 
 def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
@@ -89,13 +88,13 @@ def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
 def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """Training FLOPs of the run after its seed model: all branches, the routers and the finetuning."""
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
-    branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
+    branches = len(train.domains) * train.trained_tokens(length)
     finetuning = finetuning_cost(recipe, dense, recipe.routing, finetune)
     branch = config_cost(dense, trainable=train.trainable, lora_rank=train.lora.rank)
     return (
         branches * branch.training_flops_per_token(length)
         + router_flops(recipe, dense)
-        + finetune.steps(length) * finetune.step_tokens(length) * finetuning.training_flops_per_token(length)
+        + finetune.trained_tokens(length) * finetuning.training_flops_per_token(length)
     )
 
 
@@ -128,7 +127,7 @@ def matched_phases(recipe: Recipe, name: str, dense: dict[str, Any]) -> list[Mat
     return [
         MatchedPhase(
             phase.stage, phase.settings.model_copy(update={"tokens": steps[i] * step_tokens[i]}),
-            mixtures[phase.data], costs[i], steps[i] * step_flops[i],
+            mixtures[phase.data], costs[i],
         )
         for i, phase in enumerate(phases)
     ]  # fmt: skip

@@ -96,7 +96,7 @@ def same_as_the_run(recipe: Recipe) -> list[str]:
 def _first_phase(recipe: Recipe, name: str) -> Finetune:
     """As long as all branches together, with their settings; all weights train, whatever a branch trains."""
     length, train = recipe.data.sequence_length, recipe.train
-    tokens = len(train.domains) * train.steps(length) * train.step_tokens(length)
+    tokens = len(train.domains) * train.trained_tokens(length)
     return Finetune(**(_training(train) | {"tokens": tokens} | _routing(recipe, name)))
 
 

@@ -132,7 +132,8 @@ class Interrupts:
         """Inside the block a signal raises `Interrupted` where the work stands, for work that loses nothing by it."""
         previous, self._at_once = self._at_once, message
         try:
-            self.raise_if_pending(message)
+            if self.pending is not None:
+                self.raise_if_pending(message)
             yield
         finally:
             self._at_once = previous

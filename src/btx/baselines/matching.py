@@ -19,7 +19,6 @@ from btx.choices.baselines import BASELINES
 from btx.choices.families import family_of
 from btx.choices.routers import RoutingRule
 from btx.models.cost import ModelCost, config_cost
-from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 
@@ -120,14 +119,10 @@ def matched_phases(recipe: Recipe, name: str, dense: dict[str, Any]) -> list[Mat
         steps = scaled_steps(steps, step_flops, run_flops(recipe, dense))
     elif by == "recipe":
         steps = scaled_steps(steps, step_tokens, recipe.baseline_training[name].tokens or 0)
-    mixtures = {
-        "domains": [domain_mixture(recipe, domain) for domain in recipe.train.domains],
-        "mixture": [finetune_mixture(recipe)],
-    }
     return [
         MatchedPhase(
             phase.stage, phase.settings.model_copy(update={"tokens": steps[i] * step_tokens[i]}),
-            mixtures[phase.data], costs[i],
+            phase.mixtures(recipe), costs[i],
         )
         for i, phase in enumerate(phases)
     ]  # fmt: skip

@@ -233,8 +233,7 @@ class _Stages:
         """One stage a phase."""
         recipe, stages = self.recipe, list[Stage]()
         for phase in phases_of(recipe, name):
-            mixtures = [domain_mixture(recipe, domain) for domain in recipe.train.domains]
-            mixtures = mixtures if phase.data == "domains" else [finetune_mixture(recipe)]
+            mixtures = phase.mixtures(recipe)
             settings = {
                 "training": self._known(phase.settings), "matched": matching_inputs(recipe, name),
                 "mixtures": [self._mixture(weights) for weights in mixtures], **self.rng,

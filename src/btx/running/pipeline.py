@@ -43,7 +43,6 @@ def run(
     """Everything from nothing to the report; run again, it continues where it stopped.
 
     Args:
-        recipe: what to run.
         until: name of the last stage wanted, for example `seed`; None for all.
         without: branches to leave out of the mix, because they failed for example; what they have stays.
         display: where progress is shown.

@@ -19,6 +19,8 @@
 The message of each says what is wrong, where, what is allowed and what to do.
 """
 
+from collections.abc import Sequence
+
 
 class BtxError(Exception):
     """Base of all errors raised on purpose. `exit_code` is what the command line exits with."""
@@ -74,3 +76,8 @@ NOT_YET = 75
 
 class NotYet(RunFolderError):
     """What a stage needs is not finished, or another process is at it: nothing is wrong but the time."""
+
+
+def first_few(names: Sequence[str], most: int, rest: str = " and {} more", between: str = ", ") -> str:
+    """The first `most` of what a message names; where there are more, `rest` says so, `{}` in it being how many."""
+    return between.join(names[:most]) + rest.format(len(names) - most) * (len(names) > most)

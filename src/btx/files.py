@@ -36,6 +36,11 @@ WRITTEN_BESIDE = re.compile(r"\.(.+?)\.(making|adopting|replaced|(?:[0-9a-f]{8}|
 kind it is."""
 
 
+def named_beside(target: Path, kind: str) -> Path:
+    """Path of what takes the place of `target`, or gives way to it: `.NAME.KIND`, as `WRITTEN_BESIDE` reads it."""
+    return target.with_name(f".{target.name}.{kind}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON by rename: a reader sees the old file or the whole new one.
 
@@ -107,9 +112,15 @@ def read_json(path: Path, shape: Any = None) -> Any:
         raise RunFolderError(f"{path}: not readable as JSON ({error}); {MEND}") from error
     if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != value_hash(value):
         raise RunFolderError(f"{path}: changed since btx wrote it: its {SEAL} does not fit; {MEND}")
-    if shape is not None and (problem := misfit(value, shape)):
-        raise RunFolderError(f"{path}: {problem}; {MEND}")
+    if shape is not None:
+        check_shape(path, value, shape)
     return value
+
+
+def check_shape(path: Path, value: Any, shape: Any) -> None:
+    """Refuse a value that was read from `path`; `shape` and error as in `read_json`."""
+    if problem := misfit(value, shape):
+        raise RunFolderError(f"{path}: {problem}; {MEND}")
 
 
 MEND = "restore it from a copy, or remove it and run the stage again"
@@ -216,7 +227,7 @@ def remove_left_overs(folder: Path, names: str) -> None:
 
 def _beside(target: Path) -> Path:
     """A new name for what shall take the place of `target`."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    return named_beside(target, f"{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:

@@ -6,12 +6,13 @@ What is no finite number becomes a dash.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 MISSING = "–"
 SHORT = {"exact_match": "EM"}
 LONG = {"exact_match": "exact match", "acc": "accuracy"}
+Item = TypeVar("Item")
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -83,6 +84,12 @@ def decimal_text(value: Any) -> str:
 def evenly(count: int, at_most: int) -> list[int]:
     """Numbers from 0 to `count` - 1: all, or `at_most` of them evenly spread from the first to the last."""
     return list(range(count)) if count <= at_most else [round(i * (count - 1) / (at_most - 1)) for i in range(at_most)]
+
+
+def spread(items: Sequence[Item], at_most: int) -> list[Item]:
+    """All of `items`, or `at_most` of them evenly spread, the first among them."""
+    count = min(at_most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def metric_of(found: Mapping[str, Any]) -> str:

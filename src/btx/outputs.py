@@ -16,7 +16,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from btx.errors import RunFolderError
-from btx.files import content_sha256, file_sha256, read_json, write_sealed
+from btx.files import check_shape, content_sha256, file_sha256, read_json, write_sealed
 
 FORMAT = 2
 """Of started.json; 1, without a number, was of the time when all data were one stage."""
@@ -121,7 +121,9 @@ def read_done(folder: Path) -> dict[str, Any] | None:
 def read_started(folder: Path) -> dict[str, Any] | None:
     """started.json of a stage's folder, None if it was not begun; raises as `btx.files.read_json`."""
     begun: dict[str, Any] | None = read_json(folder / STARTED, EarlierStarted)
-    return read_json(folder / STARTED, Started) if begun is not None and begun.get("format") == FORMAT else begun
+    if begun is not None and begun.get("format") == FORMAT:
+        check_shape(folder / STARTED, begun, Started)
+    return begun
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:

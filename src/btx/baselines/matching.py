@@ -19,7 +19,6 @@ from btx.choices.baselines import BASELINES
 from btx.choices.families import family_of
 from btx.choices.routers import RoutingRule
 from btx.models.cost import ModelCost, config_cost
-from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune
 
@@ -35,7 +34,6 @@ class MatchedPhase:
     """Mixtures that samples are taken from in turn: domain → sampling weight."""
     cost: ModelCost
     """What is computed for a token in training."""
-    flops: float
 
 
 def moe_config(recipe: Recipe, dense: dict[str, Any]) -> dict[str, Any]:
@@ -89,13 +87,13 @@ def router_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
 def run_flops(recipe: Recipe, dense: dict[str, Any]) -> float:
     """Training FLOPs of the run after its seed model: all branches, the routers and the finetuning."""
     length, train, finetune = recipe.data.sequence_length, recipe.train, recipe.finetune
-    branches = len(train.domains) * train.steps(length) * train.step_tokens(length)
+    branches = len(train.domains) * train.trained_tokens(length)
     finetuning = finetuning_cost(recipe, dense, recipe.routing, finetune)
     branch = config_cost(dense, trainable=train.trainable, lora_rank=train.lora.rank)
     return (
         branches * branch.training_flops_per_token(length)
         + router_flops(recipe, dense)
-        + finetune.steps(length) * finetune.step_tokens(length) * finetuning.training_flops_per_token(length)
+        + finetune.trained_tokens(length) * finetuning.training_flops_per_token(length)
     )
 
 
@@ -121,14 +119,10 @@ def matched_phases(recipe: Recipe, name: str, dense: dict[str, Any]) -> list[Mat
         steps = scaled_steps(steps, step_flops, run_flops(recipe, dense))
     elif by == "recipe":
         steps = scaled_steps(steps, step_tokens, recipe.baseline_training[name].tokens or 0)
-    mixtures = {
-        "domains": [domain_mixture(recipe, domain) for domain in recipe.train.domains],
-        "mixture": [finetune_mixture(recipe)],
-    }
     return [
         MatchedPhase(
             phase.stage, phase.settings.model_copy(update={"tokens": steps[i] * step_tokens[i]}),
-            mixtures[phase.data], costs[i], steps[i] * step_flops[i],
+            phase.mixtures(recipe), costs[i],
         )
         for i, phase in enumerate(phases)
     ]  # fmt: skip

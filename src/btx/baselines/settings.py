@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from btx.choices.baselines import BASELINES, MatchedBy, stage_names
 from btx.choices.routers import RoutingRule
+from btx.recipe.mixtures import domain_mixture, finetune_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune, LearningRateFactors, Training
 
@@ -33,6 +34,12 @@ class Phase:
     """`domains`: the branches' sequences, read in turn; `mixture`: the finetuning's."""
     settings: Finetune
     """Tokens are those of the run's own stages on the same data; what the matching makes of them is trained."""
+
+    def mixtures(self, recipe: Recipe) -> list[dict[str, float]]:
+        """Domain → sampling weight; several are read in turn."""
+        if self.data == "mixture":
+            return [finetune_mixture(recipe)]
+        return [domain_mixture(recipe, domain) for domain in recipe.train.domains]
 
 
 def phases_of(recipe: Recipe, name: str) -> list[Phase]:
@@ -96,7 +103,7 @@ def same_as_the_run(recipe: Recipe) -> list[str]:
 def _first_phase(recipe: Recipe, name: str) -> Finetune:
     """As long as all branches together, with their settings; all weights train, whatever a branch trains."""
     length, train = recipe.data.sequence_length, recipe.train
-    tokens = len(train.domains) * train.steps(length) * train.step_tokens(length)
+    tokens = len(train.domains) * train.trained_tokens(length)
     return Finetune(**(_training(train) | {"tokens": tokens} | _routing(recipe, name)))
 
 

@@ -38,7 +38,6 @@ def chat(
     line for itself. Ctrl-C ends an answer, and between answers the program.
 
     Args:
-        model_path: model folder.
         prompt: text to answer; None reads lines from the terminal, or from whatever is piped in.
         show_experts: print prompt and answer, each token in the colour of its top pair of experts, with a legend.
         sampling: how answers are drawn.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.data.json_lines import BLOCK, json_value, kind_of, numbered_lines, optional, pieces, refuse_half_characters
-from btx.errors import DataError
+from btx.errors import DataError, first_few
 from btx.files import home_filled
 from btx.recipe.data import Source
 from btx.system_errors import blame
@@ -58,9 +58,8 @@ def find_files(path: str, root: str | None) -> list[Path]:
         raise DataError(f"{full}: {hint}; relative paths start from {'data.root' if root else 'the working directory'}")
     readable, others = named
     if not readable:
-        not_read = ", ".join(file.name for file in others[:10]) or "nothing"
-        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {not_read}{more}")
+        not_read = first_few([file.name for file in others], 10) or "nothing"
+        raise DataError(f"{full}: no readable file; formats: {', '.join(SUFFIXES)}; found: {not_read}")
     return readable
 
 

@@ -41,6 +41,10 @@ class HeldOutDocument:
     bytes: int
     """UTF-8 bytes of the text."""
 
+    def start(self, tokens: int) -> HeldOutDocument:
+        """The first tokens of the text, where nothing is counted by its bytes: they stay those of the whole."""
+        return HeldOutDocument(self.tokens[: 1 + tokens], self.bytes)
+
 
 @dataclass(frozen=True)
 class Packed:

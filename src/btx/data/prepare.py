@@ -20,7 +20,7 @@ from btx.data.identity import domain_identity, own_sources
 from btx.data.sources import digest_of, held_out_texts, read_documents, split_documents
 from btx.data.token_files import INDEX, DocumentEncoder, TokenFile, take_out, token_file_writer
 from btx.data.tokenizer import TokenizerFile
-from btx.errors import DataError
+from btx.errors import DataError, first_few
 from btx.process import Log
 from btx.recipe.mixtures import resolve, seed_mixture
 from btx.recipe.schema import Recipe
@@ -89,8 +89,7 @@ def prepare_domain(
                 if source.path and (names := [file.name for file in files_not_read(source.path, recipe.data.root)])
                 }  # fmt: skip
     for component, names in not_read.items():
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        log(f"{component}: files that are not read: {', '.join(names[:10])}{more}")
+        log(f"{component}: files that are not read: {first_few(names, 10)}")
     for number, _ in numbered:
         _prepare_source(recipe, domain, number, identity[str(number)], encoder, folder, log)
     folders = [folder / str(number) for number, _ in numbered]

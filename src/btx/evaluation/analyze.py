@@ -33,6 +33,7 @@ from btx.models.placement import load_placed
 from btx.moe.any_moe import moe_layers, num_experts, only_experts
 from btx.moe.routers import Routing
 from btx.moe.routing_metrics import DEAD_LOAD
+from btx.number_texts import spread
 from btx.process import Log
 from btx.reporting.shapes import Lag
 from btx.reporting.tokens import own_experts
@@ -268,9 +269,3 @@ def in_domain_layers(routing: Mapping[str, Any], general: str | None = None) -> 
         domain: [layer for layer, load_E in enumerate(domains[domain]["load"]) if load_E[expert] == max(load_E)]
         for domain, expert in own_experts(domains, routing["experts"], general).items()
     }
-
-
-def spread(documents: Sequence[HeldOutDocument], count: int) -> list[HeldOutDocument]:
-    """At most `count` documents, evenly spread over `documents`."""
-    count = min(count, len(documents))
-    return [documents[i * len(documents) // count] for i in range(count)]

@@ -13,7 +13,7 @@ from btx.data.token_files import DocumentEncoder
 from btx.data.token_texts import UNFINISHED, decoded
 from btx.errors import CheckpointError, DataError
 from btx.evaluation.analysis_request import dropped_experts
-from btx.evaluation.analyze import HALVES, Analysis, DomainText, say, spread
+from btx.evaluation.analyze import HALVES, Analysis, DomainText, say
 from btx.evaluation.any_model import keeps_apart, load_any
 from btx.evaluation.kept_experts import TOKENS as CURVE_TOKENS
 from btx.evaluation.routed_text import EXAMPLE_TOKENS
@@ -22,7 +22,7 @@ from btx.models.expert_names import names_of_experts
 from btx.models.loading import load_tokenizer
 from btx.models.measuring_memory import SCORING
 from btx.moe.any_moe import num_experts
-from btx.number_texts import decimal_text
+from btx.number_texts import decimal_text, spread
 from btx.process import Log
 from btx.reporting.report import write_report
 from btx.reporting.tokens import own_experts
@@ -90,8 +90,7 @@ def _text_of(
                for text in documents if len(ids := encoder.beginning(text)) > 1]  # fmt: skip
     if not encoded:
         raise DataError(f"--text {domain}: no document has a token")
-    shown = [HeldOutDocument(document.tokens[: 1 + EXAMPLE_TOKENS], document.bytes)
-             for document in spread(encoded, examples)]  # fmt: skip
+    shown = [document.start(EXAMPLE_TOKENS) for document in spread(encoded, examples)]
     starts = (document.tokens[1 : SEQUENCE_LENGTH // 2] for document in spread(encoded, HALVES))
     halves = [text for start in starts if len((text := decoded(tokenizer, start).strip(UNFINISHED)).split()) > 1]
     counted, curve = (_up_to(encoded, most, tokenizer) for most in (tokens, CURVE_TOKENS))

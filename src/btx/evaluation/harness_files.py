@@ -28,6 +28,7 @@ from btx.data.json_lines import refuse_half_characters
 from btx.errors import DataError
 from btx.evaluation.published_layouts import task_lines
 from btx.files import value_hash
+from btx.number_texts import spread
 
 if TYPE_CHECKING:
     from btx.recipe.schema import Recipe
@@ -162,7 +163,9 @@ def read_documents(request: TaskRequest, shots: int) -> TaskDocuments:
         if missing:
             raise DataError(f"{request.shots_file or request.file}: no shots for {task.shots_by} "
                             f"{', '.join(sorted(missing)[:5])}, which {request.file} asks questions of")  # fmt: skip
-    return TaskDocuments(_spread(scored, request.limit), shown)
+    if request.limit is not None:  # evenly: files are often sorted by subject
+        scored = spread(scored, request.limit)
+    return TaskDocuments(scored, shown)
 
 
 def _read_lines(path: Path, task: LocalTask) -> list[Document]:
@@ -218,10 +221,3 @@ def _scored(task: LocalTask, lines: list[Document], own_file: bool) -> list[Docu
         return lines
     ((key, (first, last)),) = task.scored_where.items()
     return [document for document in lines if first <= document[key] <= last]
-
-
-def _spread(documents: list[Document], limit: int | None) -> list[Document]:
-    """At most `limit` documents, evenly spread: files are often sorted by subject."""
-    if limit is None or limit >= len(documents):
-        return documents
-    return [documents[i * len(documents) // limit] for i in range(limit)]

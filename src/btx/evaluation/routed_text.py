@@ -34,7 +34,7 @@ def example_documents(run_folder: Path, recipe: Recipe, domain: str, count: int)
     They depend on nothing else: those of a smaller count are among those of a larger one.
     """
     documents = held_out_documents(run_folder, recipe, domain, sys.maxsize, documents=count) if count else []
-    return [HeldOutDocument(document.tokens[: 1 + EXAMPLE_TOKENS], document.bytes) for document in documents]
+    return [document.start(EXAMPLE_TOKENS) for document in documents]
 
 
 def name_of(document: HeldOutDocument) -> str:

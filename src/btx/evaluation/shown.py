@@ -179,8 +179,7 @@ def to_show(
         documents = example_documents(run_folder, recipe, domain, recipe.analyze.scored_examples)
         examples |= {name_of(document): document for document in documents}
         texts[domain] = [
-            HeldOutDocument(text.tokens[: 1 + load_tokens], text.bytes)
-            for text in held_out_documents(run_folder, recipe, domain, load_tokens)
+            text.start(load_tokens) for text in held_out_documents(run_folder, recipe, domain, load_tokens)
         ]
         if (task := task_of(recipe, domain)) is not None:
             some, after = questions[task], recipe.evaluate.tasks[task].answer_after

@@ -9,7 +9,7 @@ from typing import Any
 
 from btx.errors import CheckpointError
 from btx.files import write_json
-from btx.model_files.beside_weights import SPECIAL_IDS, TOKENIZER, check_links
+from btx.model_files.beside_weights import SPECIAL_IDS, TOKENIZER, check_links, listed_ids
 from btx.model_files.hub import local_model
 from btx.model_files.token_ids import read_object, read_vocabulary
 from btx.model_files.vocabularies import usable_tokenizer
@@ -105,8 +105,7 @@ def _said(file: Path) -> dict[str, Any] | None:
     said = read_object(file)
     for key in SPECIAL_IDS:
         value = said.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) for token in ids):
+        if not all(isinstance(token, int) for token in listed_ids(value)):
             raise CheckpointError(f"{file}: {key} is {value!r}: expected an id, a list of ids or null")
     return said
 
@@ -120,7 +119,7 @@ def _kept(ids: Any, same: set[int]) -> Any:
 
 def _with(token: int | None, ids: Any, several: bool) -> Any:
     """Ids with the tokenizer's own among them; it replaces a single other one unless there may be several."""
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    listed = listed_ids(ids)
     if token is None or token in listed:
         return ids
     return [token, *listed] if listed and (several or isinstance(ids, list)) else token

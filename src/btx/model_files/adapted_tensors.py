@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from btx.errors import CheckpointError
+from btx.errors import CheckpointError, first_few
 from btx.model_files.adapter_folder import WEIGHTS, AdapterFolder, LowRank
 from btx.model_files.checkpoints import DTYPES, TensorFolder
 from btx.model_files.headers import Entry
@@ -35,16 +35,14 @@ def merge_into(tensors: TensorFolder, adapter: AdapterFolder) -> None:
     """
     file, problems = adapter.folder / WEIGHTS, []
     if unknown := [name for name in adapter.added if name not in tensors]:
-        more = ", ..." * (len(unknown) > MOST_NAMED)
-        problems.append(f"{file}: changes {', '.join(unknown[:MOST_NAMED])}{more}, which the seed model in "
+        problems.append(f"{file}: changes {first_few(unknown, MOST_NAMED, ', ...')}, which the seed model in "
                         f"{tensors.folder} does not have as weights of its own")  # fmt: skip
     for name, (a, b, _) in adapter.added.items():
         shape = (b.shape[0], a.shape[1])
         if name in tensors and tensors[name].shape != shape:
             problems.append(f"{file}: {name} would be {shape}, the seed model's is {tensors[name].shape}")
     if problems:
-        more = f"; and {len(problems) - MOST_NAMED} more like it" * (len(problems) > MOST_NAMED)
-        raise CheckpointError("; ".join(problems[:MOST_NAMED]) + more)
+        raise CheckpointError(first_few(problems, MOST_NAMED, "; and {} more like it", "; "))
     merging = _Merging(tensors.who)
     for name, added in adapter.added.items():
         whole = tensors[name]

@@ -98,7 +98,11 @@ def add_ends(folder: Path, ends: Collection[int]) -> None:
     """Add tokens to those at which the generation settings of a folder end a text."""
     file = folder / "generation_config.json"
     settings: dict[str, Any] = read_json(file) or {}
-    declared = settings.get("eos_token_id")
-    known = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    known = listed_ids(settings.get("eos_token_id"))
     if more := sorted(set(ends) - set(known)):
         write_json(file, settings | {"eos_token_id": [*known, *more]})
+
+
+def listed_ids(declared: Any) -> list[Any]:
+    """What a config or generation settings say for one of `SPECIAL_IDS`, a token, several or null, as a list."""
+    return declared if isinstance(declared, list) else [] if declared is None else [declared]

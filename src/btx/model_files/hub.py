@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from btx.errors import CheckpointError
+from btx.errors import CheckpointError, first_few
 from btx.files import home_filled
 from btx.hub_names import REPOSITORY, HubName, hub_name, is_hub_name
 from btx.model_files.beside_weights import LEGAL, SETTINGS, TOKENIZER
@@ -150,7 +150,7 @@ def _nearby(path: str) -> str:
         folders = sorted(str(file.parent) for file in parent.glob("*/config.json"))
     except OSError:
         return ""
-    return f"; models there: {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}" if folders else ""
+    return f"; models there: {first_few(folders, 5, ' ...')}" if folders else ""
 
 
 @cache

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from btx.errors import first_few
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER_BYTES = 1024
 """A pointer of Git LFS is smaller than this."""
@@ -49,9 +51,8 @@ def mistaken_folder(folder: Path) -> str | None:
     if (folder / "config.json").is_file():
         return _other_weights(folder)
     if below := _models_below(folder):
-        more = ", ..." if len(below) > MOST_NAMED else ""
         what = "a Hugging Face cache entry" if (folder / "snapshots").is_dir() else "no model, but there are some below"
-        return f"{what}; give the model's own folder: {', '.join(map(str, below[:MOST_NAMED]))}{more}"
+        return f"{what}; give the model's own folder: {first_few(list(map(str, below)), MOST_NAMED, ', ...')}"
     if (folder / "params.json").is_file():
         return (
             "a model in its maker's own format (params.json), not in that of Hugging Face; download that one, or "

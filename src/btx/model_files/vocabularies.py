@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from btx.errors import CheckpointError
+from btx.errors import CheckpointError, first_few
 from btx.model_files.token_ids import Vocabulary, is_sentencepiece, read_object, read_vocabulary
 from btx.system_errors import blame
 
@@ -110,11 +110,10 @@ def check_ids(folder: Path, rows: int, ids: Mapping[str, int] | None = None) -> 
     if not beyond:
         return
     file = (vocabulary.added_by.get(beyond[0][1], vocabulary.file) if vocabulary else None) or folder
-    named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:MOST_NAMED])
-    more = f" and {len(beyond) - MOST_NAMED} more" if len(beyond) > MOST_NAMED else ""
+    named = first_few([f"{token!r} ({number})" for number, token in beyond], MOST_NAMED)
     raise CheckpointError(
         f"{file}: {len(beyond)} token{'s' * (len(beyond) > 1)} without a row in the embedding, which has {rows:,} (ids "
-        f"0 to {rows - 1:,}): {named}{more}. Give the tokenizer the model was trained with, take these tokens out of "
+        f"0 to {rows - 1:,}): {named}. Give the tokenizer the model was trained with, take these tokens out of "
         f"it, or give the model rows for them (resize_token_embeddings) and train those"
     )
 

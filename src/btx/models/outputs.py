@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from btx.model_files.beside_weights import listed_ids
 from btx.models.cost import ModelCost, model_cost
 from btx.models.measuring_memory import LOGITS_AT_ONCE, SCORING
 from btx.models.packed import packed_hidden
@@ -95,8 +96,7 @@ def cost_of(model: PreTrainedModel | SideBySide) -> ModelCost:
 
 def ends_of(model: PreTrainedModel | SideBySide) -> list[int]:
     """Tokens at which a model's generation settings end a text: a chat model's turns end with one of its own."""
-    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return listed_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
 
 
 class ModelReader:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from btx.choices.families import FAMILIES
-from btx.errors import CheckpointError
+from btx.errors import CheckpointError, first_few
 from btx.model_files.headers import COMPUTED, Headers
 from btx.models.configs import config_text, quiet_transformers
 from btx.system_errors import blame
@@ -141,8 +141,7 @@ def shape_problems(
 
 def listed(names: Sequence[str]) -> str:
     """`3 tensors: a, b, c`, shortened."""
-    more = ", ..." if len(names) > MOST_SHOWN else ""
-    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:MOST_SHOWN])}{more}"
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {first_few(names, MOST_SHOWN, ', ...')}"
 
 
 def _other_layout(folder: Path, where: Mapping[str, str], there: Shapes, wanted: ClassTensors) -> str:

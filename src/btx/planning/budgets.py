@@ -8,7 +8,7 @@ from pathlib import Path
 from btx.choices.baselines import BASELINES
 from btx.data.token_files import TokenFile
 from btx.errors import DataError
-from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
+from btx.recipe.mixtures import domain_mixture, domains_in, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
 
 MOST_EPOCHS = 50
@@ -27,7 +27,7 @@ def check_budgets(recipe: Recipe, folders: Mapping[str, Path], *, baselines: boo
         DataError: a domain or source has too few tokens.
     """
     for domain in folders:
-        if {component.split("/")[0] for component, _, _ in resolve(recipe, {domain: 1.0})} <= folders.keys():
+        if set(domains_in(recipe, {domain: 1.0})) <= folders.keys():
             check_held_out(recipe, folders, domain)
     uses = reading(recipe)
     trained = [name for name in recipe.baselines if BASELINES[name].trains and baselines]

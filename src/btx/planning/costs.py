@@ -189,8 +189,7 @@ class StageTraining:
 
     @property
     def tokens(self) -> int:
-        length = self.memory.sequence_length
-        return self.settings.steps(length) * self.settings.step_tokens(length)
+        return self.settings.trained_tokens(self.memory.sequence_length)
 
     @property
     def flops(self) -> float:

@@ -15,6 +15,7 @@ from btx.data import document_files
 from btx.data.identity import own_sources
 from btx.data.json_lines import json_objects
 from btx.data.sources import naming, source_files
+from btx.errors import first_few
 from btx.planning.budgets import MOST_EPOCHS, reading
 from btx.recipe.data import Source
 from btx.recipe.mixtures import resolve
@@ -43,7 +44,7 @@ def look_into_data(run: RunFolder) -> list[dict[str, Any]]:
     needed = _tokens_needed(recipe)
     for domain in recipe.data.domains:
         stage = run.graph[f"data/{domain}"]
-        if run.state(stage) == "done" or not run.is_needed(stage):
+        if not run.is_to_make(stage):
             continue
         for number, source in own_sources(recipe.data, domain):
             where = source.path or source.hub or f"generated: {source.generate}"
@@ -78,7 +79,7 @@ def _looked_at(recipe: Recipe, domain: str, source: Source) -> dict[str, Any]:
         "documents": len(sample) if whole else round(text / max(1.0, sum(lengths) / len(sample))),
         "estimated": not whole, "characters": [round(median(map(len, sample))), max(map(len, sample))],
         "tokens": text // BYTES_A_TOKEN,
-        "held_out": ", ".join(file.name for file in held_out[:3]) + " ..." * (len(held_out) > 3) if held_out else share,
+        "held_out": first_few([file.name for file in held_out], 3, " ...") or share,
     }  # fmt: skip
 
 

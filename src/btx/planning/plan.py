@@ -84,7 +84,7 @@ def plan(recipe: Recipe, *, speed: Speed | None = None, gpu_memory: int | None =
         "stages": stages,
         "gpu": gpu_memory and _gpu(recipe, dense, gpu_memory),
         "stays": [row["stage"] for row in stages if row["state"] == "done"],
-        "to_do": [stage.name for stage in costs.graph if run.state(stage) != "done" and run.is_needed(stage)],
+        "to_do": [stage.name for stage in costs.graph if run.is_to_make(stage)],
         "baselines": {
             name: asdict(costs.behind(f"baselines/{name}"))
             | {"disk_bytes": _disk(costs, name), "matched": matching(recipe, costs, name)}

@@ -79,10 +79,7 @@ def gguf_bytes(folder: Path, kind: str) -> int:
 
 
 def write_gguf(folder: Path, output: Path, kind: str, converter: str, log: Log = lambda line: None) -> None:
-    """Write a GGUF file; it appears when it is complete.
-
-    Args:
-        folder: model folder that `check_gguf` takes.
+    """Write the GGUF file of a model folder that `check_gguf` takes; it appears when it is complete.
 
     Raises:
         RunFolderError: it does not fit on the disk.

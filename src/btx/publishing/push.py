@@ -34,11 +34,7 @@ Upload = dict[str, Path | bytes]
 
 def upload_of(folder: Path, origin: Origin, name: str, report: Path | None = None) -> Upload:
     """What `btx push` would put on the hub: weights, config, tokenizer, licence, card and report; nothing else that
-    lies in the folder, and no path of this machine.
-
-    Args:
-        report: folder of a run's report.
-    """
+    lies in the folder, and no path of this machine."""
     if not REPOSITORY.fullmatch(name):
         raise UserError(
             f"{name!r}: a model of the hub is named ORGANISATION/NAME (your own user name is an organisation too)"

@@ -51,6 +51,11 @@ def resolve(
     ]
 
 
+def domains_in(recipe: Recipe, weights: Mapping[str, float]) -> list[str]:
+    """The domains whose own documents a mixture reads, each once; arguments and errors as for `resolve`."""
+    return list(dict.fromkeys(name.split("/")[0] for name, _, _ in resolve(recipe, weights)))
+
+
 def seed_mixture(recipe: Recipe) -> dict[str, float]:
     """Domain → sampling weight of a seed model from scratch: the recipe's, or the general domain alone."""
     train = recipe.seed_model.train

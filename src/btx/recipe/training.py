@@ -107,9 +107,13 @@ class Training(Section):
             )
         return self
 
+    def step_samples(self, sequence_length: int) -> int:
+        """Sequences of an optimiser step, one at least."""
+        return max(1, self.batch_tokens // sequence_length)
+
     def step_tokens(self, sequence_length: int) -> int:
-        """Tokens of an optimiser step: whole sequences, one at least."""
-        return max(1, self.batch_tokens // sequence_length) * sequence_length
+        """Tokens of an optimiser step, in whole sequences."""
+        return self.step_samples(sequence_length) * sequence_length
 
     def micro_batch(self, sequence_length: int) -> int:
         """Tokens of a forward and backward pass: whole sequences, one at least."""
@@ -120,6 +124,10 @@ class Training(Section):
     def steps(self, sequence_length: int) -> int:
         """Optimiser steps that use up `tokens`, the last one whole."""
         return math.ceil(self.tokens / self.step_tokens(sequence_length))
+
+    def trained_tokens(self, sequence_length: int) -> int:
+        """Tokens of all steps: `tokens`, up to the end of the last step."""
+        return self.steps(sequence_length) * self.step_tokens(sequence_length)
 
     def compiles(self, sequence_length: int, layers: int, *, on_gpu: bool) -> bool:
         """Whether a model of so many decoder layers is to be compiled; when a training goes on, too."""

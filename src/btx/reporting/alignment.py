@@ -56,7 +56,7 @@ MEAN = f"mean {BITS}"
 
 def aligned_models(run: Run) -> list[Aligned]:
     """Every aligned model that was evaluated or analysed."""
-    models, charts = run.results.get("models", {}), shift_figures(run)
+    models, charts = run.models, shift_figures(run)
     before = run.aligned.get("before", "btx")
     names = dict.fromkeys([*(name for name in ALIGNED if name in models), *run.aligned.get("models", {})])
     return [
@@ -66,7 +66,7 @@ def aligned_models(run: Run) -> list[Aligned]:
 
 
 def _changes(run: Run, before: str, after: str) -> list[Change]:
-    first, second = (run.results.get("models", {}).get(name, {}) for name in (before, after))
+    first, second = (run.models.get(name, {}) for name in (before, after))
     paired = paired_differences(run.documents, after, before)
     rows = []
     for domain in (*first.get("domains", {}), None):

@@ -19,13 +19,12 @@ NAMED = {"btx": "accent", "mix": "ink", "soup": "ink", "seed": "ink"}
 
 def loss_charts(run: Run) -> dict[str, TrainingCurves]:
     """Caption → training curves: losses, the load-balancing loss, the experts' load during finetuning."""
-    branches = [stage for stage in run.stages if stage.name.startswith("train/")]
     seed, finetune = run.stage("seed"), run.stage("finetune")
     loss = "loss (nats per token)"
     charts = {
         "Seed model: training loss.": TrainingCurves("seed", [_curve(seed, "loss", "seed model", "ink")], loss),
         "Expert models: training loss, each on its own domain, so levels differ between domains.": TrainingCurves(
-            "experts", [_curve(stage, "loss", name, run.colour(name)) for stage in branches
+            "experts", [_curve(stage, "loss", name, run.colour(name)) for stage in run.branch_stages
                         for name in [stage.name.removeprefix("train/")]], loss),
         "Finetuning of the mixed model: training loss on the mixture.": TrainingCurves(
             "finetune", [_curve(finetune, "loss", "btx", "accent")], loss),
@@ -64,7 +63,7 @@ def cost_figure(run: Run) -> CostChart | None:
             model["mean_bits_per_byte"],
             model["active_params"],
         )
-        for name, model in run.results.get("models", {}).items()
+        for name, model in run.models.items()
         if all(is_number(model.get(key)) for key in ("flops", "mean_bits_per_byte", "active_params"))
     ]
     return CostChart(points) if len(points) > 1 else None
@@ -73,14 +72,14 @@ def cost_figure(run: Run) -> CostChart | None:
 def domains_figure(run: Run) -> BarPanels | None:
     """Bars of what each model saves against the seed model, per domain; None before two models are evaluated."""
     bits = {name: {domain: bits_of(model, domain) for domain in model.get("domains", {})}
-            for name, model in run.results.get("models", {}).items()}  # fmt: skip
+            for name, model in run.models.items()}  # fmt: skip
     return _saved_figure("domains", run, bits)
 
 
 def learning_figure(run: Run) -> BarPanels | None:
     """Bars of what each model saves against the seed model on the branches' domains and on all other text; None where
     every domain, or none, has a branch."""
-    means = {name: of_model for name, model in run.results.get("models", {}).items()
+    means = {name: of_model for name, model in run.models.items()
              if (of_model := learning_and_keeping_means(model, run.branches))}  # fmt: skip
     return _saved_figure("learning", run, means)
 

@@ -45,7 +45,7 @@ def _saves(gain: float) -> str:
 def learning(run: Run) -> str:
     """btx on the branches' domains and on all other text, beside the seed model and the baselines that learn the
     same."""
-    models, branches = run.results.get("models", {}), run.branches
+    models, branches = run.models, run.branches
     ours = learning_and_keeping_means(models.get("btx", {}), branches)
     if not ours:
         return ""
@@ -67,7 +67,7 @@ def learning(run: Run) -> str:
 
 def cost(run: Run) -> str:
     """What btx cost after the seed model, and what the plan had said."""
-    btx = run.results.get("models", {}).get("btx", {})
+    btx = run.models.get("btx", {})
     if not is_number(btx.get("flops")):
         return ""
     hours = btx.get("machine_hours", btx.get("hours"))
@@ -82,7 +82,7 @@ def cost(run: Run) -> str:
 
 def predicted(run: Run) -> str:
     """What the plan has predicted of btx against dense training, and what came out, where a dense baseline is there."""
-    models = run.results.get("models", {})
+    models = run.models
     told = models.get("btx", {}).get("predicted_gain")
     if not told:
         return ""
@@ -116,7 +116,7 @@ def oracle(run: Run) -> str:
 
 def _over_best_expert(run: Run) -> str:
     """What btx has come to need against the expert model with the lowest mean."""
-    models = run.results.get("models", {})
+    models = run.models
     means = {name: bits for name in models if is_number(bits := models[name].get("mean_bits_per_byte"))}
     best = min(filter(lambda name: name.startswith(EXPERT), means), key=means.__getitem__, default=None)
     if "btx" not in means or best is None:
@@ -127,8 +127,8 @@ def _over_best_expert(run: Run) -> str:
 
 def training(run: Run) -> str:
     """From where to where training brought the loss: finetuning, or before that the expert models in the mean."""
-    branches = [stage for stage in run.stages if stage.name.startswith("train/")]
-    for whose, stages in (("Finetuning's loss", [run.stage("finetune")]), ("The expert models' mean loss", branches)):
+    finetuning, branches = [run.stage("finetune")], run.branch_stages
+    for whose, stages in (("Finetuning's loss", finetuning), ("The expert models' mean loss", branches)):
         ends = [both for stage in stages if (both := _first_and_last(stage))]
         if ends:
             first, last = (math.fsum(values) / len(ends) for values in zip(*ends, strict=True))
@@ -194,8 +194,7 @@ def lag(run: Run) -> str:
 
 def kept(run: Run) -> str:
     """How few experts are as good as all, and what one alone costs."""
-    points = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
-    points = [point for point in points if is_number(point["mean"]) and point["mean"] > 0]
+    points = [point for point in run.kept if is_number(point["mean"]) and point["mean"] > 0]
     if len(points) < 2:
         return ""
     whole = points[0]

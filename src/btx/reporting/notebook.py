@@ -40,7 +40,7 @@ def run_html(folder: Path) -> str:
     """A run: its table of results and the circles of costs; before it is evaluated, how far it is."""
     run = read_run(folder)
     name = str(run.recipe.get("name") or folder.name)
-    if not run.results.get("models"):
+    if not run.models:
         return table_html(_progress_table(run), title=f"{name}: not evaluated yet")
     chart = cost_figure(run)
     return table_html(results_of(run.results), title=name, figure=chart.svg() if chart else "")

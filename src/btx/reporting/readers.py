@@ -212,7 +212,7 @@ def _experts_of(model: str, routed: Mapping[int, RoutedText], run: Run, other: R
 
 def _best_first(run: Run) -> list[str]:
     """Models of the results, that with the fewest bits per byte first."""
-    models = run.results.get("models", {})
+    models = run.models
 
     def mean(name: str) -> float:
         value = models[name].get("mean_bits_per_byte")

@@ -116,7 +116,7 @@ def task_examples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def facts(run: Run) -> dict[str, str]:
     """What the run is, in a few words each; what is not known yet is left out."""
-    btx = run.results.get("models", {}).get("btx", {})
+    btx = run.models.get("btx", {})
     sums, mix = stage_costs(run)["sums"], run.recipe.get("mix", {})
     router = ROUTERS.get(mix.get("router", ""))
     known = {
@@ -169,7 +169,7 @@ def _results(run: Run, losses: Mapping[str, Chart]) -> dict[str, Any]:
 def _routing(run: Run) -> dict[str, Any]:
     """What the sections on the routing show."""
     by_position, by_class = (shares_by(run, key) for key in ("positions", "classes"))
-    kept = sorted(run.routing.get("kept", []), key=lambda point: -len(point["experts"]))
+    kept = run.kept
     return {
         "routing": routing_view(run),
         "top_k": run.recipe["mix"]["top_k"] if run.recipe.get("mix", {}).get("router") == "top_k" else 1,

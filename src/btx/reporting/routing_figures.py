@@ -21,7 +21,7 @@ def lag_figure(run: Run) -> Lines | None:
 
 def kept_figure(run: Run) -> Lines | None:
     """Bits per byte against the number of experts kept, per domain and in the mean; None where it was not measured."""
-    kept = sorted(run.routing.get("kept", []), key=lambda point: len(point["experts"]))
+    kept = run.kept[::-1]
     if len(kept) < 2:
         return None
     counts = [len(point["experts"]) for point in kept]

@@ -77,9 +77,24 @@ class Run:
         return self.routing.get("statistics") or {}
 
     @property
+    def models(self) -> dict[str, Any]:
+        """Model → its row of results.json; empty before the evaluation."""
+        return self.results.get("models", {})
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """Quality with fewer and fewer experts, all of them first; empty where it was not measured."""
+        return sorted(self.routing.get("kept", []), key=lambda point: -len(point["experts"]))
+
+    @property
+    def branch_stages(self) -> list[Stage]:
+        """The branches' trainings that have left something."""
+        return [stage for stage in self.stages if stage.name.startswith("train/")]
+
+    @property
     def experts(self) -> list[str]:
         """Names of the MoE model's experts, from the first file that knows them."""
-        trained = [stage.name.removeprefix("train/") for stage in self.stages if stage.name.startswith("train/")]
+        trained = [stage.name.removeprefix("train/") for stage in self.branch_stages]
         return self.routing.get("experts") or self.mix.get("experts") or self.tokens.get("experts") or trained
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 from btx.data.identity import domain_files, domain_identity, held_out_identity
 from btx.errors import CheckpointError, UserError
 from btx.files import content_sha256
-from btx.recipe.mixtures import resolve, seed_mixture
+from btx.recipe.mixtures import domains_in, resolve, seed_mixture
 from btx.recipe.schema import Recipe
 from btx.run_folder.graph import Recorded, Settings, Stage, inputs_hash
 
@@ -112,7 +112,7 @@ class DataStages:
     def _tokenizer_text(self) -> dict[str, str]:
         if self.recipe.seed_model.config is None:
             return {}
-        names = dict.fromkeys(name.split("/")[0] for name, _, _ in resolve(self.recipe, seed_mixture(self.recipe)))
+        names = domains_in(self.recipe, seed_mixture(self.recipe))
         return {file: sha256 for name in names for file, sha256 in domain_files(self.recipe.data, name).items()}
 
     def _domain(self, domain: str) -> Settings:

@@ -116,12 +116,7 @@ def _recipe_key(stage: str, path: str) -> str:
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The files that differ, by what they hold: a file that only moved is the same.
-
-    Args:
-        old: path → SHA-256, as recorded.
-        new: the same now.
-    """
+    """The files that differ, by what they hold (path → SHA-256): a file that only moved is the same."""
     here, before = set(new.values()), set(old.values())
     gone = {PurePath(path).name for path, sha256 in old.items() if sha256 not in here}
     added = {path: PurePath(path).name for path, sha256 in new.items() if sha256 not in before}

@@ -27,6 +27,11 @@ def model_stages(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def expert_models(run: RunFolder) -> dict[str, Path]:
+    """Domain → the model folder that its branch leaves, finished or not."""
+    return {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains}
+
+
 @dataclass(frozen=True)
 class FinishedModel:
     """A model that a stage of the run has finished."""

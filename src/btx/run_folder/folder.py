@@ -25,7 +25,7 @@ from typing import Any, Literal
 import filelock
 
 from btx.errors import DataError, NotYet, RunFolderError, UserError
-from btx.files import write_sealed, write_text, writing
+from btx.files import named_beside, write_sealed, write_text, writing
 from btx.outputs import DONE, FORMAT, STARTED, check_outputs, damage, finish, read_done, read_started
 from btx.process import Log
 from btx.recipe.loading import dump_recipe, load_recipe
@@ -189,8 +189,11 @@ class RunFolder:
         them, so that a run whose data/ or seed/ stayed elsewhere is as finished as it is."""
         if stage.name != "seed" and not stage.name.startswith("data/"):
             return True
-        after = [other for other in self.graph if stage in other.needs]
-        return any(self.state(other) != "done" and self.is_needed(other) for other in after)
+        return any(self.is_to_make(other) for other in self.graph if stage in other.needs)
+
+    def is_to_make(self, stage: Stage) -> bool:
+        """Whether a run still has to make a stage: it is not done, and it is needed."""
+        return self.state(stage) != "done" and self.is_needed(stage)
 
     def unfinished_needs(self, stage: Stage) -> list[Stage]:
         """What has to be made before a stage, in an order that runs. Nothing stale: `btx run` does that, and says so
@@ -238,11 +241,9 @@ class RunFolder:
         Raises:
             RunFolderError: names the file.
         """
-        states = {stage.name: self.state(stage) for stage in self.graph}
-        to_make = [stage for stage in self.graph if states[stage.name] != "done" and self.is_needed(stage)]
-        used = {needed.name for stage in to_make for needed in stage.needs}
+        used = {needed.name for stage in self.graph if self.is_to_make(stage) for needed in stage.needs}
         for stage in self.graph:
-            if states[stage.name] == "done":
+            if self.state(stage) == "done":
                 needed = verify or stage.name in used
                 problem = damage(self.folder(stage.name), "whole" if verify else "used" if needed else "quick")
                 if problem is not None and needed:
@@ -267,7 +268,7 @@ class RunFolder:
         why = self.why_stale(stage) if state == "stale" else ""
         if stage.trains and state == "stale":
             self._give_way(stage, why, log)
-        working = folder if stage.trains else folder.with_name(f".{folder.name}.making")
+        working = folder if stage.trains else named_beside(folder, "making")
         begun = read_started(working)
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
             shutil.rmtree(working)  # left by a process that was killed and that made something else
@@ -289,7 +290,7 @@ class RunFolder:
         if working != folder:
             if state == "stale":
                 self._give_way(stage, why, log)
-            replaced = folder.with_name(f".{folder.name}.replaced")
+            replaced = named_beside(folder, "replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
                 folder.rename(replaced)

@@ -22,7 +22,7 @@ from btx.data.document_files import located
 from btx.errors import DataError
 from btx.files import content_sha256
 from btx.recipe.evaluate import Analyze
-from btx.recipe.mixtures import domain_mixture, finetune_mixture, resolve, seed_mixture
+from btx.recipe.mixtures import domain_mixture, domains_in, finetune_mixture, resolve, seed_mixture
 from btx.recipe.schema import Recipe
 from btx.recipe.training import Finetune, SeedTraining
 from btx.run_folder.data_stages import TOKENIZER_FILES, DataStages
@@ -84,8 +84,7 @@ class _Stages:
 
     def _read(self, mixtures: list[dict[str, float]]) -> list[Stage]:
         """The data stages behind some mixtures of domains."""
-        components = [name for weights in mixtures for name, _, _ in resolve(self.recipe, weights)]
-        return self.data.of(component.split("/")[0] for component in components)
+        return self.data.of(domain for weights in mixtures for domain in domains_in(self.recipe, weights))
 
     def _mixture(self, weights: Mapping[str, float]) -> Settings:
         """What decides which samples a mixture of domains gives, besides what the domains hold."""
@@ -234,8 +233,7 @@ class _Stages:
         """One stage a phase."""
         recipe, stages = self.recipe, list[Stage]()
         for phase in phases_of(recipe, name):
-            mixtures = [domain_mixture(recipe, domain) for domain in recipe.train.domains]
-            mixtures = mixtures if phase.data == "domains" else [finetune_mixture(recipe)]
+            mixtures = phase.mixtures(recipe)
             settings = {
                 "training": self._known(phase.settings), "matched": matching_inputs(recipe, name),
                 "mixtures": [self._mixture(weights) for weights in mixtures], **self.rng,

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from btx.errors import RunFolderError
-from btx.files import WRITTEN_BESIDE
+from btx.files import WRITTEN_BESIDE, named_beside
 from btx.outputs import DONE
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
@@ -22,7 +22,7 @@ def clear_stumps(run: RunFolder) -> None:
     for the process that holds the run, before it asks for the graph. An adoption that was killed between its last two
     renames is ended."""
     for adopting in run.folder("train").glob(".*.adopting"):  # before the graph asks which branches are adopted
-        name = f"train/{adopting.name[1:].removesuffix('.adopting')}"
+        name = f"train/{adopting.stem[1:]}"
         with contextlib.suppress(RunFolderError), exclusive(run.path, name):
             _end_renaming(adopting, run.folder(name))
     names = {stage.name: stage for stage in run.graph}
@@ -52,7 +52,7 @@ def clear_stumps_of(run: RunFolder, name: str, stage: Stage | None) -> None:
     If it was killed between its last two renames, the last one is done now.
     """
     folder = run.folder(name)
-    making = folder.with_name(f".{folder.name}.making")
+    making = named_beside(folder, "making")
     _end_renaming(making, folder)
     unfinished = stage is not None and run.state(stage) != "done"
     for path in (*_beside(folder), *_inside(folder), *_inside(making)):

@@ -29,11 +29,7 @@ def gpus_here() -> tuple[str, ...]:
 
 
 def gpus_of(device: str) -> tuple[str, ...]:
-    """Those that a run may use here.
-
-    Args:
-        device: the recipe's.
-    """
+    """Those that a run may use here; `device` is its recipe's."""
     return () if device == "cpu" else gpus_here()
 
 

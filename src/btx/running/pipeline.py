@@ -43,7 +43,6 @@ def run(
     """Everything from nothing to the report; run again, it continues where it stopped.
 
     Args:
-        recipe: what to run.
         until: name of the last stage wanted, for example `seed`; None for all.
         without: branches to leave out of the mix, because they failed for example; what they have stays.
         display: where progress is shown.
@@ -389,7 +388,7 @@ def _needs(job: Sequence[Stage]) -> dict[str, Stage]:
 
 
 def _is_done(run: RunFolder, job: tuple[Stage, ...]) -> bool:
-    return all(run.state(stage) == "done" or not run.is_needed(stage) for stage in job)
+    return not any(run.is_to_make(stage) for stage in job)
 
 
 def _prepares(job: tuple[Stage, ...]) -> bool:

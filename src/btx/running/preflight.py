@@ -55,7 +55,7 @@ def preflight(recipe: Recipe) -> None:
     _check_seed_model(run)
     _check_chosen_tokenizer(recipe)
     if any(recipe.launch.processes_of(stage.name) > 1 for stage in run.graph):
-        left = [stage.name for stage in run.graph if run.state(stage) != "done" and run.is_needed(stage)]
+        left = [stage.name for stage in run.graph if run.is_to_make(stage)]
         check_processes(recipe, left=left)
     _check_run_folder(run.path)
 
@@ -101,7 +101,7 @@ def _check_files(run: RunFolder, needed: Mapping[str, Path]) -> None:
     recipe = run.recipe
     missing = [f"{where}: {path}: no such file or folder" for where, path in needed.items() if not path.exists()]
     for name, domain in recipe.data.domains.items():
-        if run.state(run.graph[f"data/{name}"]) == "done" or not run.is_needed(run.graph[f"data/{name}"]):
+        if not run.is_to_make(run.graph[f"data/{name}"]):
             continue
         for path in (*(source.path for source in domain.sources), domain.held_out):
             try:
@@ -138,8 +138,8 @@ def _check_seed_model(run: RunFolder) -> None:
     seed, length = run.recipe.seed_model, run.recipe.data.sequence_length
     if seed.config is not None:
         refuse_longer_sequences(seed.config, length, "seed_model.config")
-    stays = run.state(run.graph["seed"]) == "done" or not run.is_needed(run.graph["seed"])
-    if run.recorded("seed") and stays:  # it is in the run folder and its family was checked when it came there
+    if run.recorded("seed") and not run.is_to_make(run.graph["seed"]):
+        # It is in the run folder and its family was checked when it came there.
         file = run.model("seed") / "config.json"
         if any(stage.trains and run.state(stage) != "done" for stage in run.graph):
             refuse_longer_sequences(read_json(file) or {}, length, str(file))

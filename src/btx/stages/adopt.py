@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from btx.errors import UserError
-from btx.files import write_sealed
+from btx.files import named_beside, write_sealed
 from btx.mixing.checks import open_checked
 from btx.mixing.dense_folder import write_expert
 from btx.model_files.adapter_folder import is_adapter
@@ -53,7 +53,7 @@ def adopt(run: RunFolder, domain: str, model: Path, log: Log) -> None:
     stage = Stage(f"train/{domain}", lambda: {"adopted": {Path(file).name: sha for file, sha in files.items()}})
     with exclusive(run.path, stage.name):
         folder = run.folder(stage.name)
-        beside = folder.with_name(f".{folder.name}.adopting")
+        beside = named_beside(folder, "adopting")
         if beside.exists():
             shutil.rmtree(beside)
         (beside / "model").mkdir(parents=True)

@@ -17,6 +17,7 @@ from btx.models.configs import read_config
 from btx.models.device import measuring_place
 from btx.models.trainable import set_trainable
 from btx.process import Interrupts, Log
+from btx.run_folder.finished_models import expert_models
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 from btx.stages.training import start_model, train_moe, train_stage
@@ -43,9 +44,8 @@ def copies_of_the_seed(run: RunFolder) -> list[str]:
 
 
 def _soup(run: RunFolder, stage: Stage, log: Log) -> None:
-    experts = {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains}
     with run.making(stage, log) as facts:
-        soup(run.model("seed"), experts, facts.folder / "model", generalist=run.recipe.mix.generalist)
+        soup(run.model("seed"), expert_models(run), facts.folder / "model", generalist=run.recipe.mix.generalist)
 
 
 def _upcycle(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -> None:
@@ -91,7 +91,7 @@ def write_btm(run: RunFolder, stage: Stage, log: Log) -> None:
         UserError: K is above the number of members.
     """
     recipe, top_k = run.recipe, BTM[stage.name.removeprefix("baselines/")]
-    models = {domain: run.model(f"train/{domain}") for domain in recipe.train.domains}
+    models = expert_models(run)
     if recipe.mix.generalist:
         models["generalist"] = run.model("seed")
     texts = text_from_run(run.path, recipe, tokens=min(TEXT_TOKENS, recipe.train.tokens), known_as=run.graph.known_as)

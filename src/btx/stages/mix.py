@@ -12,6 +12,7 @@ from btx.mixing.settings import mix_settings
 from btx.model_files.provenance import weights_fingerprint
 from btx.models.configs import read_config
 from btx.process import Interrupts, Log
+from btx.run_folder.finished_models import expert_models
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
 
@@ -26,15 +27,14 @@ def mix_experts(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) 
         if init.needs_text:
             texts = text_from_run(run.path, run.recipe, tokens=init.tokens, known_as=run.graph.known_as)
         mix(
-            run.model("seed"), {domain: run.model(f"train/{domain}") for domain in run.recipe.train.domains},
-            facts.folder / "model", settings, record=facts.folder / "mix.json",
-            texts=texts, device=run.recipe.device,
+            run.model("seed"), expert_models(run), facts.folder / "model", settings,
+            record=facts.folder / "mix.json", texts=texts, device=run.recipe.device,
             weights_per_device=run.recipe.launch.weights_per_device,
             log=lambda line: log(line.replace(str(facts.folder), str(run.folder(stage.name)))),
             progress=lambda written, total: interrupts.raise_if_pending("mix stopped; the same command starts it anew"),
         )  # fmt: skip
         if run.prepared().keys() == run.recipe.data.domains.keys():  # a machine that only mixes may not have them
-            experts = {f"expert/{domain}": run.model(f"train/{domain}") for domain in run.recipe.train.domains}
+            experts = {f"expert/{domain}": model for domain, model in expert_models(run).items()}
             models = {"seed": run.model("seed"), **experts, "mix": facts.folder / "model"}
             # The text is no input of the mix: which it was is noted, so that nobody takes it for another's.
             text = {domain: run.graph[f"data/{domain}"].inputs for domain in run.recipe.data.domains}

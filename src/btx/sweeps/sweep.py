@@ -15,7 +15,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
-from btx.errors import RunFolderError, StageFailed, UserError
+from btx.errors import RunFolderError, StageFailed, UserError, first_few
 from btx.evaluation.aggregate import aggregate, read_results
 from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
@@ -112,8 +112,8 @@ def not_of_this_sweep(plan: SweepPlan) -> str:
             if run.get("state") == "done" and (name := run_name(label, run["rng_seed"])) not in done]  # fmt: skip
     if not gone:
         return ""
-    more = f"; and {len(gone) - SHOWN} more" if len(gone) > SHOWN else ""
-    return f"{path} tells of finished runs that this sweep has not, or makes anew: {'; '.join(gone[:SHOWN])}{more}"
+    named = first_few(gone, SHOWN, "; and {} more", "; ")
+    return f"{path} tells of finished runs that this sweep has not, or makes anew: {named}"
 
 
 def set_earlier_aside(plan: SweepPlan, log: Log) -> None:

@@ -203,7 +203,7 @@ def _takes_as_it_is(parameter: nn.Parameter) -> bool:
 def _try(job: TrainingJob, optimizer: torch.optim.Optimizer, step: int, passes: int) -> str | None:
     """Forward and backward of every shape of micro-batch in a step; returns what goes wrong."""
     length, micro = job.mixture.sequence_length, samples_at_once(job)
-    samples = job.settings.step_tokens(length) // length
+    samples = job.settings.step_samples(length)
     try:
         for count in sorted({min(micro, samples), samples % micro} - {0}):
             norms = []

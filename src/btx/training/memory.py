@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -81,8 +82,7 @@ class MemoryNeeds:
 
     def _share(self, settings: Training) -> int:
         """Tokens of a step that each process has: whole sequences."""
-        length = self.sequence_length
-        return -(-settings.step_tokens(length) // length // self.processes) * length
+        return math.ceil(settings.step_samples(self.sequence_length) / self.processes) * self.sequence_length
 
     @property
     def memory(self) -> TrainingMemory:
@@ -142,7 +142,7 @@ class MemoryNeeds:
     def processes_that_fit(self, most: int) -> int | None:
         """The fewest processes with which the peak of each is `most` bytes at most, all else as it is; they share a
         step's sequences equally. None: no number helps."""
-        sequences = self.settings.step_tokens(self.sequence_length) // self.sequence_length
+        sequences = self.settings.step_samples(self.sequence_length)
         numbers = (count for count in range(1, min(sequences, MOST_PROCESSES) + 1) if sequences % count == 0)
         return next((count for count in numbers
                      if replace(self, processes=count).memory.peak <= most), None)  # fmt: skip

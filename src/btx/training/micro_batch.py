@@ -124,7 +124,7 @@ def try_step(job: TrainingJob, optimizer: torch.optim.Optimizer, tokens: int, re
         reserved: bytes that are held meanwhile, for what is not there yet.
     """
     length = job.mixture.sequence_length
-    rows, all_rows = tokens // length, job.settings.step_tokens(length) // length
+    rows, all_rows = tokens // length, job.settings.step_samples(length)
     trial = replace(job, settings=job.settings.model_copy(update={"micro_batch_tokens": tokens}))
     held = torch.empty(reserved, dtype=torch.uint8, device=job.device)
     try:

@@ -51,7 +51,7 @@ def why_not_shared(
         return ("optimizer: adamw_8bit counts its moments in blocks of 256 numbers, which the rows that each process "
                 "has do not fill: another number of processes could not go on with them; each process has a share of "
                 "the moments already, so use adamw")  # fmt: skip
-    count, micro = settings.step_tokens(length) // length, settings.micro_batch(length) // length
+    count, micro = settings.step_samples(length), settings.micro_batch(length) // length
     batches, step = math.ceil(count / micro), f"a step has {count:,} sequences of {length:,} tokens"
     if (
         router is not None and isinstance(settings, Finetune) and settings.load_balancing_over == "global_batch"

@@ -87,11 +87,8 @@ class Launcher(Protocol):
 
 
 def refuse_several_nodes(launch: Launch, jobs: Sequence[Sequence[str]], why: str) -> None:
-    """Raise UserError if models are to be trained on several machines by a launcher that gives each job one.
-
-    Args:
-        why: it does not.
-    """
+    """Raise UserError if models are to be trained on several machines by a launcher that gives each job one; `why` is
+    for the message."""
     for stages in jobs:
         if (nodes := launch.nodes_of(stages[0])) > 1:
             raise UserError(

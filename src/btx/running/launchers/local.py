@@ -22,9 +22,6 @@ from btx.running.launchers.job import VARIABLES, Handle, Standing, btx_command, 
 class LocalLauncher:
     """Starts each job at once, in a process of its own session: so Ctrl-C reaches `btx run` alone, which then ends its
     jobs in order. Each that trains sees GPUs of its own, as many as it has processes; the others see all.
-
-    Args:
-        device: the recipe's.
     """
 
     takes_waiting = False

@@ -18,13 +18,15 @@ from btx.files import read_json
 from btx.process import Interrupted
 from btx.recipe.loading import load_recipe
 from btx.reporting.charts import BarPanels
+from btx.run_folder.finished_models import model_stages
 from btx.run_folder.folder import RunFolder
 from btx.running.launchers.local import start_run
 from btx.sweeps.figure import sweep_figure
 from btx.sweeps.sharing import take_over
+from btx.sweeps.starting import check_plans
 from btx.sweeps.sweep import not_of_this_sweep, set_earlier_aside, sweep, sweep_state
 from btx.sweeps.table import notes, paired, sweep_cells, sweep_rows
-from btx.sweeps.variants import SweepPlan, SweepRun, combinations, model_names, plan_sweep, split_values, value_label
+from btx.sweeps.variants import SweepPlan, SweepRun, combinations, plan_sweep, split_values, value_label
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
 
 pytestmark = pytest.mark.usefixtures("figures_drawn_once")
@@ -402,6 +404,14 @@ def test_a_recipe_brings_its_own_sweep_and_the_command_line_goes_before_it(tmp_p
     assert str(plan.runs[0].folder) == "runs/pico-sweep/train.replay=0.1/rng-3"
 
 
+def test_a_table_may_show_the_aligned_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btx.planning.plan.plan", lambda recipe: {})
+    aligned = ["align.sft.data=chat.jsonl"]
+    assert len(check_plans(plan_sweep("demo", aligned, models=["btx", "sft"]))) == 1
+    with pytest.raises(UserError, match=r"no variant has a model 'dpo'; there are: seed, .*, btx, sft"):
+        check_plans(plan_sweep("demo", aligned, models=["dpo"]))
+
+
 @pytest.mark.parametrize(("name", "variants"), [
     ("paper-table2", 1), ("paper-table3", 1), ("paper-table4", 3), ("paper-table5", 6),
 ])  # fmt: skip
@@ -412,7 +422,7 @@ def test_the_papers_tables_are_sweeps_of_the_demo_and_of_ones_own_data(name: str
     assert plan.folder == Path("runs") / f"{name}-sweep"
     for run in plan.runs:
         assert list(run.recipe.data.domains) == list(load_recipe(data).data.domains)
-        assert set(plan.models or ()) <= set(model_names(run.recipe))
+        assert set(plan.models or ()) <= model_stages(run.recipe).keys()
     if name == "paper-table4" and data == "demo":  # what the budgets do not change is made once
         shared = set.intersection(*({stage.inputs for stage in run.stages} for run in plan.runs[:variants]))
         assert [stage.name for stage in plan.runs[0].stages if stage.inputs in shared][-1] == "mix"

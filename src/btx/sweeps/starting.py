@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import UserError
+from btx.run_folder.finished_models import model_stages
 from btx.run_folder.threads import processors
 from btx.running.gpus import Gpus, gpus_of
 from btx.running.launchers.local import LocalProcess, start_run
 from btx.sweeps.sweep import Start
-from btx.sweeps.variants import SweepPlan, SweepRun, model_names
+from btx.sweeps.variants import SweepPlan, SweepRun
 
 
 def starter(jobs: int) -> Start:
@@ -47,7 +48,7 @@ def check_plans(planned: SweepPlan) -> dict[str, dict[str, Any]]:
             continue
         try:
             plans[run.variant.label] = plan(run.recipe)
-            models += model_names(run.recipe)
+            models += model_stages(run.recipe)
         except UserError as error:
             problems.append(f"variant {run.variant.label}: {error}")
     problems += [f"--models: no variant has a model {name!r}; there are: {', '.join(dict.fromkeys(models))}"

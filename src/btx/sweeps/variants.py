@@ -174,11 +174,6 @@ def _steps_that_are_shared(recipe: Recipe) -> list[int]:
     return [steps_before_decay(training.steps(length), training) for training in trainings if training is not None]
 
 
-def model_names(recipe: Recipe) -> list[str]:
-    """Names of the models that a run of the recipe measures."""
-    return ["seed", *(f"expert/{domain}" for domain in recipe.train.domains), *recipe.baselines, "mix", "btx"]
-
-
 def combinations(
     variants: Mapping[str, Mapping[str, Any]], axes: Mapping[str, Sequence[Any]], *, plain: str
 ) -> list[Variant]:

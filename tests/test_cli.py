@@ -27,12 +27,14 @@ import yaml
 from btx import __version__
 from btx.cli import main as cli
 from btx.cli.catalogue import CATALOGUE
+from btx.cli.run_folders import show_results
 from btx.cli.terminal import prepare_streams
 from btx.errors import UserError
 from btx.models.seed_config import seed_config
 from btx.planning.speed import training_speed
 from btx.process import SAVE_AND_END
 from btx.recipe.loading import load_recipe, packaged_recipes
+from btx.reporting.run_files import read_run
 from btx.run_folder.folder import RunFolder
 from btx.serving.sampling import check_prompt
 from tests.pico_run import pico_recipe, run_here, write_pico_recipe
@@ -453,6 +455,28 @@ def test_the_stages_after_the_branches_leave_results_routing_and_report(btx: Btx
     page = btx("report", finished, "--json").json()["report"]
     assert Path(page) == finished / "report" / "index.html"
     assert btx("report", finished).out.strip() == page
+
+
+def test_what_was_measured_of_models_of_before_is_said_to_be_so(
+    btx: Btx, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    text = (path / "recipe.yaml").read_text("utf-8")
+    assert text.count("merge: mean") == 1
+    (path / "recipe.yaml").write_text(text.replace("merge: mean", "merge: ties"), "utf-8")
+    page = Path(btx("report", path, "--json").json()["report"])
+    line = "Results, costs and answers below are of models that were there before: evaluate is stale (mix changed"
+    for written in (page.read_text("utf-8"), page.with_name("report.md").read_text("utf-8")):
+        assert line in written
+    told = json.loads((path / "mix" / "oracle.json").read_text("utf-8"))
+    assert read_run(path, {"evaluate": "mix changed"}).oracle == told != read_run(path).oracle, "the newer one"
+    assert "evaluate is stale (mix changed" in btx("compare", path).err
+    assert "evaluate is stale (mix changed" in RunFolder.open(path)._repr_html_()
+    show_results(RunFolder.open(path))
+    shown = capsys.readouterr().out
+    assert "evaluate: stale (mix changed" in shown
+    assert "expert/birds" not in shown
+    assert f"{page} (stale, of the results of before)" in shown.replace("\n", "")
 
 
 def test_a_report_shows_another_run_beside_it_and_refuses_one_that_has_nothing_to_show(

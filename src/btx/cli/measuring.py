@@ -11,7 +11,7 @@ from btx.cli import completing_names
 from btx.cli.mix import named
 from btx.cli.plan import AsJson
 from btx.cli.run_folders import LARGEST_SEED, RunArgument, is_run, open_run, show_results, work_on
-from btx.cli.terminal import show, show_json, silent
+from btx.cli.terminal import remark, show, show_json, silent
 from btx.errors import UserError
 from btx.evaluation.analysis_request import EXAMPLES, TEXT_KEY, TOKENS, check_run_alone
 from btx.model_files.hub import folder_or_name
@@ -155,9 +155,13 @@ def compare(
     """How sure the differences between models are: paired bootstrap over documents and questions."""
     from btx.evaluation.compare import compare_models
 
-    others = None if other_run is None else open_run(other_run).path
+    run, other = open_run(run_folder), None if other_run is None else open_run(other_run)
+    for measured in (run, *([other] if other else [])):
+        for name, why in measured.stale("evaluate").items():
+            remark(f"warning: {measured.path}: {name} is stale ({why}): what is compared are models that were there "
+                   f"before; `btx run {measured.path}` makes it anew")  # fmt: skip
     comparison = compare_models(
-        open_run(run_folder).path, model_a, model_b, other_run=others, resamples=resamples, rng_seed=rng_seed
+        run.path, model_a, model_b, other_run=other.path if other else None, resamples=resamples, rng_seed=rng_seed
     )
     if as_json:
         show_json(comparison)
@@ -175,9 +179,10 @@ def report(
 ) -> None:  # fmt: skip
     """Write the run's report, whatever stage it has reached."""
     from btx.reporting.report import write_report
+    from btx.reporting.run_files import MEASURING
     from btx.run_folder.folder import exclusive
 
     run = open_run(run_folder)
     with exclusive(run.path, "report", patience_s=60.0):
-        path = write_report(run.path, beside=beside)
+        path = write_report(run.path, beside=beside, stale=run.stale(*MEASURING))
     show_json({"report": str(path)}) if as_json else typer.echo(path)

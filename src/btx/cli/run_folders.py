@@ -62,10 +62,15 @@ def show_results(finished: RunFolder) -> None:
     """Print the table of results, as far as there are any, and where the report is."""
     from btx.reporting.shapes import Results
 
-    if (results := read_output(finished.path / "evaluate" / "results.json", Results)) is not None:
+    if why := finished.stale("evaluate").get("evaluate"):
+        typer.echo(
+            f"· evaluate: stale ({why}), so its results are not shown; `btx run {finished.path}` makes them anew"
+        )
+    elif (results := read_output(finished.path / "evaluate" / "results.json", Results)) is not None:
         from btx.reporting.results import report_table
 
         show(report_table(results))
     page = finished.path / "report" / "index.html"
     if page.is_file():
-        typer.echo(f"report: {page}")
+        of_before = " (stale, of the results of before)" if finished.stale("report") else ""
+        typer.echo(f"report: {page}{of_before}")

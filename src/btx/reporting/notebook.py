@@ -36,10 +36,13 @@ def table_html(table: Table, *, title: str = "", figure: str = "") -> str:
     return environment().get_template("notebook.html.j2").render(table=table, title=title, figure=figure, rules=rules)
 
 
-def run_html(folder: Path) -> str:
-    """A run: its table of results and the circles of costs; before it is evaluated, how far it is."""
-    run = read_run(folder)
+def run_html(folder: Path, stale: Mapping[str, str] | None = None) -> str:
+    """A run: its table of results and the circles of costs; before it is evaluated, how far it is. `stale` as for
+    `read_run`."""
+    run = read_run(folder, stale)
     name = str(run.recipe.get("name") or folder.name)
+    if "evaluate" in run.stale:
+        name += f": evaluate is stale ({run.stale['evaluate']})"
     if not run.models:
         return table_html(_progress_table(run), title=f"{name}: not evaluated yet")
     chart = cost_figure(run)

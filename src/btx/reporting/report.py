@@ -38,7 +38,7 @@ from btx.reporting.readers import read_beside, script, token_readers
 from btx.reporting.results import results_table
 from btx.reporting.routing_figures import shift_figures
 from btx.reporting.routing_view import not_measured, routing_view, shares_by, uses
-from btx.reporting.run_files import Run, read_run
+from btx.reporting.run_files import Run, read_run, stale_lines
 from btx.reporting.short_report import short_report
 from btx.reporting.views import View, run_views
 
@@ -49,7 +49,12 @@ MOST_NAMES = 12  # of experts, in a line
 EXAMPLES_SHOWN = 3  # right ones and wrong ones, each, per task
 
 
-def write_report(run: str | Path, folder: str | Path | None = None, beside: str | Path | None = None) -> Path:
+def write_report(
+    run: str | Path,
+    folder: str | Path | None = None,
+    beside: str | Path | None = None,
+    stale: Mapping[str, str] | None = None,
+) -> Path:
     """Write the page of the run folder `run`, or of an analysed model's, whole or not at all, and return its path:
     `index.html` in `folder`, or in the run's `report/`.
 
@@ -58,11 +63,12 @@ def write_report(run: str | Path, folder: str | Path | None = None, beside: str 
 
     Args:
         beside: another run folder, or an analysed model's: its model's tokens stand beside those of the same text.
+        stale: as for `read_run`.
 
     Raises RunFolderError if a folder is none or one of its files is broken, or if `beside` has no text of the run's.
     """
     run = Path(run)
-    read = read_run(run)
+    read = read_run(run, stale)
     other = None if beside is None else read_beside(read, Path(beside))
     views = run_views(read)
     drawn = {name: [panel.svg() for panel in view.chart.panels()] for name, view in views.items() if view.chart}
@@ -145,8 +151,8 @@ def render(run: Run, views: Mapping[str, View], drawn: Mapping[str, Sequence[str
         run=run, name=run.name, description=run.recipe.get("description"), facts=facts(run), views=views, drawn=drawn,
         colours=COLOURS, readers=token_readers(run, other), script=text, script_hash=text_hash,
         tasks=task_examples(run.results), model_path=json.dumps(model.as_posix(), ensure_ascii=False),
-        model_exists=model.is_dir(), run_data=script_text(page_data(run, charts)), **_results(run, losses),
-        **_routing(run),
+        model_exists=model.is_dir(), stale_lines=stale_lines(run), run_data=script_text(page_data(run, charts)),
+        **_results(run, losses), **_routing(run),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from btx.reporting.shapes import (
 )
 from btx.reporting.tokens import own_expert, own_experts
 
+MEASURING = ("evaluate", "analyze")
+"""Stages whose outputs are shown beside those of the models that they have measured."""
 ROUTING, TOKENS = "routing.json", "tokens.json"
 
 
@@ -56,6 +58,8 @@ class Run:
     mix: dict[str, Any]
     oracle: dict[str, Any]
     stages: list[Stage]
+    stale: Mapping[str, str]
+    """Of the stages in `MEASURING` those that have measured models of before → why."""
 
     @property
     def of_model(self) -> bool:
@@ -122,8 +126,13 @@ class Run:
         return "quiet" if expert is None else f"c{expert % COLOURS}"
 
 
-def read_run(folder: Path) -> Run:
-    """Read what the report shows. Missing files are fine; broken ones raise RunFolderError."""
+def read_run(folder: Path, stale: Mapping[str, str] | None = None) -> Run:
+    """Read what the report shows. Missing files are fine; broken ones raise RunFolderError.
+
+    Args:
+        stale: `Run.stale`; the report says so, and tells nothing of these stages beside what is newer.
+    """
+    stale = stale or {}
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder; `btx run RECIPE` makes one")
     recipe_text, recipe = _read_recipe(folder / "recipe.yaml")
@@ -141,9 +150,17 @@ def read_run(folder: Path) -> Run:
         aligned=read_output(analysis / "align.json", AlignedRouting) or {},
         tokens=_with_shown(tokens, shown) if shown else tokens,
         mix=read_output(folder / "mix" / "mix.json", MixRecord) or {},
-        oracle=read_oracle(folder, results),
+        oracle=read_oracle(folder, {} if "evaluate" in stale else results),
         stages=_read_stages(folder, recipe.get("train", {}).get("domains", [])),
+        stale=stale,
     )  # fmt: skip
+
+
+def stale_lines(run: Run) -> list[str]:
+    """A line for each stage that has measured models of before: what is shown of it, and what makes it anew."""
+    shown = dict(zip(MEASURING, ("Results, costs and answers", "Routing and tokens"), strict=True))
+    return [f"{shown[name]} below are of models that were there before: {name} is stale ({why}). `btx run` makes it "
+            f"anew." for name, why in run.stale.items()]  # fmt: skip
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from btx.reporting.alignment import aligned_models
 from btx.reporting.headline import Headline, headline
 from btx.reporting.paired_bootstrap import chance_text
 from btx.reporting.results import Cell, results_table
-from btx.reporting.run_files import Run
+from btx.reporting.run_files import Run, stale_lines
 from btx.reporting.views import View
 
 
@@ -19,6 +19,7 @@ def short_report(run: Run, views: Mapping[str, View]) -> str:
     parts = [f"# {literal(run.name)}"]
     if run.recipe.get("description"):
         parts.append(literal(run.recipe["description"]))
+    parts += [f"**{literal(line)}**" for line in stale_lines(run)]
     line = headline(run.results, run.documents)
     if line is not None:
         parts.append(_headline(line))

@@ -89,7 +89,7 @@ class RunFolder:
         """In a notebook: the table of results and the figure of costs."""
         from btx.reporting.notebook import run_html
 
-        return run_html(self.path)
+        return run_html(self.path, self.stale("evaluate"))
 
     @cached_property
     def graph(self) -> Graph:
@@ -183,6 +183,10 @@ class RunFolder:
         if not reasons and begun["settings"] != stage.settings:
             reasons = ["its files are read in another order"]
         return "; ".join(reasons) or "made by another version"
+
+    def stale(self, *names: str) -> dict[str, str]:
+        """Of these stages those that are stale → why."""
+        return {name: self.why_stale(self.graph[name]) for name in names if self.state(self.graph[name]) == "stale"}
 
     def is_needed(self, stage: Stage) -> bool:
         """Whether a run has to make a stage that is not done: data and seed model only if something unfinished needs

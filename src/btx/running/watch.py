@@ -11,7 +11,8 @@ from pathlib import Path
 
 from btx.errors import BtxError, NotYet, RunFolderError, StageFailed, UserError
 from btx.reporting.report import write_report
-from btx.run_folder.folder import exclusive
+from btx.reporting.run_files import MEASURING
+from btx.run_folder.folder import RunFolder, exclusive
 from btx.running.looks import Look, Watched, WatchedRun
 from btx.running.watch_screens import Screen
 from btx.system_errors import first_line
@@ -105,7 +106,7 @@ class Report:
         began, problem = time.monotonic(), ""
         try:
             with exclusive(self.run, "report"):
-                write_report(self.run)
+                write_report(self.run, stale=RunFolder.open(self.run).stale(*MEASURING))
         except NotYet:
             pass
         except (BtxError, OSError) as error:

@@ -20,6 +20,7 @@ from btx.planning.models import cost_in_use
 from btx.planning.speed import measured_speed
 from btx.process import Interrupts, Log
 from btx.reporting.report import write_report
+from btx.reporting.run_files import MEASURING
 from btx.run_folder.finished_models import model_stages
 from btx.run_folder.folder import RunFolder, exclusive
 from btx.run_folder.graph import Stage
@@ -60,7 +61,7 @@ def evaluate_beside(
     measured = read_output(run.path / "evaluate" / "results.json")["models"]
     if (run.path / "report" / "index.html").is_file():
         with exclusive(run.path, "report", patience_s=PATIENCE_S):
-            write_report(run.path)
+            write_report(run.path, stale=run.stale(*MEASURING))
     if missing := [name for name in models if name not in measured]:
         forget_other_models(run.path, missing)
         raise UserError(f"{', '.join(missing)}: could not be measured and is not in the results; the lines above say "

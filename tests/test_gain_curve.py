@@ -118,6 +118,15 @@ def test_a_prediction_is_judged_by_its_sign_where_that_is_no_chance(gain: Module
     assert {case: gain.verdict(row(6.0, *case)) for case in cases} == cases
 
 
+def test_the_results_page_says_what_is_kept(gain: ModuleType):
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text("utf-8")
+    measured = [row for row in read_json(gain.HERE / "gain.json") if "law" in row]
+    assert len(measured) >= 8
+    for line in gain.table(measured).splitlines()[2:]:
+        cells = line.split(" | ")
+        assert f"| {' | '.join(cells[3:-1])} |" in page, line
+
+
 def test_rows_are_kept_replaced_and_drawn_with_the_refuted_beside_the_confirmed(
     gain: ModuleType, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -178,6 +178,9 @@ def test_the_report_shows_the_prediction_beside_what_came_out(tmp_path: Path) ->
     assert both.endswith("against dense_cm it is +0.043.")
     other = findings.predicted(finished(tmp_path, {"btx": btx, "dense_dm": {"mean_bits_per_byte": 1.772}}))
     assert other.endswith("against dense_dm, which had the same data and other FLOPs, it is +0.043.")
+    late = btx | {"predicted_gain": gain | {"made_before": None}}
+    said = findings.predicted(finished(tmp_path, {"btx": late}))
+    assert "of the seed model the law says, asked only after the training, a gain of +0.015" in said
     run = finished(tmp_path, {
         name: {"mean_bits_per_byte": (a + b) / 2, "predicted_gain": gain,
                "domains": {"math": {"bits_per_byte": a}, "general": {"bits_per_byte": b}}}

@@ -86,9 +86,10 @@ def predicted(run: Run) -> str:
     told = models.get("btx", {}).get("predicted_gain")
     if not told:
         return ""
+    when = "the plan predicted" if told.get("made_before", "seed") else "the law says, asked only after the training,"
     said = (
-        f"At {ratio_text(told['tokens_per_parameter'], 10)} tokens a parameter of the seed model the plan predicted a "
-        f"gain of {told['gain']:+.3f} bits per byte over dense training at equal FLOPs, between {told['low']:+.3f} and "
+        f"At {ratio_text(told['tokens_per_parameter'], 10)} tokens a parameter of the seed model {when} a gain of "
+        f"{told['gain']:+.3f} bits per byte over dense training at equal FLOPs, between {told['low']:+.3f} and "
         f"{told['high']:+.3f}"
     )
     ours = models["btx"].get("mean_bits_per_byte")

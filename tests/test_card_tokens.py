@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from btx.model_files import card_tokens as card_module
 from btx.model_files.card_tokens import card_tokens
 from btx.model_files.hub import model_card
 from btx.planning.plan import plan
@@ -71,6 +72,33 @@ LLAMA_2 = """||Training Data|Params|Content Length|GQA|Tokens|LR|
 ])  # fmt: skip
 def test_a_card_says_how_many_tokens_were_read(card: str, parameters: float, tokens: float) -> None:
     assert card_tokens(card, parameters)[0] == tokens
+
+
+@pytest.mark.parametrize(("card", "tokens"), [
+    ("This model was trained on 2 million tokens of text.\nTraining tokens: 2,000,000", 2e6), ("it saw 5M tokens", 5e6),
+    ("Pretraining tokens: 50M", 5e7), ("trained for only 500 tokens", 500), ("It has seen over 3,000 tokens.", 3000),
+    ("---\ntraining_tokens: 300000000000\n---\n", 3e11), ("---\ntokens_seen: 3e11\n---\n", 3e11),
+    ("num-training-tokens: 5e6", 5e6), ("| Training tokens | 4,096 |", 4096), ("training_tokens_per_step: 524288", 0),
+    ("trained on 4096 tokens of context", 0), ("trained on 8k tokens windows", 0), ("It can read 4096 tokens", 0),
+    ("trained on 4096-token sequences", 0), ("trained with batches of 4M tokens", 0),
+    ("trained on 1M tokens per step", 0),
+    ("Tokens: 4096", 0), ("token count: 4096", 0), ("trained on 0 tokens", 0), ("trained on 4096 tokens at a time", 0),
+])  # fmt: skip
+def test_few_tokens_count_where_a_card_says_that_they_were_read(card: str, tokens: float) -> None:
+    assert card_tokens(card, 1e4)[0] == tokens
+
+
+def test_a_size_is_looked_for_once_in_every_cell_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    size = card_module._size
+
+    def counted(text: str) -> float | None:
+        asked.append(text)
+        return size(text)
+
+    monkeypatch.setattr(card_module, "_size", counted)
+    assert card_tokens("|1B" * 500 + "|2T tokens|\n" * 3, 1e9)[0] == 2e12
+    assert len(asked) == 503
 
 
 def test_a_card_of_other_sizes_alone_names_them_all() -> None:

@@ -7,13 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from btx.files import write_json, write_sealed
-from btx.planning.gain import Prediction, gain_notes, law_loss, law_tokens
+from btx.errors import RecipeError
+from btx.files import read_json, write_json, write_sealed
+from btx.planning.gain import (
+    CHECKED_RATIOS,
+    UNCERTAIN_SHARE,
+    UNCERTAINTY,
+    Prediction,
+    gain_notes,
+    law_loss,
+    law_tokens,
+    uncertainty,
+    usual_bytes_per_token,
+)
 from btx.planning.plan import plan
 from btx.reporting import findings
 from btx.reporting.oracle import gap_of
 from btx.reporting.run_files import Run, read_run
 from tests.pico_run import pico_recipe
+
+ROWS = Path(__file__).parents[1] / "benchmarks" / "gain.json"
 
 
 def test_more_experts_want_more_tokens_a_parameter() -> None:
@@ -56,11 +69,63 @@ def test_plan_predicts_from_the_tokens_a_parameter_and_warns_below_ten(tmp_path:
 
 
 @pytest.mark.parametrize(("ratio", "said"), [
+    (9.97, "9.97"), (9.9996, "9.9996"), (9.94, "9.9"), (10.04, "10.0"),
     (5.6e-14, "5.6e-14"), (0.14, "0.1"), (24.04, "24.0"), (4196.5, "4,196"), (2.8e295, "2.8e+295"),
 ])  # fmt: skip
 def test_tokens_a_parameter_that_nobody_can_mean_are_told_by_their_size(ratio: float, said: str) -> None:
-    prediction = Prediction(1.0, ratio, "the recipe", 0.0, 0.0, 0.0, 4.0, 1.0, 0.0)
-    assert gain_notes(prediction)[0].startswith(f"the seed model has read {said} tokens a parameter (by")
+    assert gain_notes(predicted(ratio, 0.0))[0].startswith(f"the seed model has read {said} tokens a parameter (by")
+
+
+def predicted(ratio: float, gain: float, share: float = 0.4) -> Prediction:
+    """A prediction of 4 bytes a token."""
+    return Prediction(1.0, ratio, "the recipe", gain, 0.0, 0.0, 4.0, share, 0.0)
+
+
+@pytest.mark.parametrize(("ratio", "gain", "said"), [
+    (6, -0.01, "below 10 tokens a parameter a mixture is expected to gain nothing over dense training, or to lose"),
+    (9.97, 0.007, "below 10 tokens a parameter a mixture gained nothing over dense training in any run"),
+    (14.5, -0.006, "a mixture is expected to lose to dense training here: train the seed model longer"),
+    (14.5, -1e-6, ""), (30, 0.03, ""),
+])  # fmt: skip
+def test_the_warning_says_what_the_prediction_says(ratio: float, gain: float, said: str) -> None:
+    warnings = [note for note in gain_notes(predicted(ratio, gain)) if note.startswith("warning")]
+    assert [said in warning for warning in warnings] == ([True] if said else [])
+
+
+def test_the_uncertainty_grows_with_the_gain_as_it_did_in_the_measured_runs() -> None:
+    rows = read_json(ROWS)
+    off = {row["predicted"]: row["gains"]["btx"]["mean"][0] - row["predicted"] for row in rows}
+    assert all(round(uncertainty(gain), 2) == UNCERTAINTY for gain in off)
+    assert all(abs(difference) < 2 * uncertainty(gain) for gain, difference in off.items())
+    root_mean_square = math.sqrt(sum(difference**2 for difference in off.values()) / len(off))
+    assert 1.5 * root_mean_square == pytest.approx(UNCERTAINTY, rel=0.25)
+    two = sorted(off, key=abs)[-2:]
+    assert math.sqrt(sum((off[gain] / gain) ** 2 for gain in two) / 2) == pytest.approx(UNCERTAIN_SHARE, abs=0.05)
+    assert uncertainty(-0.7) > 0.25
+    assert "± 0.26 bits per byte" in gain_notes(predicted(1.5, -0.7))[0]
+
+
+def test_what_the_law_was_not_checked_on_is_said() -> None:
+    ratios = [row["tokens_per_parameter"] for row in read_json(ROWS)]
+    assert (min(ratios), max(ratios)) == pytest.approx(CHECKED_RATIOS, rel=1e-3)
+    assert [
+        "far outside the runs it was checked on" in gain_notes(predicted(*numbers))[0]
+        for numbers in ((1.4, 0, 0.4), (48, 0, 1.04), (0.4, 0, 0.4), (15_000, 0, 0.4), (24, 0, 0.01), (24, 0, 1e9))
+    ] == [False, False, True, True, True, True]
+
+
+def test_a_small_vocabulary_has_fewer_bytes_a_token() -> None:
+    sizes = [256, 320, 2048, 32_768, 151_936]
+    assert [usual_bytes_per_token({"vocab_size": size}) for size in sizes] == pytest.approx(
+        [1.2, 1.33, 2.4, 4.0, 4.0], abs=0.01
+    )
+    assert (usual_bytes_per_token({"vocab_size": 3}), usual_bytes_per_token({})) == (1.0, 4.0)
+
+
+@pytest.mark.parametrize("tokens", ["1e-320", "0.5", "0", ".inf"])
+def test_fewer_tokens_than_one_are_refused(tmp_path: Path, tokens: str) -> None:
+    with pytest.raises(RecipeError, match=r"seed_model\.pretrained_tokens: must be"):
+        pico_recipe(tmp_path, "run", "seed_model={path: model}", f"seed_model.pretrained_tokens={tokens}")
 
 
 def test_plan_says_what_a_phase_in_proportion_would_gain(tmp_path: Path) -> None:
@@ -108,9 +173,14 @@ def test_the_report_shows_the_prediction_beside_what_came_out(tmp_path: Path) ->
     assert alone.endswith("between -0.005 and +0.035; no dense baseline was trained to compare with.")
     both = findings.predicted(finished(tmp_path, {"btx": btx, "dense_cm": {"mean_bits_per_byte": 1.772}}))
     assert both.startswith("At 30.5 tokens a parameter")
+    few = btx | {"predicted_gain": gain | {"tokens_per_parameter": 0.0015}}
+    assert findings.predicted(finished(tmp_path, {"btx": few})).startswith("At 0.0015 tokens a parameter")
     assert both.endswith("against dense_cm it is +0.043.")
     other = findings.predicted(finished(tmp_path, {"btx": btx, "dense_dm": {"mean_bits_per_byte": 1.772}}))
     assert other.endswith("against dense_dm, which had the same data and other FLOPs, it is +0.043.")
+    late = btx | {"predicted_gain": gain | {"made_before": None}}
+    said = findings.predicted(finished(tmp_path, {"btx": late}))
+    assert "of the seed model the law says, asked only after the training, a gain of +0.015" in said
     run = finished(tmp_path, {
         name: {"mean_bits_per_byte": (a + b) / 2, "predicted_gain": gain,
                "domains": {"math": {"bits_per_byte": a}, "general": {"bits_per_byte": b}}}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from btx.cli.init import init
+from btx.cli.init import init, recipe_text
 from btx.errors import BtxError, UserError
 from btx.planning.data_look import look_into_data
-from btx.recipe.loading import copy_recipe, load_recipe, packaged_recipes
+from btx.recipe.loading import copy_recipe, load_recipe, packaged_recipes, parse_recipe
 from btx.run_folder.folder import RunFolder
 from btx.running.preflight import preflight
 from tests.conftest import pico_texts
@@ -44,6 +44,20 @@ def test_the_recipe_of_a_model_and_folders_can_be_planned_as_it_is(here: Path, m
     assert text.count("#") > 20
     with pytest.raises(UserError, match="exists already"):
         init(Path("mine.yaml"))
+
+
+def test_where_the_card_is_silent_the_recipe_has_a_line_for_the_tokens_read(
+    here: Path, make_llama: Callable[..., Path]
+) -> None:
+    model = make_llama("model")
+    for card, is_asked in ((None, True), ("A model.", True), ("Trained on 2,000,000 tokens.", False)):
+        if card is not None:
+            (model / "README.md").write_text(card, "utf-8")
+        text, _ = recipe_text(Path("my.yaml"), "model", {"law": "law"}, None)
+        assert ("  # pretrained_tokens: " in text) == is_asked
+        said = parse_recipe(text.replace("# pretrained_tokens", "pretrained_tokens"), "my.yaml").seed_model
+        assert said.pretrained_tokens == (15e12 if is_asked else None)
+    assert "pretrained_tokens" not in recipe_text(Path("my.yaml"), "hf:org/name", {"law": "law"}, None)[0]
 
 
 def test_without_general_text_all_domains_are_it(here: Path, make_llama: Callable[..., Path]) -> None:

@@ -30,6 +30,20 @@ def count_text(value: Any) -> str:
     return f"{value:g}"
 
 
+def ratio_text(ratio: float, border: float) -> str:
+    """Tokens a parameter; of a number that nobody can mean, as of 15 for 15 trillion, how large it is.
+
+    Args:
+        border: what is less is not rounded up to it: 9.97 at a border of 10 stays 9.97.
+    """
+    if not 0.1 <= ratio < 1e6:
+        return f"{ratio:.2g}"
+    digits = 0 if ratio >= 100 else 1
+    while ratio < border <= float(f"{ratio:.{digits}f}"):
+        digits += 1
+    return f"{ratio:,.{digits}f}"
+
+
 def bytes_text(count: float) -> str:
     """Bytes: 43400000000 → "43.4 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -20,6 +20,9 @@ TEXT_COLUMNS = ("text", "content", "body", "document", "raw_content", "abstract"
 """What the column with a document is called, the likeliest first."""
 LONGEST_SEQUENCE, MOST_TOKENS, LEAST_TOKENS = 2048, 100_000_000, 20_000
 DEFAULT_TOKENS = 10_000_000
+UNSAID = """\
+  # pretrained_tokens: 15e12  # its card does not say how many it has read; with them `btx plan` predicts what is gained
+"""
 
 TEMPLATE = """\
 # A run of Branch-Train-MiX on your own model and data.
@@ -37,7 +40,7 @@ seed_model:
   # The model that is branched: a folder as save_pretrained writes it, or a name on the hub such as
   # meta-llama/Llama-3.2-1B. `btx ls families` lists what can be mixed.
   path: {model}
-
+{read}
 data:
   sequence_length: {length}  # tokens of a training sequence, at most what the model can read
   general: general  # the domain nearest to what the model was trained on: a tenth of every expert's text is of it
@@ -126,6 +129,7 @@ def recipe_text(target: Path, model: str, texts: Mapping[str, str], general: str
     experts = [name for name in texts if name != "general"] or list(texts)
     text = TEMPLATE.format(
         file=target, name=inline_yaml(target.stem), model=inline_yaml(model), length=_sequence_length(folder),
+        read=UNSAID if folder.is_dir() and not _card_says_tokens(folder) else "",
         domains="\n".join(lines), experts=inline_yaml(experts), tokens=f"{tokens:_}", why_tokens=why,
     )  # fmt: skip
     return text, missing
@@ -144,6 +148,13 @@ def _look(path: str) -> dict[str, Any]:
     column = next((name for name in TEXT_COLUMNS if name in named_columns), "text")
     source = path if column == "text" else {"path": path, "text": column}
     return {"source": source, "tokens": sum(map(text_bytes, files)) / BYTES_A_TOKEN}
+
+
+def _card_says_tokens(model: Path) -> bool:
+    from btx.model_files.card_tokens import card_tokens
+    from btx.model_files.hub import model_card
+
+    return card_tokens(model_card(model), parameters=1.0)[0] > 0  # of whatever size: nothing else is said of none
 
 
 def _sequence_length(model: Path) -> int:

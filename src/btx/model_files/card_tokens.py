@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 LEAST, MOST = 1e8, 1e15
-"""Fewer tokens than that are a context or a batch, more a misprint."""
+"""Fewer tokens than that are a context or a batch, unless the text says that they were read; more are a misprint."""
 SAME_SIZE = 1.5
 """Parameters of a model over those that it is called by, or the other way round: Gemma 2 2B has 2.6 billion."""
 
@@ -37,12 +37,27 @@ THEN_KINDS = re.compile(
     rf"\s*\+?(?:[\s-]+{WORD},?){{1,4}}\s+and(?:[\s-]+{WORD}){{1,2}}\s+tokens?\b(?!\s*(?:per\b|/))", re.IGNORECASE
 )
 """... or a list of kinds of text, where there are more than models have parameters."""
+ABOUT = r"(?:up to|more than|over|about|around|approximately|approx\.|roughly|nearly|at least|only|just|[~≈>])?"
 AFTER_TOKENS = re.compile(
-    r"(?:(?:\b(?:pre-?)?train(?:ing|ed)\s+tokens?|\btokens?\s+(?:seen|read|count|trained(?:\s+on)?))(?:\s*[:=|]|\s)"
+    r"(?:(?:(?P<read>(?:\b|_)(?:(?:pre-?)?train(?:ing|ed)[\s_-]+tokens?"
+    r"|tokens?[\s_-]+(?:seen|read|trained(?:[\s_-]+on)?)))|\btokens?\s+count)(?:\s*[:=|]|\s)"
     r"|(?:^(?:[-+#]\s*)?|#\s*|\b(?:number|amount)\s+of\s+|\btotal\s+)tokens?\s*[:=|])"
-    r"\s*(?:up to|more than|over|about|around|approximately|approx\.|roughly|nearly|at least|[~≈>])?\s*$",
+    rf"\s*{ABOUT}\s*$",
     re.IGNORECASE,
 )
+"""What a count stands behind, `read` where it says that they were."""
+AFTER_READING = re.compile(
+    rf"\b(?:train(?:ed|ing)\s+(?:on|for|over)(?:\s+a\s+total\s+of)?|saw|(?:has|have|had)\s+(?:only\s+)?(?:seen|read))"
+    rf"\s+{ABOUT}\s*$",
+    re.IGNORECASE,
+)
+"""Before a count of tokens: they were read, however few they are, ..."""
+THEN_LENGTH = re.compile(
+    r"(?:\s+(?:of|in|long|at|a|an|its|each|every|the|input|maximum|max))*[\s-]+"
+    r"(?:contexts?|sequences?|windows?|lengths?|batch(?:es)?|inputs?|long|each|time|documents?|chunks?|blocks?)\b",
+    re.IGNORECASE,
+)
+"""... but for what is said to be a length."""
 NAMES_TOKENS = re.compile(r"\btokens?(?: count)?$", re.IGNORECASE)
 LATER = re.compile(
     r"(?:fine-?tun\w*|post-?train\w*|\bsft\b|continu\w+[\s-]+(?:pre-?)?train\w*)(?:(?!pre-?train).)*$", re.IGNORECASE
@@ -75,6 +90,19 @@ class Count(NamedTuple):
     """Of the model that they are said of; None where no size stands there."""
 
 
+class Cell(NamedTuple):
+    """A cell of a table: its counts are of the model that the row's other cells, or else the column, are about."""
+
+    text: str
+    size: float | None
+    """The first number of parameters in it. Looked for once a cell, so that a long row takes no quadratic time."""
+
+    @classmethod
+    def of(cls, text: str) -> Cell:
+        """The cell of this text."""
+        return cls(text.strip(), _size(text))
+
+
 def card_tokens(card: str, parameters: float) -> tuple[float, list[float]]:
     """The most tokens that a card says of a model, and all different numbers that it may be.
 
@@ -92,17 +120,22 @@ def card_tokens(card: str, parameters: float) -> tuple[float, list[float]]:
 
 def _counts(card: str) -> Iterator[Count]:
     text = LINK.sub(r"\1", TAG.sub(" ", _in_digits(card))).replace("*", "")
-    columns: list[str] = []
+    columns: list[Cell] = []
     for part in PARTS.split(text):
         row = part.strip()
         if not row.startswith("|"):
             columns = []
             yield from _counts_in(" ".join(part.split()))
             continue
-        cells = [cell.strip() for cell in row.removeprefix("|").removesuffix("|").split("|")]
+        cells = [Cell.of(text) for text in row.removeprefix("|").removesuffix("|").split("|")]
+        sized = [(number, cell.size) for number, cell in enumerate(cells) if cell.size][:2]  # of them one is another
         for number, cell in enumerate(cells):
-            column = columns[number] if number < len(columns) else ""
-            yield from _counts_in_cell(cell, column, [other for other in cells if other is not cell])
+            column = columns[number] if number < len(columns) else Cell("", None)
+            size = next((size for other, size in sized if other != number), column.size)
+            first = cells[:1] if number else cells[1:2]
+            label = next((name.text for name in (column, *first) if NAMES_TOKENS.search(name.text[-NEAR:])), "")
+            for count in _counts_in(f"{label[-NEAR:]}: {cell.text}"):
+                yield Count(count.tokens, count.parameters or size)
         columns = columns or cells
 
 
@@ -114,14 +147,6 @@ def _in_digits(card: str) -> str:
     return GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
 
 
-def _counts_in_cell(cell: str, column: str, others: list[str]) -> Iterator[Count]:
-    """Counts in a table's cell: of the model that the row's other cells, or else the column, are about."""
-    size = next(filter(None, map(_size, [*others, column])), None)
-    label = next((name for name in (column, *others[:1]) if NAMES_TOKENS.search(name)), "")
-    for count in _counts_in(f"{label}: {cell}"):
-        yield Count(count.tokens, count.parameters or size)
-
-
 def _counts_in(sentence: str) -> Iterator[Count]:
     size = None
     for quantity in QUANTITY.finditer(sentence):
@@ -129,8 +154,12 @@ def _counts_in(sentence: str) -> Iterator[Count]:
         before = sentence[max(0, quantity.start() - NEAR) : quantity.start()]
         behind = sentence[quantity.end() : quantity.end() + NEAR]
         then = THEN_TOKENS.match(behind) or (THEN_KINDS.match(behind) if value >= 1e12 else None)
-        if then or AFTER_TOKENS.search(before):
-            if LEAST <= value <= MOST and not (LATER.search(before) or RATE.search(before)):
+        label = AFTER_TOKENS.search(before)
+        if then or label:
+            is_read = (label and label["read"]) or (
+                then and AFTER_READING.search(before) and not THEN_LENGTH.match(behind, then.end())
+            )
+            if (1 if is_read else LEAST) <= value <= MOST and not (LATER.search(before) or RATE.search(before)):
                 said = OF_SIZE.match(behind, then.end()) if then else None
                 yield Count(value, (_size_at(behind[said.end() :]) if said else None) or size)
         elif scale in ("b", "m"):

@@ -9,23 +9,37 @@ dense minus mixture. Nothing of it is fitted to our runs; how far off it was in 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from btx.model_files.card_tokens import card_tokens
 from btx.model_files.hub import model_card
 from btx.models.cost import ModelCost, config_cost
-from btx.number_texts import count_text
+from btx.number_texts import count_text, ratio_text
 from btx.planning.costs import Costs
 from btx.run_folder.folder import RunFolder
 
 ENOUGH = 10
 """Tokens a parameter from which the law says that a mixture of small models wins (docs/results.md)."""
 BYTES_PER_TOKEN = 4.0
-"""Where the text is not prepared yet. The law is in nats a token, the gain per byte: fewer bytes a token, more gain."""
+"""Where the text is not prepared yet, of a vocabulary of 32,768 entries or more. The law is in nats a token, the gain
+per byte: fewer bytes a token, more gain."""
+BYTES_PER_DOUBLING = 0.4
+"""So many fewer for every halving below that: 2.4 of 2048 entries (measured: 2.45 in `gain`'s text, 2.98 in the demo's)
+and 1.3 of 320 (1.4)."""
 UNCERTAINTY = 0.02
 """Bits per byte: half as much again as the root mean square of outcome minus prediction in the runs of docs/results.md.
-Their FLOPs after the seed model were 0.38 to 0.47 of the seed model's, in the demo 1.04."""
+"""
+UNCERTAIN_SHARE = 0.37
+"""Of the gain, beside it: the root mean square of (outcome - prediction) / prediction in the two of these runs that are
+farthest from 0, -0.038 and +0.036 (benchmarks/gain.json). Nearer to 0 it adds nothing that can be seen."""
+CHECKED_RATIOS = (1.4, 48.0)
+"""Tokens a parameter of these runs' seed models, from least to most."""
+CHECKED_SHARES = (0.38, 1.04)
+"""Their FLOPs after the seed model over the seed model's: up to 0.47, in the demo 1.04."""
+FAR = 1.5
+"""Times outside of either from which on it is said."""
 PROPORTION = 1 / 3
 """Share of the seed model's FLOPs that is spent after it, for comparison with a run that spends less."""
 SMALL = 0.1
@@ -104,14 +118,20 @@ def predict_gain(run: RunFolder, dense_config: dict[str, Any], mixture: ModelCos
     seed_tokens, source = tokens_read(run, dense.total_params, costs)
     if not seed_tokens:
         return None
-    bytes_per_token, length = bytes_per_token_of(run) or BYTES_PER_TOKEN, recipe.data.sequence_length
+    bytes_per_token = bytes_per_token_of(run) or usual_bytes_per_token(dense_config)
+    length = recipe.data.sequence_length
     flops, seed_flops = costs.behind("finetune").flops, seed_tokens * dense.training_flops_per_token(length)
     gain, in_proportion = (
         law_gain(dense, mixture, len(recipe.expert_names), seed_tokens, spent, length) / math.log(2) / bytes_per_token
         for spent in (flops, PROPORTION * seed_flops)
     )
-    return Prediction(seed_tokens, seed_tokens / dense.total_params, source, gain, gain - UNCERTAINTY,
-                      gain + UNCERTAINTY, bytes_per_token, flops / seed_flops, in_proportion)  # fmt: skip
+    return Prediction(seed_tokens, seed_tokens / dense.total_params, source, gain, gain - uncertainty(gain),
+                      gain + uncertainty(gain), bytes_per_token, flops / seed_flops, in_proportion)  # fmt: skip
+
+
+def uncertainty(gain: float) -> float:
+    """Standard error of a predicted gain, both in bits per byte."""
+    return math.hypot(UNCERTAINTY, UNCERTAIN_SHARE * gain)
 
 
 def tokens_read(run: RunFolder, parameters: int, costs: Costs) -> tuple[float, str]:
@@ -145,30 +165,49 @@ def bytes_per_token_of(run: RunFolder) -> float | None:
     return sum(ratios) / len(ratios) if ratios else None
 
 
+def usual_bytes_per_token(dense_config: Mapping[str, Any]) -> float:
+    """What the size of the vocabulary says of it, before there is text to count."""
+    halvings = max(0.0, math.log2(32_768 / dense_config.get("vocab_size", 32_768)))
+    return max(1.0, BYTES_PER_TOKEN - BYTES_PER_DOUBLING * halvings)
+
+
 def gain_notes(prediction: Prediction | None) -> list[str]:
     """What `btx plan` says of it."""
     if prediction is None:
         return ["gain over dense training: not predicted, as nobody says how many tokens the seed model has read; "
                 "seed_model.pretrained_tokens does"]  # fmt: skip
-    ratio = prediction.tokens_per_parameter
     said = (
-        f"the seed model has read {_ratio_text(ratio)} tokens a parameter (by {prediction.source}); "
-        f"predicted gain over dense training at equal FLOPs: {prediction.gain:+.3f} ± {UNCERTAINTY:.2f} bits per byte "
-        f"at {prediction.bytes_per_token:.1f} bytes a token (law of arXiv 2502.05172, docs/results.md)"
+        f"the seed model has read {ratio_text(prediction.tokens_per_parameter, ENOUGH)} tokens a parameter (by "
+        f"{prediction.source}); predicted gain over dense training at equal FLOPs: {prediction.gain:+.3f} ± "
+        f"{uncertainty(prediction.gain):.2f} bits per byte at {prediction.bytes_per_token:.1f} bytes a token (law of "
+        f"arXiv 2502.05172, docs/results.md){_far_text(prediction)}"
     )
     short = (
         f"the training after the seed model is {100 * prediction.phase_share:.2g} % of its tokens: were it a third, "
         f"the law would say {prediction.gain_in_proportion:+.3f}; of text unlike the seed model's it knows nothing"
     )
-    few = (
-        f"warning: below {ENOUGH} tokens a parameter a mixture is expected to gain nothing over dense training, or to "
-        f"lose: train the seed model longer, or branch one that was"
+    return [said, *_warnings(prediction), *[short] * (prediction.phase_share < SMALL)]
+
+
+def _warnings(prediction: Prediction) -> list[str]:
+    """That a mixture may not pay: always below `ENOUGH`, where all runs lost, and wherever the law says so."""
+    loses, then = round(prediction.gain, 3) < 0, "train the seed model longer, or branch one that was"
+    if prediction.tokens_per_parameter >= ENOUGH:
+        return [f"warning: a mixture is expected to lose to dense training here: {then}"] if loses else []
+    few = f"warning: below {ENOUGH} tokens a parameter a mixture"
+    if loses:
+        return [f"{few} is expected to gain nothing over dense training, or to lose: {then}"]
+    return [f"{few} gained nothing over dense training in any run of docs/results.md, though the law says otherwise of "
+            f"this one: {then}"]  # fmt: skip
+
+
+def _far_text(prediction: Prediction) -> str:
+    """Which of two numbers are nothing like those of the runs that the law was checked on."""
+    ratio, share = prediction.tokens_per_parameter, prediction.phase_share
+    low, high = CHECKED_RATIOS
+    least, most = CHECKED_SHARES
+    far = [f"{low:g} to {high:g} tokens a parameter"] * (not low / FAR <= ratio <= high * FAR)
+    far += [f"{100 * least:.0f} to {100 * most:.0f} % of the seed model's FLOPs after it"] * (
+        not least / FAR <= share <= most * FAR
     )
-    return [said] + [few] * (ratio < ENOUGH) + [short] * (prediction.phase_share < SMALL)
-
-
-def _ratio_text(ratio: float) -> str:
-    """Tokens a parameter; of a number that nobody can mean, as of 15 for 15 trillion, how large it is."""
-    if 0.1 <= ratio < 1e6:
-        return f"{ratio:,.{0 if ratio >= 100 else 1}f}"
-    return f"{ratio:.2g}"
+    return f"; far outside the runs it was checked on: they had {' and '.join(far)}" if far else ""

@@ -164,7 +164,7 @@ class SeedModel(Section):
     plan_config: dict[str, Any] | None = None
     """Config of the model at `path`, so that `btx plan` needs neither the hub nor the folder; a run checks that the
     model is what is said here."""
-    pretrained_tokens: PositiveFloat | None = None
+    pretrained_tokens: Annotated[float, Field(ge=1, le=1e18)] | None = None
     """Tokens that the model at `path` has read, as a number (15e12): with them `btx plan` predicts what a mixture
     gains. Default: what its card says."""
     config: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from btx.number_texts import count_text, flops_text, hours_text, is_number, percent_text, signed_percent
+from btx.number_texts import count_text, flops_text, hours_text, is_number, percent_text, ratio_text, signed_percent
 from btx.reporting.headline import paired_differences
 from btx.reporting.oracle import mean_of
 from btx.reporting.paired_bootstrap import chance_text
@@ -86,8 +86,9 @@ def predicted(run: Run) -> str:
     told = models.get("btx", {}).get("predicted_gain")
     if not told:
         return ""
+    when = "the plan predicted" if told.get("made_before", "seed") else "the law says, asked only after the training,"
     said = (
-        f"At {told['tokens_per_parameter']:,.1f} tokens a parameter of the seed model the plan predicted a gain of "
+        f"At {ratio_text(told['tokens_per_parameter'], 10)} tokens a parameter of the seed model {when} a gain of "
         f"{told['gain']:+.3f} bits per byte over dense training at equal FLOPs, between {told['low']:+.3f} and "
         f"{told['high']:+.3f}"
     )

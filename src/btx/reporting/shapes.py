@@ -76,7 +76,7 @@ class ModelResult(TypedDict):
     hours: NotRequired[float | None]
     predicted: NotRequired[dict[str, Any]]
     predicted_gain: NotRequired[dict[str, Any] | None]
-    """btx: what `btx plan` predicts of dense minus btx."""
+    """btx: what was predicted of dense minus btx."""
     matched: NotRequired[dict[str, Any]]
     other: NotRequired[dict[str, str]]
     """Of a model that is not the run's: its `path`."""

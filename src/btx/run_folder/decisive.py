@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel
 
 SPEED_ONLY = {"checkpoint_every", "compile", "plan_config", "pretrained_tokens"}
-"""How a job runs decides speed, not results (but for rounding, as the device does), and the last two only the plan."""
+"""How a job runs decides speed, not results (but for rounding, as the device does), and the last two decide only the
+plan, `pretrained_tokens` also what the evaluation says of it (`btx.run_folder.stages_of_recipe`)."""
 SAME_RESULT = {"on_spike": {"stop": "log"}}
 """Field → value → the one that it makes the same result as: a stage that was stopped has none, and goes on with log."""
 NEUTRAL: dict[tuple[str, str], Any] = {}

@@ -17,6 +17,7 @@ FOLLOWS = {
 """Key of a stage's settings that are made from other settings → what they say."""
 ELSEWHERE = {
     "sequence_length": "data.sequence_length", "held_out": "data.held_out", "tokenizer": "seed_model.tokenizer",
+    "pretrained_tokens": "seed_model.pretrained_tokens",
     "model_type": "seed_model.config.model_type", "path": "seed_model.path", "revision": "seed_model.revision",
     "generalist": "mix.generalist", "split": "mix.split", "router_std": "mix.router_std", "router": "mix.router",
     "router.kind": "mix.router", "dtype": "mix.dtype", "max_shard_size": "mix.max_shard_size", "tokens": "train.tokens",

@@ -173,7 +173,11 @@ class _Stages:
         generated = {"held_out": recipe.data.held_out} if recipe.evaluate.mixed.kind == "generated" else {}
         paths, contents = task_files(recipe), self._task_files()
         files = {where: contents[str(path)] for where, path in paths.items()}
-        more = {} if recipe.analyze.scored_examples == Analyze().examples else {"examples": recipe.analyze.examples}
+        more: Settings = (
+            {} if recipe.analyze.scored_examples == Analyze().examples else {"examples": recipe.analyze.examples}
+        )
+        if recipe.seed_model.pretrained_tokens is not None:  # results tell what follows from it, and are made anew
+            more["pretrained_tokens"] = recipe.seed_model.pretrained_tokens
         return {"evaluate": recipe.evaluate, "domains": domains, "files": files, **generated, **more, **self.rng}
 
     def _task_files(self) -> dict[str, str]:

@@ -15,8 +15,7 @@ from btx.evaluation.evaluate import ModelEntry, OtherEntry, evaluate_models
 from btx.files import atomic_folder, write_text
 from btx.outputs import read_output
 from btx.planning.costs import TrainingCost, dense_config, longest_way, run_costs
-from btx.planning.gain import predict_gain
-from btx.planning.models import cost_in_use
+from btx.planning.kept_prediction import prediction_of
 from btx.planning.speed import measured_speed
 from btx.process import Interrupts, Log
 from btx.reporting.report import write_report
@@ -125,8 +124,7 @@ def models_of_run(run: RunFolder) -> dict[str, ModelEntry]:
     costs = run_costs(run, dense, measured_speed(run))  # as `btx plan` has them, at the speed of the seed
     predicted = {stage.name: costs.behind(stage.name) for stage in costs.graph}
     entries = {name: _entry(run, graph[stage], predicted[stage]) for name, stage in model_stages(recipe).items()}
-    prediction = predict_gain(run, dense, cost_in_use(recipe, dense, "btx"), costs)
-    entries["btx"].accounting["predicted_gain"] = prediction and asdict(prediction)
+    entries["btx"].accounting["predicted_gain"] = prediction_of(run)
     for name in recipe.baselines:
         entries[name].accounting["matched"] = {"to": "btx", "by": matched_by(recipe, name)} | _ratios(
             entries[name], entries["btx"]

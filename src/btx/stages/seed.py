@@ -18,6 +18,7 @@ from btx.models.loading import load_tokenizer
 from btx.models.whole import check_whole
 from btx.planning.budgets import check_budgets
 from btx.planning.disk import check_disk
+from btx.planning.kept_prediction import keep_prediction
 from btx.process import Interrupts, Log
 from btx.recipe.mixtures import seed_mixture
 from btx.run_folder.data_stages import TOKENIZER
@@ -43,6 +44,7 @@ def train_seed(run: RunFolder, stage: Stage, interrupts: Interrupts, log: Log) -
             refuse_longer_sequences(config, run.recipe.data.sequence_length, str(source / "config.json"))
             check_disk(run, config)
             check_templates(run, facts.folder / "model")
+            keep_prediction(run, stage.name, log)
         return
     assert seed.config is not None  # the schema guarantees both
     assert seed.train is not None

@@ -32,6 +32,7 @@ from btx.models.sharding import largest, process_count, process_number, same_eve
 from btx.models.trainable import set_trainable
 from btx.moe.balancing import Balancing
 from btx.moe.layer import experts_run_in_training, moe_blocks, set_router, use_selection_bias
+from btx.planning.kept_prediction import keep_prediction
 from btx.process import Interrupts, Log, processes_here, rank
 from btx.recipe.training import Finetune, Lora, Training
 from btx.run_folder.data_stages import TOKENIZER
@@ -133,6 +134,8 @@ def train_stage(
     tokenizer = load_tokenizer(like or run.folder(TOKENIZER))
     with _making(run, stage, log) as facts:
         unused = _say_what_trains(run, model, mixtures, log)
+        if rank() == 0:
+            keep_prediction(run, stage.name, log)
         if alignment is not None and alignment.ready is not None:
             job = alignment.ready(job)
         try:

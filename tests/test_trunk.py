@@ -82,6 +82,42 @@ def test_a_training_that_is_behind_its_trunk_or_stale_goes_on_from_it_too(here: 
     assert not any("goes on" in line for line in lines)
 
 
+def test_what_was_set_aside_is_gone_on_with_whoever_was_killed_before_it_was_taken(here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "short", tmp_path / "run")
+    longer = ["seed_model.train.warmup_steps=2", CONSTANT, LONGER]
+    run = RunFolder.create(pico_recipe(here, str(tmp_path / "run"), *longer))
+    aside = run.set_aside("seed")  # and no further: killed while the checkpoint was hashed
+    planned = plan_sweep(
+        str(here / "pico.yaml"), [f"data.root={here}", f"run={tmp_path / 'sweep'}", *longer], rng_seeds=1
+    )
+    assert [row["goes_on"] for row in sweep_state(planned, [run.path])] == [{"seed": 0.5}]
+    resumed, lines = run_here(run.recipe, TO_THE_SEED)
+    assert f"seed: goes on from step 2 of {aside}, which is the same training until there" in lines
+    assert any(line.startswith("resumed after step 2 of 4") for line in lines)
+    alone, _ = seed_of(here, "constant-alone", CONSTANT, LONGER)
+    assert weights(resumed) == weights(alone)
+
+
+def test_fewer_tokens_and_then_as_many_as_before_go_on_from_where_the_run_was(here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "short", tmp_path / "run")
+    seed_of(here, str(tmp_path / "run"), CONSTANT, "seed_model.train.tokens=256")
+    _, lines = seed_of(here, str(tmp_path / "run"), CONSTANT)
+    assert any(line.startswith("seed: goes on from step 2 of") for line in lines)
+    assert any(line.startswith("resumed after step 2 of 2") for line in lines)
+
+
+def test_a_stale_training_loses_nothing_to_another_runs_checkpoint_that_is_further_and_damaged(
+    here: Path, tmp_path: Path
+) -> None:
+    donor, _ = seed_of(here, str(tmp_path / "donor"), CONSTANT, "seed_model.train.tokens=768", share=here / "short")
+    (damaged,) = (donor.path / "seed/state").glob("step-00000003/weights.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    shutil.copytree(here / "short", tmp_path / "run")
+    _, lines = seed_of(here, str(tmp_path / "run"), CONSTANT, LONGER, share=donor.path)
+    assert any("does not go on from step 3" in line for line in lines)
+    assert any(line.startswith("resumed after step 2 of 4") for line in lines)
+
+
 def test_in_one_run_folder_more_tokens_are_more_steps_and_no_new_training(here: Path) -> None:
     seed_of(here, "grows", CONSTANT, share=here / "short")
     grown, lines = seed_of(here, "grows", CONSTANT, LONGER)

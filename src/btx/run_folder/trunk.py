@@ -85,6 +85,11 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
     return False
 
 
+def folders_of(run: Path, stage: str) -> list[Path]:
+    """Where checkpoints of a run's stage may lie: in its folder, and in those that were set aside, the latest first."""
+    return [run / stage, *sorted(run.glob(f"stale/*/{stage}"), reverse=True)]
+
+
 def furthest_on_trunk(trunk: str, at_most: int, donors: Sequence[Path]) -> int:
     """Step of the furthest checkpoint on a trunk in stages' folders; 0 if there is none. Arguments as for
     `take_trunk`."""

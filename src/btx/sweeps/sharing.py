@@ -100,13 +100,12 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
 def _take_trunk(run: RunFolder, stage: Stage, others: Sequence[Path], log: Log) -> None:
     """Let a training go on from another run's checkpoint of its trunk, where that is further than its own, unless it is
     at work; what is stale gives way to it."""
-    donors = [donor / stage.name for donor in others]
-    if not stage.trains or not run.is_behind(stage, donors):
+    if not stage.trains or not run.is_behind(stage, others):
         return
     with contextlib.suppress(NotYet), exclusive(run.path, stage.name):
         if run.state(stage) == "stale":
             run.set_stale_aside(stage, run.why_stale(stage), log)
-        run.take_trunk(stage, donors, log)
+        run.take_trunk(stage, others, log)
 
 
 def _copy_stage(source: Path, target: Path, donor: Path) -> None:

@@ -21,7 +21,7 @@ from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive, place_aside
 from btx.run_folder.graph import Stage
-from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, trunk_steps
+from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, folders_of, trunk_steps
 from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
@@ -164,7 +164,8 @@ def _share_on_trunk(stage: Stage, trunks: dict[tuple[str, str], set[int]], donor
         return 0.0
     made = trunks.get((stage.name, stage.trunk))
     if made is None:
-        made = {step for donor in donors for step, _ in checkpoints_on_trunk(donor / stage.name, stage.trunk)}
+        folders = [folder for donor in donors for folder in folders_of(donor, stage.name)]
+        made = {step for folder in folders for step, _ in checkpoints_on_trunk(folder, stage.trunk)}
     steps = trunk_steps(stage.shown)
     furthest = max((step for step in made if step <= steps), default=0)
     trunks[stage.name, stage.trunk] = made | {steps}

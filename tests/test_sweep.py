@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from btx.errors import StageFailed, UserError
-from btx.files import read_json
+from btx.files import link_or_copy, read_json
 from btx.process import Interrupted
 from btx.recipe.loading import load_recipe
 from btx.reporting.charts import BarPanels
@@ -214,6 +214,21 @@ def test_a_failing_variant_stops_no_other_and_the_end_names_it(
     assert "1 of 2 runs: finetune.tokens=100000000, rng seed 3 (failed)" in (plan.folder / "sweep.md").read_text()
 
 
+def test_a_run_that_cannot_read_another_ones_files_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable_for_the_first(run: RunFolder, *_: Any) -> list[str]:
+        if "512" in str(run.path):
+            raise PermissionError(13, "Permission denied", "/elsewhere/optimizer.safetensors")
+        return []
+
+    monkeypatch.setattr("btx.sweeps.sweep.take_over", unreadable_for_the_first)
+    with pytest.raises(StageFailed, match=r"1 of 2 runs failed.*\n.*512.*/elsewhere/optimizer.safetensors: cannot be"):
+        pretend(plan_here(tmp_path, "finetune.tokens=256,512", rng_seeds=1), monkeypatch)
+    written = read_json(tmp_path / "sweep/sweep.json")["variants"]
+    assert [variant["runs"][0]["state"] for variant in written.values()] == ["done", "failed"]
+
+
 @dataclass
 class Pretending:
     """A run that makes one stage each time it is asked how it is; only its files count."""
@@ -357,6 +372,25 @@ def test_nothing_unfinished_or_made_from_other_inputs_is_taken_over(tmp_path: Pa
     other = RunFolder.create(pico_recipe(tmp_path, "other", "seed_model.tokenizer.vocab_size=310"))
     assert take_over(other, [donor.path], lambda line: None) == []
     assert not (other.path / "data").exists()
+
+
+def test_a_finished_stage_that_its_owner_moves_aside_meanwhile_is_taken_from_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donors = [run_here(pico_recipe(tmp_path, name), ["data"])[0] for name in ("first", "second")]
+    copied = link_or_copy
+
+    def moved(source: Path, target: Path) -> None:
+        if source == donors[0].path / "data/birds":
+            donors[0].set_aside("data/birds")
+        copied(source, target)
+
+    monkeypatch.setattr("btx.sweeps.sharing.link_or_copy", moved)
+    mine, lines = RunFolder.create(pico_recipe(tmp_path, "mine")), list[str]()
+    assert take_over(mine, [donor.path for donor in donors], lines.append) == DATA
+    assert f"data/birds: not taken over from {donors[0].path}: it was removed meanwhile" in lines
+    assert read_json(mine.path / "data/birds/done.json")["taken_over_from"] == str(donors[1].path)
+    assert mine.state(mine.graph["data/birds"]) == "done"
 
 
 # Combinations

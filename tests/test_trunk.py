@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from btx.files import file_sha256, read_json, write_bytes, write_sealed
+from btx.files import file_sha256, link_or_copy, read_json, write_bytes, write_sealed
 from btx.metrics_file import read_metrics
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep_state
 from btx.sweeps.variants import plan_sweep
+from btx.training.checkpoint_files import check_parts
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 TO_THE_SEED = ["data/tokenizer", "data/general", "seed"]
@@ -172,7 +173,7 @@ def test_a_damaged_checkpoint_of_another_run_is_passed_over(here: Path, tmp_path
     settings = ["seed_model.train.warmup_steps=2", CONSTANT, LONGER]
     run, lines = RunFolder.create(pico_recipe(here, str(tmp_path / "run"), *settings)), list[str]()
     take_over(run, [other], lines.append)
-    assert not (run.path / "seed/state").exists()
+    assert not list((run.path / "seed").glob("state/*"))
     take_over(run, [other, here / "short"], lines.append)
     assert [path.name for path in (run.path / "seed/state").iterdir()] == ["step-00000002"]
     told = [line for line in lines if "does not go on from step 2" in line]
@@ -196,6 +197,40 @@ def test_a_checkpoint_of_several_processes_is_passed_over_without_all_their_part
     assert take_trunk("a", 4, tmp_path / "run/seed", [state.parent], lines.append)
     assert [path.name for path in (tmp_path / "run/seed/state").iterdir()] == ["step-00000002"]
     assert why in lines[0]
+
+
+@pytest.mark.parametrize("when", ["before it is copied", "while it is copied"])
+def test_a_checkpoint_that_its_owner_removes_meanwhile_gives_way_to_the_one_it_has_then(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A training under way keeps its last checkpoints and removes those before."""
+    every = "seed_model.train.checkpoint_every=1"
+    settings = ["seed_model.train.tokens=1024", "seed_model.train.warmup_steps=2", CONSTANT, every]
+    donor = RunFolder.create(pico_recipe(here, str(tmp_path / "donor"), *settings))
+    run_here(donor.recipe, TO_THE_SEED[:2])
+    stopped_after(donor, "seed", 3)
+    state = donor.path / "seed/state"
+    later = (state / "step-00000003").rename(tmp_path / "later")
+    copied = link_or_copy
+
+    def pruned(source: Path, target: Path) -> None:
+        is_first = later.exists()
+        if is_first:
+            if when == "while it is copied":
+                copied(source, target)
+                (target / "optimizer.safetensors").unlink()
+            later.rename(state / "step-00000003")
+            shutil.rmtree(source)
+        if not is_first or when == "before it is copied":
+            copied(source, target)
+
+    monkeypatch.setattr("btx.run_folder.trunk.link_or_copy", pruned)
+    trunk, lines = donor.graph["seed"].trunk or "", list[str]()
+    assert take_trunk(trunk, 4, tmp_path / "run/seed", [donor.path / "seed"], lines.append)
+    assert "does not go on from step 2" in lines[0]
+    (taken,) = (tmp_path / "run/seed/state").iterdir()
+    assert taken.name == "step-00000003"
+    check_parts(taken, 1)
 
 
 def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_train(here: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
 from btx.sweeps.variants import OWN_FILES, SweepPlan, SweepRun, run_name
+from btx.system_errors import told
 
 POLL_S = 0.3
 LINES_SHOWN = 15  # of a failed run's log
@@ -286,8 +287,8 @@ class _Sweep:
             output.parent.mkdir(exist_ok=True)
             tail = LogTail.from_now(output)
             job = self.start(run, output)
-        except UserError as error:
-            self._fail(run, str(error))
+        except (UserError, OSError) as error:  # what one run cannot read stops no other
+            self._fail(run, str(told(error)))
             return
         self.running.append(_Running(run, job, tail))
 
@@ -313,8 +314,8 @@ class _Sweep:
                 write_sweep(self.plan, self.failures)
             else:
                 how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-                told = "\n".join(running.lines)
-                self._fail(running.run, f"{how}; its log is {running.job.log}:\n{told}")
+                end = "\n".join(running.lines)
+                self._fail(running.run, f"{how}; its log is {running.job.log}:\n{end}")
 
     def _fail(self, run: SweepRun, why: str) -> None:
         self.failures[run.name] = why

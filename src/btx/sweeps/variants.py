@@ -153,7 +153,7 @@ def plan_sweep(
             of_run = [f"run={inline_yaml(str(folder / variant.label / f'rng-{rng_seed}'))}", f"rng_seed={rng_seed}",
                       *always]  # fmt: skip
             try:
-                run = SweepRun(variant, rng_seed, load_recipe(name, [*fixed, *variant.overrides, *of_run]))
+                run = SweepRun(variant, rng_seed, load_recipe(name, [*fixed, *of_run], variant=variant.overrides))
                 check(run.recipe)
                 plan.runs.append(run)
             except UserError as error:

@@ -462,6 +462,38 @@ def test_the_papers_tables_are_sweeps_of_the_demo_and_of_ones_own_data(name: str
         assert [stage.name for stage in plan.runs[0].stages if stage.inputs in shared][-1] == "mix"
 
 
+@pytest.mark.parametrize(("section", "arguments", "labels"), [
+    ("", ["mix.merge=ties,dare", "mix.merge_density=0.3"], ["mix.merge=ties", "mix.merge=dare"]),
+    ("sweep: {vary: {mix.merge: [ties]}}", ["mix.merge_density=0.3"], ["pico"]),
+    ("sweep: {variants: {a: {finetune.schedule: wsd}}}", ["finetune.decay_share=0.3"], ["a"]),
+])  # fmt: skip
+def test_a_sweep_all_of_whose_variants_are_right_needs_no_right_recipe_without_them(
+    tmp_path: Path, section: str, arguments: list[str], labels: list[str]
+) -> None:
+    path = write_pico_recipe(tmp_path)
+    path.write_text(f"{path.read_text()}{section}\n")
+    plan = plan_sweep(str(path), arguments, rng_seeds=1, jobs=2)
+    assert [variant.label for variant in plan.variants] == labels
+    assert (plan.name, plan.folder, plan.rng_seeds) == ("pico", Path("runs/pico-sweep"), [3])
+    assert plan.runs[0].folder.parent == plan.folder / plan.variants[0].label
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["mix.merge=ties,dare", "mix.merge_density=3"], ["override 'mix.merge_density=3': "]),
+    (["mix.topk=5", "mix.top_l=1,2"], ["override 'mix.topk=5': "]),
+    (["sweep.rng_sed=3", "mix.top_k=1,2"], ["override 'sweep.rng_sed=3': "]),
+    (["mix.merge=mean,linear", "mix.merge_density=0.3"], ["variant mix.merge=mean: ", "variant mix.merge=linear: "]),
+    (["mix.merge=mean,ties", "mix.merge_density=0.3"], ["variant mix.merge=mean: "]),
+    (["mix.merge=ties,dare", "mix.merge_density=0.3", "baseline_training.soup.tokens=9"],
+     ["override 'baseline_training.soup.tokens=9': baseline_training.soup: soup is made without training"]),
+])  # fmt: skip
+def test_what_is_wrong_with_all_variants_is_told_once(tmp_path: Path, arguments: list[str], told: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_here(tmp_path, *arguments)
+    lines = str(refused.value).splitlines()
+    assert [line[: len(beginning)] for line, beginning in zip(lines, told, strict=True)] == told
+
+
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["mix.top_k=1,9"], r"^variant mix.top_k=9: override 'mix.top_k=9': mix.top_k is 9, but there are only 3 experts$"),
     (["mix.topk=1,2"], "unknown key 'topk'; did you mean 'top_k'"),

@@ -13,7 +13,7 @@ from btx.run_folder.folder import RunFolder
 from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep_state
-from btx.sweeps.variants import plan_sweep
+from btx.sweeps.variants import plan_sweep, without_trunk
 from btx.training.checkpoint_files import check_parts
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
@@ -251,3 +251,18 @@ def test_a_sweep_begins_with_the_shortest_branch_where_branches_have_their_own_t
     arguments = [f"data.root={here}", "train.schedule=constant", "train.domain_tokens={birds: 4096},{birds: 256}"]
     runs = plan_sweep(str(here / "pico.yaml"), arguments, rng_seeds=1).runs
     assert [run.recipe.branch_training("birds").tokens for run in runs] == [256, 4096]
+
+
+def test_what_keeps_trainings_of_other_lengths_from_a_trunk_is_named(here: Path) -> None:
+    file = here / "derived.yaml"
+    file.write_text(
+        (here / "pico.yaml").read_text().replace("paper: true", "paper: false").replace("warmup_steps: 2", "")
+    )
+
+    def named(*settings: str) -> str:
+        return without_trunk(
+            plan_sweep(str(file), [f"data.root={here}", "seed_model.train.tokens=512,1024", *settings])
+        )
+
+    assert named(CONSTANT) == "seed_model.train.{warmup_steps}"
+    assert named(CONSTANT, "seed_model.train.warmup_steps=2") == named() == ""

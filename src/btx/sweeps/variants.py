@@ -14,12 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from btx.errors import RecipeError, UserError
+from btx.recipe.derived import SECTIONS
 from btx.recipe.loading import inline_yaml, load_recipe, read_sweep
 from btx.recipe.schema import Recipe, Sweep
+from btx.recipe.training import Training
 from btx.recipe.yaml_positions import YamlSyntaxError, read_yaml
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
@@ -39,6 +42,8 @@ LONGEST_VALUE = 40
 """Characters of a value in a variant's name."""
 
 
+OF_A_TRUNK = {"batch_tokens", "learning_rate", "warmup_steps"}
+"""What follows from a training's tokens where the recipe leaves it out, and has to be equal on a trunk."""
 OWN_FILES = ("sweep.json", "sweep.md", "sweep.svg")
 """What a sweep writes beside its variants' folders."""
 MOST_VARIANTS = 1000
@@ -163,6 +168,23 @@ def plan_sweep(
         raise _wrong_variants(problems)
     plan.runs.sort(key=lambda run: (run.rng_seed, _steps_that_are_shared(run.recipe)))
     return plan
+
+
+def without_trunk(plan: SweepPlan) -> str:
+    """Settings that follow from the tokens of trainings of several lengths, which therefore have no trunk in common;
+    empty if there are none."""
+    named = []
+    for name in SECTIONS:
+        lengths, followed = set[int](), set[str]()
+        for recipe in (run.recipe for run in plan.runs):
+            training: Training | None = attrgetter(name)(recipe)
+            if training is not None and training.schedule != "cosine":
+                lengths.add(training.tokens)
+                derived = (recipe.derived or {}).get(name)
+                followed |= set(derived.values) & OF_A_TRUNK if derived is not None else set()
+        if len(lengths) > 1 and followed:
+            named.append(f"{name}.{{{','.join(sorted(followed))}}}")
+    return ", ".join(named)
 
 
 def _section(name: str, fixed: Sequence[str]) -> tuple[str, Sweep, RecipeError | None]:

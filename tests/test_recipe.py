@@ -471,6 +471,49 @@ def test_a_recipe_takes_what_it_leaves_out_from_the_one_it_extends(tmp_path: Pat
     assert parse_recipe(dump_recipe(recipe), "again.yaml") == recipe  # resolved: nothing is extended any more
 
 
+WSD = "extends: demo\nfinetune: {schedule: wsd, decay_share: 0.5, decay_shape: linear}\n"
+
+
+def decay(recipe: Recipe) -> tuple[str, float, str]:
+    return recipe.finetune.schedule, recipe.finetune.decay_share, recipe.finetune.decay_shape
+
+
+def test_who_names_a_schedule_without_a_decay_takes_back_the_decay_of_the_recipe_below(tmp_path: Path) -> None:
+    plain = ("cosine", 0.2, "sqrt")
+    cosine = ["finetune.schedule=cosine"]
+    assert decay(parse_recipe(WSD, "my.yaml")) == ("wsd", 0.5, "linear")
+    assert decay(parse_recipe(WSD, "my.yaml", cosine)) == plain
+    assert decay(parse_recipe(WSD, "my.yaml", ["finetune.schedule=wsd"])) == ("wsd", 0.5, "linear")
+    wsd = ["finetune.schedule=wsd", "finetune.decay_share=0.3"]
+    assert decay(parse_recipe("extends: demo\n", "my.yaml", wsd, variant=cosine)) == plain
+    (tmp_path / "run").mkdir()
+    base, child = tmp_path / "base.yaml", "finetune: {schedule: cosine}\n"
+    base.write_text(WSD)
+    assert decay(parse_recipe(f"extends: {base}\n{child}", "my.yaml")) == plain
+    between = tmp_path / "between.yaml"
+    between.write_text(f"extends: {base}\n{child}")
+    assert decay(parse_recipe(f"extends: {between}\n", "my.yaml")) == plain
+    (tmp_path / "run/recipe.yaml").write_text(dump_recipe(parse_recipe(WSD, "my.yaml")))
+    assert decay(load_recipe(str(tmp_path / "run"), cosine)) == plain
+    of_baseline = "baselines: [dense_cm]\nbaseline_training: {dense_cm: {schedule: wsd, decay_share: 0.5}}\n"
+    named = ["baseline_training.dense_cm.schedule=cosine"]
+    assert parse_recipe(WSD + of_baseline, "my.yaml", named).baseline_training["dense_cm"].decay_share is None
+
+
+@pytest.mark.parametrize(("text", "overrides", "place"), [
+    (WSD.replace("wsd", "cosine"), [], "my.yaml:2:30"),
+    (WSD, ["finetune.schedule=cosine", "finetune.decay_share=0.3"], "override 'finetune.decay_share=0.3'"),
+    (WSD, ["finetune.decay_share=0.3", "finetune.schedule=cosine"], "override 'finetune.decay_share=0.3'"),
+    ("extends: demo\ntrain: {}\nfinetune:\n  tokens: 1e6\n", ["finetune.decay_share=0.3"],
+     "override 'finetune.decay_share=0.3'"),
+])  # fmt: skip
+def test_a_decay_beside_a_schedule_without_one_is_refused_where_it_stands(
+    text: str, overrides: list[str], place: str
+) -> None:
+    (line,) = problems(text, *overrides)
+    assert line == f"{place}: finetune: decay_share goes with schedule: wsd; here it is cosine"
+
+
 def test_a_sweep_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text("extends: demo\nsweep: {rng_seeds: 5, variants: {a: {mix.top_k: 1}}}\n")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from btx.errors import StageFailed, UserError
-from btx.files import read_json
+from btx.files import link_or_copy, read_json
 from btx.process import Interrupted
 from btx.recipe.loading import load_recipe
 from btx.reporting.charts import BarPanels
@@ -214,6 +214,21 @@ def test_a_failing_variant_stops_no_other_and_the_end_names_it(
     assert "1 of 2 runs: finetune.tokens=100000000, rng seed 3 (failed)" in (plan.folder / "sweep.md").read_text()
 
 
+def test_a_run_that_cannot_read_another_ones_files_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable_for_the_first(run: RunFolder, *_: Any) -> list[str]:
+        if "512" in str(run.path):
+            raise PermissionError(13, "Permission denied", "/elsewhere/optimizer.safetensors")
+        return []
+
+    monkeypatch.setattr("btx.sweeps.sweep.take_over", unreadable_for_the_first)
+    with pytest.raises(StageFailed, match=r"1 of 2 runs failed.*\n.*512.*/elsewhere/optimizer.safetensors: cannot be"):
+        pretend(plan_here(tmp_path, "finetune.tokens=256,512", rng_seeds=1), monkeypatch)
+    written = read_json(tmp_path / "sweep/sweep.json")["variants"]
+    assert [variant["runs"][0]["state"] for variant in written.values()] == ["done", "failed"]
+
+
 @dataclass
 class Pretending:
     """A run that makes one stage each time it is asked how it is; only its files count."""
@@ -359,6 +374,25 @@ def test_nothing_unfinished_or_made_from_other_inputs_is_taken_over(tmp_path: Pa
     assert not (other.path / "data").exists()
 
 
+def test_a_finished_stage_that_its_owner_moves_aside_meanwhile_is_taken_from_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donors = [run_here(pico_recipe(tmp_path, name), ["data"])[0] for name in ("first", "second")]
+    copied = link_or_copy
+
+    def moved(source: Path, target: Path) -> None:
+        if source == donors[0].path / "data/birds":
+            donors[0].set_aside("data/birds")
+        copied(source, target)
+
+    monkeypatch.setattr("btx.sweeps.sharing.link_or_copy", moved)
+    mine, lines = RunFolder.create(pico_recipe(tmp_path, "mine")), list[str]()
+    assert take_over(mine, [donor.path for donor in donors], lines.append) == DATA
+    assert f"data/birds: not taken over from {donors[0].path}: it was removed meanwhile" in lines
+    assert read_json(mine.path / "data/birds/done.json")["taken_over_from"] == str(donors[1].path)
+    assert mine.state(mine.graph["data/birds"]) == "done"
+
+
 # Combinations
 
 
@@ -426,6 +460,38 @@ def test_the_papers_tables_are_sweeps_of_the_demo_and_of_ones_own_data(name: str
     if name == "paper-table4" and data == "demo":  # what the budgets do not change is made once
         shared = set.intersection(*({stage.inputs for stage in run.stages} for run in plan.runs[:variants]))
         assert [stage.name for stage in plan.runs[0].stages if stage.inputs in shared][-1] == "mix"
+
+
+@pytest.mark.parametrize(("section", "arguments", "labels"), [
+    ("", ["mix.merge=ties,dare", "mix.merge_density=0.3"], ["mix.merge=ties", "mix.merge=dare"]),
+    ("sweep: {vary: {mix.merge: [ties]}}", ["mix.merge_density=0.3"], ["pico"]),
+    ("sweep: {variants: {a: {finetune.schedule: wsd}}}", ["finetune.decay_share=0.3"], ["a"]),
+])  # fmt: skip
+def test_a_sweep_all_of_whose_variants_are_right_needs_no_right_recipe_without_them(
+    tmp_path: Path, section: str, arguments: list[str], labels: list[str]
+) -> None:
+    path = write_pico_recipe(tmp_path)
+    path.write_text(f"{path.read_text()}{section}\n")
+    plan = plan_sweep(str(path), arguments, rng_seeds=1, jobs=2)
+    assert [variant.label for variant in plan.variants] == labels
+    assert (plan.name, plan.folder, plan.rng_seeds) == ("pico", Path("runs/pico-sweep"), [3])
+    assert plan.runs[0].folder.parent == plan.folder / plan.variants[0].label
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["mix.merge=ties,dare", "mix.merge_density=3"], ["override 'mix.merge_density=3': "]),
+    (["mix.topk=5", "mix.top_l=1,2"], ["override 'mix.topk=5': "]),
+    (["sweep.rng_sed=3", "mix.top_k=1,2"], ["override 'sweep.rng_sed=3': "]),
+    (["mix.merge=mean,linear", "mix.merge_density=0.3"], ["variant mix.merge=mean: ", "variant mix.merge=linear: "]),
+    (["mix.merge=mean,ties", "mix.merge_density=0.3"], ["variant mix.merge=mean: "]),
+    (["mix.merge=ties,dare", "mix.merge_density=0.3", "baseline_training.soup.tokens=9"],
+     ["override 'baseline_training.soup.tokens=9': baseline_training.soup: soup is made without training"]),
+])  # fmt: skip
+def test_what_is_wrong_with_all_variants_is_told_once(tmp_path: Path, arguments: list[str], told: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_here(tmp_path, *arguments)
+    lines = str(refused.value).splitlines()
+    assert [line[: len(beginning)] for line, beginning in zip(lines, told, strict=True)] == told
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

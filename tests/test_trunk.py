@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from btx.files import file_sha256, read_json, write_bytes, write_sealed
+from btx.files import file_sha256, link_or_copy, read_json, write_bytes, write_sealed
 from btx.metrics_file import read_metrics
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.trunk import take_trunk, trunk_steps
 from btx.sweeps.sharing import take_over
 from btx.sweeps.sweep import sweep_state
-from btx.sweeps.variants import plan_sweep
+from btx.sweeps.variants import plan_sweep, without_trunk
+from btx.training.checkpoint_files import check_parts
 from tests.pico_run import pico_recipe, run_here, stopped_after, write_pico_recipe
 
 TO_THE_SEED = ["data/tokenizer", "data/general", "seed"]
@@ -82,6 +83,42 @@ def test_a_training_that_is_behind_its_trunk_or_stale_goes_on_from_it_too(here: 
     assert not any("goes on" in line for line in lines)
 
 
+def test_what_was_set_aside_is_gone_on_with_whoever_was_killed_before_it_was_taken(here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "short", tmp_path / "run")
+    longer = ["seed_model.train.warmup_steps=2", CONSTANT, LONGER]
+    run = RunFolder.create(pico_recipe(here, str(tmp_path / "run"), *longer))
+    aside = run.set_aside("seed")  # and no further: killed while the checkpoint was hashed
+    planned = plan_sweep(
+        str(here / "pico.yaml"), [f"data.root={here}", f"run={tmp_path / 'sweep'}", *longer], rng_seeds=1
+    )
+    assert [row["goes_on"] for row in sweep_state(planned, [run.path])] == [{"seed": 0.5}]
+    resumed, lines = run_here(run.recipe, TO_THE_SEED)
+    assert f"seed: goes on from step 2 of {aside}, which is the same training until there" in lines
+    assert any(line.startswith("resumed after step 2 of 4") for line in lines)
+    alone, _ = seed_of(here, "constant-alone", CONSTANT, LONGER)
+    assert weights(resumed) == weights(alone)
+
+
+def test_fewer_tokens_and_then_as_many_as_before_go_on_from_where_the_run_was(here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "short", tmp_path / "run")
+    seed_of(here, str(tmp_path / "run"), CONSTANT, "seed_model.train.tokens=256")
+    _, lines = seed_of(here, str(tmp_path / "run"), CONSTANT)
+    assert any(line.startswith("seed: goes on from step 2 of") for line in lines)
+    assert any(line.startswith("resumed after step 2 of 2") for line in lines)
+
+
+def test_a_stale_training_loses_nothing_to_another_runs_checkpoint_that_is_further_and_damaged(
+    here: Path, tmp_path: Path
+) -> None:
+    donor, _ = seed_of(here, str(tmp_path / "donor"), CONSTANT, "seed_model.train.tokens=768", share=here / "short")
+    (damaged,) = (donor.path / "seed/state").glob("step-00000003/weights.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    shutil.copytree(here / "short", tmp_path / "run")
+    _, lines = seed_of(here, str(tmp_path / "run"), CONSTANT, LONGER, share=donor.path)
+    assert any("does not go on from step 3" in line for line in lines)
+    assert any(line.startswith("resumed after step 2 of 4") for line in lines)
+
+
 def test_in_one_run_folder_more_tokens_are_more_steps_and_no_new_training(here: Path) -> None:
     seed_of(here, "grows", CONSTANT, share=here / "short")
     grown, lines = seed_of(here, "grows", CONSTANT, LONGER)
@@ -136,7 +173,7 @@ def test_a_damaged_checkpoint_of_another_run_is_passed_over(here: Path, tmp_path
     settings = ["seed_model.train.warmup_steps=2", CONSTANT, LONGER]
     run, lines = RunFolder.create(pico_recipe(here, str(tmp_path / "run"), *settings)), list[str]()
     take_over(run, [other], lines.append)
-    assert not (run.path / "seed/state").exists()
+    assert not list((run.path / "seed").glob("state/*"))
     take_over(run, [other, here / "short"], lines.append)
     assert [path.name for path in (run.path / "seed/state").iterdir()] == ["step-00000002"]
     told = [line for line in lines if "does not go on from step 2" in line]
@@ -162,6 +199,40 @@ def test_a_checkpoint_of_several_processes_is_passed_over_without_all_their_part
     assert why in lines[0]
 
 
+@pytest.mark.parametrize("when", ["before it is copied", "while it is copied"])
+def test_a_checkpoint_that_its_owner_removes_meanwhile_gives_way_to_the_one_it_has_then(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A training under way keeps its last checkpoints and removes those before."""
+    every = "seed_model.train.checkpoint_every=1"
+    settings = ["seed_model.train.tokens=1024", "seed_model.train.warmup_steps=2", CONSTANT, every]
+    donor = RunFolder.create(pico_recipe(here, str(tmp_path / "donor"), *settings))
+    run_here(donor.recipe, TO_THE_SEED[:2])
+    stopped_after(donor, "seed", 3)
+    state = donor.path / "seed/state"
+    later = (state / "step-00000003").rename(tmp_path / "later")
+    copied = link_or_copy
+
+    def pruned(source: Path, target: Path) -> None:
+        is_first = later.exists()
+        if is_first:
+            if when == "while it is copied":
+                copied(source, target)
+                (target / "optimizer.safetensors").unlink()
+            later.rename(state / "step-00000003")
+            shutil.rmtree(source)
+        if not is_first or when == "before it is copied":
+            copied(source, target)
+
+    monkeypatch.setattr("btx.run_folder.trunk.link_or_copy", pruned)
+    trunk, lines = donor.graph["seed"].trunk or "", list[str]()
+    assert take_trunk(trunk, 4, tmp_path / "run/seed", [donor.path / "seed"], lines.append)
+    assert "does not go on from step 2" in lines[0]
+    (taken,) = (tmp_path / "run/seed/state").iterdir()
+    assert taken.name == "step-00000003"
+    check_parts(taken, 1)
+
+
 def test_a_sweep_begins_with_the_shortest_and_says_what_the_others_need_not_train(here: Path, tmp_path: Path) -> None:
     def goes_on(*settings: str) -> list[tuple[str, dict[str, float]]]:
         arguments = [f"data.root={here}", f"run={tmp_path / 'sweep'}", "seed_model.train.warmup_steps=2", *settings]
@@ -180,3 +251,18 @@ def test_a_sweep_begins_with_the_shortest_branch_where_branches_have_their_own_t
     arguments = [f"data.root={here}", "train.schedule=constant", "train.domain_tokens={birds: 4096},{birds: 256}"]
     runs = plan_sweep(str(here / "pico.yaml"), arguments, rng_seeds=1).runs
     assert [run.recipe.branch_training("birds").tokens for run in runs] == [256, 4096]
+
+
+def test_what_keeps_trainings_of_other_lengths_from_a_trunk_is_named(here: Path) -> None:
+    file = here / "derived.yaml"
+    file.write_text(
+        (here / "pico.yaml").read_text().replace("paper: true", "paper: false").replace("warmup_steps: 2", "")
+    )
+
+    def named(*settings: str) -> str:
+        return without_trunk(
+            plan_sweep(str(file), [f"data.root={here}", "seed_model.train.tokens=512,1024", *settings])
+        )
+
+    assert named(CONSTANT) == "seed_model.train.{warmup_steps}"
+    assert named(CONSTANT, "seed_model.train.warmup_steps=2") == named() == ""

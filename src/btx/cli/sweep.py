@@ -34,7 +34,7 @@ def sweep(
     from btx.sweeps.starting import check_plans, starter
     from btx.sweeps.sweep import sweep as run_sweep
     from btx.sweeps.table import notes, sweep_table
-    from btx.sweeps.variants import plan_sweep
+    from btx.sweeps.variants import plan_sweep, without_trunk
 
     chosen = [name.strip() for name in models.split(",") if name.strip()] if models is not None else None
     planned = plan_sweep(recipe, settings or (), rng_seeds=rng_seeds, models=chosen, jobs=jobs, check=preflight)
@@ -50,6 +50,9 @@ def sweep(
             show(*sweep_overview(overview))
             if overview["set_aside"]:
                 typer.echo(f"note: {overview['set_aside']}; what it says of them will be set aside")
+            if settings_left_out := without_trunk(planned):
+                typer.echo(f"note: no trunk is shared where these follow from the tokens; write them down: "
+                           f"{settings_left_out}")  # fmt: skip
         return
 
     written = run_sweep(planned, starter(jobs), share=share or (), jobs=jobs,

@@ -3,6 +3,7 @@
 Sections of the schema are merged key by key. Everything else, mappings with names of the user's choice included (the
 domains, the tasks, a mixture, a model's config), is taken as a whole from the recipe that says it: a table of domains
 of which half came from elsewhere would be nobody's recipe. So is `sweep`: another recipe's variants are not this one's.
+And how the rate decays goes with the schedule: who names one that has no decay takes none from another recipe.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from btx.recipe.problems import section_at
 from btx.recipe.schema import Sweep
+from btx.recipe.training import OF_THE_DECAY
 from btx.recipe.yaml_positions import Document, KeyPath
 
 OWN = ("name", "description", "run")
@@ -32,8 +34,11 @@ def fill_in(document: Document, extended: Document) -> None:
 
 def _fill(mine: dict[str, Any], theirs: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
     """Put what `mine` leaves out into it; yields the path of everything that is taken as a whole."""
+    not_taken = OF_THE_DECAY if mine.get("schedule", "wsd") != "wsd" else ()
     for key, value in theirs.items():
         here = (*path, key)
+        if key in not_taken:
+            continue
         if key not in mine:
             mine[key] = value
             yield here

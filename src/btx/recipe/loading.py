@@ -18,9 +18,9 @@ from btx.errors import RecipeError, UserError
 from btx.files import home_filled, write_text
 from btx.recipe.derived import SETTINGS, fill_in_training
 from btx.recipe.extends import fill_in
-from btx.recipe.overrides import apply_override
+from btx.recipe.overrides import apply_override, apply_overrides
 from btx.recipe.problems import did_you_mean, schema_problems
-from btx.recipe.schema import PAPER, Recipe
+from btx.recipe.schema import PAPER, Recipe, Sweep
 from btx.recipe.yaml_positions import (
     LARGEST_WHOLE,
     RESOLVERS,
@@ -40,15 +40,15 @@ MAX_EXTENDED = 8
 """Recipes that may extend each other in a row."""
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, variant: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a packaged one by name, a YAML file, or a run folder.
 
     Of a run folder, and of the recipe.yaml that lies in one, `run` is that folder, whatever the file says: a folder
-    that was copied or moved is its own run. A packaged name goes first: a folder of the same name is `./demo`. Raises
-    `RecipeError` with every problem found.
+    that was copied or moved is its own run. A packaged name goes first: a folder of the same name is `./demo`. A
+    sweep's `variant` has overrides of its own, on top of the others. Raises `RecipeError` with every problem found.
     """
     text, file, run = _read(name_or_path)
-    return parse_recipe(text, file, overrides, run=run)
+    return parse_recipe(text, file, overrides, run=run, variant=variant)
 
 
 def _read(name_or_path: str) -> tuple[str, str, str | None]:
@@ -79,22 +79,16 @@ def _read(name_or_path: str) -> tuple[str, str, str | None]:
     return _decode(content, str(path)), str(path), run
 
 
-def parse_recipe(text: str, file: str, overrides: Sequence[str] = (), *, run: str | None = None) -> Recipe:
+def parse_recipe(
+    text: str, file: str, overrides: Sequence[str] = (), *, run: str | None = None, variant: Sequence[str] = ()
+) -> Recipe:
     """Read a recipe from YAML text; `file` is its name in messages, and its stem the default of `name`.
 
     Overrides are `dotted.key=value` with the value in YAML. `run` takes the place of the text's run folder, not of an
-    override's. Raises `RecipeError` with every problem found.
+    override's. `variant` as for `load_recipe`. Raises `RecipeError` with every problem found.
     """
-    document = _document(text, file)
-    document.value.setdefault("name", Path(file).stem)
-    if run is not None:
-        document.value["run"] = run
-    bases = [override for override in overrides if override.partition("=")[0].strip() == "extends"]
-    for override in bases:
-        apply_override(document, override)
-    _fill_from_extended(document)
-    for override in (override for override in overrides if override not in bases):
-        apply_override(document, override)
+    document = _merged(text, file, overrides, run)
+    apply_overrides(document, variant)
     if run is not None:
         _refuse_idle_paper(document)
     else:
@@ -106,6 +100,21 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = (), *, run: st
         lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         raise RecipeError("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]))
     return recipe
+
+
+def read_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Sweep] | None:
+    """Name and `sweep` section of what may be a recipe only with one of the sweep's variants; arguments as for
+    `load_recipe`. None if the section itself is wrong.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is no YAML.
+    """
+    text, file, run = _read(name_or_path)
+    document = _merged(text, file, overrides, run)
+    try:
+        return str(document.value["name"]), Sweep.model_validate(document.value.get("sweep") or {}, strict=True)
+    except ValidationError:
+        return None
 
 
 def packaged_recipes() -> dict[str, str]:
@@ -239,6 +248,20 @@ def _document(text: str, file: str) -> Document:
     if not isinstance(document.value, dict):
         problem = "the recipe is empty" if document.value is None else "expected a mapping (name: value) at the top"
         raise RecipeError(f"{document.values[()]}: {problem}; start from one that works: btx cp demo my.yaml")
+    return document
+
+
+def _merged(text: str, file: str, overrides: Sequence[str], run: str | None) -> Document:
+    """A recipe's text with what it extends and its overrides, as nobody has checked it yet."""
+    document = _document(text, file)
+    document.value.setdefault("name", Path(file).stem)
+    if run is not None:
+        document.value["run"] = run
+    bases = [override for override in overrides if override.partition("=")[0].strip() == "extends"]
+    for override in bases:
+        apply_override(document, override)
+    _fill_from_extended(document)
+    apply_overrides(document, [override for override in overrides if override not in bases])
     return document
 
 

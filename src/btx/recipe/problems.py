@@ -63,7 +63,8 @@ def schema_problems(errors: Iterable[ErrorDetails], document: Document) -> Itera
         elif kind == "value_error":
             text = str(error["ctx"]["error"])
             named = _named_in(text, document)
-            section = Problem(document.keys.get(here, place), dotted(here), text)
+            setting = (*here, text.split(" ")[0])  # `decay_share goes with ...` is placed where that stands
+            section = Problem(document.keys.get(setting, document.keys.get(here, place)), dotted(here), text)
             yield Problem(document.values[named], "", text) if named else section
         else:
             shown = path if here == path[:-1] else here  # a default that does not fit: `name` from the file's name

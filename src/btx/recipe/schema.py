@@ -27,7 +27,7 @@ from btx.recipe.evaluate import Analyze, Evaluate
 from btx.recipe.launch import Launch
 from btx.recipe.mix import Mix
 from btx.recipe.section import BaselineName, Name, PathText, PositiveInt, Section, TrackerName
-from btx.recipe.training import BaselineTraining, Finetune, SeedModel, Train
+from btx.recipe.training import OF_THE_DECAY, BaselineTraining, Finetune, SeedModel, Train
 
 PAPER: dict[str, dict[str, Any]] = {"train": {"trainable": "all"}, "mix": {"router_init": "random"}}
 """Section → settings whose default is not the paper's, and what they are there (sections 3.1 and 3.2)."""
@@ -369,7 +369,7 @@ def _baselines_take_their_settings(recipe: Recipe) -> str | None:
             return f"{where}.load_balancing: {name} is the baseline without it"
         phases = [recipe.train.schedule] * kind.two_phases + [recipe.finetune.schedule]
         schedules = [named.schedule] if named.schedule else phases
-        for field in ("decay_share", "decay_shape"):
+        for field in OF_THE_DECAY:
             if getattr(named, field) is not None and "wsd" not in schedules:
                 return f"{where}.{field} goes with schedule: wsd; here it is {' and '.join(dict.fromkeys(schedules))}"
     return None

@@ -29,6 +29,8 @@ from btx.recipe.section import (
 OnSpike = Literal["log", "skip", "stop"]
 Schedule = Literal["cosine", "wsd", "constant"]
 DecayShape = Literal["linear", "cosine", "sqrt"]
+OF_THE_DECAY = ("decay_share", "decay_shape")
+"""Settings that go with `schedule: wsd` alone."""
 MicroBatchTokens = PositiveInt | Literal["auto"]
 WORTH_COMPILING = 10_000
 """Layers times micro-batches of a training. On one H100 compiling took 9 to 20 s, whatever the model, and saved 1.3 to
@@ -52,7 +54,8 @@ class Training(Section):
     schedule: Schedule = "cosine"
     """Learning rate after the warm-up. cosine: falls from the first step to the last (the paper's); constant: stays at
     the peak, so that a training can be gone on with, or branched from, as if it had been longer from the start; wsd:
-    stays there and falls at the end (warm-up, stable, decay: arXiv 2404.06395, section 4)."""
+    stays there and falls at the end (warm-up, stable, decay: arXiv 2404.06395, section 4). Where the command line, a
+    sweep's variant or a recipe that extends another names one without a decay, the other's decay_* no longer count."""
     decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """wsd: share of the steps in which it falls; never before the warm-up is over."""
     decay_shape: DecayShape = "sqrt"
@@ -93,7 +96,7 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _what_falls_is_wsd(self) -> Training:
-        for name in ("decay_share", "decay_shape"):
+        for name in OF_THE_DECAY:
             if self.schedule != "wsd" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} goes with schedule: wsd; here it is {self.schedule}")
         return self

@@ -36,7 +36,7 @@ from btx.run_folder.lease import lock_file, take_lease
 from btx.run_folder.manifest import manifest, now
 from btx.run_folder.stage_notes import done_json, files_of, is_known, started_json
 from btx.run_folder.stages_of_recipe import build_graph
-from btx.run_folder.trunk import furthest_on_trunk, furthest_step, take_trunk, trunk_steps
+from btx.run_folder.trunk import folders_of, furthest_on_trunk, furthest_step, take_trunk, trunk_steps
 from btx.system_errors import WRITING, blame
 
 State = Literal["done", "begun", "stale", "absent"]
@@ -270,8 +270,10 @@ class RunFolder:
         started, folder = time.perf_counter(), self.folder(stage.name)
         state = self.state(stage)
         why = self.why_stale(stage) if state == "stale" else ""
-        if stage.trains and state == "stale":
-            self._give_way(stage, why, log)
+        if stage.trains:
+            if state == "stale":
+                self.set_stale_aside(stage, why, log)
+            self.take_trunk(stage, (), log)
         working = folder if stage.trains else named_beside(folder, "making")
         begun = read_started(working)
         if not stage.trains and working.exists() and (begun is None or begun["inputs"] != stage.inputs):
@@ -293,7 +295,7 @@ class RunFolder:
         finish(working, done_json(stage, {"wall_s": wall_s} | facts))
         if working != folder:
             if state == "stale":
-                self._give_way(stage, why, log)
+                self.set_stale_aside(stage, why, log)
             replaced = named_beside(folder, "replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
@@ -311,33 +313,30 @@ class RunFolder:
             shutil.rmtree(working)
             raise
 
-    def _give_way(self, stage: Stage, why: str, log: Log) -> None:
-        aside = self.set_stale_aside(stage, why, log)
-        if stage.trains:
-            self.take_trunk(stage, [aside], log)
-
-    def set_stale_aside(self, stage: Stage, why: str, log: Log) -> Path:
-        """Move the folder of a stage that is stale as `set_aside` does, and say why; returns where it is now."""
+    def set_stale_aside(self, stage: Stage, why: str, log: Log) -> None:
+        """Move the folder of a stage that is stale as `set_aside` does, and say why."""
         aside = self.set_aside(stage.name)
         log(f"{stage.name}: stale ({why}); moved to {aside}")
-        return aside
 
-    def take_trunk(self, stage: Stage, donors: Sequence[Path], log: Log) -> None:
-        """Let a training go on from the furthest checkpoint that another of the same trunk has left.
+    def take_trunk(self, stage: Stage, others: Sequence[Path], log: Log) -> None:
+        """Let a training go on from the furthest checkpoint of its trunk that another run has left, or this one before
+        its stage was set aside: whoever was killed then, or found the other's checkpoint damaged, loses no step.
 
         Args:
-            donors: folders of the same stage in other runs, or of this one's as it was.
+            others: run folders.
         """
         if stage.trunk is not None:
+            donors = [folder for run in (self.path, *others) for folder in folders_of(run, stage.name)]
             take_trunk(stage.trunk, trunk_steps(stage.shown), self.folder(stage.name), donors, log)
 
-    def is_behind(self, stage: Stage, donors: Sequence[Path]) -> bool:
-        """Whether one of `donors` has made more of a training's trunk than is left of it here; as for `take_trunk`."""
+    def is_behind(self, stage: Stage, others: Sequence[Path]) -> bool:
+        """Whether one of `others` has made more of a training's trunk than is left of it here; as for `take_trunk`."""
         if stage.trunk is None:
             return False
         here, steps = self.folder(stage.name), trunk_steps(stage.shown)
         is_other = self.state(stage) == "stale"  # of which a part may be on this trunk all the same
         own = furthest_on_trunk(stage.trunk, steps, [here]) if is_other else furthest_step(here)
+        donors = [folder for run in others for folder in folders_of(run, stage.name)]
         return furthest_on_trunk(stage.trunk, steps, donors) > own
 
     def event(self, kind: str, **facts: Any) -> None:

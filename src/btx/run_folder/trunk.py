@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btx.errors import RunFolderError
+from btx.errors import DataError, RunFolderError
 from btx.files import atomic_folder, link_or_copy, read_json
 from btx.process import Log
 from btx.recipe.training import Training
+from btx.system_errors import blame
 from btx.training.checkpoint_files import STATE, check_parts, complete_in
 from btx.training.schedule import steps_before_decay
 
@@ -69,20 +70,29 @@ def take_trunk(trunk: str, at_most: int, folder: Path, donors: Sequence[Path], l
         at_most: steps of the stage that are on it.
         folder: the stage's folder.
         donors: folders of the same stage, elsewhere; they stay as they are.
-        log: told which one it goes on from, and which are damaged and passed over.
+        log: told which one it goes on from, and which are passed over: damaged, or removed meanwhile by a training that
+            is under way.
 
     Returns:
         Whether there was one.
     """
-    for step, checkpoint in _further(trunk, furthest_step(folder), at_most, donors):
-        if problem := _damage(checkpoint):
+    passed_over: set[Path] = set()
+    while further := [found for found in _further(trunk, furthest_step(folder), at_most, donors)
+                      if found[1] not in passed_over]:  # fmt: skip
+        step, checkpoint = further[0]
+        if problem := _take(checkpoint, folder):
             log(f"{folder.name}: does not go on from step {step} of {checkpoint.parent.parent}: {problem}")
-            continue
-        _take(checkpoint, folder)
+            passed_over.add(checkpoint)
+            continue  # and looks again: who has removed this one has left a later one
         log(f"{folder.name}: goes on from step {step} of {checkpoint.parent.parent}, which is the same training until "
             f"there")  # fmt: skip
         return True
     return False
+
+
+def folders_of(run: Path, stage: str) -> list[Path]:
+    """Where checkpoints of a run's stage may lie: in its folder, and in those that were set aside, the latest first."""
+    return [run / stage, *sorted(run.glob(f"stale/*/{stage}"), reverse=True)]
 
 
 def furthest_on_trunk(trunk: str, at_most: int, donors: Sequence[Path]) -> int:
@@ -104,20 +114,40 @@ def _further(trunk: str, than: int, at_most: int, donors: Sequence[Path]) -> lis
     return sorted(checkpoints, reverse=True)
 
 
-def _take(checkpoint: Path, folder: Path) -> None:
+def _take(checkpoint: Path, folder: Path) -> str:
+    """Put a checkpoint and the metrics until there into a stage's folder, if what arrives is whole: its owner may be
+    just removing it. Returns what is wrong with it, and has put nothing there then; empty if it is whole.
+
+    Raises:
+        RunFolderError: the stage's folder cannot be written.
+    """
     donor = checkpoint.parent.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if (donor / METRICS).is_file():
-        shutil.copy2(donor / METRICS, folder / METRICS)
-    with atomic_folder(folder / STATE_FOLDER / checkpoint.name) as beside:
-        link_or_copy(checkpoint, beside)
+    try:
+        with atomic_folder(folder / STATE_FOLDER / checkpoint.name) as beside:
+            link_or_copy(checkpoint, beside)
+            if problem := _damage(beside, checkpoint.name):
+                raise DataError(problem.replace(str(beside), str(checkpoint)))
+            if (donor / METRICS).is_file():
+                shutil.copy2(donor / METRICS, folder / METRICS)
+    except DataError as error:
+        return _or_removed(checkpoint, str(error))
+    except OSError as error:
+        blame(error)
+        if donor not in Path(error.filename or "").parents:
+            raise
+        return _or_removed(checkpoint, str(error))
+    return ""
+
+
+def _or_removed(checkpoint: Path, problem: str) -> str:
+    return problem if checkpoint.exists() else "it was removed meanwhile"
 
 
 def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     """Checkpoints of a stage's folder that lie on a trunk, with their steps."""
     checkpoints = []
-    for checkpoint in sorted((donor / STATE_FOLDER).glob("step-*")):
-        for state in (*checkpoint.glob(STATE), *checkpoint.glob(f"part-*-of-*/{STATE}")):
+    for checkpoint in _there(donor / STATE_FOLDER, "step-*"):
+        for state in (*_there(checkpoint, STATE), *_there(checkpoint, f"part-*-of-*/{STATE}")):
             facts: dict[str, Any] = {}
             with contextlib.suppress(RunFolderError):  # a broken one is no checkpoint to go on from
                 facts = read_json(state) or {}
@@ -126,12 +156,20 @@ def checkpoints_on_trunk(donor: Path, trunk: str) -> list[tuple[int, Path]]:
     return checkpoints
 
 
-def _damage(checkpoint: Path) -> str:
-    """What of a checkpoint is missing, or not as it was written; empty if all is whole."""
+def _there(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern in a folder; nothing where its owner is just removing it."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
+def _damage(checkpoint: Path, name: str) -> str:
+    """What of a checkpoint called `name` is missing, or not as it was written; empty if all is whole."""
     counts = complete_in(checkpoint)
     try:
         for count in counts:
-            check_parts(checkpoint, count)
+            check_parts(checkpoint, count, name=name)
     except RunFolderError as error:
         return str(error)
     return "" if counts else f"{checkpoint}: not every process has written its part"

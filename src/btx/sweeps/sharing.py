@@ -10,6 +10,7 @@ ones.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -52,15 +53,6 @@ def donors_of(stage: Stage, donors: Sequence[Path]) -> Iterator[Path]:
             yield donor
 
 
-def _whole_donor(stage: Stage, donors: Sequence[Path], log: Log) -> Path | None:
-    """The first run folder in which a stage is done and as it was left; those in which it is damaged are named."""
-    for donor in donors_of(stage, donors):
-        if (problem := damage(donor / stage.name, "used")) is None:
-            return donor
-        log(f"{stage.name}: not taken over from {donor}: {problem}")
-    return None
-
-
 def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
     """Take over every stage that is done elsewhere and not here, the trunk of what is to be trained, and measurements
     of models that stay the same.
@@ -82,38 +74,59 @@ def take_over(run: RunFolder, donors: Sequence[Path], log: Log) -> list[str]:
         for stage in run.graph:
             if run.state(stage) == "done":
                 continue
-            if (donor := _whole_donor(stage, others, log)) is None:
+            if _take_stage(run, stage, others, log):
+                taken.append(stage.name)
+            else:
                 _take_trunk(run, stage, others, log)
-                continue
-            with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
-                if run.state(stage) == "stale":
-                    run.set_stale_aside(stage, run.why_stale(stage), log)
-                _copy_stage(donor / stage.name, run.folder(stage.name), donor)
-            log(f"{stage.name}: taken over from {donor}")
-            taken.append(stage.name)
         seed_is_done = run.state(run.graph["seed"]) == "done"  # a model's prediction needs its config
         if seed_is_done and run.state(run.graph["evaluate"]) in ("absent", "begun"):
             _take_measurements(run, others)
     return taken
 
 
+def _take_stage(run: RunFolder, stage: Stage, others: Sequence[Path], log: Log) -> bool:
+    """Take a stage over from the first run in which it is done and as it was left; those in which it is not are named.
+    Returns whether there was one."""
+    for donor in donors_of(stage, others):
+        if (problem := damage(donor / stage.name, "used")) is None:
+            with exclusive(run.path, stage.name, patience_s=PATIENCE_S):
+                problem = _copy_stage(run, stage, donor, log)
+        if problem is None:
+            log(f"{stage.name}: taken over from {donor}")
+            return True
+        log(f"{stage.name}: not taken over from {donor}: {problem}")
+    return False
+
+
+def _copy_stage(run: RunFolder, stage: Stage, donor: Path, log: Log) -> str | None:
+    """Copy a finished stage, for which a stale one gives way; returns the problem if its owner has moved it aside or
+    removed it meanwhile, and has put nothing there then."""
+    source, target = donor / stage.name, run.folder(stage.name)
+    if run.state(stage) == "stale":
+        run.set_stale_aside(stage, run.why_stale(stage), log)
+    try:
+        with atomic_folder(target) as beside:
+            link_or_copy(source, beside)
+            done = read_done(beside)
+            if done is None or not source.exists():
+                raise FileNotFoundError(errno.ENOENT, "it was removed meanwhile", str(source))
+            write_sealed(beside / DONE, {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
+    except FileNotFoundError as error:
+        if source not in (named := Path(error.filename or ""), *named.parents):
+            raise
+        return "it was removed meanwhile"
+    return None
+
+
 def _take_trunk(run: RunFolder, stage: Stage, others: Sequence[Path], log: Log) -> None:
     """Let a training go on from another run's checkpoint of its trunk, where that is further than its own, unless it is
     at work; what is stale gives way to it."""
-    donors = [donor / stage.name for donor in others]
-    if not stage.trains or not run.is_behind(stage, donors):
+    if not stage.trains or not run.is_behind(stage, others):
         return
     with contextlib.suppress(NotYet), exclusive(run.path, stage.name):
         if run.state(stage) == "stale":
             run.set_stale_aside(stage, run.why_stale(stage), log)
-        run.take_trunk(stage, donors, log)
-
-
-def _copy_stage(source: Path, target: Path, donor: Path) -> None:
-    with atomic_folder(target) as beside:
-        link_or_copy(source, beside)
-        done = read_done(beside) or {}
-        write_sealed(beside / DONE, {**done, "taken_over_from": done.get("taken_over_from", str(donor))})
+        run.take_trunk(stage, others, log)
 
 
 def _take_measurements(run: RunFolder, donors: Sequence[Path]) -> None:

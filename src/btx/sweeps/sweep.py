@@ -21,12 +21,13 @@ from btx.files import read_json, write_sealed, write_text
 from btx.process import Interrupts, Log
 from btx.run_folder.folder import RunFolder, exclusive, place_aside
 from btx.run_folder.graph import Stage
-from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, trunk_steps
+from btx.run_folder.trunk import all_steps, checkpoints_on_trunk, folders_of, trunk_steps
 from btx.running.launchers.local import LocalProcess
 from btx.running.log_tail import LogTail
 from btx.sweeps.sharing import PATIENCE_S, donors_of, find_donors, runs_below, take_over
 from btx.sweeps.table import sweep_markdown
 from btx.sweeps.variants import OWN_FILES, SweepPlan, SweepRun, run_name
+from btx.system_errors import told
 
 POLL_S = 0.3
 LINES_SHOWN = 15  # of a failed run's log
@@ -164,7 +165,8 @@ def _share_on_trunk(stage: Stage, trunks: dict[tuple[str, str], set[int]], donor
         return 0.0
     made = trunks.get((stage.name, stage.trunk))
     if made is None:
-        made = {step for donor in donors for step, _ in checkpoints_on_trunk(donor / stage.name, stage.trunk)}
+        folders = [folder for donor in donors for folder in folders_of(donor, stage.name)]
+        made = {step for folder in folders for step, _ in checkpoints_on_trunk(folder, stage.trunk)}
     steps = trunk_steps(stage.shown)
     furthest = max((step for step in made if step <= steps), default=0)
     trunks[stage.name, stage.trunk] = made | {steps}
@@ -285,8 +287,8 @@ class _Sweep:
             output.parent.mkdir(exist_ok=True)
             tail = LogTail.from_now(output)
             job = self.start(run, output)
-        except UserError as error:
-            self._fail(run, str(error))
+        except (UserError, OSError) as error:  # what one run cannot read stops no other
+            self._fail(run, str(told(error)))
             return
         self.running.append(_Running(run, job, tail))
 
@@ -312,8 +314,8 @@ class _Sweep:
                 write_sweep(self.plan, self.failures)
             else:
                 how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-                told = "\n".join(running.lines)
-                self._fail(running.run, f"{how}; its log is {running.job.log}:\n{told}")
+                end = "\n".join(running.lines)
+                self._fail(running.run, f"{how}; its log is {running.job.log}:\n{end}")
 
     def _fail(self, run: SweepRun, why: str) -> None:
         self.failures[run.name] = why

@@ -14,12 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from btx.errors import RecipeError, UserError
-from btx.recipe.loading import inline_yaml, load_recipe
+from btx.recipe.derived import SECTIONS
+from btx.recipe.loading import inline_yaml, load_recipe, read_sweep
 from btx.recipe.schema import Recipe, Sweep
+from btx.recipe.training import Training
 from btx.recipe.yaml_positions import YamlSyntaxError, read_yaml
 from btx.run_folder.folder import RunFolder
 from btx.run_folder.graph import Stage
@@ -39,6 +42,8 @@ LONGEST_VALUE = 40
 """Characters of a value in a variant's name."""
 
 
+OF_A_TRUNK = {"batch_tokens", "learning_rate", "warmup_steps"}
+"""What follows from a training's tokens where the recipe leaves it out, and has to be equal on a trunk."""
 OWN_FILES = ("sweep.json", "sweep.md", "sweep.svg")
 """What a sweep writes beside its variants' folders."""
 MOST_VARIANTS = 1000
@@ -128,8 +133,7 @@ def plan_sweep(
         UserError: a recipe or an argument that cannot be run, each named with its variant.
     """
     fixed, varied = _arguments(arguments)
-    recipe = load_recipe(name, fixed)
-    section = recipe.sweep or Sweep()
+    recipe_name, section, wrong = _section(name, fixed)
     count = rng_seeds if rng_seeds is not None else section.rng_seeds
     if count < 1:
         raise UserError(f"--rng-seeds is {count}; at least 1")
@@ -138,7 +142,8 @@ def plan_sweep(
     for key in [*section.vary, *(key for settings in section.variants.values() for key in settings)]:
         if (first := key.split(".")[0]) in OWN_KEYS:
             raise UserError(f"sweep: {key} cannot vary in a sweep: {OWN_KEYS[first]}")
-    variants = combinations(section.variants, axes, plain=recipe.name)
+    variants = combinations(section.variants, axes, plain=recipe_name)
+    recipe = _one_of(name, fixed, variants, wrong)
     folder = Path(recipe.run_folder if "run" in set_aside else f"{recipe.run_folder}-sweep")
     plan = SweepPlan(
         recipe.name, folder, variants, list(range(recipe.rng_seed, recipe.rng_seed + count)),
@@ -153,16 +158,74 @@ def plan_sweep(
             of_run = [f"run={inline_yaml(str(folder / variant.label / f'rng-{rng_seed}'))}", f"rng_seed={rng_seed}",
                       *always]  # fmt: skip
             try:
-                run = SweepRun(variant, rng_seed, load_recipe(name, [*fixed, *variant.overrides, *of_run]))
+                run = SweepRun(variant, rng_seed, load_recipe(name, [*fixed, *of_run], variant=variant.overrides))
                 check(run.recipe)
                 plan.runs.append(run)
             except UserError as error:
                 if variant.label not in [label for label, _ in problems]:  # once, not for every rng seed
                     problems.append((variant.label, str(error)))
     if problems:
-        raise RecipeError("\n".join(f"variant {label}: {text}" for label, text in problems))
+        raise _wrong_variants(problems)
     plan.runs.sort(key=lambda run: (run.rng_seed, _steps_that_are_shared(run.recipe)))
     return plan
+
+
+def without_trunk(plan: SweepPlan) -> str:
+    """Settings that follow from the tokens of trainings of several lengths, which therefore have no trunk in common;
+    empty if there are none."""
+    named = []
+    for name in SECTIONS:
+        lengths, followed = set[int](), set[str]()
+        for recipe in (run.recipe for run in plan.runs):
+            training: Training | None = attrgetter(name)(recipe)
+            if training is not None and training.schedule != "cosine":
+                lengths.add(training.tokens)
+                derived = (recipe.derived or {}).get(name)
+                followed |= set(derived.values) & OF_A_TRUNK if derived is not None else set()
+        if len(lengths) > 1 and followed:
+            named.append(f"{name}.{{{','.join(sorted(followed))}}}")
+    return ", ".join(named)
+
+
+def _section(name: str, fixed: Sequence[str]) -> tuple[str, Sweep, RecipeError | None]:
+    """The recipe's name, its `sweep` section, and what is wrong with it without a variant: a setting that all have may
+    go with one that varies.
+
+    Raises:
+        RecipeError: the section itself is wrong, or there is no such recipe.
+    """
+    try:
+        recipe = load_recipe(name, fixed)
+    except RecipeError as error:
+        if (read := read_sweep(name, fixed)) is None:
+            raise
+        return *read, error
+    return recipe.name, recipe.sweep or Sweep(), None
+
+
+def _one_of(name: str, fixed: Sequence[str], variants: Sequence[Variant], wrong: RecipeError | None) -> Recipe:
+    """A recipe that has what all variants have: name, run folder, rng seed. The one without a variant, if nothing is
+    `wrong` with it, else the first that can be read.
+
+    Raises:
+        RecipeError: none can; told once where it is the same with all variants.
+    """
+    if wrong is None:
+        return load_recipe(name, fixed)
+    problems = []
+    for variant in variants:
+        try:
+            return load_recipe(name, fixed, variant=variant.overrides)
+        except RecipeError as error:
+            problems.append((variant.label, str(error)))
+    if all(line in text for line in str(wrong).splitlines() for _, text in problems):
+        raise wrong
+    texts = {text for _, text in problems}
+    raise RecipeError(texts.pop()) if len(texts) == 1 else _wrong_variants(problems)
+
+
+def _wrong_variants(problems: Sequence[tuple[str, str]]) -> RecipeError:
+    return RecipeError("\n".join(f"variant {label}: {text}" for label, text in problems))
 
 
 def _steps_that_are_shared(recipe: Recipe) -> list[int]:

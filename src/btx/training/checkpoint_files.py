@@ -55,11 +55,14 @@ def _together(parts: Sequence[Path]) -> bool:
     return len(words) <= 1
 
 
-def check_parts(checkpoint: Path, count: int, read: slice = slice(None)) -> list[dict[str, Any]]:
+def check_parts(
+    checkpoint: Path, count: int, read: slice = slice(None), *, name: str | None = None
+) -> list[dict[str, Any]]:
     """state.json of all parts, whose files are as they were written.
 
     Args:
         read: which of the files are looked at, where several processes ask together.
+        name: what the checkpoint will be called, where it does not lie in its place yet.
 
     Raises:
         RunFolderError: names the file that is not.
@@ -70,14 +73,14 @@ def check_parts(checkpoint: Path, count: int, read: slice = slice(None)) -> list
         state: dict[str, Any] | None = read_json(folder / STATE, CheckpointState)
         if state is None:
             raise RunFolderError(f"{folder / STATE}: there is no such file")
-        if checkpoint.name != step_name(state["step"]):
+        if (name or checkpoint.name) != step_name(state["step"]):
             raise RunFolderError(f"{folder / STATE}: it is of step {state['step']}")
         states.append(state)
-        files += [(name, folder, sha256) for name, sha256 in state["sha256"].items()]
+        files += [(file, folder, sha256) for file, sha256 in state["sha256"].items()]
     files.sort(key=lambda file: file[0] != MOMENTS)  # large ones first, so that all get as much of them
-    for name, folder, sha256 in files[read]:
-        if not (folder / name).is_file():
-            raise RunFolderError(f"{folder / name}: there is no such file")
-        if file_sha256(folder / name) != sha256:
-            raise RunFolderError(f"{folder / name}: its bytes are others than those that were written")
+    for file, folder, sha256 in files[read]:
+        if not (folder / file).is_file():
+            raise RunFolderError(f"{folder / file}: there is no such file")
+        if file_sha256(folder / file) != sha256:
+            raise RunFolderError(f"{folder / file}: its bytes are others than those that were written")
     return states

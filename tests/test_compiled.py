@@ -122,6 +122,8 @@ def test_checkpointed_moe_layers_with_a_grouped_product_are_one_graph(
 ) -> None:
     for module in (dispatch, compiled):  # as on a GPU; a CPU does the same, slowly
         monkeypatch.setattr(module, "can_group", lambda *tensors: True)
+    varlen_on_cpu.register()
+    monkeypatch.setattr(document_attention, "has_varlen", lambda device: True)
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager_decomp_partition")  # keeps what inductor would keep
     plain, model = (model_of("mixtral", num_hidden_layers=1) for _ in range(2))
     settings = {"precision": "bfloat16", "micro_batch_tokens": SAMPLES * LENGTH}  # one shape

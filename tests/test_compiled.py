@@ -184,13 +184,18 @@ def test_graphs_are_for_small_models_on_gpus(tmp_path: Path) -> None:
     assert not small(7e6, gradient_checkpointing=True)
 
 
+def before_graphs(*, masters: bool, gradients: torch.dtype) -> tuple[Any, compiled._BeforeGraphs]:
+    """A model held in bfloat16, without its head, and what is done before its graphs are replayed."""
+    model = model_of("mixtral")
+    hold_in_bfloat16(model, masters=masters, gradients=gradients)
+    base_model = cast(Any, model).base_model
+    return base_model, compiled._BeforeGraphs(base_model)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.long
 def test_gradients_before_a_cuda_graph_have_the_type_in_which_they_add_up() -> None:
-    model = model_of("mixtral")
-    hold_in_bfloat16(model, masters=False, gradients=torch.float32)
-    base_model = cast(Any, model).base_model
-    before = compiled._BeforeGraphs(base_model)
+    base_model, before = before_graphs(masters=False, gradients=torch.float32)
     before(base_model, ())
     held = [parameter for parameter in base_model.parameters() if parameter.dtype == torch.bfloat16]
     assert held
@@ -222,10 +227,7 @@ class Replayed(torch.autograd.Function):
 @pytest.mark.long
 def test_a_master_that_keeps_gradients_as_they_come_keeps_none_of_a_cuda_graph() -> None:
     """As `adamw_8bit` has them with one micro-batch a step."""
-    model = model_of("mixtral")
-    hold_in_bfloat16(model, masters=True, gradients=torch.bfloat16)
-    base_model = cast(Any, model).base_model
-    before = compiled._BeforeGraphs(base_model)
+    base_model, before = before_graphs(masters=True, gradients=torch.bfloat16)
     held = [parameter for parameter in base_model.parameters() if master_of(parameter) is not parameter]
     assert held
     for passes in (1, 2):

@@ -54,8 +54,7 @@ def prediction_of(run: RunFolder) -> dict[str, Any] | None:
     model has read.
     """
     of, prediction = _predict(run)
-    stage = _kept_at(run, of)
-    told = read_json(run.folder(stage) / FILE, Kept)["prediction"] if stage else _fields(prediction)
+    stage, told = _kept_at(run, of) or (None, _fields(prediction))
     return told and told | {"made_before": stage}
 
 
@@ -63,10 +62,13 @@ def _fields(prediction: Prediction | None) -> dict[str, Any] | None:
     return None if prediction is None else asdict(prediction)
 
 
-def _kept_at(run: RunFolder, of: dict[str, float]) -> str | None:
-    """The first stage whose folder holds a prediction of just this."""
-    kept = {stage: read_json(run.folder(stage) / FILE, Kept) for stage in STAGES}
-    return next((stage for stage, found in kept.items() if found is not None and found["of"] == of), None)
+def _kept_at(run: RunFolder, of: dict[str, float]) -> tuple[str, dict[str, Any] | None] | None:
+    """The first stage whose folder holds a prediction of just this, and the prediction."""
+    for stage in STAGES:
+        kept = read_json(run.folder(stage) / FILE, Kept)
+        if kept is not None and kept["of"] == of:
+            return stage, kept["prediction"]
+    return None
 
 
 def _predict(run: RunFolder) -> tuple[dict[str, float], Prediction | None]:

@@ -245,9 +245,11 @@ class RunFolder:
         Raises:
             RunFolderError: names the file.
         """
-        used = {needed.name for stage in self.graph if self.is_to_make(stage) for needed in stage.needs}
+        states = {stage.name: self.state(stage) for stage in self.graph}
+        to_make = [stage for stage in self.graph if states[stage.name] != "done" and self.is_needed(stage)]
+        used = {needed.name for stage in to_make for needed in stage.needs}
         for stage in self.graph:
-            if self.state(stage) == "done":
+            if states[stage.name] == "done":
                 needed = verify or stage.name in used
                 problem = damage(self.folder(stage.name), "whole" if verify else "used" if needed else "quick")
                 if problem is not None and needed:
